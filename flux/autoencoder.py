@@ -1,0 +1,248 @@
+"""Pixels <-> latents, for FLUX.1 and FLUX.2: the whole autoencoder, top to bottom.
+
+*Pixels* are (B, 3, H, W) in [-1, 1]; *latents* are (B, C, H/16, W/16) with C = 4·z: the convolutions shrink by 8, and 2x2
+neighbours are then packed into channels, so that one latent column is one token of the transformer, in both families.
+Attribute names are the keys of Black Forest Labs' `ae.safetensors`.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AutoEncoderConfig:
+    """`scale_factor` None means FLUX.2: 1x1 quant convolutions, and latents normalised by the running statistics in `bn`."""
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    scale_factor: float | None = 0.3611
+    shift_factor: float | None = 0.1159
+    decoder_ch: int | None = None  # the FLUX.2 small decoder is narrower (96) than its encoder (128)
+    norm_groups: int = 32  # 8 in the toy: with a channel a group, the norms would erase the colour of a flat picture
+
+    @property
+    def latent_channels(self) -> int:
+        return 4 * self.z_channels
+
+
+class AutoEncoder(nn.Module):
+    def __init__(self, config: AutoEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.scale_factor is None:
+            self.bn = nn.BatchNorm2d(config.latent_channels, eps=1e-4, affine=False)  # holds statistics; never called
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 4z, H/16, W/16): the posterior's mean (never a sample), packed and normalised."""
+        mean = self.encoder(pixels).chunk(2, dim=1)[0]  # (B, z, H/8, W/8)
+        return self.normalise(pack(mean))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 4z, h, w) -> (B, 3, 16h, 16w), nominally in [-1, 1]; the caller clamps."""
+        return self.decoder(unpack(self.denormalise(latents)))
+
+    def normalise(self, packed: Tensor) -> Tensor:
+        mean, std = self.statistics()
+        return (packed - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        mean, std = self.statistics()
+        return latents * std + mean
+
+    def statistics(self) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and standard deviation of packed latents: two constants in FLUX.1, one pair a channel in FLUX.2."""
+        if self.config.scale_factor is not None:
+            return self.config.shift_factor, 1 / self.config.scale_factor
+        mean = rearrange(self.bn.running_mean, "c -> c 1 1")
+        std = rearrange(torch.sqrt(self.bn.running_var + self.bn.eps), "c -> c 1 1")
+        return mean, std
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, z, 2h, 2w) -> (B, 4z, h, w)."""
+    return rearrange(x, "b c (h ph) (w pw) -> b (c ph pw) h w", ph=2, pw=2)
+
+
+def unpack(x: Tensor) -> Tensor:
+    """(B, 4z, h, w) -> (B, z, 2h, 2w)."""
+    return rearrange(x, "b (c ph pw) h w -> b c (h ph) (w pw)", ph=2, pw=2)
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> moments (B, 2z, H/8, W/8): mean and log-variance of the posterior."""
+
+    def __init__(self, config: AutoEncoderConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        z2 = 2 * config.z_channels
+        self.conv_in = conv3(3, config.ch)
+        self.down = nn.ModuleList()
+        groups = config.norm_groups
+        for level, width in enumerate(widths):
+            previous = widths[level - 1] if level else config.ch
+            self.down.append(Level(previous, width, config.num_res_blocks, groups))
+            if level < len(widths) - 1:
+                self.down[-1].downsample = Downsample(width)
+        self.mid = Middle(widths[-1], config.norm_groups)
+        self.norm_out = norm(widths[-1], groups)
+        self.conv_out = conv3(widths[-1], z2)
+        if config.scale_factor is None:
+            self.quant_conv = nn.Conv2d(z2, z2, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv_in(pixels)
+        for level in self.down:
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)  # (B, c, h, w) -> (B, c, h/2, w/2)
+        x = self.mid(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return self.quant_conv(x) if hasattr(self, "quant_conv") else x
+
+
+class Decoder(nn.Module):
+    """(B, z, h, w) -> (B, 3, 8h, 8w)."""
+
+    def __init__(self, config: AutoEncoderConfig):
+        super().__init__()
+        ch = config.decoder_ch or config.ch
+        widths = [ch * m for m in config.ch_mult]
+        if config.scale_factor is None:
+            self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+        self.conv_in = conv3(config.z_channels, widths[-1])
+        self.mid = Middle(widths[-1], config.norm_groups)
+        self.up = nn.ModuleList()  # up[0] works at full resolution and runs last
+        for level, width in enumerate(widths):
+            below = widths[min(level + 1, len(widths) - 1)]
+            self.up.append(Level(below, width, config.num_res_blocks + 1, config.norm_groups))
+            if level > 0:
+                self.up[-1].upsample = Upsample(width)
+        self.norm_out = norm(ch * config.ch_mult[0], config.norm_groups)
+        self.conv_out = conv3(ch * config.ch_mult[0], 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)  # (B, c, h, w) -> (B, c, 2h, 2w)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution; the first of them changes the width."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(c, c, groups)
+        self.attn_1 = AttnBlock(c, groups)
+        self.block_2 = ResnetBlock(c, c, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = norm(c_in, groups)
+        self.conv1 = conv3(c_in, c_out)
+        self.norm2 = norm(c_out, groups)
+        self.conv2 = conv3(c_out, c_out)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)  # "network in network": a 1x1 convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions; 1x1 convolutions stand for the Linears, as in the checkpoint."""
+
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.norm = norm(c, groups)
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        q, k, v = (rearrange(f(n), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, hw, c)
+        return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded at right and bottom only, as it was trained
+
+
+class Upsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = conv3(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def conv3(c_in: int, c_out: int) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def norm(c: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, c, eps=1e-6)
+
+
+DIFFUSERS_NAMES = (
+    (r"^quant_conv", "encoder.quant_conv"),
+    (r"^post_quant_conv", "decoder.post_quant_conv"),
+    (r"down_blocks\.(\d)\.", r"down.\1."),
+    (r"up_blocks\.(\d)\.", lambda level: f"up.{3 - int(level[1])}."),  # diffusers counts from the coarsest of the four
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"group_norm", "norm"),
+    (r"to_([qkv])\.", r"\1."),
+    (r"to_out\.0", "proj_out"),
+    (r"resnets", "block"),
+    (r"(down|up)samplers\.0", r"\1sample"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"conv_norm_out", "norm_out"),
+)
+
+
+def from_diffusers(name: str) -> str:
+    """Our name of a tensor in a `vae/` file, the only form in which FLUX.2 klein's autoencoder was released."""
+    for pattern, ours in DIFFUSERS_NAMES:
+        name = re.sub(pattern, ours, name)
+    return name

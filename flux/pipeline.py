@@ -1,0 +1,287 @@
+"""Prompt -> tokens -> features -> noise -> velocity -> latents -> picture: the steps in order, and what is in memory when."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from flux import sampling
+from flux.autoencoder import AutoEncoder, from_diffusers
+from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
+from flux.errors import UserError
+from flux.images import to_images
+from flux.text import TextFeatures, text_encoder
+from flux.transformer import NUMERICS, Flux, Numerics
+from flux.weights import Network, find_all, infer_config, is_local, shard_files
+
+Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
+
+
+def load(name: str | None = None, weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None,
+         numerics: str | Numerics = "exact", transformer: str | Path | None = None, check_weights: bool = False) -> "Pipeline":  # fmt: skip
+    """A pipeline for a model of `flux.MODELS`; the embedded toy where neither `name` nor `transformer` is given.
+
+    `weights`: a folder to find the files in; else $FLUX_WEIGHTS, the Hugging Face cache, or a download. `transformer`: a file in
+    BFL's layout to use in place of the row's own; without `name`, the row is the first of its shape. `dtype`: bfloat16, and
+    float32 for the toy. Every file is found and checked here; UserError says what is wrong. `check_weights` looks for NaN too.
+    """
+    spec = find_spec(name, transformer)
+    if isinstance(numerics, str) and numerics not in NUMERICS:
+        raise UserError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
+    numerics = NUMERICS[numerics] if isinstance(numerics, str) else numerics
+    dtype = dtype or (torch.float32 if spec.embedded else torch.bfloat16)
+    files = locate(spec, None if weights is None else Path(weights))
+    if transformer is not None:
+        files["transformer"] = shard_files(Path(transformer))
+    return Pipeline(spec, files, choose_device(device), dtype, numerics, check_weights)
+
+
+class Pipeline:
+    """`pipe(prompts)` makes pictures. Its three stages, `encode`, `sample` and `decode`, can be run on their own."""
+
+    def __init__(self, spec: ModelSpec, files: dict, device: torch.device, dtype: torch.dtype, numerics: Numerics,
+                 check_weights: bool = False):  # fmt: skip
+        options = dict(device=device, dtype=dtype, check_finite=check_weights)
+        self.spec, self.device, self.dtype, self.numerics = spec, device, dtype, numerics
+        self.text = text_encoder(spec.text, files, spec.text_length, **options)
+        build = lambda config: Flux(config, numerics)  # noqa: E731
+        self.transformer = Network(build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."), **options)
+        self.autoencoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **options)
+        networks = (*self.text.networks, self.transformer, self.autoencoder)
+        self.resident = sum(n.bytes for n in networks) < 0.8 * free_memory(device)  # else a stage's networks go when it ends
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        negative_prompt: str | None = None,
+        cfg_scale: float | None = None,
+        callback: Callback | None = None,
+    ) -> list[Image.Image]:
+        """`num_images` pictures of each prompt, in one batch; what is None comes from the model's row of the table.
+
+        Picture k has seed + k, and equals the one that is made alone with that seed. `guidance` is what the model was trained
+        or meant to take; `cfg_scale` adds classifier-free guidance, against `negative_prompt`, to models without.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_count(len(prompts) * num_images, seed)
+        features = self.encode([p for p in prompts for _ in range(num_images)])
+        negative = self.encode([negative_prompt or ""]) if self.uses_cfg(guidance, negative_prompt, cfg_scale) else None
+        seeds = range(seed, seed + len(features.tokens))
+        latents = self.sample(features, seeds, width, height, steps, guidance, negative, cfg_scale, callback)
+        return self.decode(latents)
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Prompts -> features, kept for the next time."""
+        features = self.text.encode(prompts)
+        if not self.resident:
+            self.text.release()
+        return features
+
+    @torch.inference_mode()
+    def sample(self, features: TextFeatures, seeds: Sequence[int], width: int | None = None, height: int | None = None,
+               steps: int | None = None, guidance: float | None = None, negative: TextFeatures | None = None,
+               cfg_scale: float | None = None, callback: Callback | None = None) -> Tensor:  # fmt: skip
+        """Features (B prompts) and B seeds -> latents (B, C, height/16, width/16), float32."""
+        spec = self.spec
+        h, w = (n // 16 for n in check_size(height or spec.size, width or spec.size))
+        steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance)
+        scale = guidance if spec.cfg else cfg_scale or 1.0
+        times = sampling.schedule(spec.schedule, steps, h * w)
+        latents = sampling.noise(seeds, spec.autoencoder.latent_channels, h, w, spatial=isinstance(spec.text, FLUX1Text))
+        x = rearrange(latents, "b c h w -> b (h w) c").to(self.device)  # (B, L, C)
+
+        transformer = self.transformer()
+        embedded = None if spec.cfg or guidance is None else torch.full((len(x),), guidance, device=self.device)
+        branches = [self._branch(transformer, features, embedded, h, w)]
+        if negative is not None and scale > 1:
+            branches.append(self._branch(transformer, negative, embedded, h, w))
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            at = torch.full((len(x),), t, device=x.device)
+            velocities = [branch(x.to(self.dtype), at) for branch in branches]
+            return sampling.guided(*velocities, scale) if len(velocities) == 2 else velocities[0]
+
+        grid = lambda x: rearrange(x, "b (h w) c -> b c h w", h=h)  # noqa: E731
+        see = (lambda step, t, x: callback(step, t, grid(x))) if callback else None
+        x = sampling.denoise(velocity, x, times, see, self.numerics)
+        if not self.resident:
+            self.transformer.release()
+        return grid(x).float()
+
+    def _branch(self, transformer: Flux, features: TextFeatures, guidance: Tensor | None, h: int, w: int):
+        """velocity(x, t) for one set of prompts; what does not change from step to step is computed here."""
+        axes = len(self.spec.transformer.axes_dim)
+        txt, pooled = features.to(self.device, self.dtype)
+        txt_ids, img_ids = sampling.text_ids(txt.shape[1], axes), sampling.image_ids(h, w, axes)
+        rope = transformer.rope(txt_ids, img_ids).to(self.device)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            vec = transformer.vec(t, guidance, None if pooled is None else pooled.expand(len(x), -1))
+            return transformer.velocity(x, txt.expand(len(x), -1, -1), rope, vec)
+
+        return velocity
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (B, C, h, w) -> pictures, one at a time, so that a batch takes the memory of one."""
+        autoencoder = self.autoencoder()
+        images = [to_images(autoencoder.decode(x.to(self.device, self.dtype)))[0] for x in latents.split(1)]
+        if not self.resident:
+            self.autoencoder.release()
+        return images
+
+    def uses_cfg(self, guidance: float | None, negative_prompt: str | None, cfg_scale: float | None) -> bool:
+        """Whether a second, unconditional pass is asked for; UserError where that makes no sense."""
+        spec = self.spec
+        if spec.cfg:
+            if cfg_scale is not None:
+                raise UserError(f"{spec.name} has classifier-free guidance already: use --guidance instead of --cfg-scale")
+            return check_guidance(spec, guidance) > 1
+        if spec.fixed and (negative_prompt is not None or cfg_scale is not None) and not isinstance(spec.text, FLUX1Text):
+            raise UserError(f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.fixed}; use a base model")
+        if cfg_scale is not None and not 0 <= cfg_scale <= 100:
+            raise UserError(f"--cfg-scale {cfg_scale} must lie between 0 and 100; 1 is off, and about 2 to 5 is usual")
+        if negative_prompt is not None and cfg_scale is None:
+            raise UserError(f"a negative prompt needs --cfg-scale with {spec.name}, for example --cfg-scale 2")
+        return cfg_scale is not None and cfg_scale > 1
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelSpec:
+    """A row of the table by its name, with the shapes of another transformer file if one is given."""
+    if name is not None and name.lower() not in MODELS:
+        near = get_close_matches(name.lower(), MODELS, n=3, cutoff=0.3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"--model {name}: there is no such model; {hint}The choices are {', '.join(MODELS)}")
+    if transformer is None:
+        return MODELS[(name or "flux.2-tiny").lower()]
+    config = infer_config(Path(transformer))
+    if name is not None:
+        spec = MODELS[name.lower()]
+        if config.context_dim != spec.transformer.context_dim or config.vector_dim != spec.transformer.vector_dim:
+            raise UserError(f"--transformer {transformer} reads text of width {config.context_dim}, but {spec.name}'s text encoder "
+                            f"gives {spec.transformer.context_dim}: choose another --model, or leave it out")  # fmt: skip
+        return replace(spec, transformer=config)
+    alike = [spec for spec in MODELS.values() if spec.transformer == config]
+    if not alike:
+        raise UserError(f"--transformer {transformer} has the shape of no released model: name the one that it derives from with --model")
+    if len(alike) > 1:
+        others = ", ".join(spec.name for spec in alike[1:])
+        warnings.warn(f"{transformer} has the shape of {alike[0].name}, which is assumed; if it derives from {others}, "
+                      "say so with --model", stacklevel=3)  # fmt: skip
+    return alike[0]
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device that is asked for, if it is there; else the best that is."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        here = ["cpu", *[f"cuda:{i}" for i in range(torch.cuda.device_count())], *["mps"] * torch.backends.mps.is_available()]
+        raise UserError(f"--device {device}: there is no such device here; choose from {', '.join(here)}") from None
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes; endless on the CPU, where weights stay in their files until they are read."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+def check_size(height: int, width: int) -> tuple[int, int]:
+    for name, n in (("width", width), ("height", height)):
+        if n % 16 or not 64 <= n <= 8192:
+            low, high = max(64, n // 16 * 16), min(8192, max(64, n // 16 * 16 + 16))
+            nearest = str(low) if not 64 <= n <= 8192 else f"{low} or {high}"
+            raise UserError(f"--{name} {n}: sizes are multiples of 16 from 64 to 8192; the nearest is {nearest}")
+    if width * height > 2**24:
+        raise UserError(f"{width}x{height} is {width * height / 1e6:.0f} megapixels; at most 16.8 are possible")
+    return height, width
+
+
+def check_steps(spec: ModelSpec, steps: int | None) -> int:
+    if steps is None:
+        return spec.steps
+    if not 1 <= steps <= 1000:
+        raise UserError(f"--steps {steps}: must be from 1 to 1000; {spec.name} is meant for {spec.steps}")
+    if spec.fixed and steps != spec.steps:
+        warnings.warn(f"{spec.name} was distilled for {spec.steps} steps, not {steps}", stacklevel=4)
+    return steps
+
+
+def check_guidance(spec: ModelSpec, guidance: float | None) -> float | None:
+    """The guidance to use; None for a model that has none."""
+    if guidance is None:
+        return spec.guidance
+    if not 0 <= guidance <= 100:
+        raise UserError(f"--guidance {guidance}: must be from 0 to 100; {spec.name} is meant for {spec.guidance}")
+    if spec.guidance is None:
+        if guidance != 1:
+            raise UserError(f"{spec.name} takes no --guidance (here {guidance}): {spec.fixed}; leave it out, or use a base or dev model")
+        return None
+    return guidance
+
+
+def check_count(count: int, seed: int) -> None:
+    if count < 1:
+        raise UserError("there is nothing to make: give at least one prompt, and --num-images of at least 1")
+    if not 0 <= seed <= 2**63 - count:
+        raise UserError(f"--seed {seed}: must be from 0 to 2^63 - 1")
+
+
+# ---------------------------------------------------------------- files
+
+
+def locate(spec: ModelSpec, weights: Path | None) -> dict[str, list[Path] | Path]:
+    """Every file that a row needs: lists of weights for networks, folders for tokenizers."""
+    text = spec.text
+    if isinstance(text, FLUX1Text):
+        wanted = {"t5": text.t5_files, "clip": text.clip_files}
+        tokenizers = {"t5_tokenizer": text.t5_tokenizer, "clip_tokenizer": text.clip_tokenizer}
+    else:
+        wanted, tokenizers = {"model": text.files}, {"tokenizer": text.tokenizer}
+    wanted |= {"transformer": (spec.transformer_file,), "autoencoder": spec.autoencoder_files}
+    files: dict[str, list[Path] | Path] = {part: _find(spec, choices, weights) for part, choices in wanted.items()}
+    for part, names in tokenizers.items():
+        files[part] = [_find(spec, (name,), weights)[0] for name in names][0].parent
+    return files
+
+
+def is_here(spec: ModelSpec, weights: Path | None = None) -> bool:
+    """Whether a row could be loaded without a download."""
+    try:
+        return spec.embedded or all(
+            any(is_local(spec.repository, name, weights) for name in choices)
+            for choices in ((spec.transformer_file,), spec.autoencoder_files, *spec.text.weight_files)
+        )
+    except UserError:
+        return False
+
+
+def _find(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list[Path]:
+    """The first of `choices` that is at hand, or else the first, downloaded."""
+    if spec.embedded:
+        return [EMBEDDED / choices[0]]
+    name = next((c for c in choices if is_local(spec.repository, c, weights)), choices[0])
+    return find_all(spec.repository, name, weights, spec.licence.name, spec.licence.gated)
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Of the transformer."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Flux(spec.transformer).parameters())

@@ -1,0 +1,317 @@
+"""The FLUX transformer, FLUX.1 and FLUX.2, whole and top to bottom.
+
+Text and image tokens first pass through *double* blocks (two sets of weights, one joint attention), then, as one sequence,
+through *single* blocks (attention and MLP side by side). Time, guidance and, in FLUX.1, the pooled text make one vector, from
+which each block is given its modulation: a block does not know which family it is in. Attribute names are the keys of
+Black Forest Labs' files.
+
+    img (B, L, C)    image tokens, one per 16x16 pixels          img_ids (L, 3|4)   their coordinates (t, row, column[, l])
+    txt (B, T, D)    text features                               txt_ids (T, 3|4)
+    t (B,)           time, from 1 (noise) to 0 (picture)         guidance (B,)      vector (B, V) pooled text, FLUX.1 only
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """The four switches `vector_dim`, `bias`, `gated_mlp`, `shared_modulation` tell FLUX.1 from FLUX.2; the rest are sizes."""
+
+    in_channels: int = 128  # 64 latent channels in FLUX.1, and up to 384 where conditions are stacked on them
+    out_channels: int = 128
+    context_dim: int = 15360
+    hidden_size: int = 6144
+    num_heads: int = 48
+    depth: int = 8
+    depth_single: int = 48
+    mlp_ratio: float = 3.0
+    axes_dim: tuple[int, ...] = (32, 32, 32, 32)
+    theta: int = 2000
+    vector_dim: int | None = None
+    guidance: bool = True
+    bias: bool = False
+    gated_mlp: bool = True
+    shared_modulation: bool = True
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Where published codes round differently. In float32 only `rope` matters; in bf16 `time` outweighs everything else."""
+
+    time: Literal["float32", "bfl", "diffusers"] = "float32"  # how t·1000 and guidance·1000 are rounded
+    rope: torch.dtype = torch.float64  # dtype of the rotation angles; the tables are kept in float32
+    norm_scale: Literal["before", "after"] = "before"  # QK-norm's scale is multiplied before or after rounding to bf16
+    state: Literal["float32", "bfl", "diffusers"] = "float32"  # how the sampler carries the latents between steps
+
+
+NUMERICS = {
+    "exact": Numerics(),
+    "bfl": Numerics(time="bfl", rope=torch.float32, norm_scale="after", state="bfl"),
+    "diffusers": Numerics(time="diffusers", state="diffusers"),
+}
+
+
+class Modulation(NamedTuple):
+    """What time does to one residual branch: x + gate · f(norm(x) · (1 + scale) + shift); each (B, 1, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Flux(nn.Module):
+    def __init__(self, config: FluxConfig, numerics: Numerics = NUMERICS["exact"]):
+        super().__init__()
+        c = self.config = config
+        self.numerics = numerics
+        self.img_in = nn.Linear(c.in_channels, c.hidden_size, bias=c.bias)
+        self.txt_in = nn.Linear(c.context_dim, c.hidden_size, bias=c.bias)
+        self.time_in = MLPEmbedder(256, c.hidden_size, c.bias)
+        if c.guidance:
+            self.guidance_in = MLPEmbedder(256, c.hidden_size, c.bias)
+        if c.vector_dim is not None:
+            self.vector_in = MLPEmbedder(c.vector_dim, c.hidden_size, c.bias)
+        if c.shared_modulation:
+            self.double_stream_modulation_img = Modulator(c.hidden_size, 2, c.bias)
+            self.double_stream_modulation_txt = Modulator(c.hidden_size, 2, c.bias)
+            self.single_stream_modulation = Modulator(c.hidden_size, 1, c.bias)
+        self.double_blocks = nn.ModuleList(DoubleBlock(c, numerics) for _ in range(c.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(c, numerics) for _ in range(c.depth_single))
+        self.final_layer = FinalLayer(c)
+
+    def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor,
+                guidance: Tensor | None = None, vector: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Velocity of the image tokens, (B, L, out_channels)."""
+        return self.velocity(img, txt, self.rope(txt_ids, img_ids), self.vec(t, guidance, vector))
+
+    def velocity(self, img: Tensor, txt: Tensor, rope: Tensor, vec: Tensor) -> Tensor:
+        """The same, given what does not change from step to step: `rope` once a generation, `vec` once a time."""
+        double, single = self.modulations(vec)
+        img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, D), (B, T, D)
+        for block, (img_mod, txt_mod) in zip(self.double_blocks, double, strict=True):
+            img, txt = block(img, txt, rope, img_mod, txt_mod)
+        x = torch.cat([txt, img], dim=1)  # (B, T + L, D)
+        for block, mod in zip(self.single_blocks, single, strict=True):
+            x = block(x, rope, mod)
+        return self.final_layer(x[:, txt.shape[1] :], vec)  # (B, L, out_channels)
+
+    def rope(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
+        """Rotations of the joint sequence, text first: (T + L, head_dim/2, 2), float32 cosines and sines."""
+        ids = torch.cat([txt_ids, img_ids])
+        return rope_table(ids, self.config.axes_dim, self.config.theta, self.numerics.rope)
+
+    def vec(self, t: Tensor, guidance: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+        """Everything that is the same for all tokens, as one (B, D)."""
+        dtype = self.img_in.weight.dtype
+        vec = self.time_in(sinusoid(scale_time(t, self.numerics.time, dtype)).to(dtype))
+        if self.config.guidance:
+            if guidance is None:
+                raise ValueError("this model has guidance built in: pass guidance, a (B,) tensor")
+            # BFL and diffusers agree here: guidance is rounded, then its thousandfold
+            rounding = "float32" if self.numerics.time == "float32" else "bfl"
+            vec = vec + self.guidance_in(sinusoid(scale_time(guidance, rounding, dtype)).to(dtype))
+        if self.config.vector_dim is not None:
+            if vector is None:
+                raise ValueError("this model reads the pooled text: pass vector, a (B, vector_dim) tensor")
+            vec = vec + self.vector_in(vector)
+        return vec
+
+    def modulations(self, vec: Tensor) -> tuple[list, list]:
+        """(B, D) -> [(img, txt)] per double block, [mod] per single block. A function of time, guidance and pooled text only."""
+        vec = F.silu(vec)
+        if self.config.shared_modulation:  # FLUX.2: computed once, handed to every block
+            double = self.double_stream_modulation_img(vec), self.double_stream_modulation_txt(vec)
+            return [double] * self.config.depth, [self.single_stream_modulation(vec)[0]] * self.config.depth_single
+        double = [(block.img_mod(vec), block.txt_mod(vec)) for block in self.double_blocks]
+        return double, [block.modulation(vec)[0] for block in self.single_blocks]
+
+
+class DoubleBlock(nn.Module):
+    """Image and text, each with its own weights, meet in one attention."""
+
+    def __init__(self, c: FluxConfig, numerics: Numerics):
+        super().__init__()
+        if not c.shared_modulation:
+            self.img_mod = Modulator(c.hidden_size, 2, c.bias)
+            self.txt_mod = Modulator(c.hidden_size, 2, c.bias)
+        self.img_attn = SelfAttention(c, numerics)
+        self.txt_attn = SelfAttention(c, numerics)
+        self.img_mlp = mlp(c)
+        self.txt_mlp = mlp(c)
+
+    def forward(self, img: Tensor, txt: Tensor, rope: Tensor, img_mod: list[Modulation], txt_mod: list[Modulation]):
+        length = txt.shape[1]
+        img_qkv = self.img_attn.heads(modulate(img, img_mod[0]))  # 3 of (B, H, L, d)
+        txt_qkv = self.txt_attn.heads(modulate(txt, txt_mod[0]))  # 3 of (B, H, T, d)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))  # (B, H, T + L, d)
+        attended = attention(q, k, v, rope)  # (B, T + L, D)
+        # contiguous, or in bf16 a Linear with bias would round once more, and a row would depend on the size of its batch
+        txt_attended, img_attended = attended[:, :length].contiguous(), attended[:, length:].contiguous()
+
+        img = img + img_mod[0].gate * self.img_attn.proj(img_attended)
+        img = img + img_mod[1].gate * self.img_mlp(modulate(img, img_mod[1]))
+        txt = txt + txt_mod[0].gate * self.txt_attn.proj(txt_attended)
+        txt = txt + txt_mod[1].gate * self.txt_mlp(modulate(txt, txt_mod[1]))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel: one matrix in (`linear1` = q, k, v, mlp), one out (`linear2` of attention, mlp)."""
+
+    def __init__(self, c: FluxConfig, numerics: Numerics):
+        super().__init__()
+        self.widths = [3 * c.hidden_size, mlp_width(c) * (2 if c.gated_mlp else 1)]
+        self.num_heads = c.num_heads
+        self.linear1 = nn.Linear(c.hidden_size, sum(self.widths), bias=c.bias)
+        self.linear2 = nn.Linear(c.hidden_size + mlp_width(c), c.hidden_size, bias=c.bias)
+        self.norm = QKNorm(c.hidden_size // c.num_heads, numerics)
+        self.activation = GatedSiLU() if c.gated_mlp else nn.GELU(approximate="tanh")
+        if not c.shared_modulation:
+            self.modulation = Modulator(c.hidden_size, 1, c.bias)
+
+    def forward(self, x: Tensor, rope: Tensor, mod: Modulation) -> Tensor:
+        qkv, hidden = self.linear1(modulate(x, mod)).split(self.widths, dim=-1)
+        q, k, v = split_heads(qkv, self.num_heads)  # (B, H, N, d)
+        attended = attention(*self.norm(q, k), v, rope)  # (B, N, D)
+        return x + mod.gate * self.linear2(torch.cat([attended, self.activation(hidden)], dim=-1))
+
+
+class SelfAttention(nn.Module):
+    """The weights of one stream; the attention itself is shared with the other stream."""
+
+    def __init__(self, c: FluxConfig, numerics: Numerics):
+        super().__init__()
+        self.num_heads = c.num_heads
+        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size, bias=c.bias)
+        self.norm = QKNorm(c.hidden_size // c.num_heads, numerics)
+        self.proj = nn.Linear(c.hidden_size, c.hidden_size, bias=c.bias)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        return *self.norm(q, k), v
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
+    return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=num_heads)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
+    """(B, H, N, d) x 3 -> (B, N, H·d). No mask: padding takes part, as it did in training."""
+    out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
+def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.dtype) -> Tensor:
+    """(N, axes) positions -> (N, sum(axes_dim)/2, 2) float32: cos and sin of position · theta^(-2i/dim), axis by axis."""
+    angles = []
+    for position, dim in zip(ids.unbind(-1), axes_dim, strict=True):
+        frequency = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)  # on the CPU: no float64 on Apple GPUs
+        angles.append(torch.outer(position.cpu().to(dtype), frequency))  # (N, dim/2)
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(ids.device)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns neighbouring pairs of channels (x0, x1) by their angle, in float32: (B, H, N, d) -> the same."""
+    x0, x1 = rearrange(x.float(), "b h n (d two) -> two b h n d", two=2)
+    cos, sin = rope.unbind(-1)  # (N, d/2)
+    return torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim: int, numerics: Numerics):
+        super().__init__()
+        self.query_norm = RMSNorm(dim, numerics)
+        self.key_norm = RMSNorm(dim, numerics)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, numerics: Numerics):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.after = numerics.norm_scale == "after"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.after:  # BFL rounds to bf16 first and scales then; in float32 it is the same
+            return F.rms_norm(x, self.scale.shape, None, 1e-6) * self.scale
+        return F.rms_norm(x, self.scale.shape, self.scale, 1e-6)
+
+
+def modulate(x: Tensor, mod: Modulation) -> Tensor:
+    return (1 + mod.scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.shift
+
+
+class Modulator(nn.Module):
+    """silu(vec) (B, D) -> `branches` modulations, in the checkpoint's order shift, scale, gate."""
+
+    def __init__(self, hidden_size: int, branches: int, bias: bool):
+        super().__init__()
+        self.lin = nn.Linear(hidden_size, 3 * branches * hidden_size, bias=bias)
+
+    def forward(self, activated: Tensor) -> list[Modulation]:
+        parts = rearrange(self.lin(activated), "b (branch three d) -> branch three b 1 d", three=3, d=activated.shape[-1])
+        return [Modulation(*branch) for branch in parts]
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, c: FluxConfig):
+        super().__init__()
+        self.linear = nn.Linear(c.hidden_size, c.out_channels, bias=c.bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.hidden_size, 2 * c.hidden_size, bias=c.bias))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)  # diffusers stores scale first, BFL shift
+        return self.linear(modulate(x, Modulation(shift, scale, gate=None)))
+
+
+def mlp_width(c: FluxConfig) -> int:
+    return int(c.mlp_ratio * c.hidden_size)
+
+
+def mlp(c: FluxConfig) -> nn.Sequential:
+    """FLUX.1: Linear, GELU, Linear. FLUX.2: the first Linear is twice as wide, and one half gates the other."""
+    inner = nn.Linear(c.hidden_size, mlp_width(c) * (2 if c.gated_mlp else 1), bias=c.bias)
+    outer = nn.Linear(mlp_width(c), c.hidden_size, bias=c.bias)
+    return nn.Sequential(inner, GatedSiLU() if c.gated_mlp else nn.GELU(approximate="tanh"), outer)
+
+
+class GatedSiLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_dim: int, hidden_size: int, bias: bool):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_size, bias=bias)
+        self.out_layer = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+def scale_time(t: Tensor, rounding: str, dtype: torch.dtype) -> Tensor:
+    """t·1000, float32. Rounding it as the published codes do moves the sinusoids more than all other bf16 arithmetic."""
+    if rounding == "float32":
+        return 1000 * t.float()
+    if rounding == "diffusers":  # its scheduler hands out t·1000, which is rounded, and undone, before the model redoes it
+        t = (1000 * t.float()).to(dtype) / 1000
+    return (1000 * t.to(dtype)).float()
+
+
+def sinusoid(t: Tensor, dim: int = 256, max_period: float = 10_000) -> Tensor:
+    """(B,) -> (B, dim) float32: cosines, then sines, of t · max_period^(-i/(dim/2))."""
+    frequency = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    angle = t.float()[:, None] * frequency  # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -1,0 +1,457 @@
+"""Trains the embedded toy model `flux.2-tiny`, from nothing, on pictures that it draws itself.
+
+    python scripts/train.py runs/tiny --export flux/tiny
+
+In turn: a tokenizer, pictures, the autoencoder, the pictures' latents, the transformer with its text encoder. What is in the
+run's folder is not made again, and a network whose training was stopped goes on from its last checkpoint. Lengths are minutes, not steps: the learning rates follow the clock, so a run ends when it was told to,
+on any machine. Loss logs (CSV) and contact sheets (PNG) appear in the folder as it goes.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flux import sampling, shapes
+from flux.autoencoder import AutoEncoder, pack
+from flux.configs import MODELS
+from flux.language_model import LanguageModel
+from flux.transformer import Flux
+
+SPEC = MODELS["flux.2-tiny"]
+
+
+# ---------------------------------------------------------------- the training loop, for either network
+
+
+class Trainer:
+    """Optimises `model` for some minutes of training time: clock-driven warm-up and cosine, EMA, checkpoints, a loss log."""
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], path: Path, minutes: float, ema: float):
+        self.model, self.optimizers, self.path, self.minutes, self.decay = model, optimizers, path, minutes, ema
+        self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
+        self.step, self.seconds = 0, 0.0
+        if path.exists():
+            self.restore()
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.seconds / (60 * self.minutes))
+
+    def run(self, loss: Callable[[int], Tensor], every_minutes: float = 5, sheet: Callable[[], None] = lambda: None):
+        """`loss(step)` draws a batch and returns its loss; `sheet()` is called with the EMA weights in place."""
+        bar = tqdm(total=round(60 * self.minutes), initial=round(self.seconds), unit="s", desc=self.path.stem, mininterval=5)
+        marked, losses = self.seconds, []
+        while self.progress < 1:
+            started = time.monotonic()
+            value = self.update(loss)
+            if not math.isfinite(value):
+                raise SystemExit(f"{self.path.stem}: the loss is {value} at step {self.step}; go on from {self.path}")
+            losses.append(value)
+            spent = time.monotonic() - started
+            self.seconds += spent
+            bar.update(spent)
+            if self.step % 100 == 0:
+                bar.set_postfix(step=self.step, loss=f"{np.mean(losses):.4f}")
+                with open(self.path.with_suffix(".csv"), "a", newline="") as log:
+                    csv.writer(log).writerow([self.step, f"{self.seconds:.1f}", f"{np.mean(losses):.6f}"])
+                losses = []
+            if self.seconds - marked > 60 * every_minutes or self.progress == 1:
+                marked = self.seconds
+                self.save()
+                with self.averaged():
+                    sheet()
+        self.model.load_state_dict(self.ema)
+
+    def update(self, loss: Callable[[int], Tensor]) -> float:
+        rate = min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate
+        value = loss(self.step)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        weight = min(self.decay, self.step / (self.step + 20))  # a short memory at first, or the average keeps the noise
+        with torch.no_grad():
+            for name, value_now in self.model.state_dict().items():
+                if value_now.is_floating_point():
+                    self.ema[name].lerp_(value_now, 1 - weight)
+        return value.item()
+
+    def averaged(self):
+        """Context: the EMA weights stand in the model."""
+        trainer = self
+
+        class Swap:
+            def __enter__(self):
+                self.live = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+                trainer.model.load_state_dict(trainer.ema)
+
+            def __exit__(self, *_):
+                trainer.model.load_state_dict(self.live)
+
+        return Swap()
+
+    def save(self):
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        write(self.path, tensors, {"step": str(self.step), "seconds": repr(self.seconds)})
+
+    def restore(self):
+        with safe_open(self.path, framework="pt") as f:
+            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+        self.model.load_state_dict(take(tensors, "model."))
+        self.ema = take(tensors, "ema.")
+        for i, optimizer in enumerate(self.optimizers):
+            whole = optimizer.state_dict()
+            for key, value in take(tensors, f"optimizer.{i}.").items():
+                index, name = key.split(".", 1)
+                whole["state"].setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict(whole)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update, seen as a matrix, is made orthogonal (Jordan et al. 2024; step size as in Liu et al. 2025).
+
+    torch.optim.Muon does the same in bfloat16 and for matrices only; here convolution kernels are flattened, and float32 is
+    several times faster on CPUs without bf16 units.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                average = state.setdefault("momentum", torch.zeros_like(p.grad))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(average, group["momentum"]).flatten(1))  # Nesterov's look ahead
+                scale = 0.2 * math.sqrt(max(update.shape))  # the size of a typical Adam update
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p), alpha=group["lr"] * scale)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest orthogonal matrix, roughly: five steps of a quintic Newton-Schulz iteration on the singular values."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def optimizers(model: nn.Module, lr: float, plain: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+    """Muon for matrices and kernels, AdamW for vectors and for what `plain` names: layers that touch pixels, tokens or latents."""
+    named = list(model.named_parameters())
+    inner = [p for name, p in named if p.ndim >= 2 and not any(part in name for part in plain)]
+    outer = [p for _, p in named if not any(p is q for q in inner)]
+    return [Muon(inner, lr, weight_decay=0.01), torch.optim.AdamW(outer, lr, (0.9, 0.99), weight_decay=0.0)]
+
+
+def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+    """Atomically: a stop in the middle leaves the file as it was."""
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part, metadata)
+    part.replace(path)
+
+
+def to_pixels(pictures: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(pixels: Tensor) -> np.ndarray:
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def contact_sheet(path: Path, pictures: np.ndarray, columns: int):
+    rows = [np.concatenate(list(pictures[i : i + columns]), axis=1) for i in range(0, len(pictures), columns)]
+    Image.fromarray(np.concatenate(rows)).save(path)
+
+
+# ---------------------------------------------------------------- the autoencoder
+
+
+def busy_picture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Overlapping shapes in any colours on a gradient: what the autoencoder should survive beyond the grammar."""
+    ramp = np.linspace(0, 1, size, dtype=np.float32)
+    ramp = ramp[:, None, None] if rng.random() < 0.5 else ramp[None, :, None]
+    picture = rng.uniform(0, 255, 3).astype(np.float32) * ramp + rng.uniform(0, 255, 3).astype(np.float32) * (1 - ramp)
+    picture = np.broadcast_to(picture, (size, size, 3))
+    for _ in range(rng.integers(2, 7)):
+        shape, radius = str(rng.choice(list(shapes.SHAPES))), rng.uniform(0.08, 0.3) * size
+        x, y = rng.uniform(0, size, 2)
+        alpha = shapes.coverage(shape, x, y, radius, size, size)[..., None]
+        picture = picture * (1 - alpha) + rng.uniform(0, 255, 3).astype(np.float32) * alpha
+    return np.rint(picture).astype(np.uint8)
+
+
+def train_autoencoder(run: Path, minutes: float, count: int = 3000) -> AutoEncoder:
+    """L1 and edges, a light KL; 64-pixel crops (four times the pictures a second), and whole pictures for the last sixth."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    data = load(run / "pictures-128x128.safetensors")["pictures"][:count].numpy().copy()
+    for i in range(0, count, 4):
+        data[i] = busy_picture(rng, 128)
+
+    model = AutoEncoder(SPEC.autoencoder).to(memory_format=torch.channels_last)
+    with torch.no_grad():  # start with little posterior noise: at unit variance nothing gets through for hundreds of steps
+        model.encoder.quant_conv.bias[SPEC.autoencoder.z_channels :] -= 6
+    trainer = Trainer(model, optimizers(model, 2e-3, plain=("conv_in", "conv_out", "quant_conv")),
+                      run / "autoencoder.safetensors", minutes, ema=0.998)  # fmt: skip
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((1, step))
+        size, batch = (64, 8) if trainer.progress < 5 / 6 else (128, 2)
+        corner = lambda: rng.integers(0, 129 - size, 2)  # noqa: E731
+        crops = [data[i, y : y + size, x : x + size] for i in rng.integers(0, len(data), batch) for y, x in [corner()]]
+        return autoencoder_loss(model, to_pixels(np.stack(crops)).to(memory_format=torch.channels_last))
+
+    def sheet():
+        with torch.no_grad():
+            pixels = to_pixels(data[:8])
+            decoded = model.decoder(model.encoder(pixels).chunk(2, 1)[0])
+        contact_sheet(run / "autoencoder.png", to_pictures(torch.cat([pixels, decoded])), 8)
+        print(f"\nPSNR {10 * math.log10(4 / F.mse_loss(decoded.clamp(-1, 1), pixels).item()):.1f} dB")
+
+    trainer.run(loss, sheet=sheet)
+    measure_statistics(model, np.delete(data, np.s_[::4], axis=0)[:1024])
+    return model
+
+
+def autoencoder_loss(model: AutoEncoder, pixels: Tensor) -> Tensor:
+    mean, log_variance = model.encoder(pixels).chunk(2, dim=1)  # (B, z, h, w) each
+    log_variance = log_variance.clamp(-30, 20)
+    decoded = model.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+    error = decoded - pixels
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    return error.abs().mean() + 0.5 * edges + 3e-4 * kl
+
+
+@torch.no_grad()
+def measure_statistics(model: AutoEncoder, pictures: np.ndarray):
+    """The running statistics that FLUX.2 normalises packed latents with, measured over pictures."""
+    packed = torch.cat([pack(model.encoder(to_pixels(p)).chunk(2, 1)[0]) for p in np.array_split(pictures, 32)])
+    model.bn.running_mean.copy_(packed.mean((0, 2, 3)))
+    model.bn.running_var.copy_(packed.var((0, 2, 3)))
+
+
+# ---------------------------------------------------------------- the tokenizer and the pictures
+
+
+def train_tokenizer(run: Path):
+    """Byte-level BPE in Qwen's format, on the grammar's captions: any text has ids, and a word of the grammar has one."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    from flux.tokenizers import QWEN_WORDS, QwenTokenizer
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [QwenTokenizer.pad, "<|im_start|>", "<|im_end|>"]
+    added = [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+    some = shapes.scenes(0, held=None)
+    texts = ["user\nassistant\n\n"] * 4000 + [str(next(some)) for _ in range(4000)]
+    size = SPEC.text.model.vocab_size - len(special) - len(added)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(added)
+    (run / "tokenizer").mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
+
+
+BUCKETS = {(128, 128): 14000, (160, 96): 3000, (96, 160): 3000}  # width, height: pictures
+
+
+def draw_pictures(run: Path):
+    """Scenes that are not held out, with their captions' ids, one file a size."""
+    from flux.tokenizers import QwenTokenizer
+
+    tokenizer = QwenTokenizer(run / "tokenizer")
+    for number, ((width, height), count) in enumerate(BUCKETS.items()):
+        rng, some = np.random.default_rng(number), shapes.scenes(100 + number, held=False)
+        drawn = np.empty((count, height, width, 3), np.uint8)
+        captions = []
+        for i in tqdm(range(count), desc=f"drawing {width}x{height}", mininterval=5):
+            scene = next(some)
+            captions.append(str(scene))
+            drawn[i] = shapes.draw(scene, width, height, rng)
+        tokens = tokenizer(captions, SPEC.text_length)
+        if any(tokens.cut):
+            raise SystemExit(f"{max(captions, key=len)!r} does not fit {SPEC.text_length} tokens")
+        write(run / f"pictures-{width}x{height}.safetensors",
+              {"pictures": torch.from_numpy(drawn), "ids": tokens.ids, "mask": tokens.mask})  # fmt: skip
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}
+
+
+# ---------------------------------------------------------------- the transformer and its text encoder
+
+
+@torch.no_grad()
+def encode_latents(run: Path, model: AutoEncoder):
+    """Each picture's latents, once: the autoencoder is fixed from here on."""
+    for width, height in BUCKETS:
+        data = load(run / f"pictures-{width}x{height}.safetensors")
+        batches = tqdm(data.pop("pictures").split(50), desc=f"encoding {width}x{height}", mininterval=5)
+        data["latents"] = torch.cat([model.encode(to_pixels(p.numpy())) for p in batches])  # (N, C, h, w)
+        write(run / f"latents-{width}x{height}.safetensors", data)
+
+
+class Networks(nn.Module):
+    """What is trained together: the transformer, and the language model whose hidden states it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = Flux(SPEC.transformer)
+        self.text = LanguageModel(SPEC.text.model)
+        for name, p in self.named_parameters():
+            if "modulation" in name or "final_layer" in name:
+                nn.init.zeros_(p)  # every block starts as the identity (adaLN-zero, Peebles & Xie 2022)
+
+    def velocity(self, x: Tensor, t: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Latents (B, C, h, w) at times t (B,), prompts' ids and mask (B, T) -> velocity (B, C, h, w)."""
+        txt = self.text(ids, mask)
+        axes = len(SPEC.transformer.axes_dim)
+        img_ids, txt_ids = sampling.image_ids(*x.shape[2:], axes), sampling.text_ids(ids.shape[1], axes)
+        velocity = self.transformer(rearrange(x, "b c h w -> b (h w) c"), img_ids, txt, txt_ids, t)
+        return rearrange(velocity, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+def rectified_flow_loss(networks: Networks, latents: Tensor, ids: Tensor, mask: Tensor, shift: float = 1.5) -> Tensor:
+    """Mean squared error of the velocity along straight lines from noise, at logit-normal times (Esser et al. 2024)."""
+    t = torch.sigmoid(torch.randn(len(latents)))
+    t = shift * t / (1 + (shift - 1) * t)  # (B,)
+    noise = torch.randn_like(latents)
+    at = rearrange(t, "b -> b 1 1 1")
+    velocity = networks.velocity((1 - at) * latents + at * noise, t, ids, mask)
+    return F.mse_loss(velocity, noise - latents)
+
+
+def train_transformer(run: Path, minutes: float, autoencoder: AutoEncoder, batch: int = 64, dropped: float = 0.1):
+    """`dropped` captions are replaced by the empty one, so that classifier-free guidance is possible."""
+    from flux.tokenizers import QwenTokenizer
+
+    torch.manual_seed(0)
+    buckets = [load(run / f"latents-{width}x{height}.safetensors") for width, height in BUCKETS]
+    share = np.array([len(b["latents"]) for b in buckets], float)
+    empty = QwenTokenizer(run / "tokenizer")([""], SPEC.text_length)
+    networks = Networks()
+    edges = ("img_in", "txt_in", "time_in", "modulation", "final_layer", "embed_tokens")
+    trainer = Trainer(networks, optimizers(networks, 2e-3, plain=edges), run / "transformer.safetensors", minutes, ema=0.999)
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((2, step))
+        data = buckets[rng.choice(len(buckets), p=share / share.sum())]
+        rows = torch.from_numpy(rng.integers(0, len(data["latents"]), batch))
+        drop = torch.from_numpy(rng.random(batch) < dropped)[:, None]
+        ids, mask = torch.where(drop, empty.ids, data["ids"][rows]), torch.where(drop, empty.mask, data["mask"][rows])
+        return rectified_flow_loss(networks, data["latents"][rows], ids, mask)
+
+    def sheet():
+        scenes = list(itertools.islice(shapes.scenes(7, held=True, complete=True), 48))
+        pictures = sample(networks, autoencoder, QwenTokenizer(run / "tokenizer"), [str(s) for s in scenes])
+        contact_sheet(run / "transformer.png", pictures, 12)
+        report = score(pictures, scenes)
+        print("\n" + "  ".join(f"{k} {v:.0%}" for k, v in report.items()), flush=True)
+
+    trainer.run(loss, sheet=sheet)
+    return networks
+
+
+@torch.no_grad()
+def sample(networks: Networks, autoencoder: AutoEncoder, tokenizer, prompts: list[str], seed: int = 0) -> np.ndarray:
+    """Pictures of prompts, as the pipeline samples them by default."""
+    tokens = tokenizer(prompts, SPEC.text_length)
+    side = SPEC.size // 16
+    x = sampling.noise(range(seed, seed + len(prompts)), SPEC.autoencoder.latent_channels, side, side, spatial=False)
+    times = sampling.schedule(SPEC.schedule, SPEC.steps, side * side)
+    x = sampling.denoise(lambda x, t: networks.velocity(x, torch.full((len(x),), t), *tokens[:2]), x, times)
+    return to_pictures(autoencoder.decode(x))
+
+
+def score(pictures: np.ndarray, scenes: list[shapes.Scene]) -> dict[str, float]:
+    """Share of pictures that are right, attribute by attribute, and in all."""
+    checks = [shapes.check(p, s) for p, s in zip(pictures, scenes, strict=True)]
+    return {k: float(np.mean([c[k] for c in checks if k in c])) for k in (*shapes.ATTRIBUTES, "all")}
+
+
+def export(run: Path, target: Path, autoencoder: AutoEncoder, networks: Networks):
+    """The embedded model's files, bfloat16, in the layout of a FLUX.2 klein repository."""
+    parts = {"flux-2-tiny": networks.transformer, "ae": autoencoder, "text_encoder/model": networks.text}
+    for name, module in parts.items():
+        path = target / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        halves = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+        prefix = "model." if name.startswith("text_encoder") else ""  # as the released Qwen3 files have it
+        write(path, {prefix + k: v for k, v in halves.items()}, {"format": "pt"})
+    (target / "tokenizer").mkdir(exist_ok=True)
+    shutil.copy(run / "tokenizer" / "tokenizer.json", target / "tokenizer" / "tokenizer.json")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
+    parser.add_argument("--autoencoder-minutes", type=float, default=30)
+    parser.add_argument("--transformer-minutes", type=float, default=75)
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="where the finished model goes (flux/tiny)")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
+    run = args.run
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "tokenizer" / "tokenizer.json").exists():
+        train_tokenizer(run)
+    if not all((run / f"pictures-{w}x{h}.safetensors").exists() for w, h in BUCKETS):
+        draw_pictures(run)
+    autoencoder = train_autoencoder(run, args.autoencoder_minutes).requires_grad_(False)
+    if not all((run / f"latents-{w}x{h}.safetensors").exists() for w, h in BUCKETS):
+        encode_latents(run, autoencoder)
+    networks = train_transformer(run, args.transformer_minutes, autoencoder)
+    if args.export:
+        export(run, args.export, autoencoder, networks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""flux.language_model against transformers' Qwen3 and Mistral3, live, with the same random weights: bit for bit.
+
+The reference attends with PyTorch's SDPA, as it does by default: padding that sees no token attends to nothing.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import (
+    language_model_to_transformers,
+    max_error,
+    randomise,
+    relative_l2,
+    shapes,
+    transformers_features,
+    transformers_language_model,
+    with_trunk,
+)
+from torch import Tensor
+
+from flux.language_model import LanguageModel, LanguageModelConfig
+
+# Heads that do not add up to the hidden size, two query heads to a key head, and layers above the last that is read.
+QWEN = LanguageModelConfig(
+    layers=(2, 4, 6), vocab_size=100, hidden_size=48, mlp_size=80, num_heads=4, num_kv_heads=2, head_dim=16
+)
+MISTRAL = replace(QWEN, layers=(1, 3, 5), theta=1e9, eps=1e-5, qk_norm=False)
+DEPTH, LENGTH = 8, 20
+either_model = pytest.mark.parametrize("config", [QWEN, MISTRAL], ids=["qwen", "mistral"])
+
+
+def prompts() -> Tensor:
+    return torch.randint(0, QWEN.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def mask(side: str) -> Tensor:
+    """Rows of 20, 13, 6 and 1 real tokens (or 20 each, with padding at no side)."""
+    real = torch.arange(LENGTH) < torch.tensor([20, 13, 6, 1])[:, None]
+    return {"right": real, "left": real.flip(1), "no": torch.ones_like(real)}[side]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("side", ["right", "left", "no"])
+@either_model
+@torch.no_grad()
+def test_every_row_equals_transformers(config, side, dtype):
+    """Padding included, since the FLUX transformer attends to it."""
+    ours = randomise(LanguageModel(config)).to(dtype)
+    mistral = not config.qk_norm
+    theirs = with_trunk(transformers_language_model(config, DEPTH, mistral), ours.state_dict(), mistral)
+    given = prompts(), mask(side)
+    features, expected = ours(*given), transformers_features(theirs, *given, config.layers)
+    assert features.shape == (4, LENGTH, config.features) and features.dtype == dtype and expected.std() > 0.5
+    assert torch.equal(features, expected)
+
+
+@either_model
+@torch.no_grad()
+def test_bfloat16_rounds_little(config):
+    """Against float32 arithmetic on the same bfloat16 weights; being equal to it, the reference rounds as much."""
+    ours = randomise(LanguageModel(config)).bfloat16()
+    narrow = ours(prompts(), mask("left"))
+    assert 1e-3 < relative_l2(narrow, ours.float()(prompts(), mask("left"))) <= 0.015
+
+
+@either_model
+@torch.no_grad()
+def test_a_trunk_that_ends_early_is_the_longer_one_up_to_there(config):
+    longer = randomise(LanguageModel(replace(config, layers=(*config.layers, DEPTH))))
+    shorter = LanguageModel(config)
+    shorter.load_state_dict({name: longer.state_dict()[name] for name in shorter.state_dict()})
+    assert len(shorter.layers) == max(config.layers) < len(longer.layers)
+    features, more = shorter(prompts(), mask("left")), longer(prompts(), mask("left"))
+    assert torch.equal(features, more[..., : config.features]) and more.shape[-1] > config.features
+
+
+@either_model
+@torch.no_grad()
+def test_padding_on_the_left_attends_to_nothing(config):
+    """It sees no token, not even itself: it is its embedding, changed by the MLPs alone."""
+    ours, padding = randomise(LanguageModel(config)), ~mask("left")
+    x, read = ours.embed_tokens(prompts()), []
+    for number, layer in enumerate(ours.layers, start=1):
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        read += [x] if number in config.layers else []
+    assert max_error(ours(prompts(), mask("left"))[padding], torch.cat(read, dim=-1)[padding]) <= 1e-6
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@either_model
+@torch.no_grad()
+def test_a_padded_token_is_seen_by_itself_alone(config, side):
+    ours, ids, row = randomise(LanguageModel(config)), prompts(), 2  # 6 real tokens
+    column = 3 if side == "left" else LENGTH - 3
+    other = ids.clone()
+    other[row, column] = (ids[row, column] + 1) % config.vocab_size
+    changed = (ours(ids, mask(side)) != ours(other, mask(side))).any(-1)
+    assert changed.nonzero().tolist() == [[row, column]]
+
+
+@either_model
+@torch.no_grad()
+def test_real_tokens_on_the_left_do_not_see_padding_on_the_right(config):
+    ours, ids = randomise(LanguageModel(config)), prompts()
+    padded = ours(ids, mask("right"))
+    for row, length in enumerate((20, 13, 6, 1)):
+        alone = ours(ids[row : row + 1, :length], torch.ones(1, length, dtype=torch.bool))
+        assert max_error(padded[row : row + 1, :length], alone) <= 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------- full size
+
+QWEN_4B = LanguageModelConfig()
+QWEN_8B = replace(QWEN_4B, hidden_size=4096, mlp_size=12288)
+MISTRAL_SMALL = LanguageModelConfig(
+    layers=(10, 20, 30), vocab_size=131072, hidden_size=5120, mlp_size=32768, theta=1e9, eps=1e-5, qk_norm=False
+)
+
+
+@pytest.mark.parametrize(
+    "config, depth, tied, whole, tensors, parameters",
+    [
+        (QWEN_4B, 36, True, 4_022_468_096, 298, 3_114_088_192),
+        (QWEN_8B, 36, False, 8_190_735_360, 298, 5_831_883_520),
+        (MISTRAL_SMALL, 40, False, 23_572_403_200, 271, 17_343_754_240),
+    ],
+    ids=["qwen-4b", "qwen-8b", "mistral-small"],
+)
+def test_full_size_tensors_equal_transformers(config, depth, tied, whole, tensors, parameters):
+    """`whole` is the published size of the language model, final norm and head included."""
+    mistral = not config.qk_norm
+    with torch.device("meta"):
+        ours, full = (LanguageModel(c).state_dict() for c in (config, replace(config, layers=(depth,))))
+        theirs = shapes(transformers_language_model(config, depth, mistral).state_dict())
+    no_trunk = ("lm_head.", "norm.weight", "vision_tower.", "multi_modal_projector.")
+    trunk = {name: shape for name, shape in theirs.items() if not name.removeprefix("model.").startswith(no_trunk)}
+    trunk.pop("model.language_model.norm.weight", None)
+    assert shapes(language_model_to_transformers(full, mistral)) == trunk
+    assert shapes(ours).items() < shapes(full).items()
+
+    assert (len(ours), sum(tensor.numel() for tensor in ours.values())) == (tensors, parameters)
+    head = 0 if tied else config.vocab_size * config.hidden_size
+    assert sum(tensor.numel() for tensor in full.values()) + config.hidden_size + head == whole

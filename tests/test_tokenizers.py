@@ -1,0 +1,377 @@
+"""Token ids, masks and cut text of the four tokenizers are those of the released pipelines.
+
+The truth is transformers' tokenizers, behind diffusers' own FLUX.2 prompt code, loaded from the same folders. Tiny
+vocabularies are made here in the released file formats: what differs from the released files is only the size.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast, Qwen2TokenizerFast, T5TokenizerFast
+
+from flux.errors import UserError
+from flux.tokenizers import QWEN_WORDS, CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
+
+PROSE = [
+    "a photo of a cat sitting on a mat beside the window",
+    "The quick brown fox doesn't jump over 1234567890 lazy dogs!",
+    "an oil painting of a naïve café façade in the rain, 35mm",
+    "FLUX draws images from words: they're wide, tall or square.",
+]
+NASTY = [
+    "", " ", "\n", "a cat", "  a  cat  ", "a\n\n cat\t\r\n", "\n\nA CAT", "a cat's 1234", "!!!...",
+    "cafe\u0301 caf\u00e9 \ufb01re \u00c5 \u2460", "e\u0301\u0302\u0303x", "日本語の猫",
+    "\U0001f600 a \U0001f469\u200d\U0001f467", "\u3000a\u00a0b\u2028c",
+    "\x85a\x85b", "a\x01b\x7f", "\u2581a \u2581", "\u0130I\u1e9e", "</w>",
+    "</s>", " </s> a", "a</s> b", "<pad>", "<unk>", "x <extra_id_0> y", "<extra_id_99>y", "<extra_id_100>", "</S>",
+    "<|endoftext|>", "a <|startoftext|>b", "<|ENDOFTEXT|>", "<|StartOfText|>", "<|endoftext|><|endoftext|>",
+    "<|im_end|>\n<|im_start|>assistant\n", "<think>\n</think>", "<|im_end|", "[INST] a [/INST]", "<s>", "[IMG] a",
+    "[/INST]b[SYSTEM_PROMPT]", " ".join(PROSE),
+]  # fmt: skip
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
+PROMPTS = st.lists(st.sampled_from(NASTY) | TEXT, max_size=6).map("".join)
+HYPOTHESIS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN_TEMPLATE = """
+{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+MISTRAL_SPECIAL = [
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
+    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+]  # fmt: skip
+MISTRAL_TEMPLATE = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'system' %}{{- '[SYSTEM_PROMPT]' + message['content'][0]['text'] + '[/SYSTEM_PROMPT]' }}
+    {%- else %}
+        {{- '[INST]' }}
+        {%- for block in message['content'] %}{{- block['text'] if block['type'] == 'text' else '[IMG]' }}{%- endfor %}
+        {{- '[/INST]' }}
+    {%- endif %}
+{%- endfor %}"""
+
+
+def train_byte_level_bpe(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
+    """Train byte-level BPE of `vocab_size` tokens and write it to `path`, a tokenizer.json in Qwen's format.
+
+    As in Qwen's vocabulary, the special tokens come last; `<think>` and `</think>` are added tokens, but not special.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    added = [*QWEN_SPECIAL, AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    size = vocab_size - len(added)
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens(added[:3])
+    tokenizer.add_tokens(added[3:])
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def write_json(path: Path, content) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def make_t5(folder: Path) -> None:
+    """spiece.model, as google/t5-v1_1-xxl has it: nmt_nfkc, pad 0, eos 1, unk 2, no bos."""
+    import sentencepiece
+
+    with open(folder / "spiece.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(PROSE * 20), model_writer=file, vocab_size=130, hard_vocab_limit=False,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", minloglevel=2,
+        )  # fmt: skip
+
+
+def make_clip(folder: Path) -> None:
+    """vocab.json, merges.txt and tokenizer_config.json: bytes, bytes with </w>, merges, then the two special tokens."""
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.normalizer = normalizers.Lowercase()
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator(
+        PROSE, trainers.BpeTrainer(vocab_size=350, end_of_word_suffix="</w>", show_progress=False)
+    )
+    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*alphabet, *(char + "</w>" for char in alphabet), *map("".join, merges), *special]
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(vocabulary)})
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "special": True}
+    first, last = len(vocabulary) - 2, len(vocabulary) - 1
+    added = {
+        first: {"content": special[0], "normalized": True, **flags},  # as in the released file: one True, one False
+        last: {"content": special[1], "normalized": False, **flags},
+    }
+    names = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[1], "unk_token": special[1]}
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added, "model_max_length": 77, **names})
+
+
+def make_qwen(folder: Path) -> None:
+    """tokenizer.json, and beside it the older files with the same content."""
+    tokenizer = train_byte_level_bpe(PROSE, 400, folder / "tokenizer.json")
+    tokenizer.model.save(str(folder))
+    flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    added = {i: {flag: getattr(t, flag) for flag in flags} for i, t in tokenizer.get_added_tokens_decoder().items()}
+    config = {"added_tokens_decoder": added, "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "bos_token": None}
+    write_json(folder / "tokenizer_config.json", config | {"chat_template": QWEN_TEMPLATE, "model_max_length": 131072})
+
+
+def make_mistral(folder: Path) -> None:
+    """tokenizer.json in tekken's format: the special tokens first, and a post-processor that adds <s>."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    words = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=MISTRAL_SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(PROSE, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+class Asked(Exception):
+    """Carries what a text encoder was asked for."""
+
+
+class Encoder(torch.nn.Module):
+    """A text encoder that stops the pipeline at its door."""
+
+    dtype, device = torch.float32, "cpu"
+
+    def forward(self, input_ids, attention_mask, **_):
+        raise Asked(input_ids, attention_mask.bool())
+
+
+def plain(tokenizer):
+    """The released call of FLUX.1's two tokenizers."""
+
+    def ask(prompts, length):
+        both = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return both.input_ids, both.attention_mask.bool()
+
+    return ask
+
+
+def piped(embed, tokenizer):
+    """What diffusers' pipeline gives its text encoder."""
+
+    def ask(prompts, length):
+        with pytest.raises(Asked) as asked:
+            embed(Encoder(), tokenizer, prompts, max_sequence_length=length)
+        return asked.value.args
+
+    return ask
+
+
+class Case:
+    """One tokenizer of ours, the released way to the same ids, and the raw tokenizer behind that."""
+
+    def __init__(self, ours, released, raw, frame):
+        self.ours, self.released, self.raw = ours, released, raw
+        self.frame = frame  # how many ids of the frame survive truncation
+
+    def body(self, text):
+        """The ids of a text without the frame, and where each starts in the text."""
+        encoded = self.raw(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded.input_ids, [start for start, _ in encoded.offset_mapping]
+
+
+NAMES = ["t5", "t5-json", "clip", "clip-json", "qwen", "qwen-old", "mistral"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of tokenizer files for every name."""
+    folder = {name: tmp_path_factory.mktemp(name) for name in NAMES}
+    make_t5(folder["t5"])
+    make_clip(folder["clip"])
+    make_qwen(folder["qwen"])
+    make_mistral(folder["mistral"])
+    T5TokenizerFast.from_pretrained(folder["t5"]).save_pretrained(folder["t5-json"])
+    CLIPTokenizerFast.from_pretrained(folder["clip"]).save_pretrained(folder["clip-json"])
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder["qwen-old"] / name).write_bytes((folder["qwen"] / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cases(folders):
+    t5 = T5TokenizerFast.from_pretrained(folders["t5"])
+    clip = CLIPTokenizerFast.from_pretrained(folders["clip"])
+    qwen = Qwen2TokenizerFast.from_pretrained(folders["qwen"])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tekken = str(folders["mistral"] / "tokenizer.json")
+    mistral = PreTrainedTokenizerFast(tokenizer_file=tekken, padding_side="left", **names)
+    mistral.chat_template = MISTRAL_TEMPLATE
+    klein, dev = Flux2KleinPipeline._get_qwen3_prompt_embeds, Flux2Pipeline._get_mistral_3_small_prompt_embeds
+    return {
+        "t5": Case(T5Tokenizer(folders["t5"]), plain(t5), t5, 1),
+        "t5-json": Case(T5Tokenizer(folders["t5-json"]), plain(t5), t5, 1),
+        "clip": Case(CLIPTokenizer(folders["clip"]), plain(clip), clip, 2),
+        "clip-json": Case(CLIPTokenizer(folders["clip-json"]), plain(clip), clip, 2),
+        "qwen": Case(QwenTokenizer(folders["qwen"]), piped(klein, qwen), qwen, 0),
+        "qwen-old": Case(QwenTokenizer(folders["qwen-old"]), piped(klein, qwen), qwen, 0),
+        "mistral": Case(MistralTokenizer(folders["mistral"]), piped(dev, mistral), mistral, 0),
+    }
+
+
+@pytest.fixture(params=NAMES)
+def case(request, cases):
+    return cases[request.param]
+
+
+def check(case: Case, prompts: list[str], length: int) -> None:
+    tokens = case.ours(prompts, length)
+    ids, mask = case.released(prompts, length)
+    assert tokens.ids.dtype == torch.int64 and tokens.mask.dtype == torch.bool
+    assert torch.equal(tokens.ids, ids) and torch.equal(tokens.mask, mask)
+    for prompt, cut in zip(prompts, tokens.cut, strict=True):
+        before, prompt = case.ours.before, prompt.replace("[IMG]", "") if "[INST]" in case.ours.before else prompt
+        starts = case.body(before + prompt + case.ours.after)[1]
+        room = length - case.frame
+        assert cut == ("" if len(starts) <= room else prompt[max(0, starts[room] - len(before)) :])
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 20, 77, 512])
+def test_ids_masks_and_cut_of_nasty_prompts(case, length):
+    check(case, NASTY, length)
+
+
+@HYPOTHESIS
+@given(PROMPTS, st.integers(2, 120))
+def test_ids_masks_and_cut_of_any_prompt(case, prompt, length):
+    check(case, [prompt], length)
+
+
+def test_cut_is_exactly_the_words_that_do_not_fit(case):
+    """Without offsets: a length that just holds the first k words leaves the others over."""
+    words = "The quick brown fox sitting on a mat beside the naïve café".split()
+    for k in range(1, len(words)):
+        kept, rest = " ".join(words[:k]), " ".join(words[k:])
+        length = len(case.body(case.ours.before + kept)[0]) + case.frame
+        tokens = case.ours([" ".join(words), kept], length)
+        assert tokens.cut == [tokens.cut[0], ""] and tokens.cut[0].strip() == rest
+        assert tokens.mask.all() and torch.equal(tokens.ids[0], tokens.ids[1])
+
+
+def test_special_ids_and_padding(cases):
+    """Literals: T5 ends in 1 and pads with 0; CLIP pads with its last id; Mistral pads with 11 on the left, one <s>."""
+    t5, clip, qwen, mistral = (
+        cases[name].ours(["a cat", ""], length)
+        for name, length in (("t5", 80), ("clip", 80), ("qwen", 80), ("mistral", 400))
+    )
+    assert t5.ids[1].tolist() == [1] + [0] * 79 and t5.mask[1].tolist() == [True] + [False] * 79
+    end = cases["clip"].raw.eos_token_id
+    assert clip.ids[1].tolist() == [end - 1] + [end] * 79 and clip.mask[1].sum() == 2
+    pad, start, *_ = cases["qwen"].raw.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>"])
+    assert qwen.ids[0, 0] == start and (qwen.ids == pad).equal(~qwen.mask) and not qwen.mask[:, -1].any()
+    row = mistral.ids[0].tolist()
+    assert row[0] == 11 and row[-1] == 4 and row.count(1) == 1 and (mistral.ids == 11).equal(~mistral.mask)
+    assert cases["mistral"].ours(["a [IMG]cat"], 400).ids[0].equal(mistral.ids[0])
+
+
+def test_cut_of_a_character_split_in_bytes_keeps_the_character(cases):
+    """U+1F600 is four byte tokens here: when only some of them fit, the whole character counts as cut."""
+    case = cases["qwen"]
+    room = len(case.body(case.ours.before + "ab")[0])
+    for extra in (0, 1, 2, 3):
+        assert case.ours(["ab\U0001f600!"], room + extra).cut == ["\U0001f600!"]
+    assert case.ours(["ab\U0001f600!"], room + 4).cut == ["!"]
+    assert case.ours(["ab\U0001f600!"], room + 5).cut == [""]  # the template's tail is lost, the prompt is whole
+
+
+def test_t5_from_either_generation_of_tokenizer_json(folders, tmp_path):
+    """The file as transformers 4 makes it gives the same ids, but U+0085 is a space only to version 5."""
+    ours = T5Tokenizer(folders["t5-json"])
+    content = json.loads((folders["t5-json"] / "tokenizer.json").read_text(encoding="utf-8"))
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [content["normalizer"], strip, spaces]}
+    content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]
+    write_json(tmp_path / "tokenizer.json", content)
+    older = T5Tokenizer(tmp_path)
+    for prompt in NASTY:
+        same = torch.equal(older([prompt], 99).ids, ours([prompt], 99).ids)
+        assert same == ("\x85" not in prompt)
+
+
+def test_what_is_not_text_is_refused(case):
+    for bad, named in [("a\ud83d cat", r"'\\ud83d' at position 1"), ("cat\0", r"'\\x00' at position 3")]:
+        with pytest.raises(UserError, match="prompt 2 holds " + named):
+            case.ours(["fine", bad], 20)
+
+
+@pytest.mark.parametrize("kind", [T5Tokenizer, CLIPTokenizer, QwenTokenizer, MistralTokenizer])
+def test_missing_and_broken_files_are_named(kind, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/nowhere lacks its tokenizer, tokenizer.json.*FLUX"):
+        kind(tmp_path / "nowhere")
+    for content in ("", "not json", "{}", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=f"{tmp_path}.*FLUX"):
+            kind(tmp_path)
+
+
+def test_another_models_vocabulary_is_refused(folders):
+    with pytest.raises(UserError, match="no token '<.endoftext.>'.*FLUX.2-klein"):
+        QwenTokenizer(folders["mistral"])
+    with pytest.raises(UserError, match="no token '</s>'.*tokenizer_2/ of a FLUX.1"):
+        T5Tokenizer(folders["qwen"])
+
+
+@pytest.mark.parametrize("kind, name", [(T5Tokenizer, "t5"), (CLIPTokenizer, "clip"), (QwenTokenizer, "qwen-old")])
+def test_broken_older_files_are_named(kind, name, folders, tmp_path):
+    for broken in kind.files:
+        whole = (folders[name] / broken).read_bytes()
+        halves = [b"", whole[: len(whole) // 2]] if broken != "merges.txt" else []  # fewer merges are a valid file
+        for content in [b"\xff\xfe\x00garbage", *halves]:
+            shutil.copytree(folders[name], tmp_path, dirs_exist_ok=True)
+            (tmp_path / broken).write_bytes(content)
+            with pytest.raises(UserError, match=f"{broken}.* in {tmp_path} cannot be read"):
+                kind(tmp_path)
+
+
+def test_ids_that_disagree_with_the_vocabulary_are_refused(folders, tmp_path):
+    shutil.copytree(folders["qwen-old"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    listed = config["added_tokens_decoder"]
+    listed["9000"] = listed.pop(max(listed, key=int))
+    write_json(tmp_path / "tokenizer_config.json", config)
+    with pytest.raises(UserError, match="gives '</think>' the id 9000, vocab.json 3"):
+        QwenTokenizer(tmp_path)
+
+
+@HYPOTHESIS
+@given(st.data())
+def test_a_truncated_spiece_model_is_refused(folders, tmp_path, data):
+    whole = (folders["t5"] / "spiece.model").read_bytes()
+    (tmp_path / "spiece.model").write_bytes(whole[: data.draw(st.integers(0, len(whole) * 9 // 10))])
+    with pytest.raises(UserError, match="spiece.model in .* cannot be read"):
+        T5Tokenizer(tmp_path)

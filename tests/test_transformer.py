@@ -1,0 +1,246 @@
+"""flux.transformer against diffusers' FLUX.1 and FLUX.2 transformers, live, with the same random weights: bit for bit.
+
+What cannot be read off diffusers is pinned by literals: roundings that were measured in Black Forest Labs' code, and
+the tensor and parameter counts of the released files.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import (
+    FLUX1_TINY,
+    FLUX2_TINY,
+    KLEIN_TINY,
+    SCHNELL_TINY,
+    diffusers_transformer,
+    diffusers_velocity,
+    loaded,
+    max_error,
+    randomise,
+    relative_l2,
+    shapes,
+    transformer_to_diffusers,
+)
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from flux.transformer import NUMERICS, Flux, FluxConfig, Numerics, RMSNorm, rope_table, scale_time, sinusoid
+
+TINY = {
+    "flux.1-dev": FLUX1_TINY,
+    "flux.1-schnell": SCHNELL_TINY,
+    "flux.1-depth-dev": replace(FLUX1_TINY, in_channels=128),
+    "flux.1-fill-dev": replace(FLUX1_TINY, in_channels=384),
+    "flux.2-dev": FLUX2_TINY,
+    "flux.2-klein": KLEIN_TINY,
+}
+every_model = pytest.mark.parametrize("config", TINY.values(), ids=TINY.keys())
+either_family = pytest.mark.parametrize("config", [FLUX1_TINY, FLUX2_TINY], ids=["flux.1", "flux.2"])
+
+
+def grid(t: int, rows: int, columns: int) -> Tensor:
+    return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns))
+
+
+def inputs(config: FluxConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A batch of two, each at its own time, with reference images of other sizes than the picture's.
+
+    The times are steps of released schedules at which diffusers and Black Forest Labs round t·1000 apart.
+    """
+    img_ids, txt_ids = torch.cat([grid(0, 3, 5), grid(1, 2, 4)]), torch.zeros(7, 3, dtype=torch.long)
+    if config.shared_modulation:
+        img_ids = pad(torch.cat([grid(0, 3, 5), grid(10, 2, 4), grid(20, 4, 2)]), (0, 1))
+        txt_ids = pad(torch.arange(7)[:, None], (3, 0))
+    generator = torch.Generator().manual_seed(0)
+    out = dict(
+        img=torch.randn(2, len(img_ids), config.in_channels, generator=generator).to(dtype),
+        txt=torch.randn(2, len(txt_ids), config.context_dim, generator=generator).to(dtype),
+        img_ids=img_ids,
+        txt_ids=txt_ids,
+        t=torch.tensor([0.90453, 0.7672]),
+    )
+    if config.guidance:
+        out["guidance"] = torch.tensor([3.5, 2.5])
+    if config.vector_dim is not None:
+        out["vector"] = torch.randn(2, config.vector_dim, generator=generator).to(dtype)
+    return out
+
+
+def model(config: FluxConfig, numerics: Numerics = NUMERICS["exact"]) -> Flux:
+    return randomise(Flux(config, numerics))
+
+
+def reference(ours: Flux) -> nn.Module:
+    return loaded(diffusers_transformer(ours.config), transformer_to_diffusers(ours.state_dict(), ours.config))
+
+
+# ---------------------------------------------------------------------------------------------------------- parity
+
+
+@every_model
+@torch.no_grad()
+def test_float32_equals_diffusers(config):
+    ours, given = model(config), inputs(config)
+    velocity, expected = ours(**given), diffusers_velocity(reference(ours), **given)
+    assert velocity.shape == given["img"].shape[:2] + (config.out_channels,) and expected.std() > 0.5
+    assert torch.equal(velocity, expected)
+
+
+@every_model
+@torch.no_grad()
+def test_bfloat16_equals_diffusers_with_its_numerics(config):
+    ours, given = model(config, NUMERICS["diffusers"]).bfloat16(), inputs(config, torch.bfloat16)
+    assert torch.equal(ours(**given), diffusers_velocity(reference(ours), **given))
+
+
+@every_model
+@torch.no_grad()
+def test_exact_numerics_are_nearest_to_float32(config):
+    """Against float32 arithmetic on the same bfloat16 weights and inputs.
+
+    Seen: exact 0.007 to 0.009; diffusers 0.32 to 0.34 where there is guidance, else 0.07; BFL 0.43 to 0.46, else 0.3.
+    """
+    given, errors = inputs(config, torch.bfloat16), {}
+    wide = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+    truth = model(config).bfloat16().float()(**wide)
+    for name, numerics in NUMERICS.items():
+        velocity = model(config, numerics).bfloat16()(**given)
+        assert velocity.dtype == torch.bfloat16
+        errors[name] = relative_l2(velocity, truth)
+    assert 1e-3 < errors["exact"] <= 0.01
+    assert errors["exact"] <= 0.15 * errors["diffusers"] <= 0.15 * errors["bfl"]
+
+
+# ---------------------------------------------------------------------------------------------------------- numerics
+
+
+def test_thousandfold_is_rounded_as_published():
+    """Literals from running both codes: guidance is rounded alike, the time of some steps is not."""
+    guidance, t = torch.tensor([2.5, 3.5, 4, 7, 10, 30]), torch.tensor([0.90453, 0.7672])
+    assert scale_time(guidance, "bfl", torch.bfloat16).tolist() == [2496, 3504, 4000, 7008, 9984, 29952]
+    assert scale_time(t, "bfl", torch.bfloat16).tolist() == [908, 764]
+    assert scale_time(t, "diffusers", torch.bfloat16).tolist() == [904, 768]
+    for rounding in ("float32", "bfl", "diffusers"):
+        assert scale_time(t, rounding, torch.float32).tolist() == pytest.approx([904.53, 767.2], rel=1e-7)
+    assert scale_time(t, "float32", torch.bfloat16).tolist() == pytest.approx([904.53, 767.2], rel=1e-7)
+
+
+@either_family
+@torch.no_grad()
+def test_guidance_is_rounded_by_both_published_codes_and_not_by_exact(config):
+    """2.5 and 2.496 are one guidance to both of them."""
+    given = inputs(config, torch.bfloat16)
+    for name in NUMERICS:
+        ours = model(config, NUMERICS[name]).bfloat16()
+        a, b = (ours.vec(given["t"], torch.full((2,), g), given.get("vector")) for g in (2.5, 2.496))
+        assert torch.equal(a, b) == (name != "exact"), name
+
+
+def test_rope_of_bfl_is_computed_in_float32():
+    """Their formula, 1 / theta^(i/dim), in the dtype of the ids; it strays from the float64 table by less than 3e-5."""
+    ids, frequency = torch.arange(513)[:, None], 1.0 / 2000 ** (torch.arange(0, 32, 2, dtype=torch.float32) / 32)
+    angle = torch.outer(torch.arange(513.0), frequency)
+    narrow, wide = (rope_table(ids, (32,), 2000, dtype) for dtype in (torch.float32, torch.float64))
+    assert narrow.dtype == wide.dtype == torch.float32 and narrow.shape == (513, 16, 2)
+    assert torch.equal(narrow, torch.stack([angle.cos(), angle.sin()], dim=-1))
+    assert 1e-6 < (narrow - wide).abs().max() <= 3e-5
+
+
+def test_norm_of_bfl_is_rounded_before_it_is_scaled():
+    x, scale = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.linspace(0.5, 2, 32)
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    expected = {"before": (normed * scale.bfloat16()).bfloat16(), "after": normed.bfloat16() * scale.bfloat16()}
+    assert not torch.equal(expected["before"], expected["after"])
+    for order, value in expected.items():
+        norm = RMSNorm(32, Numerics(norm_scale=order)).bfloat16()
+        norm.scale.data = scale.bfloat16()
+        assert torch.equal(norm(x), value)
+
+
+def test_sinusoid():
+    """Cosines first; the first turns by t itself, the last almost by t / 10,000."""
+    wave = sinusoid(torch.tensor([0.0, 2.0]))
+    assert wave.shape == (2, 256)
+    assert torch.equal(wave[0], torch.tensor([1.0] * 128 + [0.0] * 128))
+    expected = [-0.4161468, 0.9092974, 2 * 10_000 ** (-127 / 128)]
+    assert wave[1, [0, 128, 255]].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+
+@either_family
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_batch(config):
+    ours, given = model(config), inputs(config)
+    both = ours(**given)
+    for row in range(2):
+        one = {name: value if name.endswith("ids") else value[row : row + 1] for name, value in given.items()}
+        assert max_error(ours(**one), both[row : row + 1]) <= 1e-6
+
+
+@either_family
+@torch.no_grad()
+def test_order_of_the_image_tokens_is_told_by_their_ids_alone(config):
+    ours, given = model(config), inputs(config)
+    velocity, order = ours(**given), torch.randperm(len(given["img_ids"]), generator=torch.Generator().manual_seed(1))
+    moved = given | {"img": given["img"][:, order], "img_ids": given["img_ids"][order]}
+    assert max_error(ours(**moved), velocity[:, order]) <= 2e-6
+    assert max_error(ours(**moved | {"img_ids": given["img_ids"]}), velocity[:, order]) > 0.01
+
+
+@torch.no_grad()
+def test_order_of_the_text_tokens_is_told_by_their_ids_alone():
+    ours, given = model(FLUX2_TINY), inputs(FLUX2_TINY)
+    velocity, order = ours(**given), torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    moved = given | {"txt": given["txt"][:, order], "txt_ids": given["txt_ids"][order]}
+    assert max_error(ours(**moved), velocity) <= 2e-6
+    assert max_error(ours(**moved | {"txt_ids": given["txt_ids"]}), velocity) > 0.01
+
+
+@pytest.mark.parametrize("axis", range(4))
+@torch.no_grad()
+def test_only_differences_of_ids_matter_and_every_axis_does(axis):
+    ours, given = model(FLUX2_TINY), inputs(FLUX2_TINY)
+    velocity, step = ours(**given), torch.eye(4, dtype=torch.long)[axis] * 3
+    assert max_error(ours(**given | {"img_ids": given["img_ids"] + step}), velocity) > 0.01
+    together = {"img_ids": given["img_ids"] + step, "txt_ids": given["txt_ids"] + step}
+    assert max_error(ours(**given | together), velocity) <= 1e-5
+
+
+@pytest.mark.parametrize("missing", ["guidance", "vector"])
+def test_missing_input_is_told(missing):
+    given = inputs(FLUX1_TINY)
+    del given[missing]
+    with pytest.raises(ValueError, match=f"pass {missing}"):
+        model(FLUX1_TINY)(**given)
+
+
+# ---------------------------------------------------------------------------------------------------------- full size
+
+FLUX1 = FluxConfig(
+    in_channels=64, out_channels=64, context_dim=4096, hidden_size=3072, num_heads=24, depth=19, depth_single=38,
+    mlp_ratio=4.0, axes_dim=(16, 56, 56), theta=10_000, vector_dim=768, bias=True, gated_mlp=False,
+    shared_modulation=False,
+)  # fmt: skip
+FLUX2 = FluxConfig()
+KLEIN_4B = replace(FLUX2, context_dim=7680, hidden_size=3072, num_heads=24, depth=5, depth_single=20, guidance=False)
+KLEIN_9B = replace(FLUX2, context_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single=24, guidance=False)
+RELEASED = {  # the file: its configuration, number of tensors, number of parameters
+    "flux1-dev": (FLUX1, 780, 11_901_408_320),
+    "flux1-schnell": (replace(FLUX1, guidance=False), 776, 11_891_178_560),
+    "flux1-depth-dev": (replace(FLUX1, in_channels=128), 780, 11_901_604_928),
+    "flux1-fill-dev": (replace(FLUX1, in_channels=384), 780, 11_902_391_360),
+    "flux2-dev": (FLUX2, 299, 32_223_281_152),
+    "flux-2-klein-4b": (KLEIN_4B, 149, 3_875_544_576),
+    "flux-2-klein-9b": (KLEIN_9B, 201, 9_078_581_248),
+}
+
+
+@pytest.mark.parametrize("config, tensors, parameters", RELEASED.values(), ids=RELEASED.keys())
+def test_full_size_tensors_equal_diffusers(config, tensors, parameters):
+    with torch.device("meta"):
+        ours = Flux(config).state_dict()
+    assert (len(ours), sum(tensor.numel() for tensor in ours.values())) == (tensors, parameters)
+    assert shapes(transformer_to_diffusers(ours, config)) == shapes(diffusers_transformer(config).state_dict())
