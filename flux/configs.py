@@ -77,7 +77,7 @@ APACHE = Licence("Apache-2.0", commercial=True, gated=False)
 SCHNELL = Licence("Apache-2.0", commercial=True, gated=True)
 DEV = Licence("FLUX.1 [dev] Non-Commercial License", commercial=False, gated=True)
 DEV2 = Licence("FLUX.2 [dev] Non-Commercial License", commercial=False, gated=True)
-KLEIN = Licence("FLUX.2 [klein] Non-Commercial License", commercial=False, gated=True)
+KLEIN = Licence("FLUX Non-Commercial License", commercial=False, gated=True)
 TOY = Licence("Apache-2.0", commercial=True, gated=False)  # trained on generated pictures
 
 FLUX1 = FluxConfig(

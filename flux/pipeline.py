@@ -18,7 +18,7 @@ from flux.errors import UserError
 from flux.images import to_images
 from flux.text import TextFeatures, text_encoder
 from flux.transformer import NUMERICS, Flux, Numerics
-from flux.weights import Network, find_all, infer_config, is_local, shard_files
+from flux.weights import Network, find, find_all, infer_config, is_local, shard_files
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
 
@@ -77,7 +77,7 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_count(len(prompts) * num_images, seed)
         features = self.encode([p for p in prompts for _ in range(num_images)])
-        negative = self.encode([negative_prompt or ""]) if self.uses_cfg(guidance, negative_prompt, cfg_scale) else None
+        negative = self.encode([negative_prompt or ""]) if check_cfg(self.spec, guidance, negative_prompt, cfg_scale) else None
         seeds = range(seed, seed + len(features.tokens))
         latents = self.sample(features, seeds, width, height, steps, guidance, negative, cfg_scale, callback)
         return self.decode(latents)
@@ -95,7 +95,7 @@ class Pipeline:
                cfg_scale: float | None = None, callback: Callback | None = None) -> Tensor:  # fmt: skip
         """Features (B prompts) and B seeds -> latents (B, C, height/16, width/16), float32."""
         spec = self.spec
-        h, w = (n // 16 for n in check_size(height or spec.size, width or spec.size))
+        h, w = (n // 16 for n in check_size(*(spec.size if n is None else n for n in (height, width))))
         steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance)
         scale = guidance if spec.cfg else cfg_scale or 1.0
         times = sampling.schedule(spec.schedule, steps, h * w)
@@ -141,21 +141,6 @@ class Pipeline:
         if not self.resident:
             self.autoencoder.release()
         return images
-
-    def uses_cfg(self, guidance: float | None, negative_prompt: str | None, cfg_scale: float | None) -> bool:
-        """Whether a second, unconditional pass is asked for; UserError where that makes no sense."""
-        spec = self.spec
-        if spec.cfg:
-            if cfg_scale is not None:
-                raise UserError(f"{spec.name} has classifier-free guidance already: use --guidance instead of --cfg-scale")
-            return check_guidance(spec, guidance) > 1
-        if spec.fixed and (negative_prompt is not None or cfg_scale is not None) and not isinstance(spec.text, FLUX1Text):
-            raise UserError(f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.fixed}; use a base model")
-        if cfg_scale is not None and not 0 <= cfg_scale <= 100:
-            raise UserError(f"--cfg-scale {cfg_scale} must lie between 0 and 100; 1 is off, and about 2 to 5 is usual")
-        if negative_prompt is not None and cfg_scale is None:
-            raise UserError(f"a negative prompt needs --cfg-scale with {spec.name}, for example --cfg-scale 2")
-        return cfg_scale is not None and cfg_scale > 1
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -237,6 +222,21 @@ def check_guidance(spec: ModelSpec, guidance: float | None) -> float | None:
     return guidance
 
 
+def check_cfg(spec: ModelSpec, guidance: float | None, negative_prompt: str | None, cfg_scale: float | None) -> bool:
+    """Whether a second, unconditional pass is asked for; UserError where that makes no sense."""
+    if spec.cfg and cfg_scale is not None:
+        raise UserError(f"--cfg-scale {cfg_scale}: the guidance of {spec.name} is classifier-free already; use --guidance")
+    if spec.fixed and (negative_prompt, cfg_scale) != (None, None) and not isinstance(spec.text, FLUX1Text):
+        raise UserError(f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.fixed}; use a base model")
+    if cfg_scale is not None and not 0 <= cfg_scale <= 100:
+        raise UserError(f"--cfg-scale {cfg_scale}: must be from 0 to 100; 1 is off, and 2 to 5 are usual")
+    scale = check_guidance(spec, guidance) if spec.cfg else cfg_scale or 1.0
+    if negative_prompt is not None and scale <= 1:
+        flag = "--guidance" if spec.cfg else "--cfg-scale"
+        raise UserError(f"--negative-prompt has an effect only with {flag} above 1; add {flag} 3, for example")
+    return scale > 1
+
+
 def check_count(count: int, seed: int) -> None:
     if count < 1:
         raise UserError("there is nothing to make: give at least one prompt, and --num-images of at least 1")
@@ -258,7 +258,10 @@ def locate(spec: ModelSpec, weights: Path | None) -> dict[str, list[Path] | Path
     wanted |= {"transformer": (spec.transformer_file,), "autoencoder": spec.autoencoder_files}
     files: dict[str, list[Path] | Path] = {part: _find(spec, choices, weights) for part, choices in wanted.items()}
     for part, names in tokenizers.items():
-        files[part] = [_find(spec, (name,), weights)[0] for name in names][0].parent
+        if not spec.embedded:  # not _find, to which a .json is an index of shards
+            files[part] = [find(spec.repository, name, weights, spec.licence.name, spec.licence.gated) for name in names][0].parent
+        else:
+            files[part] = (EMBEDDED / names[0]).parent
     return files
 
 

@@ -92,8 +92,9 @@ def denoise(
             x = x + (after - now) * v.float()
         elif numerics.state == "bfl":  # latents stay in the network's dtype, and every step rounds them
             x = x.to(v.dtype) + (after - now) * v
-        else:  # diffusers adds in float32 and rounds the sum
-            x = (x.float() + (after - now) * v.float()).to(v.dtype)
+        else:  # diffusers rounds the noise, t' - t, its product with v, and the sum; only the addition is in float32
+            dt = torch.tensor(after - now, dtype=v.dtype, device=v.device)
+            x = (x.to(v.dtype).float() + dt * v).to(v.dtype)
         if not torch.isfinite(x).all():
             raise NonFiniteError(
                 f"the latents are not finite after step {step} of {len(times) - 1} (t = {after:.4f}): "

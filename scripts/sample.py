@@ -92,16 +92,15 @@ def run(args: argparse.Namespace) -> int:
 
     pipeline.check_count(len(prompts) * args.num_images, seed)
     spec = pipeline.find_spec(args.model, args.transformer)
-    width, height = args.width or spec.size, args.height or spec.size
-    if 0 in (args.width, args.height):
-        raise UserError("--width and --height must be multiples of 16 from 64 to 8192")
+    width, height = (spec.size if n is None else n for n in (args.width, args.height))
     pipeline.check_size(height, width)
     steps, guidance = pipeline.check_steps(spec, args.steps), pipeline.check_guidance(spec, args.guidance)
+    cfg = pipeline.check_cfg(spec, args.guidance, args.negative_prompt, args.cfg_scale)
 
     # 2. the model
+    torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    pipe = flux_load(args, dtype)
-    pipe.uses_cfg(guidance if spec.cfg else None, args.negative_prompt, args.cfg_scale)
+    pipe = pipeline.load(args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.check_weights)
     toy = ", the embedded toy" if spec.embedded else ""
     guided = "" if guidance is None else f", guidance {guidance:g}"
     say(f"{spec.name}{toy}: {width}x{height}, {steps} steps{guided}, on {pipe.device} in {str(pipe.dtype).removeprefix('torch.')}")
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         note_unknown_words(prompts)
 
     # 3. prompts to features, then picture by picture, so that each is the same whatever is made beside it
-    pipe.encode(prompts + ([args.negative_prompt or ""] if pipe.uses_cfg(guidance if spec.cfg else None, args.negative_prompt, args.cfg_scale) else []))  # fmt: skip
+    pipe.encode(prompts + [args.negative_prompt or ""] * cfg)
     for number, prompt in enumerate(p for p in prompts for _ in range(args.num_images)):
         kept: list[torch.Tensor] = []
         with tqdm(total=steps, desc=f"seed {seed + number}", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -127,12 +126,6 @@ def run(args: argparse.Namespace) -> int:
         say(f"seed {seed + number}: {prompt}")
         print(path, flush=True)
     return 0
-
-
-def flux_load(args: argparse.Namespace, dtype):
-    from flux import pipeline
-
-    return pipeline.load(args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.check_weights)
 
 
 def gather_prompts(args: argparse.Namespace) -> list[str]:

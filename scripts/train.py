@@ -299,7 +299,7 @@ def train_tokenizer(run: Path):
     tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
 
 
-BUCKETS = {(128, 128): 14000, (160, 96): 3000, (96, 160): 3000}  # width, height: pictures
+BUCKETS = {(128, 128): 12000, (160, 96): 1500, (96, 160): 1500}  # width, height: pictures
 
 
 def draw_pictures(run: Path):
@@ -335,8 +335,8 @@ def encode_latents(run: Path, model: AutoEncoder):
     """Each picture's latents, once: the autoencoder is fixed from here on."""
     for width, height in BUCKETS:
         data = load(run / f"pictures-{width}x{height}.safetensors")
-        batches = tqdm(data.pop("pictures").split(50), desc=f"encoding {width}x{height}", mininterval=5)
-        data["latents"] = torch.cat([model.encode(to_pixels(p.numpy())) for p in batches])  # (N, C, h, w)
+        batches = tqdm(data.pop("pictures").split(4), desc=f"encoding {width}x{height}", mininterval=5)
+        data["latents"] = torch.cat([model.encode(to_pixels(p.numpy()).contiguous()) for p in batches])  # (N, C, h, w)
         write(run / f"latents-{width}x{height}.safetensors", data)
 
 

@@ -4,19 +4,23 @@ The name maps follow from both sides' state dicts, and a strict load proves each
 own converters is called. Neither library is imported before a builder needs it.
 """
 
+import json
 import re
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from einops import rearrange
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flux.autoencoder import AutoEncoderConfig
-from flux.clip import CLIPConfig
-from flux.language_model import LanguageModelConfig
-from flux.t5 import T5Config
-from flux.transformer import FluxConfig
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig
+from flux.clip import CLIP, CLIPConfig
+from flux.configs import MODELS, FLUX1Text, FLUX2Text, ModelSpec
+from flux.language_model import LanguageModel, LanguageModelConfig
+from flux.t5 import T5, T5Config
+from flux.transformer import Flux, FluxConfig
 
 FLUX1_TINY = FluxConfig(
     in_channels=64, out_channels=64, context_dim=40, hidden_size=128, num_heads=4, depth=2, depth_single=3,
@@ -339,3 +343,157 @@ def transformers_clip(config: CLIPConfig, eos_id: int, attention: str = "sdpa") 
         max_position_embeddings=config.max_length, layer_norm_eps=config.eps, hidden_act="quick_gelu",
         bos_token_id=0, eos_token_id=eos_id, attn_implementation=attention,
     )).eval()  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- whole models
+
+TINY_T5 = T5Config(vocab_size=256, hidden_size=40, head_dim=8, num_heads=4, mlp_size=64, depth=2)
+TINY_CLIP = CLIPConfig(vocab_size=1000, hidden_size=24, num_heads=4, mlp_size=48, depth=2)
+TINY_QWEN = LanguageModelConfig(
+    layers=(1, 2, 4), vocab_size=400, hidden_size=48, mlp_size=80, num_heads=4, num_kv_heads=2, head_dim=16
+)
+TINY_MISTRAL = replace(TINY_QWEN, theta=1e9, eps=1e-5, qk_norm=False)
+TINY_AE1 = AutoEncoderConfig(ch=16, norm_groups=16)
+TINY_AE2 = replace(TINY_AE1, z_channels=4, scale_factor=None, shift_factor=None)
+DEPTH = 6  # of the language models in the reference, which has layers that ours leaves out
+
+
+def tiny_models(clip_eos: int) -> dict[str, ModelSpec]:
+    """Rows of the table of models with tiny networks; `clip_eos` is the last id of the CLIP vocabulary at hand."""
+    flux1 = FLUX1Text(TINY_T5, replace(TINY_CLIP, eos_id=clip_eos))
+    qwen, mistral = FLUX2Text(TINY_QWEN), FLUX2Text(TINY_MISTRAL)
+    klein = replace(KLEIN_TINY, context_dim=TINY_QWEN.features)
+    tiny = {
+        "flux.1-dev": (FLUX1_TINY, flux1, 24, TINY_AE1),
+        "flux.1-schnell": (SCHNELL_TINY, flux1, 24, TINY_AE1),
+        "flux.2-dev": (replace(klein, guidance=True), mistral, 256, TINY_AE2),
+        "flux.2-klein-4b": (klein, qwen, 64, TINY_AE2),
+        "flux.2-klein-base-4b": (klein, qwen, 64, TINY_AE2),
+    }
+    return {
+        name: replace(MODELS[name], transformer=transformer, text=text, text_length=length, autoencoder=autoencoder)
+        for name, (transformer, text, length, autoencoder) in tiny.items()
+    }
+
+
+def networks(spec: ModelSpec, seed: int = 0) -> dict[str, nn.Module]:
+    """Our networks for a row, with random weights, by the names that `flux.pipeline.locate` gives to their files."""
+    out = {"transformer": Flux(spec.transformer), "autoencoder": AutoEncoder(spec.autoencoder)}
+    if isinstance(spec.text, FLUX1Text):
+        out |= {"t5": T5(spec.text.t5), "clip": CLIP(spec.text.clip)}
+    else:
+        out["model"] = LanguageModel(spec.text.model)
+    return {part: randomise(network, seed) for part, network in out.items()}
+
+
+def released_names(state: dict[str, Tensor], mistral: bool) -> dict[str, Tensor]:
+    """From transformers' names of a language model to those in the released files, which Mistral Small keeps apart."""
+    if not mistral:
+        return state
+    moves = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."), ("model.", ""))
+    return {next((new + n[len(old) :] for old, new in moves if n.startswith(old)), n): x for n, x in state.items()}
+
+
+def save_sharded(state: dict[str, Tensor], index: Path) -> None:
+    """Two files, and the index that names the one in which each tensor lies."""
+    shards: dict[str, dict[str, Tensor]] = {}
+    for number, (name, tensor) in enumerate(state.items()):
+        shards.setdefault(f"model-0000{1 + number % 2}-of-00002.safetensors", {})[name] = tensor.clone()
+    for file, part in shards.items():
+        save_file(part, index.parent / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_weights(home: Path, spec: ModelSpec, parts: dict[str, nn.Module], sharded: bool = True) -> None:
+    """The files of a repository, as released: the klein's autoencoder in diffusers' layout, text encoders in shards."""
+    states = {part: module.state_dict() for part, module in parts.items()}
+    for folder in ("vae", "text_encoder", "text_encoder_2"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    save_file(states["transformer"], home / spec.transformer_file)
+    if spec.autoencoder_files[0].startswith("vae/"):
+        states["autoencoder"] = autoencoder_to_diffusers(states["autoencoder"], spec.autoencoder)
+    save_file(states["autoencoder"], home / spec.autoencoder_files[0])
+    if isinstance(spec.text, FLUX1Text):
+        save_file(states["clip"], home / spec.text.clip_files[0])
+        text, choices = states["t5"], spec.text.t5_files
+    else:
+        text, choices = states["model"], spec.text.files
+        if isinstance(parts["model"], LanguageModel):  # else the reference's, in its own names
+            text = language_model_to_transformers(text, mistral=not spec.text.model.qk_norm)
+        text = released_names(text, mistral=not spec.text.model.qk_norm)
+    save_sharded(text, home / choices[0]) if sharded else save_file(text, home / choices[1])
+
+
+def diffusers_pipeline(spec: ModelSpec, parts: dict[str, nn.Module], text: dict | None = None):
+    """diffusers' pipeline for a row, with our weights; `text`: its tokenizers and text encoders, else it takes features."""
+    import diffusers
+
+    distilled = {"is_distilled": not spec.cfg} if not spec.transformer.guidance and spec.transformer.shared_modulation else {}
+    family = "FluxPipeline" if isinstance(spec.text, FLUX1Text) else "Flux2KleinPipeline" if distilled else "Flux2Pipeline"
+    encoders = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if family == "FluxPipeline" else ()))
+    transformer, autoencoder = parts["transformer"].state_dict(), parts["autoencoder"].state_dict()
+    shift = dict(shift=1.0) if spec.schedule == "unshifted" else dict(shift=3.0, use_dynamic_shifting=True)
+    pipe = getattr(diffusers, family)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
+        transformer=loaded(diffusers_transformer(spec.transformer), transformer_to_diffusers(transformer, spec.transformer)),
+        vae=loaded(diffusers_autoencoder(spec.autoencoder), autoencoder_to_diffusers(autoencoder, spec.autoencoder)),
+        **dict.fromkeys(encoders) | (text or {}),
+        **distilled,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def diffusers_text(spec: ModelSpec, parts: dict[str, nn.Module], home: Path, mistral_template: str) -> dict:
+    """The text encoders of transformers with our weights, and its tokenizers from a repository's files."""
+    import transformers
+
+    if isinstance(spec.text, FLUX1Text):
+        t5, clip = transformers_t5(spec.text.t5), transformers_clip(spec.text.clip, eos_id=2)
+        return {
+            "text_encoder": loaded(clip, clip_to_transformers(parts["clip"].state_dict())),
+            "text_encoder_2": loaded(t5, t5_to_transformers(parts["t5"].state_dict())),
+            "tokenizer": transformers.CLIPTokenizer.from_pretrained(home / "tokenizer"),
+            "tokenizer_2": transformers.T5TokenizerFast.from_pretrained(home / "tokenizer_2"),
+        }
+    mistral = not spec.text.model.qk_norm
+    theirs = transformers_language_model(spec.text.model, DEPTH, mistral)
+    encoder = {"text_encoder": with_trunk(theirs, parts["model"].state_dict(), mistral)}
+    if not mistral:
+        return encoder | {"tokenizer": transformers.Qwen2TokenizerFast.from_pretrained(home / "tokenizer")}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tekken = str(home / "tokenizer/tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=tekken, padding_side="left", **names)
+    tokenizer.chat_template = mistral_template
+    return encoder | {"tokenizer": tokenizer}
+
+
+# -------------------------------------------------------------------------------------------------------- golden tensors
+
+
+def golden_networks() -> dict[str, nn.Module]:
+    """Our networks, each with the random weights that its golden tensors in `tests/golden` were made with."""
+    modules = {
+        "flux.1-dev": Flux(FLUX1_TINY),
+        "flux.1-schnell": Flux(SCHNELL_TINY),
+        "flux.2-dev": Flux(FLUX2_TINY),
+        "flux.2-klein": Flux(KLEIN_TINY),
+        "flux.1-autoencoder": AutoEncoder(TINY_AE1),
+        "flux.2-autoencoder": AutoEncoder(TINY_AE2),
+        "t5": T5(TINY_T5),
+        "clip": CLIP(replace(TINY_CLIP, eos_id=TINY_CLIP.vocab_size - 1)),
+        "qwen3": LanguageModel(TINY_QWEN),
+        "mistral": LanguageModel(TINY_MISTRAL),
+    }
+    return {name: randomise(module, seed) for seed, (name, module) in enumerate(modules.items())}
+
+
+def fingerprint(*modules: nn.Module) -> Tensor:
+    """One float64 number a tensor, of the size of its values: it forgives a rounding, and nothing else.
+
+    The weights are drawn anew and not kept. torch promises no equal draws between its versions or between processors,
+    though the generator of the CPU has kept them so far, to a rounding: a change must be told from a fault of ours.
+    """
+    tensors = [tensor.double().flatten() for module in modules for tensor in module.state_dict().values()]
+    return torch.stack([x @ torch.linspace(1, 2, len(x), dtype=torch.float64) / len(x) ** 0.5 for x in tensors])

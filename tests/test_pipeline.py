@@ -1,0 +1,368 @@
+"""flux.pipeline against the pipelines of diffusers, live: files to pictures, with the same tiny random weights.
+
+Ours reads whole repositories from a folder, in the released files' layouts. The reference's text encoders hold what the
+released ones do and we leave out: more layers, a head, eyes. Of the reference we take the latents after every step.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from reference import diffusers_pipeline, diffusers_text, max_error, networks, randomise, tiny_models, write_weights
+from safetensors.torch import load_file, save_file
+from test_tokenizers import MISTRAL_TEMPLATE, make_clip, make_mistral, make_qwen, make_t5
+from torch import Tensor, nn
+
+import flux
+from flux import sampling
+from flux.configs import MODELS, ModelSpec
+from flux.errors import NonFiniteError, UserError
+from flux.pipeline import Pipeline
+from flux.text import TextFeatures
+from flux.transformer import Flux
+
+WIDTH, HEIGHT, STEPS, SEEDS = 96, 64, 4, (5, 6)
+PROMPTS = ["a photo of a cat", "an oil painting of a naïve café"]
+RUNS = {  # every way to be guided; the released rows say which of them a model takes
+    "flux.1-dev": dict(guidance=3.0),
+    "flux.1-dev with cfg": dict(guidance=2.0, cfg_scale=2.5),
+    "flux.1-schnell": {},
+    "flux.2-dev": dict(guidance=3.0),
+    "flux.2-klein-4b": {},
+    "flux.2-klein-base-4b": dict(guidance=3.0),
+}
+NAMES = [name for name in RUNS if " " not in name]
+every_run = pytest.mark.parametrize("run", RUNS)
+every_model = pytest.mark.parametrize("name", NAMES)
+either_family = pytest.mark.parametrize("name", ["flux.1-dev", "flux.2-klein-4b"])
+pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")  # other numbers of steps, here and there
+FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@dataclass(repr=False)
+class Model:
+    """A tiny row of the table, the weights and the folder that its repository lies in, and both pipelines, in float32."""
+
+    spec: ModelSpec
+    parts: dict[str, nn.Module]
+    folder: Path
+    ours: Pipeline
+    theirs: object
+
+    @property
+    def flux1(self) -> bool:
+        return self.spec.transformer.vector_dim is not None
+
+    @property
+    def home(self) -> Path:
+        return home(self.folder, self.spec.name)
+
+    def load(self, **options) -> Pipeline:
+        options = dict(weights=self.folder, device="cpu", dtype=torch.float32) | options
+        return flux.load(self.spec.name, **options)
+
+
+def home(folder: Path, name: str) -> Path:
+    return folder / MODELS[name].repository.split("/")[1]
+
+
+def write_tokenizers(folder: Path, name: str) -> int:
+    """Tiny tokenizers in the released formats; the last id of CLIP's, or 0."""
+    (folder / "tokenizer").mkdir(parents=True)
+    if not name.startswith("flux.1"):
+        (make_mistral if name == "flux.2-dev" else make_qwen)(folder / "tokenizer")
+        return 0
+    (folder / "tokenizer_2").mkdir()
+    make_clip(folder / "tokenizer")
+    make_t5(folder / "tokenizer_2")
+    return len(json.loads((folder / "tokenizer/vocab.json").read_text())) - 1
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder, out = tmp_path_factory.mktemp("weights"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLUX_WEIGHTS", raising=False)
+        for name in NAMES:
+            spec = tiny_models(write_tokenizers(home(folder, name), name))[name]
+            patch.setitem(MODELS, name, spec)
+            parts = networks(spec)
+            text = diffusers_text(spec, parts, home(folder, name), MISTRAL_TEMPLATE)
+            whole = parts | ({"model": text["text_encoder"]} if "model" in parts else {})
+            write_weights(home(folder, name), spec, whole)
+            ours = flux.load(name, weights=folder, device="cpu", dtype=torch.float32)
+            out[name] = Model(spec, parts, folder, ours, diffusers_pipeline(spec, parts, text))
+        yield out
+
+
+def random_features(model: Model, rows: int, seed: int) -> TextFeatures:
+    """Of seven tokens: nothing in sampling depends on the length of a prompt."""
+    config, generator = model.spec.transformer, torch.Generator().manual_seed(seed)
+    pooled = torch.randn(rows, config.vector_dim, generator=generator) if model.flux1 else None
+    return TextFeatures(torch.randn(rows, 7, config.context_dim, generator=generator), pooled)
+
+
+def grid(tokens: Tensor, height: int) -> Tensor:
+    return rearrange(tokens, "b (h w) c -> b c h w", h=height // 16)
+
+
+def noise(model: Model, seeds, width: int = WIDTH, height: int = HEIGHT) -> Tensor:
+    """Our noise as diffusers takes it: FLUX.1 as tokens, FLUX.2 as a grid."""
+    drawn = sampling.noise(seeds, model.spec.autoencoder.latent_channels, height // 16, width // 16, spatial=model.flux1)
+    return rearrange(drawn, "b c h w -> b (h w) c") if model.flux1 else drawn
+
+
+def by_diffusers(
+    theirs, model: Model, features: TextFeatures, negative: TextFeatures | None, width: int = WIDTH, height: int = HEIGHT,
+    steps: int = STEPS, seeds=SEEDS, guidance: float = 1.0, cfg_scale: float = 1.0, output: str = "pil",
+) -> tuple[list[Tensor], list[Image.Image]]:  # fmt: skip
+    """The latents after every step, and the pictures."""
+    seen, dtype = [], theirs.transformer.dtype
+    features = features.to("cpu", dtype)
+    given = dict(prompt_embeds=features.tokens)
+    if negative is not None:
+        given["negative_prompt_embeds"] = negative.tokens.to(dtype).expand_as(features.tokens)
+    if model.flux1:
+        given |= dict(pooled_prompt_embeds=features.pooled, true_cfg_scale=cfg_scale)
+        if negative is not None:
+            given["negative_pooled_prompt_embeds"] = negative.pooled.to(dtype).expand_as(features.pooled)
+    pictures = theirs(
+        **given, width=width, height=height, num_inference_steps=steps, guidance_scale=guidance, output_type=output,
+        latents=noise(model, seeds, width, height).to(dtype),
+        callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
+    ).images  # fmt: skip
+    return [grid(x, height) for x in seen], pictures
+
+
+def by_us(ours: Pipeline, features: TextFeatures, negative: TextFeatures | None, **asked):
+    """The latents after every step and the times there, the final latents, and the pictures."""
+    seen, times = [], []
+    latents = ours.sample(
+        features, SEEDS, WIDTH, HEIGHT, STEPS, negative=negative,
+        callback=lambda step, t, x: (seen.append(x.clone()), times.append((step, t))), **asked,
+    )  # fmt: skip
+    return seen, times, latents, ours.decode(latents)
+
+
+def setting(models: dict[str, Model], run: str) -> tuple[Model, dict, TextFeatures, TextFeatures | None]:
+    model, asked = models[run.split()[0]], RUNS[run]
+    negative = random_features(model, 1, seed=2) if model.spec.cfg or "cfg_scale" in asked else None
+    return model, asked, random_features(model, 2, seed=1), negative
+
+
+def levels(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference of two pictures, of 255."""
+    assert a.size == b.size and a.mode == b.mode == "RGB"
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+# ---------------------------------------------------------------------------------------------------------- parity
+
+
+@every_run
+def test_float32_equals_diffusers(models, run):
+    """Seen: latents equal, but for 2.4e-6 in FLUX.1-dev, whose times differ by a rounding; pixels one level apart."""
+    model, asked, features, negative = setting(models, run)
+    expected, pictures = by_diffusers(model.theirs, model, features, negative, **asked)
+    seen, times, latents, ours = by_us(model.ours, features, negative, **asked)
+    sigmas = model.theirs.scheduler.sigmas[1:].tolist()
+    assert times == [(step, pytest.approx(t, rel=3e-7)) for step, t in enumerate(sigmas, start=1)]
+    assert len(seen) == STEPS and latents.equal(seen[-1]) and expected[-1].std() > 0.5
+    assert max(max_error(x, y) for x, y in zip(seen, expected, strict=True)) <= 5e-6
+    assert max(map(levels, ours, pictures)) <= 1 and all(np.asarray(picture).std() > 30 for picture in ours)
+
+
+@every_run
+def test_bfloat16_equals_diffusers_with_its_numerics(models, run):
+    """Latents bit for bit after every step; the autoencoders sum in another order, and ours strays no further."""
+    model, asked, features, negative = setting(models, run)
+    theirs = diffusers_pipeline(model.spec, model.parts).to(torch.bfloat16)
+    expected, pictures = by_diffusers(theirs, model, features, negative, **asked)
+    seen, _, latents, ours = by_us(model.load(dtype=torch.bfloat16, numerics="diffusers"), features, negative, **asked)
+    assert all(x.dtype == torch.bfloat16 and torch.equal(x, y) for x, y in zip(seen, expected, strict=True))
+    truth = model.ours.decode(latents)
+
+    def distance(pictures: list[Image.Image]) -> float:
+        return np.mean([np.square(np.subtract(a, b, dtype=float)) for a, b in zip(pictures, truth, strict=True)])
+
+    assert distance(ours) <= 1.1 * distance(pictures) and max(map(levels, ours, pictures)) <= 16
+
+
+@every_model
+def test_noise_equals_diffusers(models, name):
+    model = models[name]
+    channels = model.theirs.transformer.config.in_channels // 4
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    theirs, _ = model.theirs.prepare_latents(2, channels, HEIGHT, WIDTH, torch.float32, "cpu", generators)
+    drawn = noise(model, SEEDS)
+    assert torch.equal(drawn if model.flux1 else rearrange(drawn, "b c h w -> b (h w) c"), theirs)
+
+
+@every_model
+def test_prompt_to_picture_equals_diffusers(models, name):
+    """Tokens and features, then pictures, from the words and seeds alone; seen: features of T5 2e-7 apart, others equal."""
+    model, asked = models[name], RUNS[name]
+    limits = dict(max_sequence_length=model.spec.text_length)
+    if not model.flux1:
+        limits["text_encoder_out_layers"] = model.spec.text.model.layers
+    words = dict(prompt=PROMPTS) | ({"prompt_2": None} if model.flux1 else {})
+    with torch.no_grad():
+        tokens, pooled, *_ = model.theirs.encode_prompt(**words, **limits)
+    features = model.ours.encode(PROMPTS)
+    assert max_error(features.tokens, tokens) <= 1e-6 and tokens.std() > 0.5
+    assert features.pooled is None or max_error(features.pooled, pooled) <= 1e-6
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    pictures = model.theirs(
+        **words, **limits, width=WIDTH, height=HEIGHT, num_inference_steps=STEPS, generator=generators,
+        guidance_scale=asked.get("guidance", 1.0),
+    ).images  # fmt: skip
+    ours = model.ours(PROMPTS, WIDTH, HEIGHT, STEPS, asked.get("guidance"), seed=SEEDS[0])
+    assert max(map(levels, ours, pictures)) <= 1 and levels(*pictures) > 30
+
+
+@either_family
+@FEW
+@given(size=st.tuples(st.integers(4, 9), st.integers(4, 9)), steps=st.integers(1, 3), seed=st.integers(0, 2**63 - 1))
+def test_any_size_equals_diffusers(models, name, size, steps, seed):
+    """Some times differ by a rounding, 6e-8, of which sinusoids of 1000·t make 6e-5 radians; seen: 0 to 7e-6."""
+    model, (width, height) = models[name], (16 * n for n in size)
+    guidance = {"guidance": 3.0} if model.flux1 else {}
+    given = dict(width=width, height=height, steps=steps, seeds=[seed], **guidance)
+    features = random_features(model, 1, seed=1)
+    expected, _ = by_diffusers(model.theirs, model, features, None, **given, output="latent")
+    latents = model.ours.sample(features, **given)
+    assert latents.shape[2:] == (height // 16, width // 16) and max_error(latents, expected[-1]) <= 2e-5
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+
+@either_family
+@FEW
+@given(seed=st.integers(0, 2**32), count=st.integers(2, 4))
+def test_a_picture_is_the_one_that_is_made_alone_with_its_seed(models, name, seed, count):
+    model = models[name]
+    features = random_features(model, count, seed=3)
+    batch = model.ours.sample(features, range(seed, seed + count), 64, 64, 2)
+    for k in range(count):
+        one = TextFeatures(*(None if x is None else x[k : k + 1] for x in features))
+        assert max_error(batch[k : k + 1], model.ours.sample(one, [seed + k], 64, 64, 2)) <= 1e-5
+    assert max_error(batch[:1], batch[1:2]) > 0.1
+
+
+@either_family
+def test_pictures_of_several_prompts_come_in_their_order(models, name):
+    pipe = models[name].ours
+    pictures = pipe(PROMPTS, 64, 64, 2, seed=3, num_images=2)
+    alone = [pipe(prompt, 64, 64, 2, seed=3 + k) for k, prompt in enumerate(np.repeat(PROMPTS, 2).tolist())]
+    assert len(pictures) == 4 and all(levels(a, b) <= 1 for a, (b,) in zip(pictures, alone, strict=True))
+    assert all(levels(a, b) > 10 for k, a in enumerate(pictures) for b in pictures[:k])
+
+
+@pytest.mark.parametrize("name", ["flux.1-dev", "flux.2-klein-4b", "flux.2-klein-base-4b"])
+def test_the_stages_one_by_one_are_the_call(models, name):
+    pipe = models[name].ours
+    negative = pipe.encode(["blurred"]) if pipe.spec.cfg else None
+    latents = pipe.sample(pipe.encode(PROMPTS), [7, 8], WIDTH, HEIGHT, 2, negative=negative)
+    called = pipe(PROMPTS, WIDTH, HEIGHT, 2, seed=7, negative_prompt="blurred" if pipe.spec.cfg else None)
+    assert [picture.tobytes() for picture in called] == [picture.tobytes() for picture in pipe.decode(latents)]
+
+
+def test_without_cfg_at_guidance_one(models):
+    """The second pass is left out where it would cancel, and its scale is the guidance elsewhere."""
+    model = models["flux.2-klein-base-4b"]
+    features, negative = random_features(model, 1, seed=1), random_features(model, 1, seed=2)
+    at = lambda guidance, negative: model.ours.sample(features, [0], 64, 64, 2, guidance, negative)  # noqa: E731
+    assert torch.equal(at(1.0, negative), at(1.0, None))
+    assert max_error(at(1.0 + 1e-6, negative), at(1.0, None)) <= 1e-5 < max_error(at(2.0, negative), at(1.0, None))
+
+
+def test_latents_that_turn_to_nan_on_the_way_are_told_by_their_step(models):
+    model = models["flux.2-klein-4b"]
+
+    def poison(step: int, t: float, x: Tensor) -> None:
+        if step == 2:
+            x.fill_(float("nan"))
+
+    with pytest.raises(NonFiniteError, match="after step 3 of 4"):
+        model.ours.sample(random_features(model, 1, seed=1), [0], 64, 64, 4, callback=poison)
+
+
+def test_nan_in_the_weights_is_told(models, tmp_path):
+    model, bad = models["flux.2-klein-4b"], tmp_path / "bad.safetensors"
+    state = load_file(model.home / model.spec.transformer_file)
+    state["single_blocks.1.linear2.weight"][3, 5] = float("nan")
+    save_file(state, bad)
+    with pytest.raises(NonFiniteError, match="after step 1 of 4.*--check-weights"):
+        model.load(transformer=bad).sample(random_features(model, 1, seed=1), [0], 64, 64)
+    with pytest.raises(UserError, match="bad.safetensors has NaN or infinity in 'single_blocks.1.linear2.weight'"):
+        model.load(transformer=bad, check_weights=True)
+
+
+def test_distilled_klein_refuses_guidance_and_negative_prompts(models):
+    pipe = models["flux.2-klein-4b"].ours
+    for asked in (dict(guidance=2.0), dict(negative_prompt="blurred"), dict(cfg_scale=2.0)):
+        with pytest.raises(UserError, match="distilled to sample without guidance.*base"):
+            pipe("a cat", 64, 64, **asked)
+
+
+@either_family
+def test_networks_that_are_let_go_between_stages_make_the_same_picture(models, name):
+    model = models[name]
+    pipe = model.load()
+    expected = pipe("a cat", 64, 64, 2)
+    pipe.resident = False
+    parts = (*pipe.text.networks, pipe.transformer, pipe.autoencoder)
+    for _ in range(2):
+        (picture,) = pipe("a cat", 64, 64, 2)
+        assert picture.tobytes() == expected[0].tobytes()
+        assert all(network.module is None for network in parts if network not in pipe.text.networks)
+    pipe("a dog", 64, 64, 1)
+    assert all(network.module is None for network in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def test_transformer_file_of_others_is_used_and_its_row_found(models, tmp_path):
+    """With a community prefix, other weights, and a depth that no row has."""
+    model, path = models["flux.2-klein-4b"], tmp_path / "other.safetensors"
+    other = randomise(Flux(model.spec.transformer), seed=1)
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in other.state_dict().items()}, path)
+    features = random_features(model, 1, seed=1)
+    with pytest.warns(UserWarning, match="flux.2-klein-4b, which is assumed.*flux.2-klein-base-4b"):
+        pipe = flux.load(weights=model.folder, device="cpu", dtype=torch.float32, transformer=path)
+    assert pipe.spec == model.spec
+    latents = pipe.sample(features, [0], 64, 64)
+    assert max_error(latents, model.ours.sample(features, [0], 64, 64)) > 0.1
+    theirs = diffusers_pipeline(model.spec, model.parts | {"transformer": other})
+    expected, _ = by_diffusers(theirs, model, features, None, 64, 64, seeds=[0], output="latent")
+    assert max_error(latents, expected[-1]) <= 5e-6
+
+    deeper = replace(model.spec, transformer=replace(model.spec.transformer, depth_single=5))
+    save_file(Flux(deeper.transformer).state_dict(), path)
+    assert model.load(transformer=path).spec == deeper
+    with pytest.raises(UserError, match="--model"):
+        flux.load(weights=model.folder, transformer=path)
+
+
+@either_family
+def test_one_file_and_shards_of_a_text_encoder_are_the_same(models, name, tmp_path):
+    model = models[name]
+    for folder in ("tokenizer", "tokenizer_2"):
+        if (model.home / folder).is_dir():
+            shutil.copytree(model.home / folder, home(tmp_path, name) / folder)
+    write_weights(home(tmp_path, name), model.spec, model.parts, sharded=False)
+    assert len(list(model.home.glob("text_encoder*/*-of-00002.safetensors"))) == 2
+    assert not list(home(tmp_path, name).glob("text_encoder*/*.json"))
+    one, shards = (model.load(weights=folder).encode(PROMPTS) for folder in (tmp_path, model.folder))
+    assert torch.equal(one.tokens, shards.tokens)
+    assert one.pooled is None or torch.equal(one.pooled, shards.pooled)
