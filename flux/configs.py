@@ -56,8 +56,12 @@ class FLUX1Text:
     clip_tokenizer: tuple[str, ...] = ("tokenizer/vocab.json", "tokenizer/merges.txt")
 
     @property
-    def weight_files(self) -> tuple[tuple[str, ...], ...]:
-        return self.t5_files, self.clip_files
+    def networks(self) -> dict[str, tuple[str, ...]]:
+        return {"t5": self.t5_files, "clip": self.clip_files}
+
+    @property
+    def tokenizers(self) -> dict[str, tuple[str, ...]]:
+        return {"t5_tokenizer": self.t5_tokenizer, "clip_tokenizer": self.clip_tokenizer}
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,12 @@ class FLUX2Text:
     tokenizer: tuple[str, ...] = ("tokenizer/tokenizer.json",)
 
     @property
-    def weight_files(self) -> tuple[tuple[str, ...], ...]:
-        return (self.files,)
+    def networks(self) -> dict[str, tuple[str, ...]]:
+        return {"model": self.files}
+
+    @property
+    def tokenizers(self) -> dict[str, tuple[str, ...]]:
+        return {"tokenizer": self.tokenizer}
 
 
 APACHE = Licence("Apache-2.0", commercial=True, gated=False)
@@ -81,18 +89,14 @@ KLEIN = Licence("FLUX Non-Commercial License", commercial=False, gated=True)
 TOY = Licence("Apache-2.0", commercial=True, gated=False)  # trained on generated pictures
 
 FLUX1 = FluxConfig(
-    in_channels=64, out_channels=64, context_dim=4096, hidden_size=3072, num_heads=24, depth=19, depth_single=38, mlp_ratio=4.0,
-    axes_dim=(16, 56, 56), theta=10_000, vector_dim=768, bias=True, gated_mlp=False, shared_modulation=False,
+    in_channels=64, out_channels=64, context_dim=4096, hidden_size=3072, num_heads=24, depth=19, depth_single=38,
+    mlp_ratio=4.0, axes_dim=(16, 56, 56), theta=10_000, vector_dim=768, bias=True, gated_mlp=False, shared_modulation=False,
 )  # fmt: skip
 FLUX2 = FluxConfig()
-KLEIN_4B = replace(
-    FLUX2, context_dim=7680, hidden_size=3072, num_heads=24, depth=5, depth_single=20, guidance=False
-)
-KLEIN_9B = replace(
-    FLUX2, context_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single=24, guidance=False
-)
+KLEIN_4B = replace(FLUX2, context_dim=7680, hidden_size=3072, num_heads=24, depth=5, depth_single=20, guidance=False)
+KLEIN_9B = replace(FLUX2, context_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single=24, guidance=False)
 TINY = replace(
-    FLUX2, in_channels=64, out_channels=64, context_dim=384, hidden_size=192, num_heads=6, depth=2, depth_single=4,
+    FLUX2, in_channels=64, out_channels=64, context_dim=384, hidden_size=128, num_heads=4, depth=2, depth_single=4,
     axes_dim=(8, 8, 8, 8), guidance=False,
 )  # fmt: skip
 
@@ -112,16 +116,16 @@ QWEN3_TINY = LanguageModelConfig(
 
 DISTILLED = "it was distilled to sample without guidance, in few steps"
 
+VAE, AE = "vae/diffusion_pytorch_model.safetensors", "ae.safetensors"  # diffusers' names, and BFL's
+
 _flux1 = ModelSpec(
     name="", repository="", licence=DEV, transformer=FLUX1, transformer_file="", text=FLUX1Text(), text_length=512,
-    autoencoder=AE1, autoencoder_files=("ae.safetensors", "vae/diffusion_pytorch_model.safetensors"), schedule="linear", steps=50, guidance=3.5,
+    autoencoder=AE1, autoencoder_files=(AE, VAE), schedule="linear", steps=50, guidance=3.5,
 )  # fmt: skip
 _flux2 = replace(
-    _flux1, licence=DEV2, transformer=FLUX2, text=FLUX2Text(MISTRAL), autoencoder=AE2, schedule="empirical", steps=50, guidance=4.0
+    _flux1, licence=DEV2, transformer=FLUX2, text=FLUX2Text(MISTRAL), autoencoder=AE2, schedule="empirical", guidance=4.0
 )
-_klein = replace(
-    _flux2, autoencoder_files=("vae/diffusion_pytorch_model.safetensors", "ae.safetensors"), steps=4, guidance=None, fixed=DISTILLED
-)
+_klein = replace(_flux2, autoencoder_files=(VAE, AE), steps=4, guidance=None, fixed=DISTILLED)
 _klein_4b = replace(_klein, licence=APACHE, transformer=KLEIN_4B, text=FLUX2Text(QWEN3_4B))
 _klein_9b = replace(_klein, licence=KLEIN, transformer=KLEIN_9B, text=FLUX2Text(QWEN3_8B))
 _base = dict(steps=50, guidance=4.0, cfg=True, fixed="")
@@ -147,8 +151,9 @@ MODELS: dict[str, ModelSpec] = _table([
     _row(_klein_9b, "FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv.safetensors"),
     _row(_klein_4b, "FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", **_base),
     _row(_klein_9b, "FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", **_base),
-    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, transformer=TINY, transformer_file="flux-2-tiny.safetensors",
+    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=128, steps=8, fixed="",
+            transformer=TINY, transformer_file="flux-2-tiny.safetensors",
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)), text_length=32,
-            autoencoder=AE_TINY, autoencoder_files=("ae.safetensors",), steps=8, fixed="", size=128),
+            autoencoder=AE_TINY, autoencoder_files=("ae.safetensors",)),
 ])  # fmt: skip
 EMBEDDED = Path(__file__).parent / "tiny"  # the files of the embedded model, in the layout of a repository

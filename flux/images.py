@@ -3,7 +3,10 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -24,16 +27,19 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def check_output(path: Path) -> None:
-    """Refuse, before any work is done, an output that could not be written."""
+def check_output(path: Path, texts: Iterable[str] = ()) -> None:
+    """Refuse, before any work is done, an output that could not be written, or could not hold one of these texts."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--output {path}: {path.suffix or 'no suffix'} is not a picture format; use {', '.join(FORMATS)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        unused(path)  # raises if the name is too long for the file system
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"--output {path}: cannot write into {path.parent} ({error.strerror}); choose another folder") from None
+        raise UserError(f"--output {path}: cannot be written there ({error.strerror}); choose another folder or name") from None
+    if FORMATS[path.suffix.lower()] == "JPEG" and any(len(json.dumps(text)) > 60_000 for text in texts):
+        raise UserError(f"--output {path}: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp")
 
 
 def unused(path: Path) -> Path:
@@ -45,22 +51,25 @@ def unused(path: Path) -> Path:
 
 
 def save(image: Image.Image, path: Path, metadata: dict) -> Path:
-    """Write a picture and its parameters under a new name; returns the name. Atomic: there is a whole file or none."""
+    """Write a picture and its parameters under a new name; returns the name."""
     text = json.dumps(metadata, ensure_ascii=True)
-    kind = FORMATS[path.suffix.lower()]
-    options: dict = {"format": kind}
-    if kind == "PNG":
+    options: dict = {"format": FORMATS[path.suffix.lower()]}
+    if options["format"] == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt(KEY, text)
     else:  # CDATA may not hold its own end
         options |= {"quality": 95, "xmp": XMP.format(text.replace("]]>", "]]\\u003e")).encode()}
-    if kind == "JPEG":
+    if options["format"] == "JPEG":
         options["subsampling"] = 0
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    return write_new(path, lambda file: image.save(file, **options))
+
+
+def write_new(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Have a file written under an `unused` name; returns the name. Atomic: there is a whole file or none."""
+    part = path.parent / f".{uuid4().hex}.part"
     try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, **options)
-        os.chmod(part, 0o666 & ~_umask())  # mkstemp makes private files
+        with part.open("xb") as file:
+            write(file)
         while True:
             target = unused(path)
             try:
@@ -72,7 +81,7 @@ def save(image: Image.Image, path: Path, metadata: dict) -> Path:
                 os.replace(part, target)
                 return target
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict:
@@ -82,14 +91,12 @@ def read_metadata(path: Path) -> dict:
             text = image.info.get(KEY)
             if text is None and (xmp := image.info.get("xmp")):
                 text = xmp.decode("utf-8").partition("<![CDATA[")[2].partition("]]>")[0]
-        return json.loads(text)
+        if isinstance(metadata := json.loads(text), dict):
+            return metadata
+        raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, TypeError, ValueError):
-        raise UserError(f"{path} is not a picture that carries flux parameters (were they stripped by another program?)") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    except (OSError, TypeError, ValueError, RecursionError, Image.DecompressionBombError):
+        raise UserError(
+            f"{path} is not a picture that carries flux parameters (were they stripped by another program?)"
+        ) from None

@@ -1,5 +1,7 @@
 """Prompt -> tokens -> features -> noise -> velocity -> latents -> picture: the steps in order, and what is in memory when."""
 
+import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,34 +14,47 @@ from PIL import Image
 from torch import Tensor
 
 from flux import sampling
-from flux.autoencoder import AutoEncoder, from_diffusers
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers
 from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
 from flux.errors import UserError
 from flux.images import to_images
 from flux.text import TextFeatures, text_encoder
 from flux.transformer import NUMERICS, Flux, Numerics
-from flux.weights import Network, find, find_all, infer_config, is_local, shard_files
+from flux.weights import Network, find_all, infer_config, is_local, read_header, shard_files
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
 
 
-def load(name: str | None = None, weights: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None,
-         numerics: str | Numerics = "exact", transformer: str | Path | None = None, check_weights: bool = False) -> "Pipeline":  # fmt: skip
+def load(
+    name: str | None = None,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    numerics: str | Numerics = "exact",
+    transformer: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    check_weights: bool = False,
+) -> "Pipeline":
     """A pipeline for a model of `flux.MODELS`; the embedded toy where neither `name` nor `transformer` is given.
 
-    `weights`: a folder to find the files in; else $FLUX_WEIGHTS, the Hugging Face cache, or a download. `transformer`: a file in
-    BFL's layout to use in place of the row's own; without `name`, the row is the first of its shape. `dtype`: bfloat16, and
-    float32 for the toy. Every file is found and checked here; UserError says what is wrong. `check_weights` looks for NaN too.
+    `weights`: a folder to find the files in; else $FLUX_WEIGHTS, the Hugging Face cache, or a download. `transformer`: a file
+    in BFL's layout to use in place of the row's own; without `name`, the row is the first of its shape. `autoencoder`: the
+    same, with a decoder of any width. `dtype`: bfloat16 by default, and float32 for the toy. Every file is found and checked
+    here, and UserError says what is wrong with it; `check_weights` looks for NaN too.
     """
     spec = find_spec(name, transformer)
     if isinstance(numerics, str) and numerics not in NUMERICS:
         raise UserError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
     numerics = NUMERICS[numerics] if isinstance(numerics, str) else numerics
     dtype = dtype or (torch.float32 if spec.embedded else torch.bfloat16)
+    device = choose_device(device)
     files = locate(spec, None if weights is None else Path(weights))
     if transformer is not None:
         files["transformer"] = shard_files(Path(transformer))
-    return Pipeline(spec, files, choose_device(device), dtype, numerics, check_weights)
+    if autoencoder is not None:
+        files["autoencoder"] = [Path(autoencoder)]
+        spec = replace(spec, autoencoder=with_decoder_of(spec.autoencoder, Path(autoencoder)))
+    return Pipeline(spec, files, device, dtype, numerics, check_weights)
 
 
 class Pipeline:
@@ -51,7 +66,9 @@ class Pipeline:
         self.spec, self.device, self.dtype, self.numerics = spec, device, dtype, numerics
         self.text = text_encoder(spec.text, files, spec.text_length, **options)
         build = lambda config: Flux(config, numerics)  # noqa: E731
-        self.transformer = Network(build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."), **options)
+        self.transformer = Network(
+            build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."), **options
+        )
         self.autoencoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **options)
         networks = (*self.text.networks, self.transformer, self.autoencoder)
         self.resident = sum(n.bytes for n in networks) < 0.8 * free_memory(device)  # else a stage's networks go when it ends
@@ -158,12 +175,16 @@ def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelS
     if name is not None:
         spec = MODELS[name.lower()]
         if config.context_dim != spec.transformer.context_dim or config.vector_dim != spec.transformer.vector_dim:
-            raise UserError(f"--transformer {transformer} reads text of width {config.context_dim}, but {spec.name}'s text encoder "
-                            f"gives {spec.transformer.context_dim}: choose another --model, or leave it out")  # fmt: skip
+            raise UserError(
+                f"--transformer {transformer} reads text of width {config.context_dim}, but the text encoder of {spec.name} "
+                f"gives {spec.transformer.context_dim}: choose another --model, or leave it out"
+            )
         return replace(spec, transformer=config)
     alike = [spec for spec in MODELS.values() if spec.transformer == config]
     if not alike:
-        raise UserError(f"--transformer {transformer} has the shape of no released model: name the one that it derives from with --model")
+        raise UserError(
+            f"--transformer {transformer} has the shape of no released model: name the one that it derives from with --model"
+        )
     if len(alike) > 1:
         others = ", ".join(spec.name for spec in alike[1:])
         warnings.warn(f"{transformer} has the shape of {alike[0].name}, which is assumed; if it derives from {others}, "
@@ -171,11 +192,20 @@ def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelS
     return alike[0]
 
 
+def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
+    """FLUX.2 has a second, narrower decoder for the same latents: tell them apart by the width of its first layer."""
+    infos, _ = read_header(path)
+    width = infos["decoder.conv_in.weight"].shape[0] if "decoder.conv_in.weight" in infos else 0
+    return replace(config, decoder_ch=width // config.ch_mult[-1] or None)
+
+
 def choose_device(device: str | None) -> torch.device:
     """The device that is asked for, if it is there; else the best that is."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
+        if torch.device(device).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
         torch.empty(1, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -184,18 +214,23 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes; endless on the CPU, where weights stay in their files until they are read."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+    """Bytes that weights may take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
 
 def check_size(height: int, width: int) -> tuple[int, int]:
     for name, n in (("width", width), ("height", height)):
         if n % 16 or not 64 <= n <= 8192:
-            low, high = max(64, n // 16 * 16), min(8192, max(64, n // 16 * 16 + 16))
+            low, high = (min(8192, max(64, n // 16 * 16 + more)) for more in (0, 16))
             nearest = str(low) if not 64 <= n <= 8192 else f"{low} or {high}"
             raise UserError(f"--{name} {n}: sizes are multiples of 16 from 64 to 8192; the nearest is {nearest}")
     if width * height > 2**24:
-        raise UserError(f"{width}x{height} is {width * height / 1e6:.0f} megapixels; at most 16.8 are possible")
+        size = f"{width * height / 1e6:.0f} megapixels"
+        raise UserError(f"--width {width} --height {height}: that is {size}, and at most 16.8 are possible")
     return height, width
 
 
@@ -217,7 +252,10 @@ def check_guidance(spec: ModelSpec, guidance: float | None) -> float | None:
         raise UserError(f"--guidance {guidance}: must be from 0 to 100; {spec.name} is meant for {spec.guidance}")
     if spec.guidance is None:
         if guidance != 1:
-            raise UserError(f"{spec.name} takes no --guidance (here {guidance}): {spec.fixed}; leave it out, or use a base or dev model")
+            why = spec.fixed or "it was trained without"
+            raise UserError(
+                f"{spec.name} takes no --guidance (here {guidance}): {why}; leave it out, or use a base or dev model"
+            )
         return None
     return guidance
 
@@ -249,30 +287,23 @@ def check_count(count: int, seed: int) -> None:
 
 def locate(spec: ModelSpec, weights: Path | None) -> dict[str, list[Path] | Path]:
     """Every file that a row needs: lists of weights for networks, folders for tokenizers."""
-    text = spec.text
-    if isinstance(text, FLUX1Text):
-        wanted = {"t5": text.t5_files, "clip": text.clip_files}
-        tokenizers = {"t5_tokenizer": text.t5_tokenizer, "clip_tokenizer": text.clip_tokenizer}
-    else:
-        wanted, tokenizers = {"model": text.files}, {"tokenizer": text.tokenizer}
-    wanted |= {"transformer": (spec.transformer_file,), "autoencoder": spec.autoencoder_files}
-    files: dict[str, list[Path] | Path] = {part: _find(spec, choices, weights) for part, choices in wanted.items()}
-    for part, names in tokenizers.items():
-        if not spec.embedded:  # not _find, to which a .json is an index of shards
-            files[part] = [find(spec.repository, name, weights, spec.licence.name, spec.licence.gated) for name in names][0].parent
-        else:
-            files[part] = (EMBEDDED / names[0]).parent
+    files: dict[str, list[Path] | Path] = {part: _find(spec, choices, weights) for part, choices in networks(spec).items()}
+    for part, names in spec.text.tokenizers.items():
+        files[part] = [_find(spec, (name,), weights)[0] for name in names][0].parent
     return files
+
+
+def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """The files of each network, any of which will do."""
+    return {**spec.text.networks, "transformer": (spec.transformer_file,), "autoencoder": spec.autoencoder_files}
 
 
 def is_here(spec: ModelSpec, weights: Path | None = None) -> bool:
     """Whether a row could be loaded without a download."""
+    needed = (*networks(spec).values(), *((name,) for names in spec.text.tokenizers.values() for name in names))
     try:
-        return spec.embedded or all(
-            any(is_local(spec.repository, name, weights) for name in choices)
-            for choices in ((spec.transformer_file,), spec.autoencoder_files, *spec.text.weight_files)
-        )
-    except UserError:
+        return spec.embedded or all(any(is_local(spec.repository, name, weights) for name in choices) for choices in needed)
+    except UserError:  # a damaged index
         return False
 
 

@@ -124,7 +124,7 @@ class Flux(nn.Module):
         return vec
 
     def modulations(self, vec: Tensor) -> tuple[list, list]:
-        """(B, D) -> [(img, txt)] per double block, [mod] per single block. A function of time, guidance and pooled text only."""
+        """(B, D) -> [(img, txt)] per double block, [mod] per single block: of time, guidance and pooled text only."""
         vec = F.silu(vec)
         if self.config.shared_modulation:  # FLUX.2: computed once, handed to every block
             double = self.double_stream_modulation_img(vec), self.double_stream_modulation_txt(vec)

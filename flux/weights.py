@@ -120,12 +120,16 @@ def _span(path: Path, name: str, entry: dict) -> tuple[int, int]:
 def shard_files(path: Path) -> list[Path]:
     """The file itself, or the shards that a `*.safetensors.index.json` names: all present, all beside it."""
     path = Path(path)
-    if path.suffix != ".json":
+    if not is_index(path):
         return [path]
     shards = [path.parent / name for name in _shard_names(path)]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise UserError(f"{path} names {len(shards)} files that must lie beside it, and lacks {_some(missing)}.")
     return shards
+
+
+def is_index(path: Path) -> bool:
+    return path.name.endswith(".index.json")
 
 
 def _shard_names(index: Path) -> list[str]:
@@ -386,7 +390,7 @@ def find_all(
 ) -> list[Path]:
     """As `find`, for a file that may be a `*.safetensors.index.json`: the shards that it names, all from one place."""
     path = find(repository, filename, weights, licence, gated)
-    if path.suffix == ".json":
+    if is_index(path):
         for name in _shard_names(path):
             find(repository, str(PurePosixPath(filename).with_name(name)), weights, licence, gated)
     return shard_files(path)
@@ -395,7 +399,7 @@ def find_all(
 def is_local(repository: str, filename: str, weights: Path | None = None) -> bool:
     """Whether `find_all` would find everything without a download."""
     path = _in_folder(repository, filename, weights) or _in_cache(repository, filename)
-    if path is None or path.suffix != ".json":
+    if path is None or not is_index(path):
         return path is not None
     return all((path.parent / name).is_file() for name in _shard_names(path))
 

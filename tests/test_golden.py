@@ -35,7 +35,8 @@ def golden(name: str, *modules: nn.Module) -> dict[str, dict[str, Tensor]]:
     tensors, kinds = load_file(path), {"in": {}, "out": {}, "file": {}}
     names = [tensor for module in modules for tensor in module.state_dict()]
     before, now = tensors.pop("fingerprint"), fingerprint(*modules)
-    drawn = f"torch {torch.__version__} draws other random weights here than {read_header(path)[1]['torch']} did for {path.name}"
+    then = read_header(path)[1]["torch"]
+    drawn = f"torch {torch.__version__} draws other random weights here than {then} did for {path.name}"
     for tensor, a, b in zip(names, before, now, strict=True):
         assert abs(a - b) <= 1e-5, f"{drawn}, in {tensor}: run scripts/golden.py"
     for key, tensor in tensors.items():

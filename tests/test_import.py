@@ -1,0 +1,41 @@
+"""`import flux` and what it offers must not wait for what a run may never need.
+
+Deterministic facts only: which modules are loaded, never how long it took. Each is asked in a fresh interpreter.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def loaded_by(code: str, before: str = "pass") -> set[str]:
+    """The modules that `code` adds to those that `before` has loaded."""
+    script = f"import sys, json\n{before}\nseen = set(sys.modules)\n{code}\nprint(json.dumps(sorted(set(sys.modules) - seen)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_import_flux_loads_nothing_else():
+    assert {name for name in loaded_by("import flux") if name.split(".")[0] not in sys.stdlib_module_names} == {"flux"}
+
+
+def test_what_flux_offers_needs_little_beyond_torch():
+    """No tokenizer, hub, progress bar, compiler of torch or other library before it is used: only small ones."""
+    added = loaded_by("import flux; flux.MODELS; flux.load; flux.Pipeline; flux.UserError", before="import torch")
+    outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
+    assert outside <= {"flux", "einops", "safetensors", "PIL"}
+    assert "flux.pipeline" in added and not {name for name in added if name.startswith(("torch", "flux.shapes"))}
+
+
+def test_public_names():
+    import flux
+
+    assert set(flux.__all__) == {"MODELS", "Pipeline", "UserError", "load"} and all(map(flux.__getattr__, flux.__all__))
+    assert flux.sampling.schedule("unshifted", 1, 1).tolist() == [1, 0]  # a submodule, without its own import
+    with pytest.raises(AttributeError, match="nonsense"):
+        flux.nonsense  # noqa: B018

@@ -1,0 +1,269 @@
+"""flux.sampling: schedules, coordinates, noise and Euler's method.
+
+The truth: schedules that were computed with Black Forest Labs' and diffusers' own code, kept here as numbers; diffusers
+0.42.1, live; and differential equations whose solution, or whose Euler sum, is known in closed form.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flux import sampling
+from flux.errors import NonFiniteError
+from flux.transformer import NUMERICS
+
+ULP = 1.2e-7  # of float32, below 1
+SHIFTED = [("linear", 28, 4096), ("linear", 50, 4080), ("linear", 1, 16), ("empirical", 4, 4096), ("empirical", 50, 4096),
+           ("empirical", 28, 1024), ("empirical", 4, 4300), ("empirical", 4, 4301), ("empirical", 250, 8100)]  # fmt: skip
+steps_, tokens_ = st.integers(1, 1000), st.integers(16, 65536)
+MODERATE = settings(max_examples=50, deadline=None)
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("kind, steps, tokens, first, last", [
+    # The sigmas of diffusers 0.42.1's scheduler, configured as the FLUX.1-dev and FLUX.1-schnell repositories do.
+    ("linear", 28, 4096, [1, 0.988408625, 0.976222456, 0.963394403, 0.949872553], 0.104720898),
+    ("linear", 50, 4096, [1], 0.060550276),
+    ("linear", 28, 1024, [1, 0.980655968, 0.960643768], 0.0650196),
+    ("unshifted", 4, 4096, [1, 0.75, 0.5, 0.25], 0.25),
+    # The same scheduler with FLUX.2's mu, which BFL's flux2 repository equals to 1.2e-7.
+    ("empirical", 4, 4096, [1, 0.9673840404, 0.9081439376, 0.7671999335], 0.7671999335),
+    ("empirical", 50, 4096, [1, 0.9973090887, 0.9945213795, 0.9916315675, 0.9886339903], None),
+])  # fmt: skip
+def test_schedule_as_published(kind, steps, tokens, first, last):
+    times = sampling.schedule(kind, steps, tokens)
+    assert times.dtype == torch.float32 and times.shape == (steps + 1,)
+    assert times[: len(first)].tolist() == pytest.approx(first, rel=ULP)
+    assert last is None or times[-2].item() == pytest.approx(last, rel=1e-6)
+
+
+@pytest.mark.parametrize("width, height, times", [
+    # Four steps of the distilled FLUX.2 [klein], by BFL's get_schedule, to the digits that were printed.
+    (1024, 1024, [1, 0.96738, 0.90814, 0.76720, 0]),
+    (512, 512, [1, 0.95809, 0.88398, 0.71750, 0]),
+    (1360, 768, [1, 0.96734, 0.90803, 0.76696, 0]),
+    (1440, 1440, [1, 0.9491, 0.8615, 0.6746, 0]),
+])  # fmt: skip
+def test_klein_schedule_as_published(width, height, times):
+    assert sampling.schedule("empirical", 4, width // 16 * (height // 16)).tolist() == pytest.approx(times, abs=5.1e-5)
+
+
+def test_mu_as_published():
+    """By BFL's code: FLUX.1 whatever the steps, FLUX.2 by the steps up to 4300 tokens, where its mu falls off a cliff."""
+    assert [sampling.linear_mu(n, s) for n, s in ((256, 4), (1024, 28), (4080, 50), (4096, 1))] == pytest.approx(
+        [0.5, 0.63, 1.14729166, 1.15], abs=1e-8
+    )
+    assert sampling.empirical_mu(4096, 4) == pytest.approx(2.291179894115571, rel=1e-14)
+    assert sampling.empirical_mu(4096, 50) == pytest.approx(2.0233511571292637, rel=1e-14)
+    assert sampling.empirical_mu(4096, 28) == pytest.approx(2.151443161774889, rel=1e-14)
+    cliff = [sampling.empirical_mu(n, s) for s in (4, 50) for n in (4300, 4301)]
+    assert cliff == pytest.approx([2.3085, 1.1847, 2.0447, 1.1847], abs=5e-5)
+    assert sampling.empirical_mu(8100, 4) == sampling.empirical_mu(8100, 50) == pytest.approx(1.8278, abs=5e-5)
+
+
+def by_diffusers(kind: str, steps: int, tokens: int):
+    """diffusers' scheduler after `set_timesteps`, called as its pipelines do."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    if kind == "unshifted":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        scheduler.set_timesteps(sigmas=sigmas)
+        return scheduler
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+                                                base_image_seq_len=256, max_image_seq_len=4096)  # fmt: skip
+    mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15) if kind == "linear" else compute_empirical_mu(tokens, steps)
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    return scheduler
+
+
+@pytest.mark.parametrize("kind, steps, tokens", [*SHIFTED, ("unshifted", 4, 4096), ("unshifted", 7, 100)])
+def test_schedule_equals_diffusers(kind, steps, tokens):
+    difference = sampling.schedule(kind, steps, tokens) - by_diffusers(kind, steps, tokens).sigmas
+    assert difference.abs().max() <= ULP
+
+
+@pytest.mark.parametrize("kind", ["unshifted", "linear", "empirical"])
+@MODERATE
+@given(steps=steps_, tokens=tokens_)
+def test_times_fall_from_one_to_zero(kind, steps, tokens):
+    times = sampling.schedule(kind, steps, tokens)
+    assert times[0] == 1 and times[-1] == 0 and (times.diff() <= 0).all()
+    if tokens <= 16384:  # above, mu outgrows float32: at 4096x4096 the first of very many steps begin at the same time
+        assert (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize("kind, most", [("linear", 16384), ("empirical", 4300)])
+@MODERATE
+@given(data=st.data(), steps=st.integers(2, 100))
+def test_larger_pictures_stay_longer_near_the_noise(kind, most, data, steps):
+    few = data.draw(st.integers(16, most // 2))
+    more = data.draw(st.integers(2 * few, most))
+    before, after = (sampling.schedule(kind, steps, n)[1:-1] for n in (few, more))
+    assert (after > before).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- coordinates
+
+
+def test_ids_equal_diffusers():
+    from diffusers import Flux2Pipeline, FluxPipeline
+
+    h, w, length = 3, 5, 7
+    flux1 = FluxPipeline._prepare_latent_image_ids(1, h, w, "cpu", torch.float32)
+    latents, text = torch.zeros(1, 8, h, w), torch.zeros(1, length, 4)
+    assert sampling.image_ids(h, w, axes=3).tolist() == flux1.tolist()
+    assert torch.equal(sampling.image_ids(h, w, axes=4), Flux2Pipeline._prepare_latent_ids(latents)[0])
+    assert torch.equal(sampling.text_ids(length, axes=4), Flux2Pipeline._prepare_text_ids(text)[0])
+    references = Flux2Pipeline._prepare_image_ids([latents[0][None], torch.zeros(1, 8, w, h)])[0]
+    assert torch.equal(torch.cat([sampling.image_ids(h, w, 4, t=10), sampling.image_ids(w, h, 4, t=20)]), references)
+
+
+def test_ids_of_a_small_picture():
+    assert sampling.image_ids(2, 3, axes=3, t=1).tolist() == [[1, r, c] for r in range(2) for c in range(3)]
+    assert sampling.image_ids(2, 3, axes=4).tolist() == [[0, r, c, 0] for r in range(2) for c in range(3)]
+    assert sampling.text_ids(4, axes=3).tolist() == [[0, 0, 0]] * 4
+    assert sampling.text_ids(4, axes=4).tolist() == [[0, 0, 0, k] for k in range(4)]
+    assert sampling.image_ids(2, 3, axes=4).dtype == sampling.text_ids(4, axes=4).dtype == torch.int64
+
+
+# ---------------------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**63 - 4), count=st.integers(1, 3), size=st.tuples(st.integers(4, 9), st.integers(4, 9)))
+def test_image_k_of_a_batch_has_the_noise_of_seed_k(spatial, seed, count, size):
+    batch = sampling.noise(range(seed, seed + count), 8, *size, spatial)
+    assert batch.shape == (count, 8, *size) and batch.dtype == torch.float32
+    assert torch.equal(batch, torch.cat([sampling.noise([seed + k], 8, *size, spatial) for k in range(count)]))
+
+
+def test_flux1_noise_equals_diffusers():
+    """Drawn on the grid of the autoencoder and packed by `_pack_latents`; tokens of 64 channels."""
+    from diffusers import FluxPipeline
+
+    drawn = torch.randn(1, 16, 6, 10, generator=torch.Generator().manual_seed(7))
+    tokens = FluxPipeline._pack_latents(drawn, 1, 16, 6, 10)  # (1, 15, 64)
+    ours = sampling.noise([7], 64, 3, 5, spatial=True)
+    assert torch.equal(ours.flatten(2).mT, tokens)
+
+
+def test_flux2_noise_is_drawn_as_packed():
+    drawn = torch.randn(1, 128, 3, 5, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(sampling.noise([7], 128, 3, 5, spatial=False), drawn)
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+def test_noise_is_standard_normal_and_leaves_the_global_generator_alone(spatial):
+    before = torch.get_rng_state()
+    x = sampling.noise([1, 2], 128, 32, 32, spatial).double()  # 262144 numbers: the bounds are five standard errors
+    assert torch.equal(torch.get_rng_state(), before)
+    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.007 and abs((x**4).mean() - 3) < 0.1
+    assert abs((x[0] * x[1]).mean()) < 0.014 and abs((x[..., 1:] * x[..., :-1]).mean()) < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------- Euler
+
+
+def even(steps: int) -> Tensor:
+    return sampling.schedule("unshifted", steps, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(steps=st.integers(1, 60), kind=st.sampled_from(["unshifted", "linear", "empirical"]))
+def test_a_straight_line_ends_at_its_picture_in_any_number_of_steps(steps, kind):
+    generator = torch.Generator().manual_seed(steps)
+    noise, picture = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    made = sampling.denoise(lambda x, t: noise - picture, noise, sampling.schedule(kind, steps, 1024))
+    assert (made - picture).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 250])
+def test_euler_sums_in_closed_form(steps):
+    """In N even steps from t = 1 to 0: dx/dt = t ends at -(N + 1) / 2N, from 0, and dx/dt = x at (1 - 1/N)^N, from 1."""
+    zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    made = sampling.denoise(lambda x, t: torch.full_like(x, t), zero, even(steps))
+    assert made.tolist() == pytest.approx([-(steps + 1) / (2 * steps)] * 3, rel=1e-6)
+    made = sampling.denoise(lambda x, t: x, one, even(steps))
+    assert made.tolist() == pytest.approx([(1 - 1 / steps) ** steps] * 3, rel=1e-5, abs=1e-12)
+
+
+def test_velocity_sees_each_time_and_state_and_the_callback_what_comes_of_it():
+    times, seen, told = sampling.schedule("linear", 5, 1024), [], []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        seen.append((t, x))
+        return torch.ones_like(x)
+
+    made = sampling.denoise(velocity, torch.zeros(2), times, lambda *step: told.append(step))
+    assert [t for t, _ in seen] == times[:-1].tolist()
+    assert [(step, t) for step, t, _ in told] == list(enumerate(times[1:].tolist(), start=1))
+    states = [x for *_, x in told]
+    assert all(torch.equal(x, before) for (_, x), before in zip(seen[1:], states, strict=False))
+    assert torch.equal(made, states[-1]) and made.tolist() == pytest.approx([-1, -1])
+
+
+def bfloat16_run(numerics: str, steps: int = 12) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
+    """Velocities in bfloat16 that depend on nothing, the noise, the states after each step, and the times."""
+    generator, times, states = torch.Generator().manual_seed(3), sampling.schedule("linear", steps, 1024), []
+    velocities = [torch.randn(64, generator=generator).bfloat16() for _ in range(steps)]
+    noise, left = torch.randn(64, generator=generator), iter(velocities)
+    note = lambda step, t, x: states.append(x)  # noqa: E731
+    sampling.denoise(lambda x, t: next(left), noise, times, note, NUMERICS[numerics])
+    return velocities, noise, states, times
+
+
+def test_bfloat16_state_of_diffusers_equals_its_scheduler():
+    velocities, noise, states, _ = bfloat16_run("diffusers")
+    scheduler = by_diffusers("linear", 12, 1024)
+    x = noise.bfloat16()
+    for v, t, state in zip(velocities, scheduler.timesteps, states, strict=True):
+        x = scheduler.step(v, t, x, return_dict=False)[0]
+        assert state.dtype == torch.bfloat16 and torch.equal(state, x)
+
+
+def test_bfloat16_state_of_bfl_is_rounded_at_every_step():
+    """As in BFL's `denoise`: img = img + (t_prev - t_curr) * pred, a Python float times a tensor in bfloat16."""
+    velocities, noise, states, times = bfloat16_run("bfl")
+    x = noise.bfloat16()
+    for k, (v, state) in enumerate(zip(velocities, states, strict=True)):
+        product = ((times[k + 1].item() - times[k].item()) * v.double()).bfloat16()
+        x = (x.float() + product.float()).bfloat16()
+        assert state.dtype == torch.bfloat16 and torch.equal(state, x)
+
+
+def test_exact_state_is_float32_and_the_numerics_do_differ():
+    velocities, noise, states, times = bfloat16_run("exact")
+    truth = noise.double() + sum((b - a) * v.double() for a, b, v in zip(times, times[1:], velocities, strict=False))
+    assert states[-1].dtype == torch.float32 and (states[-1] - truth).abs().max() <= 2e-6
+    ends = {name: bfloat16_run(name)[2][-1].double() for name in ("bfl", "diffusers")}
+    assert all(1e-4 < (end - truth).abs().max() < 0.1 for end in ends.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_state_that_is_not_finite_is_told_by_its_step(value):
+    told = []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return torch.where(torch.arange(4) == 2, value, 0.0) if t < 0.5 else torch.zeros(4)
+
+    with pytest.raises(NonFiniteError, match=r"step 4 of 5 \(t = 0.2000\).*--check-weights.*--dtype float32"):
+        sampling.denoise(velocity, torch.zeros(4), even(5), lambda step, t, x: told.append(step))
+    assert told == [1, 2, 3]
+
+
+def test_guidance():
+    generator = torch.Generator().manual_seed(0)
+    c, u = torch.randn(100, generator=generator), torch.randn(100, generator=generator)
+    assert torch.equal(sampling.guided(c, u, 0), u)
+    assert torch.allclose(sampling.guided(c, u, 1), c, rtol=0, atol=5e-7)
+    assert torch.allclose(sampling.guided(c, u, 4), 4 * c - 3 * u, rtol=0, atol=5e-6)
+    assert sampling.guided(torch.tensor(3.0), torch.tensor(1.0), 2.5) == 6
