@@ -1,10 +1,13 @@
 """Trains the embedded toy model `flux.2-tiny`, from nothing, on pictures that it draws itself.
 
     python scripts/train.py runs/tiny --export flux/tiny
+    python scripts/train.py runs/more --export flux/tiny --start-from flux/tiny --autoencoder-minutes 0
 
-In turn: a tokenizer, pictures, the autoencoder, the pictures' latents, the transformer with its text encoder. What is in the
-run's folder is not made again, and a network whose training was stopped goes on from its last checkpoint. Lengths are minutes, not steps: the learning rates follow the clock, so a run ends when it was told to,
-on any machine. Loss logs (CSV) and contact sheets (PNG) appear in the folder as it goes.
+In turn: a tokenizer, pictures, the autoencoder, the pictures' latents, the transformer with its text encoder, and the decoder
+once more. What is in the run's folder is not made again, and a network whose training was stopped goes on from its last
+checkpoint. Lengths are minutes, not steps: the learning rates follow the clock, so a run ends when it was told to, on any
+machine. Loss logs (CSV) and contact sheets (PNG) appear in the folder as it goes. The second command trains the embedded model
+further, on its own latents.
 """
 
 import argparse
@@ -14,7 +17,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +40,8 @@ from flux.language_model import LanguageModel
 from flux.transformer import Flux
 
 SPEC = MODELS["flux.2-tiny"]
+AE_EDGES = ("conv_in", "conv_out", "quant_conv")  # layers at the edges of a network are not for Muon
+EDGES = ("img_in", "txt_in", "time_in", "modulation", "final_layer", "embed_tokens")
 
 
 # ---------------------------------------------------------------- the training loop, for either network
@@ -49,6 +55,8 @@ class Trainer:
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
         self.step, self.seconds = 0, 0.0
+        self.device = next(model.parameters()).device
+        self.bfloat16 = bfloat16_is_faster(self.device)
         if path.exists():
             self.restore()
 
@@ -82,11 +90,13 @@ class Trainer:
         self.model.load_state_dict(self.ema)
 
     def update(self, loss: Callable[[int], Tensor]) -> float:
+        """One step of all optimizers, and of the average."""
         rate = min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate
-        value = loss(self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            value = loss(self.step)
         value.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -100,19 +110,13 @@ class Trainer:
                     self.ema[name].lerp_(value_now, 1 - weight)
         return value.item()
 
+    @contextmanager
     def averaged(self):
-        """Context: the EMA weights stand in the model."""
-        trainer = self
-
-        class Swap:
-            def __enter__(self):
-                self.live = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-                trainer.model.load_state_dict(trainer.ema)
-
-            def __exit__(self, *_):
-                trainer.model.load_state_dict(self.live)
-
-        return Swap()
+        """The EMA weights stand in the model."""
+        live = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema)
+        yield
+        self.model.load_state_dict(live)
 
     def save(self):
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -134,6 +138,19 @@ class Trainer:
                 index, name = key.split(".", 1)
                 whole["state"].setdefault(int(index), {})[name] = value
             optimizer.load_state_dict(whole)
+
+
+def bfloat16_is_faster(device: torch.device) -> bool:
+    """Tried out: on some CPUs it is four times as fast as float32, on others several times slower."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.randn(1024, 1024, dtype=dtype, device=device)
+        for _ in range(3):  # the last one counts
+            start = time.perf_counter()
+            (a @ a).sum().item()
+        return time.perf_counter() - start
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 class Muon(torch.optim.Optimizer):
@@ -168,12 +185,15 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def optimizers(model: nn.Module, lr: float, plain: tuple[str, ...]) -> list[torch.optim.Optimizer]:
-    """Muon for matrices and kernels, AdamW for vectors and for what `plain` names: layers that touch pixels, tokens or latents."""
+def optimizers(model: nn.Module, muon: float, adam: float, plain: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+    """Muon for matrices and kernels; AdamW for vectors, and for what `plain` names: layers that touch pixels or tokens.
+
+    `muon` and `adam` are their learning rates.
+    """
     named = list(model.named_parameters())
     inner = [p for name, p in named if p.ndim >= 2 and not any(part in name for part in plain)]
     outer = [p for _, p in named if not any(p is q for q in inner)]
-    return [Muon(inner, lr, weight_decay=0.01), torch.optim.AdamW(outer, lr, (0.9, 0.99), weight_decay=0.0)]
+    return [Muon(inner, muon, weight_decay=0.01), torch.optim.AdamW(outer, adam, (0.9, 0.99), weight_decay=0.0)]
 
 
 def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -193,7 +213,7 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
 
 
 def to_pictures(pixels: Tensor) -> np.ndarray:
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def contact_sheet(path: Path, pictures: np.ndarray, columns: int):
@@ -218,7 +238,7 @@ def busy_picture(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.rint(picture).astype(np.uint8)
 
 
-def train_autoencoder(run: Path, minutes: float, count: int = 3000) -> AutoEncoder:
+def train_autoencoder(run: Path, minutes: float, device: torch.device, start: Path | None, count: int = 3000) -> AutoEncoder:
     """L1 and edges, a light KL; 64-pixel crops (four times the pictures a second), and whole pictures for the last sixth."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -226,22 +246,26 @@ def train_autoencoder(run: Path, minutes: float, count: int = 3000) -> AutoEncod
     for i in range(0, count, 4):
         data[i] = busy_picture(rng, 128)
 
-    model = AutoEncoder(SPEC.autoencoder).to(memory_format=torch.channels_last)
+    model = AutoEncoder(SPEC.autoencoder)
     with torch.no_grad():  # start with little posterior noise: at unit variance nothing gets through for hundreds of steps
         model.encoder.quant_conv.bias[SPEC.autoencoder.z_channels :] -= 6
-    trainer = Trainer(model, optimizers(model, 2e-3, plain=("conv_in", "conv_out", "quant_conv")),
-                      run / "autoencoder.safetensors", minutes, ema=0.998)  # fmt: skip
+    if start:
+        model.load_state_dict(load(start / "ae.safetensors"))
+    model.to(device, memory_format=torch.channels_last)
+    if not minutes:
+        return model
+    trainer = Trainer(model, optimizers(model, 2e-3, 2e-3, AE_EDGES), run / "autoencoder.safetensors", minutes, ema=0.998)
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((1, step))
         size, batch = (64, 8) if trainer.progress < 5 / 6 else (128, 2)
         corner = lambda: rng.integers(0, 129 - size, 2)  # noqa: E731
         crops = [data[i, y : y + size, x : x + size] for i in rng.integers(0, len(data), batch) for y, x in [corner()]]
-        return autoencoder_loss(model, to_pixels(np.stack(crops)).to(memory_format=torch.channels_last))
+        return autoencoder_loss(model, to_pixels(np.stack(crops)).to(device, memory_format=torch.channels_last))
 
     def sheet():
         with torch.no_grad():
-            pixels = to_pixels(data[:8])
+            pixels = to_pixels(data[:8]).to(device)
             decoded = model.decoder(model.encoder(pixels).chunk(2, 1)[0])
         contact_sheet(run / "autoencoder.png", to_pictures(torch.cat([pixels, decoded])), 8)
         print(f"\nPSNR {10 * math.log10(4 / F.mse_loss(decoded.clamp(-1, 1), pixels).item()):.1f} dB")
@@ -255,16 +279,37 @@ def autoencoder_loss(model: AutoEncoder, pixels: Tensor) -> Tensor:
     mean, log_variance = model.encoder(pixels).chunk(2, dim=1)  # (B, z, h, w) each
     log_variance = log_variance.clamp(-30, 20)
     decoded = model.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    return picture_loss(decoded, pixels) + 3e-4 * kl
+
+
+def picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """L1, of the pixels and of the differences between neighbours: sharp edges are worth more than exact greys."""
     error = decoded - pixels
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-    return error.abs().mean() + 0.5 * edges + 3e-4 * kl
+    return error.abs().mean() + 0.5 * edges
+
+
+def train_decoder(run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder):
+    """The decoder alone, on whole pictures and their exact latents: these stay as they are, so the transformer fits still."""
+    data = {**load(run / "pictures-128x128.safetensors"), **load(run / "latents-128x128.safetensors")}
+    decoder = autoencoder.decoder.requires_grad_(True)
+    trainer = Trainer(decoder, optimizers(decoder, 2e-3, 1e-3, AE_EDGES), run / "decoder.safetensors", minutes, ema=0.998)
+
+    def loss(step: int) -> Tensor:
+        rows = np.random.default_rng((3, step)).integers(0, len(data["latents"]), 2)
+        pixels = to_pixels(data["pictures"][rows].numpy()).to(device, memory_format=torch.channels_last)
+        return picture_loss(autoencoder.decode(data["latents"][rows].to(device)), pixels)
+
+    trainer.run(loss)
+    decoder.requires_grad_(False)
 
 
 @torch.no_grad()
 def measure_statistics(model: AutoEncoder, pictures: np.ndarray):
     """The running statistics that FLUX.2 normalises packed latents with, measured over pictures."""
-    packed = torch.cat([pack(model.encoder(to_pixels(p)).chunk(2, 1)[0]) for p in np.array_split(pictures, 32)])
+    device = model.bn.running_mean.device
+    packed = torch.cat([pack(model.encoder(to_pixels(p).to(device)).chunk(2, 1)[0]) for p in np.array_split(pictures, 256)])
     model.bn.running_mean.copy_(packed.mean((0, 2, 3)))
     model.bn.running_var.copy_(packed.var((0, 2, 3)))
 
@@ -336,7 +381,10 @@ def encode_latents(run: Path, model: AutoEncoder):
     for width, height in BUCKETS:
         data = load(run / f"pictures-{width}x{height}.safetensors")
         batches = tqdm(data.pop("pictures").split(4), desc=f"encoding {width}x{height}", mininterval=5)
-        data["latents"] = torch.cat([model.encode(to_pixels(p.numpy()).contiguous()) for p in batches])  # (N, C, h, w)
+        device = model.bn.running_mean.device
+        data["latents"] = torch.cat(
+            [model.encode(to_pixels(p.numpy()).contiguous().to(device)) for p in batches]
+        )  # (N, C, h, w)
         write(run / f"latents-{width}x{height}.safetensors", data)
 
 
@@ -362,7 +410,7 @@ class Networks(nn.Module):
 
 def rectified_flow_loss(networks: Networks, latents: Tensor, ids: Tensor, mask: Tensor, shift: float = 1.5) -> Tensor:
     """Mean squared error of the velocity along straight lines from noise, at logit-normal times (Esser et al. 2024)."""
-    t = torch.sigmoid(torch.randn(len(latents)))
+    t = torch.sigmoid(torch.randn(len(latents), device=latents.device))
     t = shift * t / (1 + (shift - 1) * t)  # (B,)
     noise = torch.randn_like(latents)
     at = rearrange(t, "b -> b 1 1 1")
@@ -370,7 +418,10 @@ def rectified_flow_loss(networks: Networks, latents: Tensor, ids: Tensor, mask: 
     return F.mse_loss(velocity, noise - latents)
 
 
-def train_transformer(run: Path, minutes: float, autoencoder: AutoEncoder, batch: int = 64, dropped: float = 0.1):
+def train_transformer(
+    run: Path, minutes: float, device: torch.device, start: Path | None, autoencoder: AutoEncoder,
+    batch: int = 32, dropped: float = 0.1,
+) -> Networks:  # fmt: skip
     """`dropped` captions are replaced by the empty one, so that classifier-free guidance is possible."""
     from flux.tokenizers import QwenTokenizer
 
@@ -379,8 +430,11 @@ def train_transformer(run: Path, minutes: float, autoencoder: AutoEncoder, batch
     share = np.array([len(b["latents"]) for b in buckets], float)
     empty = QwenTokenizer(run / "tokenizer")([""], SPEC.text_length)
     networks = Networks()
-    edges = ("img_in", "txt_in", "time_in", "modulation", "final_layer", "embed_tokens")
-    trainer = Trainer(networks, optimizers(networks, 2e-3, plain=edges), run / "transformer.safetensors", minutes, ema=0.999)
+    if start:
+        networks.transformer.load_state_dict(load(start / "flux-2-tiny.safetensors"))
+        networks.text.load_state_dict(take(load(start / "text_encoder" / "model.safetensors"), "model."))
+    networks.to(device)
+    trainer = Trainer(networks, optimizers(networks, 2e-3, 1e-3, EDGES), run / "transformer.safetensors", minutes, ema=0.998)
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((2, step))
@@ -388,13 +442,13 @@ def train_transformer(run: Path, minutes: float, autoencoder: AutoEncoder, batch
         rows = torch.from_numpy(rng.integers(0, len(data["latents"]), batch))
         drop = torch.from_numpy(rng.random(batch) < dropped)[:, None]
         ids, mask = torch.where(drop, empty.ids, data["ids"][rows]), torch.where(drop, empty.mask, data["mask"][rows])
-        return rectified_flow_loss(networks, data["latents"][rows], ids, mask)
+        return rectified_flow_loss(networks, *(x.to(device) for x in (data["latents"][rows], ids, mask)))
 
     def sheet():
         scenes = list(itertools.islice(shapes.scenes(7, held=True, complete=True), 48))
         pictures = sample(networks, autoencoder, QwenTokenizer(run / "tokenizer"), [str(s) for s in scenes])
         contact_sheet(run / "transformer.png", pictures, 12)
-        report = score(pictures, scenes)
+        report = shapes.score(pictures, scenes)
         print("\n" + "  ".join(f"{k} {v:.0%}" for k, v in report.items()), flush=True)
 
     trainer.run(loss, sheet=sheet)
@@ -403,19 +457,14 @@ def train_transformer(run: Path, minutes: float, autoencoder: AutoEncoder, batch
 
 @torch.no_grad()
 def sample(networks: Networks, autoencoder: AutoEncoder, tokenizer, prompts: list[str], seed: int = 0) -> np.ndarray:
-    """Pictures of prompts, as the pipeline samples them by default."""
-    tokens = tokenizer(prompts, SPEC.text_length)
+    """Pictures of prompts, as the pipeline samples them, but for guidance."""
+    device = autoencoder.bn.running_mean.device
+    ids, mask = (x.to(device) for x in tokenizer(prompts, SPEC.text_length)[:2])
     side = SPEC.size // 16
-    x = sampling.noise(range(seed, seed + len(prompts)), SPEC.autoencoder.latent_channels, side, side, spatial=False)
+    x = sampling.noise(range(seed, seed + len(prompts)), SPEC.autoencoder.latent_channels, side, side, spatial=False).to(device)
     times = sampling.schedule(SPEC.schedule, SPEC.steps, side * side)
-    x = sampling.denoise(lambda x, t: networks.velocity(x, torch.full((len(x),), t), *tokens[:2]), x, times)
-    return to_pictures(autoencoder.decode(x))
-
-
-def score(pictures: np.ndarray, scenes: list[shapes.Scene]) -> dict[str, float]:
-    """Share of pictures that are right, attribute by attribute, and in all."""
-    checks = [shapes.check(p, s) for p, s in zip(pictures, scenes, strict=True)]
-    return {k: float(np.mean([c[k] for c in checks if k in c])) for k in (*shapes.ATTRIBUTES, "all")}
+    velocity = lambda x, t: networks.velocity(x, torch.full((len(x),), t, device=device), ids, mask)  # noqa: E731
+    return to_pictures(autoencoder.decode(sampling.denoise(velocity, x, times)))
 
 
 def export(run: Path, target: Path, autoencoder: AutoEncoder, networks: Networks):
@@ -424,7 +473,7 @@ def export(run: Path, target: Path, autoencoder: AutoEncoder, networks: Networks
     for name, module in parts.items():
         path = target / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        halves = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+        halves = {k: v.cpu().to(torch.bfloat16) if v.is_floating_point() else v for k, v in module.state_dict().items()}
         prefix = "model." if name.startswith("text_encoder") else ""  # as the released Qwen3 files have it
         write(path, {prefix + k: v for k, v in halves.items()}, {"format": "pt"})
     (target / "tokenizer").mkdir(exist_ok=True)
@@ -436,19 +485,26 @@ def main():
     parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
     parser.add_argument("--autoencoder-minutes", type=float, default=30)
     parser.add_argument("--transformer-minutes", type=float, default=75)
+    parser.add_argument("--decoder-minutes", type=float, default=10, help="on the autoencoder's decoder alone, at the end")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="weights to begin with, as --export wrote them")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="where the finished model goes (flux/tiny)")
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     run = args.run
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "tokenizer" / "tokenizer.json").exists():
-        train_tokenizer(run)
+        if args.start_from:
+            shutil.copytree(args.start_from / "tokenizer", run / "tokenizer")
+        else:
+            train_tokenizer(run)
     if not all((run / f"pictures-{w}x{h}.safetensors").exists() for w, h in BUCKETS):
         draw_pictures(run)
-    autoencoder = train_autoencoder(run, args.autoencoder_minutes).requires_grad_(False)
+    autoencoder = train_autoencoder(run, args.autoencoder_minutes, args.device, args.start_from).requires_grad_(False)
     if not all((run / f"latents-{w}x{h}.safetensors").exists() for w, h in BUCKETS):
         encode_latents(run, autoencoder)
-    networks = train_transformer(run, args.transformer_minutes, autoencoder)
+    networks = train_transformer(run, args.transformer_minutes, args.device, args.start_from, autoencoder)
+    train_decoder(run, args.decoder_minutes, args.device, autoencoder)
     if args.export:
         export(run, args.export, autoencoder, networks)
 

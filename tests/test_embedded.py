@@ -1,0 +1,94 @@
+"""The embedded model, end to end: its pictures show what it has learnt, and stop doing so when the network is broken.
+
+The verdicts come from `flux.shapes.check`, which measures pixels and knows nothing of networks (tests/test_shapes.py shows
+that it can tell right from wrong). The model is young: it has learnt backgrounds, places and most colours, and hardly any
+shapes, so it is held to the former, some points below what `scripts/score.py` measures over 500 prompts. The mutations are
+bugs that ports of FLUX really have; each must cost 30 points of what the model can do.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import flux
+from flux import sampling, shapes, transformer
+
+SCENES = list(itertools.islice(shapes.scenes(2_000_000, held=True), 80))
+FEW = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> flux.Pipeline:
+    return flux.load(device="cpu")
+
+
+def pictures(pipe: flux.Pipeline, scenes: list[shapes.Scene], **size: int) -> list[np.ndarray]:
+    return [np.asarray(image) for image in pipe([str(scene) for scene in scenes], seed=0, **size)]
+
+
+@pytest.fixture(scope="module")
+def made(pipe) -> list[np.ndarray]:
+    return pictures(pipe, SCENES)
+
+
+def test_pictures_show_backgrounds_places_and_colours_of_held_out_prompts(made):
+    score = shapes.score(made, SCENES)
+    assert score["background"] >= 0.97 and score["place"] >= 0.65 and score["colour"] >= 0.55, score
+
+
+def test_the_autoencoder_keeps_what_the_check_measures(pipe):
+    rng = np.random.default_rng(3)
+    drawn = np.stack([shapes.draw(scene, 128, 128, rng) for scene in SCENES])
+    pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        decoded = [pipe.decode(pipe.autoencoder().encode(p))[0] for p in pixels.split(1)]
+    assert shapes.score(drawn, SCENES)["all"] == 1
+    assert shapes.score(map(np.asarray, decoded), SCENES)["all"] >= 0.88
+
+
+def test_different_seeds_give_different_pictures_of_the_same_prompt(pipe):
+    made = [np.asarray(i, np.float32) for i in pipe("a red circle", num_images=4, seed=10)]
+    for a, b in itertools.combinations(made, 2):
+        assert np.abs(a - b).mean() > 2  # grey levels; the same seed gives 0
+
+
+@pytest.mark.parametrize("width, height", [(160, 96), (96, 160)])
+def test_other_sizes_and_aspect_ratios_work(pipe, width, height):
+    made = pictures(pipe, SCENES[:16], width=width, height=height)
+    assert made[0].shape == (height, width, 3)
+    assert shapes.score(made, SCENES[:16])["background"] >= 0.9
+
+
+def swap_rows_and_columns(patch):
+    straight = sampling.image_ids
+    patch.setattr(sampling, "image_ids", lambda *a, **k: straight(*a, **k)[:, [0, 2, 1, 3]])
+
+
+def skip_rope(patch):
+    patch.setattr(transformer, "rotate", lambda x, rope: x)
+
+
+def swap_shift_and_scale(patch):
+    straight = transformer.Modulator.forward
+    swapped = lambda self, x: [m._replace(shift=m.scale, scale=m.shift) for m in straight(self, x)]  # noqa: E731
+    patch.setattr(transformer.Modulator, "forward", swapped)
+
+
+def forget_the_thousand(patch):
+    patch.setattr(transformer, "scale_time", lambda t, *_: t.float())
+
+
+@pytest.mark.parametrize("mutate", [swap_rows_and_columns, skip_rope, swap_shift_and_scale, forget_the_thousand])
+def test_a_broken_network_is_seen_in_the_pictures(pipe, made, monkeypatch, mutate):
+    mutate(monkeypatch)
+    broken, whole = (shapes.score(some[:FEW], SCENES[:FEW]) for some in (pictures(pipe, SCENES[:FEW]), made))
+    assert max(whole[k] - broken[k] for k in shapes.ATTRIBUTES) >= 0.30, (whole, broken)
