@@ -243,7 +243,7 @@ def train_autoencoder(run: Path, minutes: float, device: torch.device, start: Pa
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     data = load(run / "pictures-128x128.safetensors")["pictures"][:count].numpy().copy()
-    for i in range(0, count, 4):
+    for i in range(0, len(data), 4):
         data[i] = busy_picture(rng, 128)
 
     model = AutoEncoder(SPEC.autoencoder)
