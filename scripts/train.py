@@ -241,11 +241,6 @@ def busy_picture(rng: np.random.Generator, size: int) -> np.ndarray:
 def train_autoencoder(run: Path, minutes: float, device: torch.device, start: Path | None, count: int = 3000) -> AutoEncoder:
     """L1 and edges, a light KL; 64-pixel crops (four times the pictures a second), and whole pictures for the last sixth."""
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    data = load(run / "pictures-128x128.safetensors")["pictures"][:count].numpy().copy()
-    for i in range(0, len(data), 4):
-        data[i] = busy_picture(rng, 128)
-
     model = AutoEncoder(SPEC.autoencoder)
     with torch.no_grad():  # start with little posterior noise: at unit variance nothing gets through for hundreds of steps
         model.encoder.quant_conv.bias[SPEC.autoencoder.z_channels :] -= 6
@@ -254,6 +249,11 @@ def train_autoencoder(run: Path, minutes: float, device: torch.device, start: Pa
     model.to(device, memory_format=torch.channels_last)
     if not minutes:
         return model
+
+    rng = np.random.default_rng(0)
+    data = load(run / "pictures-128x128.safetensors")["pictures"][:count].numpy().copy()
+    for i in range(0, len(data), 4):
+        data[i] = busy_picture(rng, 128)
     trainer = Trainer(model, optimizers(model, 2e-3, 2e-3, AE_EDGES), run / "autoencoder.safetensors", minutes, ema=0.998)
 
     def loss(step: int) -> Tensor:
