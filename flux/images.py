@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
+import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -25,6 +27,17 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
         raise NonFiniteError("the decoded pixels are not finite: decode in float32 with --dtype float32")
     levels = ((pixels.float().clamp(-1, 1) / 2 + 0.5) * 255).round().byte()  # (B, 3, H, W)
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """An RGB picture -> (1, 3, H, W) in [-1, 1], float32; `to_images` gives back its very bytes."""
+    return rearrange(torch.from_numpy(np.array(picture)), "h w c -> 1 c h w").float() / 127.5 - 1
+
+
+def to_mask(mask: Image.Image, threshold: float | None = None) -> Tensor:
+    """A grey ("L") mask -> (1, 1, H, W) in [0, 1], float32, soft as it is; 0 or 1 alone, 1 from `threshold` on, if given."""
+    soft = rearrange(torch.from_numpy(np.array(mask)), "h w -> 1 1 h w").float() / 255
+    return soft if threshold is None else (soft >= threshold).float()
 
 
 def check_output(path: Path, texts: Iterable[str] = ()) -> None:

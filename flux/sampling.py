@@ -28,15 +28,15 @@ def noise(seeds: Sequence[int], channels: int, height: int, width: int, spatial:
     return pack(drawn) if spatial else drawn
 
 
-def image_ids(height: int, width: int, axes: int, t: int = 0) -> Tensor:
-    """Coordinates of image tokens, row by row: (height·width, axes) int64 of (t, row, column[, 0]).
+def image_ids(height: int, width: int, axes: int, t: int = 0, left: int = 0) -> Tensor:
+    """Coordinates of image tokens, row by row: (height·width, axes) int64 of (t, row, left + column[, 0]).
 
     `t` tells pictures apart: 0 is the one that is made; references are 1 (Kontext) or 10, 20, ... (FLUX.2).
     """
     ids = torch.zeros(height, width, axes, dtype=torch.int64)
     ids[..., 0] = t
     ids[..., 1] = torch.arange(height)[:, None]
-    ids[..., 2] = torch.arange(width)
+    ids[..., 2] = left + torch.arange(width)
     return rearrange(ids, "h w axes -> (h w) axes")
 
 
@@ -61,6 +61,25 @@ def schedule(kind: str, steps: int, tokens: int) -> Tensor:
     return t.float()
 
 
+def from_strength(times: Tensor, strength: float) -> Tensor:
+    """The last `strength` of the steps, (n + 1,): where a picture is changed and not made, noise is not begun with."""
+    steps = len(times) - 1
+    return times[int(max(steps - steps * strength, 0)) :]
+
+
+def interpolate(picture: Tensor, noise: Tensor, t: float) -> Tensor:
+    """Where the flow is at t, on the straight line from the noise to the picture."""
+    return (1 - t) * picture + t * noise
+
+
+def ramp(values: Sequence[float], steps: int) -> list[float]:
+    """A value a step: of one value, always that; of as many as there are steps, these; of two, the straight line between."""
+    if len(values) == steps:
+        return list(values)
+    start, end = values[0], values[-1]
+    return [start + (end - start) * step / max(steps - 1, 1) for step in range(steps)]
+
+
 def linear_mu(tokens: int, steps: int) -> float:
     """FLUX.1: the line through (256 tokens, 0.5) and (4096 tokens, 1.15), whatever the steps."""
     return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
@@ -81,10 +100,12 @@ def denoise(
     times: Tensor,
     callback: Callable[[int, float, Tensor], None] | None = None,
     numerics: Numerics = NUMERICS["exact"],
+    blend: Callable[[Tensor, float], Tensor] = lambda x, t: x,
 ) -> Tensor:
     """Euler's method along `times`: x <- x + (t' - t) · velocity(x, t). Any shape of x; float32 unless numerics say otherwise.
 
-    `callback(step, t', x)` sees every step, counted from 1. NonFiniteError names the step at which x stopped being finite.
+    `callback(step, t', x)` sees every step, counted from 1, after `blend(x, t')`, which may put known parts of the picture
+    back. NonFiniteError names the step at which x stopped being finite.
     """
     for step, (now, after) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True), start=1):
         v = velocity(x, now)
@@ -95,6 +116,7 @@ def denoise(
         else:  # diffusers rounds the noise, t' - t, its product with v, and the sum; only the addition is in float32
             dt = torch.tensor(after - now, dtype=v.dtype, device=v.device)
             x = (x.to(v.dtype).float() + dt * v).to(v.dtype)
+        x = blend(x, after)
         if not torch.isfinite(x).all():
             raise NonFiniteError(
                 f"the latents are not finite after step {step} of {len(times) - 1} (t = {after:.4f}): "

@@ -11,6 +11,7 @@ Black Forest Labs' files.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -66,6 +67,13 @@ class Modulation(NamedTuple):
     gate: Tensor
 
 
+class Memory(NamedTuple):
+    """Keys, turned already, and values of tokens that one block attends to without computing them; each (B, H, R, d)."""
+
+    k: Tensor
+    v: Tensor
+
+
 class Flux(nn.Module):
     def __init__(self, config: FluxConfig, numerics: Numerics = NUMERICS["exact"]):
         super().__init__()
@@ -91,16 +99,36 @@ class Flux(nn.Module):
         """Velocity of the image tokens, (B, L, out_channels)."""
         return self.velocity(img, txt, self.rope(txt_ids, img_ids), self.vec(t, guidance, vector))
 
-    def velocity(self, img: Tensor, txt: Tensor, rope: Tensor, vec: Tensor) -> Tensor:
-        """The same, given what does not change from step to step: `rope` once a generation, `vec` once a time."""
+    def velocity(self, img: Tensor, txt: Tensor, rope: Tensor, vec: Tensor, memories: Sequence[Memory] | None = None) -> Tensor:
+        """The same, given what does not change from step to step: `rope` once a generation, `vec` once a time.
+
+        `memories`, one a block, are what `remember` made of reference pictures.
+        """
         double, single = self.modulations(vec)
+        memories = iter(memories or [None] * (len(double) + len(single)))
         img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, D), (B, T, D)
         for block, (img_mod, txt_mod) in zip(self.double_blocks, double, strict=True):
-            img, txt = block(img, txt, rope, img_mod, txt_mod)
+            img, txt = block(img, txt, rope, img_mod, txt_mod, next(memories))
         x = torch.cat([txt, img], dim=1)  # (B, T + L, D)
         for block, mod in zip(self.single_blocks, single, strict=True):
-            x = block(x, rope, mod)
+            x = block(x, rope, mod, next(memories))
         return self.final_layer(x[:, txt.shape[1] :], vec)  # (B, L, out_channels)
+
+    def remember(self, references: Tensor, rope: Tensor, vec: Tensor) -> list[Memory]:
+        """Reference tokens (B, R, C), alone with each other, with the `vec` of t = 0 -> what each block keeps of them.
+
+        So FLUX.2 [klein] 9B KV was trained: references see neither text nor picture, and no time passes for them. Hence
+        they need to be computed only once a generation, where elsewhere they are part of every step.
+        """
+        double, single = self.modulations(vec)
+        x, memories = self.img_in(references), []  # (B, R, D)
+        for block, (mod, _) in zip(self.double_blocks, double, strict=True):
+            x, memory = block.remember(x, rope, mod)
+            memories.append(memory)
+        for block, mod in zip(self.single_blocks, single, strict=True):
+            x, memory = block.remember(x, rope, mod)
+            memories.append(memory)
+        return memories
 
     def rope(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
         """Rotations of the joint sequence, text first: (T + L, head_dim/2, 2), float32 cosines and sines."""
@@ -146,20 +174,30 @@ class DoubleBlock(nn.Module):
         self.img_mlp = mlp(c)
         self.txt_mlp = mlp(c)
 
-    def forward(self, img: Tensor, txt: Tensor, rope: Tensor, img_mod: list[Modulation], txt_mod: list[Modulation]):
+    def forward(self, img: Tensor, txt: Tensor, rope: Tensor, img_mod: list[Modulation], txt_mod: list[Modulation],
+                memory: Memory | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         length = txt.shape[1]
         img_qkv = self.img_attn.heads(modulate(img, img_mod[0]))  # 3 of (B, H, L, d)
         txt_qkv = self.txt_attn.heads(modulate(txt, txt_mod[0]))  # 3 of (B, H, T, d)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))  # (B, H, T + L, d)
-        attended = attention(q, k, v, rope)  # (B, T + L, D)
+        attended = attention(rotate(q, rope), rotate(k, rope), v, memory)  # (B, T + L, D)
         # contiguous, or in bf16 a Linear with bias would round once more, and a row would depend on the size of its batch
         txt_attended, img_attended = attended[:, :length].contiguous(), attended[:, length:].contiguous()
+        img = residuals(img, img_attended, self.img_attn.proj, self.img_mlp, img_mod)
+        return img, residuals(txt, txt_attended, self.txt_attn.proj, self.txt_mlp, txt_mod)
 
-        img = img + img_mod[0].gate * self.img_attn.proj(img_attended)
-        img = img + img_mod[1].gate * self.img_mlp(modulate(img, img_mod[1]))
-        txt = txt + txt_mod[0].gate * self.txt_attn.proj(txt_attended)
-        txt = txt + txt_mod[1].gate * self.txt_mlp(modulate(txt, txt_mod[1]))
-        return img, txt
+    def remember(self, x: Tensor, rope: Tensor, mod: list[Modulation]) -> tuple[Tensor, Memory]:
+        """The image stream alone."""
+        q, k, v = self.img_attn.heads(modulate(x, mod[0]))  # (B, H, R, d) each
+        memory = Memory(rotate(k, rope), v)
+        attended = attention(rotate(q, rope), *memory)  # (B, R, D)
+        return residuals(x, attended, self.img_attn.proj, self.img_mlp, mod), memory
+
+
+def residuals(x: Tensor, attended: Tensor, proj: nn.Module, mlp: nn.Module, mod: list[Modulation]) -> Tensor:
+    """The two branches of one stream of a double block, after its attention."""
+    x = x + mod[0].gate * proj(attended)
+    return x + mod[1].gate * mlp(modulate(x, mod[1]))
 
 
 class SingleBlock(nn.Module):
@@ -176,10 +214,22 @@ class SingleBlock(nn.Module):
         if not c.shared_modulation:
             self.modulation = Modulator(c.hidden_size, 1, c.bias)
 
-    def forward(self, x: Tensor, rope: Tensor, mod: Modulation) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mod: Modulation, memory: Memory | None = None) -> Tensor:
+        q, k, v, hidden = self.project(x, rope, mod)
+        return self.residual(x, attention(q, k, v, memory), hidden, mod)
+
+    def remember(self, x: Tensor, rope: Tensor, mod: Modulation) -> tuple[Tensor, Memory]:
+        q, k, v, hidden = self.project(x, rope, mod)
+        return self.residual(x, attention(q, k, v), hidden, mod), Memory(k, v)
+
+    def project(self, x: Tensor, rope: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q and k, turned, and v, each (B, H, N, d), and the MLP's hidden layer."""
         qkv, hidden = self.linear1(modulate(x, mod)).split(self.widths, dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)  # (B, H, N, d)
-        attended = attention(*self.norm(q, k), v, rope)  # (B, N, D)
+        q, k = self.norm(q, k)
+        return rotate(q, rope), rotate(k, rope), v, hidden
+
+    def residual(self, x: Tensor, attended: Tensor, hidden: Tensor, mod: Modulation) -> Tensor:
         return x + mod.gate * self.linear2(torch.cat([attended, self.activation(hidden)], dim=-1))
 
 
@@ -202,9 +252,11 @@ def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
     return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=num_heads)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
-    """(B, H, N, d) x 3 -> (B, N, H·d). No mask: padding takes part, as it did in training."""
-    out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+def attention(q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> Tensor:
+    """(B, H, N, d) x 3 -> (B, N, H·d). No mask: padding takes part, as it did in training. `memory` is attended to as well."""
+    if memory is not None:
+        k, v = torch.cat([memory.k, k], dim=2), torch.cat([memory.v, v], dim=2)  # (B, H, R + N, d)
+    out = F.scaled_dot_product_attention(q, k, v)
     return rearrange(out, "b h n d -> b n (h d)")
 
 

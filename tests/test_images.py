@@ -1,6 +1,6 @@
 """flux.images: rounding, names and metadata of picture files, and that no fault leaves half of one, or costs another.
 
-The truth: the 256 levels themselves, Pillow's readers, and the file system.
+The truth: the 256 levels themselves, Pillow's readers, diffusers' image processor, live, and the file system.
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -59,6 +60,43 @@ def test_pixels_that_are_not_finite_are_no_picture(value):
     pixels[0, 1, 2, 3] = value
     with pytest.raises(NonFiniteError, match="float32"):
         images.to_images(pixels)
+
+
+@settings(max_examples=20, deadline=None)
+@given(width=st.integers(1, 40), height=st.integers(1, 40), seed=st.integers(0, 2**32))
+@example(width=256, height=256, seed=0)
+def test_pixels_are_diffusers_and_give_back_the_picture(width, height, seed):
+    """Both to the bit: VaeImageProcessor's 2 (v / 255) - 1 is our v / 127.5 - 1 for each of the 256 levels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    noise[0, :256, 0] = np.arange(min(width, 256))
+    pixels = images.to_pixels(Image.fromarray(noise))
+    assert torch.equal(pixels, VaeImageProcessor(do_resize=False).preprocess(Image.fromarray(noise)))
+    (made,) = images.to_images(pixels)
+    assert np.array_equal(made, noise)
+
+
+def test_pixels_are_the_callers_own():
+    given_ = picture(255)
+    images.to_pixels(given_).zero_()
+    assert given_.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("threshold, first_white", [(0.5, 128), (0.25, 64), (1.0, 255), (0.0, 0), (51 / 255, 51)])
+def test_masks_are_soft_or_cut(threshold, first_white):
+    values = np.arange(256, dtype=np.uint8)[None].repeat(2, 0)
+    soft = images.to_mask(Image.fromarray(values))
+    assert soft.shape == (1, 1, 2, 256) and soft.dtype == torch.float32
+    assert torch.equal(soft[0, 0], torch.arange(256).div(255).expand(2, 256))
+    cut = images.to_mask(Image.fromarray(values), threshold)
+    assert torch.equal(cut[0, 0, 1], (torch.arange(256) >= first_white).float())
+
+
+def test_masks_are_cut_as_by_diffusers():
+    mask = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    options = dict(do_resize=False, do_normalize=False, do_convert_grayscale=True)
+    for threshold, binarise in ((None, False), (0.5, True)):
+        theirs = VaeImageProcessor(**options, do_binarize=binarise).preprocess(mask)
+        assert torch.equal(images.to_mask(mask, threshold), theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------- names
@@ -135,7 +173,18 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, suffix, error):
 
 # ---------------------------------------------------------------------------------------------------------- metadata
 
-NASTY = ["]]>", "]]]]>>", '"\\\'', "a\nb\r\n\tc", "<b>&amp;</b>", "naïve 日本語 🎨👩‍🚀", "\0\x1b\x7f", "\ud800 alone", "-->", ""]
+NASTY = [
+    "]]>",
+    "]]]]>>",
+    "\"\\'",
+    "a\nb\r\n\tc",
+    "<b>&amp;</b>",
+    "naïve 日本語 🎨👩‍🚀",
+    "\0\x1b\x7f",
+    "\ud800 alone",
+    "-->",
+    "",
+]
 
 
 @every_format

@@ -267,3 +267,39 @@ def test_guidance():
     assert torch.allclose(sampling.guided(c, u, 1), c, rtol=0, atol=5e-7)
     assert torch.allclose(sampling.guided(c, u, 4), 4 * c - 3 * u, rtol=0, atol=5e-6)
     assert sampling.guided(torch.tensor(3.0), torch.tensor(1.0), 2.5) == 6
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+@pytest.mark.parametrize("strength", [0.01, 0.3, 0.6, 0.999, 1.0])
+def test_strength_leaves_the_steps_that_diffusers_leaves(steps, strength):
+    """FluxImg2ImgPipeline.get_timesteps, of the Euler scheduler's first order; it refuses where none is left."""
+    from diffusers import FluxImg2ImgPipeline
+
+    class Scheduled:
+        class scheduler:
+            timesteps, order, set_begin_index = torch.arange(steps), 1, lambda index: None
+
+    left, count = FluxImg2ImgPipeline.get_timesteps(Scheduled, steps, strength, "cpu")
+    times = even(steps)
+    ours = sampling.from_strength(times, strength)
+    assert len(ours) - 1 == count == len(left) and torch.equal(ours, times[steps - count :])
+
+
+def test_a_picture_is_mixed_with_noise_on_the_straight_line():
+    assert sampling.interpolate(torch.tensor(3.0), torch.tensor(-1.0), 0.25) == 2  # a quarter of the way to the noise
+    assert sampling.interpolate(3.0, -1.0, 0) == 3 and sampling.interpolate(3.0, -1.0, 1) == -1
+
+
+def test_values_over_the_steps():
+    assert sampling.ramp([3], 4) == [3, 3, 3, 3] and sampling.ramp([5, 2], 4) == [5, 4, 3, 2]
+    assert sampling.ramp([1, 9, 2, 4], 4) == [1, 9, 2, 4] and sampling.ramp([5, 2], 1) == [5]
+    assert sampling.ramp([5, 2], 2) == [5, 2] and sampling.ramp([7], 1) == [7]
+
+
+def test_known_parts_are_put_back_after_every_step():
+    """Before the callback sees it; here the second number is always what `blend` says."""
+    seen = []
+    blend = lambda x, t: torch.stack([x[0], torch.tensor(100 * t)])  # noqa: E731
+    see = lambda step, t, x: seen.append(x.tolist())  # noqa: E731
+    x = sampling.denoise(lambda x, t: torch.ones(2), torch.zeros(2), even(4), see, blend=blend)
+    assert seen == [[-0.25, 75], [-0.5, 50], [-0.75, 25], [-1, 0]] and x.tolist() == [-1, 0]
