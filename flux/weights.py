@@ -196,25 +196,37 @@ class Network:
                  dtype: torch.dtype, check_finite: bool = False, **options):  # fmt: skip
         self.kind, self.config, self.files, self.options = kind, config, files, options
         self.device, self.dtype, self.module = device, dtype, None
+        self.change: Callable[[nn.Module], Callable[[], None]] | None = None
+        self.undo: Callable[[], None] | None = None
         self._load(torch.device("cpu"), None, check_finite)  # maps the files and refuses what is wrong with them
 
     def __call__(self) -> nn.Module:
         if self.module is None:
             self.module = self._load(self.device, self.dtype, check_finite=False)
+            self.undo = self.change and self.change(self.module)
         return self.module
 
     def release(self) -> None:
-        self.module = None
+        self.module = self.undo = None
+
+    def alter(self, change: Callable[[nn.Module], Callable[[], None]] | None) -> None:
+        """Have `change` applied whenever the network is loaded, in place of an earlier one; it returns what undoes it."""
+        if self.undo:
+            self.undo()
+        self.change, self.undo = change, self.module and change and change(self.module)
+
+    def on_meta(self) -> nn.Module:
+        """Its modules and shapes, without weights."""
+        with torch.device("meta"):
+            return self.kind(self.config)
 
     @property
     def bytes(self) -> int:
         """Size of the weights in memory, in the dtype that they are used in."""
-        with torch.device("meta"):
-            return sum(p.numel() for p in self.kind(self.config).parameters()) * self.dtype.itemsize
+        return sum(p.numel() for p in self.on_meta().parameters()) * self.dtype.itemsize
 
     def _load(self, device: torch.device, dtype: torch.dtype | None, check_finite: bool) -> nn.Module:
-        with torch.device("meta"):
-            module = self.kind(self.config)
+        module = self.on_meta()
         load_module(module, self.files, device=device, dtype=dtype, check_finite=check_finite, **self.options)
         return module
 
