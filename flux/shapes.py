@@ -1,8 +1,9 @@
 """The world of the embedded toy model: a grammar of captions, the drawing of a scene, and the check of a picture against it.
 
-    caption    = objects [" on a " colour " background"]
+    caption    = objects [" on " a colour " background"]
     objects    = object [" " place] | object " " relation " " object
-    object     = "a " [size " "] colour " " shape
+    object     = a [size " "] colour " " shape
+    a          = "an " before "orange" | "a "
     size       = "small" | "large"
     shape      = "circle" | "square" | "triangle" | "star" | "ring" | "cross"
     colour     = "red" | "orange" | "yellow" | "green" | "blue" | "purple" | "pink" | "white" | "gray" | "black"
@@ -31,6 +32,11 @@ ATTRIBUTES = ("background", "colour", "shape", "size", "place", "relation")
 RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}  # first minus second
 
 
+def a(words: str) -> str:
+    """With the indefinite article that they ask for."""
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
 @dataclass(frozen=True)
 class Object:
     """One thing in a picture; None where the caption does not say."""
@@ -41,10 +47,10 @@ class Object:
     place: str | None = None
 
     def __str__(self) -> str:
-        words = ["a", self.size, self.colour, self.shape]
+        words = [self.size, self.colour, self.shape]
         if self.place is not None:
             words.append(f"at the {self.place}" if self.place else "in the center")
-        return " ".join(w for w in words if w)
+        return a(" ".join(w for w in words if w))
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Scene:
 
     def __str__(self) -> str:
         text = f" {self.relation} ".join(map(str, self.objects))
-        return text + (f" on a {self.background} background" if self.background else "")
+        return text + (f" on {a(self.background)} background" if self.background else "")
 
     @property
     def combinations(self) -> list[tuple[str, ...]]:
