@@ -3,9 +3,11 @@
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["MODELS", "Pipeline", "UserError", "load"]
+__all__ = ["MODELS", "Pictures", "Pipeline", "UserError", "load"]
 
-_HOMES = {"MODELS": "configs", "Pipeline": "pipeline", "UserError": "errors", "load": "pipeline"}
+_HOMES = {
+    "MODELS": "configs", "Pictures": "conditioning", "Pipeline": "pipeline", "UserError": "errors", "load": "pipeline",
+}  # fmt: skip
 
 
 def __getattr__(name: str):

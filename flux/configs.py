@@ -38,10 +38,23 @@ class ModelSpec:
     cfg: bool = False  # guidance is classifier-free: two forward passes, with and without the prompt
     fixed: str = ""  # why steps and guidance are part of the weights, if they are
     size: int = 1024  # default width and height, in pixels
+    picture: Literal["start", "reference", "control", "fill", "redux"] = "start"  # what a picture that it is given becomes
+    control: Literal["canny", "depth"] | None = None  # of what kind a control picture is
+    cached: bool = False  # references are computed once, not at every step: it was trained so
+    adapter: "Adapter | None" = None
 
     @property
     def embedded(self) -> bool:
         return self.repository == "embedded"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a row takes from a second repository, beside the base model in the first."""
+
+    repository: str
+    files: tuple[tuple[str, str], ...]  # part, file
+    scale: float = 1.0  # of a LoRA
 
 
 @dataclass(frozen=True)
@@ -123,17 +136,25 @@ _flux1 = ModelSpec(
     autoencoder=AE1, autoencoder_files=(AE, VAE), schedule="linear", steps=50, guidance=3.5,
 )  # fmt: skip
 _flux2 = replace(
-    _flux1, licence=DEV2, transformer=FLUX2, text=FLUX2Text(MISTRAL), autoencoder=AE2, schedule="empirical", guidance=4.0
-)
+    _flux1, licence=DEV2, transformer=FLUX2, text=FLUX2Text(MISTRAL), autoencoder=AE2, schedule="empirical", guidance=4.0,
+    picture="reference",
+)  # fmt: skip
 _klein = replace(_flux2, autoencoder_files=(VAE, AE), steps=4, guidance=None, fixed=DISTILLED)
 _klein_4b = replace(_klein, licence=APACHE, transformer=KLEIN_4B, text=FLUX2Text(QWEN3_4B))
 _klein_9b = replace(_klein, licence=KLEIN, transformer=KLEIN_9B, text=FLUX2Text(QWEN3_8B))
+_canny, _depth = (dict(picture="control", control=kind, guidance=g) for kind, g in (("canny", 30.0), ("depth", 10.0)))
 _base = dict(steps=50, guidance=4.0, cfg=True, fixed="")
 
 
 def _row(like: ModelSpec, repository: str, filename: str, **changes) -> ModelSpec:
     name = repository.lower()
     return replace(like, name=name, repository=f"black-forest-labs/{repository}", transformer_file=filename, **changes)
+
+
+def _adapted(name: str, *files: tuple[str, str], scale: float = 1.0, **changes) -> ModelSpec:
+    """A row that stands on FLUX.1 [dev]: its transformer, text encoders and autoencoder, and something of its own."""
+    dev = _row(_flux1, "FLUX.1-dev", "flux1-dev.safetensors", **changes)
+    return replace(dev, name=name.lower(), adapter=Adapter(f"black-forest-labs/{name}", files, scale))
 
 
 def _table(rows: Iterable[ModelSpec]) -> dict[str, ModelSpec]:
@@ -145,13 +166,22 @@ MODELS: dict[str, ModelSpec] = _table([
          text_length=256, schedule="unshifted", steps=4, guidance=None, fixed=DISTILLED),
     _row(_flux1, "FLUX.1-dev", "flux1-dev.safetensors"),
     _row(_flux1, "FLUX.1-Krea-dev", "flux1-krea-dev.safetensors", steps=28, guidance=4.5),
+    _row(_flux1, "FLUX.1-Fill-dev", "flux1-fill-dev.safetensors", transformer=replace(FLUX1, in_channels=384),
+         text_length=128, guidance=30.0, picture="fill"),
+    _row(_flux1, "FLUX.1-Canny-dev", "flux1-canny-dev.safetensors", transformer=replace(FLUX1, in_channels=128), **_canny),
+    _row(_flux1, "FLUX.1-Depth-dev", "flux1-depth-dev.safetensors", transformer=replace(FLUX1, in_channels=128), **_depth),
+    _adapted("FLUX.1-Canny-dev-lora", ("lora", "flux1-canny-dev-lora.safetensors"), scale=0.85, **_canny),
+    _adapted("FLUX.1-Depth-dev-lora", ("lora", "flux1-depth-dev-lora.safetensors"), scale=0.85, **_depth),
+    _adapted("FLUX.1-Redux-dev", ("redux", "flux1-redux-dev.safetensors"), ("siglip", "image_encoder/model.safetensors"),
+             guidance=2.5, picture="redux"),
+    _row(_flux1, "FLUX.1-Kontext-dev", "flux1-kontext-dev.safetensors", steps=30, guidance=2.5, picture="reference"),
     _row(_flux2, "FLUX.2-dev", "flux2-dev.safetensors"),
     _row(_klein_4b, "FLUX.2-klein-4B", "flux-2-klein-4b.safetensors"),
     _row(_klein_9b, "FLUX.2-klein-9B", "flux-2-klein-9b.safetensors"),
-    _row(_klein_9b, "FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv.safetensors"),
+    _row(_klein_9b, "FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv.safetensors", cached=True),
     _row(_klein_4b, "FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", **_base),
     _row(_klein_9b, "FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", **_base),
-    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=128, steps=8, fixed="",
+    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=128, steps=8, fixed="", picture="start",
             transformer=TINY, transformer_file="flux-2-tiny.safetensors",
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)), text_length=32,
             autoencoder=AE_TINY, autoencoder_files=("ae.safetensors",)),

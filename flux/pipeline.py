@@ -1,5 +1,6 @@
 """Prompt -> tokens -> features -> noise -> velocity -> latents -> picture: the steps in order, and what is in memory when."""
 
+import functools
 import math
 import os
 import warnings
@@ -13,16 +14,20 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux import sampling
+from flux import conditioning, sampling
 from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers
+from flux.conditioning import Conditions, Pictures
 from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
 from flux.errors import UserError
 from flux.images import to_images
+from flux.lora import Patch, merge, place, read
+from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
 from flux.text import TextFeatures, text_encoder
-from flux.transformer import NUMERICS, Flux, Numerics
+from flux.transformer import NUMERICS, Flux, Memory, Numerics
 from flux.weights import Network, find_all, infer_config, is_local, read_header, shard_files
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
+Guidance = float | Sequence[float]  # one value; one a step; or two, the first and the last
 
 
 def load(
@@ -63,15 +68,24 @@ class Pipeline:
     def __init__(self, spec: ModelSpec, files: dict, device: torch.device, dtype: torch.dtype, numerics: Numerics,
                  check_weights: bool = False):  # fmt: skip
         options = dict(device=device, dtype=dtype, check_finite=check_weights)
-        self.spec, self.device, self.dtype, self.numerics = spec, device, dtype, numerics
+        self.spec, self.files, self.device, self.dtype, self.numerics = spec, files, device, dtype, numerics
         self.text = text_encoder(spec.text, files, spec.text_length, **options)
         build = lambda config: Flux(config, numerics)  # noqa: E731
         self.transformer = Network(
             build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."), **options
         )
         self.autoencoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **options)
-        networks = (*self.text.networks, self.transformer, self.autoencoder)
+        self.adapters: tuple[Network, ...] = ()
+        if "redux" in files:
+            siglip = Network(
+                SigLIP, SigLIPConfig(), files["siglip"], prefixes=("vision_model.", ""), unread=siglip_unread, **options
+            )
+            self.adapters = siglip, Network(Redux, ReduxConfig(), files["redux"], **options)
+        networks = (*self.text.networks, self.transformer, self.autoencoder, *self.adapters)
         self.resident = sum(n.bytes for n in networks) < 0.8 * free_memory(device)  # else a stage's networks go when it ends
+        self.loras: dict[Path, tuple[list[Patch], float]] = {}
+        for path in files.get("lora", ()):
+            self.load_lora(path, spec.adapter.scale)
 
     def __call__(
         self,
@@ -79,25 +93,71 @@ class Pipeline:
         width: int | None = None,
         height: int | None = None,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: Guidance | None = None,
         seed: int = 0,
         num_images: int = 1,
         negative_prompt: str | None = None,
-        cfg_scale: float | None = None,
+        cfg_scale: Guidance | None = None,
         callback: Callback | None = None,
+        pictures: Pictures | Sequence[Pictures] | Conditions | None = None,
     ) -> list[Image.Image]:
         """`num_images` pictures of each prompt, in one batch; what is None comes from the model's row of the table.
 
         Picture k has seed + k, and equals the one that is made alone with that seed. `guidance` is what the model was trained
-        or meant to take; `cfg_scale` adds classifier-free guidance, against `negative_prompt`, to models without.
+        or meant to take; `cfg_scale` adds classifier-free guidance, against `negative_prompt`, to models without. Either may
+        be a list: a value a step, or two between which it changes evenly. `pictures` (or what `condition` made of them) are for
+        all prompts; or give one `Pictures` for each, which makes every prompt a batch of its own.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_count(len(prompts) * num_images, seed)
+        if isinstance(pictures, Sequence):
+            if len(pictures) != len(prompts):
+                raise UserError(
+                    f"there are {len(prompts)} prompts and pictures for {len(pictures)}: give one Pictures for each"
+                )
+            asked = (width, height, steps, guidance)
+            more = (num_images, negative_prompt, cfg_scale, callback)
+            each = (self([p], *asked, seed + i * num_images, *more, own) for i, (p, own) in enumerate(zip(prompts, pictures)))
+            return [image for made in each for image in made]
+        cfg = check_cfg(self.spec, guidance, negative_prompt, cfg_scale, check_steps(self.spec, steps))
+        conditions = self.condition(pictures, width, height) if isinstance(pictures, Pictures) else pictures
         features = self.encode([p for p in prompts for _ in range(num_images)])
-        negative = self.encode([negative_prompt or ""]) if check_cfg(self.spec, guidance, negative_prompt, cfg_scale) else None
+        negative = self.encode([negative_prompt or ""]) if cfg else None
         seeds = range(seed, seed + len(features.tokens))
-        latents = self.sample(features, seeds, width, height, steps, guidance, negative, cfg_scale, callback)
-        return self.decode(latents)
+        latents = self.sample(features, seeds, width, height, steps, guidance, negative, cfg_scale, callback, conditions)
+        made = self.decode(latents)
+        return made if conditions is None else [conditioning.finish(image, conditions) for image in made]
+
+    def load_lora(self, path: str | Path, scale: float = 1.0, partial: bool = False) -> None:
+        """Merge a LoRA, in any common format, with those that are loaded; `partial`: leave out what has no place here."""
+        modules = {part: network.on_meta() for part, network in self._adaptable.items()}
+        patches = place(read(Path(path)), modules, partial)
+        self.loras[Path(path)] = patches, scale
+        self._merge_loras()
+
+    def set_lora_scale(self, path: str | Path, scale: float) -> None:
+        if Path(path) not in self.loras:
+            raise UserError(f"{path} is not loaded; loaded are: {', '.join(map(str, self.loras)) or 'none'}")
+        self.loras[Path(path)] = self.loras[Path(path)][0], scale
+        self._merge_loras()
+
+    def unload_loras(self) -> None:
+        """All of them; the weights are then the very tensors that they were."""
+        self.loras.clear()
+        self._merge_loras()
+
+    @property
+    def _adaptable(self) -> dict[str, Network]:
+        """The networks that a LoRA may change."""
+        encoders = {"t5": self.text.t5, "clip": self.text.clip} if isinstance(self.spec.text, FLUX1Text) else {}
+        return encoders | {"transformer": self.transformer}
+
+    def _merge_loras(self) -> None:
+        """Anew, from the weights as they are in the files, so that they are rounded once."""
+        for part, network in self._adaptable.items():
+            patches = [(p, scale) for patches, scale in self.loras.values() for p in patches if p.place.part == part]
+            network.alter(functools.partial(merge, patches=patches) if patches else None)
+        self.text.known.clear()
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Prompts -> features, kept for the next time."""
@@ -107,48 +167,100 @@ class Pipeline:
         return features
 
     @torch.inference_mode()
-    def sample(self, features: TextFeatures, seeds: Sequence[int], width: int | None = None, height: int | None = None,
-               steps: int | None = None, guidance: float | None = None, negative: TextFeatures | None = None,
-               cfg_scale: float | None = None, callback: Callback | None = None) -> Tensor:  # fmt: skip
-        """Features (B prompts) and B seeds -> latents (B, C, height/16, width/16), float32."""
-        spec = self.spec
-        h, w = (n // 16 for n in check_size(*(spec.size if n is None else n for n in (height, width))))
-        steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance)
-        scale = guidance if spec.cfg else cfg_scale or 1.0
-        times = sampling.schedule(spec.schedule, steps, h * w)
-        latents = sampling.noise(seeds, spec.autoencoder.latent_channels, h, w, spatial=isinstance(spec.text, FLUX1Text))
-        x = rearrange(latents, "b c h w -> b (h w) c").to(self.device)  # (B, L, C)
+    def condition(self, pictures: Pictures, width: int | None = None, height: int | None = None) -> Conditions:
+        """Pictures -> what `sample` takes of them, and the size that it will make."""
+        conditioning.check_pictures(self.spec, pictures)
+        width, height = conditioning.size_of(self.spec, pictures, width, height)
+        check_size(height, width)
+        encode = lambda pixels: self.autoencoder().encode(pixels.to(self.device, self.dtype)).float().cpu()  # noqa: E731
+        conditions = conditioning.condition(self.spec, pictures, width, height, encode, self.embed)
+        if not self.resident:
+            for network in (self.autoencoder, *self.adapters):
+                network.release()
+        return conditions
 
+    def embed(self, picture: Image.Image) -> Tensor:
+        """A picture -> text tokens (1, 729, D), by FLUX.1 Redux."""
+        siglip, redux = (network() for network in self.adapters)
+        return redux(siglip(to_siglip(picture, siglip.config.image_size).to(self.device, self.dtype))).float().cpu()
+
+    @torch.inference_mode()
+    def sample(self, features: TextFeatures, seeds: Sequence[int], width: int | None = None, height: int | None = None,
+               steps: int | None = None, guidance: Guidance | None = None, negative: TextFeatures | None = None,
+               cfg_scale: Guidance | None = None, callback: Callback | None = None,
+               conditions: Conditions | None = None) -> Tensor:  # fmt: skip
+        """Features (B prompts) and B seeds -> latents (B, C, height/16, width/16), float32; `conditions` bring their size."""
+        spec, given = self.spec, conditions or Conditions(height or self.spec.size, width or self.spec.size)
+        h, w = (n // 16 for n in check_size(given.height, given.width))
+        steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance, steps)
+        times = sampling.schedule(spec.schedule, steps, h * w)
+        at_each = lambda values: dict(zip(times.tolist(), sampling.ramp(values, steps)))  # noqa: E731
+        embedded = None if spec.cfg or guidance is None else at_each(guidance)
+        scales = at_each(guidance if spec.cfg else check_scale(cfg_scale, steps))
+        times = sampling.from_strength(times, given.strength)
+        if len(times) == 1:
+            raise UserError(f"--strength {given.strength:g} of {steps} steps is less than one: raise one of them")
+
+        latents = sampling.noise(seeds, spec.autoencoder.latent_channels, h, w, spatial=isinstance(spec.text, FLUX1Text))
+        drawn = rearrange(latents, "b c h w -> b (h w) c").to(self.device)  # (B, L, C)
+        x, blend = drawn, lambda x, t: x
+        if given.start is not None:
+            start = rearrange(given.start, "b c h w -> b (h w) c").to(self.device)
+            x = sampling.interpolate(start, drawn, times[0].item())
+        if given.mask is not None:
+            mask = rearrange(given.mask, "b c h w -> b (h w) c").to(self.device)  # (1, L, 1 | C)
+            blend = lambda x, t: (1 - mask) * sampling.interpolate(start, drawn, t) + mask * x  # noqa: E731
+
+        if given.text is not None:
+            pictured = given.text.to(features.tokens).expand(len(features.tokens), -1, -1)
+            features = features._replace(tokens=torch.cat([features.tokens, pictured], dim=1))  # (B, T + T', D)
         transformer = self.transformer()
-        embedded = None if spec.cfg or guidance is None else torch.full((len(x),), guidance, device=self.device)
-        branches = [self._branch(transformer, features, embedded, h, w)]
-        if negative is not None and scale > 1:
-            branches.append(self._branch(transformer, negative, embedded, h, w))
+        memories = None
+        if given.references is not None and given.cached:
+            first = None if embedded is None else torch.full((1,), embedded[times[0].item()], device=self.device)
+            memories = self._remember(transformer, given, first, len(x))
+        branches = [self._branch(transformer, f, h, w, given, memories) for f in (features, negative) if f is not None]
 
         def velocity(x: Tensor, t: float) -> Tensor:
             at = torch.full((len(x),), t, device=x.device)
-            velocities = [branch(x.to(self.dtype), at) for branch in branches]
-            return sampling.guided(*velocities, scale) if len(velocities) == 2 else velocities[0]
+            strong = None if embedded is None else torch.full((len(x),), embedded[t], device=x.device)
+            velocities = [branch(x.to(self.dtype), at, strong) for branch in branches[: 1 + (scales[t] > 1)]]
+            return sampling.guided(*velocities, scales[t]) if len(velocities) == 2 else velocities[0]
 
         grid = lambda x: rearrange(x, "b (h w) c -> b c h w", h=h)  # noqa: E731
         see = (lambda step, t, x: callback(step, t, grid(x))) if callback else None
-        x = sampling.denoise(velocity, x, times, see, self.numerics)
+        x = sampling.denoise(velocity, x, times, see, self.numerics, blend)
         if not self.resident:
             self.transformer.release()
         return grid(x).float()
 
-    def _branch(self, transformer: Flux, features: TextFeatures, guidance: Tensor | None, h: int, w: int):
-        """velocity(x, t) for one set of prompts; what does not change from step to step is computed here."""
+    def _branch(self, transformer: Flux, features: TextFeatures, h: int, w: int, given: Conditions,
+                memories: list[Memory] | None):  # fmt: skip
+        """velocity(x, t, guidance) for one set of prompts; what does not change from step to step is computed here."""
         axes = len(self.spec.transformer.axes_dim)
         txt, pooled = features.to(self.device, self.dtype)
         txt_ids, img_ids = sampling.text_ids(txt.shape[1], axes), sampling.image_ids(h, w, axes)
+        references = given.references if memories is None else None
+        if references is not None:
+            img_ids = torch.cat([img_ids, given.reference_ids])
         rope = transformer.rope(txt_ids, img_ids).to(self.device)
+        references, channels = (None if x is None else x.to(self.device, self.dtype) for x in (references, given.channels))
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
+        def velocity(x: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:
+            for_all = lambda y: y.expand(len(x), -1, -1)  # noqa: E731
             vec = transformer.vec(t, guidance, None if pooled is None else pooled.expand(len(x), -1))
-            return transformer.velocity(x, txt.expand(len(x), -1, -1), rope, vec)
+            img = x if channels is None else torch.cat([x, for_all(channels)], dim=-1)  # (B, L, C + C')
+            img = img if references is None else torch.cat([img, for_all(references)], dim=1)  # (B, L + R, C)
+            return transformer.velocity(img, for_all(txt), rope, vec, memories)[:, : x.shape[1]]
 
         return velocity
+
+    def _remember(self, transformer: Flux, given: Conditions, guidance: Tensor | None, batch: int) -> list[Memory]:
+        """References, computed once for all steps and all of the batch."""
+        rope = transformer.rope(given.reference_ids[:0], given.reference_ids).to(self.device)
+        vec = transformer.vec(torch.zeros(1, device=self.device), guidance)
+        memories = transformer.remember(given.references.to(self.device, self.dtype), rope, vec)
+        return [Memory(*(x.expand(batch, -1, -1, -1) for x in memory)) for memory in memories]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -178,6 +290,11 @@ def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelS
             raise UserError(
                 f"--transformer {transformer} reads text of width {config.context_dim}, but the text encoder of {spec.name} "
                 f"gives {spec.transformer.context_dim}: choose another --model, or leave it out"
+            )
+        if config.in_channels != spec.transformer.in_channels:
+            raise UserError(
+                f"--transformer {transformer} takes {config.in_channels} channels and {spec.name} "
+                f"{spec.transformer.in_channels}: choose another --model, or leave it out"
             )
         return replace(spec, transformer=config)
     alike = [spec for spec in MODELS.values() if spec.transformer == config]
@@ -244,31 +361,49 @@ def check_steps(spec: ModelSpec, steps: int | None) -> int:
     return steps
 
 
-def check_guidance(spec: ModelSpec, guidance: float | None) -> float | None:
-    """The guidance to use; None for a model that has none."""
+def check_guidance(spec: ModelSpec, guidance: Guidance | None, steps: int) -> list[float] | None:
+    """The guidance to use, as `sampling.ramp` takes it; None for a model that has none."""
     if guidance is None:
-        return spec.guidance
-    if not 0 <= guidance <= 100:
-        raise UserError(f"--guidance {guidance}: must be from 0 to 100; {spec.name} is meant for {spec.guidance}")
+        return None if spec.guidance is None else [spec.guidance]
+    values = check_values("--guidance", guidance, steps, f"{spec.name} is meant for {spec.guidance}")
     if spec.guidance is None:
-        if guidance != 1:
+        if values != [1]:
             why = spec.fixed or "it was trained without"
             raise UserError(
-                f"{spec.name} takes no --guidance (here {guidance}): {why}; leave it out, or use a base or dev model"
+                f"{spec.name} takes no --guidance (here {written(values)}): {why}; leave it out, or use a base or dev model"
             )
         return None
-    return guidance
+    return values
 
 
-def check_cfg(spec: ModelSpec, guidance: float | None, negative_prompt: str | None, cfg_scale: float | None) -> bool:
+def check_scale(cfg_scale: Guidance | None, steps: int) -> list[float]:
+    return [1.0] if cfg_scale is None else check_values("--cfg-scale", cfg_scale, steps, "1 is off, and 2 to 5 are usual")
+
+
+def check_values(flag: str, values: Guidance, steps: int, advice: str) -> list[float]:
+    """A value, two, or one a step."""
+    values = list(values) if isinstance(values, Sequence) else [values]
+    if len(values) not in (1, 2, steps):
+        raise UserError(f"{flag} has {len(values)} values for {steps} steps: give one, START:END, or one for each step")
+    for value in values:
+        if not 0 <= value <= 100:
+            raise UserError(f"{flag} {value}: must be from 0 to 100; {advice}")
+    return values
+
+
+def written(values: Sequence[float]) -> str:
+    """As --guidance takes it."""
+    return (":" if len(values) == 2 else ",").join(f"{value:g}" for value in values)
+
+
+def check_cfg(spec: ModelSpec, guidance: Guidance | None, negative_prompt: str | None, cfg_scale: Guidance | None,
+              steps: int) -> bool:  # fmt: skip
     """Whether a second, unconditional pass is asked for; UserError where that makes no sense."""
     if spec.cfg and cfg_scale is not None:
         raise UserError(f"--cfg-scale {cfg_scale}: the guidance of {spec.name} is classifier-free already; use --guidance")
     if spec.fixed and (negative_prompt, cfg_scale) != (None, None) and not isinstance(spec.text, FLUX1Text):
         raise UserError(f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.fixed}; use a base model")
-    if cfg_scale is not None and not 0 <= cfg_scale <= 100:
-        raise UserError(f"--cfg-scale {cfg_scale}: must be from 0 to 100; 1 is off, and 2 to 5 are usual")
-    scale = check_guidance(spec, guidance) if spec.cfg else cfg_scale or 1.0
+    scale = max(check_guidance(spec, guidance, steps) if spec.cfg else check_scale(cfg_scale, steps))
     if negative_prompt is not None and scale <= 1:
         flag = "--guidance" if spec.cfg else "--cfg-scale"
         raise UserError(f"--negative-prompt has an effect only with {flag} above 1; add {flag} 3, for example")
@@ -290,19 +425,24 @@ def locate(spec: ModelSpec, weights: Path | None) -> dict[str, list[Path] | Path
     files: dict[str, list[Path] | Path] = {part: _find(spec, choices, weights) for part, choices in networks(spec).items()}
     for part, names in spec.text.tokenizers.items():
         files[part] = [_find(spec, (name,), weights)[0] for name in names][0].parent
+    if spec.adapter:
+        for part, name in spec.adapter.files:
+            files[part] = find_all(spec.adapter.repository, name, weights, spec.licence.name, spec.licence.gated)
     return files
 
 
 def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """The files of each network, any of which will do."""
+    """The files of each network in the row's own repository, any of which will do."""
     return {**spec.text.networks, "transformer": (spec.transformer_file,), "autoencoder": spec.autoencoder_files}
 
 
 def is_here(spec: ModelSpec, weights: Path | None = None) -> bool:
     """Whether a row could be loaded without a download."""
     needed = (*networks(spec).values(), *((name,) for names in spec.text.tokenizers.values() for name in names))
+    adapter = [(spec.adapter.repository, name) for _, name in spec.adapter.files] if spec.adapter else []
     try:
-        return spec.embedded or all(any(is_local(spec.repository, name, weights) for name in choices) for choices in needed)
+        ours = all(any(is_local(spec.repository, name, weights) for name in choices) for choices in needed)
+        return spec.embedded or (ours and all(is_local(repository, name, weights) for repository, name in adapter))
     except UserError:  # a damaged index
         return False
 

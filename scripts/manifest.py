@@ -13,9 +13,10 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,16 +31,30 @@ from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec  # noqa: E402
 from flux.errors import UserError  # noqa: E402
 from flux.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
 from flux.pipeline import find_spec  # noqa: E402
+from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig  # noqa: E402
 from flux.t5 import T5, T5Config  # noqa: E402
 from flux.text import clip_unread, language_model_unread, t5_unread  # noqa: E402
 from flux.transformer import Flux, FluxConfig  # noqa: E402
 from flux.weights import BITS, find_all, is_local, read_header, shard_files  # noqa: E402
 
 FOLDER = ROOT / "tests" / "manifests"
-KINDS = {FluxConfig: Flux, AutoEncoderConfig: AutoEncoder, T5Config: T5, CLIPConfig: CLIP, LanguageModelConfig: LanguageModel}
+CONTROL = replace(configs.FLUX1, in_channels=128)  # a control picture's channels beside the noise's
+
+
+@dataclass(frozen=True)
+class ControlLoraConfig:
+    """What Black Forest Labs' control LoRAs change, and the rank at which they do, but for layers that have none so high."""
+
+    transformer: FluxConfig = CONTROL
+    rank: int = 128
+
+
 MANIFESTS = {
     "flux1-dev": configs.FLUX1,
     "flux1-schnell": replace(configs.FLUX1, guidance=False),
+    "flux1-fill": replace(configs.FLUX1, in_channels=384),
+    "flux1-control": CONTROL,
+    "flux1-control-lora": ControlLoraConfig(),
     "flux2-dev": configs.FLUX2,
     "klein-4b": configs.KLEIN_4B,
     "klein-9b": configs.KLEIN_9B,
@@ -50,6 +65,8 @@ MANIFESTS = {
     "ae-tiny": configs.AE_TINY,
     "t5-xxl": T5Config(),
     "clip-l": CLIPConfig(),
+    "siglip": SigLIPConfig(),
+    "redux": ReduxConfig(),
     "qwen3-4b": configs.QWEN3_4B,
     "qwen3-8b": configs.QWEN3_8B,
     "mistral-small": configs.MISTRAL,  # of this file, only what is read: 30 of its 40 layers, no eyes, no head
@@ -58,7 +75,9 @@ MANIFESTS = {
 FLOAT32 = ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder")  # all else was released in bfloat16
 QWEN3_DEPTH = 36  # layers in the released files, of which 27 are read
 
-Config = FluxConfig | AutoEncoderConfig | T5Config | CLIPConfig | LanguageModelConfig
+Config = (
+    FluxConfig | ControlLoraConfig | AutoEncoderConfig | T5Config | CLIPConfig | LanguageModelConfig | SigLIPConfig | ReduxConfig
+)
 Manifest = dict[str, tuple[str, tuple[int, ...]]]  # name -> type as safetensors spells it, shape
 
 
@@ -118,6 +137,23 @@ def name_of(config: Config) -> str:
     return next(name for name, other in MANIFESTS.items() if other == config)
 
 
+def control_lora(config: ControlLoraConfig) -> nn.Module:
+    """A transformer with a LoRA in place of every Linear, so that its tensors are those of the file."""
+    network = Flux(config.transformer)
+    for path, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear):
+            rank = min(config.rank, layer.in_features, layer.out_features)
+            down, up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features)
+            network.set_submodule(path, nn.ModuleDict({"lora_A": down, "lora_B": up}))
+    return network
+
+
+KINDS = {
+    FluxConfig: Flux, ControlLoraConfig: control_lora, AutoEncoderConfig: AutoEncoder, T5Config: T5, CLIPConfig: CLIP,
+    LanguageModelConfig: LanguageModel, SigLIPConfig: SigLIP, ReduxConfig: Redux,
+}  # fmt: skip
+
+
 def on_meta(config: Config) -> nn.Module:
     with torch.device("meta"):
         return KINDS[type(config)](config)
@@ -130,6 +166,10 @@ def from_reference(config: Config) -> Manifest:
     """The manifest that diffusers' or transformers' class gives at these sizes, under the released names."""
     import reference
 
+    if isinstance(config, ControlLoraConfig):
+        return lora_of(from_reference(config.transformer), config.rank)
+    if isinstance(config, (SigLIPConfig, ReduxConfig)):
+        return listed(adapter(config), "BF16")
     if not isinstance(config, (FluxConfig, AutoEncoderConfig)):
         return listed(text_encoder(config), "BF16")
     ours = on_meta(config).state_dict()
@@ -163,6 +203,32 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
     return {bare(name): t for name, t in state.items()} if config == configs.MISTRAL else state
 
 
+def adapter(config: SigLIPConfig | ReduxConfig) -> dict[str, torch.Tensor]:
+    """FLUX.1 Redux's networks in transformers and diffusers; the image encoder with the pooling head that is never read."""
+    from test_redux import diffusers_redux, transformers_siglip
+
+    with torch.device("meta"):
+        if isinstance(config, ReduxConfig):
+            return diffusers_redux(config).state_dict()
+        return {f"vision_model.{name}": tensor for name, tensor in transformers_siglip(config).state_dict().items()}
+
+
+def lora_of(transformer: Manifest, rank: int) -> Manifest:
+    """A LoRA, with a bias after B, for every matrix of a transformer, and its norms anew."""
+    found = {}
+    for name, (dtype, shape) in transformer.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "scale":
+            found[name] = dtype, shape
+        elif leaf == "weight":
+            outputs, inputs = shape
+            inner = min(rank, outputs, inputs)
+            found[f"{layer}.lora_A.weight"] = dtype, (inner, inputs)
+            found[f"{layer}.lora_B.weight"] = dtype, (outputs, inner)
+            found[f"{layer}.lora_B.bias"] = dtype, (outputs,)
+    return found
+
+
 def listed(state: dict[str, torch.Tensor], dtype: str) -> Manifest:
     return {name: (dtype if t.is_floating_point() else "I64", tuple(t.shape)) for name, t in state.items()}
 
@@ -175,27 +241,41 @@ def bare(name: str) -> str:
 # ---------------------------------------------------------------- files against manifests
 
 
-def parts(spec: ModelSpec) -> dict[str, tuple[Config, tuple[str, ...]]]:
+class Part(NamedTuple):
+    config: Config
+    repository: str
+    files: tuple[str, ...]  # any of which will do
+
+
+ADAPTERS = {"lora": ("LoRA", ControlLoraConfig()), "redux": ("Redux", ReduxConfig()), "siglip": ("SigLIP", SigLIPConfig())}
+
+
+def parts(spec: ModelSpec) -> dict[str, Part]:
     """The networks of a model, and the files that each may lie in."""
     text = spec.text
     if isinstance(text, FLUX1Text):
-        encoders = {"T5": (text.t5, text.t5_files), "CLIP": (text.clip, text.clip_files)}
+        networks = {"T5": (text.t5, text.t5_files), "CLIP": (text.clip, text.clip_files)}
     else:
-        encoders = {"text encoder": (text.model, text.files)}
-    transformer, autoencoder = (spec.transformer, (spec.transformer_file,)), (spec.autoencoder, spec.autoencoder_files)
-    return encoders | {"transformer": transformer, "autoencoder": autoencoder}
+        networks = {"text encoder": (text.model, text.files)}
+    networks |= {"transformer": (spec.transformer, (spec.transformer_file,))}
+    networks |= {"autoencoder": (spec.autoencoder, spec.autoencoder_files)}
+    found = {part: Part(config, spec.repository, files) for part, (config, files) in networks.items()}
+    for name, file in spec.adapter.files if spec.adapter else ():
+        part, config = ADAPTERS[name]
+        found[part] = Part(config, spec.adapter.repository, (file,))
+    return found
 
 
 def check(spec: ModelSpec, weights: Path | None) -> int:
     """Prints what differs, network by network; 0 if nothing does."""
     faults = 0
-    for part, (config, choices) in parts(spec).items():
+    for part, (config, repository, choices) in parts(spec).items():
         if spec.embedded:
             files = [EMBEDDED / choices[0]]
-        elif found := [name for name in choices if is_local(spec.repository, name, weights)]:
-            files = find_all(spec.repository, found[0], weights)
+        elif found := [name for name in choices if is_local(repository, name, weights)]:
+            files = find_all(repository, found[0], weights)
         else:
-            print(f"{part}: {choices[0]} of {spec.repository} is not here")
+            print(f"{part}: {choices[0]} of {repository} is not here")
             faults += 1
             continue
         lines = differences(comparable(from_files(files), config), from_json(name_of(config)))
@@ -215,6 +295,9 @@ def comparable(manifest: Manifest, config: Config) -> Manifest:
             return {name: entry for name, entry in manifest.items() if not t5_unread(name)}
         case CLIPConfig():
             return {name: entry for name, entry in manifest.items() if not clip_unread(name)}
+        case SigLIPConfig():  # Google's file has a text half too, and early versions of transformers count the positions
+            seen = {name: entry for name, entry in manifest.items() if name.startswith("vision_model.")}
+            return {name: entry for name, entry in seen.items() if not name.endswith(".position_ids")}
         case LanguageModelConfig(qk_norm=False):
             named = {bare(name): entry for name, entry in manifest.items()}
             return {name: entry for name, entry in named.items() if not language_model_unread(name, max(config.layers))}
@@ -250,19 +333,22 @@ def tables() -> list[str]:
 def models_table() -> str:
     rows = []
     for spec in MODELS.values():
-        link = f"[{spec.repository.split('/')[-1]}](https://huggingface.co/{spec.repository})"
-        home = "part of the package" if spec.embedded else link
+        repositories = [spec.repository] + [spec.adapter.repository] * bool(spec.adapter)
+        links = [f"[{name.split('/')[-1]}](https://huggingface.co/{name})" for name in repositories]
+        home = "part of the package" if spec.embedded else " and ".join(links)
         guidance = "none" if spec.guidance is None else f"{spec.guidance:g}" + ", by two passes" * spec.cfg
+        picture = spec.picture + f", {spec.control}" * bool(spec.control) + ", computed once" * spec.cached
         terms = (spec.licence.name, "yes" if spec.licence.commercial else "no", "yes" if spec.licence.gated else "no")
-        rows.append((f"`{spec.name}`", home, *terms, spec.steps, guidance, f"{spec.size}x{spec.size}", spec.text_length))
-    titles = ("model", "repository", "licence", "commercial use", "gated", "steps", "guidance", "size", "text tokens")
+        sizes = (f"{spec.size}x{spec.size}", spec.text_length)
+        rows.append((f"`{spec.name}`", home, *terms, picture, spec.steps, guidance, *sizes))
+    titles = ("model", "repository", "licence", "commercial use", "gated", "picture", "steps", "guidance", "size", "text tokens")
     return table(*titles, rows=rows)
 
 
 def files_table() -> str:
     used: dict[tuple[str, str], list[str]] = {}
     for spec in MODELS.values():
-        for config, files in parts(spec).values():
+        for config, _, files in parts(spec).values():
             used.setdefault((name_of(config), " or ".join(f"`{file}`" for file in files)), []).append(f"`{spec.name}`")
     used["ae-flux2-small-decoder", "`full_encoder_small_decoder.safetensors`"] = ["none; optional"]
     rows = []
@@ -278,11 +364,16 @@ def memory_table() -> str:
     rows = []
     for spec in MODELS.values():
         width = 4 if spec.embedded else 2
-        sizes = {part: width * sum(p.numel() for p in on_meta(c).parameters()) for part, (c, _) in parts(spec).items()}
+        networks = parts(spec)
+        sizes = {part: width * sum(p.numel() for p in on_meta(c).parameters()) for part, (c, *_) in networks.items()}
         transformer, autoencoder = sizes.pop("transformer"), sizes.pop("autoencoder")
-        stages = (sum(sizes.values()), transformer, autoencoder)
-        rows.append((f"`{spec.name}`", *(f"{n / 1e9:.3g}" for n in (*stages, max(stages), sum(stages)))))
-    return table("model", "text encoder", "transformer", "autoencoder", "largest stage", "all", rows=rows)
+        lora, redux = sizes.pop("LoRA", 0), sizes.pop("SigLIP", 0) + sizes.pop("Redux", 0)
+        stages = (sum(sizes.values()), transformer, autoencoder + redux)
+        columns = (stages[0], transformer, autoencoder, redux, max(stages), sum(stages))
+        rows.append([f"`{spec.name}`", *(f"{n / 1e9:.3g}" if n else "none" for n in columns)])
+        if lora:
+            rows[-1][4] = "merged"
+    return table("model", "text encoder", "transformer", "autoencoder", "adapter", "largest stage", "all", rows=rows)
 
 
 def table(*titles: str, rows: Sequence[Sequence]) -> str:

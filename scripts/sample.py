@@ -1,10 +1,14 @@
-"""Text to picture with any FLUX model, or with the toy model that is part of the package.
+"""Text and pictures to picture with any FLUX model, or with the toy model that is part of the package.
 
 python scripts/sample.py "a small yellow star above a large blue ring on a white background"
 python scripts/sample.py "a cat holding a sign that says hello world" --model flux.2-klein-4b
+python scripts/sample.py "the cat of the first picture in the armchair of the second" --model flux.2-klein-4b \\
+    --image cat.jpg --image chair.jpg
+python scripts/sample.py "a red door" --model flux.1-fill-dev --image house.jpg --mask door.png
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -16,8 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 DTYPES, NUMERICS = ("bfloat16", "float32"), ("exact", "bfl", "diffusers")
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 REMADE = dict(  # what a picture's parameters must hold, and of what type, to make it again
-    prompt=str, negative_prompt=str | None, width=int, height=int, steps=int, guidance=float | int | None,
-    cfg_scale=float | int | None, seed=int, numerics=str, model=str, dtype=str, transformer=str | None, autoencoder=str | None,
+    prompt=str, negative_prompt=str | None, width=int, height=int, steps=int, guidance=float | int | list | None,
+    cfg_scale=float | int | list | None, seed=int, numerics=str, model=str, dtype=str, transformer=str | None,
+    autoencoder=str | None,
+)  # fmt: skip
+OPTIONS = {  # of flux.Pictures -> flags; also what the metadata keep
+    "strength": "strength", "expand": "expand", "mask_threshold": "mask_threshold", "composite": "composite",
+    "weights": "image_weight", "match": "match_image_size", "keep_size": "keep_input_size", "limit": "reference_limit",
+    "cached": "kv_cache", "photo": "photo",
+}  # fmt: skip
+REMADE_PICTURES = dict(  # of these types
+    strength=float | int | None, expand=list | None, mask_threshold=float | int | None, composite=bool, weights=list | None,
+    match=int | None, keep_size=bool, limit=int | None, cached=bool | None, photo=bool,
 )  # fmt: skip
 
 
@@ -35,11 +49,38 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--width", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     what.add_argument("--height", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     what.add_argument("--remake", type=Path, metavar="PICTURE", help="make a picture again from the parameters that it carries")
+    what.add_argument("--upsample", metavar="local|URL", help="have the prompt written out: by flux.2-dev's own text encoder, "
+                      "or by a server that speaks OpenAI's protocol")  # fmt: skip
+    what.add_argument("--upsample-model", metavar="NAME", help="of the server's models")
+    given = p.add_argument_group("pictures as input (README: which model does what with them)")
+    given.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable, where a model "
+                       "takes several")  # fmt: skip
+    given.add_argument("--mask", type=Path, metavar="FILE", help="white is what may change: filling in, inpainting")
+    given.add_argument("--strength", type=float, metavar="S", help="share of the steps that change the picture (default: 0.8)")
+    given.add_argument("--expand", type=margins, metavar="L,T,R,B", help="fill: pixels of new canvas at each side")
+    given.add_argument("--mask-threshold", type=float, metavar="X", help="fill: harden a soft mask, white from X on")
+    given.add_argument("--no-composite", dest="composite", action="store_false", help="do not put the input's own pixels back "
+                       "where the mask is black")  # fmt: skip
+    given.add_argument(
+        "--photo", action="store_true", help="canny, depth: --image is a photo, find the edges or the depth in it"
+    )
+    given.add_argument("--save-control", type=Path, metavar="FILE", help="canny, depth: where to save the control picture")
+    given.add_argument("--image-weight", type=float, action="append", metavar="W", help="redux: of each --image (default: they "
+                       "share 1)")  # fmt: skip
+    given.add_argument("--match-image-size", type=int, metavar="K", help="make a picture of the size of the K-th --image")
+    given.add_argument("--keep-input-size", action="store_true", help="kontext: do not resize to a preferred resolution")
+    given.add_argument("--reference-limit", type=int, metavar="SIDE", help="FLUX.2: references have at most SIDE x SIDE pixels "
+                       "(default: 2024 for one, 1024 for several)")  # fmt: skip
+    given.add_argument("--kv-cache", action=argparse.BooleanOptionalAction, default=None, help="FLUX.2: compute references "
+                       "once; exact for klein-9b-kv, an approximation for others")  # fmt: skip
     how = p.add_argument_group("how")
     how.add_argument("--model", metavar="NAME", help="see --list-models (default: the embedded toy, flux.2-tiny)")
     how.add_argument("--steps", type=int, metavar="N", help="default: the model's")
-    how.add_argument("--guidance", type=float, metavar="G", help="default: the model's; distilled models take none")
-    how.add_argument("--cfg-scale", type=float, metavar="S", help="classifier-free guidance for models that have none (1: off)")
+    how.add_argument("--guidance", type=values, metavar="G", help="a number, START:END, or one a step with commas (default: "
+                     "the model's; distilled models take none)")  # fmt: skip
+    how.add_argument(
+        "--cfg-scale", type=values, metavar="S", help="classifier-free guidance for models that have none (1: off)"
+    )
     how.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     how.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; float32 for the toy")
     how.add_argument("--numerics", choices=NUMERICS, default="exact", help="whose rounding (default: exact)")
@@ -48,12 +89,44 @@ def parser() -> argparse.ArgumentParser:
                        "in the Hugging Face cache, or downloaded")  # fmt: skip
     files.add_argument("--transformer", type=Path, metavar="FILE", help="another one in BFL's layout: a fine-tune, for example")
     files.add_argument("--autoencoder", type=Path, metavar="FILE", help="another one: the FLUX.2 small decoder, for example")
+    files.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]", help="repeatable; any common "
+                       "format, merged in their order")  # fmt: skip
+    files.add_argument(
+        "--lora-partial", action="store_true", help="leave out what has no place in the model, where it is an error"
+    )
     files.add_argument("--check-weights", action="store_true", help="look for NaN and infinity in every tensor first")
     files.add_argument("--output", type=Path, default=Path("outputs/flux.png"), metavar="FILE", help="PNG, JPEG or WebP by its "
                        "suffix; never overwrites, but counts up (default: outputs/flux.png)")  # fmt: skip
     files.add_argument("--save-latents", action="store_true", help="also write the latents, as .safetensors beside the picture")
     files.add_argument("--list-models", action="store_true", help="show the table of models, and which are here")
     return p
+
+
+def values(text: str) -> float | list[float]:
+    """4, or 4:1 for a straight line over the steps, or 4,3,2,1 for a value at each."""
+    try:
+        numbers = [float(part) for part in text.replace(":", ",").split(",")]
+        if ":" in text and len(numbers) != 2:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number, nor START:END, nor numbers with commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def lora(text: str) -> tuple[Path, float]:
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (Path(path), float(scale)) if colon else (Path(text), 1.0)
+    except ValueError:  # a colon in the name
+        return Path(text), 1.0
+
+
+def margins(text: str) -> tuple[int, ...]:
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM in pixels") from None
+    return left, top, right, bottom
 
 
 def main() -> int:
@@ -91,6 +164,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     # 1. everything that can be wrong with the request, before anything heavy is imported
     from flux import images
+    from flux.errors import UserError
 
     if args.remake:
         recall(args, images.read_metadata(args.remake))
@@ -101,14 +175,24 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from flux import pipeline
+    from flux import conditioning, pipeline
 
     pipeline.check_count(len(prompts) * args.num_images, seed)
     spec = pipeline.find_spec(args.model, args.transformer)
-    width, height = (spec.size if n is None else n for n in (args.width, args.height))
+    pictures = gather_pictures(args, spec)
+    if prompts == [""] and spec.picture != "redux":
+        raise UserError(f"there is no prompt, and {spec.name} needs one: say what the picture should show")
+    width, height = conditioning.size_of(spec, pictures, args.width, args.height)
     pipeline.check_size(height, width)
-    steps, guidance = pipeline.check_steps(spec, args.steps), pipeline.check_guidance(spec, args.guidance)
-    cfg = pipeline.check_cfg(spec, args.guidance, args.negative_prompt, args.cfg_scale)
+    steps = pipeline.check_steps(spec, args.steps)
+    guidance = pipeline.check_guidance(spec, args.guidance, steps)
+    if args.upsample == "local" and (spec.name != "flux.2-dev"):
+        raise UserError(
+            f"--upsample local works with flux.2-dev alone, whose text encoder can write, not with {spec.name}: give a URL"
+        )
+    if (args.upsample not in (None, "local")) != (args.upsample_model is not None):
+        raise UserError("--upsample URL and --upsample-model NAME go together")
+    cfg = pipeline.check_cfg(spec, args.guidance, args.negative_prompt, args.cfg_scale, steps)
 
     # 2. the model
     torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
@@ -116,15 +200,23 @@ def run(args: argparse.Namespace) -> int:
     pipe = pipeline.load(
         args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.autoencoder, args.check_weights
     )
+    for path, scale in args.lora:
+        pipe.load_lora(path, scale, args.lora_partial)
     toy = ", the embedded toy" if spec.embedded else ""
-    guided = "" if guidance is None else f", guidance {guidance:g}"
+    guided = "" if guidance is None else f", guidance {pipeline.written(guidance)}"
     say(f"{spec.name}{toy}: {width}x{height}, {steps} steps{guided}, on {pipe.device} in {short(pipe.dtype)}")
     if spec.embedded:
         note_unknown_words(prompts)
 
-    # 3. prompts to features, then picture by picture, so that each is the same whatever is made beside it
+    # 3. the prompts written out, if that is asked for
+    plain, prompts = prompts, [upsample(args, pipe, prompt, pictures, seed) for prompt in prompts]
+
+    # 4. prompts to features, then picture by picture, so that each is the same whatever is made beside it
+    conditions = pictures and pipe.condition(pictures, width, height)
+    if args.save_control:
+        say(f"control: {images.save(conditions.control, args.save_control, {})}")
     pipe.encode(prompts + [args.negative_prompt or ""] * cfg)
-    for number, prompt in enumerate(p for p in prompts for _ in range(args.num_images)):
+    for number, (prompt, short_prompt) in enumerate(pair for pair in zip(prompts, plain) for _ in range(args.num_images)):
         kept: list[torch.Tensor] = []
         with tqdm(total=steps, desc=f"seed {seed + number}", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
 
@@ -132,15 +224,31 @@ def run(args: argparse.Namespace) -> int:
                 bar.update()
                 kept[:] = [latents]
 
-            asked = dict(negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale, callback=see)
+            asked = dict(negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale, callback=see, pictures=conditions)
             (image,) = pipe(prompt, width, height, steps, args.guidance, seed + number, **asked)
         metadata = describe(args, pipe, prompt, width, height, steps, guidance, seed + number)
+        metadata["upsampled_from"] = short_prompt if args.upsample else None
         path = images.save(image, args.output, metadata)
         if args.save_latents:
             save_latents(path, kept[0], metadata)
         say(f"seed {seed + number}: {prompt}")
         print(path, flush=True)
     return 0
+
+
+def upsample(args: argparse.Namespace, pipe, prompt: str, pictures, seed: int) -> str:
+    """The prompt, written out by a language model if --upsample says by which."""
+    if not args.upsample:
+        return prompt
+    from flux import upsampling
+
+    shown = pictures.images if pictures else ()
+    if args.upsample == "local":
+        written = upsampling.upsample_locally(prompt, pipe.files["tokenizer"].parent, shown, seed, pipe.device)
+    else:
+        written = upsampling.upsample_remotely(prompt, args.upsample, args.upsample_model, pictures=shown)
+    say(f"prompt: {written}")
+    return written
 
 
 def gather_prompts(args: argparse.Namespace) -> list[str]:
@@ -163,6 +271,8 @@ def gather_prompts(args: argparse.Namespace) -> list[str]:
         if not any(lines):
             raise UserError(f"--prompt-file {args.prompt_file}: holds no prompt; write one a line")
         prompts += filter(None, lines)
+    if not prompts and args.image:  # FLUX.1 Redux needs none
+        return [""]
     if not prompts:
         raise UserError("there is no prompt: give one in quotes, or --prompt-file FILE, or --remake PICTURE")
     if any(not p.strip() for p in prompts):
@@ -179,7 +289,7 @@ def recall(args: argparse.Namespace, metadata: dict) -> None:
 
     if args.prompts or args.prompt or args.prompt_file:
         raise UserError("--remake brings its own prompt: leave the prompt out")
-    if wrong := [key for key, kind in REMADE.items() if key not in metadata or not isinstance(metadata[key], kind)]:
+    if wrong := lacking(metadata, REMADE):
         raise UserError(f"{args.remake} lacks parameters that are needed to remake it: {', '.join(wrong)}")
     if not args.dtype and metadata["dtype"] not in DTYPES:
         raise UserError(f"{args.remake} says that its dtype was {metadata['dtype']!r:.40}: give another with --dtype")
@@ -187,10 +297,55 @@ def recall(args: argparse.Namespace, metadata: dict) -> None:
         raise UserError(
             f"{args.remake} was made with another transformer, {metadata['transformer']}: give it with --transformer"
         )
-    args.prompts = [metadata["prompt"]]
+    recall_files(args, metadata)
+    args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
     for key in REMADE.keys() - {"prompt", "transformer", "autoencoder"}:
         if getattr(args, key) in (None, "exact"):
             setattr(args, key, metadata[key])
+
+
+def lacking(metadata: dict, kinds: dict) -> list[str]:
+    """The names whose values are missing or of another type; lists are of numbers."""
+    numbers = lambda value: not isinstance(value, list) or all(isinstance(x, int | float) for x in value)  # noqa: E731
+    fits = lambda key, kind: key in metadata and isinstance(metadata[key], kind) and numbers(metadata[key])  # noqa: E731
+    return [key for key, kind in kinds.items() if not fits(key, kind)]
+
+
+def recall_files(args: argparse.Namespace, metadata: dict) -> None:
+    """The same pictures and LoRAs, if they are where they were; given anew, they must still be the same."""
+    from flux.errors import UserError
+
+    kept = {flag: metadata.get(key) or [] for flag, key in (("--image", "images"), ("--mask", "mask"), ("--lora", "loras"))}
+    kept["--mask"] = [kept["--mask"]] if kept["--mask"] else []
+    typed = {"--image": args.image, "--mask": [args.mask] if args.mask else [], "--lora": [path for path, _ in args.lora]}
+    for flag, files in kept.items():
+        if not isinstance(files, list) or not all(map(is_described, files)):
+            raise UserError(f"{args.remake} does not say which files {flag} had")
+        paths = typed[flag] or [Path(file["file"]) for file in files]
+        if len(paths) != len(files):
+            raise UserError(f"{args.remake} was made with {flag} given {len(files)} times, not {len(paths)}")
+        for path, file in zip(paths, files):
+            if not path.is_file():
+                raise UserError(f"{path}, which {args.remake} was made with, is not there: give it with {flag}")
+            if describe_file(path)["sha256"] != file["sha256"]:
+                raise UserError(f"{path} is not the file that {args.remake} was made with: give that with {flag}")
+        typed[flag] = paths
+    args.image, args.mask = typed["--image"], next(iter(typed["--mask"]), None)
+    args.lora = args.lora or [(path, file.get("scale", 1.0)) for path, file in zip(typed["--lora"], kept["--lora"])]
+    args.lora_partial |= any(file.get("partial") for file in kept["--lora"])
+    if not args.image:
+        return
+    options = metadata.get("pictures")
+    if not isinstance(options, dict) or (wrong := lacking(options, REMADE_PICTURES)):
+        raise UserError(f"{args.remake} lacks what was done with its pictures: {', '.join(wrong)}")
+    for option, flag in OPTIONS.items():
+        if getattr(args, flag) == parser().get_default(flag):
+            setattr(args, flag, options[option])
+
+
+def is_described(file) -> bool:
+    """Whether this is what `describe_file` wrote, with the scale of a LoRA perhaps."""
+    return isinstance(file, dict) and not lacking({"scale": 1.0} | file, dict(file=str, sha256=str, scale=float | int))
 
 
 def describe(args, pipe, prompt: str, width: int, height: int, steps: int, guidance, seed: int) -> dict:
@@ -202,13 +357,44 @@ def describe(args, pipe, prompt: str, width: int, height: int, steps: int, guida
     spec = pipe.spec
     return dict(
         model=spec.name, prompt=prompt, negative_prompt=args.negative_prompt, width=width, height=height, steps=steps,
-        guidance=guidance, cfg_scale=args.cfg_scale, seed=seed, numerics=args.numerics,
-        dtype=short(pipe.dtype), device=pipe.device.type,
+        guidance=guidance[0] if guidance and len(guidance) == 1 else guidance, cfg_scale=args.cfg_scale, seed=seed,
+        numerics=args.numerics, dtype=short(pipe.dtype), device=pipe.device.type,
         transformer=args.transformer.name if args.transformer else None,
         autoencoder=args.autoencoder.name if args.autoencoder else None,
+        images=[describe_file(path) for path in args.image], mask=describe_file(args.mask) if args.mask else None,
+        pictures={option: getattr(args, flag) for option, flag in OPTIONS.items()} if args.image else None,
+        loras=[describe_file(path) | {"scale": scale, "partial": args.lora_partial} for path, scale in args.lora],
         note="made by the embedded toy model: shows the code at work, not what FLUX can do" if spec.embedded else None,
         licence=spec.licence.name, software=f"flux {flux.__version__}, torch {torch.__version__}",
     )  # fmt: skip
+
+
+def describe_file(path: Path) -> dict:
+    """Enough to find a picture again, and to know that it is the same."""
+    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def gather_pictures(args: argparse.Namespace, spec):
+    """The pictures and what is to be done with them, or None."""
+    from flux import conditioning, images, inputs
+    from flux.errors import UserError
+
+    options = {option: getattr(args, flag) for option, flag in OPTIONS.items()}
+    if not args.image:
+        flags = [conditioning.FLAGS[option] for option in conditioning.asked(conditioning.Pictures((), args.mask, **options))]
+        flags += ["--no-composite"] * (not args.composite) + ["--save-control"] * bool(args.save_control)
+        needed = flags[0] if flags else spec.name if spec.picture in ("fill", "control", "redux") else None
+        if needed:
+            raise UserError(f"{needed} needs a picture: give it with --image FILE")
+        return None
+    mask = inputs.read_mask(args.mask) if args.mask else None
+    pictures = conditioning.Pictures(tuple(inputs.read_picture(path) for path in args.image), mask, **options)
+    conditioning.check_pictures(spec, pictures)
+    if args.save_control and spec.picture != "control":
+        raise UserError(f"--save-control means nothing to {spec.name}, which takes no control picture: leave it out")
+    if args.save_control:
+        images.check_output(args.save_control)
+    return pictures
 
 
 def note_unknown_words(prompts: list[str]) -> None:

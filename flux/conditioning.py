@@ -1,0 +1,263 @@
+"""What pictures add to a generation: image tokens, channels, text tokens, or a place to start from.
+
+    references   tokens beside the image tokens, told apart by their coordinates      (Kontext, FLUX.2)
+    channels     beside the noisy latents' own, in every image token                  (Fill, Canny, Depth)
+    text         tokens after the prompt's                                            (Redux)
+    start, mask  latents that noise is mixed into; where the picture may change       (image to image, inpainting)
+
+There are no other ways, and none of them knows a model.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from flux import control, inputs, sampling
+from flux.autoencoder import pack
+from flux.configs import MODELS, FLUX1Text, ModelSpec
+from flux.errors import UserError
+from flux.images import to_images, to_mask, to_pixels
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures, and what is to be done with them; what concerns another kind of model is refused."""
+
+    images: tuple[Image.Image, ...]
+    mask: Image.Image | None = None  # "L"; white is what may change
+    strength: float | None = None  # image to image and inpainting: the share of the steps that is run
+    expand: tuple[int, int, int, int] | None = None  # Fill: pixels of new canvas at the left, top, right, bottom
+    mask_threshold: float | None = None  # Fill: makes a soft mask hard; else it stays as it is
+    composite: bool = True  # what the mask leaves alone is the input's own pixels
+    photo: bool = False  # Canny, Depth: the picture is a photo, and what controls is yet to be made from it
+    weights: tuple[float, ...] | None = None  # Redux: of each picture; they share 1 by default
+    match: int | None = None  # references: make a picture of the size of the k-th, counted from 1
+    keep_size: bool = False  # Kontext: the references' own sizes, not the nearest of the preferred
+    limit: int | None = None  # FLUX.2: side of the square that a reference's pixels must not exceed
+    cached: bool | None = None  # FLUX.2: references computed once; an approximation but for the model trained so
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Pictures as the sampler takes them, for one picture of `height` x `width` pixels; tensors float32, of batch 1 or B."""
+
+    height: int
+    width: int
+    references: Tensor | None = None  # (1, R, C)
+    reference_ids: Tensor | None = None  # (R, axes)
+    cached: bool = False
+    channels: Tensor | None = None  # (1, L, C')
+    text: Tensor | None = None  # (1, T', D)
+    start: Tensor | None = None  # (1, C, h, w)
+    mask: Tensor | None = None  # (1, 1 | C, h, w), 1 where the picture may change
+    strength: float = 1.0
+    control: Image.Image | None = None  # what controls, to look at
+    original: tuple[Image.Image, Image.Image] | None = None  # picture and mask, for the composite
+    size: tuple[int, int] | None = None  # width, height to which the result is cropped, where the input was padded
+
+
+def reference_tokens(latents: Sequence[Tensor], axes: int) -> tuple[Tensor, Tensor]:
+    """Latents (1, C, h, w) of each reference -> tokens (1, R, C) and coordinates (R, axes).
+
+    FLUX.2 (4 axes) tells references apart by their t: 10, 20, ... FLUX.1 Kontext knows one, at t = 1; users put several
+    side by side, and so their columns go on here.
+    """
+    tokens, ids, left = [], [], 0
+    for number, x in enumerate(latents, start=1):
+        height, width = x.shape[2:]
+        tokens.append(rearrange(x, "b c h w -> b (h w) c"))
+        ids.append(sampling.image_ids(height, width, axes, t=10 * number if axes == 4 else 1, left=left))
+        left += 0 if axes == 4 else width
+    return torch.cat(tokens, dim=1), torch.cat(ids)
+
+
+def fill_channels(masked: Tensor, mask: Tensor) -> Tensor:
+    """FLUX.1 Fill: latents (1, 64, h, w) of the masked picture, mask (1, 1, 16h, 16w) -> (1, hw, 64 + 256).
+
+    All 16x16 mask values of a token are its channels: first the place within 8x8 pixels, then, as latents, packed 2x2.
+    """
+    values = pack(rearrange(mask, "b 1 (h y) (w x) -> b (y x) h w", y=8, x=8))  # (1, 256, h, w)
+    return rearrange(torch.cat([masked, values], dim=1), "b c h w -> b (h w) c")
+
+
+def latent_mask(mask: Tensor, channels: int, spatial: bool) -> Tensor:
+    """Mask (1, 1, 16h, 16w) of 0 and 1 -> what inpainting blends latents by, (1, 1 | channels, h, w).
+
+    As diffusers' pipelines do: FLUX.1 (`spatial`) takes the pixel nearest to each 8x8 latent and packs; FLUX.2 interpolates
+    straight to tokens, which leaves soft edges.
+    """
+    height, width = mask.shape[2] // 16, mask.shape[3] // 16
+    if not spatial:
+        return F.interpolate(mask, (height, width), mode="bilinear", align_corners=False)
+    return pack(F.interpolate(mask, (2 * height, 2 * width), mode="nearest").expand(-1, channels // 4, -1, -1))
+
+
+# ---------------------------------------------------------------- from pictures
+
+USES = {  # what a model does with a picture -> which of the options of `Pictures` have a meaning there
+    "start": {"mask", "strength"},
+    "reference": {"mask", "strength", "match", "keep_size", "limit", "cached"},
+    "control": {"photo"},
+    "fill": {"mask", "expand", "mask_threshold"},
+    "redux": {"weights"},
+}
+FLAGS = {  # as the command line calls them
+    "mask": "--mask", "strength": "--strength", "expand": "--expand", "mask_threshold": "--mask-threshold",
+    "weights": "--image-weight", "match": "--match-image-size", "keep_size": "--keep-input-size", "limit": "--reference-limit",
+    "cached": "--kv-cache", "photo": "--photo",
+}  # fmt: skip
+MOST = {"reference": 10, "redux": 10}  # pictures at once; else one
+LARGE = 2**21  # pixels; FLUX.1 was trained on up to two million
+DEFAULT_STRENGTH = 0.8  # of BFL's demos
+
+
+def asked(pictures: Pictures) -> list[str]:
+    """The options that are not left at their defaults."""
+    return [field for field in FLAGS if getattr(pictures, field) != getattr(Pictures, field)]
+
+
+def options_of(spec: ModelSpec) -> set[str]:
+    """Those that have a meaning to a model."""
+    return USES[spec.picture] - ({"limit", "cached"} if isinstance(spec.text, FLUX1Text) else {"keep_size"})
+
+
+def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
+    """UserError where a model cannot do what is asked for, saying which can."""
+    for field in asked(pictures):
+        if field not in options_of(spec):
+            able = [m.name for m in MODELS.values() if field in options_of(m)]
+            raise UserError(f"{FLAGS[field]} means nothing to {spec.name}; choose from {', '.join(able)}, or leave it out")
+    count, most = len(pictures.images), MOST.get(spec.picture, 1)
+    if not 1 <= count <= most:
+        raise UserError(f"{spec.name} takes {'one --image' if most == 1 else f'1 to {most} times --image'}, not {count}")
+    if spec.picture == "fill" and pictures.mask is None and pictures.expand is None:
+        raise UserError(f"{spec.name} fills in: say where, with --mask FILE (white is what may change) or --expand L,T,R,B")
+    if pictures.strength is not None and not 0 < pictures.strength <= 1:
+        raise UserError(f"--strength {pictures.strength:g}: must be above 0, and at most 1, which keeps nothing of the picture")
+    if pictures.mask_threshold is not None and not 0 < pictures.mask_threshold <= 1:
+        raise UserError(f"--mask-threshold {pictures.mask_threshold:g}: must be above 0 and at most 1")
+    if pictures.weights is not None and len(pictures.weights) != count:
+        raise UserError(f"--image-weight is given {len(pictures.weights)} times, for {count} pictures: once for each")
+    if not all(map(math.isfinite, pictures.weights or ())):
+        raise UserError("--image-weight must be a finite number")
+    if pictures.limit is not None and pictures.limit < 64:
+        raise UserError(f"--reference-limit {pictures.limit}: references have at least 64x64 pixels; give more")
+    if pictures.match is not None and not 1 <= pictures.match <= count:
+        raise UserError(f"--match-image-size {pictures.match}: there are {count} pictures, counted from 1")
+    if pictures.cached and not spec.cached:
+        warnings.warn(f"{spec.name} was not trained with --kv-cache: what it makes is an approximation", stacklevel=3)
+    for number, image in enumerate(pictures.images, start=1):
+        inputs.check_reference(image, f"picture {number}")
+
+
+def size_of(spec: ModelSpec, pictures: Pictures | None, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height to make where they are not given: the model's own, or what the pictures ask for."""
+    if pictures is None or spec.picture == "redux" or None not in (width, height):
+        return spec.size if width is None else width, spec.size if height is None else height
+    if pictures.match:
+        own = tuple(side // 16 * 16 for side in pictures.images[pictures.match - 1].size)
+    elif begins(spec, pictures):
+        own = tuple(-(-side // 16) * 16 for side in canvas(pictures)[0].size)  # padded, and cropped in the end
+    elif spec.picture == "control":
+        own = tuple(max(64, round(side / 16) * 16) for side in pictures.images[0].size)
+    else:
+        own = fitted(spec, pictures)[0].size
+    if width is None and height is None:
+        return own
+    scale = height / own[1] if width is None else width / own[0]  # one side is given: the other follows from the shape
+    other = own[0] if width is None else own[1]
+    follows = max(64, round(other * scale / 16) * 16)
+    return (follows, height) if width is None else (width, follows)
+
+
+def begins(spec: ModelSpec, pictures: Pictures) -> bool:
+    """Whether the first picture is what is changed: filled in, painted over, or begun from."""
+    return spec.picture in ("start", "fill") or pictures.mask is not None or pictures.strength is not None
+
+
+def canvas(pictures: Pictures) -> tuple[Image.Image, Image.Image | None]:
+    """The picture to change and its mask, of one size, expanded if that is asked for."""
+    picture, mask = pictures.images[0], pictures.mask
+    if mask is not None:
+        mask = inputs.reconcile(picture, mask)
+    if pictures.expand is None:
+        return picture, mask
+    wider, border = inputs.expand(picture, *pictures.expand)
+    if mask is not None:
+        border.paste(mask, pictures.expand[:2])
+    return wider, border
+
+
+def fitted(spec: ModelSpec, pictures: Pictures) -> list[Image.Image]:
+    """References, at the sizes in which their families take them."""
+    if isinstance(spec.text, FLUX1Text):
+        sized = [(p, p.size if pictures.keep_size else inputs.preferred_size(*p.size)) for p in pictures.images]
+        return [p.resize([side // 16 * 16 for side in size], Image.Resampling.LANCZOS) for p, size in sized]
+    limit = pictures.limit or (2024 if len(pictures.images) == 1 else 1024)  # as BFL; diffusers: always 1024
+    return [inputs.fit_reference(p, limit**2) for p in pictures.images]
+
+
+Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, H, W) -> latents (1, C, H/16, W/16), float32
+
+
+def condition(
+    spec: ModelSpec, pictures: Pictures, width: int, height: int, encode: Encode, embed: Callable[[Image.Image], Tensor]
+) -> Conditions:
+    """Pictures -> what the sampler takes. `embed` gives a picture's text tokens (1, T, D), for Redux."""
+    whole = Conditions(height, width)
+    if spec.picture == "redux":
+        weights = pictures.weights or [1 / len(pictures.images)] * len(pictures.images)
+        return replace(whole, text=sum(w * embed(image) for w, image in zip(weights, pictures.images, strict=True)))
+    if spec.picture == "control":
+        picture = pictures.images[0].resize((width, height), Image.Resampling.LANCZOS)  # whatever its shape was, as BFL does
+        pixels = control_pixels(spec.control, picture) if pictures.photo else to_pixels(picture)
+        channels = rearrange(encode(pixels), "b c h w -> b (h w) c")
+        return replace(whole, channels=channels, control=to_images(pixels)[0])
+    if not begins(spec, pictures):
+        return replace(whole, **references(spec, pictures, [encode(to_pixels(p)) for p in fitted(spec, pictures)]))
+
+    picture, mask = canvas(pictures)
+    size = picture.size
+    if (width, height) == tuple(-(-side // 16) * 16 for side in size):
+        fit = inputs.pad_to_16  # nothing is resampled, and the padding is cropped off again
+    else:
+        fit = lambda p: p.resize((width, height), Image.Resampling.LANCZOS)  # noqa: E731
+        picture, mask, size = fit(picture), mask and fit(mask), (width, height)
+    original = (picture, mask) if mask and pictures.composite else None
+    whole = replace(whole, size=size, original=original, strength=pictures.strength or DEFAULT_STRENGTH)
+    pixels = to_pixels(fit(picture))  # (1, 3, H, W)
+
+    if spec.picture == "fill":
+        changes = to_mask(fit(mask), pictures.mask_threshold)  # (1, 1, H, W)
+        return replace(whole, strength=1.0, channels=fill_channels(encode(pixels * (1 - changes)), changes))
+    start = encode(pixels)
+    if mask:
+        whole = replace(whole, mask=latent_mask(to_mask(fit(mask), 0.5), start.shape[1], isinstance(spec.text, FLUX1Text)))
+    if spec.picture == "reference":  # such a model looks at what it changes, too
+        others = replace(pictures, images=pictures.images[1:])
+        latents = [start] + [encode(to_pixels(p)) for p in fitted(spec, others)]
+        whole = replace(whole, **references(spec, pictures, latents))
+    return replace(whole, start=start)
+
+
+def control_pixels(kind: str, photo: Image.Image) -> Tensor:
+    return control.depth(photo) if kind == "depth" else to_pixels(control.canny(photo))
+
+
+def references(spec: ModelSpec, pictures: Pictures, latents: Sequence[Tensor]) -> dict:
+    tokens, ids = reference_tokens(latents, len(spec.transformer.axes_dim))
+    return dict(references=tokens, reference_ids=ids, cached=spec.cached if pictures.cached is None else pictures.cached)
+
+
+def finish(image: Image.Image, conditions: Conditions) -> Image.Image:
+    """Without padding, and with the input's own pixels wherever the mask left it alone."""
+    if conditions.size:
+        image = image.crop((0, 0, *conditions.size))
+    return inputs.composite(image, *conditions.original) if conditions.original else image

@@ -1,0 +1,278 @@
+"""flux.conditioning, and what the pipeline does with pictures, against diffusers: every mode, live, tiny random weights.
+
+Where diffusers draws a sample of the autoencoder's posterior and Black Forest Labs take its mean, diffusers is made to take
+the mean: only so can both be given the same noise.
+"""
+
+import inspect
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import (
+    FLUX1_TINY,
+    KLEIN_TINY,
+    TINY_AE1,
+    TINY_AE2,
+    TINY_CLIP,
+    TINY_MISTRAL,
+    TINY_QWEN,
+    TINY_T5,
+    diffusers_pipeline,
+    max_error,
+    networks,
+    randomise,
+    write_weights,
+)  # fmt: skip
+from safetensors.torch import save_file
+from test_pipeline import grid, levels, noise, write_tokenizers
+from test_redux import diffusers_redux, siglip_processor, transformers_siglip
+
+import flux
+from flux.conditioning import Pictures
+from flux.configs import MODELS, FLUX1Text, FLUX2Text
+from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig
+from flux.text import TextFeatures
+
+WIDTH, HEIGHT, STEPS, SEEDS = 96, 64, 4, (5, 6)
+WITHIN = 2e-5  # of the largest latent; four steps of float32 rounding through random networks, seen: up to 7e-6
+
+KLEIN = replace(KLEIN_TINY, context_dim=TINY_QWEN.features)
+TRANSFORMERS = {
+    "flux.1-dev": FLUX1_TINY,
+    "flux.1-fill-dev": replace(FLUX1_TINY, in_channels=384),
+    "flux.1-canny-dev": replace(FLUX1_TINY, in_channels=128),
+    "flux.1-kontext-dev": FLUX1_TINY,
+    "flux.1-redux-dev": FLUX1_TINY,
+    "flux.2-dev": replace(KLEIN, guidance=True),
+    "flux.2-klein-4b": KLEIN,
+    "flux.2-klein-9b-kv": KLEIN,
+    "flux.2-klein-base-4b": KLEIN,
+}
+TINY_SIGLIP = SigLIPConfig(image_size=60, hidden_size=48, num_heads=4, mlp_size=80, depth=2)
+TINY_REDUX = ReduxConfig(48, 3 * FLUX1_TINY.context_dim, FLUX1_TINY.context_dim)
+
+
+class Model:
+    """A tiny row of the table in the files of its repositories, our pipeline, and diffusers' for text to image."""
+
+    def __init__(self, name: str, folder, patch):
+        home = folder / MODELS[name].repository.split("/")[1]
+        flux1 = name.startswith("flux.1")
+        last = write_tokenizers(home, "flux.1-dev" if flux1 else name)
+        text = FLUX1Text(TINY_T5, replace(TINY_CLIP, eos_id=last)) if flux1 else FLUX2Text(
+            TINY_MISTRAL if name == "flux.2-dev" else TINY_QWEN
+        )  # fmt: skip
+        self.spec = replace(
+            MODELS[name], transformer=TRANSFORMERS[name], text=text, text_length=64, autoencoder=TINY_AE1 if flux1 else TINY_AE2
+        )
+        patch.setitem(MODELS, name, self.spec)
+        self.parts = networks(self.spec)
+        write_weights(home, self.spec, self.parts)
+        if self.spec.adapter:
+            self.write_redux(folder / self.spec.adapter.repository.split("/")[1])
+        self.ours = flux.load(name, weights=folder, device="cpu", dtype=torch.float32)
+        self.theirs = diffusers_pipeline(self.spec, self.parts)
+        self.flux1 = flux1
+
+    def write_redux(self, home):
+        self.siglip, self.redux = randomise(SigLIP(TINY_SIGLIP)), randomise(Redux(TINY_REDUX))
+        (home / "image_encoder").mkdir(parents=True)
+        save_file(self.siglip.state_dict(), home / "image_encoder/model.safetensors")
+        save_file(self.redux.state_dict(), home / "flux1-redux-dev.safetensors")
+
+    def features(self, seed: int = 1, rows: int = len(SEEDS)) -> TextFeatures:
+        config, generator = self.spec.transformer, torch.Generator().manual_seed(seed)
+        pooled = torch.randn(rows, config.vector_dim, generator=generator) if self.flux1 else None
+        return TextFeatures(torch.randn(rows, 7, config.context_dim, generator=generator), pooled)
+
+    def variant(self, family: str, patch):
+        """Another of diffusers' pipelines with the same parts, that takes the mean of the posterior."""
+        import diffusers
+
+        kind, posterior = getattr(diffusers, family), diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+        patch.setattr(posterior, "sample", lambda self, generator=None: self.mean)
+        takes = inspect.signature(kind).parameters
+        distilled = {"is_distilled": not self.spec.cfg} if "Klein" in family else {}
+        pipe = kind(**{part: value for part, value in self.theirs.components.items() if part in takes}, **distilled)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLUX_WEIGHTS", raising=False)
+        patch.setattr("flux.pipeline.SigLIPConfig", lambda: TINY_SIGLIP)
+        patch.setattr("flux.pipeline.ReduxConfig", lambda: TINY_REDUX)
+
+        def model(name: str) -> Model:
+            if name not in made:
+                made[name] = Model(name, tmp_path_factory.mktemp(name), patch)
+            return made[name]
+
+        yield model
+
+
+def photo(width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> Image.Image:
+    """Smooth waves, so that resizing does not make it grey."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / 40
+    waves = [np.sin(a * x + b * y + c) for a, b, c in rng.uniform(-3, 3, (3, 3))]
+    return Image.fromarray(np.rint(127.5 + 127 * np.stack(waves, -1)).astype(np.uint8))
+
+
+def painted(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    """A mask with a hard block and a soft ramp."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : height // 2, width // 3 :] = 255
+    mask[height // 2 :, : width // 2] = np.linspace(0, 255, width // 2)
+    return Image.fromarray(mask)
+
+
+def compare(model: Model, theirs, pictures: Pictures, given: dict, conditioned=None, noise_given: bool = True,
+            negative: TextFeatures | None = None, limit: float = WITHIN, **asked):  # fmt: skip
+    """Latents after every step, and pictures, ours against those of one of diffusers' pipelines."""
+    features, seen = model.features(), []
+    words = dict(prompt_embeds=features.tokens) | ({"pooled_prompt_embeds": features.pooled} if model.flux1 else {})
+    if negative is not None:
+        words["negative_prompt_embeds"] = negative.tokens.expand_as(features.tokens)
+    if conditioned is not None:
+        words |= conditioned
+    if noise_given:
+        given |= dict(latents=noise(model, SEEDS))
+    else:
+        given |= dict(generator=[torch.Generator().manual_seed(seed) for seed in SEEDS])
+    expected = theirs(
+        **words, width=WIDTH, height=HEIGHT, num_inference_steps=STEPS, **given,
+        callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
+    ).images  # fmt: skip
+    conditions = model.ours.condition(pictures, WIDTH, HEIGHT)
+    steps = []
+    latents = model.ours.sample(
+        features, SEEDS, steps=STEPS, negative=negative, conditions=conditions,
+        callback=lambda step, t, x: steps.append(x.clone()), **asked,
+    )  # fmt: skip
+    assert len(steps) == len(seen) and torch.equal(steps[-1], latents)
+    assert max(max_error(a, grid(b, HEIGHT)) for a, b in zip(steps, seen, strict=True)) <= limit
+    assert max(map(levels, model.ours.decode(latents), expected)) <= 1
+    return conditions, latents
+
+
+# ---------------------------------------------------------------------------------------------------------- channels
+
+
+def test_fill_equals_diffusers(models, monkeypatch):
+    """diffusers makes the mask hard, so ours is made so here."""
+    model = models("flux.1-fill-dev")
+    theirs = model.variant("FluxFillPipeline", monkeypatch)
+    picture, mask = photo(), painted()
+    pictures = Pictures((picture,), mask, mask_threshold=0.5)
+    compare(model, theirs, pictures, dict(image=picture, mask_image=mask, guidance_scale=20.0), guidance=20.0)
+
+
+def test_control_equals_diffusers(models, monkeypatch):
+    model = models("flux.1-canny-dev")
+    theirs = model.variant("FluxControlPipeline", monkeypatch)
+    given = dict(control_image=photo(), guidance_scale=20.0)
+    compare(model, theirs, Pictures((photo(),)), given, guidance=20.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- image tokens
+
+
+def test_kontext_equals_diffusers(models, monkeypatch):
+    model = models("flux.1-kontext-dev")
+    theirs = model.variant("FluxKontextPipeline", monkeypatch)
+    picture = photo(80, 96)
+    given = dict(image=picture, guidance_scale=3.0, _auto_resize=False, max_area=WIDTH * HEIGHT)
+    compare(model, theirs, Pictures((picture,), keep_size=True), given, guidance=3.0)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_flux2_references_equal_diffusers(models, monkeypatch, count):
+    model = models("flux.2-dev")
+    theirs = model.variant("Flux2Pipeline", monkeypatch)
+    references = [photo(80, 97, seed=1), photo(150, 70, seed=2)][:count]
+    given = dict(image=references, guidance_scale=3.0)
+    compare(model, theirs, Pictures(tuple(references), limit=1024), given, guidance=3.0)
+
+
+@pytest.mark.parametrize("name", ["flux.2-klein-4b", "flux.2-klein-base-4b"])
+def test_klein_references_equal_diffusers(models, monkeypatch, name):
+    """With classifier-free guidance, both passes see the references."""
+    model = models(name)
+    theirs = model.variant("Flux2KleinPipeline", monkeypatch)
+    references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
+    cfg = dict(guidance=3.0, negative=model.features(2, rows=1)) if model.spec.cfg else {}
+    given = dict(image=references, guidance_scale=cfg.get("guidance", 1.0))
+    compare(model, theirs, Pictures(tuple(references), limit=1024), given, **cfg)
+
+
+def test_klein_kv_equals_diffusers(models, monkeypatch):
+    """They compute references with the first step and we before it, which changes only the order of float32 sums."""
+    model = models("flux.2-klein-9b-kv")
+    theirs = model.variant("Flux2KleinKVPipeline", monkeypatch)
+    references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
+    compare(model, theirs, Pictures(tuple(references), limit=1024), dict(image=references))
+
+
+# ---------------------------------------------------------------------------------------------------------- text tokens
+
+
+@pytest.mark.parametrize("weights", [None, (0.7, 0.4)])
+def test_redux_equals_diffusers(models, monkeypatch, weights):
+    """Of what FluxPriorReduxPipeline does, its weighted sum is redone here: it cannot be had at tiny widths."""
+    import diffusers
+
+    model = models("flux.1-redux-dev")
+    references = [photo(80, 97, seed=1), photo(150, 70, seed=2)][: len(weights or [1])]
+    siglip, redux = transformers_siglip(TINY_SIGLIP), diffusers_redux(TINY_REDUX)
+    missing, unexpected = siglip.load_state_dict(model.siglip.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("head.") for name in missing)
+    redux.load_state_dict(model.redux.state_dict())
+    prior = diffusers.FluxPriorReduxPipeline(siglip, siglip_processor(TINY_SIGLIP.image_size), redux)
+    with torch.no_grad():
+        embedded = redux(prior.encode_image(references, "cpu", 1)).image_embeds  # (pictures, T', D)
+    added = torch.einsum("n,ntd->td", torch.tensor(weights or [1.0]), embedded)[None]
+    pictures = Pictures(tuple(references), weights=weights)
+    assert max_error(model.ours.condition(pictures).text, added) <= 2e-6
+
+    features = model.features()
+    tokens = torch.cat([features.tokens, added.expand(len(SEEDS), -1, -1)], dim=1)
+    given, words = dict(guidance_scale=3.0), dict(prompt_embeds=tokens)
+    compare(model, model.theirs, pictures, given, words, guidance=3.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- a start
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+def test_image_to_image_equals_diffusers(models, monkeypatch, strength):
+    model = models("flux.1-dev")
+    theirs = model.variant("FluxImg2ImgPipeline", monkeypatch)
+    given = dict(image=photo(), strength=strength, guidance_scale=3.0)
+    compare(model, theirs, Pictures((photo(),), strength=strength), given, noise_given=False, guidance=3.0)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting_equals_diffusers(models, monkeypatch, strength):
+    model = models("flux.1-dev")
+    theirs = model.variant("FluxInpaintPipeline", monkeypatch)
+    given = dict(image=photo(), mask_image=painted(), strength=strength, guidance_scale=3.0)
+    compare(model, theirs, Pictures((photo(),), painted(), strength=strength), given, noise_given=False, guidance=3.0)
+
+
+@pytest.mark.parametrize("name", ["flux.2-klein-4b", "flux.2-klein-base-4b"])
+def test_klein_inpainting_equals_diffusers(models, monkeypatch, name):
+    model = models(name)
+    theirs = model.variant("Flux2KleinInpaintPipeline", monkeypatch)
+    other = photo(96, 80, seed=3)
+    cfg = dict(guidance=3.0, negative=model.features(2, rows=1)) if model.spec.cfg else {}
+    given = dict(image=photo(), mask_image=painted(), image_reference=other, strength=0.6,
+                 guidance_scale=cfg.get("guidance", 1.0))  # fmt: skip
+    pictures = Pictures((photo(), other), painted(), strength=0.6, limit=1024)
+    compare(model, theirs, pictures, given, noise_given=False, **cfg)
