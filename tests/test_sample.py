@@ -231,7 +231,7 @@ def test_prompt_beyond_the_limit_is_cut_and_the_loss_noted_once(cli):
     (("--seed", 2**63 - 1, "--num-images", 2), ("--seed", "from 0 to 2^63 - 1")),
     (("--num-images", 0), ("--num-images of at least 1",)),
     (("--num-images", -3), ("--num-images of at least 1",)),
-    (("--guidance", 2), ("--guidance", "2.0", "leave it out")),
+    (("--guidance", 2), ("--guidance", "(here 2)", "leave it out")),
     (("--guidance", "nan"), ("--guidance nan", "from 0 to 100")),
     (("--cfg-scale", -1), ("--cfg-scale -1", "from 0 to 100")),
     (("--cfg-scale", "inf"), ("--cfg-scale inf", "from 0 to 100")),
@@ -330,9 +330,12 @@ def test_picture_without_parameters_is_told(cli):
 def test_real_model_without_its_weights_is_told_and_never_the_toy(cli, tmp_path, name):
     spec = MODELS[name]
     (empty := tmp_path / "empty").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    picture = ("--image", tmp_path / "a.png") if spec.picture in ("fill", "control", "redux") else ()
+    request = (PROMPT, "--model", name, *picture, *(("--expand", "16,0,0,0") if spec.picture == "fill" else ()))
     known = (spec.repository, ".safetensors", f"https://huggingface.co/{spec.repository}", spec.licence.name, "--weights")
-    cli(PROMPT, "--model", name, "--weights", empty).says(*known, str(empty))
-    cli(PROMPT, "--model", name).says(spec.repository, ".safetensors", "HF_HUB_OFFLINE is set", "unset", "--weights")
+    cli(*request, "--weights", empty).says(*known, str(empty))
+    cli(*request).says(spec.repository, ".safetensors", "HF_HUB_OFFLINE is set", "unset", "--weights")
 
 
 def test_real_model_without_its_weights_in_its_own_process(tmp_path):
