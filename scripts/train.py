@@ -512,6 +512,8 @@ def main():
     parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="weights to begin with, as --export wrote them")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="where the finished model goes (flux/tiny)")
     args = parser.parse_args()
+    if not args.autoencoder_minutes and not args.start_from:
+        parser.error("--autoencoder-minutes 0 keeps an autoencoder as it is: say whose, with --start-from FOLDER")
     torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     run = args.run
     run.mkdir(parents=True, exist_ok=True)

@@ -81,3 +81,10 @@ def test_what_it_exports_loads_strictly_and_makes_pictures(train, tmp_path, monk
     (image,) = flux.load()("a red circle", steps=1)
     assert image.size == (train.SPEC.size,) * 2
     assert np.asarray(image).dtype == np.uint8
+
+
+def test_no_time_for_the_autoencoder_means_that_there_is_one(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "run"), "--autoencoder-minutes", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert "--start-from FOLDER" in capsys.readouterr().err and not (tmp_path / "run").exists()
