@@ -75,9 +75,8 @@ MANIFESTS = {
 FLOAT32 = ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder")  # all else was released in bfloat16
 QWEN3_DEPTH = 36  # layers in the released files, of which 27 are read
 
-Config = (
-    FluxConfig | ControlLoraConfig | AutoEncoderConfig | T5Config | CLIPConfig | LanguageModelConfig | SigLIPConfig | ReduxConfig
-)
+NetworkConfig = FluxConfig | AutoEncoderConfig | T5Config | CLIPConfig | LanguageModelConfig | SigLIPConfig | ReduxConfig
+Config = NetworkConfig | ControlLoraConfig
 Manifest = dict[str, tuple[str, tuple[int, ...]]]  # name -> type as safetensors spells it, shape
 
 
@@ -137,24 +136,13 @@ def name_of(config: Config) -> str:
     return next(name for name, other in MANIFESTS.items() if other == config)
 
 
-def control_lora(config: ControlLoraConfig) -> nn.Module:
-    """A transformer with a LoRA in place of every Linear, so that its tensors are those of the file."""
-    network = Flux(config.transformer)
-    for path, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Linear):
-            rank = min(config.rank, layer.in_features, layer.out_features)
-            down, up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features)
-            network.set_submodule(path, nn.ModuleDict({"lora_A": down, "lora_B": up}))
-    return network
-
-
 KINDS = {
-    FluxConfig: Flux, ControlLoraConfig: control_lora, AutoEncoderConfig: AutoEncoder, T5Config: T5, CLIPConfig: CLIP,
-    LanguageModelConfig: LanguageModel, SigLIPConfig: SigLIP, ReduxConfig: Redux,
+    FluxConfig: Flux, AutoEncoderConfig: AutoEncoder, T5Config: T5, CLIPConfig: CLIP, LanguageModelConfig: LanguageModel,
+    SigLIPConfig: SigLIP, ReduxConfig: Redux,
 }  # fmt: skip
 
 
-def on_meta(config: Config) -> nn.Module:
+def on_meta(config: NetworkConfig) -> nn.Module:
     with torch.device("meta"):
         return KINDS[type(config)](config)
 
@@ -333,7 +321,7 @@ def tables() -> list[str]:
 def models_table() -> str:
     rows = []
     for spec in MODELS.values():
-        repositories = [spec.repository] + [spec.adapter.repository] * bool(spec.adapter)
+        repositories = [spec.repository, *([spec.adapter.repository] if spec.adapter else [])]
         links = [f"[{name.split('/')[-1]}](https://huggingface.co/{name})" for name in repositories]
         home = "part of the package" if spec.embedded else " and ".join(links)
         guidance = "none" if spec.guidance is None else f"{spec.guidance:g}" + ", by two passes" * spec.cfg
@@ -341,8 +329,8 @@ def models_table() -> str:
         terms = (spec.licence.name, "yes" if spec.licence.commercial else "no", "yes" if spec.licence.gated else "no")
         sizes = (f"{spec.size}x{spec.size}", spec.text_length)
         rows.append((f"`{spec.name}`", home, *terms, picture, spec.steps, guidance, *sizes))
-    titles = ("model", "repository", "licence", "commercial use", "gated", "picture", "steps", "guidance", "size", "text tokens")
-    return table(*titles, rows=rows)
+    titles = "model, repository, licence, commercial use, gated, picture, steps, guidance, size, text tokens"
+    return table(*titles.split(", "), rows=rows)
 
 
 def files_table() -> str:
@@ -364,16 +352,20 @@ def memory_table() -> str:
     rows = []
     for spec in MODELS.values():
         width = 4 if spec.embedded else 2
-        networks = parts(spec)
-        sizes = {part: width * sum(p.numel() for p in on_meta(c).parameters()) for part, (c, *_) in networks.items()}
-        transformer, autoencoder = sizes.pop("transformer"), sizes.pop("autoencoder")
-        lora, redux = sizes.pop("LoRA", 0), sizes.pop("SigLIP", 0) + sizes.pop("Redux", 0)
-        stages = (sum(sizes.values()), transformer, autoencoder + redux)
-        columns = (stages[0], transformer, autoencoder, redux, max(stages), sum(stages))
-        rows.append([f"`{spec.name}`", *(f"{n / 1e9:.3g}" if n else "none" for n in columns)])
-        if lora:
-            rows[-1][4] = "merged"
+        sizes = {part: width * parameters(config) for part, (config, *_) in parts(spec).items()}
+        transformer, autoencoder, lora = sizes.pop("transformer"), sizes.pop("autoencoder"), sizes.pop("LoRA", 0)
+        redux = sizes.pop("SigLIP", 0) + sizes.pop("Redux", 0)
+        text = sum(sizes.values())
+        stages = (text, transformer + lora, autoencoder, redux)
+        columns = (text, transformer, autoencoder, lora + redux, max(stages), sum(stages))
+        rows.append((f"`{spec.name}`", *(f"{n / 1e9:.3g}" if n else "none" for n in columns)))
     return table("model", "text encoder", "transformer", "autoencoder", "adapter", "largest stage", "all", rows=rows)
+
+
+def parameters(config: Config) -> int:
+    """How many are in memory: with a control LoRA, a second transformer, for the first is kept, to be there without it."""
+    network = on_meta(config.transformer if isinstance(config, ControlLoraConfig) else config)
+    return sum(p.numel() for p in network.parameters())
 
 
 def table(*titles: str, rows: Sequence[Sequence]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 import pytest
 
 import flux
-from flux.configs import EMBEDDED, MODELS, FLUX1Text, FLUX2Text
+from flux.configs import EMBEDDED, MODELS, Adapter, FLUX1Text, FLUX2Text
 from flux.errors import UserError
 from flux.pipeline import find_spec
 
@@ -17,18 +17,55 @@ REAL = {name: spec for name, spec in MODELS.items() if not spec.embedded}
 
 # From the cards of FLUX.1-schnell (4 steps, 256 tokens, no guidance), FLUX.1-dev (50 steps, guidance 3.5, 512 tokens) and
 # FLUX.1-Krea-dev (28 to 32 steps, guidance 4.5), whose step counts and lengths BFL's scripts share; from FLUX2_MODEL_INFO
-# for FLUX.2: 50 steps at guidance 4 but for the distilled [klein], which is fixed to 4 steps without guidance.
+# for FLUX.2: 50 steps at guidance 4 but for the distilled [klein], which is fixed to 4 steps without guidance. From the
+# defaults of BFL's scripts: cli_fill.py (50 steps, guidance 30, 128 tokens), cli_control.py (50 steps, guidance 30 for edges
+# and 10 for depth), cli_redux.py (50 steps for [dev], guidance 2.5), cli_kontext.py (30 steps, guidance 2.5).
 # name: (file, schedule, steps, guidance, classifier-free, text tokens, fixed)
 DEFAULTS = {
     "flux.1-schnell": ("flux1-schnell", "unshifted", 4, None, False, 256, True),
     "flux.1-dev": ("flux1-dev", "linear", 50, 3.5, False, 512, False),
     "flux.1-krea-dev": ("flux1-krea-dev", "linear", 28, 4.5, False, 512, False),
+    "flux.1-fill-dev": ("flux1-fill-dev", "linear", 50, 30.0, False, 128, False),
+    "flux.1-canny-dev": ("flux1-canny-dev", "linear", 50, 30.0, False, 512, False),
+    "flux.1-depth-dev": ("flux1-depth-dev", "linear", 50, 10.0, False, 512, False),
+    "flux.1-canny-dev-lora": ("flux1-dev", "linear", 50, 30.0, False, 512, False),
+    "flux.1-depth-dev-lora": ("flux1-dev", "linear", 50, 10.0, False, 512, False),
+    "flux.1-redux-dev": ("flux1-dev", "linear", 50, 2.5, False, 512, False),
+    "flux.1-kontext-dev": ("flux1-kontext-dev", "linear", 30, 2.5, False, 512, False),
     "flux.2-dev": ("flux2-dev", "empirical", 50, 4.0, False, 512, False),
     "flux.2-klein-4b": ("flux-2-klein-4b", "empirical", 4, None, False, 512, True),
     "flux.2-klein-9b": ("flux-2-klein-9b", "empirical", 4, None, False, 512, True),
     "flux.2-klein-9b-kv": ("flux-2-klein-9b-kv", "empirical", 4, None, False, 512, True),
     "flux.2-klein-base-4b": ("flux-2-klein-base-4b", "empirical", 50, 4.0, True, 512, False),
     "flux.2-klein-base-9b": ("flux-2-klein-base-9b", "empirical", 50, 4.0, True, 512, False),
+}
+
+# What a picture is to them, from the same scripts and the cards; to a model that knows no pictures, the toy too, a start.
+PICTURES = {
+    "start": {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev", "flux.2-tiny"},
+    "fill": {"flux.1-fill-dev"},
+    "control": {"flux.1-canny-dev", "flux.1-depth-dev", "flux.1-canny-dev-lora", "flux.1-depth-dev-lora"},
+    "redux": {"flux.1-redux-dev"},
+    "reference": {
+        "flux.1-kontext-dev", "flux.2-dev", "flux.2-klein-4b", "flux.2-klein-9b", "flux.2-klein-9b-kv",
+        "flux.2-klein-base-4b", "flux.2-klein-base-9b",
+    },
+}  # fmt: skip
+
+# From BFL's `configs` (repositories and files), cli_control.py (`lora_scale`), and diffusers' layout of FLUX.1-Redux-dev, in
+# whose image_encoder/ lies the SigLIP so400m-patch14-384 that BFL's code takes from Google.
+ADAPTERS = {
+    "flux.1-canny-dev-lora": Adapter(
+        "black-forest-labs/FLUX.1-Canny-dev-lora", (("lora", "flux1-canny-dev-lora.safetensors"),), 0.85
+    ),
+    "flux.1-depth-dev-lora": Adapter(
+        "black-forest-labs/FLUX.1-Depth-dev-lora", (("lora", "flux1-depth-dev-lora.safetensors"),), 0.85
+    ),
+    "flux.1-redux-dev": Adapter(
+        "black-forest-labs/FLUX.1-Redux-dev",
+        (("redux", "flux1-redux-dev.safetensors"), ("siglip", "image_encoder/model.safetensors")),
+        1.0,
+    ),
 }
 
 # Of BFL's parameter classes: hidden size, heads, double and single blocks, width of the text, axes, theta, guidance embedding.
@@ -38,6 +75,13 @@ NETWORKS = {
     "flux.1-schnell": (*FLUX1, False),
     "flux.1-dev": (*FLUX1, True),
     "flux.1-krea-dev": (*FLUX1, True),
+    "flux.1-fill-dev": (*FLUX1, True),
+    "flux.1-canny-dev": (*FLUX1, True),
+    "flux.1-depth-dev": (*FLUX1, True),
+    "flux.1-canny-dev-lora": (*FLUX1, True),
+    "flux.1-depth-dev-lora": (*FLUX1, True),
+    "flux.1-redux-dev": (*FLUX1, True),
+    "flux.1-kontext-dev": (*FLUX1, True),
     "flux.2-dev": (6144, 48, 8, 48, 15360, (32,) * 4, 2000, True),
     "flux.2-klein-4b": KLEIN_4B,
     "flux.2-klein-base-4b": KLEIN_4B,
@@ -45,6 +89,8 @@ NETWORKS = {
     "flux.2-klein-9b-kv": KLEIN_9B,
     "flux.2-klein-base-9b": KLEIN_9B,
 }
+# Beside the latents' 64 channels: a control picture's latents; or a picture's latents, and a mask of 16x16 pixels a token
+STACKED = {"flux.1-canny-dev": 64, "flux.1-depth-dev": 64, "flux.1-fill-dev": 64 + 256}
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -60,7 +106,7 @@ def test_networks(name):
     spec, c = MODELS[name], MODELS[name].transformer
     sizes = (c.hidden_size, c.num_heads, c.depth, c.depth_single, c.context_dim, c.axes_dim, c.theta, c.guidance)
     assert sizes == NETWORKS[name] and c.hidden_size // c.num_heads == sum(c.axes_dim) == 128
-    kind = (c.in_channels, c.mlp_ratio, c.vector_dim, c.bias, c.gated_mlp, c.shared_modulation)
+    kind = (c.out_channels, c.mlp_ratio, c.vector_dim, c.bias, c.gated_mlp, c.shared_modulation)
     autoencoder = (spec.autoencoder.z_channels, spec.autoencoder.scale_factor, spec.autoencoder.shift_factor)
     if name.startswith("flux.1"):
         assert kind == (64, 4, 768, True, False, False) and autoencoder == (16, 0.3611, 0.1159)
@@ -69,16 +115,36 @@ def test_networks(name):
         assert kind == (128, 3, None, False, True, True) and autoencoder == (32, None, None)
         assert isinstance(spec.text, FLUX2Text) and spec.text.model.features == c.context_dim
         assert spec.text.model.layers == ((10, 20, 30) if name == "flux.2-dev" else (9, 18, 27))
-    assert c.in_channels == c.out_channels == spec.autoencoder.latent_channels
+    assert c.in_channels - STACKED.get(name, 0) == c.out_channels == spec.autoencoder.latent_channels
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_picture_becomes(name):
+    spec = MODELS[name]
+    assert [use for use, names in PICTURES.items() if name in names] == [spec.picture]
+    kinds = {"flux.1-canny-dev": "canny", "flux.1-depth-dev": "depth"}
+    assert spec.control == kinds.get(name.removesuffix("-lora"))
+    assert spec.cached == (name == "flux.2-klein-9b-kv")  # FLUX2_MODEL_INFO: use_kv_cache
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters(name):
+    spec, base = MODELS[name], MODELS["flux.1-dev"]
+    assert spec.adapter == ADAPTERS.get(name)
+    if spec.adapter:  # all else is of FLUX.1 [dev]
+        assert (spec.repository, spec.licence, spec.transformer) == (base.repository, base.licence, base.transformer)
+        assert (spec.text, spec.autoencoder, spec.autoencoder_files) == (base.text, base.autoencoder, base.autoencoder_files)
 
 
 def test_names_and_repositories():
     assert REAL.keys() == DEFAULTS.keys() and flux.MODELS is MODELS
-    assert all(f"black-forest-labs/{name}" == spec.repository.lower() for name, spec in REAL.items())
+    homes = {name: spec.adapter.repository if spec.adapter else spec.repository for name, spec in REAL.items()}
+    assert all(f"black-forest-labs/{name}" == home.lower() for name, home in homes.items())
     assert all(name == spec.name for name, spec in MODELS.items())
-    assert {s.repository.split("/")[1] for s in REAL.values()} == {
-        "FLUX.1-schnell", "FLUX.1-dev", "FLUX.1-Krea-dev", "FLUX.2-dev", "FLUX.2-klein-4B", "FLUX.2-klein-9B",
-        "FLUX.2-klein-9b-kv", "FLUX.2-klein-base-4B", "FLUX.2-klein-base-9B",
+    assert {home.split("/")[1] for home in homes.values()} == {
+        "FLUX.1-schnell", "FLUX.1-dev", "FLUX.1-Krea-dev", "FLUX.1-Fill-dev", "FLUX.1-Canny-dev", "FLUX.1-Depth-dev",
+        "FLUX.1-Canny-dev-lora", "FLUX.1-Depth-dev-lora", "FLUX.1-Redux-dev", "FLUX.1-Kontext-dev", "FLUX.2-dev",
+        "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-klein-9b-kv", "FLUX.2-klein-base-4B", "FLUX.2-klein-base-9B",
     }  # fmt: skip
 
 
@@ -87,6 +153,13 @@ def test_licences():
     assert free == {"flux.1-schnell", "flux.2-klein-4b", "flux.2-klein-base-4b", "flux.2-tiny"}
     assert all((spec.licence.name == "Apache-2.0") == spec.licence.commercial for spec in MODELS.values())
     assert {name for name, spec in MODELS.items() if not spec.licence.gated} == free - {"flux.1-schnell"}
+    owed = {name: spec.licence.name for name, spec in MODELS.items() if name not in free}
+    assert owed == {name: "FLUX.1 [dev] Non-Commercial License" for name in owed if name.startswith("flux.1")} | {
+        "flux.2-dev": "FLUX.2 [dev] Non-Commercial License",
+        "flux.2-klein-9b": "FLUX Non-Commercial License",
+        "flux.2-klein-9b-kv": "FLUX Non-Commercial License",
+        "flux.2-klein-base-9b": "FLUX Non-Commercial License",
+    }
 
 
 def test_embedded_model_is_a_klein_whose_files_are_in_the_package():

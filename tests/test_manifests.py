@@ -8,18 +8,21 @@ file was read for it.
 import json
 import re
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from reference import diffusers_autoencoder, shapes
+from reference import diffusers_autoencoder, diffusers_transformer, shapes
 from safetensors.torch import save_file
 
 from flux.autoencoder import AutoEncoderConfig, from_diffusers
 from flux.clip import CLIPConfig
-from flux.configs import AE1, AE2, AE2_SMALL_DECODER, MISTRAL, MODELS
+from flux.configs import AE1, AE2, AE2_SMALL_DECODER, FLUX1, MISTRAL, MODELS
 from flux.language_model import LanguageModelConfig
+from flux.lora import Lora, place
+from flux.redux import SigLIPConfig, siglip_unread
 from flux.t5 import T5Config
 from flux.text import language_model_unread
 
@@ -29,42 +32,76 @@ sys.path.append(str(ROOT / "scripts"))
 import manifest  # noqa: E402
 from manifest import MANIFESTS, check, comparable, differences, dumps, from_files, from_json, size  # noqa: E402
 
+NETWORKS = {name: config for name, config in MANIFESTS.items() if not isinstance(config, manifest.ControlLoraConfig)}
 every_manifest = pytest.mark.parametrize(("name", "config"), MANIFESTS.items(), ids=MANIFESTS)
+every_network = pytest.mark.parametrize(("name", "config"), NETWORKS.items(), ids=NETWORKS)
 
 # Tensors and parameters, counted in Black Forest Labs' own classes on the meta device; statistics are no parameters.
 COUNTED = {
     "flux1-dev": (780, 11_901_408_320),
     "flux1-schnell": (776, 11_891_178_560),
+    "flux1-fill": (780, 11_902_391_360),
+    "flux1-control": (780, 11_901_604_928),
     "flux2-dev": (299, 32_223_281_152),
     "klein-4b": (149, 3_875_544_576),
     "klein-9b": (201, 9_078_581_248),
     "ae-flux1": (244, 83_819_683),
     "ae-flux2": (251, 84_046_115),
 }
+CONTROL_LORA = (942, 622_106_688)  # keys and elements of A, B and the bias of B, counted in the same way
 # Bytes of the files as Hugging Face lists them, shards added up: second-hand, from the checks of public download scripts.
-LISTED = {
-    "flux1-dev": 23_802_932_552,
-    "flux1-schnell": 23_782_506_688,
-    "klein-4b": 7_751_105_712,
-    "klein-9b": 18_157_185_168,
-    "ae-flux1": 335_304_388,
-    "ae-flux2": 336_213_556,
-    "ae-flux2-small-decoder": 249_519_092,
-    "t5-xxl": 4_994_582_224 + 4_530_066_360,
-    "clip-l": 246_144_352,
-    "qwen3-4b": 4_967_215_360 + 3_077_766_632,
-    "qwen3-8b": 4_902_257_696 + 4_915_960_368 + 4_983_068_496 + 1_580_230_264,
-}
+LISTED = [
+    ("flux1-dev", 23_802_932_552),
+    ("flux1-dev", 23_802_947_360),  # Kontext
+    ("flux1-schnell", 23_782_506_688),
+    ("flux1-fill", 23_804_922_408),
+    ("flux1-control", 23_803_351_736),  # Canny
+    ("flux1-control-lora", 1_244_443_944),  # Canny
+    ("flux1-control-lora", 1_244_440_512),  # Depth
+    ("klein-4b", 7_751_105_712),
+    ("klein-9b", 18_157_185_168),
+    ("ae-flux1", 335_304_388),
+    ("ae-flux2", 336_213_556),
+    ("ae-flux2-small-decoder", 249_519_092),
+    ("t5-xxl", 4_994_582_224 + 4_530_066_360),
+    ("clip-l", 246_144_352),
+    ("siglip", 856_505_640),  # sigclip_vision_patch14_384.safetensors of ComfyUI
+    ("qwen3-4b", 4_967_215_360 + 3_077_766_632),
+    ("qwen3-8b", 4_902_257_696 + 4_915_960_368 + 4_983_068_496 + 1_580_230_264),
+]
 LISTED_KLEIN_VAE = 168_120_878  # vae/diffusion_pytorch_model.safetensors of the klein repositories, in bfloat16
+LISTED_REDUX = 129_063_232
 
 
 def read_of(name: str, config: manifest.Config) -> manifest.Manifest:
     """What we read of a file, in our names."""
     held = from_json(name)
-    if not isinstance(config, LanguageModelConfig):
-        return held
-    last = max(config.layers)
-    return {bare: entry for n, entry in held.items() if not language_model_unread(bare := n.removeprefix("model."), last)}
+    match config:
+        case LanguageModelConfig():
+            prefix, unread = "model.", lambda bare: language_model_unread(bare, max(config.layers))
+        case SigLIPConfig():
+            prefix, unread = "vision_model.", siglip_unread
+        case _:
+            return held
+    return {bare: entry for n, entry in held.items() if not unread(bare := n.removeprefix(prefix))}
+
+
+def of_size(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor that takes no memory, and is no meta tensor."""
+    return torch.zeros(()).expand(shape)
+
+
+def write_header(path: Path, held: manifest.Manifest) -> None:
+    """A safetensors file whose tensors are a hole in it, which takes no room on most disks."""
+    spans, end = {}, 0
+    for name, (dtype, shape) in held.items():
+        start, end = end, end + size({name: (dtype, shape)})
+        spans[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(spans).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
 
 
 # ---------------------------------------------------------------- our networks
@@ -72,12 +109,33 @@ def read_of(name: str, config: manifest.Config) -> manifest.Manifest:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_network_of_every_model_has_a_manifest(model):
-    networks = manifest.parts(MODELS[model])
-    assert len(networks) == (4 if model.startswith("flux.1") else 3)
-    assert all(config in MANIFESTS.values() for config, _ in networks.values())
+    networks, adapter = manifest.parts(MODELS[model]), MODELS[model].adapter
+    assert len(networks) == (4 if model.startswith("flux.1") else 3) + (len(adapter.files) if adapter else 0)
+    assert all(config in MANIFESTS.values() for config, *_ in networks.values())
 
 
-@every_manifest
+def test_manifests_of_flux1():
+    """Which of them a transformer has follows from what is stacked on its 64 channels: a picture, or that and a mask."""
+    found = {name: manifest.name_of(spec.transformer) for name, spec in MODELS.items() if name.startswith("flux.1")}
+    stacked = {"flux.1-fill-dev": "flux1-fill", "flux.1-canny-dev": "flux1-control", "flux.1-depth-dev": "flux1-control"}
+    assert found == dict.fromkeys(found, "flux1-dev") | {"flux.1-schnell": "flux1-schnell"} | stacked
+    adapters = {
+        (name, part): (manifest.name_of(config), repository, files)
+        for name, spec in MODELS.items() if spec.adapter
+        for part, (config, repository, files) in list(manifest.parts(spec).items())[4:]
+    }  # fmt: skip
+    home = "black-forest-labs/FLUX.1-"
+    assert adapters == {
+        ("flux.1-canny-dev-lora", "LoRA"):
+            ("flux1-control-lora", f"{home}Canny-dev-lora", ("flux1-canny-dev-lora.safetensors",)),
+        ("flux.1-depth-dev-lora", "LoRA"):
+            ("flux1-control-lora", f"{home}Depth-dev-lora", ("flux1-depth-dev-lora.safetensors",)),
+        ("flux.1-redux-dev", "Redux"): ("redux", f"{home}Redux-dev", ("flux1-redux-dev.safetensors",)),
+        ("flux.1-redux-dev", "SigLIP"): ("siglip", f"{home}Redux-dev", ("image_encoder/model.safetensors",)),
+    }  # fmt: skip
+
+
+@every_network
 def test_network_equals_its_manifest(name, config):
     ours, held = manifest.on_meta(config).state_dict(), read_of(name, config)
     dtype = "F32" if name in ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder") else "BF16"
@@ -104,6 +162,70 @@ def test_language_models_leave_out_the_upper_layers():
     assert len(from_json("qwen3-8b")) == 36 * 11 + 3  # and the head
 
 
+def test_siglip_leaves_out_its_pooling_head():
+    # 16 tensors a layer; two of the patches, one of the positions, two of the last norm
+    assert len(read_of("siglip", MANIFESTS["siglip"])) == 27 * 16 + 5
+    # a probe, its attention (4), a norm (2), an MLP (4)
+    assert len(from_json("siglip")) == 27 * 16 + 5 + 11
+
+
+def test_redux_is_two_layers():
+    elements = sum(prod(shape) for _, shape in from_json("redux").values())
+    assert elements == (1152 * 12288 + 12288) + (12288 * 4096 + 4096)
+    assert 0 < LISTED_REDUX - size(from_json("redux")) < 60_000  # a header that says more than the four of them need
+
+
+# ---------------------------------------------------------------- the control LoRA
+
+
+def test_control_lora_is_as_black_forest_labs_counts_it():
+    """Each Linear has an A, a B and a bias; beside these, every QK-norm is new."""
+    held = from_json("flux1-control-lora")
+    lora = {name: shape for name, (_, shape) in held.items() if ".lora_" in name}
+    assert (len(lora), sum(map(prod, lora.values()))) == CONTROL_LORA
+    assert {name: shape for name, (_, shape) in held.items() if name not in lora} == {
+        name: (128,) for name in from_json("flux1-dev") if name.endswith("_norm.scale")
+    }
+    ranks = {name.removesuffix(".lora_A.weight"): shape[0] for name, shape in lora.items() if ".lora_A." in name}
+    assert ranks == dict.fromkeys(ranks, 128) | {"final_layer.linear": 64}  # which has no more outputs
+    assert lora["img_in.lora_A.weight"] == (128, 128)
+
+
+def test_control_lora_has_a_place_in_flux1_dev():
+    held = from_json("flux1-control-lora")
+    network = manifest.on_meta(FLUX1)
+    lora = Lora(Path("canny.safetensors"), "BFL control", {name: of_size(shape) for name, (_, shape) in held.items()}, {})
+    patches = {patch.place.path: patch for patch in place(lora, {"transformer": network})}
+    assert sum(len(patch.factors) for patch in patches.values()) == len(held) == 1094
+    changed = {f"{path}.{'scale' if path.endswith('_norm') else 'weight'}" for path in patches}
+    assert changed == {name for name in network.state_dict() if not name.endswith(".bias")}
+    assert {path: patch.columns for path, patch in patches.items() if patch.columns != columns(network, path)} == {
+        "img_in": 128
+    }
+
+
+def columns(network: torch.nn.Module, path: str) -> int:
+    return next(iter(network.get_submodule(path).parameters())).shape[-1]
+
+
+def test_control_lora_is_what_diffusers_reads():
+    """Its converter, which refuses keys that it does not know, makes of the file a LoRA for each Linear of 128 channels."""
+    from diffusers.loaders.lora_conversion_utils import _convert_bfl_flux_control_lora_to_diffusers as convert
+
+    file = {name: torch.empty(shape, device="meta") for name, (_, shape) in from_json("flux1-control-lora").items()}
+    found = {name.removeprefix("transformer."): shape for name, shape in shapes(convert(file)).items()}
+    expected = {}
+    for path, layer in diffusers_transformer(replace(FLUX1, in_channels=128)).named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            rank = found[f"{path}.lora_A.weight"][0]
+            expected[f"{path}.lora_A.weight"] = (rank, layer.in_features)
+            expected[f"{path}.lora_B.weight"] = (layer.out_features, rank)
+            expected[f"{path}.lora_B.bias"] = (layer.out_features,)
+        elif path.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            expected[f"{path}.weight"] = (128,)
+    assert found == expected
+
+
 # ---------------------------------------------------------------- the manifests
 
 
@@ -113,9 +235,9 @@ def test_manifest_is_what_the_reference_builds(name, config):
     assert (ROOT / "tests" / "manifests" / f"{name}.json").read_text() == dumps(from_json(name))
 
 
-@pytest.mark.parametrize("name", LISTED)
-def test_bytes_are_those_of_the_released_file_less_its_header(name):
-    header = LISTED[name] - size(from_json(name))
+@pytest.mark.parametrize(("name", "listed"), LISTED)
+def test_bytes_are_those_of_the_released_file_less_its_header(name, listed):
+    header = listed - size(from_json(name))
     assert 100 < header / len(from_json(name)) < 200  # a name, a type, a shape and two offsets, in JSON
 
 
@@ -178,13 +300,15 @@ def test_differences_are_told():
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model."])
 def test_files_may_hold_more_than_is_read(prefix):
-    mistral, t5, clip = from_json("mistral-small"), from_json("t5-xxl"), from_json("clip-l")
+    mistral, t5, clip, siglip = (from_json(name) for name in ("mistral-small", "t5-xxl", "clip-l", "siglip"))
     whole = {prefix + name: entry for name, entry in mistral.items()}
     whole[f"{prefix}layers.30.mlp.up_proj.weight"] = ("BF16", (32768, 5120))
     whole["vision_tower.patch_conv.weight"] = ("BF16", (1024, 3, 14, 14))
     assert comparable(whole, MISTRAL) == mistral
     assert comparable(t5 | {"encoder.embed_tokens.weight": t5["shared.weight"]}, T5Config()) == t5
     assert comparable(clip | {"text_model.embeddings.position_ids": ("I64", (1, 77))}, CLIPConfig()) == clip
+    more = {"vision_model.embeddings.position_ids": ("I64", (1, 729)), "text_model.head.bias": ("F32", (1152,))}
+    assert comparable(siglip | more | {"logit_scale": ("F32", (1,))}, SigLIPConfig()) == siglip
 
 
 def test_absent_files_are_named(tmp_path, capsys, monkeypatch):
@@ -192,6 +316,31 @@ def test_absent_files_are_named(tmp_path, capsys, monkeypatch):
     assert check(MODELS["flux.2-klein-4b"], tmp_path) == 1
     said = "transformer: flux-2-klein-4b.safetensors of black-forest-labs/FLUX.2-klein-4B is not here"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "names"), [
+    ("flux.1-depth-dev-lora", {"lora": "flux1-control-lora"}), ("flux.1-redux-dev", {"siglip": "siglip", "redux": "redux"}),
+])  # fmt: skip
+def test_adapters_are_checked(model, names, tmp_path, capsys, monkeypatch):
+    """Beside the networks of the repository that they stand on, none of which is here."""
+    monkeypatch.setattr("flux.weights._in_cache", lambda repository, filename: None)
+    adapter = MODELS[model].adapter
+    home = tmp_path / adapter.repository.split("/")[1]
+    for part, file in adapter.files:
+        write_header(home / file, from_json(names[part]))
+    assert check(MODELS[model], tmp_path) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("of black-forest-labs/FLUX.1-dev is not here") for line in said[:4]) == 4
+    assert [line.split(": ", 1)[1] for line in said[4:]] == [f"{home / f}: as it should be" for _, f in adapter.files]
+
+    monkeypatch.setattr(manifest, "parts", lambda spec, all_of=manifest.parts: dict(list(all_of(spec).items())[4:]))
+    assert check(MODELS[model], tmp_path) == 0
+    part, file = adapter.files[0]
+    wrong = from_json(names[part])
+    first = min(wrong)
+    write_header(home / file, wrong | {first: ("F32", wrong[first][1])})
+    assert check(MODELS[model], tmp_path) == 1
+    assert f"1 of {len(wrong)} of another type, first {first} (F32 " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- weights.md
