@@ -2,8 +2,7 @@
 
     lora = read(path)                                               # mapped, not loaded
     patches = place(lora, {"transformer": flux, "clip": None})      # every tensor finds its module, or UserError
-    undo = merge(flux, [(patch, 0.8) for patch in patches])         # of all files together: the sum is rounded once
-    undo()                                                          # the very tensors that were there before
+    merge(flux, [(patch, 0.8) for patch in patches])                # of all files together: the sum is rounded once
 
 The layouts differ in what they write before the name of a layer (PREFIXES), how they call it (NAMES, and "_" for "."), and
 what they write after it (ROLES); any mixture of the three is read. Merging costs nothing per step and leaves every module and
@@ -326,44 +325,27 @@ def _scaling(lora: Lora, part: str, key: str, factors: Mapping[str, Tensor]) -> 
 # ---------------------------------------------------------------------------------------------------------- merging
 
 
-@dataclass(frozen=True, eq=False)
-class Undo:
-    """Call it to give a module back the very tensors, sizes and configuration that it had; the last merge first."""
-
-    changes: list[tuple[nn.Module, str, object, object]]  # owner, attribute, before, after
-
-    def __call__(self) -> None:
-        if any(getattr(owner, name) is not after for owner, name, _, after in self.changes):
-            raise RuntimeError("the module has changed since: undo the last merge first, and each once")
-        for owner, name, before, _ in self.changes:
-            setattr(owner, name, before)
-
-
 @torch.no_grad()
-def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]]) -> Undo:
+def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]]) -> None:
     """W + sum of scale · change, in float32, rounded once to the dtype of W (float8 too): all files in one call.
 
     A change is alpha/rank · BA, or all that DoRA does to W, so that a scale of 0 leaves W, and 1 makes what PEFT makes.
-    New norms and a wider img_in come at every scale, as Black Forest Labs have it. `Undo` keeps the old tensors: drop it to
-    free their memory, where they are not mapped files. UserError, with nothing changed, if a sum overflows.
+    New norms and a wider img_in come at every scale, as Black Forest Labs have it. No old tensor is changed or kept: to undo a
+    merge, load the module anew. UserError if a sum overflows; the module is then of no use.
     """
     layers = defaultdict(list)
     for patch, scale in patches:
         if not math.isfinite(scale):
             raise UserError(f"{patch.source} cannot be merged at scale {scale}: give a finite number.")
         layers[patch.place.path].append((patch, scale))
-    changes = []
     for path, group in layers.items():
         layer = module.get_submodule(path)
-        for name, after in _merged(layer, path, group):
+        for name, tensor in list(_merged(layer, path, group)):
             before = getattr(layer, name)
-            changes.append((layer, name, before, nn.Parameter(after, requires_grad=before.requires_grad)))
-            if after.shape != before.shape:  # img_in
-                changes.append((layer, "in_features", layer.in_features, after.shape[1]))
-                changes.append((module, "config", module.config, replace(module.config, in_channels=after.shape[1])))
-    for owner, name, _, after in changes:
-        setattr(owner, name, after)
-    return Undo(changes)
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=before.requires_grad))
+            if tensor.shape != before.shape:  # img_in
+                layer.in_features = tensor.shape[1]
+                module.config = replace(module.config, in_channels=tensor.shape[1])
 
 
 def _merged(layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]]) -> Iterator[tuple[str, Tensor]]:

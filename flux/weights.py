@@ -196,24 +196,24 @@ class Network:
                  dtype: torch.dtype, check_finite: bool = False, **options):  # fmt: skip
         self.kind, self.config, self.files, self.options = kind, config, files, options
         self.device, self.dtype, self.module = device, dtype, None
-        self.change: Callable[[nn.Module], Callable[[], None]] | None = None
-        self.undo: Callable[[], None] | None = None
+        self.change: Callable[[nn.Module], None] | None = None
         self._load(torch.device("cpu"), None, check_finite)  # maps the files and refuses what is wrong with them
 
     def __call__(self) -> nn.Module:
         if self.module is None:
-            self.module = self._load(self.device, self.dtype, check_finite=False)
-            self.undo = self.change and self.change(self.module)
+            module = self._load(self.device, self.dtype, check_finite=False)
+            if self.change:
+                self.change(module)
+            self.module = module
         return self.module
 
     def release(self) -> None:
-        self.module = self.undo = None
+        self.module = None
 
-    def alter(self, change: Callable[[nn.Module], Callable[[], None]] | None) -> None:
-        """Have `change` applied whenever the network is loaded, in place of an earlier one; it returns what undoes it."""
-        if self.undo:
-            self.undo()
-        self.change, self.undo = change, self.module and change and change(self.module)
+    def alter(self, change: Callable[[nn.Module], None] | None) -> None:
+        """Have `change` made, in place of an earlier one, to what the files hold, whenever the network is loaded."""
+        if change or self.change:
+            self.change, self.module = change, None
 
     def on_meta(self) -> nn.Module:
         """Its modules and shapes, without weights."""

@@ -5,6 +5,7 @@ loader, for what that loads rightly; PEFT's own adapters in our network, for DoR
 """
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from flux.errors import UserError
 from flux.lora import merge, place, read
 from flux.t5 import T5
 from flux.transformer import Flux, FluxConfig
+from flux.weights import Network
 
 RANK, ALPHA, SCALE = 4, 6.0, 0.7
 # Of float32: the products and sums of BA, two scales, the last sum and the bound's own slack, each 2^-24 of the largest value.
@@ -365,10 +367,9 @@ def test_dora_of_kohya_and_lycoris(tmp_path, network):
         file = saved(tmp_path / f"{dim}.safetensors", tensors)
         expected = magnitude.double() * changed / changed.norm(dim=dim, keepdim=True)
         for scale in (0.0, 0.4, 1.0):  # from W to DoRA's
-            undo = merged(network, (file, scale))
-            ours = network.get_submodule(path).weight.double()
-            assert max_error(ours, weight + scale * (expected - weight)) < 3e-7
-            undo()
+            ours = copy.deepcopy(network)
+            merged(ours, (file, scale))
+            assert max_error(ours.get_submodule(path).weight.double(), weight + scale * (expected - weight)) < 3e-7
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr, whole", "difference"])
@@ -448,17 +449,14 @@ def hooked(network: Flux, tensors: dict[str, Tensor], scale: float) -> Flux:
 def test_control_lora_is_that_of_black_forest_labs(tmp_path, scale):
     network = randomise(Flux(FLUX1_TINY))
     file = control_lora(tmp_path / "x.safetensors", network)
-    before, config = dict(network.named_parameters()), network.config
+    config = network.config
     given = inputs(config) | {"img": random(2, 12, 128)}
     expected = hooked(network, read(file).tensors, scale)(**given)
-    undo = merged(network, (file, scale))
+    merged(network, (file, scale))
     assert read(file).format == "BFL control"
     assert network.config == replace(config, in_channels=128)
     assert network.img_in.in_features == 128 and network.img_in.weight.shape == (config.hidden_size, 128)
     assert max_error(network(**given), expected) < 1e-5
-    undo()
-    assert network.config is config and network.img_in.in_features == 64
-    assert all(parameter is before[name] for name, parameter in network.named_parameters())
 
 
 def test_new_columns_of_img_in_start_at_zero(tmp_path):
@@ -498,23 +496,35 @@ def test_control_lora_and_a_plain_one_share_img_in(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- merging
 
 
-def test_undo_restores_the_very_same_tensors(tmp_path, network):
+def test_merging_leaves_the_old_tensors_and_all_paths(tmp_path, network):
     files = [lora_file(tmp_path / f"{n}.safetensors", network, name, seed=n) for n, name in enumerate(("kohya", "diffusers"))]
     before = dict(network.named_parameters())
     values = {name: tensor.clone() for name, tensor in before.items()}
     paths = [path for path, _ in network.named_modules()]
-    undo = merged(network, (files[0], 0.3), (files[1], -1.5))
+    merged(network, (files[0], 0.3), (files[1], -1.5))
     assert [path for path, _ in network.named_modules()] == paths
     assert all(not parameter.requires_grad for parameter in network.parameters())
-    second = merged(network, (files[0], 1.0))
-    with pytest.raises(RuntimeError, match="undo the last merge first"):
-        undo()
-    second()
-    undo()
-    for name, parameter in network.named_parameters():
-        assert parameter is before[name] and torch.equal(parameter, values[name])
-    with pytest.raises(RuntimeError):
-        undo()
+    assert all(torch.equal(before[name], value) for name, value in values.items())
+
+
+def test_network_is_that_of_its_files_again_when_nothing_is_merged(tmp_path, network):
+    """Also after a merge that failed, which must not leave the network as it is without the LoRA."""
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    loaded = Network(Flux, network.config, [tmp_path / "w.safetensors"], device=torch.device("cpu"), dtype=torch.float32)
+    patches = place(read(lora_file(tmp_path / "x.safetensors", network, "kohya")), {"transformer": network})
+    whole, changed = loaded(), patches[0].place.path
+    for scale in (1.0, math.inf, 1.0, None):
+        loaded.alter(None if scale is None else functools.partial(merge, patches=[(patch, scale) for patch in patches]))
+        if scale == math.inf:
+            for _ in range(2):
+                assert "scale inf" in refusal(loaded)
+        else:
+            equal = torch.equal(loaded().get_submodule(changed).weight, whole.get_submodule(changed).weight)
+            assert equal == (scale is None)
+    assert all(torch.equal(a, b) for a, b in zip(loaded().parameters(), network.parameters(), strict=True))
+    same = loaded()
+    loaded.alter(None)
+    assert loaded() is same  # nothing to undo
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
