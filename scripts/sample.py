@@ -10,6 +10,7 @@ python scripts/sample.py "a red door" --model flux.1-fill-dev --image house.jpg 
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import warnings
@@ -177,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
 
     from flux import conditioning, pipeline
 
+    check_loras(args)
     pipeline.check_count(len(prompts) * args.num_images, seed)
     spec = pipeline.find_spec(args.model, args.transformer)
     pictures = gather_pictures(args, spec)
@@ -335,8 +337,11 @@ def recall_files(args: argparse.Namespace, metadata: dict) -> None:
     args.lora_partial |= any(file.get("partial") for file in kept["--lora"])
     if not args.image:
         return
-    options = metadata.get("pictures")
-    if not isinstance(options, dict) or (wrong := lacking(options, REMADE_PICTURES)):
+    options = metadata["pictures"] if isinstance(metadata.get("pictures"), dict) else {}
+    wrong = lacking(options, REMADE_PICTURES)
+    if not wrong and options["expand"] is not None and [type(pixels) for pixels in options["expand"]] != [int] * 4:
+        wrong = ["expand"]
+    if wrong:
         raise UserError(f"{args.remake} lacks what was done with its pictures: {', '.join(wrong)}")
     for option, flag in OPTIONS.items():
         if getattr(args, flag) == parser().get_default(flag):
@@ -390,11 +395,26 @@ def gather_pictures(args: argparse.Namespace, spec):
     mask = inputs.read_mask(args.mask) if args.mask else None
     pictures = conditioning.Pictures(tuple(inputs.read_picture(path) for path in args.image), mask, **options)
     conditioning.check_pictures(spec, pictures)
+    if conditioning.begins(spec, pictures):
+        conditioning.canvas(pictures)  # refuses a mask or margins that do not fit
     if args.save_control and spec.picture != "control":
         raise UserError(f"--save-control means nothing to {spec.name}, which takes no control picture: leave it out")
     if args.save_control:
         images.check_output(args.save_control)
     return pictures
+
+
+def check_loras(args: argparse.Namespace) -> None:
+    """Refuse what is no LoRA before a model is looked for, which may take a download."""
+    from flux.errors import UserError
+    from flux.lora import read
+
+    for number, (path, scale) in enumerate(args.lora):
+        read(path)
+        if not math.isfinite(scale):
+            raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
+        if path in [other for other, _ in args.lora[:number]]:
+            raise UserError(f"--lora {path} is given twice: give it once, with the sum of the scales")
 
 
 def note_unknown_words(prompts: list[str]) -> None:
