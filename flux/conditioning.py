@@ -5,7 +5,7 @@
     text         tokens after the prompt's                                            (Redux)
     start, mask  latents that noise is mixed into; where the picture may change       (image to image, inpainting)
 
-There are no other ways, and none of them knows a model.
+There are no other ways. What a model does with a picture is one word of its row in the table: `USES` below.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flux import control, inputs, sampling
 from flux.autoencoder import pack
-from flux.configs import MODELS, FLUX1Text, ModelSpec
+from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
 from flux.images import to_images, to_mask, to_pixels
 
@@ -46,7 +46,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Pictures as the sampler takes them, for one picture of `height` x `width` pixels; tensors float32, of batch 1 or B."""
+    """Pictures as the sampler takes them, for a picture of `height` x `width` pixels; tensors float32, of batch 1 or B."""
 
     height: int
     width: int
@@ -61,6 +61,27 @@ class Conditions:
     control: Image.Image | None = None  # what controls, to look at
     original: tuple[Image.Image, Image.Image] | None = None  # picture and mask, for the composite
     size: tuple[int, int] | None = None  # width, height to which the result is cropped, where the input was padded
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that differ from picture to picture."""
+        named = {name: getattr(self, name) for name in ("references", "channels", "text", "start", "mask")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def likeness(self) -> tuple:
+        """Equal for conditions that can be sampled in one batch."""
+        ids = None if self.reference_ids is None else tuple(self.reference_ids.flatten().tolist())
+        shapes = tuple((name, tensor.shape) for name, tensor in self.tensors.items())
+        return self.height, self.width, ids, shapes, self.cached, self.strength
+
+
+def joined(conditions: Sequence[Conditions]) -> Conditions:
+    """Conditions of equal likeness -> one, for a batch."""
+    first = conditions[0]
+    if all(each is first for each in conditions):
+        return first
+    return replace(first, **{name: torch.cat([each.tensors[name] for each in conditions]) for name in first.tensors})
 
 
 def reference_tokens(latents: Sequence[Tensor], axes: int) -> tuple[Tensor, Tensor]:
@@ -108,13 +129,13 @@ USES = {  # what a model does with a picture -> which of the options of `Picture
     "fill": {"mask", "expand", "mask_threshold"},
     "redux": {"weights"},
 }
+NEEDY = ("fill", "control", "redux")  # without a picture, there is nothing that these could do
 FLAGS = {  # as the command line calls them
     "mask": "--mask", "strength": "--strength", "expand": "--expand", "mask_threshold": "--mask-threshold",
     "weights": "--image-weight", "match": "--match-image-size", "keep_size": "--keep-input-size", "limit": "--reference-limit",
     "cached": "--kv-cache", "photo": "--photo",
 }  # fmt: skip
 MOST = {"reference": 10, "redux": 10}  # pictures at once; else one
-LARGE = 2**21  # pixels; FLUX.1 was trained on up to two million
 DEFAULT_STRENGTH = 0.8  # of BFL's demos
 
 
@@ -125,7 +146,7 @@ def asked(pictures: Pictures) -> list[str]:
 
 def options_of(spec: ModelSpec) -> set[str]:
     """Those that have a meaning to a model."""
-    return USES[spec.picture] - ({"limit", "cached"} if isinstance(spec.text, FLUX1Text) else {"keep_size"})
+    return USES[spec.picture] - ({"limit", "cached"} if spec.flux1 else {"keep_size"})
 
 
 def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
@@ -136,9 +157,15 @@ def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
             raise UserError(f"{FLAGS[field]} means nothing to {spec.name}; choose from {', '.join(able)}, or leave it out")
     count, most = len(pictures.images), MOST.get(spec.picture, 1)
     if not 1 <= count <= most:
-        raise UserError(f"{spec.name} takes {'one --image' if most == 1 else f'1 to {most} times --image'}, not {count}")
+        takes = f"takes {'one --image' if most == 1 else f'1 to {most} times --image'}, not {count}"
+        several = ", ".join(m.name for m in MODELS.values() if MOST.get(m.picture, 1) > 1)
+        raise UserError(f"{spec.name} {takes}" + (f"; several are for {several}" if most == 1 else ""))
     if spec.picture == "fill" and pictures.mask is None and pictures.expand is None:
         raise UserError(f"{spec.name} fills in: say where, with --mask FILE (white is what may change) or --expand L,T,R,B")
+    if not pictures.composite and pictures.mask is None and pictures.expand is None:
+        raise UserError("--no-composite means nothing without --mask or --expand: leave it out")
+    if pictures.photo:
+        control.check(spec.control)
     if pictures.strength is not None and not 0 < pictures.strength <= 1:
         raise UserError(f"--strength {pictures.strength:g}: must be above 0, and at most 1, which keeps nothing of the picture")
     if pictures.mask_threshold is not None and not 0 < pictures.mask_threshold <= 1:
@@ -151,30 +178,42 @@ def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
         raise UserError(f"--reference-limit {pictures.limit}: references have at least 64x64 pixels; give more")
     if pictures.match is not None and not 1 <= pictures.match <= count:
         raise UserError(f"--match-image-size {pictures.match}: there are {count} pictures, counted from 1")
-    if pictures.cached and not spec.cached:
-        warnings.warn(f"{spec.name} was not trained with --kv-cache: what it makes is an approximation", stacklevel=3)
+    if pictures.cached is not None and pictures.cached != spec.cached:
+        flag = "--kv-cache" if pictures.cached else "--no-kv-cache"
+        warnings.warn(f"{spec.name} was not trained with {flag}: what it makes is an approximation", stacklevel=3)
     for number, image in enumerate(pictures.images, start=1):
-        inputs.check_reference(image, f"picture {number}")
+        inputs.check_reference(image, f"--image {number}")
 
 
 def size_of(spec: ModelSpec, pictures: Pictures | None, width: int | None, height: int | None) -> tuple[int, int]:
-    """Width and height to make where they are not given: the model's own, or what the pictures ask for."""
+    """Width and height to make where they are not given: the model's own, or what the pictures ask for.
+
+    Without --match-image-size, pictures ask for twice the pixels that are the model's own at most: it has seen no more.
+    """
     if pictures is None or spec.picture == "redux" or None not in (width, height):
         return spec.size if width is None else width, spec.size if height is None else height
     if pictures.match:
-        own = tuple(side // 16 * 16 for side in pictures.images[pictures.match - 1].size)
+        own = inputs.round_to_16(pictures.images[pictures.match - 1].size, math.floor)
     elif begins(spec, pictures):
-        own = tuple(-(-side // 16) * 16 for side in canvas(pictures)[0].size)  # padded, and cropped in the end
+        own = inputs.round_to_16(canvas(pictures)[0].size, math.ceil)  # padded, and cropped in the end
     elif spec.picture == "control":
-        own = tuple(max(64, round(side / 16) * 16) for side in pictures.images[0].size)
-    else:
+        own = inputs.round_to_16(pictures.images[0].size)
+    elif spec.flux1:
         own = fitted(spec, pictures)[0].size
+    else:
+        own = inputs.fit_reference(pictures.images[0], min(pictures.limit or spec.size, spec.size) ** 2).size
+    most = 2 * spec.size**2
+    if own[0] * own[1] > most and not pictures.match:
+        scale = math.sqrt(most / (own[0] * own[1]))
+        own, asked_for = inputs.round_to_16((own[0] * scale, own[1] * scale), math.floor), own
+        if width is None and height is None:
+            shown = "{}x{} would be large for {}: {}x{} is made, unless --width and --height say otherwise"
+            warnings.warn(shown.format(*asked_for, spec.name, *own), stacklevel=2)
     if width is None and height is None:
         return own
     scale = height / own[1] if width is None else width / own[0]  # one side is given: the other follows from the shape
-    other = own[0] if width is None else own[1]
-    follows = max(64, round(other * scale / 16) * 16)
-    return (follows, height) if width is None else (width, follows)
+    follows = inputs.round_to_16((own[0] * scale, own[1] * scale))
+    return (follows[0], height) if width is None else (width, follows[1])
 
 
 def begins(spec: ModelSpec, pictures: Pictures) -> bool:
@@ -197,7 +236,7 @@ def canvas(pictures: Pictures) -> tuple[Image.Image, Image.Image | None]:
 
 def fitted(spec: ModelSpec, pictures: Pictures) -> list[Image.Image]:
     """References, at the sizes in which their families take them."""
-    if isinstance(spec.text, FLUX1Text):
+    if spec.flux1:
         sized = [(p, p.size if pictures.keep_size else inputs.preferred_size(*p.size)) for p in pictures.images]
         return [p.resize([side // 16 * 16 for side in size], Image.Resampling.LANCZOS) for p, size in sized]
     limit = pictures.limit or (2024 if len(pictures.images) == 1 else 1024)  # as BFL; diffusers: always 1024
@@ -216,6 +255,9 @@ def condition(
         weights = pictures.weights or [1 / len(pictures.images)] * len(pictures.images)
         return replace(whole, text=sum(w * embed(image) for w, image in zip(weights, pictures.images, strict=True)))
     if spec.picture == "control":
+        if not pictures.photo and inputs.is_coloured(pictures.images[0]):
+            usual = "white edges on black" if spec.control == "canny" else "greys, of which the brightest is the nearest"
+            warnings.warn(f"the picture is in colour, where {spec.name} knows {usual}: if it is a photo, add --photo", stacklevel=3)
         picture = pictures.images[0].resize((width, height), Image.Resampling.LANCZOS)  # whatever its shape was, as BFL does
         pixels = control_pixels(spec.control, picture) if pictures.photo else to_pixels(picture)
         channels = rearrange(encode(pixels), "b c h w -> b (h w) c")
@@ -225,23 +267,25 @@ def condition(
 
     picture, mask = canvas(pictures)
     size = picture.size
-    if (width, height) == tuple(-(-side // 16) * 16 for side in size):
+    if (width, height) == inputs.round_to_16(size, math.ceil):
         fit = inputs.pad_to_16  # nothing is resampled, and the padding is cropped off again
     else:
         fit = lambda p: p.resize((width, height), Image.Resampling.LANCZOS)  # noqa: E731
         picture, mask, size = fit(picture), mask and fit(mask), (width, height)
+    threshold = pictures.mask_threshold if spec.picture == "fill" else 0.5  # elsewhere a place changes, or does not
+    mask = inputs.harden(mask, threshold) if mask and threshold else mask
     original = (picture, mask) if mask and pictures.composite else None
     whole = replace(whole, size=size, original=original, strength=pictures.strength or DEFAULT_STRENGTH)
     pixels = to_pixels(fit(picture))  # (1, 3, H, W)
 
     if spec.picture == "fill":
-        changes = to_mask(fit(mask), pictures.mask_threshold)  # (1, 1, H, W)
+        changes = to_mask(fit(mask))  # (1, 1, H, W)
         return replace(whole, strength=1.0, channels=fill_channels(encode(pixels * (1 - changes)), changes))
     start = encode(pixels)
     if mask:
-        whole = replace(whole, mask=latent_mask(to_mask(fit(mask), 0.5), start.shape[1], isinstance(spec.text, FLUX1Text)))
+        whole = replace(whole, mask=latent_mask(to_mask(fit(mask)), start.shape[1], spec.flux1))
     if spec.picture == "reference":  # such a model looks at what it changes, too
-        others = replace(pictures, images=pictures.images[1:])
+        others = replace(pictures, images=pictures.images[1:], limit=pictures.limit or 1024)
         latents = [start] + [encode(to_pixels(p)) for p in fitted(spec, others)]
         whole = replace(whole, **references(spec, pictures, latents))
     return replace(whole, start=start)

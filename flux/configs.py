@@ -47,6 +47,11 @@ class ModelSpec:
     def embedded(self) -> bool:
         return self.repository == "embedded"
 
+    @property
+    def flux1(self) -> bool:
+        """Of the first family, by its text encoders; else FLUX.2."""
+        return isinstance(self.text, FLUX1Text)
+
 
 @dataclass(frozen=True)
 class Adapter:

@@ -5,6 +5,8 @@ resized to the size that is to be generated. Source: black-forest-labs/flux, src
 takes its bytes from [-1, 1] by truncation, whereby levels 1 to 63 lose one; here they are the photo's own.
 """
 
+from importlib.util import find_spec
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,12 +20,18 @@ DEPTH_MODEL = "LiheYoung/depth-anything-large-hf"
 INSTALL = "run `pip install -e '.[control]'`, or give a ready control picture"
 
 
+def check(kind: str) -> None:
+    """UserError unless the package that "canny" or "depth" needs is installed."""
+    package, name = ("cv2", "OpenCV") if kind == "canny" else ("transformers", "transformers")
+    if find_spec(package) is None:
+        raise UserError(f"{kind} needs {name}, which is not installed: {INSTALL}")
+
+
 def canny(picture: Image.Image) -> Image.Image:
     """An RGB picture -> its edges, white on black, RGB."""
-    try:
-        import cv2
-    except ImportError:
-        raise UserError(f"edges are found by OpenCV, which is not installed: {INSTALL}") from None
+    check("canny")
+    import cv2
+
     return Image.fromarray(cv2.Canny(np.asarray(picture), 50, 200)).convert("RGB")
 
 
@@ -43,11 +51,10 @@ def depth(picture: Image.Image, model: str = DEPTH_MODEL, device: torch.device |
 
 def _depth_anything(model: str):
     """The processor and the network of a repository or a folder, complete."""
-    try:
-        # this one resizes with Pillow, as all did at the time of FLUX.1; torchvision's pixels differ
-        from transformers import DepthAnythingForDepthEstimation, DPTImageProcessorPil
-    except ImportError:
-        raise UserError(f"depth is found by transformers, which is not installed: {INSTALL}") from None
+    check("depth")
+    # this processor resizes with Pillow, as all did at the time of FLUX.1; torchvision's pixels differ
+    from transformers import DepthAnythingForDepthEstimation, DPTImageProcessorPil
+
     try:
         processor = DPTImageProcessorPil.from_pretrained(model)
         network, report = DepthAnythingForDepthEstimation.from_pretrained(

@@ -34,25 +34,24 @@ def to_pixels(picture: Image.Image) -> Tensor:
     return rearrange(torch.from_numpy(np.array(picture)), "h w c -> 1 c h w").float() / 127.5 - 1
 
 
-def to_mask(mask: Image.Image, threshold: float | None = None) -> Tensor:
-    """A grey ("L") mask -> (1, 1, H, W) in [0, 1], float32, soft as it is; 0 or 1 alone, 1 from `threshold` on, if given."""
-    soft = rearrange(torch.from_numpy(np.array(mask)), "h w -> 1 1 h w").float() / 255
-    return soft if threshold is None else (soft >= threshold).float()
+def to_mask(mask: Image.Image) -> Tensor:
+    """A grey ("L") mask -> (1, 1, H, W) in [0, 1], float32."""
+    return rearrange(torch.from_numpy(np.array(mask)), "h w -> 1 1 h w").float() / 255
 
 
-def check_output(path: Path, texts: Iterable[str] = ()) -> None:
+def check_output(path: Path, texts: Iterable[str] = (), flag: str = "--output") -> None:
     """Refuse, before any work is done, an output that could not be written, or could not hold one of these texts."""
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"--output {path}: {path.suffix or 'no suffix'} is not a picture format; use {', '.join(FORMATS)}")
+        raise UserError(f"{flag} {path}: {path.suffix or 'no suffix'} is not a picture format; use {', '.join(FORMATS)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unused(path)  # raises if the name is too long for the file system
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"--output {path}: cannot be written there ({error.strerror}); choose another folder or name") from None
+        raise UserError(f"{flag} {path}: cannot be written there ({error.strerror}); choose another folder or name") from None
     if FORMATS[path.suffix.lower()] == "JPEG" and any(len(json.dumps(text)) > 60_000 for text in texts):
-        raise UserError(f"--output {path}: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp")
+        raise UserError(f"{flag} {path}: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp")
 
 
 def unused(path: Path) -> Path:

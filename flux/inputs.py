@@ -5,6 +5,7 @@ A picture is 8-bit RGB from here on, and a mask 8-bit grey ("L"), in which white
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,15 @@ def as_mask(image: Image.Image, name: str = "the mask") -> Image.Image:
     if _is_transparent(image):  # some programs mean by it what to change, and some what to keep
         raise UserError(f"{name} has transparent parts, which a mask may not: save it opaque, white where to change")
     rgb = image.convert("RGB")
-    levels = np.asarray(rgb)  # (H, W, 3)
-    if (levels.max(axis=2) - levels.min(axis=2)).max() > 64:  # JPEG tints greys, but never so much
+    if is_coloured(rgb):
         raise UserError(f"{name} has colours, which a mask may not: paint it black and white, white where to change")
     return rgb.convert("L")
+
+
+def is_coloured(picture: Image.Image) -> bool:
+    """Whether an RGB picture is more than grey."""
+    levels = np.asarray(picture)  # (H, W, 3)
+    return bool((levels.max(axis=2) - levels.min(axis=2)).max() > 64)  # JPEG tints greys, but never so much
 
 
 def _open(path: Path) -> Image.Image:
@@ -132,6 +138,12 @@ def preferred_size(width: int, height: int) -> tuple[int, int]:
     return min(KONTEXT_SIZES, key=lambda size: (abs(width / height - size[0] / size[1]), size))
 
 
+def round_to_16(size: tuple[float, float], rounding: Callable[[float], int] = round) -> tuple[int, int]:
+    """Width and height -> multiples of 16, of which the smallest is 64."""
+    width, height = (max(64, 16 * rounding(side / 16)) for side in size)
+    return width, height
+
+
 def pad_to_16(picture: Image.Image) -> Image.Image:
     """A picture or mask whose last column and row are repeated up to multiples of 16; cropping at (0, 0) undoes it."""
     values = np.asarray(picture)  # (H, W, 3), or of a mask (H, W)
@@ -143,7 +155,7 @@ def pad_to_16(picture: Image.Image) -> Image.Image:
 
 
 def expand(picture: Image.Image, left: int, top: int, right: int, bottom: int) -> tuple[Image.Image, Image.Image]:
-    """Outpainting: the picture on a larger grey canvas, and the mask of what is new there."""
+    """Outpainting: the picture, its edges drawn out over a larger canvas, and the mask of what is new there."""
     margins = f"margins of {left}, {top}, {right}, {bottom} (left, top, right, bottom)"
     if min(left, top, right, bottom) < 0 or not (left or top or right or bottom):
         raise UserError(f"{margins}: give numbers of pixels from 0, of which one at least is not 0")
@@ -153,8 +165,8 @@ def expand(picture: Image.Image, left: int, top: int, right: int, bottom: int) -
         raise UserError(
             f"{margins} make the picture {made}, and at most {MAX_PIXELS / 1e6:.1f} are possible: give smaller ones"
         )
-    canvas, mask = Image.new("RGB", size, (128, 128, 128)), Image.new("L", size, 255)
-    canvas.paste(picture, (left, top))
+    margin = (top, bottom), (left, right), (0, 0)
+    canvas, mask = Image.fromarray(np.pad(np.asarray(picture), margin, "edge")), Image.new("L", size, 255)
     mask.paste(0, (left, top, left + picture.width, top + picture.height))
     return canvas, mask
 
@@ -177,16 +189,26 @@ def reconcile(picture: Image.Image, mask: Image.Image) -> Image.Image:
     return mask
 
 
+def harden(mask: Image.Image, threshold: float) -> Image.Image:
+    """White from `threshold` on, in (0, 1], and else black. UserError if nothing is left white."""
+    hard = mask.point(lambda level: 255 * (level >= threshold * 255))
+    if hard.getextrema()[1] == 0:
+        lightest = f"its lightest grey is {mask.getextrema()[1]} of 255"
+        raise UserError(f"the mask is dark all over ({lightest}), so that nothing would change: paint white what is to change")
+    return hard
+
+
 def composite(result: Image.Image, original: Image.Image, mask: Image.Image, feather: int = 4) -> Image.Image:
     """The result where the mask is white, the original, byte for byte, where it is black, and a blend where it is grey.
 
-    The seam is blended over `feather` pixels, all of them inside the mask: there the weight is the mean of the mask and of
-    itself eroded by 1, 2, ... `feather` pixels.
+    The seam is blended over up to `feather` pixels inside the mask, fewer where the mask is narrow, so that its middle is
+    wholly the result's.
     """
-    weight, eroded = np.asarray(mask, np.float32), mask
-    for _ in range(feather):
-        eroded = eroded.filter(ImageFilter.MinFilter(3))
-        weight = weight + np.asarray(eroded)
-    weight = weight[..., None] / (255 * (feather + 1))  # (H, W, 1), exactly 0 and 1 at its ends
+    depth, eroded = np.zeros((mask.height, mask.width), np.uint8), mask.point(lambda level: 255 * (level > 0))
+    for _ in range(feather + 1):  # how far inside a pixel lies, counted up to feather + 1
+        depth, eroded = depth + (np.asarray(eroded) > 0), eroded.filter(ImageFilter.MinFilter(3))
+    deepest = np.asarray(Image.fromarray(depth).filter(ImageFilter.MaxFilter(2 * feather + 1)))  # nearby
+    weight = np.asarray(mask, np.float32) / 255 * depth / np.maximum(deepest, 1)
+    weight = weight[..., None]  # (H, W, 1), exactly 0 and 1 at its ends
     blend = np.asarray(original) * (1 - weight) + np.asarray(result) * weight
     return Image.fromarray(np.rint(blend).astype(np.uint8))

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -17,9 +18,10 @@ from torch import Tensor
 from flux import conditioning, sampling
 from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers
 from flux.conditioning import Conditions, Pictures
-from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
+from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.images import to_images
+from flux.inputs import as_mask, as_picture
 from flux.lora import Patch, merge, place, read
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
 from flux.text import TextFeatures, text_encoder
@@ -75,13 +77,16 @@ class Pipeline:
             build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."), **options
         )
         self.autoencoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **options)
+        # pictures are encoded in float32, as BFL does: in bfloat16 their latents are off by some per cent
+        self.encoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, device=device,
+                               dtype=torch.float32)  # fmt: skip
         self.adapters: tuple[Network, ...] = ()
         if "redux" in files:
             siglip = Network(
                 SigLIP, SigLIPConfig(), files["siglip"], prefixes=("vision_model.", ""), unread=siglip_unread, **options
             )
             self.adapters = siglip, Network(Redux, ReduxConfig(), files["redux"], **options)
-        networks = (*self.text.networks, self.transformer, self.autoencoder, *self.adapters)
+        networks = (*self.text.networks, self.transformer, self.autoencoder, self.encoder, *self.adapters)
         self.resident = sum(n.bytes for n in networks) < 0.8 * free_memory(device)  # else a stage's networks go when it ends
         self.loras: dict[Path, tuple[list[Patch], float]] = {}
         for path in files.get("lora", ()):
@@ -106,50 +111,84 @@ class Pipeline:
         Picture k has seed + k, and equals the one that is made alone with that seed. `guidance` is what the model was trained
         or meant to take; `cfg_scale` adds classifier-free guidance, against `negative_prompt`, to models without. Either may
         be a list: a value a step, or two between which it changes evenly. `pictures` (or what `condition` made of them) are for
-        all prompts; or give one `Pictures` for each, which makes every prompt a batch of its own.
+        all prompts; or give one `Pictures` for each: those of one size are then in one batch.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_count(len(prompts) * num_images, seed)
-        if isinstance(pictures, Sequence):
-            if len(pictures) != len(prompts):
-                raise UserError(
-                    f"there are {len(prompts)} prompts and pictures for {len(pictures)}: give one Pictures for each"
-                )
-            asked = (width, height, steps, guidance)
-            more = (num_images, negative_prompt, cfg_scale, callback)
-            each = (self([p], *asked, seed + i * num_images, *more, own) for i, (p, own) in enumerate(zip(prompts, pictures)))
-            return [image for made in each for image in made]
         cfg = check_cfg(self.spec, guidance, negative_prompt, cfg_scale, check_steps(self.spec, steps))
-        conditions = self.condition(pictures, width, height) if isinstance(pictures, Pictures) else pictures
-        features = self.encode([p for p in prompts for _ in range(num_images)])
+        conditions = self._conditions(pictures, len(prompts), width, height)
+        if conditions[0] is not None and not isinstance(pictures, Conditions):
+            width = height = None  # theirs
+        self.encode(prompts)  # all, while their encoder is there
         negative = self.encode([negative_prompt or ""]) if cfg else None
-        seeds = range(seed, seed + len(features.tokens))
-        latents = self.sample(features, seeds, width, height, steps, guidance, negative, cfg_scale, callback, conditions)
-        made = self.decode(latents)
-        return made if conditions is None else [conditioning.finish(image, conditions) for image in made]
+        batches = defaultdict(list)  # of what is alike: that is all, unless each prompt has pictures of its own
+        for number in range(len(prompts) * num_images):
+            given = conditions[number // num_images]
+            batches[given and given.likeness].append(number)
+        made: dict[int, Image.Image] = {}
+        for numbers in batches.values():
+            rows = [number // num_images for number in numbers]
+            given = conditions[rows[0]] and conditioning.joined([conditions[row] for row in rows])
+            features, seeds = self.encode([prompts[row] for row in rows]), [seed + number for number in numbers]
+            latents = self.sample(features, seeds, width, height, steps, guidance, negative, cfg_scale, callback, given)
+            made |= zip(numbers, self.decode(latents), strict=True)
+        finish = lambda image, given: image if given is None else conditioning.finish(image, given)  # noqa: E731
+        return [finish(made[number], conditions[number // num_images]) for number in sorted(made)]
+
+    def _conditions(self, pictures, count: int, width: int | None, height: int | None) -> list[Conditions | None]:
+        """One for each of `count` prompts, the same for all if there is one for all."""
+        if not isinstance(pictures, Sequence):
+            return [self.condition(pictures, width, height) if isinstance(pictures, Pictures) else pictures] * count
+        if len(pictures) != count:
+            raise UserError(f"there are {count} prompts, and pictures for {len(pictures)}: give Pictures for each")
+        return [self.condition(each, width, height) for each in pictures]
 
     def load_lora(self, path: str | Path, scale: float = 1.0, partial: bool = False) -> None:
-        """Merge a LoRA, in any common format, with those that are loaded; `partial`: leave out what has no place here."""
-        modules = {part: network.on_meta() for part, network in self._adaptable.items()}
-        patches = place(read(Path(path)), modules, partial)
-        self.loras[Path(path)] = patches, scale
+        """Merge a LoRA, in any common format, with those that are loaded, or give another scale to the model's own.
+
+        `partial`: leave out what has no place here.
+        """
+        path = Path(path)
+        own = next((file for file in self.files.get("lora", ()) if path.exists() and file.samefile(path)), None)
+        if own in self.loras:
+            return self.set_lora_scale(own, scale)
+        if path in self.loras:
+            raise UserError(f"{path} is loaded already: change its scale with set_lora_scale")
+        patches = place(read(path), {part: network.on_meta() for part, network in self._adaptable.items()}, partial)
+        channels = max((patch.columns for patch in patches if patch.place.path == "img_in"), default=0)
+        adapted = self.spec.transformer.in_channels * (2 if self.spec.control and self.spec.adapter else 1)
+        if channels > adapted:
+            able = ", ".join(spec.name for spec in MODELS.values() if spec.control and spec.adapter)
+            raise UserError(
+                f"{path} widens the model's input to {channels} channels, for a control picture, which {self.spec.name} "
+                f"does not take: the models for it are {able}"
+            )
+        self._check_lora_scale(path, scale)
+        self.loras[path] = patches, scale
         self._merge_loras()
 
     def set_lora_scale(self, path: str | Path, scale: float) -> None:
-        if Path(path) not in self.loras:
+        path = Path(path)
+        if path not in self.loras:
             raise UserError(f"{path} is not loaded; loaded are: {', '.join(map(str, self.loras)) or 'none'}")
-        self.loras[Path(path)] = self.loras[Path(path)][0], scale
+        self._check_lora_scale(path, scale)
+        self.loras[path] = self.loras[path][0], scale
         self._merge_loras()
 
     def unload_loras(self) -> None:
-        """All of them; the weights are then the very tensors that they were."""
-        self.loras.clear()
+        """All but the model's own, if its row has one; the weights are then those of the files again."""
+        self.loras = {path: lora for path, lora in self.loras.items() if path in self.files.get("lora", ())}
         self._merge_loras()
+
+    @staticmethod
+    def _check_lora_scale(path: Path, scale: float) -> None:
+        if not math.isfinite(scale):
+            raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
 
     @property
     def _adaptable(self) -> dict[str, Network]:
         """The networks that a LoRA may change."""
-        encoders = {"t5": self.text.t5, "clip": self.text.clip} if isinstance(self.spec.text, FLUX1Text) else {}
+        encoders = {"t5": self.text.t5, "clip": self.text.clip} if self.spec.flux1 else {}
         return encoders | {"transformer": self.transformer}
 
     def _merge_loras(self) -> None:
@@ -169,13 +208,16 @@ class Pipeline:
     @torch.inference_mode()
     def condition(self, pictures: Pictures, width: int | None = None, height: int | None = None) -> Conditions:
         """Pictures -> what `sample` takes of them, and the size that it will make."""
+        pictures = replace(
+            pictures, images=tuple(map(as_picture, pictures.images)), mask=pictures.mask and as_mask(pictures.mask)
+        )
         conditioning.check_pictures(self.spec, pictures)
         width, height = conditioning.size_of(self.spec, pictures, width, height)
         check_size(height, width)
-        encode = lambda pixels: self.autoencoder().encode(pixels.to(self.device, self.dtype)).float().cpu()  # noqa: E731
+        encode = lambda pixels: self.encoder().encode(pixels.to(self.device)).cpu()  # noqa: E731
         conditions = conditioning.condition(self.spec, pictures, width, height, encode, self.embed)
         if not self.resident:
-            for network in (self.autoencoder, *self.adapters):
+            for network in (self.encoder, *self.adapters):
                 network.release()
         return conditions
 
@@ -191,6 +233,10 @@ class Pipeline:
                conditions: Conditions | None = None) -> Tensor:  # fmt: skip
         """Features (B prompts) and B seeds -> latents (B, C, height/16, width/16), float32; `conditions` bring their size."""
         spec, given = self.spec, conditions or Conditions(height or self.spec.size, width or self.spec.size)
+        if (width or given.width, height or given.height) != (given.width, given.height):
+            raise UserError(f"the pictures were made ready for {given.width}x{given.height}: leave --width and --height out")
+        if conditions is None and spec.picture in conditioning.NEEDY:
+            raise UserError(f"{spec.name} needs a picture: give it with --image FILE")
         h, w = (n // 16 for n in check_size(given.height, given.width))
         steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance, steps)
         times = sampling.schedule(spec.schedule, steps, h * w)
@@ -198,10 +244,8 @@ class Pipeline:
         embedded = None if spec.cfg or guidance is None else at_each(guidance)
         scales = at_each(guidance if spec.cfg else check_scale(cfg_scale, steps))
         times = sampling.from_strength(times, given.strength)
-        if len(times) == 1:
-            raise UserError(f"--strength {given.strength:g} of {steps} steps is less than one: raise one of them")
 
-        latents = sampling.noise(seeds, spec.autoencoder.latent_channels, h, w, spatial=isinstance(spec.text, FLUX1Text))
+        latents = sampling.noise(seeds, spec.autoencoder.latent_channels, h, w, spatial=spec.flux1)
         drawn = rearrange(latents, "b c h w -> b (h w) c").to(self.device)  # (B, L, C)
         x, blend = drawn, lambda x, t: x
         if given.start is not None:
@@ -365,7 +409,8 @@ def check_guidance(spec: ModelSpec, guidance: Guidance | None, steps: int) -> li
     """The guidance to use, as `sampling.ramp` takes it; None for a model that has none."""
     if guidance is None:
         return None if spec.guidance is None else [spec.guidance]
-    values = check_values("--guidance", guidance, steps, f"{spec.name} is meant for {spec.guidance}")
+    meant = "takes none" if spec.guidance is None else f"is meant for {spec.guidance:g}"
+    values = check_values("--guidance", guidance, steps, f"{spec.name} {meant}")
     if spec.guidance is None:
         if values != [1]:
             why = spec.fixed or "it was trained without"
@@ -401,7 +446,7 @@ def check_cfg(spec: ModelSpec, guidance: Guidance | None, negative_prompt: str |
     """Whether a second, unconditional pass is asked for; UserError where that makes no sense."""
     if spec.cfg and cfg_scale is not None:
         raise UserError(f"--cfg-scale {cfg_scale}: the guidance of {spec.name} is classifier-free already; use --guidance")
-    if spec.fixed and (negative_prompt, cfg_scale) != (None, None) and not isinstance(spec.text, FLUX1Text):
+    if spec.fixed and (negative_prompt, cfg_scale) != (None, None) and not spec.flux1:
         raise UserError(f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.fixed}; use a base model")
     scale = max(check_guidance(spec, guidance, steps) if spec.cfg else check_scale(cfg_scale, steps))
     if negative_prompt is not None and scale <= 1:
@@ -424,7 +469,7 @@ def locate(spec: ModelSpec, weights: Path | None) -> dict[str, list[Path] | Path
     """Every file that a row needs: lists of weights for networks, folders for tokenizers."""
     files: dict[str, list[Path] | Path] = {part: _find(spec, choices, weights) for part, choices in networks(spec).items()}
     for part, names in spec.text.tokenizers.items():
-        files[part] = [_find(spec, (name,), weights)[0] for name in names][0].parent
+        files[part] = [locate_one(spec, name, weights) for name in names][0].parent
     if spec.adapter:
         for part, name in spec.adapter.files:
             files[part] = find_all(spec.adapter.repository, name, weights, spec.licence.name, spec.licence.gated)
@@ -445,6 +490,11 @@ def is_here(spec: ModelSpec, weights: Path | None = None) -> bool:
         return spec.embedded or (ours and all(is_local(repository, name, weights) for repository, name in adapter))
     except UserError:  # a damaged index
         return False
+
+
+def locate_one(spec: ModelSpec, name: str, weights: Path | None) -> Path:
+    """One more file of a row's repository."""
+    return _find(spec, (name,), weights)[0]
 
 
 def _find(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list[Path]:

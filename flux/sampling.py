@@ -61,7 +61,7 @@ def schedule(kind: str, steps: int, tokens: int) -> Tensor:
     return t.float()
 
 
-def from_strength(times: Tensor, strength: float) -> Tensor:
+def from_strength(times: Sequence, strength: float) -> Sequence:
     """The last `strength` of the steps, (n + 1,): where a picture is changed and not made, noise is not begun with."""
     steps = len(times) - 1
     return times[int(max(steps - steps * strength, 0)) :]

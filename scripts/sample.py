@@ -50,14 +50,15 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--width", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     what.add_argument("--height", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     what.add_argument("--remake", type=Path, metavar="PICTURE", help="make a picture again from the parameters that it carries")
-    what.add_argument("--upsample", metavar="local|URL", help="have the prompt written out: by flux.2-dev's own text encoder, "
-                      "or by a server that speaks OpenAI's protocol")  # fmt: skip
+    what.add_argument("--upsample", metavar="local|URL", help="have the prompt written out: by the text encoder of "
+                      "flux.2-dev (with --model flux.2-dev), or by a server that speaks OpenAI's protocol")  # fmt: skip
     what.add_argument("--upsample-model", metavar="NAME", help="of the server's models")
     given = p.add_argument_group("pictures as input (README: which model does what with them)")
     given.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable, where a model "
                        "takes several")  # fmt: skip
     given.add_argument("--mask", type=Path, metavar="FILE", help="white is what may change: filling in, inpainting")
-    given.add_argument("--strength", type=float, metavar="S", help="share of the steps that change the picture (default: 0.8)")
+    given.add_argument("--strength", type=float, metavar="S", help="image to image: the share of the steps that is run, to 1, "
+                       "which keeps nothing of the picture (default: 0.8)")  # fmt: skip
     given.add_argument("--expand", type=margins, metavar="L,T,R,B", help="fill: pixels of new canvas at each side")
     given.add_argument("--mask-threshold", type=float, metavar="X", help="fill: harden a soft mask, white from X on")
     given.add_argument("--no-composite", dest="composite", action="store_false", help="do not put the input's own pixels back "
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from flux import conditioning, pipeline
+    from flux import conditioning, pipeline, sampling
 
     check_loras(args)
     pipeline.check_count(len(prompts) * args.num_images, seed)
@@ -206,7 +207,8 @@ def run(args: argparse.Namespace) -> int:
         pipe.load_lora(path, scale, args.lora_partial)
     toy = ", the embedded toy" if spec.embedded else ""
     guided = "" if guidance is None else f", guidance {pipeline.written(guidance)}"
-    say(f"{spec.name}{toy}: {width}x{height}, {steps} steps{guided}, on {pipe.device} in {short(pipe.dtype)}")
+    run = f"{steps} steps" + (f" at strength {pictures.strength:g}" if pictures and pictures.strength else "")
+    say(f"{spec.name}{toy}: {width}x{height}, {run}{guided}, on {pipe.device} in {short(pipe.dtype)}")
     if spec.embedded:
         note_unknown_words(prompts)
 
@@ -218,16 +220,18 @@ def run(args: argparse.Namespace) -> int:
     if args.save_control:
         say(f"control: {images.save(conditions.control, args.save_control, {})}")
     pipe.encode(prompts + [args.negative_prompt or ""] * cfg)
+    total = len(sampling.from_strength(range(steps + 1), conditions.strength)) - 1 if conditions else steps
     for number, (prompt, short_prompt) in enumerate(pair for pair in zip(prompts, plain) for _ in range(args.num_images)):
         kept: list[torch.Tensor] = []
-        with tqdm(total=steps, desc=f"seed {seed + number}", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=total, desc=f"seed {seed + number}", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
 
             def see(step: int, t: float, latents: torch.Tensor, bar=bar, kept=kept) -> None:
                 bar.update()
                 kept[:] = [latents]
 
             asked = dict(negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale, callback=see, pictures=conditions)
-            (image,) = pipe(prompt, width, height, steps, args.guidance, seed + number, **asked)
+            size = (None, None) if conditions else (width, height)
+            (image,) = pipe(prompt, *size, steps, args.guidance, seed + number, **asked)
         metadata = describe(args, pipe, prompt, width, height, steps, guidance, seed + number)
         metadata["upsampled_from"] = short_prompt if args.upsample else None
         path = images.save(image, args.output, metadata)
@@ -242,10 +246,11 @@ def upsample(args: argparse.Namespace, pipe, prompt: str, pictures, seed: int) -
     """The prompt, written out by a language model if --upsample says by which."""
     if not args.upsample:
         return prompt
-    from flux import upsampling
+    from flux import pipeline, upsampling
 
     shown = pictures.images if pictures else ()
     if args.upsample == "local":
+        pipeline.locate_one(pipe.spec, "text_encoder/config.json", args.weights)
         written = upsampling.upsample_locally(prompt, pipe.files["tokenizer"].parent, shown, seed, pipe.device)
     else:
         written = upsampling.upsample_remotely(prompt, args.upsample, args.upsample_model, pictures=shown)
@@ -388,7 +393,7 @@ def gather_pictures(args: argparse.Namespace, spec):
     if not args.image:
         flags = [conditioning.FLAGS[option] for option in conditioning.asked(conditioning.Pictures((), args.mask, **options))]
         flags += ["--no-composite"] * (not args.composite) + ["--save-control"] * bool(args.save_control)
-        needed = flags[0] if flags else spec.name if spec.picture in ("fill", "control", "redux") else None
+        needed = flags[0] if flags else spec.name if spec.picture in conditioning.NEEDY else None
         if needed:
             raise UserError(f"{needed} needs a picture: give it with --image FILE")
         return None
@@ -400,7 +405,7 @@ def gather_pictures(args: argparse.Namespace, spec):
     if args.save_control and spec.picture != "control":
         raise UserError(f"--save-control means nothing to {spec.name}, which takes no control picture: leave it out")
     if args.save_control:
-        images.check_output(args.save_control)
+        images.check_output(args.save_control, flag="--save-control")
     return pictures
 
 

@@ -81,22 +81,13 @@ def test_pixels_are_the_callers_own():
     assert given_.getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("threshold, first_white", [(0.5, 128), (0.25, 64), (1.0, 255), (0.0, 0), (51 / 255, 51)])
-def test_masks_are_soft_or_cut(threshold, first_white):
+def test_masks_are_soft():
     values = np.arange(256, dtype=np.uint8)[None].repeat(2, 0)
     soft = images.to_mask(Image.fromarray(values))
     assert soft.shape == (1, 1, 2, 256) and soft.dtype == torch.float32
     assert torch.equal(soft[0, 0], torch.arange(256).div(255).expand(2, 256))
-    cut = images.to_mask(Image.fromarray(values), threshold)
-    assert torch.equal(cut[0, 0, 1], (torch.arange(256) >= first_white).float())
-
-
-def test_masks_are_cut_as_by_diffusers():
-    mask = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    options = dict(do_resize=False, do_normalize=False, do_convert_grayscale=True)
-    for threshold, binarise in ((None, False), (0.5, True)):
-        theirs = VaeImageProcessor(**options, do_binarize=binarise).preprocess(mask)
-        assert torch.equal(images.to_mask(mask, threshold), theirs)
+    options = dict(do_resize=False, do_normalize=False, do_convert_grayscale=True, do_binarize=False)
+    assert torch.equal(soft, VaeImageProcessor(**options).preprocess(Image.fromarray(values)))
 
 
 # ---------------------------------------------------------------------------------------------------------- names

@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from hypothesis import HealthCheck, example, given, settings
@@ -428,7 +429,9 @@ def test_expanding():
     assert np.array_equal(np.asarray(canvas)[2:5, 1:6], given_)
     new = np.ones((9, 9), bool)
     new[2:5, 1:6] = False
-    assert np.array_equal(mask, np.where(new, 255, 0)) and (np.asarray(canvas)[new] == 128).all()
+    assert np.array_equal(mask, np.where(new, 255, 0))
+    rows, columns = np.clip(np.arange(-2, 7), 0, 2), np.clip(np.arange(-1, 8), 0, 4)  # beyond an edge, what is on it
+    assert np.array_equal(canvas, np.asarray(given_)[rows][:, columns])
     assert inputs.expand(given_, 0, 0, 1, 0)[0].size == (6, 3)
 
 
@@ -529,6 +532,36 @@ def test_the_seam_lies_inside_the_mask():
     mask = Image.fromarray(np.array([[0] * 5 + [255] * 8] * 3, np.uint8))
     made = inputs.composite(Image.new("RGB", (13, 3), "white"), Image.new("RGB", (13, 3)), mask)
     assert levels(made) == [[v] * 3 for v in [0] * 5 + [51, 102, 153, 204] + [255] * 4]
+
+
+@pytest.mark.parametrize("width, weights", [
+    (1, [1]), (2, [1, 1]), (3, [1 / 2, 1, 1 / 2]), (5, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
+])  # fmt: skip
+def test_the_middle_of_a_narrow_mask_is_the_results(width, weights):
+    mask = Image.fromarray(np.array([[0] * 6 + [255] * width + [0] * 6] * 3, np.uint8))
+    made = inputs.composite(Image.new("RGB", mask.size, "white"), Image.new("RGB", mask.size), mask)
+    assert levels(made) == [[round(255 * w)] * 3 for w in [0] * 6 + weights + [0] * 6]
+
+
+def test_outpainting_leaves_no_seam_of_another_colour():
+    wide, mask = inputs.expand(Image.new("RGB", (20, 20), "white"), 16, 0, 0, 16)
+    made = inputs.composite(Image.new("RGB", wide.size, "white"), wide, mask)
+    assert made.getextrema() == ((255, 255),) * 3
+
+
+@pytest.mark.parametrize("threshold, first_white", [(0.5, 128), (0.25, 64), (1.0, 255), (51 / 255, 51)])
+def test_hardened_masks(threshold, first_white):
+    mask = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    hard = np.asarray(inputs.harden(mask, threshold))
+    assert np.array_equal(hard.flatten(), np.where(np.arange(256) >= first_white, 255, 0))
+    if threshold == 0.5:
+        options = dict(do_resize=False, do_normalize=False, do_convert_grayscale=True, do_binarize=True)
+        assert np.array_equal(hard / 255, VaeImageProcessor(**options).preprocess(mask)[0, 0])
+
+
+def test_masks_with_nothing_left_are_told():
+    with pytest.raises(UserError, match="the mask is dark all over .its lightest grey is 100 of 255.*paint white what"):
+        inputs.harden(Image.new("L", (8, 8), 100), 0.5)
 
 
 def test_soft_masks_blend():
