@@ -352,20 +352,14 @@ def memory_table() -> str:
     rows = []
     for spec in MODELS.values():
         width = 4 if spec.embedded else 2
-        sizes = {part: width * parameters(config) for part, (config, *_) in parts(spec).items()}
-        transformer, autoencoder, lora = sizes.pop("transformer"), sizes.pop("autoencoder"), sizes.pop("LoRA", 0)
+        networks = {part: config for part, (config, *_) in parts(spec).items() if part != "LoRA"}  # which is merged
+        sizes = {part: width * sum(p.numel() for p in on_meta(config).parameters()) for part, config in networks.items()}
+        transformer, autoencoder = sizes.pop("transformer"), sizes.pop("autoencoder")
         redux = sizes.pop("SigLIP", 0) + sizes.pop("Redux", 0)
-        text = sum(sizes.values())
-        stages = (text, transformer + lora, autoencoder, redux)
-        columns = (text, transformer, autoencoder, lora + redux, max(stages), sum(stages))
+        stages = (sum(sizes.values()), transformer, autoencoder, redux)
+        columns = (*stages, max(stages), sum(stages))
         rows.append((f"`{spec.name}`", *(f"{n / 1e9:.3g}" if n else "none" for n in columns)))
     return table("model", "text encoder", "transformer", "autoencoder", "adapter", "largest stage", "all", rows=rows)
-
-
-def parameters(config: Config) -> int:
-    """How many are in memory: with a control LoRA, a second transformer, for the first is kept, to be there without it."""
-    network = on_meta(config.transformer if isinstance(config, ControlLoraConfig) else config)
-    return sum(p.numel() for p in network.parameters())
 
 
 def table(*titles: str, rows: Sequence[Sequence]) -> str:
