@@ -193,12 +193,10 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
 
 def adapter(config: SigLIPConfig | ReduxConfig) -> dict[str, torch.Tensor]:
     """FLUX.1 Redux's networks in transformers and diffusers; the image encoder with the pooling head that is never read."""
-    from test_redux import diffusers_redux, transformers_siglip
-
     with torch.device("meta"):
         if isinstance(config, ReduxConfig):
-            return diffusers_redux(config).state_dict()
-        return {f"vision_model.{name}": tensor for name, tensor in transformers_siglip(config).state_dict().items()}
+            return reference.diffusers_redux(config).state_dict()
+        return {f"vision_model.{name}": tensor for name, tensor in reference.transformers_siglip(config).state_dict().items()}
 
 
 def lora_of(transformer: Manifest, rank: int) -> Manifest:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from flux.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux.clip import CLIP, CLIPConfig
 from flux.configs import MODELS, FLUX1Text, FLUX2Text, ModelSpec
 from flux.language_model import LanguageModel, LanguageModelConfig
+from flux.redux import ReduxConfig, SigLIPConfig
 from flux.t5 import T5, T5Config
 from flux.transformer import Flux, FluxConfig
 
@@ -343,6 +345,45 @@ def transformers_clip(config: CLIPConfig, eos_id: int, attention: str = "sdpa") 
         max_position_embeddings=config.max_length, layer_norm_eps=config.eps, hidden_act="quick_gelu",
         bos_token_id=0, eos_token_id=eos_id, attn_implementation=attention,
     )).eval()  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def siglip_config(config: SigLIPConfig, attention: str = "sdpa"):
+    """transformers' configuration at our config's sizes."""
+    import transformers
+
+    return transformers.SiglipVisionConfig(
+        image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads, intermediate_size=config.mlp_size, num_hidden_layers=config.depth,
+        layer_norm_eps=config.eps, hidden_act="gelu_pytorch_tanh", attn_implementation=attention,
+    )  # fmt: skip
+
+
+def transformers_siglip(config: SigLIPConfig, attention: str = "sdpa") -> nn.Module:
+    """transformers' image encoder at our config's sizes, with the pooling head that we leave out."""
+    import transformers
+
+    return transformers.SiglipVisionModel(siglip_config(config, attention)).eval()
+
+
+def diffusers_redux(config: ReduxConfig) -> nn.Module:
+    """diffusers' adapter, whose hidden layer is always three times its output."""
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    assert config.hidden_dim == 3 * config.context_dim
+    return ReduxImageEncoder(redux_dim=config.siglip_dim, txt_in_features=config.context_dim).eval()
+
+
+def siglip_processor(size: int):
+    """transformers' preprocessing by Pillow, with the values of the released `preprocessor_config.json`."""
+    from transformers import SiglipImageProcessorPil
+
+    return SiglipImageProcessorPil(
+        size={"height": size, "width": size}, resample=Image.Resampling.BICUBIC, rescale_factor=0.00392156862745098,
+        image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], do_resize=True, do_rescale=True, do_normalize=True,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- whole models

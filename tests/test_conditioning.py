@@ -21,14 +21,16 @@ from reference import (
     TINY_QWEN,
     TINY_T5,
     diffusers_pipeline,
+    diffusers_redux,
     max_error,
     networks,
     randomise,
+    siglip_processor,
+    transformers_siglip,
     write_weights,
 )  # fmt: skip
 from safetensors.torch import save_file
 from test_pipeline import grid, levels, noise, write_tokenizers
-from test_redux import diffusers_redux, siglip_processor, transformers_siglip
 
 import flux
 from flux.conditioning import Pictures

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reference import loaded, max_error, randomise, relative_l2, shapes
+from reference import (
+    diffusers_redux,
+    loaded,
+    max_error,
+    randomise,
+    relative_l2,
+    shapes,
+    siglip_config,
+    siglip_processor,
+    transformers_siglip,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,41 +29,6 @@ from flux.weights import Network
 TINY = SigLIPConfig(image_size=60, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eps=1e-3)
 TINY_REDUX = ReduxConfig(siglip_dim=48, hidden_dim=120, context_dim=40)
 PREFIXES = ("vision_model.", "")
-
-
-def vision_config(config: SigLIPConfig, attention: str = "sdpa"):
-    import transformers
-
-    return transformers.SiglipVisionConfig(
-        image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads, intermediate_size=config.mlp_size, num_hidden_layers=config.depth,
-        layer_norm_eps=config.eps, hidden_act="gelu_pytorch_tanh", attn_implementation=attention,
-    )  # fmt: skip
-
-
-def transformers_siglip(config: SigLIPConfig, attention: str = "sdpa") -> nn.Module:
-    """transformers' image encoder at our config's sizes, with the pooling head that we leave out."""
-    import transformers
-
-    return transformers.SiglipVisionModel(vision_config(config, attention)).eval()
-
-
-def diffusers_redux(config: ReduxConfig) -> nn.Module:
-    """diffusers' adapter, whose hidden layer is always three times its output."""
-    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-
-    assert config.hidden_dim == 3 * config.context_dim
-    return ReduxImageEncoder(redux_dim=config.siglip_dim, txt_in_features=config.context_dim).eval()
-
-
-def siglip_processor(size: int):
-    """transformers' preprocessing by Pillow, with the values of the released `preprocessor_config.json`."""
-    from transformers import SiglipImageProcessorPil
-
-    return SiglipImageProcessorPil(
-        size={"height": size, "width": size}, resample=Image.Resampling.BICUBIC, rescale_factor=0.00392156862745098,
-        image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], do_resize=True, do_rescale=True, do_normalize=True,
-    )  # fmt: skip
 
 
 def build(kind: type[nn.Module], config, theirs: nn.Module) -> nn.Module:
@@ -152,7 +127,7 @@ def layouts() -> dict[str, dict[str, Tensor]]:
     import transformers
 
     text = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
-    config = transformers.SiglipConfig(text_config=text, vision_config=vision_config(TINY).to_dict())
+    config = transformers.SiglipConfig(text_config=text, vision_config=siglip_config(TINY).to_dict())
     whole = dict(randomise(transformers.SiglipModel(config)).state_dict())
     released = {name: tensor for name, tensor in whole.items() if name.startswith("vision_model.")}
     return {
