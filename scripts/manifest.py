@@ -193,6 +193,8 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
 
 def adapter(config: SigLIPConfig | ReduxConfig) -> dict[str, torch.Tensor]:
     """FLUX.1 Redux's networks in transformers and diffusers; the image encoder with the pooling head that is never read."""
+    import reference
+
     with torch.device("meta"):
         if isinstance(config, ReduxConfig):
             return reference.diffusers_redux(config).state_dict()

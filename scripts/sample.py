@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     check_loras(args)
     pipeline.check_count(len(prompts) * args.num_images, seed)
     spec = pipeline.find_spec(args.model, args.transformer)
-    pictures = gather_pictures(args, spec)
+    pictures, files = gather_pictures(args, spec), describe_files(args)
     if prompts == [""] and spec.picture != "redux":
         raise UserError(f"there is no prompt, and {spec.name} needs one: say what the picture should show")
     width, height = conditioning.size_of(spec, pictures, args.width, args.height)
@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
             asked = dict(negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale, callback=see, pictures=conditions)
             size = (None, None) if conditions else (width, height)
             (image,) = pipe(prompt, *size, steps, args.guidance, seed + number, **asked)
-        metadata = describe(args, pipe, prompt, width, height, steps, guidance, seed + number)
+        metadata = describe(args, pipe, prompt, width, height, steps, guidance, seed + number) | files
         metadata["upsampled_from"] = short_prompt if args.upsample else None
         path = images.save(image, args.output, metadata)
         if args.save_latents:
@@ -371,17 +371,23 @@ def describe(args, pipe, prompt: str, width: int, height: int, steps: int, guida
         numerics=args.numerics, dtype=short(pipe.dtype), device=pipe.device.type,
         transformer=args.transformer.name if args.transformer else None,
         autoencoder=args.autoencoder.name if args.autoencoder else None,
-        images=[describe_file(path) for path in args.image], mask=describe_file(args.mask) if args.mask else None,
         pictures={option: getattr(args, flag) for option, flag in OPTIONS.items()} if args.image else None,
-        loras=[describe_file(path) | {"scale": scale, "partial": args.lora_partial} for path, scale in args.lora],
         note="made by the embedded toy model: shows the code at work, not what FLUX can do" if spec.embedded else None,
         licence=spec.licence.name, software=f"flux {flux.__version__}, torch {torch.__version__}",
     )  # fmt: skip
 
 
+def describe_files(args) -> dict:
+    """The files that decide the picture beside the model's."""
+    images, mask = [describe_file(path) for path in args.image], describe_file(args.mask) if args.mask else None
+    loras = [describe_file(path) | {"scale": scale, "partial": args.lora_partial} for path, scale in args.lora]
+    return dict(images=images, mask=mask, loras=loras)
+
+
 def describe_file(path: Path) -> dict:
-    """Enough to find a picture again, and to know that it is the same."""
-    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    """Enough to find it again, and to know that it is the same."""
+    with path.open("rb") as file:
+        return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def gather_pictures(args: argparse.Namespace, spec):
