@@ -186,8 +186,8 @@ MODELS: dict[str, ModelSpec] = _table([
     _row(_klein_9b, "FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv.safetensors", cached=True),
     _row(_klein_4b, "FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", **_base),
     _row(_klein_9b, "FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", **_base),
-    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=128, steps=8, fixed="", picture="start",
-            transformer=TINY, transformer_file="flux-2-tiny.safetensors",
+    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=128, steps=8, guidance=2.5, cfg=True, fixed="",
+            picture="start", transformer=TINY, transformer_file="flux-2-tiny.safetensors",
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)), text_length=32,
             autoencoder=AE_TINY, autoencoder_files=("ae.safetensors",)),
 ])  # fmt: skip

@@ -1,6 +1,6 @@
 """Trains the embedded toy model `flux.2-tiny`, from nothing, on pictures that it draws itself.
 
-    python scripts/train.py runs/tiny --export flux/tiny
+    python scripts/train.py runs/tiny --compile --export flux/tiny
     python scripts/train.py runs/more --export flux/tiny --start-from flux/tiny --autoencoder-minutes 0
 
 In turn: a tokenizer, pictures, the autoencoder, the pictures' latents, the transformer with its text encoder, and the decoder
@@ -505,7 +505,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
     parser.add_argument("--autoencoder-minutes", type=float, default=30)
-    parser.add_argument("--transformer-minutes", type=float, default=75)
+    parser.add_argument("--transformer-minutes", type=float, default=120)
     parser.add_argument("--decoder-minutes", type=float, default=10, help="on the autoencoder's decoder alone, at the end")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler")

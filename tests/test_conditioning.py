@@ -20,8 +20,10 @@ from reference import (
     TINY_MISTRAL,
     TINY_QWEN,
     TINY_T5,
+    diffusers_encode,
     diffusers_pipeline,
     diffusers_redux,
+    diffusers_velocity,
     max_error,
     networks,
     randomise,
@@ -31,6 +33,7 @@ from reference import (
 )  # fmt: skip
 from safetensors.torch import save_file
 from test_pipeline import grid, levels, noise, write_tokenizers
+from torch import Tensor
 
 import flux
 from flux.conditioning import Pictures
@@ -225,21 +228,24 @@ def test_klein_kv_equals_diffusers(models, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- text tokens
 
 
-@pytest.mark.parametrize("weights", [None, (0.7, 0.4)])
-def test_redux_equals_diffusers(models, monkeypatch, weights):
-    """Of what FluxPriorReduxPipeline does, its weighted sum is redone here: it cannot be had at tiny widths."""
+def embedded_by_diffusers(model: Model, references: list[Image.Image]) -> Tensor:
+    """(pictures, T', D), of FluxPriorReduxPipeline's two networks: its weighted sum cannot be had at tiny widths."""
     import diffusers
 
-    model = models("flux.1-redux-dev")
-    references = [photo(80, 97, seed=1), photo(150, 70, seed=2)][: len(weights or [1])]
     siglip, redux = transformers_siglip(TINY_SIGLIP), diffusers_redux(TINY_REDUX)
     missing, unexpected = siglip.load_state_dict(model.siglip.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("head.") for name in missing)
     redux.load_state_dict(model.redux.state_dict())
     prior = diffusers.FluxPriorReduxPipeline(siglip, siglip_processor(TINY_SIGLIP.image_size), redux)
     with torch.no_grad():
-        embedded = redux(prior.encode_image(references, "cpu", 1)).image_embeds  # (pictures, T', D)
-    added = torch.einsum("n,ntd->td", torch.tensor(weights or [1.0]), embedded)[None]
+        return prior.image_embedder(prior.encode_image(references, "cpu", 1)).image_embeds
+
+
+@pytest.mark.parametrize("weights", [None, (0.7, 0.4)])
+def test_redux_equals_diffusers(models, monkeypatch, weights):
+    model = models("flux.1-redux-dev")
+    references = [photo(80, 97, seed=1), photo(150, 70, seed=2)][: len(weights or [1])]
+    added = torch.einsum("n,ntd->td", torch.tensor(weights or [1.0]), embedded_by_diffusers(model, references))[None]
     pictures = Pictures(tuple(references), weights=weights)
     assert max_error(model.ours.condition(pictures).text, added) <= 2e-6
 
@@ -278,3 +284,38 @@ def test_klein_inpainting_equals_diffusers(models, monkeypatch, name):
                  guidance_scale=cfg.get("guidance", 1.0))  # fmt: skip
     pictures = Pictures((photo(), other), painted(), strength=0.6, limit=1024)
     compare(model, theirs, pictures, given, noise_given=False, **cfg)
+
+
+# ---------------------------------------------------------------------------------------------------------- beyond diffusers
+
+
+def test_kontext_with_several_references_equals_diffusers_networks(models):
+    """Its pipeline takes one; its transformer, called by hand for the one step from 1 to 0, takes them side by side."""
+    model = models("flux.1-kontext-dev")
+    references, sizes = (photo(80, 96, seed=1), photo(64, 80, seed=2)), ((6, 5), (5, 4))
+    tokens, ids, left = [noise(model, SEEDS)], [[0, row, column] for row in range(4) for column in range(6)], 0
+    for picture, (h, w) in zip(references, sizes, strict=True):
+        pixels = torch.from_numpy(np.asarray(picture) / 127.5 - 1).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            latents = diffusers_encode(model.theirs.vae, pixels)
+        tokens.append(latents.flatten(2).mT.expand(2, -1, -1))
+        ids += [[1, row, left + column] for row in range(h) for column in range(w)]
+        left += w
+    features = model.features()
+    velocity = diffusers_velocity(
+        model.theirs.transformer, torch.cat(tokens, dim=1), torch.tensor(ids), features.tokens, torch.zeros(7, 3),
+        torch.ones(2), torch.full((2,), 3.0), features.pooled,
+    )  # fmt: skip
+    expected = tokens[0] - velocity[:, : tokens[0].shape[1]]
+    conditions = model.ours.condition(Pictures(references, keep_size=True), WIDTH, HEIGHT)
+    ours = model.ours.sample(features, SEEDS, steps=1, guidance=3.0, conditions=conditions)
+    assert max_error(ours, grid(expected, HEIGHT)) <= WITHIN
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_pictures_of_redux_share_one(models, count):
+    """Without weights: the mean of what diffusers makes of each alone, where its own default would be their sum."""
+    model = models("flux.1-redux-dev")
+    references = [photo(80, 97, seed=1), photo(150, 70, seed=2), photo(64, 64, seed=3)][:count]
+    alone = [embedded_by_diffusers(model, [picture]).double() for picture in references]
+    assert max_error(model.ours.condition(Pictures(tuple(references))).text.double(), sum(alone) / count) <= 2e-6

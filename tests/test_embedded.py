@@ -1,9 +1,8 @@
 """The embedded model, end to end: its pictures show what it has learnt, and stop doing so when the network is broken.
 
 The verdicts come from `flux.shapes.check`, which measures pixels and knows nothing of networks (tests/test_shapes.py shows
-that it can tell right from wrong). The model is young: it has learnt backgrounds, places and most colours, and hardly any
-shapes, so it is held to the former, some points below what `scripts/score.py` measures over 500 prompts. The mutations are
-bugs that ports of FLUX really have; each must cost 30 points of what the model can do.
+that it can tell right from wrong). `scripts/score.py` measures the same over 500 other prompts. The mutations are bugs that
+ports of FLUX really have; each must cost 30 points of the pictures that are wholly right.
 """
 
 import itertools
@@ -40,9 +39,9 @@ def made(pipe) -> list[np.ndarray]:
     return pictures(pipe, SCENES)
 
 
-def test_pictures_show_backgrounds_places_and_colours_of_held_out_prompts(made):
+def test_pictures_show_what_held_out_prompts_say(made):
     score = shapes.score(made, SCENES)
-    assert score["background"] >= 0.97 and score["place"] >= 0.65 and score["colour"] >= 0.55, score
+    assert score["all"] >= 0.8 and score["background"] >= 0.98 and score["colour"] >= 0.98, score
 
 
 def test_the_autoencoder_keeps_what_the_check_measures(pipe):
@@ -52,7 +51,7 @@ def test_the_autoencoder_keeps_what_the_check_measures(pipe):
     with torch.inference_mode():
         decoded = [pipe.decode(pipe.autoencoder().encode(p))[0] for p in pixels.split(1)]
     assert shapes.score(drawn, SCENES)["all"] == 1
-    assert shapes.score(map(np.asarray, decoded), SCENES)["all"] >= 0.88
+    assert shapes.score(map(np.asarray, decoded), SCENES)["all"] >= 0.97
 
 
 def test_different_seeds_give_different_pictures_of_the_same_prompt(pipe):
@@ -83,12 +82,18 @@ def swap_shift_and_scale(patch):
     patch.setattr(transformer.Modulator, "forward", swapped)
 
 
+def drop_qk_norm(patch):
+    patch.setattr(transformer.QKNorm, "forward", lambda self, q, k: (q, k))
+
+
 def forget_the_thousand(patch):
     patch.setattr(transformer, "scale_time", lambda t, *_: t.float())
 
 
-@pytest.mark.parametrize("mutate", [swap_rows_and_columns, skip_rope, swap_shift_and_scale, forget_the_thousand])
+@pytest.mark.parametrize(
+    "mutate", [swap_rows_and_columns, skip_rope, swap_shift_and_scale, drop_qk_norm, forget_the_thousand]
+)
 def test_a_broken_network_is_seen_in_the_pictures(pipe, made, monkeypatch, mutate):
     mutate(monkeypatch)
     broken, whole = (shapes.score(some[:FEW], SCENES[:FEW]) for some in (pictures(pipe, SCENES[:FEW]), made))
-    assert max(whole[k] - broken[k] for k in shapes.ATTRIBUTES) >= 0.30, (whole, broken)
+    assert whole["all"] - broken["all"] >= 0.30, (whole, broken)

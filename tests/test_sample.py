@@ -124,11 +124,11 @@ def test_a_picture_as_a_user_asks_for_it(tmp_path):
     done = subprocess.run(command, cwd=here, env=subprocess_environment(tmp_path), capture_output=True, text=True)
     run = Run(done.returncode, done.stdout, done.stderr, here)
     assert run.code == 0 and run.files == ["outputs/flux.png"] and run.pictures == [here / "outputs/flux.png"], run.err
-    assert "flux.2-tiny, the embedded toy: 64x64, 1 steps, on cpu in float32" in run.err and f"seed 7: {PROMPT}" in run.err
+    assert "flux.2-tiny, the embedded toy: 64x64, 1 steps, guidance 2.5, on cpu in float32" in run.err and f"seed 7: {PROMPT}" in run.err
     with Image.open(run.pictures[0]) as image:
         assert image.size == (64, 64) and image.mode == "RGB"
     said = images.read_metadata(run.pictures[0])
-    expected = dict(model="flux.2-tiny", prompt=PROMPT, negative_prompt=None, width=64, height=64, steps=1, guidance=None,
+    expected = dict(model="flux.2-tiny", prompt=PROMPT, negative_prompt=None, width=64, height=64, steps=1, guidance=2.5,
                     cfg_scale=None, seed=7, numerics="exact", dtype="float32", device="cpu", transformer=None)  # fmt: skip
     assert expected.items() <= said.items()
     assert "toy" in said["note"] and "not what FLUX can do" in said["note"] and said["licence"] == "Apache-2.0"
@@ -166,7 +166,7 @@ def test_prompts_come_from_everywhere_in_order(cli, monkeypatch):
 def test_remake_makes_the_same_picture(cli, suffix):
     """From what the picture carries, with all of it different from the defaults; what is typed beside it wins."""
     output = f"a.{suffix}"
-    asked = ("--width", 80, "--height", 64, "--steps", 2, "--cfg-scale", 2.5, "--negative-prompt", "black",
+    asked = ("--width", 80, "--height", 64, "--steps", 2, "--guidance", 3.5, "--negative-prompt", "black",
              "--dtype", "bfloat16", "--numerics", "bfl", "--output", output)  # fmt: skip
     (path,) = (first := cli("a näive ]]> \"red\" ring", *asked)).pictures
     (again,) = (second := cli("--remake", path, "--output", output)).pictures
@@ -231,11 +231,12 @@ def test_prompt_beyond_the_limit_is_cut_and_the_loss_noted_once(cli):
     (("--seed", 2**63 - 1, "--num-images", 2), ("--seed", "from 0 to 2^63 - 1")),
     (("--num-images", 0), ("--num-images of at least 1",)),
     (("--num-images", -3), ("--num-images of at least 1",)),
-    (("--guidance", 2), ("--guidance", "(here 2)", "leave it out")),
+    (("--model", "flux.1-schnell", "--guidance", 2), ("--guidance", "(here 2)", "leave it out")),
     (("--guidance", "nan"), ("--guidance nan", "from 0 to 100")),
-    (("--cfg-scale", -1), ("--cfg-scale -1", "from 0 to 100")),
-    (("--cfg-scale", "inf"), ("--cfg-scale inf", "from 0 to 100")),
-    (("--negative-prompt", "black"), ("--negative-prompt", "--cfg-scale 3")),
+    (("--model", "flux.1-dev", "--cfg-scale", -1), ("--cfg-scale -1", "from 0 to 100")),
+    (("--model", "flux.1-dev", "--cfg-scale", "inf"), ("--cfg-scale inf", "from 0 to 100")),
+    (("--model", "flux.1-dev", "--negative-prompt", "black"), ("--negative-prompt", "--cfg-scale 3")),
+    (("--negative-prompt", "black", "--guidance", 1), ("--negative-prompt", "--guidance 3")),
     (("--device", "cuda:99"), ("--device cuda:99", "no such device", "cpu")),
     (("--device", "abacus"), ("--device abacus", "no such device", "cpu")),
     (("--output", "a.bmp"), ("--output a.bmp", ".bmp is not a picture format", ".png, .jpg, .jpeg, .webp")),
