@@ -256,8 +256,8 @@ def condition(
         return replace(whole, text=sum(w * embed(image) for w, image in zip(weights, pictures.images, strict=True)))
     if spec.picture == "control":
         if not pictures.photo and inputs.is_coloured(pictures.images[0]):
-            usual = "white edges on black" if spec.control == "canny" else "greys, of which the brightest is the nearest"
-            warnings.warn(f"the picture is in colour, where {spec.name} knows {usual}: if it is a photo, add --photo", stacklevel=3)
+            usual = "white edges on black" if spec.control == "canny" else "greys, the nearest the brightest"
+            warnings.warn(f"the picture has colours, and {spec.name} knows {usual}: is it a photo? Add --photo", stacklevel=3)
         picture = pictures.images[0].resize((width, height), Image.Resampling.LANCZOS)  # whatever its shape was, as BFL does
         pixels = control_pixels(spec.control, picture) if pictures.photo else to_pixels(picture)
         channels = rearrange(encode(pixels), "b c h w -> b (h w) c")

@@ -89,8 +89,9 @@ class Pipeline:
         networks = (*self.text.networks, self.transformer, self.autoencoder, self.encoder, *self.adapters)
         self.resident = sum(n.bytes for n in networks) < 0.8 * free_memory(device)  # else a stage's networks go when it ends
         self.loras: dict[Path, tuple[list[Patch], float]] = {}
-        for path in files.get("lora", ()):
-            self.load_lora(path, spec.adapter.scale)
+        for path in self._own_loras:
+            self.loras[path] = place(read(path), {"transformer": self.transformer.on_meta()}), spec.adapter.scale
+        self._merge_loras()
 
     def __call__(
         self,
@@ -137,8 +138,13 @@ class Pipeline:
 
     def _conditions(self, pictures, count: int, width: int | None, height: int | None) -> list[Conditions | None]:
         """One for each of `count` prompts, the same for all if there is one for all."""
-        if not isinstance(pictures, Sequence):
-            return [self.condition(pictures, width, height) if isinstance(pictures, Pictures) else pictures] * count
+        if pictures is None or isinstance(pictures, Conditions):
+            return [pictures] * count
+        if isinstance(pictures, Pictures):
+            return [self.condition(pictures, width, height)] * count
+        pictures = pictures if isinstance(pictures, Sequence) else [pictures]
+        if not all(isinstance(each, Pictures) for each in pictures):
+            raise UserError("pictures are flux.Pictures((image, ...)): one for all prompts, or a list of one for each")
         if len(pictures) != count:
             raise UserError(f"there are {count} prompts, and pictures for {len(pictures)}: give Pictures for each")
         return [self.condition(each, width, height) for each in pictures]
@@ -148,42 +154,48 @@ class Pipeline:
 
         `partial`: leave out what has no place here.
         """
-        path = Path(path)
-        own = next((file for file in self.files.get("lora", ()) if path.exists() and file.samefile(path)), None)
-        if own in self.loras:
-            return self.set_lora_scale(own, scale)
+        path = Path(path).resolve()
+        if path in self._own_loras:
+            return self.set_lora_scale(path, scale)
         if path in self.loras:
             raise UserError(f"{path} is loaded already: change its scale with set_lora_scale")
         patches = place(read(path), {part: network.on_meta() for part, network in self._adaptable.items()}, partial)
-        channels = max((patch.columns for patch in patches if patch.place.path == "img_in"), default=0)
-        adapted = self.spec.transformer.in_channels * (2 if self.spec.control and self.spec.adapter else 1)
-        if channels > adapted:
-            able = ", ".join(spec.name for spec in MODELS.values() if spec.control and spec.adapter)
-            raise UserError(
-                f"{path} widens the model's input to {channels} channels, for a control picture, which {self.spec.name} "
-                f"does not take: the models for it are {able}"
-            )
-        self._check_lora_scale(path, scale)
+        self._check_lora(path, patches, scale)
         self.loras[path] = patches, scale
         self._merge_loras()
 
     def set_lora_scale(self, path: str | Path, scale: float) -> None:
-        path = Path(path)
+        path = Path(path).resolve()
         if path not in self.loras:
             raise UserError(f"{path} is not loaded; loaded are: {', '.join(map(str, self.loras)) or 'none'}")
-        self._check_lora_scale(path, scale)
+        self._check_lora(path, (), scale)
         self.loras[path] = self.loras[path][0], scale
         self._merge_loras()
 
     def unload_loras(self) -> None:
         """All but the model's own, if its row has one; the weights are then those of the files again."""
-        self.loras = {path: lora for path, lora in self.loras.items() if path in self.files.get("lora", ())}
+        self.loras = {path: lora for path, lora in self.loras.items() if path in self._own_loras}
         self._merge_loras()
 
-    @staticmethod
-    def _check_lora_scale(path: Path, scale: float) -> None:
+    @property
+    def _own_loras(self) -> set[Path]:
+        return {path.resolve() for path in self.files.get("lora", ())}
+
+    def _check_lora(self, path: Path, patches: Sequence[Patch], scale: float) -> None:
+        """UserError for a LoRA that could be merged, but not make sense."""
         if not math.isfinite(scale):
             raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
+        spec, c = self.spec, self.spec.transformer
+        control = 2 * c.out_channels if spec.control and spec.adapter else c.in_channels
+        widths = {patch.columns for patch in patches if patch.place.part == "transformer" and patch.place.path == "img_in"}
+        if strange := widths - {c.out_channels, c.in_channels, control}:
+            able = ", ".join(s.name for s in MODELS.values() if s.control and s.adapter)
+            raise UserError(f"{path} is for an input of {max(strange)} channels, which {spec.name} does not have; if it is a "
+                            f"control LoRA, use {able}")  # fmt: skip
+        replaced = {patch.place for patch in patches if "value" in patch.factors}
+        for other, (known, _) in self.loras.items():
+            if any(patch.place in replaced and "value" in patch.factors for patch in known):
+                raise UserError(f"{path} and {other} replace the same weights, so they cannot be used together: leave one out")
 
     @property
     def _adaptable(self) -> dict[str, Network]:

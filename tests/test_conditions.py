@@ -496,8 +496,10 @@ def test_control_lora_is_for_its_own_rows(zoo):
     pipe, file = loaded_anew(zoo, DEV), zoo.folder / "FLUX.1-Canny-dev-lora/flux1-canny-dev-lora.safetensors"
     before = weights(pipe)
     told = refusal(pipe.load_lora, file, 0.85)
-    assert told.startswith(f"{file} widens the model's input to 128 channels, for a control picture, which {DEV} does not take")
-    assert told.endswith(": the models for it are flux.1-canny-dev-lora, flux.1-depth-dev-lora")
+    assert told.startswith(f"{file} is for an input of 128 channels, which {DEV} does not have; if it is a control LoRA, use")
+    assert told.endswith(" flux.1-canny-dev-lora, flux.1-depth-dev-lora")
+    fill = loaded_anew(zoo, "flux.1-fill-dev")  # whose 384 channels begin with other things
+    assert "which flux.1-fill-dev does not have" in refusal(fill.load_lora, file) and fill.loras == {}
     assert pipe.loras == {} and same(weights(pipe), before)
 
 
@@ -509,6 +511,14 @@ def test_unloading_keeps_the_lora_of_the_row(zoo, tmp_path):
     assert list(pipe.loras) == [*own, file] and not same(weights(pipe), before)
     pipe.unload_loras()
     assert list(pipe.loras) == own and same(weights(pipe), before)
+
+
+def test_second_control_lora_is_refused_before_anything_is_merged(zoo, tmp_path):
+    pipe = loaded_anew(zoo, CANNY_LORA)
+    (own,), before = pipe.loras, weights(pipe)
+    (other := tmp_path / "other.safetensors").write_bytes(own.read_bytes())
+    assert refusal(pipe.load_lora, other).startswith(f"{other} and {own} replace the same weights")
+    assert list(pipe.loras) == [own] and same(weights(pipe), before)
 
 
 def test_lora_of_the_row_is_given_another_scale_and_not_loaded_twice(zoo, tmp_path):

@@ -74,7 +74,7 @@ M = mask(*A.size)
 pytestmark = [  # of the calls in Python; the command line says them on its own
     pytest.mark.filterwarnings("ignore:.* was distilled for"),
     pytest.mark.filterwarnings("ignore:.* was not trained with --(no-)?kv-cache"),
-    pytest.mark.filterwarnings("ignore:the picture is in colour"),
+    pytest.mark.filterwarnings("ignore:the picture has colours"),
 ]
 
 
