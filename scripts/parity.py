@@ -4,6 +4,12 @@ python scripts/parity.py capture "a red circle" --output a.safetensors
 python scripts/parity.py capture "a red circle" --model flux.2-klein-4b --output b.safetensors \\
     --only "double_blocks.3.*" --steps-of 1,4 --keep probe
 python scripts/parity.py compare port.safetensors a.safetensors
+python scripts/parity.py doctor port.safetensors a.safetensors
+python scripts/parity.py report port.safetensors a.safetensors --output report.html
+python scripts/parity.py kit --output kit
+python scripts/parity.py replay a.safetensors --dtype bfloat16
+python scripts/parity.py bisect a.safetensors --transformer mine.safetensors
+python scripts/parity.py budgets a.safetensors
 
 Exit codes: 0 within budget, 1 over budget, 2 a mistake in what was asked, 130 Ctrl-C.
 """
@@ -29,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_capture, add_compare):
+    for add in (add_capture, add_compare, add_kit, add_replay, add_bisect, add_budgets, add_report, add_doctor):
         add(commands)
     return p
 
@@ -130,18 +136,229 @@ def add_compare(commands) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
+    from flux.images import write_new
     from flux.parity import compare
+    from flux.parity.budgets import budgets, stored, within
     from flux.parity.record import Capture
 
     a, b = Capture(args.judged), Capture(args.reference)
-    rows = compare.compare(a, b, args.budget, args.only)
+    precision = a.recipe.get("dtype")
+    measured = precision in stored(b)
+    rows = compare.compare(a, b, budgets(b, precision) if measured and args.budget is None else args.budget, args.only)
     print(compare.table(rows))
+    if measured:
+        print(within(rows, b, precision))
     for path, lost in zip((args.judged, args.reference), compare.unmatched(a, b)):
         if lost:
             say(f"note: {len(lost):,} tensors are in {path} alone: {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}")
     if args.json:
+        say(f"rows: {write_new(args.json, lambda file: file.write(compare.to_json(rows).encode()))}")
+    return int(compare.first_over(rows) is not None)
+
+
+# ---------------------------------------------------------------- kit
+
+
+def add_kit(commands) -> None:
+    p = command(commands, kit, "kit", "write a folder that a port in any language can be tested against")
+    add_request(p)
+    group = p.add_argument_group("the kit")
+    group.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="that is not there yet")
+    group.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture; the block that the "
+                       "example reads is always there (repeatable)")  # fmt: skip
+    group.add_argument("--without-weights", action="store_true", help="of a model that is at hand, or too large to copy")
+    group.add_argument("--limit", type=float, default=1.0, metavar="GB", help="refuse to write more (default: 1)")
+
+
+def kit(args: argparse.Namespace) -> int:
+    from flux.parity import kit
+
+    if not (args.prompts or args.prompt or args.prompt_file or args.image):
+        args.prompts = [kit.PROMPT]
+    args.dtype = args.dtype or "float32"
+    pipe, request = prepare(args)
+    request = kit.small(pipe.spec, request)
+    kit.build(pipe, request, args.output, args.only, not args.without_weights, args.limit * 1e9, say)
+    print(args.output)
+    return 0
+
+
+# ---------------------------------------------------------------- replay, bisect, budgets
+
+AGAIN = ("device", "dtype", "numerics", "weights", "transformer", "autoencoder", "lora", "lora_partial")  # of sample.py's flags
+
+
+def add_replay(commands) -> None:
+    p = command(commands, replay, "replay", "run modules on the inputs that a capture recorded, so that errors do not add up")
+    add_again(p)
+    add_judgement(p)
+    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
+    p.add_argument("--free", action="store_true", help="the whole loop, from the recorded noise and features on: they add up")
+    p.add_argument("--inside", metavar="NAME", help="one module, step.001/double_blocks.3, or network, step.001, and all in it")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+
+
+def add_bisect(commands) -> None:
+    p = command(commands, bisect, "bisect", "find the first step and module that departs from a capture, in few runs")
+    add_again(p)
+    add_judgement(p)
+
+
+def add_budgets(commands) -> None:
+    p = command(commands, budgets, "budgets", "measure how far rounding moves each tensor of a capture, and keep that in it")
+    add_again(p)
+    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
+    p.add_argument("--precision", action="append", choices=("bfloat16", "float16", "float8"), metavar="P", help="bfloat16, "
+                   "float16 or float8 (repeatable; default: all); twice the first is what `compare` then allows")  # fmt: skip
+
+
+def add_again(p: argparse.ArgumentParser) -> None:
+    """A capture, and how its run is made again: the model and what was asked for are in it."""
+    p.add_argument("capture", type=Path, metavar="CAPTURE")
+    for group in sample.parser()._action_groups:
+        pictures = group.title.startswith("pictures")
+        for action in group._group_actions:
+            if action.dest in AGAIN or (pictures and action.dest not in NOT_OURS):
+                p._add_action(action)
+    p.set_defaults(numerics=None, save_control=None)
+
+
+def add_judgement(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--call", metavar="MODULE:FUNCTION", help="a function to judge in place of the networks here: it is "
+                   "given the name of a module and a list of tensors, and gives a list of tensors")  # fmt: skip
+    p.add_argument("--budget", type=float, metavar="X", help="relative L2 that is allowed (default: what was measured for this "
+                   "dtype, else by dtype: 1e-5 in float32)")  # fmt: skip
+
+
+def again(args: argparse.Namespace):
+    """The capture, the pipeline that it is of, and the request to it."""
+    import torch
+
+    from flux.parity import replay
+    from flux.parity.record import Capture
+    from flux.pipeline import find_spec
+
+    capture = Capture(args.capture)
+    pictures = sample.gather_pictures(args, find_spec(replay.recipe_of(capture)["model"]))
+    request = replay.request_of(capture, pictures)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    files = args.transformer, args.autoencoder, args.lora, args.lora_partial
+    return capture, replay.load(capture, args.weights, args.device, dtype, args.numerics, *files), request
+
+
+def called(args: argparse.Namespace):
+    from flux.parity.modules import named
+
+    sys.path.append("")  # a function may be in a file beside one
+    return named(args.call) if args.call else None
+
+
+def replay(args: argparse.Namespace) -> int:
+    from flux.errors import UserError
+    from flux.parity import budgets, compare, replay
+    from flux.parity.modules import Modules
+
+    if bool(args.free) + bool(args.inside) + bool(args.call) > 1:
+        raise UserError("--free, --inside and --call exclude each other: give one of them")
+    call = called(args)
+    capture, pipe, request = again(args)
+    dtype = str(pipe.dtype).removeprefix("torch.")
+    measured = dtype in budgets.stored(capture)
+    budget = budgets.budgets(capture, dtype, not args.free) if measured and args.budget is None else args.budget
+    if args.free:
+        rows = replay.free(capture, pipe, request, args.only, budget)
+    elif args.inside:
+        rows = replay.inside(capture, Modules(pipe), args.inside, args.only, budget)
+    else:
+        rows = replay.forced(capture, call or Modules(pipe), args.only, budget)
+    print(compare.table(rows))
+    if measured:
+        say(budgets.within(rows, capture, dtype, not args.free))
+    if args.json:
         args.json.write_text(compare.to_json(rows), encoding="utf-8")
     return int(compare.first_over(rows) is not None)
+
+
+def bisect(args: argparse.Namespace) -> int:
+    from flux.parity.bisect import bisect
+
+    call = called(args)
+    found = bisect(*again(args), call, args.budget)
+    print(found or "no step departs")
+    return int(found is not None)
+
+
+def budgets(args: argparse.Namespace) -> int:
+    from flux.parity import budgets
+
+    capture, pipe, request = again(args)
+    precisions = args.precision or budgets.PRECISIONS
+    measured = {name: budgets.measure(capture, pipe, request, name, args.only) for name in precisions}
+    budgets.store(capture.path, measured, precisions[0])
+    print(budgets.table(measured))
+    say(f"kept in {capture.path}: `compare` allows {budgets.ALLOWED} times what {precisions[0]} does in a run")
+    return 0
+
+
+# ---------------------------------------------------------------- report
+
+
+def add_report(commands) -> None:
+    p = command(commands, report, "report", "compare two captures, and write a web page to look at")
+    p.add_argument("judged", type=Path, metavar="A", help="as for compare")
+    p.add_argument("reference", type=Path, metavar="B", help="what A should be")
+    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
+    p.add_argument("--budget", type=float, metavar="X", help="as for compare")
+    p.add_argument("--output", type=Path, required=True, metavar="FILE", help="an .html file that needs nothing else")
+    p.add_argument("--png", type=Path, metavar="FOLDER", help="also write its plots and pictures there")
+
+
+def report(args: argparse.Namespace) -> int:
+    from flux.parity import compare, report
+    from flux.parity.record import Capture
+
+    report.check_output(args.output, args.png)
+    a, b = Capture(args.judged), Capture(args.reference)
+    rows = compare.compare(a, b, args.budget, args.only)
+    for path in report.write(a, b, rows, args.output, args.png):
+        print(path)
+    say(compare.verdict(rows))
+    return int(compare.first_over(rows) is not None)
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def add_doctor(commands) -> None:
+    p = command(commands, doctor, "doctor", "try the known mistakes on the first tensor over budget, and name the one it is")
+    p.add_argument("judged", type=Path, metavar="PORT", help="as for compare")
+    p.add_argument("reference", type=Path, metavar="REFERENCE", help="a capture with every tensor in full")
+    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
+    p.add_argument("--budget", type=float, metavar="X", help="as for compare")
+    for action in sample.parser()._actions:
+        if action.dest in AGAIN:
+            p._add_action(action)
+    p.set_defaults(numerics=None)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    import torch
+
+    from flux.parity import doctor, replay
+    from flux.parity.compare import compare, verdict
+    from flux.parity.record import Capture
+
+    port, reference = Capture(args.judged), Capture(args.reference)
+    replay.recipe_of(reference)
+    rows = compare(port, reference, args.budget, args.only)
+    if not any(row.over for row in rows):
+        print(verdict(rows))
+        return 0
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    files = args.transformer, args.autoencoder, args.lora, args.lora_partial
+    pipe = replay.load(reference, args.weights, args.device, dtype, args.numerics, *files)
+    print(doctor.told(doctor.diagnose(rows, port, reference, pipe)))
+    return 1
 
 
 # ---------------------------------------------------------------- running

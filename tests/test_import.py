@@ -35,7 +35,8 @@ def test_what_flux_offers_needs_little_beyond_torch():
 def test_public_names():
     import flux
 
-    assert set(flux.__all__) == {"MODELS", "Pictures", "Pipeline", "UserError", "load"} and all(map(flux.__getattr__, flux.__all__))
+    assert set(flux.__all__) == {"MODELS", "Pictures", "Pipeline", "UserError", "load"}
+    assert all(map(flux.__getattr__, flux.__all__))
     assert flux.sampling.schedule("unshifted", 1, 1).tolist() == [1, 0]  # a submodule, without its own import
     with pytest.raises(AttributeError, match="nonsense"):
         flux.nonsense  # noqa: B018

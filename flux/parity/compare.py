@@ -245,6 +245,8 @@ def _of_statistics(a: dict, b: dict) -> Errors:
 
 def verdict(rows: Sequence[Row]) -> str:
     """The first tensor over its budget, or how near the nearest comes to it."""
+    if not rows:
+        return "nothing was compared"
     row = first_over(rows)
     if row is None:
         nearest = max(rows, key=lambda row: row.ratio)

@@ -18,9 +18,10 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -294,7 +295,7 @@ class Capture:
                 raise
             raise UserError(f"{self.path} is a damaged capture ({error!s:.80}); capture it again.") from None
 
-    @property
+    @cached_property
     def tensors(self) -> "Tensors":
         """name -> what is kept of the tensor."""
         return Tensors(self)
@@ -325,10 +326,20 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def set_budgets(path: str | Path, budgets: Mapping[str, float]) -> None:
-    """Store the relative L2 that each tensor is allowed in a capture; the file is replaced as a whole, or stays."""
-    capture, part = Capture(path), Path(path).parent / f".{uuid4().hex}.part"
-    if unknown := [name for name in budgets if name not in capture.records]:
+    """Store the relative L2 that each tensor is allowed in a capture."""
+    if unknown := [name for name in budgets if name not in Capture(path).records]:
         raise UserError(f"{path} has no tensor {unknown[0]} to set a budget for")
+
+    def write(document: dict) -> None:
+        for name, budget in budgets.items():
+            document["tensors"][name]["budget"] = budget
+
+    amend(Path(path), write)
+
+
+def amend(path: Path, change: Callable[[dict], None]) -> None:
+    """Change what the header of a capture says of its tensors; the file is replaced as a whole, or stays."""
+    part = path.parent / f".{uuid4().hex}.part"
     try:
         shutil.copyfile(path, part)
         with part.open("rb") as file:
@@ -338,11 +349,10 @@ def set_budgets(path: str | Path, budgets: Mapping[str, float]) -> None:
         if KEY not in metadata:
             raise UserError(f"{path} is a plain file, without a place for budgets: capture it with parity.py")
         document = json.loads(metadata[KEY])
-        for name, budget in budgets.items():
-            document["tensors"][name]["budget"] = budget
+        change(document)
         seal(part, 8 + length, entries, document)
         os.replace(part, path)
     except OSError as error:
-        raise cannot_write(capture.path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         part.unlink(missing_ok=True)

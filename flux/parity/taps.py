@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -35,7 +36,8 @@ def watching(networks: Mapping[str, nn.Module], see: See, only: Sequence[str] = 
         for number, tensor in enumerate(tensors):
             name = joined(place, tap if len(tensors) == 1 else f"{tap}.{number}")
             if matches(name, only):
-                see(name, tensor)
+                with torch._C.DisableTorchFunction():  # or each operation in `see` would be looked at, too
+                    see(name, tensor)
 
     def enter(place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         running.append(place)
