@@ -26,10 +26,11 @@ def some(count: int, seed: int = 0, held: bool | None = None, complete: bool = T
 
 def grammar() -> re.Pattern:
     any_of = lambda words: "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"  # noqa: E731
-    thing = f"a (?:{any_of(SIZES)} )?({any_of(COLOURS)}) {any_of(SHAPES)}"
+    a = "(?:an(?= orange)|a(?! orange))"
+    thing = f"{a} (?:{any_of(SIZES)} )?({any_of(COLOURS)}) {any_of(SHAPES)}"
     place = f"(?: in the center| at the {any_of(place for place in PLACES if place)})?"
     two = f"{thing} {any_of(RELATIONS)} {thing}"
-    return re.compile(f"(?:{thing}{place}|{two})(?: on a ({any_of(COLOURS)}) background)?")
+    return re.compile(f"(?:{thing}{place}|{two})(?: on {a} ({any_of(COLOURS)}) background)?")
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -49,6 +50,7 @@ def test_captions_to_the_letter():
         "a small yellow star above a large blue ring on a white background"
     )
     assert str(Scene((replace(ring, size=None, place=""),))) == "a blue ring in the center"
+    assert str(Scene((Object("ring", "orange", None),), None, "orange")) == "an orange ring on an orange background"
     cornered = Scene((replace(ring, place="top left"),), None, "red")
     assert str(cornered) == "a large blue ring at the top left on a red background"
 
