@@ -4,6 +4,7 @@ python scripts/parity.py capture "a red circle" --output a.safetensors
 python scripts/parity.py capture "a red circle" --model flux.2-klein-4b --output b.safetensors \\
     --only "double_blocks.3.*" --steps-of 1,4 --keep probe
 python scripts/parity.py compare port.safetensors a.safetensors
+python scripts/parity.py compare a.safetensors --against diffusers
 python scripts/parity.py doctor port.safetensors a.safetensors
 python scripts/parity.py report port.safetensors a.safetensors --output report.html
 python scripts/parity.py kit --output kit
@@ -15,6 +16,7 @@ Exit codes: 0 within budget, 1 over budget, 2 a mistake in what was asked, 130 C
 """
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -126,21 +128,36 @@ def selection(args: argparse.Namespace):
 
 
 def add_compare(commands) -> None:
-    p = command(commands, compare, "compare", "compare two captures, tensor by tensor")
+    p = command(commands, compare, "compare", "compare two captures, or a live run and a capture, tensor by tensor")
     p.add_argument("judged", type=Path, metavar="A", help="a capture, or any safetensors file of tensors by the same names")
-    p.add_argument("reference", type=Path, metavar="B", help="what A should be")
+    p.add_argument("reference", type=Path, nargs="?", metavar="B", help="what A should be")
+    p.add_argument("--against", metavar="X", help="instead of B, what is run live, and should be as A is: "
+                   "`here`, the pipeline, from the prompt on; `diffusers`, its transformer with the same weights, in each "
+                   "recorded pass; MODULE:FUNCTION, as for --call of replay, or one that gives the path of a capture; or the "
+                   "same as B, a file")  # fmt: skip
     p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
     p.add_argument("--budget", type=float, metavar="X", help="relative L2 that is allowed (default: what was measured and "
-                   "stored in B, else by dtype: 1e-4 in float32, 2e-2 in bfloat16)")  # fmt: skip
+                   "stored in the reference, else by dtype: 1e-4 in float32, 2e-2 in bfloat16)")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    add_how(p.add_argument_group("how to run, with --against here or diffusers"))
 
 
 def compare(args: argparse.Namespace) -> int:
-    from flux.images import write_new
+    from flux.errors import UserError
     from flux.parity import compare
     from flux.parity.budgets import budgets, stored, within
     from flux.parity.record import Capture
 
+    if (args.reference is None) == (args.against is None):
+        raise UserError("compare takes A and either B or --against X: give one of the two")
+    idle = [flag for flag in (*AGAIN, "image", "mask") if getattr(args, flag)]
+    if idle and args.against not in ("here", "diffusers"):
+        raise UserError(
+            f"--{idle[0].replace('_', '-')} is for --against here or diffusers, where something is run: leave it out"
+        )
+    if args.against and not args.against.endswith(".safetensors"):
+        return live(args)
+    args.reference = args.reference or Path(args.against)
     a, b = Capture(args.judged), Capture(args.reference)
     precision = a.recipe.get("dtype")
     measured = precision in stored(b)
@@ -151,6 +168,35 @@ def compare(args: argparse.Namespace) -> int:
     for path, lost in zip((args.judged, args.reference), compare.unmatched(a, b)):
         if lost:
             say(f"note: {len(lost):,} tensors are in {path} alone: {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}")
+    return judge(rows, args)
+
+
+def live(args: argparse.Namespace) -> int:
+    """What is live is judged, and A is the reference."""
+    from flux.parity import against, compare, replay
+    from flux.parity.record import Capture
+
+    args.capture = args.judged
+    if args.against == "here":
+        capture, pipe, request = again(args)
+        budget = against.allowed(capture, str(pipe.dtype).removeprefix("torch."), args.budget)
+        rows = replay.against(capture, pipe, request, args.only, budget)
+    elif args.against == "diffusers":
+        capture = Capture(args.judged)
+        pipe = pipeline_of(capture, args)
+        budget = against.allowed(capture, str(pipe.dtype).removeprefix("torch."), args.budget)
+        rows = against.diffusers(capture, pipe, args.only, budget)
+    else:
+        sys.path.append("")  # a function may be in a file beside one
+        rows = against.adaptor(Capture(args.judged), against.named(args.against), args.only, args.budget)
+    print(compare.table(rows))
+    return judge(rows, args)
+
+
+def judge(rows, args: argparse.Namespace) -> int:
+    from flux.images import write_new
+    from flux.parity import compare
+
     if args.json:
         say(f"rows: {write_new(args.json, lambda file: file.write(compare.to_json(rows).encode()))}")
     return int(compare.first_over(rows) is not None)
@@ -213,8 +259,12 @@ def add_budgets(commands) -> None:
 
 
 def add_again(p: argparse.ArgumentParser) -> None:
-    """A capture, and how its run is made again: the model and what was asked for are in it."""
     p.add_argument("capture", type=Path, metavar="CAPTURE")
+    add_how(p)
+
+
+def add_how(p: argparse._ActionsContainer) -> None:
+    """How the run of a capture is made again: the model and what was asked for are in it."""
     for group in sample.parser()._action_groups:
         pictures = group.title.startswith("pictures")
         for action in group._group_actions:
@@ -232,8 +282,6 @@ def add_judgement(p: argparse.ArgumentParser) -> None:
 
 def again(args: argparse.Namespace):
     """The capture, the pipeline that it is of, and the request to it."""
-    import torch
-
     from flux.parity import replay
     from flux.parity.record import Capture
     from flux.pipeline import find_spec
@@ -241,9 +289,17 @@ def again(args: argparse.Namespace):
     capture = Capture(args.capture)
     pictures = sample.gather_pictures(args, find_spec(replay.recipe_of(capture)["model"]))
     request = replay.request_of(capture, pictures)
+    return capture, pipeline_of(capture, args), request
+
+
+def pipeline_of(capture, args: argparse.Namespace):
+    import torch
+
+    from flux.parity import replay
+
     dtype = getattr(torch, args.dtype) if args.dtype else None
     files = args.transformer, args.autoencoder, args.lora, args.lora_partial
-    return capture, replay.load(capture, args.weights, args.device, dtype, args.numerics, *files), request
+    return replay.load(capture, args.weights, args.device, dtype, args.numerics, *files)
 
 
 def called(args: argparse.Namespace):
@@ -382,6 +438,9 @@ def main() -> int:
         return fail(str(error))
     except ModuleNotFoundError as error:
         return fail(f"the package {error.name!r} is missing: run `pip install -e .` in the repository")
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         return fail(f"{error.filename or 'the output'}: {error.strerror or error}")
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@
     compare.py   two tensors -> errors; two captures -> rows, in the order of execution
     modules.py   any network or module of a pipeline, called by the name that it has in a capture
     replay.py    recorded inputs into one module, or recorded noise and features into the whole loop
+    against.py   a live run of diffusers, or of any function, judged by a capture (counterparts.py: whose tensor is whose)
     bisect.py    the first step and module that depart, by replay
     budgets.py   what rounding alone does to each tensor
     doctor.py    which known mistake the first tensor that differs comes from (mistakes.py, case.py)
