@@ -250,6 +250,8 @@ def verdict(rows: Sequence[Row]) -> str:
     row = first_over(rows)
     if row is None:
         nearest = max(rows, key=lambda row: row.ratio)
+        if nearest.ratio == 0:
+            return f"all {len(rows):,} tensors are equal"
         return f"all {len(rows):,} tensors are within budget; {nearest.name} comes nearest, at {nearest.ratio:.2g} of it"
     over = f"{sum(row.over for row in rows):,} of {len(rows):,} tensors are over budget; the first is {row.name}:"
     e = row.errors
