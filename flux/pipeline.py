@@ -21,7 +21,7 @@ from flux.conditioning import Conditions, Pictures
 from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.images import to_images
-from flux.inputs import as_mask, as_picture
+from flux.inputs import MAX_PIXELS, as_mask, as_picture
 from flux.lora import Patch, merge, place, read
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
 from flux.text import TextFeatures, text_encoder
@@ -122,10 +122,10 @@ class Pipeline:
             width = height = None  # theirs
         self.encode(prompts)  # all, while their encoder is there
         negative = self.encode([negative_prompt or ""]) if cfg else None
+        alike = {id(given): given and given.likeness for given in conditions}
         batches = defaultdict(list)  # of what is alike: that is all, unless each prompt has pictures of its own
         for number in range(len(prompts) * num_images):
-            given = conditions[number // num_images]
-            batches[given and given.likeness].append(number)
+            batches[alike[id(conditions[number // num_images])]].append(number)
         made: dict[int, Image.Image] = {}
         for numbers in batches.values():
             rows = [number // num_images for number in numbers]
@@ -401,9 +401,9 @@ def check_size(height: int, width: int) -> tuple[int, int]:
             low, high = (min(8192, max(64, n // 16 * 16 + more)) for more in (0, 16))
             nearest = str(low) if not 64 <= n <= 8192 else f"{low} or {high}"
             raise UserError(f"--{name} {n}: sizes are multiples of 16 from 64 to 8192; the nearest is {nearest}")
-    if width * height > 2**24:
-        size = f"{width * height / 1e6:.0f} megapixels"
-        raise UserError(f"--width {width} --height {height}: that is {size}, and at most 16.8 are possible")
+    if width * height > MAX_PIXELS:
+        size, most = (f"{pixels / 1e6:.{digits}f}" for pixels, digits in ((width * height, 0), (MAX_PIXELS, 1)))
+        raise UserError(f"--width {width} --height {height}: that is {size} megapixels, and at most {most} are possible")
     return height, width
 
 

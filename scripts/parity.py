@@ -18,12 +18,12 @@ Exit codes: 0 within budget, 1 over budget, 2 a mistake in what was asked, 130 C
 import argparse
 import os
 import sys
-import warnings
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import sample  # noqa: E402  its flags say what to make
+from sample import say  # noqa: E402
 
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 NOT_OURS = (  # of sample.py's flags: about many pictures, and about where they go
@@ -98,8 +98,6 @@ def capture(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace):
     """The pipeline, and the request to it."""
-    import torch
-
     from flux import pipeline
     from flux.errors import UserError
     from flux.parity.capture import Request
@@ -108,12 +106,7 @@ def prepare(args: argparse.Namespace):
     if len(prompts) > 1:
         raise UserError(f"a capture is of one prompt, and {len(prompts)} are given: capture them one by one")
     pictures = sample.gather_pictures(args, pipeline.find_spec(args.model, args.transformer))
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    pipe = pipeline.load(
-        args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.autoencoder, args.check_weights
-    )
-    for path, scale in args.lora:
-        pipe.load_lora(path, scale, args.lora_partial)
+    pipe = sample.load(args)
     size = args.width, args.height, args.steps, args.guidance
     return pipe, Request(prompts[0], *size, args.seed, args.negative_prompt, args.cfg_scale, pictures)
 
@@ -145,7 +138,8 @@ def add_compare(commands) -> None:
 def compare(args: argparse.Namespace) -> int:
     from flux.errors import UserError
     from flux.parity import compare
-    from flux.parity.budgets import budgets, stored, within
+    from flux.parity.against import allowed
+    from flux.parity.budgets import stored, within
     from flux.parity.record import Capture
 
     if (args.reference is None) == (args.against is None):
@@ -160,10 +154,9 @@ def compare(args: argparse.Namespace) -> int:
     args.reference = args.reference or Path(args.against)
     a, b = Capture(args.judged), Capture(args.reference)
     precision = a.recipe.get("dtype")
-    measured = precision in stored(b)
-    rows = compare.compare(a, b, budgets(b, precision) if measured and args.budget is None else args.budget, args.only)
+    rows = compare.compare(a, b, allowed(b, precision, args.budget), args.only)
     print(compare.table(rows))
-    if measured:
+    if precision in stored(b):
         print(within(rows, b, precision))
     for path, lost in zip((args.judged, args.reference), compare.unmatched(a, b)):
         if lost:
@@ -398,8 +391,6 @@ def add_doctor(commands) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    import torch
-
     from flux.parity import doctor, replay
     from flux.parity.compare import compare, verdict
     from flux.parity.record import Capture
@@ -410,10 +401,7 @@ def doctor(args: argparse.Namespace) -> int:
     if not any(row.over for row in rows):
         print(verdict(rows))
         return 0
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    files = args.transformer, args.autoencoder, args.lora, args.lora_partial
-    pipe = replay.load(reference, args.weights, args.device, dtype, args.numerics, *files)
-    print(doctor.told(doctor.diagnose(rows, port, reference, pipe)))
+    print(doctor.told(doctor.diagnose(rows, port, reference, pipeline_of(reference, args))))
     return 1
 
 
@@ -422,14 +410,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parser().parse_args()
-    noted: set[str] = set()
-
-    def note(message, *_, **__) -> None:
-        if str(message) not in noted:
-            noted.add(str(message))
-            say(f"note: {message}")
-
-    warnings.showwarning = note
+    sample.show_warnings_once()
     from flux.errors import UserError
 
     try:
@@ -449,10 +430,6 @@ def main() -> int:
         if isinstance(error, RuntimeError) and not any(x in str(error) for x in ("out of memory", "can't allocate memory")):
             raise
         return fail("out of memory: make the picture smaller, or choose a smaller model")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def fail(text: str, code: int = 2) -> int:

@@ -133,14 +133,7 @@ def margins(text: str) -> tuple[int, ...]:
 
 def main() -> int:
     args = parser().parse_args()
-    noted: set[str] = set()  # some are raised while the request is checked, and again in the work
-
-    def note(message, *_, **__) -> None:
-        if str(message) not in noted:
-            noted.add(str(message))
-            say(f"note: {message}")
-
-    warnings.showwarning = note
+    show_warnings_once()
     from flux.errors import NonFiniteError, UserError
 
     try:
@@ -161,6 +154,18 @@ def main() -> int:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         return fail("out of memory: make the picture smaller, or choose a smaller model (weights.md has what each needs)")
+
+
+def show_warnings_once() -> None:
+    """As notes: some are raised while the request is checked, and again in the work."""
+    noted: set[str] = set()
+
+    def note(message, *_, **__) -> None:
+        if str(message) not in noted:
+            noted.add(str(message))
+            say(f"note: {message}")
+
+    warnings.showwarning = note
 
 
 def run(args: argparse.Namespace) -> int:
@@ -199,12 +204,7 @@ def run(args: argparse.Namespace) -> int:
 
     # 2. the model
     torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    pipe = pipeline.load(
-        args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.autoencoder, args.check_weights
-    )
-    for path, scale in args.lora:
-        pipe.load_lora(path, scale, args.lora_partial)
+    pipe = load(args)
     toy = ", the embedded toy" if spec.embedded else ""
     guided = "" if guidance is None else f", guidance {pipeline.written(guidance)}"
     run = f"{steps} steps" + (f" at strength {pictures.strength:g}" if pictures and pictures.strength else "")
@@ -240,6 +240,21 @@ def run(args: argparse.Namespace) -> int:
         say(f"seed {seed + number}: {prompt}")
         print(path, flush=True)
     return 0
+
+
+def load(args: argparse.Namespace):
+    """The pipeline that the flags ask for, with its LoRAs."""
+    import torch
+
+    from flux import pipeline
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    pipe = pipeline.load(
+        args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.autoencoder, args.check_weights
+    )
+    for path, scale in args.lora:
+        pipe.load_lora(path, scale, args.lora_partial)
+    return pipe
 
 
 def upsample(args: argparse.Namespace, pipe, prompt: str, pictures, seed: int) -> str:

@@ -81,7 +81,7 @@ def through(pipe: flux.Pipeline, drawn: list[np.ndarray]) -> list[np.ndarray]:
     autoencoder = pipe.autoencoder()
     result = []
     for picture in drawn:
-        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].to(pipe.device, pipe.dtype) / 127.5 - 1  # (1, 3, H, W)
+        pixels = images.to_pixels(picture).to(pipe.device, pipe.dtype)  # (1, 3, H, W)
         with torch.inference_mode():
             result.append(np.asarray(images.to_images(autoencoder.decode(autoencoder.encode(pixels)))[0]))
     return result

@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,16 +47,22 @@ either_family = pytest.mark.parametrize("name", REQUESTS)
 pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for", "ignore:.* was not trained with")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Repositories with tiny random weights, of which the table's rows speak meanwhile."""
-    folder = tmp_path_factory.mktemp("weights")
+@contextmanager
+def tiny_repositories(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[Path]:
+    """Of random weights; the table's rows speak of them meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FLUX_WEIGHTS", raising=False)
         for name in REQUESTS:
             spec = tiny_models(write_tokenizers(home(folder, name), name))[name]
             patch.setitem(MODELS, name, spec)
-            write_weights(home(folder, name), spec, networks(spec), sharded=False)
+            parts = {part: network.to(dtype) for part, network in networks(spec).items()}
+            write_weights(home(folder, name), spec, parts, sharded=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
         yield folder
 
 

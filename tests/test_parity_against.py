@@ -16,14 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reference import networks, tiny_models, write_weights
 from safetensors.torch import save_file
-from test_parity_replay import BLOCKS, CHANGES, KLEIN, REQUESTS, SMALL, changed, differing, either_family, parity  # noqa: F401
-from test_pipeline import home, write_tokenizers
+from test_parity import parity, tiny_repositories  # noqa: F401  a fixture
+from test_parity_replay import BLOCKS, CHANGES, KLEIN, REQUESTS, SMALL, changed, differing, either_family
 
 import flux
 from flux.conditioning import Pictures
-from flux.configs import MODELS
 from flux.errors import UserError
 from flux.parity import against, budgets
 from flux.parity.capture import Selection, capture
@@ -40,13 +38,7 @@ FIRST = {"activation": "double_blocks.1.img_mlp.2/in"}  # diffusers' activations
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """Of tiny random weights, of which the table's rows speak meanwhile."""
-    folder = tmp_path_factory.mktemp("weights")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        for name in REQUESTS:
-            spec = tiny_models(write_tokenizers(home(folder, name), name))[name]
-            patch.setitem(MODELS, name, spec)
-            write_weights(home(folder, name), spec, networks(spec), sharded=False)
+    with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
         yield lambda name, **how: flux.load(name, weights=folder, device="cpu", **{"dtype": torch.float32} | how)
 
 

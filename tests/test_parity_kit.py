@@ -20,10 +20,8 @@ import pytest
 import reference
 import torch
 from PIL import Image
-from reference import networks, tiny_models, write_weights
 from safetensors.torch import load_file, save_file
-from test_parity import REQUESTS, parity  # noqa: F401  the fixture that runs the command
-from test_pipeline import home, write_tokenizers
+from test_parity import REQUESTS, parity, tiny_repositories  # noqa: F401  a fixture runs the command
 
 import flux
 from flux.conditioning import Pictures
@@ -44,13 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for", "ignore:.
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     """Pipelines of tiny networks with random weights, of which the table's rows speak meanwhile, and the embedded one."""
-    folder = tmp_path_factory.mktemp("weights")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        for name in REQUESTS:
-            spec = tiny_models(write_tokenizers(home(folder, name), name))[name]
-            patch.setitem(MODELS, name, spec)
-            write_weights(home(folder, name), spec, networks(spec), sharded=False)
+    with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
         yield lambda name, dtype=torch.float32: flux.load(name, weights=folder, device="cpu", dtype=dtype)
 
 

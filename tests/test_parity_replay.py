@@ -4,11 +4,9 @@ What was recorded is the truth here, which test_parity.py proves it to be; the f
 networks; what rounding does is worked out by hand for single layers. Networks are tiny and random, or the embedded model's.
 """
 
-import importlib.util
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reference import networks, tiny_models, write_weights
 from safetensors.torch import save_file
-from test_pipeline import home, write_tokenizers
+from test_parity import parity, tiny_repositories  # noqa: F401  a fixture
 from torch import Tensor
 
 import flux
 from flux.conditioning import Pictures
-from flux.configs import MODELS
 from flux.errors import UserError
 from flux.parity import budgets, modules
 from flux.parity.bisect import bisect, first_departure
@@ -51,14 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for", "ignore:.
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Repositories with tiny random weights, in bfloat16 as released, of which the table's rows speak meanwhile."""
-    folder = tmp_path_factory.mktemp("weights")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        for name in REQUESTS:
-            spec = tiny_models(write_tokenizers(home(folder, name), name))[name]
-            patch.setitem(MODELS, name, spec)
-            parts = {part: network.bfloat16() for part, network in networks(spec).items()}
-            write_weights(home(folder, name), spec, parts, sharded=False)
+    with tiny_repositories(tmp_path_factory.mktemp("weights"), torch.bfloat16) as folder:
         yield folder
 
 
@@ -459,25 +448,6 @@ def test_functions_that_answer_wrongly(captures):
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def parity(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    spec = importlib.util.spec_from_file_location("parity_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, arguments)])
-        try:
-            code = module.main()
-        except SystemExit as error:  # argparse's
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
 PORT = """
 import flux
 from flux.parity.modules import Modules
@@ -487,7 +457,7 @@ def port(name, inputs):
 """
 
 
-def test_the_command(parity, tmp_path):
+def test_the_command(parity, tmp_path):  # noqa: F811
     assert (
         parity("capture", "a small red circle", "--width", 64, "--height", 64, "--steps", 2, "--output", "a.safetensors")[0]
         == 0
