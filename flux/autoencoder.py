@@ -6,12 +6,15 @@ Attribute names are the keys of Black Forest Labs' `ae.safetensors`.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from flux.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,34 @@ class AutoEncoder(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 4z, H/16, W/16): the posterior's mean (never a sample), packed and normalised."""
-        mean = self.encoder(pixels).chunk(2, dim=1)[0]  # (B, z, H/8, W/8)
-        return self.normalise(pack(mean))
+        means = [self.encoder(picture).chunk(2, dim=1)[0] for picture in pixels.split(1)]  # (1, z, H/8, W/8) each
+        return self.normalise(pack(torch.cat(means)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 4z, h, w) -> (B, 3, 16h, 16w), nominally in [-1, 1]; the caller clamps."""
-        return self.decoder(unpack(self.denormalise(latents)))
+        """(B, 4z, h, w) -> (B, 3, 16h, 16w), nominally in [-1, 1]; the caller clamps.
+
+        Here as in `encode`, each picture of a batch is made alone: it takes the memory of one, and depends on no other.
+        """
+        z = unpack(self.denormalise(latents))  # (B, z, 2h, 2w)
+        return torch.cat([self.decoder(one) for one in z.split(1)])
+
+    def decode_tiled(self, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
+        """`decode` for pictures that do not fit into memory: in squares of `tile` latents that fade into their neighbours.
+
+        Lossy. The group norms and the attention in the middle see a tile where they should see the picture, so that the tone
+        of tiles differs, from the whole's and from each other's; `overlap` latents at least, in which both are blended
+        linearly, hide the steps. A picture of one tile is what `decode` makes.
+        """
+        if not 0 < overlap < tile:
+            raise UserError(f"tiles of {tile} latents that overlap by {overlap}: the overlap must be from 1 to {tile - 1}")
+        batch, _, h, w = latents.shape
+        out = torch.zeros(batch, 3, 16 * h, 16 * w, device=latents.device)
+        for y, rows in tiles(h, tile, overlap, device=latents.device):
+            for x, columns in tiles(w, tile, overlap, device=latents.device):
+                pixels = self.decode(latents[:, :, y : y + tile, x : x + tile])
+                place = out[:, :, 16 * y : 16 * (y + tile), 16 * x : 16 * (x + tile)]
+                place += pixels * rows[:, None] * columns
+        return out.to(latents.dtype)
 
     def normalise(self, packed: Tensor) -> Tensor:
         mean, std = self.statistics()
@@ -77,6 +102,20 @@ def unpack(x: Tensor) -> Tensor:
     return rearrange(x, "b (c ph pw) h w -> b c (h ph) (w pw)", ph=2, pw=2)
 
 
+def tiles(size: int, tile: int, overlap: int, device: torch.device | None = None) -> list[tuple[int, Tensor]]:
+    """Where tiles of `tile` latents begin along an axis of `size`, and the weights of each one's pixels.
+
+    They are spread evenly, `overlap` is the least that any two share, and for each pixel of the axis the weights sum to 1.
+    """
+    count = 1 + max(0, -(-(size - tile) // (tile - overlap)))
+    starts = [n * (size - tile) // max(count - 1, 1) for n in range(count)]
+    rises, falls = [-size, *starts[1:]], [*(start + tile for start in starts[:-1]), 2 * size]  # none at the ends of the axis
+    pixel = torch.arange(16 * size, device=device) + 0.5
+    hats = [torch.minimum(pixel - 16 * rise, 16 * fall - pixel).clamp(min=0) for rise, fall in zip(rises, falls, strict=True)]
+    weights = torch.stack(hats) / sum(hats)
+    return [(start, row[16 * start :][: 16 * tile]) for start, row in zip(starts, weights, strict=True)]
+
+
 class Encoder(nn.Module):
     """(B, 3, H, W) -> moments (B, 2z, H/8, W/8): mean and log-variance of the posterior."""
 
@@ -101,11 +140,12 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv_in(pixels)
         for level in self.down:
-            x = level(x)
+            for block in level.block:
+                x = block(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)  # (B, c, h, w) -> (B, c, h/2, w/2)
         x = self.mid(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(self.norm_out(x), inplace=True))
         return self.quant_conv(x) if hasattr(self, "quant_conv") else x
 
 
@@ -133,23 +173,22 @@ class Decoder(nn.Module):
         x = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
-            x = level(x)
+            for block in level.block:
+                x = block(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)  # (B, c, h, w) -> (B, c, 2h, 2w)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; the first of them changes the width."""
+    """The residual blocks of one resolution; the first of them changes the width. No more than a name around them.
+
+    As a module that is called, it would keep what it was given in memory until its last block is done.
+    """
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x
 
 
 class Middle(nn.Module):
@@ -174,9 +213,15 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)  # "network in network": a 1x1 convolution
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        if self.conv1.out_channels < x.shape[1] and (count := stripes(x, self.norm1, self.conv1)) > 1:
+            normed = self.norm1.of(x)  # decoding takes the most memory here, at full resolution
+            h = striped(self.conv1, lambda part: F.silu(normed(part), inplace=True), x, count)
+        else:
+            h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = F.silu(self.norm2(h), inplace=True)
+        h = self.conv2(h)
+        h += self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return h
 
 
 class AttnBlock(nn.Module):
@@ -212,15 +257,67 @@ class Upsample(nn.Module):
         self.conv = conv3(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        larger = lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest")  # noqa: E731
+        count = stripes(x, self.conv, scale=2)
+        return striped(self.conv, larger, x, count, scale=2) if count > 1 else self.conv(larger(x))
 
 
 def conv3(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
-def norm(c: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, c, eps=1e-6)
+def norm(c: int, groups: int) -> "GroupNorm":
+    return GroupNorm(groups, c, eps=1e-6)
+
+
+# ---------------------------------------------------------------- what need not be in memory as a whole
+
+STRIPE = 2**22  # elements: 32 rows of 512 pixels of 256 channels
+CACHED = 2**18  # elements that a CPU need not fetch from memory twice
+
+
+def stripes(x: Tensor, *modules: nn.Module, scale: int = 1) -> int:
+    """How many to work in, between these modules, which make `x` `scale` times as large.
+
+    One, where gradients need everything that there was, and where a hook is to see a whole tensor.
+    """
+    watched = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return 1 if len(x) > 1 or torch.is_grad_enabled() or watched else max(1, scale**2 * x.numel() // STRIPE)
+
+
+def striped(conv: nn.Conv2d, before: Callable[[Tensor], Tensor], x: Tensor, count: int, scale: int = 1) -> Tensor:
+    """conv(before(x)) of a 3x3 convolution, by stripes of rows: what `before` makes, `scale` times as large, is never whole.
+
+    A stripe has a row more on either side, for the convolution to see, and loses what becomes of it.
+    """
+    height, width = x.shape[2:]
+    size = (1, conv.out_channels, scale * height, scale * width)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    for number in range(count):
+        top, bottom = height * number // count, height * (number + 1) // count
+        first = max(top - 1, 0)
+        y = conv(before(x[:, :, first : bottom + 1]))
+        out[:, :, scale * top : scale * bottom] = y.narrow(2, scale * (top - first), scale * (bottom - top))
+    return out
+
+
+class GroupNorm(nn.GroupNorm):
+    """As torch's, which on a GPU gives tensors in channels_last another order, and on a CPU their variance too coarsely."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ordered = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return self.of(x)(x) if ordered and len(x) == 1 and not torch.is_grad_enabled() else super().forward(x)
+
+    def of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """The norm by the statistics of `x`, one picture, for any part of it; with these known, it is a batch norm."""
+        sums, wide = 0, torch.promote_types(x.dtype, torch.float32)
+        for part in x.chunk(max(1, x.numel() // (CACHED if x.is_cpu else STRIPE)), dim=2):
+            part = part.to(wide)
+            sums = sums + torch.stack([part.sum((0, 2, 3)), (part * part).sum((0, 2, 3))])  # (2, C)
+        mean, power = sums.unflatten(1, (self.num_groups, -1)).mean(2) / x[0, 0].numel()  # (groups,) each
+        each = lambda of_groups: of_groups.repeat_interleave(self.num_channels // self.num_groups)  # noqa: E731
+        known = each(mean), each((power - mean**2).clamp(min=0)), self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return lambda part: F.batch_norm(part, *known, eps=self.eps)
 
 
 DIFFUSERS_NAMES = (

@@ -42,6 +42,7 @@ class ModelSpec:
     control: Literal["canny", "depth"] | None = None  # of what kind a control picture is
     cached: bool = False  # references are computed once, not at every step: it was trained so
     adapter: "Adapter | None" = None
+    storage: Literal["bfloat16", "fp8", "nvfp4"] = "bfloat16"  # of the large matrices in the transformer's file
 
     @property
     def embedded(self) -> bool:
@@ -55,7 +56,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a row takes from a second repository, beside the base model in the first."""
+    """What a row takes from a second repository, beside the base model in the first, or in place of its transformer."""
 
     repository: str
     files: tuple[tuple[str, str], ...]  # part, file
@@ -162,6 +163,13 @@ def _adapted(name: str, *files: tuple[str, str], scale: float = 1.0, **changes) 
     return replace(dev, name=name.lower(), adapter=Adapter(f"black-forest-labs/{name}", files, scale))
 
 
+def _quantised(like: ModelSpec, base: str, repository: str, filename: str, **changes) -> ModelSpec:
+    """A row whose own repository has nothing but a transformer; its text encoder and autoencoder lie in that of `base`."""
+    row, storage = _row(like, base, filename, **changes), "nvfp4" if "nvfp4" in filename else "fp8"
+    adapter = Adapter(f"black-forest-labs/{repository}", (("transformer", filename),))
+    return replace(row, name=repository.lower(), adapter=adapter, storage=storage)
+
+
 def _table(rows: Iterable[ModelSpec]) -> dict[str, ModelSpec]:
     return {row.name: row for row in rows}
 
@@ -186,6 +194,16 @@ MODELS: dict[str, ModelSpec] = _table([
     _row(_klein_9b, "FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv.safetensors", cached=True),
     _row(_klein_4b, "FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", **_base),
     _row(_klein_9b, "FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", **_base),
+    _quantised(_flux2, "FLUX.2-dev", "FLUX.2-dev-NVFP4", "flux2-dev-nvfp4.safetensors"),
+    _quantised(_klein_4b, "FLUX.2-klein-4B", "FLUX.2-klein-4b-fp8", "flux-2-klein-4b-fp8.safetensors"),
+    _quantised(_klein_4b, "FLUX.2-klein-4B", "FLUX.2-klein-4b-nvfp4", "flux-2-klein-4b-nvfp4.safetensors"),
+    _quantised(_klein_9b, "FLUX.2-klein-9B", "FLUX.2-klein-9b-fp8", "flux-2-klein-9b-fp8.safetensors"),
+    _quantised(_klein_9b, "FLUX.2-klein-9B", "FLUX.2-klein-9b-nvfp4", "flux-2-klein-9b-nvfp4.safetensors"),
+    _quantised(_klein_9b, "FLUX.2-klein-9b-kv", "FLUX.2-klein-9b-kv-fp8", "flux-2-klein-9b-kv-fp8.safetensors", cached=True),
+    _quantised(_klein_4b, "FLUX.2-klein-base-4B", "FLUX.2-klein-base-4b-fp8", "flux-2-klein-base-4b-fp8.safetensors", **_base),
+    _quantised(_klein_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-fp8", "flux-2-klein-base-9b-fp8.safetensors", **_base),
+    _quantised(_klein_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-nvfp4", "flux-2-klein-base-9b-nvfp4.safetensors",
+               **_base),
     replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=128, steps=8, guidance=2.5, cfg=True, fixed="",
             picture="start", transformer=TINY, transformer_file="flux-2-tiny.safetensors",
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)), text_length=32,

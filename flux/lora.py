@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flux.errors import UserError
-from flux.weights import read_header
+from flux.files import read_header
+from flux.quantization import QuantizedLinear
 
 # ---------------------------------------------------------------------------------------------------------- names
 
@@ -330,17 +331,24 @@ def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]]) -> None:
     """W + sum of scale · change, in float32, rounded once to the dtype of W (float8 too): all files in one call.
 
     A change is alpha/rank · BA, or all that DoRA does to W, so that a scale of 0 leaves W, and 1 makes what PEFT makes.
-    New norms and a wider img_in come at every scale, as Black Forest Labs have it. No old tensor is changed or kept: to undo a
-    merge, load the module anew. UserError if a sum overflows; the module is then of no use.
+    New norms and a wider img_in come at every scale, as Black Forest Labs have it. A quantised layer that is changed becomes a
+    plain Linear, its weight in the dtype that the module computes in: to quantise it anew would lose more.
+    No old tensor is changed or kept: to undo a merge, load the module anew. UserError if a sum overflows; the module is then of
+    no use.
     """
     layers = defaultdict(list)
     for patch, scale in patches:
         if not math.isfinite(scale):
             raise UserError(f"{patch.source} cannot be merged at scale {scale}: give a finite number.")
         layers[patch.place.path].append((patch, scale))
+    dtype = next(module.parameters()).dtype  # that it computes in: what is quantised is no parameter
     for path, group in layers.items():
         layer = module.get_submodule(path)
-        for name, tensor in list(_merged(layer, path, group)):
+        changed = dict(_merged(layer, path, group, dtype))
+        if isinstance(layer, QuantizedLinear) and "weight" in changed:
+            layer = _plain(layer)
+            module.set_submodule(path, layer)
+        for name, tensor in changed.items():
             before = getattr(layer, name)
             setattr(layer, name, nn.Parameter(tensor, requires_grad=before.requires_grad))
             if tensor.shape != before.shape:  # img_in
@@ -348,28 +356,38 @@ def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]]) -> None:
                 module.config = replace(module.config, in_channels=tensor.shape[1])
 
 
-def _merged(layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]]) -> Iterator[tuple[str, Tensor]]:
-    """The new weight and bias of a layer, as far as the patches, each with its scale, change them."""
+def _plain(layer: QuantizedLinear) -> nn.Linear:
+    """With the same bias, and no weight yet."""
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False).requires_grad_(False)
+    plain.bias = layer.bias
+    return plain
+
+
+def _merged(layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]],
+            dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """The new weight and bias of a layer, as far as patches change them. `dtype`: of the weight, where it was quantised."""
     new = [patch for patch, _ in group if "value" in patch.factors]
     if len(new) > 1:
         raise UserError(f"{new[0].source} and {new[1].source} cannot be merged together: both replace {path}.")
     name, width = _weight_name(layer), max(patch.columns for patch, _ in group)
     changing = [(patch, scale) for patch, scale in group if patch.factors.keys() - BESIDE]
     if changing:
-        old = getattr(layer, name)
+        quantised = isinstance(layer, QuantizedLinear)
+        old = layer.dequantize() if quantised else getattr(layer, name)
         wide = (new[0].factors["value"] if new else old).to(old.device, _wide(old))
         wide = F.pad(wide, (0, max(0, width - wide.shape[-1])))
         total = wide.clone()
         for patch, scale in changing:
             if patch not in new:
                 _add(total, patch, scale * patch.change(torch.cat([wide[a:b] for a, b in patch.place.rows])))
-        yield name, _rounded(total, old, path)
+        yield name, _rounded(total, dtype if quantised else old.dtype, path)
     biases = [(patch, scale, role) for patch, scale in group for role in ("up_bias", "diff_bias") if role in patch.factors]
     if biases:
         total = layer.bias.to(_wide(layer.bias), copy=True)
         for patch, scale, role in biases:
             _add(total, patch, scale * (patch.scaling if role == "up_bias" else 1) * patch.factors[role].to(total))
-        yield "bias", _rounded(total, layer.bias, path)
+        yield "bias", _rounded(total, layer.bias.dtype, path)
 
 
 def _add(total: Tensor, patch: Patch, difference: Tensor) -> None:
@@ -382,9 +400,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _rounded(total: Tensor, old: Tensor, path: str) -> Tensor:
-    limit = torch.finfo(old.dtype).max
+def _rounded(total: Tensor, dtype: torch.dtype, path: str) -> Tensor:
+    limit = torch.finfo(dtype).max
     if not total.abs().max() <= limit:
-        raise UserError(f"the LoRAs do not fit {path}: their sum exceeds {limit:g}, the most that {old.dtype} holds; "
+        raise UserError(f"the LoRAs do not fit {path}: their sum exceeds {limit:g}, the most that {dtype} holds; "
                         "give smaller scales.")  # fmt: skip
-    return total.to(old.dtype)
+    return total.to(dtype)

@@ -1,13 +1,10 @@
 """Prompt -> tokens -> features -> noise -> velocity -> latents -> picture: the steps in order, and what is in memory when."""
 
-import functools
 import math
-import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -16,20 +13,24 @@ from PIL import Image
 from torch import Tensor
 
 from flux import conditioning, sampling
-from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers
+from flux.autoencoder import AutoEncoder, from_diffusers
 from flux.conditioning import Conditions, Pictures
-from flux.configs import EMBEDDED, MODELS, ModelSpec
+from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
+from flux.files import shard_files
 from flux.images import to_images
-from flux.inputs import MAX_PIXELS, as_mask, as_picture
+from flux.inputs import as_mask, as_picture
 from flux.lora import Patch, merge, place, read
+from flux.memory import OFFLOAD, Offload, Plan, Weights, Work, choose_device, choose_dtype, plan, room_on
+from flux.models import find_spec, locate, with_decoder_of
+from flux.network import Network
+from flux.options import Guidance, check_cfg, check_count, check_guidance, check_scale, check_size, check_steps
+from flux.quantization.compress import KINDS
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
 from flux.text import TextFeatures, text_encoder
-from flux.transformer import NUMERICS, Flux, Memory, Numerics
-from flux.weights import Network, find_all, infer_config, is_local, read_header, shard_files
+from flux.transformer import NUMERICS, Flux, Memory, Modulations, Modulator, Numerics
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
-Guidance = float | Sequence[float]  # one value; one a step; or two, the first and the last
 
 
 def load(
@@ -41,53 +42,90 @@ def load(
     transformer: str | Path | None = None,
     autoencoder: str | Path | None = None,
     check_weights: bool = False,
+    offload: Offload | None = None,
+    vram: float | None = None,
+    quantize: str | None = None,
+    native_fp8: bool = False,
+    compile: bool = False,
+    tile: int | None = None,
 ) -> "Pipeline":
     """A pipeline for a model of `flux.MODELS`; the embedded toy where neither `name` nor `transformer` is given.
 
     `weights`: a folder to find the files in; else $FLUX_WEIGHTS, the Hugging Face cache, or a download. `transformer`: a file
     in BFL's layout to use in place of the row's own; without `name`, the row is the first of its shape. `autoencoder`: the
-    same, with a decoder of any width. `dtype`: bfloat16 by default, and float32 for the toy. Every file is found and checked
-    here, and UserError says what is wrong with it; `check_weights` looks for NaN too.
+    same, with a decoder of any width. `dtype`: bfloat16 where the device computes in it, and float32 for the toy. Every file is
+    found and checked here, and UserError says what is wrong with it; `check_weights` looks for NaN too.
+
+    The rest is `Economy`'s.
     """
     spec = find_spec(name, transformer)
     if isinstance(numerics, str) and numerics not in NUMERICS:
         raise UserError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
     numerics = NUMERICS[numerics] if isinstance(numerics, str) else numerics
-    dtype = dtype or (torch.float32 if spec.embedded else torch.bfloat16)
     device = choose_device(device)
+    dtype = dtype or (torch.float32 if spec.embedded else choose_dtype(device))
     files = locate(spec, None if weights is None else Path(weights))
     if transformer is not None:
         files["transformer"] = shard_files(Path(transformer))
     if autoencoder is not None:
         files["autoencoder"] = [Path(autoencoder)]
         spec = replace(spec, autoencoder=with_decoder_of(spec.autoencoder, Path(autoencoder)))
-    return Pipeline(spec, files, device, dtype, numerics, check_weights)
+    economy = Economy(offload, vram, quantize, native_fp8, compile, tile)
+    return Pipeline(spec, files, device, dtype, numerics, check_weights, economy)
+
+
+@dataclass(frozen=True)
+class Economy:
+    """How memory and time are saved. `quantize`, `native_fp8` and `tile` cost exactness: `bench.py --lossy` says how much."""
+
+    offload: Offload | None = None  # how weights are held; else in the fastest way that fits (`flux.memory`)
+    vram: float | None = None  # GB of the device that may be used; else all that are free
+    quantize: str | None = None  # "fp8", "int8", "int4": of the transformer's and the large text encoders' matrices
+    native_fp8: bool = False  # float8 matrices are multiplied in float8
+    compile: bool = False  # the transformer's blocks: takes a minute at first, and saves time on GPUs
+    tile: int | None = None  # pixels: the side of the tiles that pictures are decoded in
+
+    def __post_init__(self):
+        if self.quantize is not None and self.quantize not in KINDS:
+            raise UserError(f"--quantize {self.quantize!s:.40} is unknown; choose from {', '.join(KINDS)}")
+        if self.offload is not None and self.offload not in OFFLOAD:
+            raise UserError(f"--offload {self.offload!s:.40} is unknown; choose from {', '.join(OFFLOAD)}")
+        if self.tile is not None and not (self.tile >= 256 and self.tile % 16 == 0):
+            raise UserError(f"--tile {self.tile}: the side of a tile is a multiple of 16, and 256 pixels at least")
 
 
 class Pipeline:
     """`pipe(prompts)` makes pictures. Its three stages, `encode`, `sample` and `decode`, can be run on their own."""
 
     def __init__(self, spec: ModelSpec, files: dict, device: torch.device, dtype: torch.dtype, numerics: Numerics,
-                 check_weights: bool = False):  # fmt: skip
+                 check_weights: bool = False, economy: Economy = Economy()):  # fmt: skip
         options = dict(device=device, dtype=dtype, check_finite=check_weights)
+        self.economy = economy
         self.spec, self.files, self.device, self.dtype, self.numerics = spec, files, device, dtype, numerics
         self.text = text_encoder(spec.text, files, spec.text_length, **options)
         build = lambda config: Flux(config, numerics)  # noqa: E731
         self.transformer = Network(
-            build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."), **options
-        )
+            build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."),
+            lists=("double_blocks", "single_blocks"), **options,
+        )  # fmt: skip
+        self.transformer.compiled = economy.compile
+        for network in (self.transformer, *self.text.networks):
+            network.compression = economy.quantize if network.lists else None  # CLIP is small
+            network.native_fp8 = economy.native_fp8
         self.autoencoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **options)
         # pictures are encoded in float32, as BFL does: in bfloat16 their latents are off by some per cent
         self.encoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, device=device,
                                dtype=torch.float32)  # fmt: skip
+        for network in (self.autoencoder, self.encoder):  # convolutions are faster so; it takes a copy of 0.2 GB
+            network.alter(lambda module: module.to(memory_format=torch.channels_last))
         self.adapters: tuple[Network, ...] = ()
         if "redux" in files:
             siglip = Network(
                 SigLIP, SigLIPConfig(), files["siglip"], prefixes=("vision_model.", ""), unread=siglip_unread, **options
             )
             self.adapters = siglip, Network(Redux, ReduxConfig(), files["redux"], **options)
-        networks = (*self.text.networks, self.transformer, self.autoencoder, self.encoder, *self.adapters)
-        self.resident = sum(n.bytes for n in networks) < 0.8 * free_memory(device)  # else a stage's networks go when it ends
+        self.resident = True  # whether a stage's networks stay when it ends: `prepare` decides
+        self.tabulated = True  # what time does to the network is computed for all steps before the first
         self.loras: dict[Path, tuple[list[Patch], float]] = {}
         for path in self._own_loras:
             self.loras[path] = place(read(path), {"transformer": self.transformer.on_meta()}), spec.adapter.scale
@@ -120,6 +158,8 @@ class Pipeline:
         conditions = self._conditions(pictures, len(prompts), width, height)
         if conditions[0] is not None and not isinstance(pictures, Conditions):
             width = height = None  # theirs
+        largest = max(conditions, key=lambda given: given.width * given.height if given else 0)
+        self.prepare(width, height, steps, len(prompts) * num_images, largest)
         self.encode(prompts)  # all, while their encoder is there
         negative = self.encode([negative_prompt or ""]) if cfg else None
         alike = {id(given): given and given.likeness for given in conditions}
@@ -135,6 +175,29 @@ class Pipeline:
             made |= zip(numbers, self.decode(latents), strict=True)
         finish = lambda image, given: image if given is None else conditioning.finish(image, given)  # noqa: E731
         return [finish(made[number], conditions[number // num_images]) for number in sorted(made)]
+
+    def prepare(self, width: int | None = None, height: int | None = None, steps: int | None = None, batch: int = 1,
+                conditions: Conditions | None = None, pictured: bool = False) -> Plan:  # fmt: skip
+        """Decide what is in memory when, for pictures of this size; UserError, with numbers, for what cannot fit.
+
+        `pictured`: whether pictures are yet to be encoded.
+        """
+        given = conditions or Conditions(height or self.spec.size, width or self.spec.size)
+        count = lambda tokens: 0 if tokens is None else tokens.shape[1]  # noqa: E731
+        work = Work(given.width, given.height, batch, count(given.references), count(given.text), steps or self.spec.steps,
+                    self.dtype.itemsize)  # fmt: skip
+        text = reduce(Weights.beside, (network.weights for network in self.text.networks))
+        stages = {"text encoder": text, "transformer": self.transformer.weights, "autoencoder": self.autoencoder.weights}
+        if pictured:
+            encoders = [network.weights for network in (self.encoder, *self.adapters)]
+            stages["picture encoder"] = reduce(Weights.beside, encoders)
+        decided = plan(self.spec, stages, work, room_on(self.device), self.economy.offload, self.economy.vram,
+                       quantizable=not self.economy.quantize)  # fmt: skip
+        self.resident = decided.offload == "none"
+        self.transformer.hold(decided.resident["transformer"])
+        for network in self.text.networks:
+            network.hold(decided.resident["text encoder"] if network.lists else None)
+        return decided
 
     def _conditions(self, pictures, count: int, width: int | None, height: int | None) -> list[Conditions | None]:
         """One for each of `count` prompts, the same for all if there is one for all."""
@@ -207,7 +270,7 @@ class Pipeline:
         """Anew, from the weights as they are in the files, so that they are rounded once."""
         for part, network in self._adaptable.items():
             patches = [(p, scale) for patches, scale in self.loras.values() for p in patches if p.place.part == part]
-            network.alter(functools.partial(merge, patches=patches) if patches else None)
+            network.alter(partial(merge, patches=patches) if patches else None)
         self.text.known.clear()
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
@@ -271,16 +334,18 @@ class Pipeline:
             pictured = given.text.to(features.tokens).expand(len(features.tokens), -1, -1)
             features = features._replace(tokens=torch.cat([features.tokens, pictured], dim=1))  # (B, T + T', D)
         transformer = self.transformer()
+        filled = lambda value, batch=len(x): torch.full((batch,), value, device=self.device)  # noqa: E731
         memories = None
         if given.references is not None and given.cached:
-            first = None if embedded is None else torch.full((1,), embedded[times[0].item()], device=self.device)
+            first = None if embedded is None else filled(embedded[times[0].item()], 1)
             memories = self._remember(transformer, given, first, len(x))
-        branches = [self._branch(transformer, f, h, w, given, memories) for f in (features, negative) if f is not None]
+        at = {t: (filled(t), None if embedded is None else filled(embedded[t])) for t in times[:-1].tolist()}
+        branches = [self._branch(transformer, f, h, w, given, memories, at) for f in (features, negative) if f is not None]
+        if self.tabulated and not self.resident:
+            transformer = self.transformer.without(Modulator)  # a quarter of FLUX.1, which has done its work
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            at = torch.full((len(x),), t, device=x.device)
-            strong = None if embedded is None else torch.full((len(x),), embedded[t], device=x.device)
-            velocities = [branch(x.to(self.dtype), at, strong) for branch in branches[: 1 + (scales[t] > 1)]]
+            velocities = [branch(transformer, x.to(self.dtype), t) for branch in branches[: 1 + (scales[t] > 1)]]
             return sampling.guided(*velocities, scales[t]) if len(velocities) == 2 else velocities[0]
 
         grid = lambda x: rearrange(x, "b (h w) c -> b c h w", h=h)  # noqa: E731
@@ -291,8 +356,8 @@ class Pipeline:
         return grid(x).float()
 
     def _branch(self, transformer: Flux, features: TextFeatures, h: int, w: int, given: Conditions,
-                memories: list[Memory] | None):  # fmt: skip
-        """velocity(x, t, guidance) for one set of prompts; what does not change from step to step is computed here."""
+                memories: list[Memory] | None, at: dict[float, tuple[Tensor, Tensor | None]]):  # fmt: skip
+        """velocity(x, t) for one set of prompts; what x has no part in is computed here. `at`: time -> t and guidance."""
         axes = len(self.spec.transformer.axes_dim)
         txt, pooled = features.to(self.device, self.dtype)
         txt_ids, img_ids = sampling.text_ids(txt.shape[1], axes), sampling.image_ids(h, w, axes)
@@ -302,222 +367,35 @@ class Pipeline:
         rope = transformer.rope(txt_ids, img_ids).to(self.device)
         references, channels = (None if x is None else x.to(self.device, self.dtype) for x in (references, given.channels))
 
-        def velocity(x: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:
+        def modulations(t: float) -> Modulations:
+            time, guidance = at[t]
+            vector = None if pooled is None else pooled.expand(len(time), -1)
+            return transformer.modulations(transformer.vec(time, guidance, vector))
+
+        table = {t: modulations(t) for t in at} if self.tabulated else {}
+
+        def velocity(transformer: Flux, x: Tensor, t: float) -> Tensor:
             for_all = lambda y: y.expand(len(x), -1, -1)  # noqa: E731
-            vec = transformer.vec(t, guidance, None if pooled is None else pooled.expand(len(x), -1))
+            mods = table[t] if self.tabulated else modulations(t)
             img = x if channels is None else torch.cat([x, for_all(channels)], dim=-1)  # (B, L, C + C')
             img = img if references is None else torch.cat([img, for_all(references)], dim=1)  # (B, L + R, C)
-            return transformer.velocity(img, for_all(txt), rope, vec, memories)[:, : x.shape[1]]
+            return transformer.velocity(img, for_all(txt), rope, mods, memories)[:, : x.shape[1]]
 
         return velocity
 
     def _remember(self, transformer: Flux, given: Conditions, guidance: Tensor | None, batch: int) -> list[Memory]:
         """References, computed once for all steps and all of the batch."""
         rope = transformer.rope(given.reference_ids[:0], given.reference_ids).to(self.device)
-        vec = transformer.vec(torch.zeros(1, device=self.device), guidance)
-        memories = transformer.remember(given.references.to(self.device, self.dtype), rope, vec)
+        mods = transformer.modulations(transformer.vec(torch.zeros(1, device=self.device), guidance))
+        memories = transformer.remember(given.references.to(self.device, self.dtype), rope, mods)
         return [Memory(*(x.expand(batch, -1, -1, -1) for x in memory)) for memory in memories]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) -> pictures, one at a time, so that a batch takes the memory of one."""
-        autoencoder = self.autoencoder()
-        images = [to_images(autoencoder.decode(x.to(self.device, self.dtype)))[0] for x in latents.split(1)]
+        autoencoder, tile = self.autoencoder(), self.economy.tile
+        decode = partial(autoencoder.decode_tiled, tile=tile // 16, overlap=tile // 64) if tile else autoencoder.decode
+        images = [to_images(decode(x.to(self.device, self.dtype)))[0] for x in latents.split(1)]
         if not self.resident:
             self.autoencoder.release()
         return images
-
-
-# ---------------------------------------------------------------- what is asked for
-
-
-def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelSpec:
-    """A row of the table by its name, with the shapes of another transformer file if one is given."""
-    if name is not None and name.lower() not in MODELS:
-        near = get_close_matches(name.lower(), MODELS, n=3, cutoff=0.3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(f"--model {name}: there is no such model; {hint}The choices are {', '.join(MODELS)}")
-    if transformer is None:
-        return MODELS[(name or "flux.2-tiny").lower()]
-    config = infer_config(Path(transformer))
-    if name is not None:
-        spec = MODELS[name.lower()]
-        if config.context_dim != spec.transformer.context_dim or config.vector_dim != spec.transformer.vector_dim:
-            raise UserError(
-                f"--transformer {transformer} reads text of width {config.context_dim}, but the text encoder of {spec.name} "
-                f"gives {spec.transformer.context_dim}: choose another --model, or leave it out"
-            )
-        if config.in_channels != spec.transformer.in_channels:
-            raise UserError(
-                f"--transformer {transformer} takes {config.in_channels} channels and {spec.name} "
-                f"{spec.transformer.in_channels}: choose another --model, or leave it out"
-            )
-        return replace(spec, transformer=config)
-    alike = [spec for spec in MODELS.values() if spec.transformer == config]
-    if not alike:
-        raise UserError(
-            f"--transformer {transformer} has the shape of no released model: name the one that it derives from with --model"
-        )
-    if len(alike) > 1:
-        others = ", ".join(spec.name for spec in alike[1:])
-        warnings.warn(f"{transformer} has the shape of {alike[0].name}, which is assumed; if it derives from {others}, "
-                      "say so with --model", stacklevel=3)  # fmt: skip
-    return alike[0]
-
-
-def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
-    """FLUX.2 has a second, narrower decoder for the same latents: tell them apart by the width of its first layer."""
-    infos, _ = read_header(path)
-    width = infos["decoder.conv_in.weight"].shape[0] if "decoder.conv_in.weight" in infos else 0
-    return replace(config, decoder_ch=width // config.ch_mult[-1] or None)
-
-
-def choose_device(device: str | None) -> torch.device:
-    """The device that is asked for, if it is there; else the best that is."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        if torch.device(device).type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError
-        torch.empty(1, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        here = ["cpu", *[f"cuda:{i}" for i in range(torch.cuda.device_count())], *["mps"] * torch.backends.mps.is_available()]
-        raise UserError(f"--device {device}: there is no such device here; choose from {', '.join(here)}") from None
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that weights may take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-
-
-def check_size(height: int, width: int) -> tuple[int, int]:
-    for name, n in (("width", width), ("height", height)):
-        if n % 16 or not 64 <= n <= 8192:
-            low, high = (min(8192, max(64, n // 16 * 16 + more)) for more in (0, 16))
-            nearest = str(low) if not 64 <= n <= 8192 else f"{low} or {high}"
-            raise UserError(f"--{name} {n}: sizes are multiples of 16 from 64 to 8192; the nearest is {nearest}")
-    if width * height > MAX_PIXELS:
-        size, most = (f"{pixels / 1e6:.{digits}f}" for pixels, digits in ((width * height, 0), (MAX_PIXELS, 1)))
-        raise UserError(f"--width {width} --height {height}: that is {size} megapixels, and at most {most} are possible")
-    return height, width
-
-
-def check_steps(spec: ModelSpec, steps: int | None) -> int:
-    if steps is None:
-        return spec.steps
-    if not 1 <= steps <= 1000:
-        raise UserError(f"--steps {steps}: must be from 1 to 1000; {spec.name} is meant for {spec.steps}")
-    if spec.fixed and steps != spec.steps:
-        warnings.warn(f"{spec.name} was distilled for {spec.steps} steps, not {steps}", stacklevel=4)
-    return steps
-
-
-def check_guidance(spec: ModelSpec, guidance: Guidance | None, steps: int) -> list[float] | None:
-    """The guidance to use, as `sampling.ramp` takes it; None for a model that has none."""
-    if guidance is None:
-        return None if spec.guidance is None else [spec.guidance]
-    meant = "takes none" if spec.guidance is None else f"is meant for {spec.guidance:g}"
-    values = check_values("--guidance", guidance, steps, f"{spec.name} {meant}")
-    if spec.guidance is None:
-        if values != [1]:
-            why = spec.fixed or "it was trained without"
-            raise UserError(
-                f"{spec.name} takes no --guidance (here {written(values)}): {why}; leave it out, or use a base or dev model"
-            )
-        return None
-    return values
-
-
-def check_scale(cfg_scale: Guidance | None, steps: int) -> list[float]:
-    return [1.0] if cfg_scale is None else check_values("--cfg-scale", cfg_scale, steps, "1 is off, and 2 to 5 are usual")
-
-
-def check_values(flag: str, values: Guidance, steps: int, advice: str) -> list[float]:
-    """A value, two, or one a step."""
-    values = list(values) if isinstance(values, Sequence) else [values]
-    if len(values) not in (1, 2, steps):
-        raise UserError(f"{flag} has {len(values)} values for {steps} steps: give one, START:END, or one for each step")
-    for value in values:
-        if not 0 <= value <= 100:
-            raise UserError(f"{flag} {value}: must be from 0 to 100; {advice}")
-    return values
-
-
-def written(values: Sequence[float]) -> str:
-    """As --guidance takes it."""
-    return (":" if len(values) == 2 else ",").join(f"{value:g}" for value in values)
-
-
-def check_cfg(spec: ModelSpec, guidance: Guidance | None, negative_prompt: str | None, cfg_scale: Guidance | None,
-              steps: int) -> bool:  # fmt: skip
-    """Whether a second, unconditional pass is asked for; UserError where that makes no sense."""
-    if spec.cfg and cfg_scale is not None:
-        raise UserError(f"--cfg-scale {cfg_scale}: the guidance of {spec.name} is classifier-free already; use --guidance")
-    if spec.fixed and (negative_prompt, cfg_scale) != (None, None) and not spec.flux1:
-        raise UserError(f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.fixed}; use a base model")
-    scale = max(check_guidance(spec, guidance, steps) if spec.cfg else check_scale(cfg_scale, steps))
-    if negative_prompt is not None and scale <= 1:
-        flag = "--guidance" if spec.cfg else "--cfg-scale"
-        raise UserError(f"--negative-prompt has an effect only with {flag} above 1; add {flag} 3, for example")
-    return scale > 1
-
-
-def check_count(count: int, seed: int) -> None:
-    if count < 1:
-        raise UserError("there is nothing to make: give at least one prompt, and --num-images of at least 1")
-    if not 0 <= seed <= 2**63 - count:
-        raise UserError(f"--seed {seed}: must be from 0 to 2^63 - 1")
-
-
-# ---------------------------------------------------------------- files
-
-
-def locate(spec: ModelSpec, weights: Path | None) -> dict[str, list[Path] | Path]:
-    """Every file that a row needs: lists of weights for networks, folders for tokenizers."""
-    files: dict[str, list[Path] | Path] = {part: _find(spec, choices, weights) for part, choices in networks(spec).items()}
-    for part, names in spec.text.tokenizers.items():
-        files[part] = [locate_one(spec, name, weights) for name in names][0].parent
-    if spec.adapter:
-        for part, name in spec.adapter.files:
-            files[part] = find_all(spec.adapter.repository, name, weights, spec.licence.name, spec.licence.gated)
-    return files
-
-
-def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """The files of each network in the row's own repository, any of which will do."""
-    return {**spec.text.networks, "transformer": (spec.transformer_file,), "autoencoder": spec.autoencoder_files}
-
-
-def is_here(spec: ModelSpec, weights: Path | None = None) -> bool:
-    """Whether a row could be loaded without a download."""
-    needed = (*networks(spec).values(), *((name,) for names in spec.text.tokenizers.values() for name in names))
-    adapter = [(spec.adapter.repository, name) for _, name in spec.adapter.files] if spec.adapter else []
-    try:
-        ours = all(any(is_local(spec.repository, name, weights) for name in choices) for choices in needed)
-        return spec.embedded or (ours and all(is_local(repository, name, weights) for repository, name in adapter))
-    except UserError:  # a damaged index
-        return False
-
-
-def locate_one(spec: ModelSpec, name: str, weights: Path | None) -> Path:
-    """One more file of a row's repository."""
-    return _find(spec, (name,), weights)[0]
-
-
-def _find(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list[Path]:
-    """The first of `choices` that is at hand, or else the first, downloaded."""
-    if spec.embedded:
-        return [EMBEDDED / choices[0]]
-    name = next((c for c in choices if is_local(spec.repository, c, weights)), choices[0])
-    return find_all(spec.repository, name, weights, spec.licence.name, spec.licence.gated)
-
-
-def parameters(spec: ModelSpec) -> int:
-    """Of the transformer."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Flux(spec.transformer).parameters())

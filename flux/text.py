@@ -11,9 +11,9 @@ from torch import Tensor
 from flux.clip import CLIP
 from flux.configs import FLUX1Text, FLUX2Text
 from flux.language_model import LanguageModel
+from flux.network import Network
 from flux.t5 import T5
 from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer, Tokens
-from flux.weights import Network
 
 
 class TextFeatures(NamedTuple):
@@ -86,16 +86,16 @@ def warn_if_cut(tokens: Tokens, length: int) -> None:
 
 def text_encoder(text: FLUX1Text | FLUX2Text, files: dict, length: int, device: torch.device, dtype: torch.dtype,
                  check_finite: bool) -> TextEncoder:  # fmt: skip
-    """The text encoder of a row of the table, from the files that `pipeline.locate` found for it."""
+    """The text encoder of a row of the table, from the files that `models.locate` found for it."""
     options = dict(device=device, dtype=dtype, check_finite=check_finite)
     if isinstance(text, FLUX1Text):
-        t5 = Network(T5, text.t5, files["t5"], unread=t5_unread, **options)
+        t5 = Network(T5, text.t5, files["t5"], unread=t5_unread, lists=("encoder.block",), **options)
         clip = Network(CLIP, text.clip, files["clip"], unread=clip_unread, **options)
         return FLUX1TextEncoder(t5, clip, files["t5_tokenizer"], files["clip_tokenizer"], length)
     last = max(text.model.layers)
     prefixes = ("model.", "language_model.model.", "model.language_model.", "")
     unread = lambda name: language_model_unread(name, last)  # noqa: E731
-    model = Network(LanguageModel, text.model, files["model"], prefixes=prefixes, unread=unread, **options)
+    model = Network(LanguageModel, text.model, files["model"], prefixes=prefixes, unread=unread, lists=("layers",), **options)
     return FLUX2TextEncoder(model, files["tokenizer"], length)
 
 

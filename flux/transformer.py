@@ -60,15 +60,26 @@ NUMERICS = {
 
 
 class Modulation(NamedTuple):
-    """What time does to one residual branch: x + gate · f(norm(x) · (1 + scale) + shift); each (B, 1, D)."""
+    """What time does to one residual branch: x + gate · f(norm(x) · scale + shift); each (B, 1, D).
+
+    A modulator gives the scale less 1: it is added here, once a time, and not again wherever the scale is used.
+    """
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
 
+class Modulations(NamedTuple):
+    """All that one time does to the network."""
+
+    vec: Tensor  # (B, D), which the final layer makes its own of
+    double: list[tuple[list[Modulation], list[Modulation]]]  # of each block: the image's two, the text's two
+    single: list[Modulation]
+
+
 class Memory(NamedTuple):
-    """Keys, turned already, and values of tokens that one block attends to without computing them; each (B, H, R, d)."""
+    """Keys, turned already, and values of tokens that one block attends to without computing them; each (B, R, H, d)."""
 
     k: Tensor
     v: Tensor
@@ -97,47 +108,46 @@ class Flux(nn.Module):
     def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor,
                 guidance: Tensor | None = None, vector: Tensor | None = None) -> Tensor:  # fmt: skip
         """Velocity of the image tokens, (B, L, out_channels)."""
-        return self.velocity(img, txt, self.rope(txt_ids, img_ids), self.vec(t, guidance, vector))
+        return self.velocity(img, txt, self.rope(txt_ids, img_ids), self.modulations(self.vec(t, guidance, vector)))
 
-    def velocity(self, img: Tensor, txt: Tensor, rope: Tensor, vec: Tensor, memories: Sequence[Memory] | None = None) -> Tensor:
-        """The same, given what does not change from step to step: `rope` once a generation, `vec` once a time.
+    def velocity(self, img: Tensor, txt: Tensor, rope: Tensor, mods: Modulations,
+                 memories: Sequence[Memory] | None = None) -> Tensor:  # fmt: skip
+        """The same, given `rope`, the same at every step, and `mods`, the same for every picture at this time.
 
         `memories`, one a block, are what `remember` made of reference pictures.
         """
-        double, single = self.modulations(vec)
-        memories = iter(memories or [None] * (len(double) + len(single)))
+        memories = iter(memories or [None] * (self.config.depth + self.config.depth_single))
         img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, D), (B, T, D)
-        for block, (img_mod, txt_mod) in zip(self.double_blocks, double, strict=True):
+        for block, (img_mod, txt_mod) in zip(self.double_blocks, mods.double, strict=True):
             img, txt = block(img, txt, rope, img_mod, txt_mod, next(memories))
         x = torch.cat([txt, img], dim=1)  # (B, T + L, D)
-        for block, mod in zip(self.single_blocks, single, strict=True):
+        for block, mod in zip(self.single_blocks, mods.single, strict=True):
             x = block(x, rope, mod, next(memories))
-        return self.final_layer(x[:, txt.shape[1] :], vec)  # (B, L, out_channels)
+        return self.final_layer(x[:, txt.shape[1] :], mods.vec)  # (B, L, out_channels)
 
-    def remember(self, references: Tensor, rope: Tensor, vec: Tensor) -> list[Memory]:
-        """Reference tokens (B, R, C), alone with each other, with the `vec` of t = 0 -> what each block keeps of them.
+    def remember(self, references: Tensor, rope: Tensor, mods: Modulations) -> list[Memory]:
+        """Reference tokens (B, R, C), alone with each other, with the `mods` of t = 0 -> what each block keeps of them.
 
         So FLUX.2 [klein] 9B KV was trained: references see neither text nor picture, and no time passes for them. Hence
         they need to be computed only once a generation, where elsewhere they are part of every step.
         """
-        double, single = self.modulations(vec)
         x, memories = self.img_in(references), []  # (B, R, D)
-        for block, (mod, _) in zip(self.double_blocks, double, strict=True):
+        for block, (mod, _) in zip(self.double_blocks, mods.double, strict=True):
             x, memory = block.remember(x, rope, mod)
             memories.append(memory)
-        for block, mod in zip(self.single_blocks, single, strict=True):
+        for block, mod in zip(self.single_blocks, mods.single, strict=True):
             x, memory = block.remember(x, rope, mod)
             memories.append(memory)
         return memories
 
     def rope(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
-        """Rotations of the joint sequence, text first: (T + L, head_dim/2, 2), float32 cosines and sines."""
+        """Rotations of the joint sequence, text first: (T + L, head_dim/2, 2, 2), float32."""
         ids = torch.cat([txt_ids, img_ids])
         return rope_table(ids, self.config.axes_dim, self.config.theta, self.numerics.rope)
 
     def vec(self, t: Tensor, guidance: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
         """Everything that is the same for all tokens, as one (B, D)."""
-        dtype = self.img_in.weight.dtype
+        dtype = next(self.parameters()).dtype  # of what is never quantised
         vec = self.time_in(sinusoid(scale_time(t, self.numerics.time, dtype)).to(dtype))
         if self.config.guidance:
             if guidance is None:
@@ -151,14 +161,15 @@ class Flux(nn.Module):
             vec = vec + self.vector_in(vector)
         return vec
 
-    def modulations(self, vec: Tensor) -> tuple[list, list]:
-        """(B, D) -> [(img, txt)] per double block, [mod] per single block: of time, guidance and pooled text only."""
-        vec = F.silu(vec)
+    def modulations(self, vec: Tensor) -> Modulations:
+        """(B, D) -> what each block is given, which depends on time, guidance and pooled text only."""
+        active = F.silu(vec)
         if self.config.shared_modulation:  # FLUX.2: computed once, handed to every block
-            double = self.double_stream_modulation_img(vec), self.double_stream_modulation_txt(vec)
-            return [double] * self.config.depth, [self.single_stream_modulation(vec)[0]] * self.config.depth_single
-        double = [(block.img_mod(vec), block.txt_mod(vec)) for block in self.double_blocks]
-        return double, [block.modulation(vec)[0] for block in self.single_blocks]
+            both = self.double_stream_modulation_img(active), self.double_stream_modulation_txt(active)
+            (single,) = self.single_stream_modulation(active)
+            return Modulations(vec, [both] * self.config.depth, [single] * self.config.depth_single)
+        double = [(block.img_mod(active), block.txt_mod(active)) for block in self.double_blocks]
+        return Modulations(vec, double, [block.modulation(active)[0] for block in self.single_blocks])
 
 
 class DoubleBlock(nn.Module):
@@ -166,21 +177,25 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, c: FluxConfig, numerics: Numerics):
         super().__init__()
+        self.numerics = numerics
         if not c.shared_modulation:
             self.img_mod = Modulator(c.hidden_size, 2, c.bias)
             self.txt_mod = Modulator(c.hidden_size, 2, c.bias)
-        self.img_attn = SelfAttention(c, numerics)
-        self.txt_attn = SelfAttention(c, numerics)
+        self.img_attn = SelfAttention(c)
+        self.txt_attn = SelfAttention(c)
         self.img_mlp = mlp(c)
         self.txt_mlp = mlp(c)
 
     def forward(self, img: Tensor, txt: Tensor, rope: Tensor, img_mod: list[Modulation], txt_mod: list[Modulation],
                 memory: Memory | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         length = txt.shape[1]
-        img_qkv = self.img_attn.heads(modulate(img, img_mod[0]))  # 3 of (B, H, L, d)
-        txt_qkv = self.txt_attn.heads(modulate(txt, txt_mod[0]))  # 3 of (B, H, T, d)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))  # (B, H, T + L, d)
-        attended = attention(rotate(q, rope), rotate(k, rope), v, memory)  # (B, T + L, D)
+        img_qkv = self.img_attn.heads(modulate(img, img_mod[0]))  # (3, B, L, H, d)
+        txt_qkv = self.txt_attn.heads(modulate(txt, txt_mod[0]))  # (3, B, T, H, d)
+        qkv = torch.cat([txt_qkv, img_qkv], dim=2)  # (3, B, T + L, H, d)
+        unit = unit_rms(qkv[:2], self.numerics)
+        qk = torch.cat([self.txt_attn.norm(unit[:, :, :length]), self.img_attn.norm(unit[:, :, length:])], dim=2)
+        q, k = rotate(qk, rope)  # (B, T + L, H, d) each
+        attended = attention(q, k, qkv[2], memory)  # (B, T + L, D)
         # contiguous, or in bf16 a Linear with bias would round once more, and a row would depend on the size of its batch
         txt_attended, img_attended = attended[:, :length].contiguous(), attended[:, length:].contiguous()
         img = residuals(img, img_attended, self.img_attn.proj, self.img_mlp, img_mod)
@@ -188,10 +203,10 @@ class DoubleBlock(nn.Module):
 
     def remember(self, x: Tensor, rope: Tensor, mod: list[Modulation]) -> tuple[Tensor, Memory]:
         """The image stream alone."""
-        q, k, v = self.img_attn.heads(modulate(x, mod[0]))  # (B, H, R, d) each
-        memory = Memory(rotate(k, rope), v)
-        attended = attention(rotate(q, rope), *memory)  # (B, R, D)
-        return residuals(x, attended, self.img_attn.proj, self.img_mlp, mod), memory
+        qkv = self.img_attn.heads(modulate(x, mod[0]))  # (3, B, R, H, d)
+        q, k = rotate(self.img_attn.norm(unit_rms(qkv[:2], self.numerics)), rope)
+        attended = attention(q, k, qkv[2])  # (B, R, D)
+        return residuals(x, attended, self.img_attn.proj, self.img_mlp, mod), Memory(k, qkv[2])
 
 
 def residuals(x: Tensor, attended: Tensor, proj: nn.Module, mlp: nn.Module, mod: list[Modulation]) -> Tensor:
@@ -205,11 +220,12 @@ class SingleBlock(nn.Module):
 
     def __init__(self, c: FluxConfig, numerics: Numerics):
         super().__init__()
+        self.numerics = numerics
         self.widths = [3 * c.hidden_size, mlp_width(c) * (2 if c.gated_mlp else 1)]
         self.num_heads = c.num_heads
         self.linear1 = nn.Linear(c.hidden_size, sum(self.widths), bias=c.bias)
         self.linear2 = nn.Linear(c.hidden_size + mlp_width(c), c.hidden_size, bias=c.bias)
-        self.norm = QKNorm(c.hidden_size // c.num_heads, numerics)
+        self.norm = QKNorm(c.hidden_size // c.num_heads)
         self.activation = GatedSiLU() if c.gated_mlp else nn.GELU(approximate="tanh")
         if not c.shared_modulation:
             self.modulation = Modulator(c.hidden_size, 1, c.bias)
@@ -223,11 +239,11 @@ class SingleBlock(nn.Module):
         return self.residual(x, attention(q, k, v), hidden, mod), Memory(k, v)
 
     def project(self, x: Tensor, rope: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q and k, turned, and v, each (B, H, N, d), and the MLP's hidden layer."""
+        """q and k, turned, and v, each (B, N, H, d), and the MLP's hidden layer."""
         qkv, hidden = self.linear1(modulate(x, mod)).split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.num_heads)  # (B, H, N, d)
-        q, k = self.norm(q, k)
-        return rotate(q, rope), rotate(k, rope), v, hidden
+        qkv = split_heads(qkv, self.num_heads)  # (3, B, N, H, d)
+        q, k = rotate(self.norm(unit_rms(qkv[:2], self.numerics)), rope)
+        return q, k, qkv[2], hidden
 
     def residual(self, x: Tensor, attended: Tensor, hidden: Tensor, mod: Modulation) -> Tensor:
         return x + mod.gate * self.linear2(torch.cat([attended, self.activation(hidden)], dim=-1))
@@ -236,75 +252,73 @@ class SingleBlock(nn.Module):
 class SelfAttention(nn.Module):
     """The weights of one stream; the attention itself is shared with the other stream."""
 
-    def __init__(self, c: FluxConfig, numerics: Numerics):
+    def __init__(self, c: FluxConfig):
         super().__init__()
         self.num_heads = c.num_heads
         self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size, bias=c.bias)
-        self.norm = QKNorm(c.hidden_size // c.num_heads, numerics)
+        self.norm = QKNorm(c.hidden_size // c.num_heads)
         self.proj = nn.Linear(c.hidden_size, c.hidden_size, bias=c.bias)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv(x), self.num_heads)
-        return *self.norm(q, k), v
+    def heads(self, x: Tensor) -> Tensor:
+        return split_heads(self.qkv(x), self.num_heads)
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
-    return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=num_heads)
+    return rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=num_heads)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> Tensor:
-    """(B, H, N, d) x 3 -> (B, N, H·d). No mask: padding takes part, as it did in training. `memory` is attended to as well."""
+    """(B, N, H, d) x 3 -> (B, N, H·d). No mask: padding takes part, as it did in training. `memory` is attended to as well."""
     if memory is not None:
-        k, v = torch.cat([memory.k, k], dim=2), torch.cat([memory.v, v], dim=2)  # (B, H, R + N, d)
-    out = F.scaled_dot_product_attention(q, k, v)
+        k, v = torch.cat([memory.k, k], dim=1), torch.cat([memory.v, v], dim=1)  # (B, R + N, H, d)
+    out = F.scaled_dot_product_attention(*(rearrange(x, "b n h d -> b h n d") for x in (q, k, v)))
     return rearrange(out, "b h n d -> b n (h d)")
 
 
 def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.dtype) -> Tensor:
-    """(N, axes) positions -> (N, sum(axes_dim)/2, 2) float32: cos and sin of position · theta^(-2i/dim), axis by axis."""
+    """(N, axes) positions -> (N, sum(axes_dim)/2, 2, 2) float32: a rotation by position · theta^(-2i/dim), axis by axis."""
     angles = []
     for position, dim in zip(ids.unbind(-1), axes_dim, strict=True):
         frequency = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)  # on the CPU: no float64 on Apple GPUs
         angles.append(torch.outer(position.cpu().to(dtype), frequency))  # (N, dim/2)
     angle = torch.cat(angles, dim=-1)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(ids.device)
+    cos, sin = angle.cos(), angle.sin()
+    rows = torch.stack([cos, -sin], dim=-1), torch.stack([sin, cos], dim=-1)
+    return torch.stack(rows, dim=-2).float().to(ids.device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns neighbouring pairs of channels (x0, x1) by their angle, in float32: (B, H, N, d) -> the same."""
-    x0, x1 = rearrange(x.float(), "b h n (d two) -> two b h n d", two=2)
-    cos, sin = rope.unbind(-1)  # (N, d/2)
-    return torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Turns neighbouring pairs of channels (x0, x1), in float32: (..., N, H, d) -> the same."""
+    x0, x1 = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # (..., N, H, d/2, 1) each
+    of_x0, of_x1 = rearrange(rope, "n pairs row column -> column n 1 pairs row")
+    return (of_x0 * x0 + of_x1 * x1).flatten(-2).to(x.dtype)
 
 
 class QKNorm(nn.Module):
-    def __init__(self, dim: int, numerics: Numerics):
+    """The scales of the two norms. What they scale is of length one already: `unit_rms` takes all q and k together."""
+
+    def __init__(self, dim: int):
         super().__init__()
-        self.query_norm = RMSNorm(dim, numerics)
-        self.key_norm = RMSNorm(dim, numerics)
+        self.query_norm = nn.ParameterDict({"scale": torch.ones(dim)})
+        self.key_norm = nn.ParameterDict({"scale": torch.ones(dim)})
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, unit: Tensor) -> Tensor:
+        """(2, B, N, H, d), queries and keys -> the same."""
+        scale = torch.stack([self.query_norm.scale, self.key_norm.scale])  # (2, d)
+        return (unit * rearrange(scale, "two d -> two 1 1 1 d")).to(scale.dtype)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, numerics: Numerics):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(dim))
-        self.after = numerics.norm_scale == "after"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.after:  # BFL rounds to bf16 first and scales then; in float32 it is the same
-            return F.rms_norm(x, self.scale.shape, None, 1e-6) * self.scale
-        return F.rms_norm(x, self.scale.shape, self.scale, 1e-6)
+def unit_rms(x: Tensor, numerics: Numerics) -> Tensor:
+    """x / sqrt(mean(x²) + 1e-6) over the last axis; BFL rounds it to bf16, others scale it first, and it stays in float32."""
+    return F.rms_norm(x if numerics.norm_scale == "after" else x.float(), x.shape[-1:], eps=1e-6)
 
 
 def modulate(x: Tensor, mod: Modulation) -> Tensor:
-    return (1 + mod.scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.shift
+    return mod.scale * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.shift
 
 
 class Modulator(nn.Module):
-    """silu(vec) (B, D) -> `branches` modulations, in the checkpoint's order shift, scale, gate."""
+    """silu(vec) (B, D) -> `branches` modulations, in the checkpoint's order shift, scale - 1, gate."""
 
     def __init__(self, hidden_size: int, branches: int, bias: bool):
         super().__init__()
@@ -312,7 +326,7 @@ class Modulator(nn.Module):
 
     def forward(self, activated: Tensor) -> list[Modulation]:
         parts = rearrange(self.lin(activated), "b (branch three d) -> branch three b 1 d", three=3, d=activated.shape[-1])
-        return [Modulation(*branch) for branch in parts]
+        return [Modulation(shift, 1 + scale, gate) for shift, scale, gate in parts]
 
 
 class FinalLayer(nn.Module):
@@ -323,7 +337,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)  # diffusers stores scale first, BFL shift
-        return self.linear(modulate(x, Modulation(shift, scale, gate=None)))
+        return self.linear(modulate(x, Modulation(shift, 1 + scale, gate=None)))
 
 
 def mlp_width(c: FluxConfig) -> int:

@@ -1,148 +1,144 @@
 """What things cost, measured on this machine.
 
-    python scripts/bench.py                what a start costs: imports, and the toy's first picture, each in a fresh process
-    python scripts/bench.py --references   what it saves to compute reference pictures once, at the width of klein 9B
+    python scripts/bench.py                       what a start costs: imports, and the toy's first picture
+    python scripts/bench.py --against diffusers   every part of the way from the prompt to the file, against diffusers
+    python scripts/bench.py --floor               a step over the bare matrix products and attentions in it
+    python scripts/bench.py --model flux.2-dev    a whole model of random weights: needs room for it, and no files
+    python scripts/bench.py --references          what it saves to compute reference pictures once
+    python scripts/bench.py --lossy               how far off each lossy mode is
 
-What is compared takes turns, forwards and backwards (A B C C B A), so that a machine that slows down slows all; medians.
+What is compared has the same random weights and inputs, and takes turns after a warm-up, forwards and backwards (A B B A), so
+that a machine that slows down slows both. Figures are medians, lower is better, and goals are of ours / theirs.
 """
 
 import argparse
-import platform
-import statistics
-import subprocess
+import itertools
+import shlex
 import sys
-import tempfile
-import time
-from dataclasses import replace
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-USE = "import flux; flux.MODELS; flux.load"  # the names, not just the package, whose own import does nothing
-IMPORTS = {"import torch": "import torch", "import flux": USE, "diffusers": "from diffusers import FluxPipeline"}
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]  # tests: their reference.py builds diffusers' side
+
+import torch  # noqa: E402
+from benchmarks.rows import Report, Row, check_json, installed  # noqa: E402
+from benchmarks.setting import Setting  # noqa: E402
+
+from flux.configs import ModelSpec  # noqa: E402
+from flux.errors import UserError  # noqa: E402
+from flux.memory import choose_device
+from flux.models import find_spec  # noqa: E402
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--references", action="store_true", help="reference pictures, with and without a cache")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="each runs everything twice (default: 3)")
-    args = parser.parse_args()
-    print(f"torch {version('torch')}, Python {platform.python_version()}, {processor()}, {date.today()}\n")
-    return references(args.rounds) if args.references else start(args.rounds)
-
-
-def start(rounds: int) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        sample = [str(ROOT / "scripts" / "sample.py"), "a red circle on a white background", "--output", f"{folder}/a.png"]
-        commands = {name: ["-c", code] for name, code in IMPORTS.items() if name != "diffusers" or installed("diffusers")}
-        commands["prompt to picture"] = sample
-        seconds: dict[str, list[float]] = {name: [] for name in commands}
-        for name in commands:
-            run(commands[name])  # once unmeasured, so that files are in the page cache
-        for _ in range(rounds):
-            for name in [*commands, *reversed(commands)]:
-                seconds[name].append(run(commands[name]))
-
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print("| command | seconds | over `import torch` |\n|---|---|---|")
-    for name, median in medians.items():
-        print(f"| {name} | {median:.2f} | {median / medians['import torch']:.2f} |")
-    return 0
-
-
-def references(rounds: int) -> int:
-    """Four steps at 512x512 of klein 9B, cut to one double and one single block, with references as large as the picture."""
-    import torch
-
-    from flux.configs import KLEIN_9B
-    from flux.transformer import Flux
-
-    config = replace(KLEIN_9B, depth=1, depth_single=1)
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Flux(config)
-    model = model.to_empty(device="cpu").to(torch.bfloat16).requires_grad_(False)
-    for p in model.parameters():
-        p.normal_(std=p[0].numel() ** -0.5) if p.ndim > 1 else p.fill_(1)
-
-    print("| references | 4 steps | computed once | gain | gain in FLOPs | share reached | FLOPs of the whole model at 1 MP |")
-    print("|---|---|---|---|---|---|---|")
-    for count in (1, 2, 4):
-        seconds = {cached: [] for cached in (False, True)}
-        generate(model, 32, count, cached=True)  # once unmeasured
-        for _ in range(rounds):
-            for cached in (False, True, True, False):
-                begun = time.perf_counter()
-                generate(model, 32, count, cached)
-                seconds[cached].append(time.perf_counter() - begun)
-        plain, cached = (statistics.median(seconds[cached]) for cached in (False, True))
-        due, whole = flop_gain(config, 32, count), flop_gain(KLEIN_9B, 64, count)
-        print(f"| {count} | {plain:.1f} s | {cached:.1f} s | {plain / cached:.2f} | {due:.2f} | {plain / cached / due:.2f} "
-              f"| {whole:.2f} |", flush=True)  # fmt: skip
-    return 0
-
-
-def flop_gain(config, side: int, count: int) -> float:
-    """FLOPs of four steps, plain over cached, counted by torch on the meta device."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from flux.transformer import Flux
-
-    with torch.device("meta"):
-        model = Flux(config)
-    totals = []
-    for cached in (False, True):
-        with FlopCounterMode(display=False) as counter:
-            generate(model, side, count, cached)
-        totals.append(counter.get_total_flops())
-    return totals[0] / totals[1]
-
-
-def generate(model, side: int, count: int, cached: bool, steps: int = 4) -> None:
-    """Four steps of side² image tokens with 512 of text and `count` references of the same size; values do not matter."""
-    import torch
-
-    from flux import sampling
-
-    weight, axes = model.img_in.weight, len(model.config.axes_dim)
-    random = lambda n, width: torch.randn(1, n, width, dtype=weight.dtype, device=weight.device)  # noqa: E731
-    img, txt = random(side**2, model.config.in_channels), random(512, model.config.context_dim)
-    references = random(count * side**2, model.config.in_channels)
-    img_ids, txt_ids = sampling.image_ids(side, side, axes), sampling.text_ids(512, axes)
-    ids = torch.cat([sampling.image_ids(side, side, axes, t=10 * k) for k in range(1, count + 1)])
-    turned = lambda *ids: model.rope(*ids).to(weight.device)  # noqa: E731
-    vec = lambda t: model.vec(torch.full((1,), t, device=weight.device))  # noqa: E731
-    memories = model.remember(references, turned(ids[:0], ids), vec(0.0)) if cached else None
-    rope = turned(txt_ids, img_ids if cached else torch.cat([img_ids, ids]))
-    for step in range(steps):
-        tokens = img if cached else torch.cat([img, references], dim=1)
-        model.velocity(tokens, txt, rope, vec(1 - step / steps), memories)
-
-
-def run(arguments: list[str]) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
-    return time.perf_counter() - start
-
-
-def installed(package: str) -> bool:
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(arguments)
     try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
+        setting, rows = asked(args)
+        report = Report(shlex.join(["bench.py", *arguments]), device_name(setting.device))
+        report.print_heading()
+        try:
+            if rows:
+                report.print_rows(itertools.chain(*rows))
+            if args.lossy:
+                report.print_losses(losses(setting))
+        finally:  # what was measured before something failed is kept too
+            if args.json and (report.rows or report.losses):
+                print(f"\n{report.save(args.json)}")
+    except (UserError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what (default: what a start costs)")
+    what.add_argument("--against", choices=["diffusers"], help="everything, or with --model that model, against diffusers")
+    what.add_argument("--model", metavar="NAME", help="a model of flux.MODELS at full size, with random weights")
+    what.add_argument("--floor", action="store_true", help="a step over the hardware's floor; a part of --model")
+    what.add_argument("--references", action="store_true", help="reference pictures, with and without a cache")
+    what.add_argument("--lossy", action="store_true", help="the error of each lossy mode against float32")
+    how = parser.add_argument_group("how")
+    how.add_argument("--quick", action="store_true", help="smaller sizes: under three minutes on two cores")
+    how.add_argument("--rounds", type=int, default=3, metavar="N", help="each runs everything twice (default: 3)")
+    how.add_argument("--device", help="cuda, mps, cpu (default: the best that is here)")
+    how.add_argument(
+        "--json", type=Path, metavar="FILE", help="keep the rows there, with the command, machine, versions and date"
     )
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+    return parser
+
+
+def asked(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
+    """How to measure, and what: all is checked now, and measured when it is iterated over."""
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: must be at least 1")
+    if args.against and not installed("diffusers"):
+        raise UserError("--against diffusers: diffusers is not installed here; install it with pip install -e '.[test]'")
+    if args.json:
+        check_json(args.json)
+    device = choose_device(args.device)
+    sizes = dict(whole=256, replayed=0.5) if device.type == "cpu" else {}
+    setting = Setting(device, args.rounds, **sizes)
+    setting = setting.quick() if args.quick else setting
+    rows = []
+    if args.model:
+        rows.append(whole_model(find_spec(args.model), setting, bool(args.against)))
+    elif args.against:
+        rows.append(against_diffusers(setting))
+    if args.floor and not args.model:  # which has its floor anyway
+        rows.append(over_floor(setting))
+    if args.references:
+        rows.append(references(setting))
+    return setting, rows or ([] if args.lossy else [start(setting)])
+
+
+def start(setting: Setting) -> Iterator[Row]:
+    from benchmarks.start import start_rows
+
+    yield from start_rows(setting)
+
+
+def against_diffusers(setting: Setting) -> Iterator[Row]:
+    from benchmarks import pipelines, stages, start, steps
+
+    yield from start.cold_rows(setting)
+    yield from start.load_rows(setting)
+    yield from stages.text_rows(setting)
+    yield from steps.step_rows(setting)
+    yield from stages.autoencoder_rows(setting)
+    yield stages.saving_row(setting)
+    yield from pipelines.pipeline_rows(setting)
+
+
+def over_floor(setting: Setting) -> Iterator[Row]:
+    from benchmarks.floor import floor_rows
+
+    yield from floor_rows(setting)
+
+
+def whole_model(spec: ModelSpec, setting: Setting, against: bool) -> Iterator[Row]:
+    from benchmarks.full import full_rows
+
+    yield from full_rows(spec, setting, against)
+
+
+def references(setting: Setting) -> Iterator[Row]:
+    from benchmarks.references import reference_rows
+
+    yield from reference_rows(setting)
+
+
+def losses(setting: Setting) -> Iterator[NamedTuple]:
+    from flux.quantization.loss import losses
+
+    yield from losses(setting.prompts)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 if __name__ == "__main__":

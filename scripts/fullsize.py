@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flux import sampling  # noqa: E402
 from flux.configs import ModelSpec  # noqa: E402
 from flux.errors import UserError  # noqa: E402
-from flux.pipeline import find_spec  # noqa: E402
+from flux.models import find_spec  # noqa: E402
 from flux.transformer import Flux, FluxConfig  # noqa: E402
 from flux.weights import load_module  # noqa: E402
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -29,13 +29,13 @@ from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers  # n
 from flux.clip import CLIP, CLIPConfig  # noqa: E402
 from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec  # noqa: E402
 from flux.errors import UserError  # noqa: E402
+from flux.files import BITS, find_all, is_local, read_header, shard_files  # noqa: E402
 from flux.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
-from flux.pipeline import find_spec  # noqa: E402
+from flux.models import find_spec  # noqa: E402
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig  # noqa: E402
 from flux.t5 import T5, T5Config  # noqa: E402
 from flux.text import clip_unread, language_model_unread, t5_unread  # noqa: E402
 from flux.transformer import Flux, FluxConfig  # noqa: E402
-from flux.weights import BITS, find_all, is_local, read_header, shard_files  # noqa: E402
 
 FOLDER = ROOT / "tests" / "manifests"
 CONTROL = replace(configs.FLUX1, in_channels=128)  # a control picture's channels beside the noise's
@@ -49,6 +49,15 @@ class ControlLoraConfig:
     rank: int = 128
 
 
+@dataclass(frozen=True)
+class QuantisedConfig:
+    """A transformer as Black Forest Labs have quantised it: the large matrices of its blocks, but for those in `kept`."""
+
+    transformer: FluxConfig
+    storage: Literal["fp8", "nvfp4"]
+    kept: str = ""
+
+
 MANIFESTS = {
     "flux1-dev": configs.FLUX1,
     "flux1-schnell": replace(configs.FLUX1, guidance=False),
@@ -58,6 +67,11 @@ MANIFESTS = {
     "flux2-dev": configs.FLUX2,
     "klein-4b": configs.KLEIN_4B,
     "klein-9b": configs.KLEIN_9B,
+    "flux2-dev-nvfp4": QuantisedConfig(configs.FLUX2, "nvfp4", kept="txt_attn"),
+    "klein-4b-fp8": QuantisedConfig(configs.KLEIN_4B, "fp8"),
+    "klein-4b-nvfp4": QuantisedConfig(configs.KLEIN_4B, "nvfp4"),
+    "klein-9b-fp8": QuantisedConfig(configs.KLEIN_9B, "fp8"),
+    "klein-9b-nvfp4": QuantisedConfig(configs.KLEIN_9B, "nvfp4"),
     "flux2-tiny": configs.TINY,
     "ae-flux1": configs.AE1,
     "ae-flux2": configs.AE2,
@@ -76,7 +90,7 @@ FLOAT32 = ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder")  # all else was rel
 QWEN3_DEPTH = 36  # layers in the released files, of which 27 are read
 
 NetworkConfig = FluxConfig | AutoEncoderConfig | T5Config | CLIPConfig | LanguageModelConfig | SigLIPConfig | ReduxConfig
-Config = NetworkConfig | ControlLoraConfig
+Config = NetworkConfig | ControlLoraConfig | QuantisedConfig
 Manifest = dict[str, tuple[str, tuple[int, ...]]]  # name -> type as safetensors spells it, shape
 
 
@@ -156,6 +170,8 @@ def from_reference(config: Config) -> Manifest:
 
     if isinstance(config, ControlLoraConfig):
         return lora_of(from_reference(config.transformer), config.rank)
+    if isinstance(config, QuantisedConfig):
+        return quantised(from_reference(config.transformer), config)
     if isinstance(config, (SigLIPConfig, ReduxConfig)):
         return listed(adapter(config), "BF16")
     if not isinstance(config, (FluxConfig, AutoEncoderConfig)):
@@ -217,6 +233,26 @@ def lora_of(transformer: Manifest, rank: int) -> Manifest:
     return found
 
 
+def quantised(transformer: Manifest, config: QuantisedConfig) -> Manifest:
+    """The same transformer with packed weights, and the scales that they need."""
+    found = {}
+    for name, (dtype, shape) in transformer.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf != "weight" or "_blocks." not in layer or (config.kept and config.kept in layer):
+            found[name] = dtype, shape
+            continue
+        rows, columns = shape
+        if config.storage == "fp8":
+            found[name] = "F8_E4M3", shape
+            found[f"{layer}.weight_scale"] = "F32", ()
+        else:
+            found[name] = "U8", (rows, columns // 2)
+            found[f"{layer}.weight_scale"] = "F8_E4M3", (rows, columns // 16)  # whole tiles of 128x4, at all these sizes
+            found[f"{layer}.weight_scale_2"] = "F32", ()
+        found[f"{layer}.input_scale"] = "F32", ()
+    return found
+
+
 def listed(state: dict[str, torch.Tensor], dtype: str) -> Manifest:
     return {name: (dtype if t.is_floating_point() else "I64", tuple(t.shape)) for name, t in state.items()}
 
@@ -245,13 +281,18 @@ def parts(spec: ModelSpec) -> dict[str, Part]:
         networks = {"T5": (text.t5, text.t5_files), "CLIP": (text.clip, text.clip_files)}
     else:
         networks = {"text encoder": (text.model, text.files)}
-    networks |= {"transformer": (spec.transformer, (spec.transformer_file,))}
+    networks |= {"transformer": (transformer_of(spec), (spec.transformer_file,))}
     networks |= {"autoencoder": (spec.autoencoder, spec.autoencoder_files)}
     found = {part: Part(config, spec.repository, files) for part, (config, files) in networks.items()}
     for name, file in spec.adapter.files if spec.adapter else ():
-        part, config = ADAPTERS[name]
+        part, config = ADAPTERS.get(name, (name, transformer_of(spec)))
         found[part] = Part(config, spec.adapter.repository, (file,))
     return found
+
+
+def transformer_of(spec: ModelSpec) -> Config:
+    alike = (c for c in MANIFESTS.values() if isinstance(c, QuantisedConfig) and c.transformer == spec.transformer)
+    return next((config for config in alike if config.storage == spec.storage), spec.transformer)
 
 
 def check(spec: ModelSpec, weights: Path | None) -> int:
@@ -353,13 +394,20 @@ def memory_table() -> str:
     for spec in MODELS.values():
         width = 4 if spec.embedded else 2
         networks = {part: config for part, (config, *_) in parts(spec).items() if part != "LoRA"}  # which is merged
-        sizes = {part: width * sum(p.numel() for p in on_meta(config).parameters()) for part, config in networks.items()}
+        sizes = {part: memory(config, width) for part, config in networks.items()}
         transformer, autoencoder = sizes.pop("transformer"), sizes.pop("autoencoder")
         redux = sizes.pop("SigLIP", 0) + sizes.pop("Redux", 0)
         stages = (sum(sizes.values()), transformer, autoencoder, redux)
         columns = (*stages, max(stages), sum(stages))
         rows.append((f"`{spec.name}`", *(f"{n / 1e9:.3g}" if n else "none" for n in columns)))
     return table("model", "text encoder", "transformer", "autoencoder", "adapter", "largest stage", "all", rows=rows)
+
+
+def memory(config: Config, width: int) -> int:
+    """Bytes of a network with `width` bytes a number, but for what is quantised."""
+    if isinstance(config, QuantisedConfig):
+        return size(from_json(name_of(config)))
+    return width * sum(p.numel() for p in on_meta(config).parameters())
 
 
 def table(*titles: str, rows: Sequence[Sequence]) -> str:

@@ -8,9 +8,11 @@ python scripts/parity.py compare a.safetensors --against diffusers
 python scripts/parity.py doctor port.safetensors a.safetensors
 python scripts/parity.py report port.safetensors a.safetensors --output report.html
 python scripts/parity.py kit --output kit
+python scripts/parity.py kit --random flux.1 --output kit
 python scripts/parity.py replay a.safetensors --dtype bfloat16
 python scripts/parity.py bisect a.safetensors --transformer mine.safetensors
 python scripts/parity.py budgets a.safetensors
+python scripts/parity.py table
 
 Exit codes: 0 within budget, 1 over budget, 2 a mistake in what was asked, 130 Ctrl-C.
 """
@@ -37,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_capture, add_compare, add_kit, add_replay, add_bisect, add_budgets, add_report, add_doctor):
+    for add in (add_capture, add_compare, add_kit, add_replay, add_bisect, add_budgets, add_report, add_doctor, add_table):
         add(commands)
     return p
 
@@ -98,14 +100,14 @@ def capture(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace):
     """The pipeline, and the request to it."""
-    from flux import pipeline
+    from flux import models
     from flux.errors import UserError
     from flux.parity.capture import Request
 
     prompts = sample.gather_prompts(args)
     if len(prompts) > 1:
         raise UserError(f"a capture is of one prompt, and {len(prompts)} are given: capture them one by one")
-    pictures = sample.gather_pictures(args, pipeline.find_spec(args.model, args.transformer))
+    pictures = sample.gather_pictures(args, models.find_spec(args.model, args.transformer))
     pipe = sample.load(args)
     size = args.width, args.height, args.steps, args.guidance
     return pipe, Request(prompts[0], *size, args.seed, args.negative_prompt, args.cfg_scale, pictures)
@@ -202,6 +204,8 @@ def add_kit(commands) -> None:
     p = command(commands, kit, "kit", "write a folder that a port in any language can be tested against")
     add_request(p)
     group = p.add_argument_group("the kit")
+    group.add_argument("--random", choices=("flux.1", "flux.2"), help="of a tiny model of this family with random weights, "
+                       "which needs no files, in place of --model")  # fmt: skip
     group.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="that is not there yet")
     group.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture; the block that the "
                        "example reads is always there (repeatable)")  # fmt: skip
@@ -210,6 +214,18 @@ def add_kit(commands) -> None:
 
 
 def kit(args: argparse.Namespace) -> int:
+    from flux.errors import UserError
+    from flux.parity.random_model import random_model
+
+    if not args.random:
+        return build_kit(args)
+    if args.model or args.weights or args.transformer or args.autoencoder:
+        raise UserError("--random makes a model of its own: leave out --model, --weights, --transformer and --autoencoder")
+    with random_model(args.random) as (args.model, args.weights):
+        return build_kit(args)
+
+
+def build_kit(args: argparse.Namespace) -> int:
     from flux.parity import kit
 
     if not (args.prompts or args.prompt or args.prompt_file or args.image):
@@ -275,9 +291,9 @@ def add_judgement(p: argparse.ArgumentParser) -> None:
 
 def again(args: argparse.Namespace):
     """The capture, the pipeline that it is of, and the request to it."""
+    from flux.models import find_spec
     from flux.parity import replay
     from flux.parity.record import Capture
-    from flux.pipeline import find_spec
 
     capture = Capture(args.capture)
     pictures = sample.gather_pictures(args, find_spec(replay.recipe_of(capture)["model"]))
@@ -403,6 +419,35 @@ def doctor(args: argparse.Namespace) -> int:
         return 0
     print(doctor.told(doctor.diagnose(rows, port, reference, pipeline_of(reference, args))))
     return 1
+
+
+# ---------------------------------------------------------------- table
+
+
+def add_table(commands) -> None:
+    p = command(
+        commands, table, "table", "measure each network and pipeline against diffusers and transformers, tiny and random"
+    )
+    p.add_argument("--write", action="store_true", help="put the table into README.md as well, in the place of the one there")
+
+
+def table(args: argparse.Namespace) -> int:
+    from flux.errors import UserError
+    from flux.parity import table
+
+    root = Path(__file__).resolve().parents[1]
+    sys.path.append(str(root / "tests"))  # where the references are built
+    try:
+        from parity_rows import measure, ran_on
+
+        text = table.markdown(list(measure()), ran_on())
+    except ImportError as error:
+        lacking = f"table needs diffusers, transformers and what the tests do, and {error.name or error} is missing or too old"
+        raise UserError(f'{lacking}: run `pip install -e ".[test]"` in a clone of the repository') from None
+    print(text)
+    if args.write:
+        table.write(root / "README.md", text)
+    return 0
 
 
 # ---------------------------------------------------------------- running

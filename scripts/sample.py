@@ -23,7 +23,7 @@ DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n
 REMADE = dict(  # what a picture's parameters must hold, and of what type, to make it again
     prompt=str, negative_prompt=str | None, width=int, height=int, steps=int, guidance=float | int | list | None,
     cfg_scale=float | int | list | None, seed=int, numerics=str, model=str, dtype=str, transformer=str | None,
-    autoencoder=str | None,
+    autoencoder=str | None, quantize=str | None, native_fp8=bool, tile=int | None,
 )  # fmt: skip
 OPTIONS = {  # of flux.Pictures -> flags; also what the metadata keep
     "strength": "strength", "expand": "expand", "mask_threshold": "mask_threshold", "composite": "composite",
@@ -86,6 +86,14 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     how.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; float32 for the toy")
     how.add_argument("--numerics", choices=NUMERICS, default="exact", help="whose rounding (default: exact)")
+    means = p.add_argument_group("memory and speed (README: what is lossless, and what the rest costs)")
+    means.add_argument("--offload", choices=("none", "stages", "stream"), help="weights on the device: all; those of one stage "
+                       "at a time; blocks one after another (default: the first that fits)")  # fmt: skip
+    means.add_argument("--vram", type=float, metavar="GB", help="use no more of the device's memory")
+    means.add_argument("--quantize", metavar="KIND", help="fp8, int8 or int4: round the large matrices when they are loaded")
+    means.add_argument("--native-fp8", action="store_true", help="multiply float8 matrices in float8, where the GPU can")
+    means.add_argument("--compile", action="store_true", help="compile the blocks: takes a minute, then saves time on a GPU")
+    means.add_argument("--tile", type=int, metavar="PIXELS", help="decode in tiles of this side, if a picture is too large")
     files = p.add_argument_group("files")
     files.add_argument("--weights", type=Path, metavar="DIR", help="where the models' files are; without it, in $FLUX_WEIGHTS, "
                        "in the Hugging Face cache, or downloaded")  # fmt: skip
@@ -182,35 +190,38 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from flux import conditioning, pipeline, sampling
+    from flux import conditioning, models, options, sampling
 
     check_loras(args)
-    pipeline.check_count(len(prompts) * args.num_images, seed)
-    spec = pipeline.find_spec(args.model, args.transformer)
+    options.check_count(len(prompts) * args.num_images, seed)
+    spec = models.find_spec(args.model, args.transformer)
     pictures, files = gather_pictures(args, spec), describe_files(args)
     if prompts == [""] and spec.picture != "redux":
         raise UserError(f"there is no prompt, and {spec.name} needs one: say what the picture should show")
     width, height = conditioning.size_of(spec, pictures, args.width, args.height)
-    pipeline.check_size(height, width)
-    steps = pipeline.check_steps(spec, args.steps)
-    guidance = pipeline.check_guidance(spec, args.guidance, steps)
+    options.check_size(height, width)
+    steps = options.check_steps(spec, args.steps)
+    guidance = options.check_guidance(spec, args.guidance, steps)
     if args.upsample == "local" and (spec.name != "flux.2-dev"):
         raise UserError(
             f"--upsample local works with flux.2-dev alone, whose text encoder can write, not with {spec.name}: give a URL"
         )
     if (args.upsample not in (None, "local")) != (args.upsample_model is not None):
         raise UserError("--upsample URL and --upsample-model NAME go together")
-    cfg = pipeline.check_cfg(spec, args.guidance, args.negative_prompt, args.cfg_scale, steps)
+    cfg = options.check_cfg(spec, args.guidance, args.negative_prompt, args.cfg_scale, steps)
 
     # 2. the model
     torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     pipe = load(args)
     toy = ", the embedded toy" if spec.embedded else ""
-    guided = "" if guidance is None else f", guidance {pipeline.written(guidance)}"
+    guided = "" if guidance is None else f", guidance {options.written(guidance)}"
     run = f"{steps} steps" + (f" at strength {pictures.strength:g}" if pictures and pictures.strength else "")
     say(f"{spec.name}{toy}: {width}x{height}, {run}{guided}, on {pipe.device} in {short(pipe.dtype)}")
     if spec.embedded:
         note_unknown_words(prompts)
+    how = pipe.prepare(width, height, steps, pictured=pictures is not None)
+    if not spec.embedded or any((args.offload, args.vram, args.quantize)):
+        say(f"memory: {how.message}")
 
     # 3. the prompts written out, if that is asked for
     plain, prompts = prompts, [upsample(args, pipe, prompt, pictures, seed) for prompt in prompts]
@@ -250,8 +261,9 @@ def load(args: argparse.Namespace):
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipe = pipeline.load(
-        args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.autoencoder, args.check_weights
-    )
+        args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.autoencoder, args.check_weights,
+        args.offload, args.vram, args.quantize, args.native_fp8, args.compile, args.tile,
+    )  # fmt: skip
     for path, scale in args.lora:
         pipe.load_lora(path, scale, args.lora_partial)
     return pipe
@@ -261,11 +273,11 @@ def upsample(args: argparse.Namespace, pipe, prompt: str, pictures, seed: int) -
     """The prompt, written out by a language model if --upsample says by which."""
     if not args.upsample:
         return prompt
-    from flux import pipeline, upsampling
+    from flux import models, upsampling
 
     shown = pictures.images if pictures else ()
     if args.upsample == "local":
-        pipeline.locate_one(pipe.spec, "text_encoder/config.json", args.weights)
+        models.locate_one(pipe.spec, "text_encoder/config.json", args.weights)
         written = upsampling.upsample_locally(prompt, pipe.files["tokenizer"].parent, shown, seed, pipe.device)
     else:
         written = upsampling.upsample_remotely(prompt, args.upsample, args.upsample_model, pictures=shown)
@@ -322,7 +334,7 @@ def recall(args: argparse.Namespace, metadata: dict) -> None:
     recall_files(args, metadata)
     args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
     for key in REMADE.keys() - {"prompt", "transformer", "autoencoder"}:
-        if getattr(args, key) in (None, "exact"):
+        if getattr(args, key) in (None, "exact") or getattr(args, key) is False:
             setattr(args, key, metadata[key])
 
 
@@ -386,6 +398,7 @@ def describe(args, pipe, prompt: str, width: int, height: int, steps: int, guida
         numerics=args.numerics, dtype=short(pipe.dtype), device=pipe.device.type,
         transformer=args.transformer.name if args.transformer else None,
         autoencoder=args.autoencoder.name if args.autoencoder else None,
+        quantize=args.quantize, native_fp8=args.native_fp8, tile=args.tile,
         pictures={option: getattr(args, flag) for option, flag in OPTIONS.items()} if args.image else None,
         note="made by the embedded toy model: shows the code at work, not what FLUX can do" if spec.embedded else None,
         licence=spec.licence.name, software=f"flux {flux.__version__}, torch {torch.__version__}",
@@ -464,7 +477,7 @@ def save_latents(picture: Path, latents, metadata: dict) -> None:
 
 def list_models(weights: Path | None) -> int:
     from flux.configs import MODELS
-    from flux.pipeline import is_here, parameters
+    from flux.models import is_here, parameters
 
     print(f"{'name':24}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
     for spec in MODELS.values():

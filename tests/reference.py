@@ -418,7 +418,7 @@ def tiny_models(clip_eos: int) -> dict[str, ModelSpec]:
 
 
 def networks(spec: ModelSpec, seed: int = 0) -> dict[str, nn.Module]:
-    """Our networks for a row, with random weights, by the names that `flux.pipeline.locate` gives to their files."""
+    """Our networks for a row, with random weights, by the names that `flux.models.locate` gives to their files."""
     out = {"transformer": Flux(spec.transformer), "autoencoder": AutoEncoder(spec.autoencoder)}
     if isinstance(spec.text, FLUX1Text):
         out |= {"t5": T5(spec.text.t5), "clip": CLIP(spec.text.clip)}

@@ -91,12 +91,13 @@ def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
     remembered = []
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        vec = model.vec(torch.zeros(1), None if guidance is None else guidance[:1])
-        memories = model.remember(given.references, model.rope(given.reference_ids[:0], given.reference_ids), vec)
+        still = model.modulations(model.vec(torch.zeros(1), None if guidance is None else guidance[:1]))
+        memories = model.remember(given.references, model.rope(given.reference_ids[:0], given.reference_ids), still)
         remembered.append(memories[-1].k)
         memories = [Memory(*(y.expand(2, -1, -1, -1) for y in memory)) for memory in memories]
+        now = model.modulations(model.vec(torch.full((2,), t), guidance))
         passes = [
-            model.velocity(x, tokens.expand(2, -1, -1), rope, model.vec(torch.full((2,), t), guidance), memories)
+            model.velocity(x, tokens.expand(2, -1, -1), rope, now, memories)
             for tokens in (features.tokens, *([negative.tokens] if cfg else []))
         ]
         return passes[1] + 3.0 * (passes[0] - passes[1]) if cfg else passes[0]
@@ -163,8 +164,8 @@ def test_memories_are_one_sequence_with_a_mask(depth, depth_single):
     ids = [sampling.image_ids(2, 5, 4, t=10), sampling.text_ids(5, 4), sampling.image_ids(3, 4, 4)]
     t, guidance = torch.tensor([0.8, 0.3]), torch.tensor([3.5, 2.0])
     still, now = model.vec(torch.zeros(2), guidance), model.vec(t, guidance)
-    memories = model.remember(references, model.rope(ids[0][:0], ids[0]), still)
-    ours = model.velocity(img, txt, model.rope(*ids[1:]), now, memories)
+    memories = model.remember(references, model.rope(ids[0][:0], ids[0]), model.modulations(still))
+    ours = model.velocity(img, txt, model.rope(*ids[1:]), model.modulations(now), memories)
     for row in range(2):
         *tokens, before, after = (x[row].double() for x in (references, txt, img, still, now))
         expected = dense(model, *tokens, torch.cat(ids), before, after)

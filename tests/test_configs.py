@@ -4,16 +4,17 @@ The truth: Black Forest Labs' repositories flux and flux2 (`configs` in flux/uti
 the defaults of their scripts), the repositories' model cards, and diffusers' pipelines. Shapes of tensors are elsewhere.
 """
 
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
 
 import flux
 from flux.configs import EMBEDDED, MODELS, Adapter, FLUX1Text, FLUX2Text
 from flux.errors import UserError
-from flux.pipeline import find_spec
+from flux.models import find_spec
 
-REAL = {name: spec for name, spec in MODELS.items() if not spec.embedded}
+REAL = {name: spec for name, spec in MODELS.items() if not spec.embedded and spec.storage == "bfloat16"}
+QUANTISED = {name: spec for name, spec in MODELS.items() if spec.storage != "bfloat16"}
 
 # From the cards of FLUX.1-schnell (4 steps, 256 tokens, no guidance), FLUX.1-dev (50 steps, guidance 3.5, 512 tokens) and
 # FLUX.1-Krea-dev (28 to 32 steps, guidance 4.5), whose step counts and lengths BFL's scripts share; from FLUX2_MODEL_INFO
@@ -121,6 +122,8 @@ def test_networks(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_a_picture_becomes(name):
     spec = MODELS[name]
+    if name in QUANTISED:
+        return
     assert [use for use, names in PICTURES.items() if name in names] == [spec.picture]
     kinds = {"flux.1-canny-dev": "canny", "flux.1-depth-dev": "depth"}
     assert spec.control == kinds.get(name.removesuffix("-lora"))
@@ -130,10 +133,27 @@ def test_what_a_picture_becomes(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters(name):
     spec, base = MODELS[name], MODELS["flux.1-dev"]
+    if name in QUANTISED:
+        return
     assert spec.adapter == ADAPTERS.get(name)
     if spec.adapter:  # all else is of FLUX.1 [dev]
         assert (spec.repository, spec.licence, spec.transformer) == (base.repository, base.licence, base.transformer)
         assert (spec.text, spec.autoencoder, spec.autoencoder_files) == (base.text, base.autoencoder, base.autoencoder_files)
+
+
+def test_quantised_rows_are_those_of_the_whole_model():
+    """Of another file alone: all else, licence included, is the same. The names are those of the repositories."""
+    assert {name: spec.adapter.repository.split("/")[1] for name, spec in QUANTISED.items()} == {
+        name.lower(): name for name in (
+            "FLUX.2-dev-NVFP4", "FLUX.2-klein-4b-fp8", "FLUX.2-klein-4b-nvfp4", "FLUX.2-klein-9b-fp8", "FLUX.2-klein-9b-nvfp4",
+            "FLUX.2-klein-9b-kv-fp8", "FLUX.2-klein-base-4b-fp8", "FLUX.2-klein-base-9b-fp8", "FLUX.2-klein-base-9b-nvfp4",
+        )
+    }  # fmt: skip
+    for name, spec in QUANTISED.items():
+        whole, _, storage = name.rpartition("-")
+        file = dict(transformer_file=spec.transformer_file, adapter=spec.adapter, storage=storage)
+        assert spec == replace(MODELS[whole], name=name, **file) and spec.storage == storage
+        assert spec.adapter.files == (("transformer", spec.transformer_file),)
 
 
 def test_names_and_repositories():
@@ -149,11 +169,12 @@ def test_names_and_repositories():
 
 
 def test_licences():
-    free = {name for name, spec in MODELS.items() if spec.licence.commercial}
+    free = {name for name, spec in MODELS.items() if spec.licence.commercial and name not in QUANTISED}
     assert free == {"flux.1-schnell", "flux.2-klein-4b", "flux.2-klein-base-4b", "flux.2-tiny"}
     assert all((spec.licence.name == "Apache-2.0") == spec.licence.commercial for spec in MODELS.values())
-    assert {name for name, spec in MODELS.items() if not spec.licence.gated} == free - {"flux.1-schnell"}
-    owed = {name: spec.licence.name for name, spec in MODELS.items() if name not in free}
+    open_to_all = {name for name, spec in MODELS.items() if not spec.licence.gated and name not in QUANTISED}
+    assert open_to_all == free - {"flux.1-schnell"}
+    owed = {name: spec.licence.name for name, spec in MODELS.items() if name not in free | QUANTISED.keys()}
     assert owed == {name: "FLUX.1 [dev] Non-Commercial License" for name in owed if name.startswith("flux.1")} | {
         "flux.2-dev": "FLUX.2 [dev] Non-Commercial License",
         "flux.2-klein-9b": "FLUX Non-Commercial License",

@@ -78,12 +78,13 @@ def skip_rope(patch):
 
 def swap_shift_and_scale(patch):
     straight = transformer.Modulator.forward
-    swapped = lambda self, x: [m._replace(shift=m.scale, scale=m.shift) for m in straight(self, x)]  # noqa: E731
+    swapped = lambda self, x: [m._replace(shift=m.scale - 1, scale=1 + m.shift) for m in straight(self, x)]  # noqa: E731
     patch.setattr(transformer.Modulator, "forward", swapped)
 
 
 def drop_qk_norm(patch):
-    patch.setattr(transformer.QKNorm, "forward", lambda self, q, k: (q, k))
+    patch.setattr(transformer, "unit_rms", lambda x, numerics: x)
+    patch.setattr(transformer.QKNorm, "forward", lambda self, unit: unit)
 
 
 def forget_the_thousand(patch):

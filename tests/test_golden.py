@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import flux
 from flux.configs import MODELS
-from flux.weights import read_header
+from flux.files import read_header
 
 GOLDEN = Path(__file__).parent / "golden"
 PIPELINES = sorted(path.stem.removeprefix("pipeline-") for path in GOLDEN.glob("pipeline-*"))

@@ -35,9 +35,11 @@ from flux import sampling
 from flux.clip import CLIP
 from flux.errors import UserError
 from flux.lora import merge, place, read
+from flux.network import Network
+from flux.quantization import QuantizedLinear
 from flux.t5 import T5
 from flux.transformer import Flux, FluxConfig
-from flux.weights import Network
+from flux.weights import load_module
 
 RANK, ALPHA, SCALE = 4, 6.0, 0.7
 # Of float32: the products and sums of BA, two scales, the last sum and the bound's own slack, each 2^-24 of the largest value.
@@ -569,6 +571,55 @@ def test_placing_needs_no_weights(tmp_path, network):
     expected = by_hand(network, diffusers_layers(network), SCALE)
     merge(network, [(patch, SCALE) for patch in patches])
     assert all(max_error(tensor.double(), expected[name]) < TOLERANCE for name, tensor in network.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------- quantised weights
+
+
+def quantised(path: Path, network: Flux, dtype: torch.dtype) -> Flux:
+    """The network from a file like Black Forest Labs': float8, and a scale, for each matrix of the blocks."""
+    tensors, notes = {name: tensor.bfloat16() for name, tensor in network.state_dict().items()}, {}
+    for layer in [name.removesuffix(".weight") for name, tensor in tensors.items() if "_blocks." in name and tensor.ndim == 2]:
+        weight = tensors[f"{layer}.weight"].float()
+        tensors[f"{layer}.weight_scale"] = weight.abs().max() / 448
+        tensors[f"{layer}.weight"] = (weight / tensors[f"{layer}.weight_scale"]).to(torch.float8_e4m3fn)
+        notes[layer] = {"format": "float8_e4m3fn"}
+    saved(path, tensors, _quantization_metadata=json.dumps({"layers": notes}))
+    with torch.device("meta"):
+        loaded = Flux(network.config)
+    load_module(loaded, [path], dtype=dtype)
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_layer_becomes_a_plain_one_and_the_others_stay(tmp_path, network, dtype):
+    loaded = quantised(tmp_path / "model.safetensors", network, dtype)
+    whole = {path: layer.dequantize() for path, layer in loaded.named_modules() if isinstance(layer, QuantizedLinear)}
+    matrices = ("img_attn.qkv", "linear2", "txt_in")
+    changed = {path: where for path, where in our_layers(network).items() if path.endswith(matrices)}
+    file = lora_file(tmp_path / "x.safetensors", network, "BFL", only=changed)
+    merge(loaded, [(patch, SCALE) for patch in place(read(file), {"transformer": network})])
+    assert len(whole) > len(changed) > 3
+    for i, path in enumerate(changed):
+        a, b = factors(network, *changed[path], seed=10 * i)
+        before = whole.get(path, network.state_dict()[f"{path}.weight"].bfloat16()).double()
+        expected, layer = before + SCALE * (b.double() @ a.double()), loaded.get_submodule(path)
+        assert type(layer) is nn.Linear and layer.weight.dtype == dtype and not layer.weight.requires_grad
+        error, best = (layer.weight.double() - expected).abs(), (expected.to(dtype).double() - expected).abs()
+        assert (error <= best + 1e-6 * expected.abs().max()).all(), path  # rounded once
+        assert layer(torch.ones(1, layer.in_features, dtype=dtype)).shape == (1, layer.out_features)
+    for path in whole.keys() - changed.keys():
+        layer = loaded.get_submodule(path)
+        assert isinstance(layer, QuantizedLinear) and torch.equal(layer.dequantize(), whole[path])
+
+
+def test_a_quantised_layer_whose_bias_alone_is_changed_stays(tmp_path):
+    loaded = quantised(tmp_path / "model.safetensors", randomise(Flux(FLUX1_TINY)), torch.float32)
+    layer = loaded.double_blocks[0].img_attn.proj
+    bias, change = layer.bias.double(), random(len(layer.bias))
+    merged(loaded, (saved(tmp_path / "x.safetensors", {"double_blocks.0.img_attn.proj.diff_b": change}), SCALE))
+    assert loaded.double_blocks[0].img_attn.proj is layer and isinstance(layer, QuantizedLinear)
+    assert max_error(layer.bias.double(), bias + SCALE * change.double()) < 1e-7
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -22,9 +22,12 @@ from flux.clip import CLIPConfig
 from flux.configs import AE1, AE2, AE2_SMALL_DECODER, FLUX1, MISTRAL, MODELS
 from flux.language_model import LanguageModelConfig
 from flux.lora import Lora, place
+from flux.memory import measure
+from flux.quantization import QuantizedLinear
 from flux.redux import SigLIPConfig, siglip_unread
 from flux.t5 import T5Config
 from flux.text import language_model_unread
+from flux.weights import infer_config, load_module
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -32,7 +35,9 @@ sys.path.append(str(ROOT / "scripts"))
 import manifest  # noqa: E402
 from manifest import MANIFESTS, check, comparable, differences, dumps, from_files, from_json, size  # noqa: E402
 
-NETWORKS = {name: config for name, config in MANIFESTS.items() if not isinstance(config, manifest.ControlLoraConfig)}
+DERIVED = manifest.ControlLoraConfig, manifest.QuantisedConfig  # from the manifests of transformers
+NETWORKS = {name: config for name, config in MANIFESTS.items() if not isinstance(config, DERIVED)}
+QUANTISED = {name: config for name, config in MANIFESTS.items() if isinstance(config, manifest.QuantisedConfig)}
 every_manifest = pytest.mark.parametrize(("name", "config"), MANIFESTS.items(), ids=MANIFESTS)
 every_network = pytest.mark.parametrize(("name", "config"), NETWORKS.items(), ids=NETWORKS)
 
@@ -60,6 +65,8 @@ LISTED = [
     ("flux1-control-lora", 1_244_440_512),  # Depth
     ("klein-4b", 7_751_105_712),
     ("klein-9b", 18_157_185_168),
+    ("klein-4b-fp8", 4_070_624_520),
+    ("klein-4b-nvfp4", 2_460_413_488),
     ("ae-flux1", 335_304_388),
     ("ae-flux2", 336_213_556),
     ("ae-flux2-small-decoder", 249_519_092),
@@ -71,6 +78,12 @@ LISTED = [
 ]
 LISTED_KLEIN_VAE = 168_120_878  # vae/diffusion_pytorch_model.safetensors of the klein repositories, in bfloat16
 LISTED_REDUX = 129_063_232
+LISTED_BASE_FP8 = 4_089_498_488  # flux-2-klein-base-4b-fp8.safetensors
+# Tensors, of which the first was counted in the file's header, 731 too; the others follow from two or three more for each layer
+QUANTISED_COUNTS = {
+    "klein-4b-fp8": 309, "klein-9b-fp8": 201 + 2 * 112, "klein-4b-nvfp4": 149 + 3 * 80, "klein-9b-nvfp4": 201 + 3 * 112,
+    "flux2-dev-nvfp4": 731,
+}  # fmt: skip
 
 
 def read_of(name: str, config: manifest.Config) -> manifest.Manifest:
@@ -91,9 +104,9 @@ def of_size(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(()).expand(shape)
 
 
-def write_header(path: Path, held: manifest.Manifest) -> None:
+def write_header(path: Path, held: manifest.Manifest, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file whose tensors are a hole in it, which takes no room on most disks."""
-    spans, end = {}, 0
+    spans, end = ({"__metadata__": metadata} if metadata else {}), 0
     for name, (dtype, shape) in held.items():
         start, end = end, end + size({name: (dtype, shape)})
         spans[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
@@ -110,7 +123,8 @@ def write_header(path: Path, held: manifest.Manifest) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_network_of_every_model_has_a_manifest(model):
     networks, adapter = manifest.parts(MODELS[model]), MODELS[model].adapter
-    assert len(networks) == (4 if model.startswith("flux.1") else 3) + (len(adapter.files) if adapter else 0)
+    more = len(adapter.files) if adapter and MODELS[model].storage == "bfloat16" else 0  # else it has the transformer
+    assert len(networks) == (4 if model.startswith("flux.1") else 3) + more
     assert all(config in MANIFESTS.values() for config, *_ in networks.values())
 
 
@@ -226,6 +240,70 @@ def test_control_lora_is_what_diffusers_reads():
     assert found == expected
 
 
+# ---------------------------------------------------------------- quantised transformers
+
+
+def test_manifests_of_quantised_models():
+    """Each is in a repository of its own, and the first of the others has the rest."""
+    found = {name: manifest.parts(spec)["transformer"] for name, spec in MODELS.items() if spec.storage != "bfloat16"}
+    home = "black-forest-labs/FLUX.2-"
+    assert {name: (manifest.name_of(part.config), part.repository, part.files) for name, part in found.items()} == {
+        f"flux.2-{name.lower()}": (held, home + name, (f"{file}.safetensors",)) for name, held, file in [
+            ("dev-NVFP4", "flux2-dev-nvfp4", "flux2-dev-nvfp4"),
+            ("klein-4b-fp8", "klein-4b-fp8", "flux-2-klein-4b-fp8"),
+            ("klein-4b-nvfp4", "klein-4b-nvfp4", "flux-2-klein-4b-nvfp4"),
+            ("klein-9b-fp8", "klein-9b-fp8", "flux-2-klein-9b-fp8"),
+            ("klein-9b-nvfp4", "klein-9b-nvfp4", "flux-2-klein-9b-nvfp4"),
+            ("klein-9b-kv-fp8", "klein-9b-fp8", "flux-2-klein-9b-kv-fp8"),
+            ("klein-base-4b-fp8", "klein-4b-fp8", "flux-2-klein-base-4b-fp8"),
+            ("klein-base-9b-fp8", "klein-9b-fp8", "flux-2-klein-base-9b-fp8"),
+            ("klein-base-9b-nvfp4", "klein-9b-nvfp4", "flux-2-klein-base-9b-nvfp4"),
+        ]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_file_is_loaded_at_full_size(name, tmp_path):
+    """A file that is a true header before a hole becomes the network of the manifest, which takes as many bytes."""
+    held, config = from_json(name), QUANTISED[name].transformer
+    assert len(held) == QUANTISED_COUNTS[name]
+    layers = [scale.removesuffix(".weight_scale") for scale in held if scale.endswith(".weight_scale")]
+    kind = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}[QUANTISED[name].storage]
+    note = {"format_version": "1.0", "layers": {layer: {"format": kind} for layer in layers}}
+    path = tmp_path / "x.safetensors"
+    write_header(path, held, {"_quantization_metadata": json.dumps(note)})
+    assert infer_config(path) == config
+    network = manifest.on_meta(config)
+    load_module(network, [path])
+    state = network.state_dict()
+    types = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
+    assert {n: (types[tensor.dtype], tuple(tensor.shape)) for n, tensor in state.items()} == held
+    total = measure(network, (), torch.bfloat16, mapped=False).total
+    assert total == size(held) == sum(tensor.nbytes for tensor in state.values())
+    quantised = {path for path, layer in network.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert quantised == set(layers) and len(layers) == (len(held) - len(from_json(plain(name)))) / (2 if kind[0] == "f" else 3)
+
+
+def plain(name: str) -> str:
+    return manifest.name_of(QUANTISED[name].transformer)
+
+
+def test_layers_are_those_that_the_header_of_a_released_file_names():
+    """Of klein-4b-fp8: https://github.com/invoke-ai/InvokeAI, tests/model_identification, keys of its scaled FP8 file."""
+    kinds = {re.sub(r"\d+", "N", name) for name, (dtype, _) in from_json("klein-4b-fp8").items() if dtype == "F8_E4M3"}
+    double = (f"double_blocks.N.{x}_{y}.weight" for x in ("img", "txt") for y in ("attn.qkv", "attn.proj", "mlp.N"))
+    assert kinds == {*double, "single_blocks.N.linearN.weight"}
+    scales = {shape for name, (_, shape) in from_json("klein-4b-fp8").items() if name.endswith("_scale")}
+    assert scales == {()}
+
+
+def test_bytes_of_quantised_files_that_are_not_exactly_known():
+    """[dev]'s 19.6 GiB are those with the text's attention in bfloat16; the base model's has two matrices more in it."""
+    assert abs(size(from_json("flux2-dev-nvfp4")) / 2**30 - 19.6) < 0.05
+    header = LISTED_BASE_FP8 - size(from_json("klein-4b-fp8")) - 2 * 3072 * 3072
+    assert 100 < header / 305 < 200
+
+
 # ---------------------------------------------------------------- the manifests
 
 
@@ -312,7 +390,7 @@ def test_files_may_hold_more_than_is_read(prefix):
 
 
 def test_absent_files_are_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("flux.weights._in_cache", lambda repository, filename: None)
+    monkeypatch.setattr("flux.files._in_cache", lambda repository, filename: None)
     assert check(MODELS["flux.2-klein-4b"], tmp_path) == 1
     said = "transformer: flux-2-klein-4b.safetensors of black-forest-labs/FLUX.2-klein-4B is not here"
     assert said in capsys.readouterr().out
@@ -323,7 +401,7 @@ def test_absent_files_are_named(tmp_path, capsys, monkeypatch):
 ])  # fmt: skip
 def test_adapters_are_checked(model, names, tmp_path, capsys, monkeypatch):
     """Beside the networks of the repository that they stand on, none of which is here."""
-    monkeypatch.setattr("flux.weights._in_cache", lambda repository, filename: None)
+    monkeypatch.setattr("flux.files._in_cache", lambda repository, filename: None)
     adapter = MODELS[model].adapter
     home = tmp_path / adapter.repository.split("/")[1]
     for part, file in adapter.files:

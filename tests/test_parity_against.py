@@ -64,7 +64,10 @@ def test_every_tensor_is_that_of_diffusers(name, captures, right):
     names = [row.name for row in rows]
     assert names == [n for n in captures[name].names if n in set(names)]  # in the order of our execution
     # every layer with weights, every attention, every block, and the network
-    expected = {f"{n.rpartition('.')[0]}/{tap}" for n in right[name].transformer().state_dict() for tap in ("in", "out")}
+    layers = {n.rpartition(".")[0] for n in right[name].transformer().state_dict()}
+    norms = {n.rpartition(".")[0] for n in layers if n.endswith("_norm")}  # of q and k together
+    expected = {f"{n}/{tap}" for n in layers if not n.endswith("_norm") for tap in ("in", "out")}
+    expected |= {f"{norm}/out" for norm in norms}
     expected |= {f"{block}/out{tap}" for block in BLOCKS for tap in ((".0", ".1") if block.startswith("double") else ("",))}
     expected |= {f"{block}/attention/{tap}" for block in BLOCKS for tap in ("q", "k", "v", "out")} | {"out"}
     assert set(names) == {f"{place}/{tap}" for place in PASSES for tap in expected}

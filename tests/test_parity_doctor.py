@@ -89,7 +89,7 @@ def rms(x: Tensor, dims=-1, eps: float = 1e-6) -> Tensor:
 def modulated(h: Hand, stream: int, eps: float = 1e-6) -> Tensor:
     """What the image (0) or text (1) stream of the first double block gives to its qkv."""
     shift, scale = h(f"/double_blocks.0/in.{3 + 6 * stream}"), h(f"/double_blocks.0/in.{4 + 6 * stream}")
-    return (1 + scale) * normed(h(f"/double_blocks.0/in.{stream}"), eps) + shift
+    return scale * normed(h(f"/double_blocks.0/in.{stream}"), eps) + shift
 
 
 def scale_of(h: Hand, which: str, stream: str = "img") -> Tensor:
@@ -97,8 +97,9 @@ def scale_of(h: Hand, which: str, stream: str = "img") -> Tensor:
 
 
 def joint(h: Hand, number: int) -> Tensor:
-    """q (0) or k (1) of the first double block, after its norm and before RoPE."""
-    return torch.cat([h(f"/double_blocks.0.{stream}_attn.norm/out.{number}") for stream in ("txt", "img")], dim=2)
+    """q (0) or k (1) of the first double block, after its norm and before RoPE, (B, H, N, d)."""
+    both = torch.cat([h(f"/double_blocks.0.{stream}_attn.norm/out") for stream in ("txt", "img")], dim=2)
+    return both[number].transpose(1, 2)
 
 
 def angles(h: Hand, ids: Tensor, theta: float | None = None) -> Tensor:
@@ -110,7 +111,7 @@ def angles(h: Hand, ids: Tensor, theta: float | None = None) -> Tensor:
 
 
 def table(angle: Tensor) -> Tensor:
-    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1).unflatten(-1, (2, 2))
 
 
 def turned(x: Tensor, angle: Tensor) -> Tensor:
@@ -218,15 +219,25 @@ def in_clip(h: Hand, prompt: str = "text") -> Tensor:
     return normed(last, 1e-5) * weight + bias
 
 
+def raw(h: Hand, stream: str = "img", where: str = "step.001") -> Tensor:
+    """q and k of the first double block before their norm, (2, B, N, H, d)."""
+    qkv = h(f"{where}/double_blocks.0.{stream}_attn.qkv/out").unflatten(-1, (3, h.config.num_heads, -1))
+    return qkv[..., :2, :, :].movedim(-3, 0)
+
+
+def scaled(h: Hand, x: Tensor) -> Tensor:
+    return x * torch.stack([scale_of(h, which) for which in ("query", "key")])[:, None, None, None]
+
+
 def by_heads(h: Hand) -> Tensor:
-    qkv = h("/double_blocks.0.img_attn.qkv/out")
-    return qkv.unflatten(-1, (h.config.num_heads, 3, -1))[..., 0, :].transpose(1, 2)
+    qkv = h("/double_blocks.0.img_attn.qkv/out").unflatten(-1, (h.config.num_heads, 3, -1))
+    return rms(qkv[..., :2, :].movedim(-2, 0))
 
 
 def early(h: Hand, number: int) -> Tensor:
     """q (0) or k (1) of the double block, normed after RoPE."""
     angle, which = angles(h, positions(h)), ("query", "key")[number]
-    q = torch.cat([h(f"/double_blocks.0.{stream}_attn.norm/in.{number}") for stream in ("txt", "img")], dim=2)
+    q = torch.cat([raw(h, stream)[number] for stream in ("txt", "img")], dim=1).transpose(1, 2)
     scale = torch.cat([scale_of(h, which, "txt").expand(24, -1), scale_of(h, which).expand(30, -1)])
     return rms(turned(q, angle)) * scale
 
@@ -253,24 +264,24 @@ def of_middle(h: Hand) -> list[Tensor]:
     return [h.weight(f"decoder.mid.block_1.norm1.{key}", "autoencoder") for key in ("weight", "bias")]
 
 
-QKV, QK, Q = "/double_blocks.0.img_attn.qkv/in", "/double_blocks.0.img_attn.norm/out.0", "/double_blocks.0/attention/q"
-NORM, MOD = "/double_blocks.0.img_attn.norm.query_norm/out", "/double_blocks.0.img_mod/out"
+QKV, NORM, Q = "/double_blocks.0.img_attn.qkv/in", "/double_blocks.0.img_attn.norm/out", "/double_blocks.0/attention/q"
+MOD = "/double_blocks.0.img_mod/out"
 AXIS, PACKING, BF16 = "QK-norm over the wrong axis", "packing order of latents", "t rounded to bfloat16"
 NO = "step.001/negative"
-raw = lambda h: h("/double_blocks.0.img_attn.norm/in.0")  # noqa: E731
-scaled = lambda h, x: x * scale_of(h, "query")  # noqa: E731
 T5, CLIP, QWEN = "text/t5/encoder.block.0.layer", "text/clip/text_model.encoder.layers.0", "text/model/layers.0"
 UP = "decoder.up.3.upsample"
 
 KNOWN = (  # model, tensor, what a port has there, and what the doctor should say; the last: a budget, where it must be small
-    (FLUX1, QKV, lambda h: (1 + h("/double_blocks.0/in.3")) * normed(h("/double_blocks.0/in.0")) + h("/double_blocks.0/in.4"),
+    (FLUX1, QKV,
+     lambda h: (1 + h("/double_blocks.0/in.3")) * normed(h("/double_blocks.0/in.0")) + h("/double_blocks.0/in.4") - 1,
      "shift and scale swapped"),
-    (FLUX1, f"{MOD}.0", lambda h: h(f"{MOD}.1"), "shift and scale swapped"),
+    (FLUX1, f"{MOD}.0", lambda h: h(f"{MOD}.1") - 1, "shift and scale swapped"),
     (FLUX2, "/final_layer.linear/in", last_modulated, "shift and scale swapped"),
     (FLUX2, "/single_blocks.0.linear1/in",
-     lambda h: h("/single_blocks.0/in.3") * normed(h("/single_blocks.0/in.0")) + h("/single_blocks.0/in.2"),
+     lambda h: (h("/single_blocks.0/in.3") - 1) * normed(h("/single_blocks.0/in.0")) + h("/single_blocks.0/in.2"),
      "1 + scale missing"),
-    (FLUX1, f"{MOD}.1", lambda h: h("/double_blocks.0.img_mod.lin/out").chunk(6, dim=-1)[2][:, None], "modulation cut by kind"),
+    (FLUX1, f"{MOD}.1",
+     lambda h: 1 + h("/double_blocks.0.img_mod.lin/out").chunk(6, dim=-1)[2][:, None], "modulation cut by kind"),
     (FLUX1, "/double_blocks.0.img_mod/in", lambda h: h("/vec"), "SiLU missing"),
     (FLUX1, QKV, lambda h: modulated(h, 0, 1e-5), "eps 1e-05", 1e-6),
     (FLUX2, "/double_blocks.0.txt_attn.qkv/in", lambda h: modulated(h, 1, 1e-5), "eps 1e-05", 1e-6),
@@ -283,13 +294,13 @@ KNOWN = (  # model, tensor, what a port has there, and what the doctor should sa
      "eps 0.001", 1e-6),
     (FLUX1, "decoder/decoder.mid.block_1.norm1/out",
      lambda h: F.group_norm(h("decoder/decoder.mid.block_1.norm1/in"), 16, *of_middle(h), 1e-3), "eps 0.001", 1e-6),
-    (FLUX1, QK, raw, "QK-norm left out"),
+    (FLUX1, NORM, raw, "QK-norm left out"),
     (FLUX2, NORM, lambda h: rms(raw(h)), "QK-norm without its scale"),
-    (FLUX1, QK, lambda h: rms(raw(h)) * scale_of(h, "key"), "QK-norm's scales swapped"),
+    (FLUX1, NORM, lambda h: scaled(h, rms(raw(h)).flip(0)).flip(0), "QK-norm's scales swapped"),
     (FLUX1, NORM, lambda h: scaled(h, rms(raw(h), 2)), AXIS),
-    (FLUX1, NORM, lambda h: scaled(h, rms(raw(h), (1, 3))), AXIS),
-    (FLUX2, NORM, lambda h: scaled(h, rms(raw(h), 1)), AXIS),
-    (FLUX2, "/single_blocks.0.norm/in.0", lambda h: turned(h("/single_blocks.0.norm/in.0"), angles(h, positions(h))),
+    (FLUX1, NORM, lambda h: scaled(h, rms(raw(h), (3, 4))), AXIS),
+    (FLUX2, NORM, lambda h: scaled(h, rms(raw(h), 3)), AXIS),
+    (FLUX2, "/single_blocks.0.norm/in", lambda h: turned(h("/single_blocks.0.norm/in"), angles(h, positions(h))[:, None]),
      "QK-norm after RoPE"),
     (FLUX1, Q, lambda h: early(h, 0), "QK-norm after RoPE"),
     (FLUX1, "/double_blocks.0/attention/k", lambda h: early(h, 1), "QK-norm after RoPE"),
@@ -312,7 +323,7 @@ KNOWN = (  # model, tensor, what a port has there, and what the doctor should sa
     (FLUX2, "/single_blocks.0/in.0", lambda h: torch.cat(h("/single_blocks.0/in.0").split([64, 30], 1)[::-1], 1),
      "text and image order"),
     (FLUX1, "/final_layer/in.0", lambda h: h("/single_blocks.1/out")[:, :30], "text and image order"),
-    (FLUX1, "/double_blocks.0.img_attn.norm/in.0", by_heads, "q, k, v cut by heads"),
+    (FLUX1, "/double_blocks.0.img_attn.norm/in", by_heads, "q, k, v cut by heads"),
     (FLUX1, "/double_blocks.0.img_mlp.1/out", lambda h: gelu(h("/double_blocks.0.img_mlp.1/in")), "GELU by erf"),
     (FLUX1, f"{CLIP}.mlp.fc2/in", lambda h: gelu(h(f"{CLIP}.mlp.fc1/out")), "GELU by erf"),
     (FLUX1, f"{T5}.1.DenseReluDense.wo/in",
@@ -332,8 +343,7 @@ KNOWN = (  # model, tensor, what a port has there, and what the doctor should sa
     (FLUX2, f"{QWEN}/in.2", lambda h: ~causal(64)[None, None], "padding of the prompt seen"),
     (FLUX1, f"{NO}/double_blocks.0/attention/out",
      lambda h: attended(h, f"{NO}/double_blocks.0", hidden=padded(h, 54, "text/negative")), "padding of the prompt masked"),
-    (FLUX1, f"{NO}/double_blocks.0.img_attn.norm/out.1", lambda h: h(f"{NO}/double_blocks.0.img_attn.norm/in.1"),
-     "QK-norm left out"),
+    (FLUX1, f"{NO}/double_blocks.0.img_attn.norm/out", lambda h: raw(h, "img", NO), "QK-norm left out"),
     (FLUX1, "negative/rope", lambda h: table(angles(h, torch.cat([h("negative/ids/txt"), transposed(h)]))),
      "rows and columns swapped"),
     (FLUX1, "text/pooled", in_clip, "pooled at the last token"),
@@ -434,7 +444,7 @@ def test_references_that_are_seen_once(pipes, tmp_path):
     request = replace(WIDE, pictures=Pictures((Image.new("RGB", (80, 64), "teal"),), cached=True))
     reference = capture(pipes[FLUX2], request, tmp_path / "reference.safetensors", Selection(("references",)))
     h, place = Hand(reference, pipes[FLUX2]), "references/double_blocks.0"
-    wrong = in_halves(h(f"{place}.img_attn.norm/out.1"), angles(h, h("references/ids/img")))
+    wrong = in_halves(h(f"{place}.img_attn.norm/out")[1].transpose(1, 2), angles(h, h("references/ids/img")))
     found = examined(ported(tmp_path, {f"{place}/attention/k": wrong.float()}), reference, pipes[FLUX2])
     assert found.cause.name == "RoPE turns halves" and found.unsound is None
 
@@ -446,7 +456,7 @@ def test_of_a_block_only_its_output(pipes, captures, tmp_path):
     reference, block = captures[FLUX1], pipes[FLUX1].transformer().single_blocks[0]
     x, rope, shift, scale, gate = (reference.tensors[f"step.001/single_blocks.0/in.{number}"] for number in range(5))
     with torch.inference_mode():
-        wrong = block(x, rope, transformer.Modulation(scale, shift, gate))
+        wrong = block(x, rope, transformer.Modulation(scale - 1, 1 + shift, gate))
     found = examined(ported(tmp_path, {"step.001/single_blocks.0/out": wrong}), reference, pipes[FLUX1])
     assert found.cause.name == "shift and scale swapped"
 
@@ -456,7 +466,7 @@ def test_of_a_network_only_its_output(pipes, captures, tmp_path):
     t = reference.tensors
     with torch.inference_mode():
         rope = network.rope(t["ids/txt"], transposed(Hand(reference, pipes[FLUX2])))
-        wrong = network.velocity(t["step.001/in"], t["text/features"], rope, t["step.001/vec"])
+        wrong = network.velocity(t["step.001/in"], t["text/features"], rope, network.modulations(t["step.001/vec"]))
     found = examined(ported(tmp_path, {"step.001/out": wrong}), reference, pipes[FLUX2])
     assert found.cause.name == "rows and columns swapped" and found.unsound is None
 
@@ -467,7 +477,7 @@ def test_in_one_place_of_several(pipes, captures, tmp_path):
     h, proj = Hand(reference, pipes[FLUX1]), "/double_blocks.0.img_attn.proj/out"
     gate, shift, scale = (h(f"/double_blocks.0/in.{number}") for number in (5, 6, 7))
     x = h("/double_blocks.0/in.0") + gate * h(proj)
-    wrong = ((1 + shift) * normed(x) + scale).float()
+    wrong = ((1 + shift) * normed(x) + scale - 1).float()
     wrong = {f"step.001{proj}": h(proj).float(), "step.001/double_blocks.0.img_mlp/in": wrong}
     found = examined(ported(tmp_path, wrong), reference, pipes[FLUX1])
     assert found.row.name.endswith("img_mlp/in") and found.cause.name == "shift and scale swapped"
@@ -479,7 +489,7 @@ def test_in_bfloat16(folder, tmp_path):
     reference = capture(pipe, WIDE, tmp_path / "reference.safetensors", Selection(("step.001",)))
     h, block = Hand(reference, pipe), "/single_blocks.0"
     shift, scale = h(f"{block}/in.2"), h(f"{block}/in.3")
-    wrong = {f"step.001{block}.linear1/in": ((1 + shift) * normed(h(f"{block}/in.0")) + scale).bfloat16()}
+    wrong = {f"step.001{block}.linear1/in": ((1 + shift) * normed(h(f"{block}/in.0")) + scale - 1).bfloat16()}
     found = examined(ported(tmp_path, wrong), reference, pipe)
     assert found.cause.name == "shift and scale swapped" and 1e-4 < found.trials[0].residual < 1e-2
 
@@ -506,7 +516,7 @@ def test_probes(pipes, captures, tmp_path):
 
 def test_nothing_is_wrong(pipes, captures, tmp_path):
     reference = captures[FLUX1]
-    port = ported(tmp_path, {f"step.001{QK}": reference.tensors[f"step.001{QK}"]})
+    port = ported(tmp_path, {f"step.001{NORM}": reference.tensors[f"step.001{NORM}"]})
     assert examined(port, reference, pipes[FLUX1]) is None
 
 

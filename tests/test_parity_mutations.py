@@ -32,13 +32,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")
 
 
 PAIRS = """\
-x0, x1 = rearrange(x.float(), "b h n (d two) -> two b h n d", two=2)
-    cos, sin = rope.unbind(-1)  # (N, d/2)
-    return torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], dim=-1).flatten(-2)"""
+x0, x1 = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # (..., N, H, d/2, 1) each
+    of_x0, of_x1 = rearrange(rope, "n pairs row column -> column n 1 pairs row")
+    return (of_x0 * x0 + of_x1 * x1).flatten(-2)"""
 HALVES = """\
-x0, x1 = rearrange(x.float(), "b h n (two d) -> two b h n d", two=2)
-    cos, sin = rope.unbind(-1)  # (N, d/2)
-    return torch.cat([x0 * cos - x1 * sin, x0 * sin + x1 * cos], dim=-1)"""
+x0, x1 = x.float().unflatten(-1, (2, -1, 1)).unbind(-3)  # (..., N, H, d/2, 1) each
+    of_x0, of_x1 = rearrange(rope, "n pairs row column -> column n 1 pairs row")
+    return (of_x0 * x0 + of_x1 * x1).mT.flatten(-2)"""
 
 
 class Mutation(NamedTuple):
@@ -53,8 +53,8 @@ class Mutation(NamedTuple):
 
 MUTATIONS = {
     "shift and scale swapped": Mutation(
-        FLUX2, transformer, "modulate", "(1 + mod.scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.shift",
-        "(1 + mod.shift) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.scale",
+        FLUX2, transformer, "modulate", "mod.scale * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.shift",
+        "(1 + mod.shift) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.scale - 1",
         "step.001/double_blocks.0.img_attn.qkv/in", "shift and scale swapped"),
     "eps of the layer norms": Mutation(
         FLUX1, transformer, "modulate", "eps=1e-6", "eps=1e-5", "step.001/double_blocks.0.img_attn.qkv/in", "eps 1e-05"),
@@ -66,15 +66,14 @@ MUTATIONS = {
         "step.001/final_layer.linear/in", "shift and scale swapped"),
     "q, k, v by heads": Mutation(
         FLUX1, transformer, "split_heads", "(three h d)", "(h three d)",
-        "step.001/double_blocks.0.img_attn.norm/in.0", "q, k, v cut by heads"),
-    "QK-norm over tokens": Mutation(
-        FLUX2, transformer.RMSNorm, "forward", "return F.rms_norm(x, self.scale.shape, self.scale, 1e-6)",
-        "return F.rms_norm(x.mT, x.shape[2:3], None, 1e-6).mT * self.scale",
-        "step.001/double_blocks.0.img_attn.norm.query_norm/out", "QK-norm over the wrong axis"),
+        "step.001/double_blocks.0.txt_attn.norm/in", "q, k, v cut by heads"),
+    "QK-norm over heads": Mutation(
+        FLUX2, transformer, "unit_rms", "x.float(), x.shape[-1:], eps=1e-6)", "x.float().mT, x.shape[3:4], eps=1e-6).mT",
+        "step.001/double_blocks.0.txt_attn.norm/in", "QK-norm over the wrong axis"),
     "QK-norm after RoPE": Mutation(
-        FLUX1, transformer.SingleBlock, "project", "q, k = self.norm(q, k)\n    return rotate(q, rope), rotate(k, rope), v",
-        "return *self.norm(rotate(q, rope), rotate(k, rope)), v",
-        "step.001/single_blocks.0.norm/in.0", "QK-norm after RoPE"),
+        FLUX1, transformer.SingleBlock, "project", "rotate(self.norm(unit_rms(qkv[:2], self.numerics)), rope)",
+        "self.norm(unit_rms(rotate(qkv[:2], rope), self.numerics))",
+        "step.001/single_blocks.0.norm/in", "QK-norm after RoPE"),
     "RoPE turns halves": Mutation(
         FLUX2, transformer, "rotate", PAIRS, HALVES, "step.001/double_blocks.0/attention/q", "RoPE turns halves"),
     "RoPE off by one": Mutation(
@@ -101,7 +100,7 @@ MUTATIONS = {
     "schedule unshifted": Mutation(
         FLUX1, sampling, "schedule", 'kind != "unshifted"', "kind is None", "schedule", "schedule unshifted"),
     "time of the next step": Mutation(
-        FLUX2, Pipeline, "sample", "torch.full((len(x),), t,", "torch.full((len(x),), times[1 + times.tolist().index(t)],",
+        FLUX2, Pipeline, "sample", "{t: (filled(t),", "{t: (filled(times[1 + times.tolist().index(t)]),",
         "step.001/time_in/in", "schedule off by one"),
     "velocity's sign": Mutation(
         FLUX2, sampling, "denoise", "x + (after - now) * v.float()", "x - (after - now) * v.float()",

@@ -159,18 +159,18 @@ def other_activation(block, family: str) -> None:
 
 def swapped_modulation(block, family: str) -> None:
     forward = block.forward
-    swap = lambda mods: [mod._replace(shift=mod.scale, scale=mod.shift) for mod in mods]  # noqa: E731
+    swap = lambda mods: [mod._replace(shift=mod.scale - 1, scale=1 + mod.shift) for mod in mods]  # noqa: E731
     block.forward = lambda img, txt, rope, img_mod, *rest: forward(img, txt, rope, swap(img_mod), *rest)
 
 
 def other_way_round(block, family: str) -> None:
     forward = block.forward
-    block.forward = lambda x, rope, *rest: forward(x, rope * torch.tensor([1, -1]), *rest)
+    block.forward = lambda x, rope, *rest: forward(x, rope.mT, *rest)
 
 
-def larger_eps(block, family: str) -> None:
-    norm = block.norm.query_norm
-    norm.forward = lambda x: F.rms_norm(x, norm.scale.shape, norm.scale, 1e-3)
+def longer_queries(block, family: str) -> None:
+    forward = block.norm.forward
+    block.norm.forward = lambda unit: forward(unit * unit.new_tensor([1.01, 1]).reshape(2, 1, 1, 1, 1))
 
 
 def scaled_weight(block, family: str) -> None:
@@ -181,7 +181,7 @@ CHANGES = {  # a block, what is done to it, and the first tensor that it moves
     "activation": ("double_blocks.1", other_activation, "double_blocks.1.img_mlp.1/out"),
     "modulation": ("double_blocks.0", swapped_modulation, "double_blocks.0.img_attn.qkv/in"),
     "rope": ("single_blocks.0", other_way_round, "single_blocks.0/attention/q"),
-    "eps": ("single_blocks.1", larger_eps, "single_blocks.1.norm.query_norm/out"),
+    "norm": ("single_blocks.1", longer_queries, "single_blocks.1.norm/out"),
     "weight": ("single_blocks.2", scaled_weight, "single_blocks.2.linear2/out"),
 }
 every_change = pytest.mark.parametrize("change", CHANGES)
@@ -296,7 +296,7 @@ def test_networks_that_do_not_fit(name, captures, pipeline, monkeypatch):
     pipe = in_dtype(pipeline(name), torch.float32)
     only = ["step.002", "decoder.conv_out", "text/negative/*/out"]
     rows = forced(captures[name], Modules(pipe), only) + free(captures[name], pipe, REQUESTS[name], ["latents", "pixels"])
-    assert differing(rows) == [] and len(rows) > 250
+    assert differing(rows) == [] and len(rows) > 200
     weights = dict(pipe.transformer().named_parameters())
     kept = {n for n, weight in weights.items() if weight.dtype == torch.bfloat16}
     assert kept == {n for n in weights if re.match(r"\w+_blocks\.\d+\.", n) and not n.endswith("scale")}

@@ -468,6 +468,62 @@ def test_both_renderings_have_one_geometry():
     assert used <= LIGHT.keys() == DARK.keys()
 
 
+def every_drawing(pair) -> ElementTree.Element:
+    """A page on which each kind of drawing is, with the longest labels, and something on each rail and edge."""
+    pair.a["step.001/single_blocks.0/attention/q"] = pair.b["step.001/single_blocks.0/attention/q"] * off_by(1e-13)
+    pair.a["step.001/velocity"] = pair.b["step.001/velocity"] * off_by(3)
+    pair.a["step.002/velocity"] = pair.b["step.002/velocity"][:, :2]
+    pair.a["step.002/double_blocks.0/out.1"] = pair.b["step.002/double_blocks.0/out.1"] * math.nan
+    pair.a["picture"] = pair.b["picture"] + 3
+    return pair.page()[0]
+
+
+def test_every_drawing_lies_within_its_frame(pair):
+    """Points, corners and the middle of lines of text; and no label is written over another."""
+    drawings = list(every_drawing(pair).iter("svg"))
+    assert len(drawings) == 4
+    for drawing in drawings:
+        left, top, width, height = map(float, drawing.get("viewBox").split())
+        assert (left, top) == (0, 0) and 100 < height < width <= 1260 and drawing.get("style") == f"max-width:{width:g}px"
+        assert "width" not in drawing.attrib and "height" not in drawing.attrib  # it is as wide as there is room
+        points, labels = [], []
+        for shape in drawing.iter():
+            values = {key: float(shape.get(key)) for key in ("x", "y", "width", "height") if shape.get(key)}
+            if shape.tag == "rect":
+                points += [(values["x"], values["y"]), (values["x"] + values["width"], values["y"] + values["height"])]
+            elif shape.tag == "text":
+                labels.append((values["x"], values["y"], shape.text))
+            pairs = re.findall(r"(-?[\d.]+)[ ,](-?[\d.]+)", shape.get("points") or re.sub("h0", "", shape.get("d") or ""))
+            points += [(float(x), float(y)) for x, y in pairs]
+        assert points and all(-1 <= x <= width + 1 and -1 <= y <= height + 1 for x, y in points), drawing.get("aria-label")
+        assert all(0 <= x <= width and 0 < y <= height for x, y, _ in labels)
+        assert len({(x, y) for x, y, _ in labels}) == len(labels)
+
+
+def test_the_page_is_html_and_not_only_xml(pair):
+    """What XML allows and browsers read otherwise: `<p/>`, which opens a paragraph; and what HTML asks for besides."""
+    every_drawing(pair)
+    a, b = pair.write()
+    text = report.page(a, b, compare(a, b, BUDGET))[0]
+    assert text.startswith('<!DOCTYPE html>\n<html lang="en">') and text.index('<meta charset="utf-8"/>') < 1024
+    for svg in re.findall("<svg.*?</svg>", text, re.DOTALL):
+        text = text.replace(svg, "")  # there, XML's short form is read as it is meant
+    assert set(re.findall(r"<(\w+)[^<>]*/>", text)) <= {"meta", "br", "img", "hr", "col", "wbr"}
+    page = ElementTree.fromstring(text)
+    known = (
+        "html head meta title style body main header section figure figcaption div p h1 h2 code span b i a br dl dt dd".split()
+    )
+    assert {e.tag for e in page.iter()} <= {*known, *"img table thead tbody tr th td details summary".split()}
+    ids = [e.get("id") for e in page.iter() if e.get("id")]
+    assert len(ids) == len(set(ids)) and {f"#{name}" for name in ids} >= {e.get("href") for e in page.iter("a")}
+    assert all(e.get("alt") for e in page.iter("img")) and page.find("head/title").text
+    styles = page.find("head/style").text
+    assert styles.count("{") == styles.count("}") and "@media (prefers-color-scheme:dark)" in styles
+    assert all(f"--{name}:{colours[name]}" in styles for colours in (LIGHT, DARK) for name in colours)
+    used = {name for e in page.iter() for name in (e.get("class") or "").split()}
+    assert used <= set(re.findall(r"\.([a-z]\w*)", styles)), "a class without a style"
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -531,29 +587,28 @@ def test_the_command(pair):
 
 # ---------------------------------------------------------------- a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+ARTEFACTS = Path(__file__).parent / "artefacts"  # screenshots, kept to be looked at
 
 
-@pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome is installed")
-@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
-def test_in_a_browser(colours, pair):
+@pytest.mark.skipif(not BROWSER, reason=f"a screenshot takes a browser, and none of {', '.join(NAMES)} is on the PATH")
+@pytest.mark.parametrize("mode, colours", [("light", LIGHT), ("dark", DARK)], ids=["light", "dark"])
+def test_in_a_browser(mode, colours, pair):
     """A screenshot has the page's colours: the variables reach the SVG, in both modes; and nothing is wider than the window."""
+    for number, name in enumerate(name for name in pair.b if "blocks" in name):  # within budget
+        pair.a[name] = pair.b[name] * off_by(2e-6 * 2**number)
     pair.a["step.001/velocity"] = pair.b["step.001/velocity"] * off_by(0.02)
     a, b = pair.write()
     (path,) = report.write(a, b, compare(a, b, BUDGET), pair.folder / "report.html")
     measured = path.with_name("measured.html")
     script = "<script>document.title = document.documentElement.scrollWidth - innerWidth</script></body>"
     measured.write_text(path.read_text().replace("</body>", script))
-    flags = [
-        BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={pair.folder}/profile",
-    ]
-    flags += ["--blink-settings=preferredColorScheme=0"] * (colours is DARK)
-    picture = pair.folder / "screenshot.png"
+    flags = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    flags += [f"--user-data-dir={pair.folder}/profile"] + ["--blink-settings=preferredColorScheme=0"] * (mode == "dark")
+    picture = ARTEFACTS / f"report-{mode}.png"
+    ARTEFACTS.mkdir(exist_ok=True)
+    picture.unlink(missing_ok=True)
     size = "--window-size=1240,3000"
     subprocess.run([*flags, size, f"--screenshot={picture}", path.as_uri()], check=True, capture_output=True, timeout=120)
     pixels = np.array(Image.open(picture).convert("RGB")).reshape(-1, 3)

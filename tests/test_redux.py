@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flux.errors import UserError
+from flux.network import Network
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
-from flux.weights import Network
 
 # Four pixels left over, as 384 leaves six, and an eps large enough to be missed.
 TINY = SigLIPConfig(image_size=60, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eps=1e-3)

@@ -26,7 +26,7 @@ from reference import FLUX1_TINY, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flux import images, pipeline
+from flux import images, models, pipeline
 from flux.configs import EMBEDDED, MODELS
 from flux.transformer import Flux
 
@@ -427,7 +427,7 @@ def test_nan_in_the_autoencoder_is_told_and_makes_no_picture(cli, tmp_path, monk
     state = load_file(home / "ae.safetensors")
     state["decoder.conv_out.bias"].fill_(float("nan"))
     save_file(state, home / "ae.safetensors")
-    monkeypatch.setattr(pipeline, "EMBEDDED", home)
+    monkeypatch.setattr(models, "EMBEDDED", home)
     cli(PROMPT, *QUICK, "--check-weights").says("ae.safetensors", "'decoder.conv_out.bias'")
     cli(PROMPT, *QUICK).says("the decoded pixels are not finite", code=1)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flux
-from flux import pipeline
+from flux import models
 from flux.autoencoder import AutoEncoder
 
 
@@ -77,7 +77,7 @@ def test_what_it_exports_loads_strictly_and_makes_pictures(train, tmp_path, monk
     train.train_tokenizer(run)
     torch.manual_seed(0)
     train.export(run, target, AutoEncoder(train.SPEC.autoencoder), train.Networks())
-    monkeypatch.setattr(pipeline, "EMBEDDED", target)
+    monkeypatch.setattr(models, "EMBEDDED", target)
     (image,) = flux.load()("a red circle", steps=1)
     assert image.size == (train.SPEC.size,) * 2
     assert np.asarray(image).dtype == np.uint8

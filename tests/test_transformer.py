@@ -25,7 +25,7 @@ from reference import (
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from flux.transformer import NUMERICS, Flux, FluxConfig, Numerics, RMSNorm, rope_table, scale_time, sinusoid
+from flux.transformer import NUMERICS, Flux, FluxConfig, Numerics, QKNorm, rope_table, scale_time, sinusoid, unit_rms
 
 TINY = {
     "flux.1-dev": FLUX1_TINY,
@@ -142,20 +142,23 @@ def test_rope_of_bfl_is_computed_in_float32():
     ids, frequency = torch.arange(513)[:, None], 1.0 / 2000 ** (torch.arange(0, 32, 2, dtype=torch.float32) / 32)
     angle = torch.outer(torch.arange(513.0), frequency)
     narrow, wide = (rope_table(ids, (32,), 2000, dtype) for dtype in (torch.float32, torch.float64))
-    assert narrow.dtype == wide.dtype == torch.float32 and narrow.shape == (513, 16, 2)
-    assert torch.equal(narrow, torch.stack([angle.cos(), angle.sin()], dim=-1))
+    assert narrow.dtype == wide.dtype == torch.float32 and narrow.shape == (513, 16, 2, 2)
+    cos, sin = angle.cos(), angle.sin()
+    assert torch.equal(narrow.flatten(-2), torch.stack([cos, -sin, sin, cos], dim=-1))
     assert 1e-6 < (narrow - wide).abs().max() <= 3e-5
 
 
 def test_norm_of_bfl_is_rounded_before_it_is_scaled():
-    x, scale = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.linspace(0.5, 2, 32)
+    x = torch.randn(2, 1, 64, 3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scales = torch.stack([torch.linspace(0.5, 2, 32), torch.linspace(3, 1, 32)]).bfloat16()
+    scale = scales[:, None, None, None]
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
-    expected = {"before": (normed * scale.bfloat16()).bfloat16(), "after": normed.bfloat16() * scale.bfloat16()}
+    expected = {"before": (normed * scale).bfloat16(), "after": normed.bfloat16() * scale}
     assert not torch.equal(expected["before"], expected["after"])
+    norm = QKNorm(32).bfloat16()
+    norm.query_norm.scale.data, norm.key_norm.scale.data = scales
     for order, value in expected.items():
-        norm = RMSNorm(32, Numerics(norm_scale=order)).bfloat16()
-        norm.scale.data = scale.bfloat16()
-        assert torch.equal(norm(x), value)
+        assert torch.equal(norm(unit_rms(x, Numerics(norm_scale=order))), value)
 
 
 def test_sinusoid():

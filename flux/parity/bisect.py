@@ -21,13 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 from flux import sampling
 from flux.errors import NonFiniteError, UserError
+from flux.options import check_cfg, check_steps
 from flux.parity.capture import Request
 from flux.parity.compare import BUDGETS, Row, first_over
 from flux.parity.modules import PLACE, Call, Modules
 from flux.parity.record import DTYPES, Capture
 from flux.parity.replay import Recorded, asked, from_recorded, inputs_of, inside, judged, local, passes, recorded
 from flux.parity.taps import replaced
-from flux.pipeline import Pipeline, check_cfg, check_steps
+from flux.pipeline import Pipeline
+from flux.transformer import Modulations
 
 BLOCK = re.compile(r"(double|single)_blocks\.(\d+)")
 SEARCH = BUDGETS | {"F32": 1e-5}  # by the dtype of the pipeline
@@ -151,10 +153,11 @@ class _Loop:
                 x = rearrange(before, "b c h w -> b (h w) c").to(x.device)
             return original(step, x, times[start : end + 1], *rest)
 
-        def velocity(img: Tensor, txt: Tensor, rope: Tensor, vec: Tensor, memories=None) -> Tensor:
-            return self.call(coming.pop(0), [img, txt, rope, vec, *tree_leaves(memories or [])])[0].to(img.device)
+        def velocity(img: Tensor, txt: Tensor, rope: Tensor, mods: Modulations, memories=None) -> Tensor:
+            return self.call(coming.pop(0), [img, txt, rope, mods.vec, *tree_leaves(memories or [])])[0].to(img.device)
 
         r, pipe = self.request, copy.copy(self.pipe)
+        pipe.tabulated = False  # `velocity` is all there is of the transformer
         pipe.transformer = copy.copy(self.pipe.transformer)
         pipe.transformer.module = copy.copy(self.pipe.transformer())  # with the same weights, in which `call` may run
         pipe.transformer.module.velocity = velocity

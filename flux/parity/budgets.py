@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flux.errors import NonFiniteError, UserError
+from flux.files import read_header
 from flux.parity.capture import Request
 from flux.parity.compare import Row
 from flux.parity.modules import Modules, in_dtype
@@ -26,7 +27,6 @@ from flux.parity.record import KEY, Capture, amend
 from flux.parity.replay import against, check_model, local, recorded
 from flux.parity.taps import check_patterns
 from flux.pipeline import Pipeline
-from flux.weights import read_header
 
 ALLOWED = 2  # times what was measured: a second way to round errs about as much as the first, in another direction
 PRECISIONS = ("bfloat16", "float16", "float8")

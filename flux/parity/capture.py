@@ -33,12 +33,13 @@ import flux
 from flux import conditioning, sampling
 from flux.conditioning import Conditions, Pictures
 from flux.errors import NonFiniteError, UserError
+from flux.network import Network
+from flux.options import Guidance, check_guidance, check_steps
 from flux.parity.record import Capture, Kind, Writer, check_new, kind_of, readable, stored_as
 from flux.parity.taps import See, check_patterns, joined, matches, replaced, watching
-from flux.pipeline import Guidance, Pipeline, check_guidance, check_steps
+from flux.pipeline import Pipeline
 from flux.text import TextFeatures
 from flux.transformer import NUMERICS
-from flux.weights import Network
 
 __all__ = ["Capture", "Kind", "Plan", "Request", "Selection", "Writer", "capture", "plan", "run", "without_weights"]
 
@@ -115,6 +116,7 @@ def run(pipe: Pipeline, request: Request, see: See) -> Image.Image:
     with ExitStack() as stack:
         stages.show(stack, pipe, "condition", "sample", "decode")
         stages.show(stack, pipe.text, "encode_one")
+        stack.enter_context(replaced(pipe, "tabulated", lambda _: False))  # what a step is given is then seen in that step
         stack.enter_context(replaced(pipe.text, "known", lambda known: {}))  # or a prompt of before would not be encoded
         asked = (r.width, r.height, r.steps, r.guidance, r.seed, 1, r.negative_prompt, r.cfg_scale)
         (image,) = pipe(r.prompt, *asked, stages.after_step, r.pictures)
@@ -219,6 +221,9 @@ class _Stages:
 # ---------------------------------------------------------------- in advance
 
 
+IN_PLACE = re.compile(r"coder\S*\.(conv1|conv2|conv_out)/in$|coder\S*\.block[._]\d/out$")  # SiLU, and the residual sum
+
+
 @dataclass
 class Plan:
     """What a run will record: all `names` there are, and of those that are selected their `count` and, at most, `bytes`."""
@@ -238,7 +243,8 @@ def plan(pipe: Pipeline, request: Request, selection: Selection = Selection()) -
             return
         out.count += 1
         kind = kind_of(tensor, selection.keep)
-        if kind != "full" or id(tensor) not in seen:  # an output that is the next module's input is stored once
+        # an output that is the next module's input is stored once, but where an autoencoder works in place
+        if kind != "full" or id(tensor) not in seen or IN_PLACE.search(name):
             out.bytes += stored_as(tensor, kind)
             seen[id(tensor)] = tensor  # kept, so that no other gets its id
 
@@ -254,7 +260,7 @@ def plan(pipe: Pipeline, request: Request, selection: Selection = Selection()) -
 def without_weights(pipe: Pipeline) -> Pipeline:
     """The same pipeline on the CPU, whose networks compute nothing but shapes, and answer zeros."""
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
-    twin.device, twin.resident = torch.device("cpu"), True
+    twin.device, twin.resident, twin.prepare = torch.device("cpu"), True, lambda *_: None
     for part in ("transformer", "autoencoder", "encoder"):
         setattr(twin, part, _hollow(getattr(pipe, part)))
     twin.adapters = tuple(map(_hollow, pipe.adapters))
@@ -269,7 +275,7 @@ def _hollow(network: Network) -> Network:
     twin.device, twin.module = torch.device("cpu"), network.on_meta().to(network.dtype).eval().requires_grad_(False)
     to_meta = partial(tree_map_only, Tensor, lambda x: x.to("meta"))
     to_zeros = partial(tree_map_only, Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype))
-    for name in ("forward", "vec", "velocity", "remember", "encode", "decode"):
+    for name in ("forward", "vec", "modulations", "velocity", "remember", "encode", "decode"):
         if method := getattr(twin.module, name, None):
             setattr(twin.module, name, lambda *args, method=method: to_zeros(method(*to_meta(args))))
     return twin

@@ -39,14 +39,18 @@ def matches_of(reference: ModuleType, ours: Flux) -> dict[str, Match]:
     for name, rows in reference.transformer_to_diffusers(numbered, ours.config).items():
         parts[_module(weights[rows[0] >> 32])].append((_module(name), rows % 2**32))
     for module, pieces in parts.items():
+        if module.endswith("_norm"):  # ours takes q and k together, when they are of length one; theirs one by one, raw
+            continue
         theirs, rows = zip(*pieces, strict=True)
-        out[f"{module}/in"] = Match((f"{theirs[0]}/in",), lambda xs: _heads_first(xs[0]))
+        out[f"{module}/in"] = Match((f"{theirs[0]}/in",))
         inverse = torch.cat(rows).argsort()
-        rejoin = lambda xs, inverse=inverse: _heads_first(torch.cat(xs, -1)[..., inverse.to(xs[0].device)])  # noqa: E731
+        rejoin = lambda xs, inverse=inverse: torch.cat(xs, -1)[..., inverse.to(xs[0].device)]  # noqa: E731
         out[f"{module}/out"] = Match(tuple(f"{name}/out" for name in theirs), rejoin)
-        if module.endswith(".query_norm"):  # theirs lies in the attention itself
-            block = re.match(r"\w+\.\d+", module)[0]
-            out |= {f"{block}/attention/{tap}": Match((f"{_module(theirs[0])}/attention/{tap}",)) for tap in TAPS}
+    for norm in (module.removesuffix(".query_norm") for module in parts if module.endswith(".query_norm")):
+        q, k = (parts[f"{norm}.{kind}_norm"][0][0] for kind in ("query", "key"))
+        out[f"{norm}/out"] = Match((f"{q}/out", f"{k}/out"), torch.stack)
+        block = re.match(r"\w+\.\d+", norm)[0]  # theirs lies in the attention itself
+        out |= {f"{block}/attention/{tap}": Match((f"{_module(q)}/attention/{tap}",)) for tap in TAPS}
     # theirs give text first, and FLUX.1's single blocks text and picture apart
     whole = lambda block, tap: f"{reference.renamed(f'{block}.', reference.FLUX_NAMES)[:-1]}/{tap}"  # noqa: E731
     for block in (f"double_blocks.{i}" for i in range(ours.config.depth)):
@@ -59,11 +63,6 @@ def matches_of(reference: ModuleType, ours: Flux) -> dict[str, Match]:
 
 def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """Of theirs, the norms of q and k are given (B, N, H, d), and all else (B, N, D) or (B, D)."""
-    return x.transpose(1, 2) if x.ndim == 4 else x
 
 
 def gathering(wanted: Mapping[str, Match], judge: Callable[[str, Tensor], None]) -> See:

@@ -26,12 +26,14 @@ from torch import Tensor
 from flux import sampling
 from flux.configs import ModelSpec
 from flux.errors import NonFiniteError, UserError
+from flux.files import read_header
+from flux.network import Network
+from flux.options import written
 from flux.parity import consumer
 from flux.parity.capture import Request, describe, run, without_weights
 from flux.parity.record import DTYPES, KEY, Capture, Writer, cannot_write, raw, readable
 from flux.parity.taps import check_patterns, matches
-from flux.pipeline import Pipeline, written
-from flux.weights import Network, read_header
+from flux.pipeline import Pipeline
 
 PROMPT = "a small yellow star above a large blue ring on a white background"
 STEPS = 4
@@ -249,27 +251,27 @@ in.0, in.1. The first step is there layer by layer, the later ones by what they 
 - The text is padded to {text_length} tokens, and the transformer attends to padding as to all else: there is no mask.
 - The rows of a qkv weight make q, then k, then v, and each of these head by head.
 - RoPE turns neighbouring channels, (0, 1), (2, 3), ..., and not halves; q and k are normalised first, and turned then.
-- Modulation comes as shift, scale, gate: (1 + scale) · norm(x) + shift, and x + gate · branch.
+- Modulation comes as shift, scale, gate: scale · norm(x) + shift, and x + gate · branch. The weights make the scale less 1.
 - LayerNorm has no weights of its own. Its epsilon is 1e-6, and so is that of the RMS norms of q and k.
 - Time t runs from 1 (noise) to 0 (picture), and is multiplied by 1000 before its sinusoids.
 
 ## The order to port in
 
-1. **rope_table**: `ids/txt`, then `ids/img` -> `rope` (N, {pairs}, 2), cosines and sines. {ids}
+1. **rope_table**: `ids/txt`, then `ids/img` -> `rope` (N, {pairs}, 2, 2), rotations, ((cos, -sin), (sin, cos)). {ids}
    The axes share the {d} channels of a head, {axes}: with n channels, angle = position · {theta}^(-2i/n) for i < n/2, which is
    best computed in float64.
 2. **sinusoid**: the first t of `schedule` -> `step.001/time_in/in` (1, 256), 128 cosines, then 128 sines, of the angles
    1000 t · 10000^(-i/128).
 3. **MLPEmbedder**: out_layer(silu(in_layer(x))) -> `step.001/time_in/out`.{guidance}{vector}
    Together they add up to `step.001/vec` (1, {D}).
-4. **Modulator**: lin(silu(vec)), cut into shift, scale, gate, in double blocks first for attention, then for the MLP.
+4. **Modulator**: lin(silu(vec)), cut into shift, scale - 1, gate, in double blocks first for attention, then for the MLP.
    {modulators}
 5. **img_in**, **txt_in**: `step.001/in` -> `step.001/img_in/out`, and `text/features` -> `step.001/txt_in/out`.
 6. **DoubleBlock**, as in `consumer.py`, of image tokens, `step.001/double_blocks.0/in.0`, and text tokens,
    `step.001/double_blocks.0/in.1`. What follows is the image's; the text's is the same, with txt for img.
    - modulate: `step.001/double_blocks.0.img_attn.qkv/in`
-   - QKNorm, head by head, x / sqrt(mean(x²) + 1e-6) · scale: `step.001/double_blocks.0.img_attn.norm/out.0` is q's,
-     `step.001/double_blocks.0.img_attn.norm/out.1` is k's
+   - QKNorm, head by head, x / sqrt(mean(x²) + 1e-6) · scale: `step.001/double_blocks.0.img_attn.norm/out`, q, then k,
+     (2, 1, N, {heads}, {d})
    - rotate, text and image together, (x0 cos - x1 sin, x0 sin + x1 cos): `step.001/double_blocks.0/attention/q`,
      `step.001/double_blocks.0/attention/k`; not so `step.001/double_blocks.0/attention/v`
    - attention, softmax(q kᵀ / sqrt({d})) v: `step.001/double_blocks.0/attention/out`
@@ -279,7 +281,7 @@ in.0, in.1. The first step is there layer by layer, the later ones by what they 
      `step.001/double_blocks.0.img_mlp.1/out`
 7. **SingleBlock**, of text and image as one sequence, `step.001/single_blocks.0/in.0`, attention and MLP side by side.
    - modulate, then linear1, whose columns are q, k, v and the MLP's: `step.001/single_blocks.0.linear1/out`
-   - norm, rotation and attention as before: `step.001/single_blocks.0.norm/out.0`, `step.001/single_blocks.0/attention/q`
+   - norm, rotation and attention as before: `step.001/single_blocks.0.norm/out`, `step.001/single_blocks.0/attention/q`
    - x + gate · linear2 of attention, then activation: `step.001/single_blocks.0.linear2/in`, `step.001/single_blocks.0/out`
 8. **FinalLayer**, of the image tokens, `step.001/final_layer/in.0`: adaLN_modulation.1(silu(vec)) is shift, then scale (in
    diffusers' files scale, then shift); modulate, then linear: `step.001/out`.{guided}

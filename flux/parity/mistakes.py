@@ -17,7 +17,7 @@ from torch import Tensor
 from flux import autoencoder, clip, language_model, sampling, t5, transformer
 from flux.autoencoder import AutoEncoder
 from flux.parity.case import Case
-from flux.transformer import Flux, GatedSiLU, Memory, Modulation, Modulator, QKNorm, RMSNorm
+from flux.transformer import Flux, GatedSiLU, Memory, Modulation, Modulator, Numerics, QKNorm
 
 
 class Mistake(NamedTuple):
@@ -36,13 +36,14 @@ def changed(owner: object, attribute: str, wrong: Callable) -> Callable[[Case], 
 
 
 def swapped(mod: Modulation) -> Modulation:
-    return mod._replace(shift=mod.scale, scale=mod.shift)
+    return mod._replace(shift=mod.scale - 1, scale=1 + mod.shift)
 
 
 def cut_by_kind(f: Callable, self: Modulator, vec: Tensor) -> list[Modulation]:
     branches = f(self, vec)
-    chunks = [chunk for branch in branches for chunk in branch]
-    return [Modulation(*chunks[number :: len(branches)]) for number in range(len(branches))]
+    chunks = [chunk for shift, scale, gate in branches for chunk in (shift, scale - 1, gate)]
+    kinds = [chunks[number :: len(branches)] for number in range(len(branches))]
+    return [Modulation(shift, 1 + scale, gate) for shift, scale, gate in kinds]
 
 
 def with_eps(eps: float) -> Callable[[Case], Tensor]:
@@ -57,13 +58,39 @@ def with_eps(eps: float) -> Callable[[Case], Tensor]:
 
 
 def qk_norm_over(*axes: int) -> Callable[[Case], Tensor]:
-    """Of (B, H, N, d)."""
-    wrong = lambda f, self, x: x * torch.rsqrt(x.square().mean(axes, keepdim=True) + 1e-6) * self.scale  # noqa: E731
-    return changed(RMSNorm, "forward", wrong)
+    """Of (2, B, N, H, d), in a double block of each stream alone."""
+
+    def wrong(case: Case) -> Tensor:
+        text = len(case.ids[0]) if "double_blocks" in case.name else 0
+
+        def norm(f: Callable, x: Tensor, numerics: Numerics) -> Tensor:
+            streams = x.float().tensor_split([text], dim=2)
+            return torch.cat([s * torch.rsqrt(s.square().mean(axes, keepdim=True) + 1e-6) for s in streams], dim=2).to(x.dtype)
+
+        return case.again((transformer, "unit_rms", norm))
+
+    return wrong
+
+
+def unscaled(f: Callable, self: QKNorm, unit: Tensor) -> Tensor:
+    return unit.to(self.query_norm.scale.dtype)
+
+
+def unnormed(case: Case) -> Tensor:
+    called = []
+
+    def nothing(f: Callable, x: Tensor, numerics: Numerics) -> Tensor:
+        called.append(True)
+        return x
+
+    wrong = case.again((transformer, "unit_rms", nothing), (QKNorm, "forward", unscaled))
+    if not called:
+        raise LookupError("the norm lies before this run, which only scales")
+    return wrong
 
 
 def turned_too_early(case: Case) -> Tensor:
-    """q and k as they go into the norm, after RoPE."""
+    """q and k as they go into their norm's scales, after RoPE."""
     rope = case.given(case.of_pass("rope"))
     length = case.truth.shape[2]
     return transformer.rotate(case.truth, rope[:length] if "txt_attn" in case.name else rope[-length:])
@@ -74,9 +101,9 @@ def normed_too_late(case: Case) -> Tensor:
     rope, rotate = case.given(case.of_pass("rope")), transformer.rotate
     of_text = [block.txt_attn.norm for block in case.network.double_blocks]
 
-    def norm(f: Callable, self: QKNorm, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        rows = rope[: q.shape[2]] if any(self is norm for norm in of_text) else rope[-q.shape[2] :]
-        return f(self, rotate(q, rows), rotate(k, rows))
+    def norm(f: Callable, self: QKNorm, unit: Tensor) -> Tensor:
+        rows = rope[: unit.shape[2]] if any(self is norm for norm in of_text) else rope[-unit.shape[2] :]
+        return f(self, rotate(unit, rows))
 
     return case.again((QKNorm, "forward", norm), (transformer, "rotate", lambda f, x, rope: x))
 
@@ -85,7 +112,7 @@ def normed_too_late(case: Case) -> Tensor:
 
 
 def halves(f: Callable, x: Tensor, rope: Tensor) -> Tensor:
-    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), rope.unbind(-1)
+    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), rope[:, None, :, :, 0].unbind(-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
@@ -130,7 +157,8 @@ def padding_masked(case: Case) -> Tensor:
     hidden = pads(case)
 
     def attention(f: Callable, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> Tensor:
-        visible = F.pad(~hidden, (0, k.shape[2] - len(hidden)), value=True)
+        visible = F.pad(~hidden, (0, k.shape[1] - len(hidden)), value=True)
+        q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
         return rearrange(F.scaled_dot_product_attention(q, k, v, visible[None, :]), "b h n d -> b n (h d)")
 
     return case.again((transformer, "attention", attention))
@@ -269,7 +297,7 @@ MISTAKES = (
     Mistake(*SWAPPED, STEP, changed(transformer, "modulate", lambda f, x, mod: f(x, swapped(mod)))),
     Mistake(*SWAPPED, STEP, changed(Modulator, "forward", lambda f, self, vec: [*map(swapped, f(self, vec))])),
     Mistake("1 + scale missing", "a norm is multiplied by scale, and should be by 1 + scale", STEP,
-            changed(transformer, "modulate", lambda f, x, m: m.scale * F.layer_norm(x, x.shape[-1:], eps=1e-6) + m.shift)),
+            changed(transformer, "modulate", lambda f, x, m: f(x, m._replace(scale=m.scale - 1)))),
     Mistake("modulation cut by kind", "a modulator's output is cut into (kind, branch), and should be into (branch, kind): "
             "shift, scale and gate of attention, then those of the MLP", STEP, changed(Modulator, "forward", cut_by_kind)),
     Mistake("SiLU missing", "a SiLU is left out; what modulators read goes through one", STEP,
@@ -277,26 +305,29 @@ MISTAKES = (
     *(Mistake(f"eps {eps:g}", f"a norm adds {eps:g} to the variance; FLUX adds 1e-6, CLIP and Mistral 1e-5", "",
               with_eps(eps))
       for eps in (1e-5, 1e-6, 1e-8, 1e-4, 1e-3)),
+    *(Mistake(f"eps {eps:g}", f"QK-norm adds {eps:g} to the mean square; FLUX adds 1e-6", STEP,
+              changed(transformer, "unit_rms", lambda f, x, _, eps=eps: F.rms_norm(x, x.shape[-1:], eps=eps)))
+      for eps in (1e-5, 1e-8, 1e-4, 1e-3)),
     Mistake("QK-norm left out", "queries and keys are not normalised", STEP,
-            changed(QKNorm, "forward", lambda f, _, q, k: (q, k))),
+            unnormed),
     Mistake("QK-norm without its scale", "queries and keys are normalised, but not scaled", STEP,
-            changed(RMSNorm, "forward", lambda f, self, x: F.rms_norm(x, self.scale.shape, None, 1e-6))),
+            changed(QKNorm, "forward", unscaled)),
     Mistake("QK-norm's scales swapped", "the query's scale is used for keys, and the key's for queries", STEP,
-            changed(QKNorm, "forward", lambda f, self, q, k: (self.key_norm(q), self.query_norm(k)))),
+            changed(QKNorm, "forward", lambda f, self, unit: f(self, unit.flip(0)).flip(0))),
     Mistake("QK-norm over the wrong axis", "they are normalised over tokens, and should be over each head's channels", STEP,
             qk_norm_over(2)),
     Mistake("QK-norm over the wrong axis", "they are normalised over all heads together, and should be head by head", STEP,
-            qk_norm_over(1, 3)),
+            qk_norm_over(3, 4)),
     Mistake("QK-norm over the wrong axis", "they are normalised over heads, and should be over each head's channels", STEP,
-            qk_norm_over(1)),
-    Mistake(*LATE_NORM, r"norm(\.(query|key)_norm)?/in", turned_too_early),
+            qk_norm_over(3)),
+    Mistake(*LATE_NORM, r"norm/in", turned_too_early),
     Mistake(*LATE_NORM, STEP, normed_too_late),
     Mistake("RoPE turns halves", "channel i is turned with channel i + d/2, and should be with its neighbour", STEP,
             changed(transformer, "rotate", halves)),
     Mistake("RoPE's pairs stored as halves", "q and k are turned well, and kept in another order; attention is the same", STEP,
             changed(transformer, "rotate", lambda f, x, rope: f(x, rope).unflatten(-1, (-1, 2)).mT.flatten(-2))),
     Mistake("RoPE turns backwards", "the sign of the angles is wrong", STEP,
-            changed(transformer, "rotate", lambda f, x, rope: f(x, rope * rope.new_tensor([1, -1])))),
+            changed(transformer, "rotate", lambda f, x, rope: f(x, rope.mT))),
     Mistake("RoPE left out", "queries and keys are not turned", STEP, changed(transformer, "rotate", lambda f, x, rope: x)),
     Mistake("RoPE's theta", "theta is the other family's: 10000 in FLUX.1, 2000 in FLUX.2", "^(negative/)?rope",
             changed(transformer, "rope_table", lambda f, ids, axes, theta, dtype: f(ids, axes, 12_000 - theta, dtype))),
@@ -314,7 +345,7 @@ MISTAKES = (
             r"/final_layer/in(\.0)?$", first_tokens),
     Mistake("q, k, v cut by heads", "the rows of qkv are taken as (head, q k v, channel), and are (q k v, head, channel)", STEP,
             changed(transformer, "split_heads",
-                    lambda f, qkv, heads: rearrange(qkv, "b n (h three d) -> three b h n d", three=3, h=heads))),
+                    lambda f, qkv, heads: rearrange(qkv, "b n (h three d) -> three b n h d", three=3, h=heads))),
     Mistake("GELU by erf", "GELU is computed exactly, and should be by its tanh approximation", "",
             changed(F, "gelu", lambda f, x, approximate="none": f(x))),
     Mistake("GELU by erf", "CLIP's GELU is computed exactly, and should be x · sigmoid(1.702 x)", TEXT,

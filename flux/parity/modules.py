@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from flux.autoencoder import AutoEncoder
 from flux.errors import UserError
-from flux.pipeline import Pipeline, free_memory
+from flux.memory import free_memory
+from flux.network import Network
+from flux.pipeline import Pipeline
 from flux.transformer import DoubleBlock, Flux, Memory, Modulation, SingleBlock
-from flux.weights import Network
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]
 PLACE = re.compile(r"((step|references|encoder|decoder|text)(?:\.\d+)?(?:/negative)?(?:/(t5|clip|model))?)(?:/(.+))?")
@@ -56,9 +57,7 @@ class Modules:
 
 def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: Callable[[Tensor], Tensor]):
     if path.endswith("/attention"):
-        # an autoencoder's q, k, v lie channel by channel in memory, and in which order a kernel adds depends on that
-        laid = (lambda x: x.mT.contiguous().mT) if isinstance(network, AutoEncoder) else lambda x: x
-        return F.scaled_dot_product_attention(*(laid(cast(x)) for x in inputs))
+        return F.scaled_dot_product_attention(*map(cast, inputs))
     if path == "" and isinstance(network, Flux | AutoEncoder):
         return _network(network, name, inputs, cast)
     try:
@@ -66,6 +65,8 @@ def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: C
     except AttributeError:
         fault = f"{type(network).__name__} has no module {path!r}"
         raise UserError(f"{name}: {fault}; is the capture of another model?") from None
+    if isinstance(network, AutoEncoder):  # its tensors lie channels last; a file does not keep how they lay
+        cast = lambda x, cast=cast: cast(x).to(memory_format=torch.channels_last) if x.ndim == 4 else cast(x)  # noqa: E731
     remembering = name.startswith("references") and hasattr(module, "remember")
     return (module.remember if remembering else module)(*_arguments(module, inputs, cast))
 
@@ -76,11 +77,12 @@ def _network(network: nn.Module, name: str, inputs: list[Tensor], cast: Callable
         (x,) = map(cast, inputs)
         return network.encode(x) if name.startswith("encoder") else network.decode(x)
     if name.startswith("references"):
-        references, rope, vec = inputs
-        return network.remember(cast(references), rope.to(vec.device), cast(vec))
+        references, rope, vec, *_ = inputs  # the rest is made of vec
+        return network.remember(cast(references), rope.to(vec.device), network.modulations(cast(vec)))
     img, txt, rope, vec, *rest = inputs
     memories = [Memory(cast(k), cast(v)) for k, v in zip(rest[::2], rest[1::2], strict=True)]
-    return network.velocity(cast(img), cast(txt), rope.to(cast(vec).device), cast(vec), memories or None)
+    mods = network.modulations(cast(vec))
+    return network.velocity(cast(img), cast(txt), rope.to(mods.vec.device), mods, memories or None)
 
 
 def _arguments(module: nn.Module, inputs: list[Tensor], cast: Callable[[Tensor], Tensor]) -> list:
@@ -130,6 +132,7 @@ def in_dtype(pipe: Pipeline, dtype: torch.dtype, change: Callable[[Tensor], Tens
         setattr(owner, part, network)
     twin.text.networks = tuple(getattr(twin.text, part) for part in pipe.spec.text.networks)
     networks = twin.transformer, twin.autoencoder, *twin.text.networks
+    twin.prepare = lambda *_: None  # what is in memory when, is decided here
     twin.resident = sum(network.bytes for network in networks) < 0.8 * free_memory(pipe.device)
     if change or not twin.resident:
         for network in networks:

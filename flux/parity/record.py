@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flux.errors import UserError
-from flux.weights import MAX_HEADER, read_header
+from flux.files import MAX_HEADER, read_header
 
 Kind = Literal["full", "slice", "probe", "statistics"]
 KEY, SCHEMA = "flux.parity", 1

@@ -254,7 +254,7 @@ def load(capture: Capture, weights: Path | None = None, device: str | None = Non
     pipe = pipeline.load(recipe["model"], weights, device, dtype, numerics, transformer, autoencoder)
     for path, scale in loras:
         pipe.load_lora(path, scale, partial)
-    return pipe if pipe.resident else in_dtype(pipe, dtype)
+    return in_dtype(pipe, dtype)
 
 
 def request_of(capture: Capture, pictures: Pictures | None = None) -> Request:

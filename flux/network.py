@@ -1,0 +1,125 @@
+"""One network and its files: found fit when it is made, loaded when it is called for, in the way that memory allows."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flux.memory import Weights, measure
+from flux.offload import stream
+from flux.quantization import use_native_fp8
+from flux.quantization.compress import compress
+from flux.weights import load_module
+
+CPU = torch.device("cpu")
+
+
+class Network:
+    """`network()` is the module, loaded if it is not there; `release` lets it go.
+
+    `lists`: paths of its lists of blocks, in the order of their use. How it is loaded, four attributes say, before it is:
+    `change`, what LoRAs do to it; `compression`, a kind of `quantization.compress`; `native_fp8`, whether float8 layers
+    multiply in float8; `compiled`, each block on its own; `resident`, if its blocks are streamed to the device, how many bytes of them
+    stay there.
+    """
+
+    def __init__(self, kind: Callable[..., nn.Module], config, files: Sequence[Path], *, device: torch.device,
+                 dtype: torch.dtype, lists: Sequence[str] = (), check_finite: bool = False, **options):  # fmt: skip
+        self.kind, self.config, self.files, self.lists, self.options = kind, config, files, lists, options
+        self.device, self.dtype, self.module = device, dtype, None
+        self.change: Callable[[nn.Module], None] | None = None
+        self.compression: str | None = None
+        self.native_fp8 = self.compiled = False
+        self.resident: int | None = None
+        self.missing: list[str] = []  # paths of what `without` took away
+        checked = self._load(CPU, None, check_finite)  # maps the files and refuses what is wrong with them
+        self.as_cast = all(p.dtype == dtype for p in checked.parameters())
+        self.shapes = checked.to("meta")  # and types, quantised as in the files
+
+    def __call__(self) -> nn.Module:
+        if self.module is not None and self.missing:
+            self._bring_back()
+        if self.module is None:
+            self.module = self._ready()
+        return self.module
+
+    def release(self) -> None:
+        self.module, self.missing = None, []
+
+    def alter(self, change: Callable[[nn.Module], None] | None) -> None:
+        """Have `change` made, in place of an earlier one, to what the files hold, whenever the network is loaded."""
+        if change or self.change:
+            self.change = change
+            self.release()
+
+    def hold(self, resident: int | None) -> None:
+        """Have its blocks streamed, or not; what is loaded already, in another way, is let go."""
+        if resident != self.resident:
+            self.resident = resident
+            self.release()
+
+    def without(self, kind: type[nn.Module]) -> nn.Module:
+        """The module, less all parts of a kind: those have done their work, until it is called for again."""
+        module = self()
+        paths = [path for path, part in module.named_modules() if isinstance(part, kind)]
+        if self.resident is not None:  # the blocks that are streamed are laid out anew
+            self.release()
+            self.module = module = self._ready(paths)
+        else:
+            remove(module, paths)
+        self.missing = paths
+        return module
+
+    def on_meta(self) -> nn.Module:
+        """Its modules and shapes, without weights, none quantised."""
+        with torch.device("meta"):
+            return self.kind(self.config)
+
+    @property
+    def weights(self) -> Weights:
+        """Bytes of its weights, as they will be held."""
+        held = copy.deepcopy(self.shapes)
+        if self.compression:
+            compress(held, self.compression)
+        mapped = self.as_cast and not (self.change or self.compression)
+        return measure(held, self.lists, self.dtype, mapped)
+
+    @property
+    def bytes(self) -> int:
+        return self.weights.total
+
+    def _ready(self, missing: Sequence[str] = ()) -> nn.Module:
+        """As it will be used."""
+        streamed = self.resident is not None
+        module = self._load(CPU if streamed or self.compression else self.device, self.dtype)
+        if self.change:
+            self.change(module)
+        remove(module, missing)
+        if self.compression:
+            compress(module, self.compression, device=CPU if streamed else self.device)
+        if self.native_fp8:
+            use_native_fp8(module, self.device)
+        if self.compiled:  # blocks of a kind are one code with other weights, so one graph serves all
+            for block in (block for path in self.lists for block in module.get_submodule(path)):
+                block.compile(fullgraph=True)
+        return stream(module, self.lists, self.device, resident=self.resident) if streamed else module.to(self.device)
+
+    def _bring_back(self) -> None:
+        if self.change or self.resident is not None:  # a part of a merge, or of a ring, is not made alone
+            return self.release()
+        mapped = self._load(CPU, None)
+        for path in self.missing:
+            self.module.set_submodule(path, mapped.get_submodule(path).to(self.device, self.dtype))
+        self.missing = []
+
+    def _load(self, device: torch.device, dtype: torch.dtype | None, check_finite: bool = False) -> nn.Module:
+        module = self.on_meta()
+        load_module(module, self.files, device=device, dtype=dtype, check_finite=check_finite, **self.options)
+        return module
+
+
+def remove(module: nn.Module, paths: Sequence[str]) -> None:
+    for path in paths:
+        module.set_submodule(path, nn.Identity())  # which has no weights
