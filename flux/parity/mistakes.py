@@ -52,6 +52,7 @@ def with_eps(eps: float) -> Callable[[Case], Tensor]:
     return lambda case: case.again(
         (F, "layer_norm", lambda f, *args, **named: f(*args[:4], **named | {"eps": eps})),
         (F, "group_norm", lambda f, *args, **named: f(*args[:4], **named | {"eps": eps})),
+        (F, "batch_norm", lambda f, *args, **named: f(*args, **named | {"eps": eps})),  # group norms, of tensors channels last
         (F, "rms_norm", lambda f, *args, **named: f(*args[:3], **named | {"eps": eps})),
         (language_model.RMSNorm, "forward", by_hand),
     )
