@@ -279,10 +279,10 @@ CACHED = 2**18  # elements that a CPU need not fetch from memory twice
 def stripes(x: Tensor, *modules: nn.Module, scale: int = 1) -> int:
     """How many to work in, between these modules, which make `x` `scale` times as large.
 
-    One, where gradients need everything that there was, and where a hook is to see a whole tensor.
+    One, where gradients need everything that there was, and where a hook is to see a whole tensor; and on Apple's GPUs.
     """
     watched = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    return 1 if len(x) > 1 or torch.is_grad_enabled() or watched else max(1, scale**2 * x.numel() // STRIPE)
+    return 1 if len(x) > 1 or torch.is_grad_enabled() or watched or x.is_mps else max(1, scale**2 * x.numel() // STRIPE)
 
 
 def striped(conv: nn.Conv2d, before: Callable[[Tensor], Tensor], x: Tensor, count: int, scale: int = 1) -> Tensor:
@@ -306,7 +306,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         ordered = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return self.of(x)(x) if ordered and len(x) == 1 and not torch.is_grad_enabled() else super().forward(x)
+        own = ordered and len(x) == 1 and not torch.is_grad_enabled() and not x.is_mps  # which has no batch norm of two dtypes
+        return self.of(x)(x) if own else super().forward(x)
 
     def of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The norm by the statistics of `x`, one picture, for any part of it; with these known, it is a batch norm."""

@@ -10,8 +10,10 @@ A GB is 10^9 bytes throughout. On the CPU, mapped weights are the file's own pag
 Apple's GPUs, device and host share one memory.
 """
 
+import importlib.util
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +71,8 @@ class Work:
     extra_text: int = 0  # text tokens that pictures became
     steps: int = 1  # for which modulations are tabulated
     itemsize: int = 2  # bytes of an activation
+    tile: int | None = None  # pixels: the side of the tiles that the picture is decoded in
+    given: int = 0  # pixels of the largest picture that is encoded
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,8 @@ def _refusal(spec: ModelSpec, weights: Mapping[str, Weights], work: Work, room: 
         advice.append("a smaller --num-images")
     if work.width * work.height > 512 * 512 and _fits(weights, less, room, offload):
         advice.append("a smaller --width and --height")
+    if work.tile is None and _fits(weights, activations(spec, replace(work, tile=1024), room.kind), room, offload):
+        advice.append("--tile 1024")
     if quantizable and _fits(weights | {"transformer": _halved(weights["transformer"])}, active, room, offload):
         advice.append("--quantize fp8 or an -fp8 file")
     limit = f"--vram {vram:g}: {what}" if vram is not None and room.device == vram * GB else what
@@ -240,12 +246,15 @@ def measure(network: nn.Module, lists: Sequence[str], dtype: torch.dtype, mapped
 
 def activations(spec: ModelSpec, work: Work, kind: str) -> dict[str, int]:
     """Bytes that each stage takes beside its weights, at the most: sums of the largest tensors that are there at once."""
-    decoder = spec.autoencoder
+    decoder, pixels = spec.autoencoder, work.width * work.height
+    width = decoder.ch_mult[1] * (decoder.decoder_ch or decoder.ch)
+    decoded = min(pixels, work.tile**2) if work.tile else pixels
+    whole = 12 * pixels if work.tile else 0  # what the tiles are put together in, in float32
     return {
         "text encoder": _text_activations(spec, work),
-        "picture encoder": _picture_activations(work, spec.autoencoder.ch, 4, kind),  # always in float32
+        "picture encoder": _picture_activations(work.given or pixels, decoder.ch, 4, kind),  # always in float32
         "transformer": _transformer_activations(spec, work, kind),
-        "autoencoder": _picture_activations(work, decoder.ch_mult[1] * (decoder.decoder_ch or decoder.ch), work.itemsize, kind),
+        "autoencoder": _picture_activations(decoded, width, work.itemsize, kind) + whole,
     }
 
 
@@ -265,15 +274,14 @@ def _transformer_activations(spec: ModelSpec, work: Work, kind: str) -> int:
     given = work.batch * (text * c.context_dim + 2 * image * (c.in_channels + c.out_channels)) * 4
     rope = (text + image) * c.hidden_size // c.num_heads * 2 * 4
     per_step = 9 if c.shared_modulation else 12 * c.depth + 3 * c.depth_single
-    table = work.steps * work.batch * (per_step + 3) * c.hidden_size * e
+    table = (2 if spec.cfg else 1) * work.steps * work.batch * (per_step + 3) * c.hidden_size * e
     memories = 2 * work.references * c.hidden_size * (c.depth + c.depth_single) * e if spec.cached else 0
     scores = 2 * work.batch * c.num_heads * (text + image) ** 2 * e if kind == "mps" else 0  # no fused attention
     return int(1.1 * max(turning, feeding, joining)) + given + rope + table + memories + scores
 
 
-def _picture_activations(work: Work, width: int, itemsize: int, kind: str) -> int:
+def _picture_activations(pixels: int, width: int, itemsize: int, kind: str) -> int:
     """Of an autoencoder, one picture at a time: five maps of `width` channels and full size; or the attention in its middle."""
-    pixels = work.width * work.height
     middle = 2 * (pixels // 64) ** 2 * itemsize if kind == "mps" else 0  # one head, each place with each
     return max(5 * width * pixels * itemsize, middle)
 
@@ -304,6 +312,13 @@ def choose_device(device: str | None) -> torch.device:
         raise UserError(f"--device {device}: there is no such device here; choose from {', '.join(here)}") from None
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether there is what torch.compile needs: Triton on a GPU, a C++ compiler on a CPU."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return device.type == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+
+
 def choose_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes in it, else float32, with a warning: float16 is too narrow for these networks.
 
@@ -314,7 +329,7 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     elif device.type == "mps":
         name, able = "macOS before version 14", torch.backends.mps.is_macos_or_newer(14, 0)
     else:
-        name, able = "this CPU", torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        name, able = "this CPU", torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if able:
         return torch.bfloat16
     warnings.warn(f"{name} does not compute in bfloat16, and in float16 the networks overflow: float32 is used, which takes "

@@ -1,28 +1,31 @@
 """One network and its files: found fit when it is made, loaded when it is called for, in the way that memory allows."""
 
 import copy
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from flux.errors import UserError
 from flux.memory import Weights, measure
-from flux.offload import stream
-from flux.quantization import use_native_fp8
-from flux.quantization.compress import compress
+from flux.offload import stream, tensors_of
+from flux.quantization import QuantizedLinear, use_native_fp8
+from flux.quantization.compress import compress, whole
 from flux.weights import load_module
 
 CPU = torch.device("cpu")
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Network:
     """`network()` is the module, loaded if it is not there; `release` lets it go.
 
-    `lists`: paths of its lists of blocks, in the order of their use. How it is loaded, four attributes say, before it is:
+    `lists`: paths of its lists of blocks, in the order of their use. How it is loaded, five attributes say, before it is:
     `change`, what LoRAs do to it; `compression`, a kind of `quantization.compress`; `native_fp8`, whether float8 layers
-    multiply in float8; `compiled`, each block on its own; `resident`, if its blocks are streamed to the device, how many bytes of them
-    stay there.
+    multiply in float8; `compiled`, each block on its own; `resident`, if its blocks are streamed to the device, how many
+    bytes of them stay there.
     """
 
     def __init__(self, kind: Callable[..., nn.Module], config, files: Sequence[Path], *, device: torch.device,
@@ -30,11 +33,14 @@ class Network:
         self.kind, self.config, self.files, self.lists, self.options = kind, config, files, lists, options
         self.device, self.dtype, self.module = device, dtype, None
         self.change: Callable[[nn.Module], None] | None = None
+        self.changed: frozenset[str] = frozenset()
         self.compression: str | None = None
         self.native_fp8 = self.compiled = False
         self.resident: int | None = None
         self.missing: list[str] = []  # paths of what `without` took away
         checked = self._load(CPU, None, check_finite)  # maps the files and refuses what is wrong with them
+        if device.type == "mps" and any(tensor.dtype in FLOAT8 for tensor in tensors_of(checked)):
+            raise UserError(f"{files[0]} is in float8, which Apple's GPUs do not have: use a GGUF file, or --device cpu")
         self.as_cast = all(p.dtype == dtype for p in checked.parameters())
         self.shapes = checked.to("meta")  # and types, quantised as in the files
 
@@ -47,11 +53,16 @@ class Network:
 
     def release(self) -> None:
         self.module, self.missing = None, []
+        if self.compiled:
+            gc.collect()  # a compiled block refers to itself
 
-    def alter(self, change: Callable[[nn.Module], None] | None) -> None:
-        """Have `change` made, in place of an earlier one, to what the files hold, whenever the network is loaded."""
+    def alter(self, change: Callable[[nn.Module], None] | None, paths: Iterable[str] = ()) -> None:
+        """Have `change` made, in place of an earlier one, to what the files hold, whenever the network is loaded.
+
+        `paths`: of the modules whose weights it changes; those that are quantised become whole.
+        """
         if change or self.change:
-            self.change = change
+            self.change, self.changed = change, frozenset(paths)
             self.release()
 
     def hold(self, resident: int | None) -> None:
@@ -62,15 +73,14 @@ class Network:
 
     def without(self, kind: type[nn.Module]) -> nn.Module:
         """The module, less all parts of a kind: those have done their work, until it is called for again."""
-        module = self()
-        paths = [path for path, part in module.named_modules() if isinstance(part, kind)]
-        if self.resident is not None:  # the blocks that are streamed are laid out anew
+        paths = [path for path, part in self.shapes.named_modules() if isinstance(part, kind)]
+        if self.resident is None:
+            remove(self(), paths)
+        else:  # the blocks that are streamed are laid out anew
             self.release()
-            self.module = module = self._ready(paths)
-        else:
-            remove(module, paths)
+            self.module = self._ready(paths)
         self.missing = paths
-        return module
+        return self.module
 
     def on_meta(self) -> nn.Module:
         """Its modules and shapes, without weights, none quantised."""
@@ -80,25 +90,43 @@ class Network:
     @property
     def weights(self) -> Weights:
         """Bytes of its weights, as they will be held."""
-        held = copy.deepcopy(self.shapes)
+        held = self.shapes
+        if self.compression or self.changed:
+            held = copy.deepcopy(held)
+        for path in self.changed:
+            if isinstance(layer := held.get_submodule(path), QuantizedLinear):
+                held.set_submodule(path, whole(layer, self.dtype))
         if self.compression:
             compress(held, self.compression)
-        mapped = self.as_cast and not (self.change or self.compression)
-        return measure(held, self.lists, self.dtype, mapped)
+        return measure(held, self.lists, self.dtype, self.mapped)
 
     @property
     def bytes(self) -> int:
         return self.weights.total
 
+    @property
+    def held(self) -> int:
+        """Bytes of the device's memory that its weights take now; of a streamed network, which no stage leaves there, 0."""
+        there = self.module is not None and self.resident is None and not (self.mapped and self.device.type == "cpu")
+        return sum(tensor.nbytes for tensor in tensors_of(self.module)) if there else 0
+
+    @property
+    def mapped(self) -> bool:
+        """Whether, on the CPU, its weights are the files' own pages."""
+        return self.as_cast and not (self.change or self.compression)
+
     def _ready(self, missing: Sequence[str] = ()) -> nn.Module:
         """As it will be used."""
         streamed = self.resident is not None
-        module = self._load(CPU if streamed or self.compression else self.device, self.dtype)
+        # what is compressed stays mapped until then, and is rounded once; LoRAs are merged in the dtype
+        dtype = None if self.compression and not self.change else self.dtype
+        module = self._load(CPU if streamed or self.compression else self.device, dtype)
         if self.change:
             self.change(module)
         remove(module, missing)
         if self.compression:
             compress(module, self.compression, device=CPU if streamed else self.device)
+            module.to(dtype=self.dtype)
         if self.native_fp8:
             use_native_fp8(module, self.device)
         if self.compiled:  # blocks of a kind are one code with other weights, so one graph serves all

@@ -21,14 +21,15 @@ from flux.files import shard_files
 from flux.images import to_images
 from flux.inputs import as_mask, as_picture
 from flux.lora import Patch, merge, place, read
-from flux.memory import OFFLOAD, Offload, Plan, Weights, Work, choose_device, choose_dtype, plan, room_on
+from flux.memory import OFFLOAD, Offload, Plan, Weights, Work, can_compile, choose_device, choose_dtype, plan, room_on
 from flux.models import find_spec, locate, with_decoder_of
 from flux.network import Network
 from flux.options import Guidance, check_cfg, check_count, check_guidance, check_scale, check_size, check_steps
+from flux.quantization import FP8Linear
 from flux.quantization.compress import KINDS
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
 from flux.text import TextFeatures, text_encoder
-from flux.transformer import NUMERICS, Flux, Memory, Modulations, Modulator, Numerics
+from flux.transformer import NUMERICS, Flux, Memory, Modulator, Numerics
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
 
@@ -58,6 +59,7 @@ def load(
 
     The rest is `Economy`'s.
     """
+    economy = Economy(offload, vram, quantize, native_fp8, compile, tile)
     spec = find_spec(name, transformer)
     if isinstance(numerics, str) and numerics not in NUMERICS:
         raise UserError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
@@ -70,7 +72,6 @@ def load(
     if autoencoder is not None:
         files["autoencoder"] = [Path(autoencoder)]
         spec = replace(spec, autoencoder=with_decoder_of(spec.autoencoder, Path(autoencoder)))
-    economy = Economy(offload, vram, quantize, native_fp8, compile, tile)
     return Pipeline(spec, files, device, dtype, numerics, check_weights, economy)
 
 
@@ -99,6 +100,11 @@ class Pipeline:
 
     def __init__(self, spec: ModelSpec, files: dict, device: torch.device, dtype: torch.dtype, numerics: Numerics,
                  check_weights: bool = False, economy: Economy = Economy()):  # fmt: skip
+        if economy.compile and not can_compile(device):
+            what = "Triton" if device.type == "cuda" else "a C++ compiler"
+            raise UserError(f"--compile needs {what}, which is not here: install it, or leave --compile out")
+        if economy.quantize == "fp8" and device.type == "mps":
+            raise UserError("--quantize fp8: Apple's GPUs have no float8; use --quantize int8")
         options = dict(device=device, dtype=dtype, check_finite=check_weights)
         self.economy = economy
         self.spec, self.files, self.device, self.dtype, self.numerics = spec, files, device, dtype, numerics
@@ -124,7 +130,10 @@ class Pipeline:
                 SigLIP, SigLIPConfig(), files["siglip"], prefixes=("vision_model.", ""), unread=siglip_unread, **options
             )
             self.adapters = siglip, Network(Redux, ReduxConfig(), files["redux"], **options)
-        self.resident = True  # whether a stage's networks stay when it ends: `prepare` decides
+        if economy.native_fp8 and economy.quantize != "fp8" and not self._has_fp8:
+            raise UserError(f"--native-fp8: {spec.name} has no float8 weights here: add --quantize fp8, or use an -fp8 file")
+        # whether a stage's networks stay when it ends: `prepare` decides
+        self.resident = economy.offload in (None, "none")
         self.tabulated = True  # what time does to the network is computed for all steps before the first
         self.loras: dict[Path, tuple[list[Patch], float]] = {}
         for path in self._own_loras:
@@ -177,27 +186,44 @@ class Pipeline:
         return [finish(made[number], conditions[number // num_images]) for number in sorted(made)]
 
     def prepare(self, width: int | None = None, height: int | None = None, steps: int | None = None, batch: int = 1,
-                conditions: Conditions | None = None, pictured: bool = False) -> Plan:  # fmt: skip
+                conditions: Conditions | None = None, pictured: int = 0) -> Plan:  # fmt: skip
         """Decide what is in memory when, for pictures of this size; UserError, with numbers, for what cannot fit.
 
-        `pictured`: whether pictures are yet to be encoded.
+        `pictured`: pixels of the largest picture that is yet to be encoded.
         """
+        for network in self.networks:  # what an interruption left, since nothing else leaves a ring behind
+            if network.resident is not None:
+                network.release()
         given = conditions or Conditions(height or self.spec.size, width or self.spec.size)
         count = lambda tokens: 0 if tokens is None else tokens.shape[1]  # noqa: E731
         work = Work(given.width, given.height, batch, count(given.references), count(given.text), steps or self.spec.steps,
-                    self.dtype.itemsize)  # fmt: skip
+                    self.dtype.itemsize, self.economy.tile, pictured)  # fmt: skip
         text = reduce(Weights.beside, (network.weights for network in self.text.networks))
         stages = {"text encoder": text, "transformer": self.transformer.weights, "autoencoder": self.autoencoder.weights}
         if pictured:
             encoders = [network.weights for network in (self.encoder, *self.adapters)]
             stages["picture encoder"] = reduce(Weights.beside, encoders)
-        decided = plan(self.spec, stages, work, room_on(self.device), self.economy.offload, self.economy.vram,
-                       quantizable=not self.economy.quantize)  # fmt: skip
+        room = room_on(self.device)
+        held = sum(network.held for network in (*self.text.networks, self.transformer, self.autoencoder))  # and counted there
+        decided = plan(self.spec, stages, work, room._replace(device=room.device + held), self.economy.offload,
+                       self.economy.vram, quantizable=not self.economy.quantize)  # fmt: skip
         self.resident = decided.offload == "none"
+        if not self.resident:  # what was loaded by itself, or when there was room, or was left by an interruption
+            for network in self.networks:
+                network.release()
         self.transformer.hold(decided.resident["transformer"])
         for network in self.text.networks:
             network.hold(decided.resident["text encoder"] if network.lists else None)
         return decided
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        return *self.text.networks, self.transformer, self.autoencoder, self.encoder, *self.adapters
+
+    @property
+    def _has_fp8(self) -> bool:
+        layers = (layer for network in (self.transformer, *self.text.networks) for layer in network.shapes.modules())
+        return any(isinstance(layer, FP8Linear) for layer in layers)
 
     def _conditions(self, pictures, count: int, width: int | None, height: int | None) -> list[Conditions | None]:
         """One for each of `count` prompts, the same for all if there is one for all."""
@@ -270,7 +296,8 @@ class Pipeline:
         """Anew, from the weights as they are in the files, so that they are rounded once."""
         for part, network in self._adaptable.items():
             patches = [(p, scale) for patches, scale in self.loras.values() for p in patches if p.place.part == part]
-            network.alter(partial(merge, patches=patches) if patches else None)
+            paths = {patch.place.path for patch, _ in patches}
+            network.alter(partial(merge, patches=patches) if patches else None, paths)
         self.text.known.clear()
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
@@ -289,6 +316,8 @@ class Pipeline:
         conditioning.check_pictures(self.spec, pictures)
         width, height = conditioning.size_of(self.spec, pictures, width, height)
         check_size(height, width)
+        largest = max(picture.width * picture.height for picture in pictures.images)
+        self.prepare(width, height, pictured=min(max(width * height, largest), 2024**2))
         encode = lambda pixels: self.encoder().encode(pixels.to(self.device)).cpu()  # noqa: E731
         conditions = conditioning.condition(self.spec, pictures, width, height, encode, self.embed)
         if not self.resident:
@@ -342,6 +371,7 @@ class Pipeline:
         at = {t: (filled(t), None if embedded is None else filled(embedded[t])) for t in times[:-1].tolist()}
         branches = [self._branch(transformer, f, h, w, given, memories, at) for f in (features, negative) if f is not None]
         if self.tabulated and not self.resident:
+            del transformer  # or, where it is loaded anew, there would be two
             transformer = self.transformer.without(Modulator)  # a quarter of FLUX.1, which has done its work
 
         def velocity(x: Tensor, t: float) -> Tensor:
@@ -367,16 +397,16 @@ class Pipeline:
         rope = transformer.rope(txt_ids, img_ids).to(self.device)
         references, channels = (None if x is None else x.to(self.device, self.dtype) for x in (references, given.channels))
 
-        def modulations(t: float) -> Modulations:
+        def vec(transformer: Flux, t: float) -> Tensor:
             time, guidance = at[t]
-            vector = None if pooled is None else pooled.expand(len(time), -1)
-            return transformer.modulations(transformer.vec(time, guidance, vector))
+            return transformer.vec(time, guidance, None if pooled is None else pooled.expand(len(time), -1))
 
-        table = {t: modulations(t) for t in at} if self.tabulated else {}
+        vecs = [vec(transformer, t) for t in at] if self.tabulated else []
+        table = dict(zip(at, transformer.tabulate(vecs)))
 
         def velocity(transformer: Flux, x: Tensor, t: float) -> Tensor:
             for_all = lambda y: y.expand(len(x), -1, -1)  # noqa: E731
-            mods = table[t] if self.tabulated else modulations(t)
+            mods = table[t] if self.tabulated else transformer.modulations(vec(transformer, t))
             img = x if channels is None else torch.cat([x, for_all(channels)], dim=-1)  # (B, L, C + C')
             img = img if references is None else torch.cat([img, for_all(references)], dim=1)  # (B, L + R, C)
             return transformer.velocity(img, for_all(txt), rope, mods, memories)[:, : x.shape[1]]

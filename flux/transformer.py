@@ -163,13 +163,19 @@ class Flux(nn.Module):
 
     def modulations(self, vec: Tensor) -> Modulations:
         """(B, D) -> what each block is given, which depends on time, guidance and pooled text only."""
-        active = F.silu(vec)
+        return self.tabulate([vec])[0]
+
+    def tabulate(self, vecs: Sequence[Tensor]) -> list[Modulations]:
+        """The `modulations` of several times, in one way through the blocks: they may be streamed."""
+        active = [F.silu(vec) for vec in vecs]
         if self.config.shared_modulation:  # FLUX.2: computed once, handed to every block
-            both = self.double_stream_modulation_img(active), self.double_stream_modulation_txt(active)
-            (single,) = self.single_stream_modulation(active)
-            return Modulations(vec, [both] * self.config.depth, [single] * self.config.depth_single)
-        double = [(block.img_mod(active), block.txt_mod(active)) for block in self.double_blocks]
-        return Modulations(vec, double, [block.modulation(active)[0] for block in self.single_blocks])
+            both = [(self.double_stream_modulation_img(a), self.double_stream_modulation_txt(a)) for a in active]
+            single = [self.single_stream_modulation(a)[0] for a in active]
+            depth, depth_single = self.config.depth, self.config.depth_single
+            return [Modulations(vec, [d] * depth, [s] * depth_single) for vec, d, s in zip(vecs, both, single)]
+        double = [[(block.img_mod(a), block.txt_mod(a)) for a in active] for block in self.double_blocks]
+        single = [[block.modulation(a)[0] for a in active] for block in self.single_blocks]
+        return [Modulations(vec, [d[i] for d in double], [s[i] for s in single]) for i, vec in enumerate(vecs)]
 
 
 class DoubleBlock(nn.Module):
@@ -271,8 +277,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> 
     """(B, N, H, d) x 3 -> (B, N, H·d). No mask: padding takes part, as it did in training. `memory` is attended to as well."""
     if memory is not None:
         k, v = torch.cat([memory.k, k], dim=1), torch.cat([memory.v, v], dim=1)  # (B, R + N, H, d)
-    out = F.scaled_dot_product_attention(*(rearrange(x, "b n h d -> b h n d") for x in (q, k, v)))
-    return rearrange(out, "b h n d -> b n (h d)")
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))  # (B, H, N, d)
+    return out.transpose(1, 2).flatten(2)
 
 
 def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.dtype) -> Tensor:
@@ -290,8 +296,10 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns neighbouring pairs of channels (x0, x1), in float32: (..., N, H, d) -> the same."""
     x0, x1 = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # (..., N, H, d/2, 1) each
-    of_x0, of_x1 = rearrange(rope, "n pairs row column -> column n 1 pairs row")
-    return (of_x0 * x0 + of_x1 * x1).flatten(-2).to(x.dtype)
+    of_x0, of_x1 = rope[:, None].unbind(-1)  # columns of the matrices, (N, 1, d/2, 2) each
+    turned = of_x0 * x0
+    turned += of_x1 * x1  # in place: these are the largest tensors of a step
+    return turned.flatten(-2).to(x.dtype)
 
 
 class QKNorm(nn.Module):
@@ -304,8 +312,8 @@ class QKNorm(nn.Module):
 
     def forward(self, unit: Tensor) -> Tensor:
         """(2, B, N, H, d), queries and keys -> the same."""
-        scale = torch.stack([self.query_norm.scale, self.key_norm.scale])  # (2, d)
-        return (unit * rearrange(scale, "two d -> two 1 1 1 d")).to(scale.dtype)
+        scale = torch.stack([self.query_norm.scale, self.key_norm.scale])[:, None, None, None]  # (2, 1, 1, 1, d)
+        return (unit * scale).to(scale.dtype)
 
 
 def unit_rms(x: Tensor, numerics: Numerics) -> Tensor:

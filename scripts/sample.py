@@ -23,7 +23,7 @@ DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n
 REMADE = dict(  # what a picture's parameters must hold, and of what type, to make it again
     prompt=str, negative_prompt=str | None, width=int, height=int, steps=int, guidance=float | int | list | None,
     cfg_scale=float | int | list | None, seed=int, numerics=str, model=str, dtype=str, transformer=str | None,
-    autoencoder=str | None, quantize=str | None, native_fp8=bool, tile=int | None,
+    autoencoder=str | None, quantize=str | None, native_fp8=bool, compile=bool, tile=int | None,
 )  # fmt: skip
 OPTIONS = {  # of flux.Pictures -> flags; also what the metadata keep
     "strength": "strength", "expand": "expand", "mask_threshold": "mask_threshold", "composite": "composite",
@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{spec.name}{toy}: {width}x{height}, {run}{guided}, on {pipe.device} in {short(pipe.dtype)}")
     if spec.embedded:
         note_unknown_words(prompts)
-    how = pipe.prepare(width, height, steps, pictured=pictures is not None)
+    how = pipe.prepare(width, height, steps, pictured=width * height if pictures else 0)
     if not spec.embedded or any((args.offload, args.vram, args.quantize)):
         say(f"memory: {how.message}")
 
@@ -228,6 +228,8 @@ def run(args: argparse.Namespace) -> int:
 
     # 4. prompts to features, then picture by picture, so that each is the same whatever is made beside it
     conditions = pictures and pipe.condition(pictures, width, height)
+    if conditions:
+        pipe.prepare(steps=steps, conditions=conditions)  # now it is known how many tokens they are
     if args.save_control:
         say(f"control: {images.save(conditions.control, args.save_control, {})}")
     pipe.encode(prompts + [args.negative_prompt or ""] * cfg)
@@ -327,10 +329,9 @@ def recall(args: argparse.Namespace, metadata: dict) -> None:
         raise UserError(f"{args.remake} lacks parameters that are needed to remake it: {', '.join(wrong)}")
     if not args.dtype and metadata["dtype"] not in DTYPES:
         raise UserError(f"{args.remake} says that its dtype was {metadata['dtype']!r:.40}: give another with --dtype")
-    if metadata["transformer"] and not args.transformer:
-        raise UserError(
-            f"{args.remake} was made with another transformer, {metadata['transformer']}: give it with --transformer"
-        )
+    for part in ("transformer", "autoencoder"):
+        if metadata[part] and not getattr(args, part):
+            raise UserError(f"{args.remake} was made with another {part}, {metadata[part]}: give it with --{part}")
     recall_files(args, metadata)
     args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
     for key in REMADE.keys() - {"prompt", "transformer", "autoencoder"}:
@@ -398,7 +399,7 @@ def describe(args, pipe, prompt: str, width: int, height: int, steps: int, guida
         numerics=args.numerics, dtype=short(pipe.dtype), device=pipe.device.type,
         transformer=args.transformer.name if args.transformer else None,
         autoencoder=args.autoencoder.name if args.autoencoder else None,
-        quantize=args.quantize, native_fp8=args.native_fp8, tile=args.tile,
+        quantize=args.quantize, native_fp8=args.native_fp8, compile=args.compile, tile=args.tile,
         pictures={option: getattr(args, flag) for option, flag in OPTIONS.items()} if args.image else None,
         note="made by the embedded toy model: shows the code at work, not what FLUX can do" if spec.embedded else None,
         licence=spec.licence.name, software=f"flux {flux.__version__}, torch {torch.__version__}",

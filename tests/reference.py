@@ -5,6 +5,7 @@ own converters is called. Neither library is imported before a builder needs it.
 """
 
 import json
+import math
 import re
 import zlib
 from dataclasses import replace
@@ -20,7 +21,7 @@ from flux.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux.clip import CLIP, CLIPConfig
 from flux.configs import MODELS, FLUX1Text, FLUX2Text, ModelSpec
 from flux.language_model import LanguageModel, LanguageModelConfig
-from flux.parity.compare import Errors, errors
+from flux.parity.compare import errors
 from flux.redux import ReduxConfig, SigLIPConfig
 from flux.t5 import T5, T5Config
 from flux.transformer import Flux, FluxConfig
@@ -40,20 +41,17 @@ KLEIN_TINY = replace(FLUX2_TINY, guidance=False)
 # -------------------------------------------------------------------------------------------------------- metrics
 
 
-def found(a: Tensor, b: Tensor) -> Errors:
-    """How far `a` is from the reference `b`, as `scripts/parity.py` judges it; both must be finite, and of one shape."""
-    assert a.shape == b.shape, f"{tuple(a.shape)} and not {tuple(b.shape)}"
-    assert a.isfinite().all() and b.isfinite().all(), "NaN or infinity"
-    return errors(a, b)
-
-
 def max_error(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value of `b`."""
-    return found(a, b).max_abs / b.abs().max().item()
+    """The largest difference, relative to the largest value of `b`, as `scripts/parity.py` finds it; NaN is infinitely far."""
+    assert a.shape == b.shape, f"{tuple(a.shape)} and not {tuple(b.shape)}"
+    found = errors(a, b)
+    return math.inf if found.nonfinite or found.misplaced else found.max_abs / b.abs().max().item()
 
 
 def relative_l2(a: Tensor, b: Tensor) -> float:
-    return found(a, b).relative_l2
+    assert a.shape == b.shape, f"{tuple(a.shape)} and not {tuple(b.shape)}"
+    found = errors(a, b)
+    return math.inf if found.nonfinite or found.misplaced else found.relative_l2
 
 
 # -------------------------------------------------------------------------------------------------------- weights

@@ -33,11 +33,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")
 
 PAIRS = """\
 x0, x1 = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # (..., N, H, d/2, 1) each
-    of_x0, of_x1 = rearrange(rope, "n pairs row column -> column n 1 pairs row")
-    return (of_x0 * x0 + of_x1 * x1).flatten(-2)"""
+    of_x0, of_x1 = rope[:, None].unbind(-1)  # columns of the matrices, (N, 1, d/2, 2) each
+    turned = of_x0 * x0
+    turned += of_x1 * x1  # in place: these are the largest tensors of a step
+    return turned.flatten(-2)"""
 HALVES = """\
 x0, x1 = x.float().unflatten(-1, (2, -1, 1)).unbind(-3)  # (..., N, H, d/2, 1) each
-    of_x0, of_x1 = rearrange(rope, "n pairs row column -> column n 1 pairs row")
+    of_x0, of_x1 = rope[:, None].unbind(-1)
     return (of_x0 * x0 + of_x1 * x1).mT.flatten(-2)"""
 
 

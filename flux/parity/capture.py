@@ -260,7 +260,7 @@ def plan(pipe: Pipeline, request: Request, selection: Selection = Selection()) -
 def without_weights(pipe: Pipeline) -> Pipeline:
     """The same pipeline on the CPU, whose networks compute nothing but shapes, and answer zeros."""
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
-    twin.device, twin.resident, twin.prepare = torch.device("cpu"), True, lambda *_: None
+    twin.device, twin.resident, twin.prepare = torch.device("cpu"), True, lambda *_, **__: None
     for part in ("transformer", "autoencoder", "encoder"):
         setattr(twin, part, _hollow(getattr(pipe, part)))
     twin.adapters = tuple(map(_hollow, pipe.adapters))

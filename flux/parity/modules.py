@@ -132,7 +132,7 @@ def in_dtype(pipe: Pipeline, dtype: torch.dtype, change: Callable[[Tensor], Tens
         setattr(owner, part, network)
     twin.text.networks = tuple(getattr(twin.text, part) for part in pipe.spec.text.networks)
     networks = twin.transformer, twin.autoencoder, *twin.text.networks
-    twin.prepare = lambda *_: None  # what is in memory when, is decided here
+    twin.prepare = lambda *_, **__: None  # what is in memory when, is decided here
     twin.resident = sum(network.bytes for network in networks) < 0.8 * free_memory(pipe.device)
     if change or not twin.resident:
         for network in networks:

@@ -50,7 +50,7 @@ class FP8Linear(QuantizedLinear):
             scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST  # (n, 1)
         else:
             scale = self.input_scale.float().reshape(1, 1)
-        quantised = (rows / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        quantised = (rows / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         weight_scale = scale.new_ones(1, 1) if self.weight_scale is None else self.weight_scale.float().reshape(1, -1)
         if scale.numel() > 1 or weight_scale.numel() > 1:  # scales go by rows on both sides, or on neither
             scale = scale.expand(len(rows), 1).contiguous()
@@ -101,7 +101,7 @@ def _lack(device: torch.device, module: nn.Module) -> str | None:
     """What is missing for float8 matrix products, if anything is."""
     if device.type == "cpu":
         return None
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         return f"an NVIDIA GPU of compute capability 8.9 or above, which {device} is not"
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.bfloat16)
     return None if dtype == torch.bfloat16 else f"bfloat16, not {dtype}"

@@ -17,6 +17,7 @@ from benchmarks.rows import Row, installed, shown
 from benchmarks.setting import Setting
 from benchmarks.timing import random_weights
 from flux.configs import KLEIN_4B
+from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
 from flux.weights import load_module
 
@@ -71,7 +72,9 @@ def in_turn(commands: dict[str, list[str]], rounds: int) -> tuple[dict[str, floa
 
 def run(arguments: list[str]) -> tuple[float, str]:
     start = perf_counter()
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(arguments):.120} failed: {done.stderr.strip().splitlines()[-1]:.200}")
     return perf_counter() - start, done.stdout
 
 

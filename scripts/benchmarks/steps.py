@@ -4,8 +4,6 @@ What our pipeline computes once a generation, rotations and modulations, is no p
 Time and guidance are such that both round them alike, also in bfloat16.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils._triton import has_triton
 
 from benchmarks.rows import Row
 from benchmarks.setting import Setting, narrowed
 from benchmarks.timing import pair, random_weights
 from flux import sampling
 from flux.configs import FLUX1, KLEIN_4B
+from flux.memory import can_compile
 from flux.transformer import Flux, FluxConfig
 
 FAMILIES = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B}
@@ -52,11 +50,11 @@ def kernel_row(name: str) -> Row:
 
 
 def overhead_row(name: str, setting: Setting) -> Row:
-    """So narrow that the kernels themselves take no time: what is left is what starting them takes."""
-    ours, theirs = both(narrowed(FAMILIES[name], 64), setting.device, torch.float32)
-    given = inputs(ours.config, 128, 16, setting.device, torch.float32)
+    """So narrow, and of so few tokens, that kernels themselves take little time: what is left is what starting them takes."""
+    ours, theirs = both(narrowed(FAMILIES[name], 32), setting.device, torch.float32)
+    given = inputs(ours.config, 32, 4, setting.device, torch.float32)
     with same_attention():
-        case = f"step, {name}, full depth, width 64, float32, eager"
+        case = f"step, {name}, full depth, width 32, 8 tokens, float32, eager"
         return pair(case, our_step(ours, given), their_step(theirs, given), setting.rounds, goal=0.65)
 
 
@@ -145,10 +143,3 @@ def compile_blocks(model: Flux) -> None:
     """Block by block: one graph serves all of a kind."""
     for block in (*model.double_blocks, *model.single_blocks):
         block.compile(fullgraph=True)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether there is what torch.compile needs: Triton on a GPU, a C++ compiler on a CPU."""
-    if device.type == "cuda":
-        return has_triton()
-    return device.type == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
