@@ -350,15 +350,7 @@ class Pipeline:
         times = sampling.from_strength(times, given.strength)
 
         latents = sampling.noise(seeds, spec.autoencoder.latent_channels, h, w, spatial=spec.flux1)
-        drawn = rearrange(latents, "b c h w -> b (h w) c").to(self.device)  # (B, L, C)
-        x, blend = drawn, lambda x, t: x
-        if given.start is not None:
-            start = rearrange(given.start, "b c h w -> b (h w) c").to(self.device)
-            x = sampling.interpolate(start, drawn, times[0].item())
-        if given.mask is not None:
-            mask = rearrange(given.mask, "b c h w -> b (h w) c").to(self.device)  # (1, L, 1 | C)
-            blend = lambda x, t: (1 - mask) * sampling.interpolate(start, drawn, t) + mask * x  # noqa: E731
-
+        x, blend = self._start(latents, times[0].item(), given)  # (B, L, C)
         if given.text is not None:
             pictured = given.text.to(features.tokens).expand(len(features.tokens), -1, -1)
             features = features._replace(tokens=torch.cat([features.tokens, pictured], dim=1))  # (B, T + T', D)
@@ -384,6 +376,18 @@ class Pipeline:
         if not self.resident:
             self.transformer.release()
         return grid(x).float()
+
+    def _start(self, noise: Tensor, t: float, given: Conditions) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
+        """Tokens (B, L, C) to begin with at time t, and what puts known parts of the picture back at any time."""
+        tokens = lambda grid: rearrange(grid, "b c h w -> b (h w) c").to(self.device)  # noqa: E731
+        noise = tokens(noise)
+        if given.start is None:
+            return noise, lambda x, t: x
+        known = lambda t, start=tokens(given.start): sampling.interpolate(start, noise, t)  # noqa: E731
+        if given.mask is None:
+            return known(t), lambda x, t: x
+        mask = tokens(given.mask)  # (1, L, 1 | C)
+        return known(t), lambda x, t: (1 - mask) * known(t) + mask * x
 
     def _branch(self, transformer: Flux, features: TextFeatures, h: int, w: int, given: Conditions,
                 memories: list[Memory] | None, at: dict[float, tuple[Tensor, Tensor | None]]):  # fmt: skip
