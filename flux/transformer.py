@@ -295,10 +295,12 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns neighbouring pairs of channels (x0, x1), in float32: (..., N, H, d) -> the same."""
-    x0, x1 = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # (..., N, H, d/2, 1) each
-    of_x0, of_x1 = rope[:, None].unbind(-1)  # columns of the matrices, (N, 1, d/2, 2) each
-    turned = of_x0 * x0
-    turned += of_x1 * x1  # in place: these are the largest tensors of a step
+    pairs = x.float().contiguous().unflatten(-1, (-1, 2))  # (..., N, H, d/2, 2)
+    columns = rope[:, None].unbind(-1)  # (N, 1, d/2, 2) each
+    if torch.compiler.is_compiling() or x.is_mps:  # which know little of complex numbers
+        turned = columns[0] * pairs[..., :1] + columns[1] * pairs[..., 1:]
+    else:  # (x0 + i·x1) · (cos + i·sin): one kernel, and the same bits
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(columns[0].contiguous()))
     return turned.flatten(-2).to(x.dtype)
 
 

@@ -1,537 +1,445 @@
-"""Trains the embedded toy model `flux.2-tiny`, from nothing, on pictures that it draws itself.
+"""Trains the transformer of any FLUX model, or a LoRA of it, on a folder of pictures with captions.
 
-    python scripts/train.py runs/tiny --compile --export flux/tiny
-    python scripts/train.py runs/more --export flux/tiny --start-from flux/tiny --autoencoder-minutes 0
+    python scripts/train.py pictures runs/style --lora-rank 4                  # the embedded toy
+    python scripts/train.py pictures runs/style --lora-rank 16 --model flux.2-klein-base-4b --checkpointing
+    python scripts/train.py edits runs/edits --lora-rank 32 --model flux.1-kontext-dev --checkpointing
+    torchrun --nproc-per-node 8 scripts/train.py pictures runs/whole --model flux.2-klein-base-4b --checkpointing --batch 8
 
-In turn: a tokenizer, pictures, the autoencoder, the pictures' latents, the transformer with its text encoder, and the decoder
-once more. What is in the run's folder is not made again, and a network whose training was stopped goes on from its last
-checkpoint. Lengths are minutes, not steps: the learning rates follow the clock, so a run ends when it was told to, on any
-machine. Loss logs (CSV) and contact sheets (PNG) appear in the folder as it goes. The second command trains the embedded model
-further, on its own latents.
+A caption lies beside its picture, in a .txt of the same name; or metadata.jsonl lists all, a line each:
+{"image": "b.png", "caption": "make it night", "references": ["a.png"]}, where references are for models that edit.
+
+In the run's folder appear the trained weights (lora.safetensors, or transformer.safetensors), a log (loss.csv, loss.png),
+sample pictures, and the checkpoint. The same command goes on from that, bit for bit, wherever the run was stopped.
 """
 
 import argparse
-import copy
 import csv
-import itertools
-import math
-import shutil
+import hashlib
+import os
+import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from flux import sampling, shapes
-from flux.autoencoder import AutoEncoder, pack
-from flux.configs import MODELS
-from flux.language_model import LanguageModel
+import flux
+from flux import conditioning, dataset, processes, training
+from flux.conditioning import Conditions
+from flux.errors import NonFiniteError, UserError
+from flux.memory import room_on
+from flux.parity.plots import Drawing, Label, Line, LogScale
+from flux.quantization import QuantizedLinear
+from flux.text import TextFeatures
 from flux.transformer import Flux
 
-SPEC = MODELS["flux.2-tiny"]
-AE_EDGES = ("conv_in", "conv_out", "quant_conv")  # layers at the edges of a network are not for Muon
-EDGES = ("img_in", "txt_in", "time_in", "modulation", "final_layer", "embed_tokens")
-
-
-# ---------------------------------------------------------------- the training loop, for either network
-
-
-class Trainer:
-    """Optimises `model` for some minutes of training time: clock-driven warm-up and cosine, EMA, checkpoints, a loss log."""
-
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], path: Path, minutes: float, ema: float):
-        self.model, self.optimizers, self.path, self.minutes, self.decay = model, optimizers, path, minutes, ema
-        self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self.peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
-        self.step, self.seconds = 0, 0.0
-        self.device = next(model.parameters()).device
-        self.bfloat16 = bfloat16_is_faster(self.device)
-        if path.exists():
-            self.restore()
-
-    @property
-    def progress(self) -> float:
-        return min(1.0, self.seconds / (60 * self.minutes))
-
-    def run(self, loss: Callable[[int], Tensor], every_minutes: float = 5, sheet: Callable[[], None] = lambda: None):
-        """`loss(step)` draws a batch and returns its loss; `sheet()` is called with the EMA weights in place."""
-        bar = tqdm(total=round(60 * self.minutes), initial=round(self.seconds), unit="s", desc=self.path.stem, mininterval=5)
-        marked, losses = self.seconds, []
-        while self.progress < 1:
-            started = time.monotonic()
-            value = self.update(loss)
-            if not math.isfinite(value):
-                raise SystemExit(f"{self.path.stem}: the loss is {value} at step {self.step}; go on from {self.path}")
-            losses.append(value)
-            spent = time.monotonic() - started
-            self.seconds += spent
-            bar.update(spent)
-            if self.step % 100 == 0:
-                bar.set_postfix(step=self.step, loss=f"{np.mean(losses):.4f}")
-                with open(self.path.with_suffix(".csv"), "a", newline="") as log:
-                    csv.writer(log).writerow([self.step, f"{self.seconds:.1f}", f"{np.mean(losses):.6f}"])
-                losses = []
-            if self.seconds - marked > 60 * every_minutes or self.progress == 1:
-                marked = self.seconds
-                self.save()
-                with self.averaged():
-                    sheet()
-        self.model.load_state_dict(self.ema)
-
-    def update(self, loss: Callable[[int], Tensor]) -> float:
-        """One step of all optimizers, and of the average."""
-        rate = min(1.0, (self.step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
-        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate
-        # on a CPU the fused attention's backward pass takes longer than all matrix products together
-        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16), attention:
-            value = loss(self.step)
-        value.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        weight = min(self.decay, self.step / (self.step + 20))  # a short memory at first, or the average keeps the noise
-        with torch.no_grad():
-            for name, value_now in self.model.state_dict().items():
-                if value_now.is_floating_point():
-                    self.ema[name].lerp_(value_now, 1 - weight)
-        return value.item()
-
-    @contextmanager
-    def averaged(self):
-        """The EMA weights stand in the model."""
-        live = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.ema)
-        yield
-        self.model.load_state_dict(live)
-
-    def save(self):
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
-        for i, optimizer in enumerate(self.optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{i}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        write(self.path, tensors, {"step": str(self.step), "seconds": repr(self.seconds)})
-
-    def restore(self):
-        with safe_open(self.path, framework="pt") as f:
-            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
-        self.model.load_state_dict(take(tensors, "model."))
-        self.ema = take(tensors, "ema.")
-        for i, optimizer in enumerate(self.optimizers):
-            whole = optimizer.state_dict()
-            for key, value in take(tensors, f"optimizer.{i}.").items():
-                index, name = key.split(".", 1)
-                whole["state"].setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict(whole)
-
-
-def bfloat16_is_faster(device: torch.device) -> bool:
-    """Tried out: on some CPUs it is four times as fast as float32, on others several times slower."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.randn(1024, 1024, dtype=dtype, device=device)
-        for _ in range(3):  # the last one counts
-            start = time.perf_counter()
-            (a @ a).sum().item()
-        return time.perf_counter() - start
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update, seen as a matrix, is made orthogonal (Jordan et al. 2024; step size as in Liu et al. 2025).
-
-    torch.optim.Muon does the same in bfloat16 and for matrices only; here convolution kernels are flattened, and float32 is
-    several times faster on CPUs without bf16 units.
-    """
-
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            alike = defaultdict(list)  # matrices of one shape take their steps together: many small products are slow
-            for p in group["params"]:
-                alike[p.shape].append(p)
-            for parameters in alike.values():
-                updates = []
-                for p in parameters:
-                    average = self.state[p].setdefault("momentum", torch.zeros_like(p.grad))
-                    average.lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(average, momentum).flatten(1))  # Nesterov's look ahead
-                updates = orthogonal(torch.stack(updates))
-                scale = 0.2 * math.sqrt(max(updates.shape[1:]))  # the size of a typical Adam update
-                for p, update in zip(parameters, updates, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"]).sub_(update.view_as(p), alpha=lr * scale)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, roughly: five steps of a quintic Newton-Schulz iteration on the singular values."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices  # (N, rows, columns)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
-
-
-def optimizers(model: nn.Module, muon: float, adam: float, plain: tuple[str, ...]) -> list[torch.optim.Optimizer]:
-    """Muon for matrices and kernels; AdamW for vectors, and for what `plain` names: layers that touch pixels or tokens.
-
-    `muon` and `adam` are their learning rates.
-    """
-    named = list(model.named_parameters())
-    inner = [p for name, p in named if p.ndim >= 2 and not any(part in name for part in plain)]
-    outer = [p for _, p in named if not any(p is q for q in inner)]
-    return [Muon(inner, muon, weight_decay=0.01), torch.optim.AdamW(outer, adam, (0.9, 0.99), weight_decay=0.0)]
-
-
-def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
-    """Atomically: a stop in the middle leaves the file as it was."""
-    part = path.with_suffix(".part")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, part, metadata)
-    part.replace(path)
-
-
-def to_pixels(pictures: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_pictures(pixels: Tensor) -> np.ndarray:
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def contact_sheet(path: Path, pictures: np.ndarray, columns: int):
-    rows = [np.concatenate(list(pictures[i : i + columns]), axis=1) for i in range(0, len(pictures), columns)]
-    Image.fromarray(np.concatenate(rows)).save(path)
-
-
-# ---------------------------------------------------------------- the autoencoder
-
-
-def busy_picture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Overlapping shapes in any colours on a gradient: what the autoencoder should survive beyond the grammar."""
-    ramp = np.linspace(0, 1, size, dtype=np.float32)
-    ramp = ramp[:, None, None] if rng.random() < 0.5 else ramp[None, :, None]
-    picture = rng.uniform(0, 255, 3).astype(np.float32) * ramp + rng.uniform(0, 255, 3).astype(np.float32) * (1 - ramp)
-    picture = np.broadcast_to(picture, (size, size, 3))
-    for _ in range(rng.integers(2, 7)):
-        shape, radius = str(rng.choice(list(shapes.SHAPES))), rng.uniform(0.08, 0.3) * size
-        x, y = rng.uniform(0, size, 2)
-        alpha = shapes.coverage(shape, x, y, radius, size, size)[..., None]
-        picture = picture * (1 - alpha) + rng.uniform(0, 255, 3).astype(np.float32) * alpha
-    return np.rint(picture).astype(np.uint8)
-
-
-def train_autoencoder(run: Path, minutes: float, device: torch.device, start: Path | None, count: int = 3000) -> AutoEncoder:
-    """L1 and edges, a light KL; 64-pixel crops (four times the pictures a second), and whole pictures for the last sixth."""
-    torch.manual_seed(0)
-    model = AutoEncoder(SPEC.autoencoder)
-    with torch.no_grad():  # start with little posterior noise: at unit variance nothing gets through for hundreds of steps
-        model.encoder.quant_conv.bias[SPEC.autoencoder.z_channels :] -= 6
-    if start:
-        model.load_state_dict(load(start / "ae.safetensors"))
-    model.to(device, memory_format=torch.channels_last)
-    if not minutes:
-        return model
-
-    rng = np.random.default_rng(0)
-    data = load(run / "pictures-128x128.safetensors")["pictures"][:count].numpy().copy()
-    for i in range(0, len(data), 4):
-        data[i] = busy_picture(rng, 128)
-    trainer = Trainer(model, optimizers(model, 2e-3, 2e-3, AE_EDGES), run / "autoencoder.safetensors", minutes, ema=0.998)
-
-    def loss(step: int) -> Tensor:
-        rng = np.random.default_rng((1, step))
-        size, batch = (64, 8) if trainer.progress < 5 / 6 else (128, 2)
-        corner = lambda: rng.integers(0, 129 - size, 2)  # noqa: E731
-        crops = [data[i, y : y + size, x : x + size] for i in rng.integers(0, len(data), batch) for y, x in [corner()]]
-        return autoencoder_loss(model, to_pixels(np.stack(crops)).to(device, memory_format=torch.channels_last))
-
-    def sheet():
-        with torch.no_grad():
-            pixels = to_pixels(data[:8]).to(device)
-            decoded = model.decoder(model.encoder(pixels).chunk(2, 1)[0])
-        contact_sheet(run / "autoencoder.png", to_pictures(torch.cat([pixels, decoded])), 8)
-        print(f"\nPSNR {10 * math.log10(4 / F.mse_loss(decoded.clamp(-1, 1), pixels).item()):.1f} dB")
-
-    trainer.run(loss, sheet=sheet)
-    measure_statistics(model, np.delete(data, np.s_[::4], axis=0)[:1024])
-    return model
-
-
-def autoencoder_loss(model: AutoEncoder, pixels: Tensor) -> Tensor:
-    mean, log_variance = model.encoder(pixels).chunk(2, dim=1)  # (B, z, h, w) each
-    log_variance = log_variance.clamp(-30, 20)
-    decoded = model.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
-    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-    return picture_loss(decoded, pixels) + 3e-4 * kl
-
-
-def picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """L1, of the pixels and of the differences between neighbours: sharp edges are worth more than exact greys."""
-    error = decoded - pixels
-    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + 0.5 * edges
-
-
-def train_decoder(run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder):
-    """The decoder alone, on whole pictures and their exact latents: these stay as they are, so the transformer fits still."""
-    data = {**load(run / "pictures-128x128.safetensors"), **load(run / "latents-128x128.safetensors")}
-    decoder = autoencoder.decoder.requires_grad_(True)
-    trainer = Trainer(decoder, optimizers(decoder, 2e-3, 1e-3, AE_EDGES), run / "decoder.safetensors", minutes, ema=0.998)
-
-    def loss(step: int) -> Tensor:
-        rows = np.random.default_rng((3, step)).integers(0, len(data["latents"]), 2)
-        pixels = to_pixels(data["pictures"][rows].numpy()).to(device, memory_format=torch.channels_last)
-        return picture_loss(autoencoder.decode(data["latents"][rows].to(device)), pixels)
-
-    trainer.run(loss)
-    decoder.requires_grad_(False)
-
-
-@torch.no_grad()
-def measure_statistics(model: AutoEncoder, pictures: np.ndarray):
-    """The running statistics that FLUX.2 normalises packed latents with, measured over pictures."""
-    device = model.bn.running_mean.device
-    packed = torch.cat([pack(model.encoder(to_pixels(p).to(device)).chunk(2, 1)[0]) for p in np.array_split(pictures, 256)])
-    model.bn.running_mean.copy_(packed.mean((0, 2, 3)))
-    model.bn.running_var.copy_(packed.var((0, 2, 3)))
-
-
-# ---------------------------------------------------------------- the tokenizer and the pictures
-
-
-def train_tokenizer(run: Path):
-    """Byte-level BPE in Qwen's format, on the grammar's captions: any text has ids, and a word of the grammar has one."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-    from flux.tokenizers import QWEN_WORDS, QwenTokenizer
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [QwenTokenizer.pad, "<|im_start|>", "<|im_end|>"]
-    added = [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
-    some = shapes.scenes(0, held=None)
-    texts = ["user\nassistant\n\n"] * 4000 + [str(next(some)) for _ in range(4000)]
-    size = SPEC.text.model.vocab_size - len(special) - len(added)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(added)
-    (run / "tokenizer").mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
-
-
-BUCKETS = {(128, 128): 24000, (160, 96): 3000, (96, 160): 3000}  # width, height: pictures
-
-
-def draw_pictures(run: Path):
-    """Scenes that are not held out, with their captions' ids, one file a size."""
-    from flux.tokenizers import QwenTokenizer
-
-    tokenizer = QwenTokenizer(run / "tokenizer")
-    for number, ((width, height), count) in enumerate(BUCKETS.items()):
-        rng, some = np.random.default_rng(number), shapes.scenes(100 + number, held=False)
-        drawn = np.empty((count, height, width, 3), np.uint8)
-        captions = []
-        for i in tqdm(range(count), desc=f"drawing {width}x{height}", mininterval=5):
-            scene = next(some)
-            captions.append(str(scene))
-            drawn[i] = shapes.draw(scene, width, height, rng)
-        tokens = tokenizer(captions, SPEC.text_length)
-        if any(tokens.cut):
-            raise SystemExit(f"{max(captions, key=len)!r} does not fit {SPEC.text_length} tokens")
-        write(run / f"pictures-{width}x{height}.safetensors",
-              {"pictures": torch.from_numpy(drawn), "ids": tokens.ids, "mask": tokens.mask})  # fmt: skip
-
-
-def load(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}
-
-
-# ---------------------------------------------------------------- the transformer and its text encoder
-
-
-@torch.no_grad()
-def encode_latents(run: Path, model: AutoEncoder):
-    """Each picture's latents, once: the autoencoder is fixed from here on."""
-    device = model.bn.running_mean.device
-    dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
-    model = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
-    for width, height in BUCKETS:
-        data = load(run / f"pictures-{width}x{height}.safetensors")
-        batches = tqdm(data.pop("pictures").split(8), desc=f"encoding {width}x{height}", mininterval=5)
-        latents = [model.encode(to_pixels(p.numpy()).to(device, dtype, memory_format=torch.channels_last)) for p in batches]
-        data["latents"] = torch.cat(latents).float().cpu()  # (N, C, h, w)
-        write(run / f"latents-{width}x{height}.safetensors", data)
-
-
-class Networks(nn.Module):
-    """What is trained together: the transformer, and the language model whose hidden states it reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.transformer = Flux(SPEC.transformer)
-        self.text = LanguageModel(SPEC.text.model)
-        for name, p in self.named_parameters():
-            if "modulation" in name or "final_layer" in name:
-                nn.init.zeros_(p)  # every block starts as the identity (adaLN-zero, Peebles & Xie 2022)
-
-    def velocity(self, x: Tensor, t: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Latents (B, C, h, w) at times t (B,), prompts' ids and mask (B, T) -> velocity (B, C, h, w)."""
-        txt = self.text(ids, mask)
-        axes = len(SPEC.transformer.axes_dim)
-        img_ids, txt_ids = sampling.image_ids(*x.shape[2:], axes), sampling.text_ids(ids.shape[1], axes)
-        velocity = self.transformer(rearrange(x, "b c h w -> b (h w) c"), img_ids, txt, txt_ids, t)
-        return rearrange(velocity, "b (h w) c -> b c h w", h=x.shape[2])
-
-
-def rectified_flow_loss(networks: Networks, latents: Tensor, ids: Tensor, mask: Tensor, shift: float = 4.0) -> Tensor:
-    """Mean squared error of the velocity along straight lines from noise, at logit-normal times (Esser et al. 2024).
-
-    `shift` moves the times towards noise, where the sampler's are too: there it is decided what the picture shows.
-    """
-    t = torch.sigmoid(torch.randn(len(latents), device=latents.device))
-    t = shift * t / (1 + (shift - 1) * t)  # (B,)
-    noise = torch.randn_like(latents)
-    at = rearrange(t, "b -> b 1 1 1")
-    velocity = networks.velocity((1 - at) * latents + at * noise, t, ids, mask)
-    return F.mse_loss(velocity, noise - latents)
-
-
-def train_transformer(
-    run: Path, minutes: float, device: torch.device, start: Path | None, autoencoder: AutoEncoder,
-    compiled: bool, batch: int = 128, dropped: float = 0.1,
-) -> Networks:  # fmt: skip
-    """`dropped` captions are replaced by the empty one, so that classifier-free guidance is possible."""
-    from flux.tokenizers import QwenTokenizer
-
-    torch.manual_seed(0)
-    buckets = [load(run / f"latents-{width}x{height}.safetensors") for width, height in BUCKETS]
-    share = np.array([len(b["latents"]) for b in buckets], float)
-    empty = QwenTokenizer(run / "tokenizer")([""], SPEC.text_length)
-    networks = Networks()
-    if start:
-        networks.transformer.load_state_dict(load(start / "flux-2-tiny.safetensors"))
-        networks.text.load_state_dict(take(load(start / "text_encoder" / "model.safetensors"), "model."))
-    networks.to(device)
-    if compiled:  # block by block: what one compiled, the next ones use
-        for block in [*networks.transformer.double_blocks, *networks.transformer.single_blocks, *networks.text.layers]:
-            block.compile(dynamic=False)
-    trainer = Trainer(networks, optimizers(networks, 3e-3, 1e-3, EDGES), run / "transformer.safetensors", minutes, ema=0.998)
-
-    def loss(step: int) -> Tensor:
-        rng = np.random.default_rng((2, step))
-        data = buckets[rng.choice(len(buckets), p=share / share.sum())]
-        rows = torch.from_numpy(rng.integers(0, len(data["latents"]), batch))
-        drop = torch.from_numpy(rng.random(batch) < dropped)[:, None]
-        ids, mask = torch.where(drop, empty.ids, data["ids"][rows]), torch.where(drop, empty.mask, data["mask"][rows])
-        return rectified_flow_loss(networks, *(x.to(device) for x in (data["latents"][rows], ids, mask)))
-
-    def sheet():
-        scenes = list(itertools.islice(shapes.scenes(7, held=True, complete=True), 48))
-        pictures = sample(networks, autoencoder, QwenTokenizer(run / "tokenizer"), [str(s) for s in scenes])
-        contact_sheet(run / "transformer.png", pictures, 12)
-        report = shapes.score(pictures, scenes)
-        print("\n" + "  ".join(f"{k} {v:.0%}" for k, v in report.items()), flush=True)
-
-    trainer.run(loss, sheet=sheet)
-    return networks
-
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # too few passes to pay for another compilation
-def sample(networks: Networks, autoencoder: AutoEncoder, tokenizer, prompts: list[str], seed: int = 0) -> np.ndarray:
-    """Pictures of prompts, as the pipeline samples them, but for guidance."""
-    device = autoencoder.bn.running_mean.device
-    ids, mask = (x.to(device) for x in tokenizer(prompts, SPEC.text_length)[:2])
-    side = SPEC.size // 16
-    x = sampling.noise(range(seed, seed + len(prompts)), SPEC.autoencoder.latent_channels, side, side, spatial=False).to(device)
-    times = sampling.schedule(SPEC.schedule, SPEC.steps, side * side)
-    velocity = lambda x, t: networks.velocity(x, torch.full((len(x),), t, device=device), ids, mask)  # noqa: E731
-    return to_pictures(autoencoder.decode(sampling.denoise(velocity, x, times)))
-
-
-def export(run: Path, target: Path, autoencoder: AutoEncoder, networks: Networks):
-    """The embedded model's files, bfloat16, in the layout of a FLUX.2 klein repository."""
-    parts = {"flux-2-tiny": networks.transformer, "ae": autoencoder, "text_encoder/model": networks.text}
-    for name, module in parts.items():
-        path = target / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        halves = {k: v.cpu().to(torch.bfloat16) if v.is_floating_point() else v for k, v in module.state_dict().items()}
-        prefix = "model." if name.startswith("text_encoder") else ""  # as the released Qwen3 files have it
-        write(path, {prefix + k: v for k, v in halves.items()}, {"format": "pt"})
-    (target / "tokenizer").mkdir(exist_ok=True)
-    shutil.copy(run / "tokenizer" / "tokenizer.json", target / "tokenizer" / "tokenizer.json")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
-    parser.add_argument("--autoencoder-minutes", type=float, default=30)
-    parser.add_argument("--transformer-minutes", type=float, default=120)
-    parser.add_argument("--decoder-minutes", type=float, default=10, help="on the autoencoder's decoder alone, at the end")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler")
-    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="weights to begin with, as --export wrote them")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="where the finished model goes (flux/tiny)")
-    args = parser.parse_args()
-    if not args.autoencoder_minutes and not args.start_from:
-        parser.error("--autoencoder-minutes 0 keeps an autoencoder as it is: say whose, with --start-from FOLDER")
-    torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
-    run = args.run
-    run.mkdir(parents=True, exist_ok=True)
-    if not (run / "tokenizer" / "tokenizer.json").exists():
-        if args.start_from:
-            shutil.copytree(args.start_from / "tokenizer", run / "tokenizer")
+SAMPLES = 4  # pictures on a sheet, where --prompt does not say of what
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("pictures", type=Path, help="folder of pictures and captions")
+    p.add_argument("run", type=Path, help="folder for all that is made; a run that it holds goes on")
+    p.add_argument("--model", metavar="NAME", help="default: the embedded toy, flux.2-tiny")
+    p.add_argument("--weights", type=Path, metavar="DIR", help="where the models' files are, as for sample.py")
+    p.add_argument("--transformer", type=Path, metavar="FILE", help="begin with another one in BFL's layout")
+    p.add_argument("--device", help="default: the best there is")
+    p.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of matrix products (default: bfloat16; float32 for the toy)"
+    )
+    what = p.add_argument_group("what is trained")
+    what.add_argument("--lora-rank", type=int, metavar="R", help="a LoRA of this rank (default: all weights, in float32)")
+    what.add_argument("--targets", action="append", metavar="PATTERN", help="layers that the LoRA changes, such as "
+                      "'*attn.qkv' (repeatable; default: all matrices of all blocks)")  # fmt: skip
+    what.add_argument("--ema", type=float, metavar="D", help="keep an average of the weights, with this decay, and export that")
+    how = p.add_argument_group("how")
+    how.add_argument("--steps", type=int, default=1000, help="default: 1000")
+    how.add_argument("--lr", type=float, help="after warm-up; falls as a cosine (default: 1e-4 for a LoRA, else 1e-5)")
+    how.add_argument("--warmup", type=int, default=50, metavar="STEPS", help="default: 50")
+    how.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)")
+    how.add_argument("--checkpointing", action="store_true", help="compute blocks again instead of keeping what is in them")
+    how.add_argument("--size", type=int, metavar="PIXELS", help="pictures are scaled to PIXELS² in their shape (default: the "
+                     "model's)")  # fmt: skip
+    how.add_argument(
+        "--guidance", type=float, metavar="G", help="what a guidance-distilled model is told (default: 1, see README)"
+    )
+    how.add_argument("--drop-captions", type=float, metavar="P", help="the share of captions left out, for classifier-free "
+                     "guidance (default: 0.1 for models that use it, else 0)")  # fmt: skip
+    how.add_argument("--seed", type=int, default=0)
+    files = p.add_argument_group("files")
+    files.add_argument("--cache", type=Path, metavar="DIR", help="for latents and text features (default: RUN/cache)")
+    files.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
+    files.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="a checkpoint (default: 250)")
+    files.add_argument("--sample-every", type=int, default=250, metavar="STEPS", help="sample pictures; 0: none (default: 250)")
+    files.add_argument("--prompt", action="append", metavar="TEXT", help="of the samples (repeatable; default: the first "
+                       "captions)")  # fmt: skip
+    return p
+
+
+def main() -> int:
+    args = parser().parse_args()
+    warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
+    try:
+        return train(args)
+    except (UserError, NonFiniteError) as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename or args.run}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return fail("stopped; what was encoded and saved is kept", 130)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        return fail("out of memory: use --checkpointing, a smaller --batch or --size, or --lora-rank")
+    finally:
+        processes.leave()
+
+
+def train(args: argparse.Namespace) -> int:
+    # 1. what is asked for, and what that takes
+    check_numbers(args)
+    items = dataset.read_folder(args.pictures)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    pipe = flux.load(args.model, args.weights, processes.join(args.device), dtype, transformer=args.transformer)
+    settle(args, pipe, items)
+    tell_memory(args, pipe, items)
+
+    # 2. pictures and captions, as the network takes them
+    args.run.mkdir(parents=True, exist_ok=True)
+    cache = dataset.Cache(args.cache or args.run / "cache", pipe, args.size)
+    with processes.one_before_the_others():  # these find all of it in the cache
+        examples = encode(args, cache, items)
+        empty = cache.features("")
+        samples = prepare_samples(args, cache, list(examples.values())) if args.sample_every else []
+    pipe.text.release()
+    pipe.encoder.release()
+
+    # 3. the network
+    torch.manual_seed(args.seed)
+    network = adapted(args, pipe.transformer(), pipe.device)
+    trainer = training.Trainer(
+        network, args.run / "checkpoint.safetensors", about(args, pipe, examples.values()), steps=args.steps, rate=args.lr,
+        warmup=args.warmup, ema=args.ema,
+    )  # fmt: skip
+    count = sum(p.numel() for p in trainer.parameters.values())
+    say(f"{pipe.spec.name}: {count:,} parameters to train, on {pipe.device}, products in {str(pipe.dtype)[6:]}"
+        + (f"; goes on at step {trainer.step}" if trainer.step else ""))  # fmt: skip
+
+    # 4. the steps
+    draws = dataset.Draws(list(examples.values()), args.batch, args.seed, len(pipe.spec.transformer.axes_dim), empty,
+                           args.drop_captions)  # fmt: skip
+    code = run(args, pipe, network, trainer, draws, samples)
+    if code:
+        return fail(f"stopped at step {trainer.step}, and saved; the same command goes on from there", code)
+
+    # 5. the result
+    path = export(args, network, trainer, pipe.dtype)
+    if processes.rank() == 0:
+        print(path)
+    return 0
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    for flag in ("steps", "batch", "accumulate", "save_every", "lora_rank"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    for flag in ("warmup", "sample_every", "seed"):
+        if getattr(args, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 0")
+    if args.targets and not args.lora_rank:
+        raise UserError("--targets says which layers a LoRA changes: give --lora-rank too, or leave it out")
+    if args.ema is not None and not 0 < args.ema < 1:
+        raise UserError(f"--ema {args.ema:g}: must be between 0 and 1, such as 0.999")
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise UserError(f"--lr {args.lr:g}: must be between 0 and 1, such as 1e-4")
+    if args.drop_captions is not None and not 0 <= args.drop_captions <= 1:
+        raise UserError(f"--drop-captions {args.drop_captions:g}: must be from 0 to 1")
+    if args.size is not None and (args.size % 16 or not 64 <= args.size <= 2048):
+        raise UserError(f"--size {args.size}: must be a multiple of 16 from 64 to 2048")
+
+
+def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.Item]) -> None:
+    """The defaults that depend on the model; UserError for what it cannot do."""
+    spec = pipe.spec
+    if any(isinstance(layer, QuantizedLinear) for layer in pipe.transformer.shapes.modules()):
+        raise UserError(f"{pipe.files['transformer'][0]} is quantised, and weights are trained in float32 or beside bfloat16: "
+                        "choose the model's bfloat16 file")  # fmt: skip
+    if spec.picture in conditioning.NEEDY:
+        raise UserError(f"{spec.name} makes each picture from one that it is given, which is not trained here: choose another")
+    if any(item.references for item in items) and (spec.picture != "reference" or spec.cached):
+        able = ", ".join(s.name for s in flux.MODELS.values() if s.picture == "reference" and not s.cached)
+        raise UserError(f"{args.pictures} has references, and {spec.name} takes none in training; choose from {able}")
+    if spec.flux1 and any(len(item.references) > 1 for item in items):
+        raise UserError(f"{args.pictures} has items with several references, and {spec.name} takes one")
+    if args.guidance is not None and not spec.transformer.guidance:
+        raise UserError(f"--guidance {args.guidance:g}: {spec.name} has no such input; leave it out")
+    if spec.fixed:
+        say(f"note: {spec.name}: {spec.fixed}, which this loss does not preserve; a base or dev model is made to be trained")
+    if args.batch % processes.world():
+        raise UserError(f"--batch {args.batch}: cannot be shared among {processes.world()} processes; give a multiple of that")
+    if processes.world() > 1:
+        args.sample_every = 0
+        say("note: several processes make no sample pictures, for which each would need all weights")
+        pipe.transformer.device = torch.device("cpu")  # from where each process takes its part
+    if not args.lora_rank:
+        pipe.transformer.dtype = torch.float32  # the master weights
+    args.size = args.size or spec.size
+    args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
+    # At guidance 1 a distilled model gives the plain velocity of the data, which is what the loss compares with: at the
+    # guidance of use, it would be taught to ignore it.
+    args.guidance = 1.0 if args.guidance is None else args.guidance
+    args.drop_captions = (0.1 if spec.cfg else 0.0) if args.drop_captions is None else args.drop_captions
+
+
+def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.Item]) -> None:
+    """UserError if it is more than there is."""
+
+    def make() -> Flux:
+        network = Flux(pipe.spec.transformer)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(pipe.transformer.dtype)
+        if args.lora_rank:
+            training.add_lora(network, args.lora_rank, args.targets or ["*"])
+        return network
+
+    tokens, world = (args.size // 16) ** 2 * (1 + max(len(item.references) for item in items)), processes.world()
+    need = training.memory(
+        pipe.spec, make, tokens, args.batch // world, pipe.device, pipe.dtype, args.ema is not None, args.checkpointing
+    )  # fmt: skip
+    need = need._replace(weights=need.weights // world, states=need.states // world)
+    room = room_on(pipe.device).device
+    gb = lambda size: f"{size / 1e9:.3g}"  # noqa: E731
+    listed = f"weights {gb(need.weights)}, gradients and the optimizer {gb(need.states)}, activations {gb(need.activations)}"
+    say(f"memory: {listed}: at least {gb(need.total)} GB of {gb(room)}")
+    if need.total > room:
+        advice = {"--checkpointing": not args.checkpointing, "a smaller --size": True, "a smaller --batch": args.batch > 1,
+                  "--lora-rank": not args.lora_rank}  # fmt: skip
+        raise UserError(f"training {pipe.spec.name} so takes at least {gb(need.total)} GB, and {gb(room)} GB are free: use "
+                        f"{' or '.join(words for words, helps in advice.items() if helps)}")  # fmt: skip
+
+
+def about(args: argparse.Namespace, pipe: flux.Pipeline, examples) -> dict[str, object]:
+    """What a checkpoint belongs to. --steps, --lr and --warmup may be others when a run goes on."""
+    names = [(e.latents.name, e.features.name, [r.name for r in e.references]) for e in examples]
+    trained = f"a LoRA of rank {args.lora_rank} on {' '.join(args.targets or ['*'])}" if args.lora_rank else "all weights"
+    return {
+        "model": pipe.spec.name, "transformer": dataset.fingerprint(pipe.files["transformer"]), "training": trained,
+        "pictures": hashlib.sha256(repr(names).encode()).hexdigest(), "--batch": args.batch, "--accumulate": args.accumulate,
+        "--ema": args.ema, "--guidance": args.guidance, "--drop-captions": args.drop_captions, "--seed": args.seed,
+        "--dtype": pipe.dtype,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- pictures and captions
+
+
+def encode(args: argparse.Namespace, cache: dataset.Cache, items: list[dataset.Item]) -> dict[dataset.Item, dataset.Example]:
+    examples = {}
+    for item in tqdm(items, desc="encoding", unit="picture", disable=None):
+        try:
+            examples[item] = cache.example(item)
+        except UserError as error:
+            if not args.skip_broken:
+                raise UserError(f"{error} (or leave such pictures out, with --skip-broken)") from None
+            say(f"note: left out: {error}")
+    if not examples:
+        raise UserError(f"{args.pictures}: none of the {len(items)} pictures can be read")
+    sizes = Counter(f"{16 * e.shape[0][2]}x{16 * e.shape[0][1]}" for e in examples.values())
+    say(f"{len(examples)} pictures: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common()))
+    return examples
+
+
+class Sample(NamedTuple):
+    features: TextFeatures
+    width: int
+    height: int
+    conditions: Conditions | None
+
+
+def prepare_samples(args: argparse.Namespace, cache: dataset.Cache, examples: list[dataset.Example]) -> list[Sample]:
+    """What the sheets show: --prompt, or the first pictures' captions, with the references that they are edits of."""
+    axes, side = len(cache.pipe.spec.transformer.axes_dim), args.size // 16
+    blank = dataset.Example(Path(), Path(), (), ((0, side, side),))
+    asked = [blank._replace(features=cache.features(prompt)) for prompt in args.prompt or ()] or examples[:SAMPLES]
+    samples = []
+    for example in asked:
+        height, width = (16 * side for side in example.shape[0][1:])
+        references = dataset.references_of(example, axes)
+        given = Conditions(height, width, *references) if references else None
+        samples.append(Sample(dataset.features_of([example]), width, height, given))
+    return samples
+
+
+# ---------------------------------------------------------------- training
+
+
+def adapted(args: argparse.Namespace, network: Flux, device: torch.device) -> Flux:
+    """The network as it is trained."""
+    if args.lora_rank:
+        training.add_lora(network, args.lora_rank, args.targets or ["*"])
+    else:
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone()  # it may be the file's own page
+        network.requires_grad_(True)
+    if processes.world() > 1:
+        processes.shard(network, device)
+    if args.checkpointing:
+        training.recompute_blocks(network)
+    return network
+
+
+def loss_of(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, draws: dataset.Draws, number: int) -> torch.Tensor:
+    """Of the n-th batch of the run, or of the part of it that is this process's."""
+    batch, normal, noise = draws(number)
+    times = training.shifted_times(normal, training.mu_of(pipe.spec, noise[0, 0].numel()))  # (B,)
+    share = args.batch // processes.world()
+    mine = slice(processes.rank() * share, (processes.rank() + 1) * share)
+    batch, t, noise = batch.rows(mine, pipe.device), times[mine].to(pipe.device), noise[mine].to(pipe.device)
+    with training.computing(pipe.device, pipe.dtype):
+        velocity = partial(training.velocity, network, batch, args.guidance)
+        return training.rectified_flow_loss(velocity, batch.latents, t, noise)
+
+
+def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, trainer: training.Trainer, draws: dataset.Draws,
+        samples: list[Sample]) -> int:  # fmt: skip
+    """All steps that are left; returns 0, or the exit code for the signal that stopped it."""
+    log = Log(args.run / "loss.csv", trainer.step)
+    negative = dataset.features_of([draws.examples[0]._replace(features=draws.empty)]) if pipe.spec.cfg else None
+    shown, halted = processes.rank() == 0, False
+    bar = tqdm(total=args.steps, initial=trainer.step, unit="step", disable=None if shown else True)
+    with bar, stopping() as stopped:
+        while trainer.step < args.steps and not halted:
+            started, rate = time.monotonic(), trainer.current_rate
+            numbers = range(trainer.step * args.accumulate, (trainer.step + 1) * args.accumulate)
+            try:
+                value, length = trainer.update(partial(loss_of, args, pipe, network, draws, number) for number in numbers)
+            except NonFiniteError as error:
+                trainer.save()
+                raise UserError(f"{error}: the run was stopped, and its {trainer.step} good steps saved; go on with a smaller "
+                                "--lr, or look for what is wrong with the pictures of this step") from None  # fmt: skip
+            seconds = time.monotonic() - started
+            speed = args.batch * args.accumulate / seconds
+            bar.update()
+            bar.set_postfix(loss=f"{value:.4f}", pictures_a_second=f"{speed:.2f}")
+            halted = processes.mean_of_all(len(stopped)) > 0  # all processes stop at one step
+            last = halted or trainer.step == args.steps
+            if shown:
+                log.add(trainer.step, value, length, rate, seconds, speed)
+            if last or trainer.step % args.save_every == 0:
+                trainer.save()
+                if shown:
+                    log.plot()
+            if samples and not halted and (last or trainer.step % args.sample_every == 0):
+                with trainer.averaged():
+                    draw_samples(pipe, samples, negative, args.run / "samples" / f"{trainer.step:06}.png", args.seed)
+    return 128 + (stopped or [signal.SIGTERM])[0] if halted else 0
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM wait for the end of the step; a second one does not."""
+    stopped: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, _) -> None:
+        stopped.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def draw_samples(pipe: flux.Pipeline, samples: list[Sample], negative: TextFeatures | None, path: Path, seed: int) -> None:
+    """One picture of each sample, side by side, each from the same noise every time."""
+    made = []
+    for features, width, height, given in samples:
+        with training.computing(pipe.device, pipe.dtype):
+            made += pipe.decode(pipe.sample(features, [seed], width, height, negative=negative, conditions=given))
+    sheet = Image.new("RGB", (sum(image.width for image in made), max(image.height for image in made)), "white")
+    left = 0
+    for image in made:
+        sheet.paste(image, (left, 0))
+        left += image.width
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path)
+
+
+def export(args: argparse.Namespace, network: Flux, trainer: training.Trainer, dtype: torch.dtype) -> Path:
+    """What `--lora` or `--transformer` of sample.py, and other programs, load."""
+    with trainer.averaged():
+        if args.lora_rank:
+            path, tensors = args.run / "lora.safetensors", training.lora_tensors(network)
         else:
-            train_tokenizer(run)
-    if not all((run / f"pictures-{w}x{h}.safetensors").exists() for w, h in BUCKETS):
-        draw_pictures(run)
-    autoencoder = train_autoencoder(run, args.autoencoder_minutes, args.device, args.start_from).requires_grad_(False)
-    if not all((run / f"latents-{w}x{h}.safetensors").exists() for w, h in BUCKETS):
-        encode_latents(run, autoencoder)
-    networks = train_transformer(run, args.transformer_minutes, args.device, args.start_from, autoencoder, args.compile)
-    train_decoder(run, args.decoder_minutes, args.device, autoencoder)
-    if args.export:
-        export(run, args.export, autoencoder, networks)
+            path = args.run / "transformer.safetensors"
+            tensors = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
+        training.write(path, tensors, {"format": "pt"})
+    return path
+
+
+# ---------------------------------------------------------------- the log
+
+
+class Log:
+    """loss.csv, a row a step, and the picture of it."""
+
+    NAMES = ("step", "loss", "gradient", "rate", "seconds", "pictures_a_second")
+
+    def __init__(self, path: Path, step: int):
+        """Rows after `step` are of a run that was stopped, and whose steps come again."""
+        self.path = path if processes.rank() == 0 else Path(os.devnull)
+        rows = list(csv.reader(path.open())) if path.exists() else []
+        self.rows = [row for row in rows[1:] if len(row) == len(self.NAMES) and int(row[0]) <= step]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([self.NAMES, *self.rows])
+
+    def add(self, step: int, *numbers: float) -> None:
+        self.rows.append([str(step), *(f"{number:.6g}" for number in numbers)])
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(self.rows[-1])
+
+    def plot(self) -> None:
+        """Each step's loss, which mostly tells how hard its times were, and their mean over the last fifty."""
+        losses = [float(row[1]) for row in self.rows]
+        means = [sum(losses[max(0, i - 49) : i + 1]) / len(losses[max(0, i - 49) : i + 1]) for i in range(len(losses))]
+        scale = LogScale.around(losses, 30, 260)
+        x = lambda i: 60 + 560 * i / max(1, len(losses) - 1)  # noqa: E731
+        shapes = [Line([(60, scale(tick)), (620, scale(tick))], "grid") for tick in scale.ticks()]
+        shapes += [Label(54, scale(tick) + 4, f"{tick:g}", anchor="end") for tick in scale.ticks()]
+        for values, colour, width in ((losses, "w3", 1), (means, "first", 2)):
+            shapes.append(Line([(x(i), scale(value)) for i, value in enumerate(values)], colour, width))
+        shapes.append(Label(620, 285, f"step {self.rows[-1][0]}, mean loss {means[-1]:.4f}", anchor="end"))
+        self.path.with_suffix(".png").write_bytes(Drawing("loss", 640, 300, shapes).png())
+
+
+def say(text: str) -> None:
+    if processes.rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def fail(text: str, code: int = 2) -> int:
+    say(f"error: {text}")
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

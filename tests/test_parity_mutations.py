@@ -31,18 +31,6 @@ BUDGET = 1e-6
 pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")
 
 
-PAIRS = """\
-x0, x1 = x.float().unflatten(-1, (-1, 1, 2)).unbind(-1)  # (..., N, H, d/2, 1) each
-    of_x0, of_x1 = rope[:, None].unbind(-1)  # columns of the matrices, (N, 1, d/2, 2) each
-    turned = of_x0 * x0
-    turned += of_x1 * x1  # in place: these are the largest tensors of a step
-    return turned.flatten(-2)"""
-HALVES = """\
-x0, x1 = x.float().unflatten(-1, (2, -1, 1)).unbind(-3)  # (..., N, H, d/2, 1) each
-    of_x0, of_x1 = rope[:, None].unbind(-1)
-    return (of_x0 * x0 + of_x1 * x1).mT.flatten(-2)"""
-
-
 class Mutation(NamedTuple):
     model: str
     owner: object  # where the code looks the function up
@@ -76,8 +64,9 @@ MUTATIONS = {
         FLUX1, transformer.SingleBlock, "project", "rotate(self.norm(unit_rms(qkv[:2], self.numerics)), rope)",
         "self.norm(unit_rms(rotate(qkv[:2], rope), self.numerics))",
         "step.001/single_blocks.0.norm/in", "QK-norm after RoPE"),
-    "RoPE turns halves": Mutation(
-        FLUX2, transformer, "rotate", PAIRS, HALVES, "step.001/double_blocks.0/attention/q", "RoPE turns halves"),
+    "RoPE's pairs stored as halves": Mutation(
+        FLUX2, transformer, "rotate", "turned.flatten(-2)", "turned.mT.flatten(-2)", "step.001/double_blocks.0/attention/q",
+        "RoPE's pairs stored as halves"),
     "RoPE off by one": Mutation(
         FLUX2, sampling, "image_ids", "torch.arange(height)[:, None]", "torch.arange(1, height + 1)[:, None]",
         "ids/img", "rows off by one"),

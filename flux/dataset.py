@@ -1,0 +1,254 @@
+"""Pictures and captions for training: folders, sizes, the cache of latents and text features, and what a step draws of them."""
+
+import hashlib
+import json
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux import conditioning, inputs
+from flux.configs import ModelSpec
+from flux.errors import UserError
+from flux.files import read_header, some
+from flux.images import to_pixels
+from flux.pipeline import Pipeline
+from flux.text import TextFeatures
+from flux.training import Batch, generator, load, write
+
+# ---------------------------------------------------------------------------------------------------------- folders and sizes
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
+LONGEST = 4  # one side may be so many times the other
+
+
+@dataclass(frozen=True)
+class Item:
+    picture: Path
+    caption: str
+    references: tuple[Path, ...] = ()  # of which the picture is an edit
+
+
+def read_folder(folder: Path) -> list[Item]:
+    """Pictures with their captions: those that `metadata.jsonl` lists, or all in the folder, each with a .txt beside it."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: name one with pictures and their captions")
+    if (folder / "metadata.jsonl").exists():
+        return _listed(folder / "metadata.jsonl")
+    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not pictures:
+        raise UserError(f"{folder} has no pictures ({', '.join(SUFFIXES)}) and no metadata.jsonl that lists any")
+    captions = {path: _text(path.with_suffix(".txt")) for path in pictures}
+    if without := [path.name for path, caption in captions.items() if not caption]:
+        raise UserError(f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({some(without)}): put it in "
+                        f"{Path(without[0]).stem}.txt beside it, or list all in metadata.jsonl")  # fmt: skip
+    return [Item(path, caption) for path, caption in captions.items()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a text in UTF-8 that can be read ({error})") from None
+
+
+def _listed(path: Path) -> list[Item]:
+    """A line: {"image": "b.png", "caption": "...", "references": ["a.png"]}, with paths from the folder of the list."""
+    items = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            image, caption, references = entry["image"], entry["caption"].strip(), entry.get("references", [])
+            files = [path.parent / name for name in (image, *references)]
+            if not caption or not isinstance(references, list):
+                raise ValueError
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(f'{path}, line {number}, is not {{"image": FILE, "caption": TEXT}}, with "references": [FILE, ...] '
+                            f"for an edit: {line!r:.120}") from None  # fmt: skip
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise UserError(f"{path}, line {number}, names {some(missing)}, which does not exist")
+        items.append(Item(files[0], caption, tuple(files[1:])))
+    if not items:
+        raise UserError(f"{path} is empty: it should list pictures and their captions")
+    return items
+
+
+def bucket(width: int, height: int, size: int) -> tuple[int, int]:
+    """The width and height in which a picture is trained on: about size² pixels in its shape, multiples of 16.
+
+    The longer side comes in steps of a sixteenth of `size`, so that many pictures share a size, and a batch.
+    """
+    step = max(16, size // 256 * 16)
+    long = max(size, step * round(size * math.sqrt(max(width, height) / min(width, height)) / step))
+    short = max(64, 16 * round(size * size / long / 16))
+    return (long, short) if width >= height else (short, long)
+
+
+def fit(picture: Image.Image, size: int) -> Image.Image:
+    """A picture, scaled to cover its bucket, and cropped about its centre."""
+    width, height = bucket(*picture.size, size)
+    scale = max(width / picture.width, height / picture.height)
+    left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
+    box = (left, top, left + width / scale, top + height / scale)
+    return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def fit_reference(spec: ModelSpec, picture: Image.Image, size: int) -> Image.Image:
+    """As at sampling, in proportion: for `size` 1024, Kontext's preferred sizes, and of FLUX.2's at most 1024² pixels."""
+    if spec.flux1:
+        sides = [side * size / 1024 for side in inputs.preferred_size(*picture.size)]
+        return picture.resize(inputs.round_to_16(sides), Image.Resampling.LANCZOS)
+    return inputs.fit_reference(picture, size**2)
+
+
+# ---------------------------------------------------------------------------------------------------------- the cache
+
+
+class Example(NamedTuple):
+    """An item as files of the cache."""
+
+    latents: Path
+    features: Path
+    references: tuple[Path, ...]
+    shape: Hashable  # equal for those that may share a batch
+
+
+class Cache:
+    """Latents and text features, each computed once, in a file whose name is a hash of all that it was made of."""
+
+    def __init__(self, folder: Path, pipe: Pipeline, size: int):
+        self.folder, self.pipe, self.size = folder, pipe, size
+        self.pixels_by = fingerprint(pipe.encoder.files)
+        self.text_by = *(fingerprint(network.files) for network in pipe.text.networks), pipe.spec.text_length, pipe.text.dtype
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def example(self, item: Item) -> Example:
+        """UserError for a picture that cannot be read."""
+        latents = self.latents(item.picture)
+        references = tuple(self.latents(path, reference=True) for path in item.references)
+        shape = tuple(read_header(file)[0]["latents"].shape for file in (latents, *references))
+        return Example(latents, self.features(item.caption, item.picture.name), references, shape)
+
+    def latents(self, path: Path, reference: bool = False) -> Path:
+        """Of a picture, (C, h, w), float32."""
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): check its name and its rights") from None
+        file = self._file("latents", content, reference, self.size, self.pixels_by)
+        if not file.exists():
+            picture = inputs.read_picture(path)
+            if max(picture.size) > LONGEST * min(picture.size):
+                raise UserError(f"{path} is {picture.width}x{picture.height}: one side may be at most {LONGEST} times the "
+                                "other; crop it")  # fmt: skip
+            if not reference and 4 * picture.width * picture.height < self.size**2:
+                warnings.warn(f"{path} is {picture.width}x{picture.height}, and enlarged for --size {self.size}", stacklevel=2)
+            fitted = fit_reference(self.pipe.spec, picture, self.size) if reference else fit(picture, self.size)
+            with torch.inference_mode():
+                (latents,) = self.pipe.encoder().encode(to_pixels(fitted).to(self.pipe.device))
+            write(file, {"latents": latents})
+        return file
+
+    def features(self, caption: str, name: str = "--prompt") -> Path:
+        """Of a caption, (T, D) and, in FLUX.1, the pooled (V,); `name` is for what the tokenizer may have to say."""
+        file = self._file("text", caption, self.text_by)
+        if not file.exists():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                features = self.pipe.text.encode([caption])
+            for warning in caught:
+                warnings.warn(f"{name}: {warning.message}", stacklevel=2)
+            self.pipe.text.known.pop(caption)  # the file keeps it
+            write(file, {key: x[0] for key, x in features._asdict().items() if x is not None})
+        return file
+
+    def _file(self, kind: str, *parts) -> Path:
+        return self.folder / f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Of weights, by their headers and sixteen pieces of each file: a hash of all of 20 GB would take a minute."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for start in sorted({0, *(size * k // 16 for k in range(16)), max(0, size - 65536)}):
+                file.seek(start)
+                digest.update(file.read(65536))
+        digest.update(repr((path.suffix, size)).encode())
+    return digest.hexdigest()
+
+
+def batch_of(examples: Sequence[Example], axes: int) -> Batch:
+    """Examples of one shape, from the cache."""
+    latents = torch.stack([load(e.latents)["latents"] for e in examples])
+    references = [references_of(e, axes) for e in examples]
+    if not references[0]:
+        return Batch(latents, features_of(examples))
+    return Batch(latents, features_of(examples), torch.cat([tokens for tokens, _ in references]), references[0][1])
+
+
+def features_of(examples: Sequence[Example]) -> TextFeatures:
+    texts = [load(e.features) for e in examples]
+    pooled = torch.stack([x["pooled"] for x in texts]) if "pooled" in texts[0] else None
+    return TextFeatures(torch.stack([x["tokens"] for x in texts]), pooled)
+
+
+def references_of(example: Example, axes: int) -> tuple[Tensor, Tensor] | None:
+    """Tokens (1, R, C) and coordinates (R, axes) of all references, if there are any."""
+    latents = [load(file)["latents"][None] for file in example.references]
+    return conditioning.reference_tokens(latents, axes) if latents else None
+
+
+def order(shapes: Sequence[Hashable], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Numbers of the examples in each batch of an epoch: all are there, and those of a batch have one shape.
+
+    The last batch of a shape is filled up with its first examples.
+    """
+    draw, members = generator(seed, epoch), defaultdict(list)
+    for number in torch.randperm(len(shapes), generator=draw).tolist():
+        members[shapes[number]].append(number)
+    filled = lambda each, start: [each[(start + k) % len(each)] for k in range(size)]  # noqa: E731
+    made = [filled(each, start) for each in members.values() for start in range(0, len(each), size)]
+    return [made[number] for number in torch.randperm(len(made), generator=draw).tolist()]
+
+
+@dataclass
+class Draws:
+    """`draws(n)` is all that chance decides of the n-th batch of a run, which counts from 0."""
+
+    examples: Sequence[Example]
+    size: int  # of a batch
+    seed: int
+    axes: int  # of coordinates
+    empty: Path  # features of the empty caption
+    dropped: float = 0.0  # the share of captions that it takes the place of, for classifier-free guidance
+    known: tuple[int, list[list[int]]] = (-1, [])  # the last epoch, and its order
+
+    def __call__(self, number: int) -> tuple[Batch, Tensor, Tensor]:
+        """A batch, standard normal numbers (B,) for its times, and its noise (B, C, h, w)."""
+        epoch, place = divmod(number, self.count)
+        chosen = [self.examples[row] for row in self._order(epoch)[place]]
+        draw = generator(self.seed, number, 0)
+        dropped = (torch.rand(self.size, generator=draw) < self.dropped).tolist()
+        chosen = [e._replace(features=self.empty) if drop else e for e, drop in zip(chosen, dropped, strict=True)]
+        batch = batch_of(chosen, self.axes)
+        return batch, torch.randn(self.size, generator=draw), torch.randn(batch.latents.shape, generator=draw)
+
+    @cached_property
+    def count(self) -> int:
+        """Batches in an epoch."""
+        return len(self._order(0))
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        if self.known[0] != epoch:
+            self.known = epoch, order([e.shape for e in self.examples], self.size, self.seed, epoch)
+        return self.known[1]
