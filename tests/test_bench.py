@@ -109,7 +109,7 @@ def test_mistral_is_counted_without_its_eyes():
 def test_kernels_of_a_step_are_the_same_in_every_run(name):
     row = steps.kernel_row(name)
     assert row == steps.kernel_row(name) and row.ours == int(row.ours) < row.theirs and row.unit == "kernels"
-    assert row.ratio <= {"FLUX.1": 0.55, "klein 4B": 0.57}[name]
+    assert row.reached
 
 
 @pytest.mark.parametrize("config", [FLUX1_TINY, KLEIN_TINY])
