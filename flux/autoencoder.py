@@ -262,6 +262,11 @@ class Upsample(nn.Module):
         return striped(self.conv, larger, x, count, scale=2) if count > 1 else self.conv(larger(x))
 
 
+def channels_last(autoencoder: AutoEncoder) -> AutoEncoder:
+    """Its weights in the order of memory in which convolutions are fastest; it takes a copy of 0.2 GB."""
+    return autoencoder.to(memory_format=torch.channels_last)
+
+
 def conv3(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 

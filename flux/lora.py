@@ -346,7 +346,7 @@ def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]]) -> None:
         layer = module.get_submodule(path)
         changed = dict(_merged(layer, path, group, dtype))
         if isinstance(layer, QuantizedLinear) and "weight" in changed:
-            layer = _plain(layer)
+            layer = layer.plain(changed["weight"])
             module.set_submodule(path, layer)
         for name, tensor in changed.items():
             before = getattr(layer, name)
@@ -354,14 +354,6 @@ def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]]) -> None:
             if tensor.shape != before.shape:  # img_in
                 layer.in_features = tensor.shape[1]
                 module.config = replace(module.config, in_channels=tensor.shape[1])
-
-
-def _plain(layer: QuantizedLinear) -> nn.Linear:
-    """With the same bias, and no weight yet."""
-    with torch.device("meta"):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False).requires_grad_(False)
-    plain.bias = layer.bias
-    return plain
 
 
 def _merged(layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]],

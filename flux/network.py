@@ -11,12 +11,11 @@ from torch import nn
 from flux.errors import UserError
 from flux.memory import Weights, measure
 from flux.offload import stream, tensors_of
-from flux.quantization import QuantizedLinear, use_native_fp8
+from flux.quantization import FP8, QuantizedLinear, use_native_fp8
 from flux.quantization.compress import compress, whole
 from flux.weights import load_module
 
 CPU = torch.device("cpu")
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Network:
@@ -39,7 +38,7 @@ class Network:
         self.resident: int | None = None
         self.missing: list[str] = []  # paths of what `without` took away
         checked = self._load(CPU, None, check_finite)  # maps the files and refuses what is wrong with them
-        if device.type == "mps" and any(tensor.dtype in FLOAT8 for tensor in tensors_of(checked)):
+        if device.type == "mps" and any(tensor.dtype in FP8.values() for tensor in tensors_of(checked)):
             raise UserError(f"{files[0]} is in float8, which Apple's GPUs do not have: use a GGUF file, or --device cpu")
         self.as_cast = all(p.dtype == dtype for p in checked.parameters())
         self.shapes = checked.to("meta")  # and types, quantised as in the files
@@ -129,9 +128,8 @@ class Network:
             module.to(dtype=self.dtype)
         if self.native_fp8:
             use_native_fp8(module, self.device)
-        if self.compiled:  # blocks of a kind are one code with other weights, so one graph serves all
-            for block in (block for path in self.lists for block in module.get_submodule(path)):
-                block.compile(fullgraph=True)
+        if self.compiled:
+            compile_blocks(module, self.lists)
         return stream(module, self.lists, self.device, resident=self.resident) if streamed else module.to(self.device)
 
     def _bring_back(self) -> None:
@@ -146,6 +144,13 @@ class Network:
         module = self.on_meta()
         load_module(module, self.files, device=device, dtype=dtype, check_finite=check_finite, **self.options)
         return module
+
+
+def compile_blocks(module: nn.Module, lists: Sequence[str]) -> None:
+    """Each on its own: blocks of a kind are one code with other weights, so one graph serves all."""
+    for path in lists:
+        for block in module.get_submodule(path):
+            block.compile(fullgraph=True)
 
 
 def remove(module: nn.Module, paths: Sequence[str]) -> None:

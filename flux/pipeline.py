@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import conditioning, sampling
-from flux.autoencoder import AutoEncoder, from_diffusers
+from flux.autoencoder import AutoEncoder, channels_last, from_diffusers
 from flux.conditioning import Conditions, Pictures
 from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
@@ -29,7 +29,7 @@ from flux.quantization import FP8Linear
 from flux.quantization.compress import KINDS
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
 from flux.text import TextFeatures, text_encoder
-from flux.transformer import NUMERICS, Flux, Memory, Modulator, Numerics
+from flux.transformer import BLOCKS, NUMERICS, Flux, Memory, Modulator, Numerics
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
 
@@ -112,7 +112,7 @@ class Pipeline:
         build = lambda config: Flux(config, numerics)  # noqa: E731
         self.transformer = Network(
             build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."),
-            lists=("double_blocks", "single_blocks"), **options,
+            lists=BLOCKS, **options,
         )  # fmt: skip
         self.transformer.compiled = economy.compile
         for network in (self.transformer, *self.text.networks):
@@ -122,8 +122,8 @@ class Pipeline:
         # pictures are encoded in float32, as BFL does: in bfloat16 their latents are off by some per cent
         self.encoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, device=device,
                                dtype=torch.float32)  # fmt: skip
-        for network in (self.autoencoder, self.encoder):  # convolutions are faster so; it takes a copy of 0.2 GB
-            network.alter(lambda module: module.to(memory_format=torch.channels_last))
+        for network in (self.autoencoder, self.encoder):
+            network.alter(channels_last)
         self.adapters: tuple[Network, ...] = ()
         if "redux" in files:
             siglip = Network(

@@ -85,6 +85,9 @@ class Memory(NamedTuple):
     v: Tensor
 
 
+BLOCKS = ("double_blocks", "single_blocks")  # paths of the lists of blocks, in the order of their use
+
+
 class Flux(nn.Module):
     def __init__(self, config: FluxConfig, numerics: Numerics = NUMERICS["exact"]):
         super().__init__()

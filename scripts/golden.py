@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import reference  # noqa: E402
+from parity_rows import reference_of  # noqa: E402
 from test_pipeline import PROMPTS, home, write_tokenizers  # noqa: E402
 from test_tokenizers import MISTRAL_TEMPLATE  # noqa: E402
 from test_transformer import inputs  # noqa: E402
@@ -35,30 +36,28 @@ RUNS = {"flux.1-dev": 3.0, "flux.1-schnell": None, "flux.2-dev": 3.0, "flux.2-kl
 
 def answer(name: str, ours) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs, and the outputs of the reference with the weights of `ours`."""
-    config, state, generator = ours.config, ours.state_dict(), torch.Generator().manual_seed(7)
+    given, (_, theirs) = asked(name, ours.config), reference_of(name, ours)
+    names = ["encoded", "decoded"] if name.endswith("autoencoder") else ["velocity" if name.startswith("flux") else "features"]
+    return given, dict(zip(names, theirs(given), strict=True))
+
+
+def asked(name: str, config) -> dict[str, Tensor]:
+    """Random inputs of a network."""
+    generator = torch.Generator().manual_seed(7)
     if name.endswith("autoencoder"):
-        theirs = reference.loaded(reference.diffusers_autoencoder(config), reference.autoencoder_to_diffusers(state, config))
         pixels = torch.rand(2, 3, 32, 48, generator=generator) * 2 - 1
-        latents = torch.randn(2, config.latent_channels, 2, 3, generator=generator)
-        encoded, decoded = reference.diffusers_encode(theirs, pixels), reference.diffusers_decode(theirs, latents)
-        return {"pixels": pixels, "latents": latents}, {"encoded": encoded, "decoded": decoded}
+        return {"pixels": pixels, "latents": torch.randn(2, config.latent_channels, 2, 3, generator=generator)}
     if name.startswith("flux"):
-        theirs = reference.loaded(reference.diffusers_transformer(config), reference.transformer_to_diffusers(state, config))
-        given = inputs(config)
-        return given, {"velocity": reference.diffusers_velocity(theirs, **given)}
+        return inputs(config)
     length, real = 24, torch.tensor([24, 17, 1])[:, None]
     ids = torch.randint(2, config.vocab_size - 1, (3, length), generator=generator)
     if name == "t5":
-        theirs = reference.loaded(reference.transformers_t5(config), reference.t5_to_transformers(state))
-        return {"ids": ids}, {"features": theirs(ids).last_hidden_state}
+        return {"ids": ids}
     if name == "clip":
         ids[torch.arange(length) >= real - 1] = config.eos_id
-        theirs = reference.loaded(reference.transformers_clip(config, eos_id=2), reference.clip_to_transformers(state))
-        return {"ids": ids}, {"features": theirs(ids).pooler_output}
-    mistral, mask = name == "mistral", torch.arange(length) < real
-    mask = mask.flip(1) if mistral else mask
-    theirs = reference.with_trunk(reference.transformers_language_model(config, reference.DEPTH, mistral), state, mistral)
-    return {"ids": ids, "mask": mask}, {"features": reference.transformers_features(theirs, ids, mask, config.layers)}
+        return {"ids": ids}
+    mask = torch.arange(length) < real
+    return {"ids": ids, "mask": mask.flip(1) if name == "mistral" else mask}
 
 
 def picture(name: str, guidance: float | None, folder: Path) -> tuple[list, dict[str, Tensor]]:

@@ -335,7 +335,8 @@ def recall(args: argparse.Namespace, metadata: dict) -> None:
     recall_files(args, metadata)
     args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
     for key in REMADE.keys() - {"prompt", "transformer", "autoencoder"}:
-        if getattr(args, key) in (None, "exact") or getattr(args, key) is False:
+        typed = getattr(args, key)
+        if typed is False or typed in (None, "exact"):  # a seed of 0 was typed
             setattr(args, key, metadata[key])
 
 

@@ -308,7 +308,18 @@ def measure_statistics(model: AutoEncoder, pictures: np.ndarray):
 
 
 def train_tokenizer(run: Path):
-    """Byte-level BPE in Qwen's format, on the grammar's captions: any text has ids, and a word of the grammar has one."""
+    """On the grammar's captions: any text has ids, and a word of the grammar has one."""
+    some = shapes.scenes(0, held=None)
+    texts = ["user\nassistant\n\n"] * 4000 + [str(next(some)) for _ in range(4000)]
+    (run / "tokenizer").mkdir(parents=True, exist_ok=True)
+    train_byte_level_bpe(texts, SPEC.text.model.vocab_size, run / "tokenizer" / "tokenizer.json")
+
+
+def train_byte_level_bpe(texts: list[str], vocab_size: int, path: Path):
+    """Trains byte-level BPE of `vocab_size` tokens, and writes and returns it: a tokenizer.json in Qwen's format.
+
+    As in Qwen's vocabulary, the special tokens come last; `<think>` and `</think>` are added tokens, but not special.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     from flux.tokenizers import QWEN_WORDS, QwenTokenizer
@@ -322,16 +333,14 @@ def train_tokenizer(run: Path):
     tokenizer.decoder = decoders.ByteLevel()
     special = [QwenTokenizer.pad, "<|im_start|>", "<|im_end|>"]
     added = [AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
-    some = shapes.scenes(0, held=None)
-    texts = ["user\nassistant\n\n"] * 4000 + [str(next(some)) for _ in range(4000)]
-    size = SPEC.text.model.vocab_size - len(special) - len(added)
+    size = vocab_size - len(special) - len(added)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(added)
-    (run / "tokenizer").mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
+    tokenizer.save(str(path))
+    return tokenizer
 
 
 BUCKETS = {(128, 128): 24000, (160, 96): 3000, (96, 160): 3000}  # width, height: pictures

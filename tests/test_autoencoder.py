@@ -3,9 +3,7 @@
 Around diffusers' networks stands what its pipelines do to latents: packing, scaling, batch-norm statistics.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from reference import (
     randomise,
     shapes,
 )
+from scripted import script
 from torch import Tensor, nn
 
 import flux
@@ -163,11 +162,7 @@ def test_file_that_diffusers_saved_decodes_the_same(tmp_path):
 
 @pytest.fixture(scope="module")
 def measure():
-    path = Path(__file__).parents[1] / "scripts" / "measure.py"
-    spec = importlib.util.spec_from_file_location("measure", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("measure")
 
 
 @pytest.mark.parametrize("config", [FLUX1, FLUX2, replace(FLUX2, decoder_ch=96)], ids=["flux.1", "flux.2", "small decoder"])

@@ -1,6 +1,5 @@
 """scripts/bench.py: what it counts, against counts by hand; how it takes turns; its JSON; what it refuses. Never a time."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -11,21 +10,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from reference import FLUX1_TINY, KLEIN_TINY
+from scripted import script
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux.configs import FLUX1, KLEIN_9B
 from flux.transformer import Flux
 
-
-def imported():
-    path = Path(__file__).parents[1] / "scripts" / "bench.py"
-    spec = importlib.util.spec_from_file_location("bench", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = imported()  # which puts its own folder where `benchmarks` is found
+bench = script("bench")  # which puts its own folder where `benchmarks` is found
 from benchmarks import floor, full, references, stages, start, steps, timing  # noqa: E402
 from benchmarks.rows import Row, shown  # noqa: E402
 from benchmarks.setting import Setting  # noqa: E402

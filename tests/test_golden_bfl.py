@@ -5,7 +5,6 @@ ours must equal what it gives on this machine; and that must be what it gave whe
 Both compute on one thread.
 """
 
-import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripted import script
 from torch import Tensor
 
 import flux
@@ -29,9 +29,7 @@ from flux.transformer import NUMERICS, Numerics
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/golden_bfl.py"
 GOLDEN = Path(__file__).parent / "golden_bfl"
-SPEC = importlib.util.spec_from_file_location("golden_bfl", SCRIPT)
-golden_bfl = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(golden_bfl)
+golden_bfl = script("golden_bfl")
 
 ASKED = dict(width=96, height=64, steps=4, guidance=3.5)
 # Seen: up to 0.0081 with the kernels of older processors (ATEN_CPU_CAPABILITY=default, ONEDNN_MAX_CPU_ISA=SSE41), and 0.0083

@@ -30,10 +30,10 @@ from reference import (
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from written import refusal, saved
 
 from flux import sampling
 from flux.clip import CLIP
-from flux.errors import UserError
 from flux.lora import merge, place, read
 from flux.network import Network
 from flux.quantization import QuantizedLinear
@@ -56,18 +56,6 @@ def network(request) -> Flux:
 
 def random(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
-
-
-def saved(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
-    return path
-
-
-def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts

@@ -1,23 +1,18 @@
 """scripts/measure.py: what it counts, against counts by hand."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scripted import script
 
 KB = torch.ones(256)  # of float32
 
 
 @pytest.fixture(scope="module")
 def measure():
-    path = Path(__file__).parents[1] / "scripts" / "measure.py"
-    spec = importlib.util.spec_from_file_location("measure", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("measure")
 
 
 def test_peak_counts_what_lives_at_one_time(measure):

@@ -1,14 +1,13 @@
 """flux.memory: sizes against the published ones, plans against sums by hand, and what no plan may ever do."""
 
-import importlib.util
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted import script
 from torch import nn
 
 from flux import memory
@@ -29,13 +28,6 @@ SQUARE = Work(1024, 1024)
 def meta(make, *arguments) -> nn.Module:
     with torch.device("meta"):
         return make(*arguments)
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes

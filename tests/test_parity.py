@@ -5,7 +5,6 @@ source. Networks are tiny and random, in the released files' layouts, or the emb
 """
 
 import errno
-import importlib.util
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from PIL import Image
 from reference import FLUX1_TINY, KLEIN_TINY, networks, randomise, tiny_models, write_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripted import script
 from test_pipeline import home, write_tokenizers
 from torch import Tensor, nn
 
@@ -36,7 +36,6 @@ from flux.parity.record import Capture, Writer, positions, set_budgets
 from flux.parity.taps import matches, watching
 from flux.transformer import Flux
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts/parity.py"
 PROMPT = "a photo of a cat"
 SMALL = Request(PROMPT, width=96, height=64, steps=2, seed=5)
 REQUESTS = {  # of both families, with two passes each
@@ -674,9 +673,7 @@ def test_wrong_requests(load, tmp_path):
 def parity(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    spec = importlib.util.spec_from_file_location("parity_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("parity")
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, arguments)])

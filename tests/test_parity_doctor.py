@@ -3,7 +3,6 @@
 Nothing of ours computes what is expected: attention, norms, RoPE and the rest are written out here, wrongly as a port might.
 """
 
-import importlib.util
 import math
 import re
 import sys
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from reference import networks, tiny_models, write_weights
 from safetensors.torch import save_file
+from scripted import script
 from test_pipeline import home, write_tokenizers
 from torch import Tensor
 
@@ -31,7 +31,6 @@ from flux.parity.doctor import Diagnosis, diagnose, told
 from flux.parity.mistakes import MISTAKES
 from flux.parity.record import Capture
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts/parity.py"
 FLUX1, FLUX2 = "flux.1-dev", "flux.2-klein-4b"
 WIDE = Request("a photo of a cat", width=96, height=80, steps=2, seed=5)  # 30 image tokens; 24 and 64 of text
 REQUESTS = {FLUX1: replace(WIDE, guidance=3.3, cfg_scale=2.5, negative_prompt="a dog"), FLUX2: WIDE}  # bfloat16 has no 3.3
@@ -550,9 +549,7 @@ def test_other_weights(pipes, captures, folder, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("parity_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("parity")
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, arguments)])

@@ -4,7 +4,6 @@ Run in this process but for the few tests that need one of their own, on the emb
 paints. Exit codes: 0 for a picture, 2 for a mistake in what was asked, 1 for a failure on the way, 130 for Ctrl-C.
 """
 
-import importlib.util
 import io
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import scripted
 import torch
 from PIL import Image
 from reference import FLUX1_TINY, randomise
@@ -63,10 +63,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("sample_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripted.script("sample")
 
 
 @pytest.fixture

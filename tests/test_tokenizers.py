@@ -13,11 +13,12 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from scripted import script
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast, Qwen2TokenizerFast, T5TokenizerFast
 
 from flux.errors import UserError
-from flux.tokenizers import QWEN_WORDS, CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
+from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
 
 PROSE = [
     "a photo of a cat sitting on a mat beside the window",
@@ -67,30 +68,6 @@ MISTRAL_TEMPLATE = """{{- bos_token }}
 {%- endfor %}"""
 
 
-def train_byte_level_bpe(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Train byte-level BPE of `vocab_size` tokens and write it to `path`, a tokenizer.json in Qwen's format.
-
-    As in Qwen's vocabulary, the special tokens come last; `<think>` and `</think>` are added tokens, but not special.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    added = [*QWEN_SPECIAL, AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = vocab_size - len(added)
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    )
-    tokenizer.add_special_tokens(added[:3])
-    tokenizer.add_tokens(added[3:])
-    tokenizer.save(str(path))
-    return tokenizer
-
-
 def write_json(path: Path, content) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
@@ -133,7 +110,7 @@ def make_clip(folder: Path) -> None:
 
 def make_qwen(folder: Path) -> None:
     """tokenizer.json, and beside it the older files with the same content."""
-    tokenizer = train_byte_level_bpe(PROSE, 400, folder / "tokenizer.json")
+    tokenizer = script("toy").train_byte_level_bpe(PROSE, 400, folder / "tokenizer.json")
     tokenizer.model.save(str(folder))
     flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
     added = {i: {flag: getattr(t, flag) for flag in flags} for i, t in tokenizer.get_added_tokens_decoder().items()}

@@ -3,12 +3,11 @@
 Whether training works is shown by its product, in tests/test_embedded.py.
 """
 
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scripted import script
 
 import flux
 from flux import models
@@ -17,11 +16,7 @@ from flux.autoencoder import AutoEncoder
 
 @pytest.fixture(scope="module")
 def toy():
-    path = Path(__file__).parents[1] / "scripts" / "toy.py"
-    spec = importlib.util.spec_from_file_location("toy", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("toy")
 
 
 def test_the_loss_is_zero_for_the_true_velocity_and_only_for_it(toy):

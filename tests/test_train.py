@@ -4,7 +4,6 @@ The embedded toy is trained, and tiny models with random weights where there are
 """
 
 import csv
-import importlib.util
 import json
 import os
 import resource
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from reference import max_error, networks, relative_l2, tiny_models, write_weights
 from safetensors.torch import load_file
+from scripted import script
 from test_pipeline import home, write_tokenizers
 
 import flux
@@ -32,17 +32,10 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 TOY = models.EMBEDDED / "flux-2-tiny.safetensors"
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def train(monkeypatch, capsys):
     """train(*flags) -> exit code, last line of the output, all that was said."""
-    module = script()
+    module = script("train")
 
     def run(*flags):
         monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", *map(str, flags)])
@@ -82,7 +75,7 @@ def whole(pictures, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["train.py", str(pictures), str(run), *map(str, LORA), "--device", "cpu"])
-        assert script().main() == 0
+        assert script("train").main() == 0
     return run
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from flux.errors import UserError
 
 
-def saved(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    save_file(tensors, path)
+def saved(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata or None)
     return path
 
 

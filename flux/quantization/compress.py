@@ -67,10 +67,7 @@ def compressed(linear: nn.Linear, kind: str, device: torch.device | str | None =
 @torch.no_grad()
 def whole(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
     """The Linear that computes the same, its weight rounded to `dtype`: what a LoRA can be merged into. Of any format."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
-    linear.bias = layer.bias
-    return linear.train(layer.training)
+    return layer.plain(layer.dequantize().to(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds

@@ -21,6 +21,12 @@ class QuantizedLinear(nn.Module):
         """The weight: (out_features, in_features), float32."""
         raise NotImplementedError
 
+    def plain(self, weight: Tensor) -> nn.Linear:
+        """A frozen Linear with this weight in place of its own, and the same bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return linear
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 

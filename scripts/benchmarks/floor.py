@@ -14,9 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.steps import FAMILIES, can_compile, compile_blocks, inputs, our_step, same_attention
+from benchmarks.steps import FAMILIES, inputs, our_step, same_attention
 from benchmarks.timing import by_turns, random_weights
-from flux.transformer import Flux, FluxConfig
+from flux.memory import can_compile
+from flux.network import compile_blocks
+from flux.transformer import BLOCKS, Flux, FluxConfig
 
 HEAVY = (F.linear, F.scaled_dot_product_attention, F.conv2d)
 Operation = tuple[Callable, tuple, tuple]  # function, its arguments, those that have names; tensors as their (shape, dtype)
@@ -40,7 +42,7 @@ def over_floor(case: str, config: FluxConfig, side: int, setting: Setting) -> It
         ours, floor = by_turns([step, replayed], setting.rounds, setting.replayed)
         yield row(f"{case}, eager", ours=ours, theirs=floor)
         if setting.compiled and can_compile(setting.device):
-            compile_blocks(model)
+            compile_blocks(model, BLOCKS)
             ours, floor = by_turns([step, replayed], setting.rounds, setting.replayed)
             yield row(f"{case}, compiled", ours=ours, theirs=floor, goal=1.20)
     torch._dynamo.reset()

@@ -22,18 +22,19 @@ from benchmarks.floor import operations, replay
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.stages import our_autoencoder, picture, save_ours, save_theirs, their_autoencoder
-from benchmarks.steps import can_compile, compile_blocks, inputs, our_step, same_attention, their_step
+from benchmarks.steps import inputs, our_step, same_attention, their_step
 from benchmarks.timing import by_turns, random_weights, timed
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIP
 from flux.configs import FLUX1Text, ModelSpec
 from flux.errors import UserError
 from flux.language_model import LanguageModel
-from flux.memory import free_memory
+from flux.memory import can_compile, free_memory
+from flux.network import compile_blocks
 from flux.quantization.compress import compress
 from flux.quantization.fp8 import use_native_fp8
 from flux.t5 import T5
-from flux.transformer import Flux
+from flux.transformer import BLOCKS, Flux
 
 Run = Callable[[], Tensor]
 Spent = dict[str, list[float]]  # seconds by stage: ours, floor, theirs
@@ -106,10 +107,10 @@ def compiled_rows(case: str, stage: Stage, theirs: Stage | None, runs: list[Run]
         with fresh_cache():
             whole = timed(torch.compile(stage.run))
         torch._dynamo.reset()
-        compile_blocks(*stage.modules)
+        compile_blocks(*stage.modules, BLOCKS)
         with fresh_cache():
             yield Row(f"{case}, first step, compiled", "s", timed(stage.run), whole, "compiled whole", goal=0.2)
-    compile_blocks(*stage.modules)
+    compile_blocks(*stage.modules, BLOCKS)
     if theirs:
         theirs.modules[0].compile_repeated_blocks(fullgraph=True)
     yield from time_rows(f"{case}, compiled", "step, compiled", runs, setting, spent, goal=0.95, over_floor=1.20)

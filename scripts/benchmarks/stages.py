@@ -16,7 +16,7 @@ from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.timing import by_turns, pair, random_weights, weight_bytes
 from flux import images
-from flux.autoencoder import AutoEncoder, AutoEncoderConfig
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig, channels_last
 from flux.configs import AE1, AE2, MISTRAL, QWEN3_4B, QWEN3_8B
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.network import Network
@@ -92,7 +92,7 @@ def our_autoencoder(config: AutoEncoderConfig, device: torch.device) -> AutoEnco
         path = Path(folder, "ae.safetensors")
         save_file(random_weights(lambda: AutoEncoder(config), "cpu", torch.bfloat16).state_dict(), path)
         network = Network(AutoEncoder, config, [path], device=device, dtype=torch.bfloat16)
-        network.alter(lambda module: module.to(memory_format=torch.channels_last))
+        network.alter(channels_last)
         return network()
 
 

@@ -21,7 +21,8 @@ from benchmarks.timing import pair, random_weights
 from flux import sampling
 from flux.configs import FLUX1, KLEIN_4B
 from flux.memory import can_compile
-from flux.transformer import Flux, FluxConfig
+from flux.network import compile_blocks
+from flux.transformer import BLOCKS, Flux, FluxConfig
 
 FAMILIES = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B}
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -92,7 +93,7 @@ def timed_rows(case: str, config: FluxConfig, side: int, setting: Setting, eager
         yield pair(f"{case}, eager", mine, other, setting.rounds, goal=eager)
         yield Row(f"{case}, peak of activations", "B", peak_bytes(mine), peak_bytes(other))
         if setting.compiled and can_compile(setting.device):
-            compile_blocks(ours)
+            compile_blocks(ours, BLOCKS)
             theirs.compile_repeated_blocks(fullgraph=True)
             yield pair(f"{case}, compiled", mine, other, setting.rounds, goal=compiled)
     torch._dynamo.reset()
@@ -137,9 +138,3 @@ def same_attention():
     """On a GPU: the fastest that torch has, for both; it chooses another by itself. Without gradients, as both pipelines."""
     with torch.no_grad(), sdpa_kernel(BACKENDS, set_priority=True):
         yield
-
-
-def compile_blocks(model: Flux) -> None:
-    """Block by block: one graph serves all of a kind."""
-    for block in (*model.double_blocks, *model.single_blocks):
-        block.compile(fullgraph=True)
