@@ -24,6 +24,7 @@ import flux
 from flux import autoencoder
 from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers, pack, tiles, unpack
 from flux.errors import UserError
+from flux.parity.taps import watching
 from flux.weights import load_module
 
 FLUX1 = AutoEncoderConfig()
@@ -291,3 +292,16 @@ def test_memory_of_tiles_is_that_of_one(measure):
     one = measure.peak_bytes(lambda: ours.decode(given[:, :, :32, :32]))
     canvas = 3 * 4 * (16 * 96) ** 2
     assert measure.peak_bytes(lambda: ours.decode_tiled(given, 32, 8)) <= one + 2 * canvas
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_being_watched_moves_no_bit_of_a_picture_that_is_decoded_in_stripes(dtype, monkeypatch):
+    """Stripes have the size that they have in use; watched, nothing is cut, so that hooks see whole tensors."""
+    model = flux.load(device="cpu", dtype=dtype).autoencoder()
+    given, cut, striped = latents(model.config, 1, 40, 33).to(dtype), [], autoencoder.striped
+    monkeypatch.setattr(autoencoder, "striped", lambda *args, **named: cut.append(1) or striped(*args, **named))
+    with torch.inference_mode():
+        plain, stripes = model.decode(given), len(cut)
+        with watching({"": model}, lambda name, tensor: None):
+            watched = model.decode(given)
+    assert stripes > 0 and len(cut) == stripes and torch.equal(plain, watched)
