@@ -4,6 +4,7 @@
     python scripts/train.py pictures runs/style --lora-rank 16 --model flux.2-klein-base-4b --checkpointing
     python scripts/train.py edits runs/edits --lora-rank 32 --model flux.1-kontext-dev --checkpointing
     torchrun --nproc-per-node 8 scripts/train.py pictures runs/whole --model flux.2-klein-base-4b --checkpointing --batch 8
+    python scripts/train.py pictures runs/dev --distill flux.2-klein-base-4b   # a student that is told its guidance
 
 A caption lies beside its picture, in a .txt of the same name; or metadata.jsonl lists all, a line each:
 {"image": "b.png", "caption": "make it night", "references": ["a.png"]}, where references are for models that edit.
@@ -23,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,15 +36,18 @@ from PIL import Image
 from tqdm import tqdm
 
 import flux
-from flux import conditioning, dataset, processes, training
+from flux import conditioning, dataset, distillation, processes, training
 from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError
+from flux.files import shard_files
 from flux.memory import room_on
 from flux.parity.plots import Drawing, Label, Line, LogScale
 from flux.quantization import QuantizedLinear
 from flux.text import TextFeatures
 from flux.transformer import Flux
+from flux.weights import infer_config, load_module
 
+QUANTISED = "is quantised, and weights are trained in float32 or beside bfloat16: choose the model's bfloat16 file"
 SAMPLES = 4  # pictures on a sheet, where --prompt does not say of what
 
 
@@ -62,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--targets", action="append", metavar="PATTERN", help="layers that the LoRA changes, such as "
                       "'*attn.qkv' (repeatable; default: all matrices of all blocks)")  # fmt: skip
     what.add_argument("--ema", type=float, metavar="D", help="keep an average of the weights, with this decay, and export that")
+    what.add_argument("--distill", metavar="TEACHER", help="a student that is told its guidance, to give in one pass what this "
+                      "model, or this transformer FILE, gives in two (begins as its teacher, or --transformer)")  # fmt: skip
     how = p.add_argument_group("how")
     how.add_argument("--steps", type=int, default=1000, help="default: 1000")
     how.add_argument("--lr", type=float, help="after warm-up; falls as a cosine (default: 1e-4 for a LoRA, else 1e-5)")
@@ -74,8 +81,12 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--guidance", type=float, metavar="G", help="what a guidance-distilled model is told (default: 1, see README)"
     )
+    how.add_argument("--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="drawn for each picture, with "
+                     "--distill (default: 1 5) or --guided")  # fmt: skip
+    how.add_argument("--guided", action="store_true", help="train a guidance-distilled model at its guidance of use "
+                     "(--guidance; default: the model's), so that it stays distilled, see README")  # fmt: skip
     how.add_argument("--drop-captions", type=float, metavar="P", help="the share of captions left out, for classifier-free "
-                     "guidance (default: 0.1 for models that use it, else 0)")  # fmt: skip
+                     "guidance (default: 0.1 for models that use it, and for --distill, else 0)")  # fmt: skip
     how.add_argument("--seed", type=int, default=0)
     files = p.add_argument_group("files")
     files.add_argument("--cache", type=Path, metavar="DIR", help="for latents and text features (default: RUN/cache)")
@@ -110,8 +121,7 @@ def train(args: argparse.Namespace) -> int:
     # 1. what is asked for, and what that takes
     check_numbers(args)
     items = dataset.read_folder(args.pictures)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    pipe = flux.load(args.model, args.weights, processes.join(args.device), dtype, transformer=args.transformer)
+    pipe = load(args)
     settle(args, pipe, items)
     tell_memory(args, pipe, items)
 
@@ -127,7 +137,8 @@ def train(args: argparse.Namespace) -> int:
 
     # 3. the network
     torch.manual_seed(args.seed)
-    network = adapted(args, pipe.transformer(), pipe.device)
+    teacher, network = begin(args, pipe)
+    network = adapted(args, network, pipe.device)
     trainer = training.Trainer(
         network, args.run / "checkpoint.safetensors", about(args, pipe, examples.values()), steps=args.steps, rate=args.lr,
         warmup=args.warmup, ema=args.ema,
@@ -139,7 +150,7 @@ def train(args: argparse.Namespace) -> int:
     # 4. the steps
     draws = dataset.Draws(list(examples.values()), args.batch, args.seed, len(pipe.spec.transformer.axes_dim), empty,
                            args.drop_captions)  # fmt: skip
-    code = run(args, pipe, network, trainer, draws, samples)
+    code = run(args, pipe, network, teacher, trainer, draws, samples)
     if code:
         return fail(f"stopped at step {trainer.step}, and saved; the same command goes on from there", code)
 
@@ -151,6 +162,24 @@ def train(args: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------- what is asked for
+
+
+def load(args: argparse.Namespace) -> flux.Pipeline:
+    """With --distill, the transformer is the teacher."""
+    device, dtype = processes.join(args.device), getattr(torch, args.dtype) if args.dtype else None
+    if args.distill is None:
+        return flux.load(args.model, args.weights, device, dtype, transformer=args.transformer)
+    if args.distill.lower() in flux.MODELS:
+        if args.model:
+            raise UserError(f"--distill {args.distill} says which model it is: leave --model {args.model} out")
+        return flux.load(args.distill, args.weights, device, dtype)
+    if not Path(args.distill).exists():
+        raise UserError(f"--distill {args.distill}: there is no such file, and no such model; the models are "
+                        + ", ".join(flux.MODELS))  # fmt: skip
+    try:
+        return flux.load(args.model, args.weights, device, dtype, transformer=args.distill)
+    except UserError as error:
+        raise UserError(str(error).replace("--transformer", "--distill")) from None
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -170,14 +199,31 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--drop-captions {args.drop_captions:g}: must be from 0 to 1")
     if args.size is not None and (args.size % 16 or not 64 <= args.size <= 2048):
         raise UserError(f"--size {args.size}: must be a multiple of 16 from 64 to 2048")
+    check_guidance(args)
+
+
+def check_guidance(args: argparse.Namespace) -> None:
+    low, high = args.guidance_range or (1, 1)
+    if not 1 <= low <= high <= 100:
+        raise UserError(f"--guidance-range {low:g} {high:g}: must be the lowest and the highest, from 1 to 100")
+    if args.guidance_range and not (args.distill or args.guided):
+        raise UserError("--guidance-range is for --distill and --guided: add one of them, or leave it out")
+    if args.guidance is not None and (args.guidance_range or args.distill):
+        raise UserError("--guidance is one value, where a range is drawn from: leave it out, or give --guidance-range G G")
+    if args.distill and (args.guided or args.lora_rank):
+        other = "--guided" if args.guided else "--lora-rank"
+        raise UserError(f"--distill trains all weights, by a loss of its own: leave {other} out")
+    if args.guided and args.drop_captions:
+        raise UserError("--guided compares with what the model makes of no caption, and does not train that: leave "
+                        "--drop-captions out")  # fmt: skip
 
 
 def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.Item]) -> None:
     """The defaults that depend on the model; UserError for what it cannot do."""
+    if is_quantised(pipe.transformer.shapes):
+        raise UserError(f"{pipe.files['transformer'][0]} {QUANTISED}")
+    settle_guidance(args, pipe)
     spec = pipe.spec
-    if any(isinstance(layer, QuantizedLinear) for layer in pipe.transformer.shapes.modules()):
-        raise UserError(f"{pipe.files['transformer'][0]} is quantised, and weights are trained in float32 or beside bfloat16: "
-                        "choose the model's bfloat16 file")  # fmt: skip
     if spec.picture in conditioning.NEEDY:
         raise UserError(f"{spec.name} makes each picture from one that it is given, which is not trained here: choose another")
     if any(item.references for item in items) and (spec.picture != "reference" or spec.cached):
@@ -185,8 +231,6 @@ def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.It
         raise UserError(f"{args.pictures} has references, and {spec.name} takes none in training; choose from {able}")
     if spec.flux1 and any(len(item.references) > 1 for item in items):
         raise UserError(f"{args.pictures} has items with several references, and {spec.name} takes one")
-    if args.guidance is not None and not spec.transformer.guidance:
-        raise UserError(f"--guidance {args.guidance:g}: {spec.name} has no such input; leave it out")
     if spec.fixed:
         say(f"note: {spec.name}: {spec.fixed}, which this loss does not preserve; a base or dev model is made to be trained")
     if args.batch % processes.world():
@@ -195,14 +239,54 @@ def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.It
         args.sample_every = 0
         say("note: several processes make no sample pictures, for which each would need all weights")
         pipe.transformer.device = torch.device("cpu")  # from where each process takes its part
-    if not args.lora_rank:
+    if not args.lora_rank and not args.distill:
         pipe.transformer.dtype = torch.float32  # the master weights
     args.size = args.size or spec.size
     args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
-    # At guidance 1 a distilled model gives the plain velocity of the data, which is what the loss compares with: at the
+    if args.drop_captions is None:
+        args.drop_captions = 0.1 if spec.cfg or args.distill else 0.0
+
+
+def settle_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
+    """What the network is told; with --distill, the pipeline is from here on that of a student."""
+    spec = pipe.spec
+    if args.distill:
+        if spec.transformer.guidance:
+            raise UserError(f"--distill {args.distill}: it is told its guidance, which was distilled already; choose a teacher "
+                            "with classifier-free guidance")  # fmt: skip
+        args.guidance_range = args.guidance_range or (1.0, 5.0)
+        pipe.spec = replace(spec, transformer=replace(spec.transformer, guidance=True), cfg=False,
+                            guidance=spec.guidance or sum(args.guidance_range) / 2)  # fmt: skip
+        if args.transformer:
+            given_student(args, pipe)
+    elif not spec.transformer.guidance and (args.guided or args.guidance is not None):
+        raise UserError(f"{'--guided' if args.guided else f'--guidance {args.guidance:g}'}: {spec.name} has no such input; "
+                        "leave it out")  # fmt: skip
+    # At guidance 1 a distilled model gives the plain velocity of the data, which is what the plain loss compares with: at the
     # guidance of use, it would be taught to ignore it.
-    args.guidance = 1.0 if args.guidance is None else args.guidance
-    args.drop_captions = (0.1 if spec.cfg else 0.0) if args.drop_captions is None else args.drop_captions
+    args.guidance = (spec.guidance if args.guided else 1.0) if args.guidance is None else args.guidance
+    args.guidance_range = tuple(args.guidance_range or (args.guidance, args.guidance))
+    if args.guided and not (args.guidance or 0) >= 1:
+        raise UserError(f"--guided --guidance {args.guidance or 0:g}: must be at least 1, such as 3.5")
+
+
+def given_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
+    """Of --transformer; UserError if it is none of the teacher's."""
+    config = infer_config(args.transformer)
+    if config != pipe.spec.transformer:
+        fault = "has another shape" if config.guidance else "has no input for guidance"
+        raise UserError(f"--transformer {args.transformer} is no student of {args.distill}: it {fault}; leave it out, to begin "
+                        "as the teacher")  # fmt: skip
+    with torch.device("meta"):
+        student = Flux(config)
+    load_module(student, shard_files(args.transformer), dtype=torch.float32, prefixes=("", "model.diffusion_model."))
+    if is_quantised(student):
+        raise UserError(f"{args.transformer} {QUANTISED}")
+    return student
+
+
+def is_quantised(module: torch.nn.Module) -> bool:
+    return any(isinstance(layer, QuantizedLinear) for layer in module.modules())
 
 
 def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.Item]) -> None:
@@ -211,7 +295,7 @@ def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[datas
     def make() -> Flux:
         network = Flux(pipe.spec.transformer)
         for parameter in network.parameters():
-            parameter.data = parameter.data.to(pipe.transformer.dtype)
+            parameter.data = parameter.data.to(pipe.transformer.dtype if args.lora_rank else torch.float32)
         if args.lora_rank:
             training.add_lora(network, args.lora_rank, args.targets or ["*"])
         return network
@@ -220,7 +304,8 @@ def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[datas
     need = training.memory(
         pipe.spec, make, tokens, args.batch // world, pipe.device, pipe.dtype, args.ema is not None, args.checkpointing
     )  # fmt: skip
-    need = need._replace(weights=need.weights // world, states=need.states // world)
+    teacher = pipe.transformer.bytes if args.distill else 0
+    need = need._replace(weights=(need.weights + teacher) // world, states=need.states // world)
     room = room_on(pipe.device).device
     gb = lambda size: f"{size / 1e9:.3g}"  # noqa: E731
     listed = f"weights {gb(need.weights)}, gradients and the optimizer {gb(need.states)}, activations {gb(need.activations)}"
@@ -236,12 +321,17 @@ def about(args: argparse.Namespace, pipe: flux.Pipeline, examples) -> dict[str, 
     """What a checkpoint belongs to. --steps, --lr and --warmup may be others when a run goes on."""
     names = [(e.latents.name, e.features.name, [r.name for r in e.references]) for e in examples]
     trained = f"a LoRA of rank {args.lora_rank} on {' '.join(args.targets or ['*'])}" if args.lora_rank else "all weights"
-    return {
+    about = {
         "model": pipe.spec.name, "transformer": dataset.fingerprint(pipe.files["transformer"]), "training": trained,
         "pictures": hashlib.sha256(repr(names).encode()).hexdigest(), "--batch": args.batch, "--accumulate": args.accumulate,
         "--ema": args.ema, "--guidance": args.guidance, "--drop-captions": args.drop_captions, "--seed": args.seed,
         "--dtype": pipe.dtype,
     }  # fmt: skip
+    if args.distill or args.guided:
+        about |= {"--distill" if args.distill else "--guided": True, "--guidance-range": args.guidance_range}
+    if args.distill and args.transformer:  # what is called "transformer" is the teacher
+        about["student"] = dataset.fingerprint(shard_files(args.transformer))
+    return about
 
 
 # ---------------------------------------------------------------- pictures and captions
@@ -287,6 +377,19 @@ def prepare_samples(args: argparse.Namespace, cache: dataset.Cache, examples: li
 # ---------------------------------------------------------------- training
 
 
+def begin(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux | None, Flux]:
+    """The teacher, if there is one, and the network that is to be trained."""
+    if not args.distill:
+        return None, pipe.transformer()
+    teacher = pipe.transformer()
+    device = teacher.img_in.weight.device
+    student = given_student(args, pipe).to(device) if args.transformer else distillation.student_of(teacher)
+    if processes.world() > 1:
+        processes.shard(teacher, pipe.device)
+    pipe.transformer.module = student  # the samples are its
+    return teacher, student
+
+
 def adapted(args: argparse.Namespace, network: Flux, device: torch.device) -> Flux:
     """The network as it is trained."""
     if args.lora_rank:
@@ -302,23 +405,36 @@ def adapted(args: argparse.Namespace, network: Flux, device: torch.device) -> Fl
     return network
 
 
-def loss_of(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, draws: dataset.Draws, number: int) -> torch.Tensor:
+def loss_of(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teacher: Flux | None, draws: dataset.Draws,
+            number: int) -> torch.Tensor:  # fmt: skip
     """Of the n-th batch of the run, or of the part of it that is this process's."""
     batch, normal, noise = draws(number)
     times = training.shifted_times(normal, training.mu_of(pipe.spec, noise[0, 0].numel()))  # (B,)
     share = args.batch // processes.world()
     mine = slice(processes.rank() * share, (processes.rank() + 1) * share)
     batch, t, noise = batch.rows(mine, pipe.device), times[mine].to(pipe.device), noise[mine].to(pipe.device)
+    guidance = distillation.draw_guidance(*args.guidance_range, args.batch, args.seed, number)[mine].to(pipe.device)  # (B,)
+    velocity, x_t = partial(training.velocity, network, batch, guidance), (batch.latents, t, noise)
     with training.computing(pipe.device, pipe.dtype):
-        velocity = partial(training.velocity, network, batch, args.guidance)
-        return training.rectified_flow_loss(velocity, batch.latents, t, noise)
+        if not (args.distill or args.guided):
+            return training.rectified_flow_loss(velocity, *x_t)
+        blank = distillation.without_captions(batch, empty_features(draws))
+        if args.guided:
+            uncaptioned = partial(training.velocity, network, blank, 1.0)
+            return distillation.guided_flow_loss(velocity, uncaptioned, guidance, *x_t)
+        captioned, uncaptioned = (partial(training.velocity, teacher, given, 1.0) for given in (batch, blank))
+        return distillation.guidance_distillation_loss(velocity, captioned, uncaptioned, guidance, *x_t)
 
 
-def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, trainer: training.Trainer, draws: dataset.Draws,
-        samples: list[Sample]) -> int:  # fmt: skip
+def empty_features(draws: dataset.Draws) -> TextFeatures:
+    return dataset.features_of([draws.examples[0]._replace(features=draws.empty)])
+
+
+def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teacher: Flux | None, trainer: training.Trainer,
+        draws: dataset.Draws, samples: list[Sample]) -> int:  # fmt: skip
     """All steps that are left; returns 0, or the exit code for the signal that stopped it."""
     log = Log(args.run / "loss.csv", trainer.step)
-    negative = dataset.features_of([draws.examples[0]._replace(features=draws.empty)]) if pipe.spec.cfg else None
+    negative = empty_features(draws) if pipe.spec.cfg else None
     shown, halted = processes.rank() == 0, False
     bar = tqdm(total=args.steps, initial=trainer.step, unit="step", disable=None if shown else True)
     with bar, stopping() as stopped:
@@ -326,7 +442,8 @@ def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, trainer: t
             started, rate = time.monotonic(), trainer.current_rate
             numbers = range(trainer.step * args.accumulate, (trainer.step + 1) * args.accumulate)
             try:
-                value, length = trainer.update(partial(loss_of, args, pipe, network, draws, number) for number in numbers)
+                losses = (partial(loss_of, args, pipe, network, teacher, draws, number) for number in numbers)
+                value, length = trainer.update(losses)
             except NonFiniteError as error:
                 trainer.save()
                 raise UserError(f"{error}: the run was stopped, and its {trainer.step} good steps saved; go on with a smaller "

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import max_error, networks, relative_l2, tiny_models, write_weights
+from reference import max_error, networks, randomise, relative_l2, tiny_models, write_weights
 from safetensors.torch import load_file
 from scripted import script
 from test_pipeline import home, write_tokenizers
@@ -27,6 +27,8 @@ import flux
 from flux import dataset, models, shapes, training
 from flux.configs import MODELS
 from flux.memory import Room
+from flux.quantization.compress import compress
+from flux.transformer import Flux
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 TOY = models.EMBEDDED / "flux-2-tiny.safetensors"
@@ -276,6 +278,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(train, pictures, tmp_pa
 KINDS = {
     "all": ("--steps", "3"), "lora": ("--steps", "3", "--lora-rank", "2"),
     "bfloat16": ("--steps", "3", "--lora-rank", "2", "--dtype", "bfloat16"),
+    "distilled": ("--steps", "3", "--distill", "flux.2-tiny"),
 }  # fmt: skip
 SHARED = ("--size", "64", "--batch", "2", "--sample-every", "0", "--ema", "0.9", "--checkpointing", "--lr", "3e-3")
 BOTH = f"""
@@ -295,7 +298,7 @@ leave()
 
 
 def test_two_processes_train_as_one(train, pictures, tmp_path):
-    """All weights, and a LoRA, also beside weights in bfloat16; and one process goes on where two were."""
+    """All weights, a LoRA, also beside weights in bfloat16, and a student; and one process goes on where two were."""
     (tmp_path / "both.py").write_text(BOTH)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "both.py"]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
@@ -309,7 +312,7 @@ def test_two_processes_train_as_one(train, pictures, tmp_path):
         for a, b in zip(*(csv.DictReader((run / "loss.csv").open()) for run in (one, other)), strict=True):
             assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=loss)
             assert float(b["gradient"]) == pytest.approx(float(a["gradient"]), rel=gradient)
-        for name in ("checkpoint.safetensors", "transformer.safetensors" if kind == "all" else "lora.safetensors"):
+        for name in ("checkpoint.safetensors", "lora.safetensors" if "--lora-rank" in flags else "transformer.safetensors"):
             a, b = load_file(one / name), load_file(other / name)
             assert a.keys() == b.keys()
             # where a gradient is nearly zero, Adam makes a whole step of its rounding
@@ -379,6 +382,180 @@ def test_pairs(train, editors, tmp_path, monkeypatch, model, references, times):
     assert Image.open(tmp_path / "run" / "samples" / "000002.png").size == (128, 64)
     pipe = flux.load(model, weights=editors, device="cpu", dtype=torch.float32)
     pipe.load_lora(out)
+
+
+# ---------------------------------------------------------------------------------------------------------- guidance
+
+
+@pytest.fixture(scope="module")
+def flux1(tmp_path_factory):
+    """FLUX.1 [dev], tiny, in a folder of weights, and beside it teacher.safetensors, which is not told its guidance."""
+    folder, name = tmp_path_factory.mktemp("flux.1"), "flux.1-dev"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLUX_WEIGHTS", raising=False)
+        tiny = tiny_models(write_tokenizers(home(folder, name), name))[name]
+        # the shares that are read from a file
+        row = replace(tiny, transformer=replace(tiny.transformer, axes_dim=(4, 14, 14)), size=64, steps=2)
+        patch.setitem(MODELS, name, row)
+        parts = networks(row)
+        write_weights(home(folder, name), row, parts)
+        teacher = {key: x for key, x in parts["transformer"].state_dict().items() if not key.startswith("guidance_in.")}
+        training.write(folder / "teacher.safetensors", teacher)
+        yield folder
+
+
+def from_teacher(folder: Path, *flags) -> tuple:
+    return ("--model", "flux.1-dev", "--weights", folder, "--distill", folder / "teacher.safetensors", *SMALL, *flags)
+
+
+def drawn_by(folder: Path, transformer: Path, guidance: float) -> np.ndarray:
+    pipe = flux.load("flux.1-dev", weights=folder, device="cpu", dtype=torch.float32, transformer=transformer)
+    return np.asarray(pipe("a red circle", guidance=guidance)[0]).astype(int)
+
+
+def test_a_student_is_distilled_goes_on_and_is_guided(train, pictures, flux1, tmp_path, monkeypatch):
+    flags = from_teacher(flux1, "--dtype", "float32", "--steps", 4, "--sample-every", 4, "--prompt", "a", "--cache", tmp_path)
+    code, out, err = train(pictures, tmp_path / "whole", *flags)
+    assert (code, out) == (0, str(tmp_path / "whole" / "transformer.safetensors")), err
+    student, teacher = load_file(out), load_file(flux1 / "teacher.safetensors")
+    assert {name for name in student if name not in teacher} == {
+        f"guidance_in.{layer}.{kind}" for layer in ("in_layer", "out_layer") for kind in ("weight", "bias")
+    }
+    # weights in float32, and a gradient, two moments and an average; the teacher beside them
+    count, frozen = (sum(x.numel() for x in tensors.values()) for tensors in (student, teacher))
+    assert f"weights {4 * (count + frozen) / 1e9:.3g}, gradients and the optimizer {16 * count / 1e9:.3g}" in err
+    update = training.Trainer.update
+
+    def interrupted(self, losses):
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, losses)
+
+    monkeypatch.setattr(training.Trainer, "update", interrupted)
+    assert train(pictures, tmp_path / "parts", *flags)[0] == 128 + signal.SIGINT
+    monkeypatch.setattr(training.Trainer, "update", update)
+    code, _, err = train(pictures, tmp_path / "parts", *flags)
+    assert code == 0 and "goes on at step 2" in err
+    for name in ("checkpoint.safetensors", "transformer.safetensors"):
+        assert equal(tmp_path / "whole" / name, tmp_path / "parts" / name)
+    assert Image.open(tmp_path / "parts" / "samples" / "000004.png").size == (64, 64)
+    weak, strong = (drawn_by(flux1, Path(out), guidance) for guidance in (1.0, 5.0))
+    assert np.abs(weak - strong).max() > 3
+
+
+def test_teacher_and_student_are_asked_of_the_same_pictures(train, pictures, tmp_path, monkeypatch):
+    """The teacher with and without captions, and the student, who is told a guidance of its own for each picture."""
+    asked, velocity = [], training.velocity
+    monkeypatch.setattr(
+        training, "velocity", lambda *given: asked.append((*given[:3], torch.is_grad_enabled())) or velocity(*given)
+    )
+    monkeypatch.setattr(training, "memory", lambda *_: training.Need(0, 0, 0))
+    flags = ("--distill", "flux.2-tiny", "--guidance-range", 2, 3, *SMALL, "--steps", 2, "--drop-captions", 0)
+    assert train(pictures, tmp_path, *flags, "--sample-every", 2, "--prompt", "a red circle")[0] == 0
+    drawn = []
+    for (teacher, batch, _, a), (same, blank, _, b), (student, given, guidance, c) in (asked[:3], asked[3:]):
+        assert teacher is same and (teacher.config.guidance, student.config.guidance) == (False, True)
+        assert (a, b, c) == (False, False, True) and given is batch and blank.latents is batch.latents
+        assert torch.equal(blank.features.tokens[0], blank.features.tokens[1])
+        assert not torch.equal(batch.features.tokens[0], blank.features.tokens[0])
+        drawn += guidance.tolist()
+    assert len(set(drawn)) == 4 and all(2 <= guidance <= 3 for guidance in drawn)
+    with Image.open(tmp_path / "samples" / "000002.png") as sheet:  # the student's: guided as the model's row says
+        pipe = flux.load("flux.2-tiny", transformer=tmp_path / "transformer.safetensors", device="cpu")
+        (expected,), (toys,) = (each("a red circle", 64, 64, seed=0) for each in (pipe, flux.load(device="cpu")))
+        assert np.abs(np.asarray(sheet).astype(int) - np.asarray(expected)).max() <= 1
+        assert np.abs(np.asarray(sheet).astype(int) - np.asarray(toys)).max() > 3
+
+
+def test_a_student_goes_on_from_another(train, pictures, flux1, tmp_path):
+    """--transformer: where it begins. At a rate of next to nothing, it ends there."""
+    own = home(flux1, "flux.1-dev") / MODELS["flux.1-dev"].transformer_file
+    flags = from_teacher(flux1, "--transformer", own, "--dtype", "float32", "--steps", 1, "--lr", 1e-12)
+    code, out, err = train(pictures, tmp_path, *flags)
+    assert code == 0, err
+    before, after = load_file(own), load_file(out)
+    assert before.keys() == after.keys() and all(max_error(after[name], before[name]) < 1e-9 for name in before)
+    code, _, err = train(pictures, tmp_path, *from_teacher(flux1, "--dtype", "float32", "--steps", 1))
+    assert code == 2 and "is of another run: its student is " in err
+
+
+def test_the_toy_is_distilled_and_loads(train, pictures, tmp_path):
+    """As its own teacher: what comes out is told its guidance, and needs one pass a step."""
+    code, out, err = train(pictures, tmp_path, "--distill", "flux.2-tiny", *SMALL, "--steps", 1, "--guidance-range", 2, 3)
+    assert code == 0, err
+    pipe = flux.load("flux.2-tiny", transformer=out, device="cpu")
+    calls, velocity = [], pipe.transformer().velocity
+    pipe.transformer().velocity = lambda *given: calls.append(1) or velocity(*given)
+    pipe("a red circle", 64, 64, steps=2, guidance=3)
+    assert len(calls) == 2
+
+
+def test_guided_training_goes_at_the_guidance_of_use(train, pictures, flux1, tmp_path, monkeypatch):
+    """The first loss is as by hand; a checkpoint of it is no other's."""
+    told, velocity = [], training.velocity
+    monkeypatch.setattr(
+        training, "velocity", lambda network, batch, g, *x: told.append((batch, g)) or velocity(network, batch, g, *x)
+    )
+    flags = ("--model", "flux.1-dev", "--weights", flux1, "--dtype", "float32", *SMALL, "--lora-rank", 2, "--steps", 1)
+    monkeypatch.setattr(training, "memory", lambda *_: training.Need(0, 0, 0))
+    code, _, err = train(pictures, tmp_path / "run", *flags, "--guided")
+    assert code == 0, err
+    (blank, one), (batch, given) = told
+    assert one == 1 and given.tolist() == [3.5, 3.5]  # FLUX.1 [dev]'s own
+    assert torch.equal(batch.latents, blank.latents) and not torch.equal(batch.features.tokens, blank.features.tokens)
+    assert torch.equal(blank.features.tokens[0], blank.features.tokens[1])
+    losses = [float(next(csv.DictReader((tmp_path / "run" / "loss.csv").open()))["loss"])]
+    for name, more in (("one", ("--guided", "--guidance", 1)), ("plain", ())):
+        assert train(pictures, tmp_path / name, *flags, *more, "--cache", tmp_path / "run" / "cache")[0] == 0
+        losses.append(float(next(csv.DictReader((tmp_path / name / "loss.csv").open()))["loss"]))
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5) and abs(losses[0] / losses[2] - 1) > 0.01
+    code, _, err = train(pictures, tmp_path / "one", *flags, "--cache", tmp_path / "run" / "cache")
+    assert code == 2 and "is of another run: its --guided is True, and now it is None" in err
+
+
+@pytest.mark.parametrize("flags, told", [
+    (("--distill", "flux.2-tiny", "--guidance-range", 5, 1), "--guidance-range 5 1: must be the lowest and the highest"),
+    (("--distill", "flux.2-tiny", "--guidance-range", 0, 1), "--guidance-range 0 1: must be the lowest and the highest"),
+    (("--distill", "flux.2-tiny", "--guidance-range", 1, "nan"), "--guidance-range 1 nan: must be the lowest and the highest"),
+    (("--distill", "flux.2-tiny", "--guidance", 3), "--guidance is one value, where a range is drawn from"),
+    (("--distill", "flux.2-tiny", "--guided"), "leave --guided out"),
+    (("--distill", "flux.2-tiny", "--lora-rank", 2), "leave --lora-rank out"),
+    (("--distill", "flux.2-tiny", "--model", "flux.2-tiny"), "leave --model flux.2-tiny out"),
+    (("--distill", "flux.9"), "--distill flux.9: there is no such file, and no such model; the models are flux.1-schnell, "),
+    (("--distill", "flux.2-tiny", "--transformer", TOY), f"{TOY} is no student of flux.2-tiny: it has no input for guidance"),
+    (("--guidance-range", 1, 5), "--guidance-range is for --distill and --guided"),
+    (("--guided",), "--guided: flux.2-tiny has no such input; leave it out"),
+    (("--guided", "--drop-captions", 0.1), "leave --drop-captions out"),
+])  # fmt: skip
+def test_wrong_requests_of_guidance_are_told(train, pictures, tmp_path, flags, told):
+    refused(train, pictures, tmp_path / "run", flags, told)
+
+
+def refused(train, pictures: Path, run: Path, flags: tuple, told: str) -> None:
+    code, out, err = train(pictures, run, *flags)
+    assert (code, out) == (2, "") and told in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
+    assert not run.exists()
+
+
+def test_wrong_teachers_and_students_are_told(train, pictures, flux1, tmp_path):
+    own, run = home(flux1, "flux.1-dev") / MODELS["flux.1-dev"].transformer_file, tmp_path / "run"
+    dev = ("--model", "flux.1-dev", "--weights", flux1)
+    refused(
+        train, pictures, run, (*dev, "--distill", own), f"--distill {own}: it is told its guidance, which was distilled already"
+    )
+    refused(
+        train, pictures, run, (*dev, "--distill", TOY), f"--distill {TOY} reads text of width 384, but the text encoder of "
+    )
+    other = {key: x for key, x in load_file(own).items() if not key.startswith("single_blocks.2.")}
+    training.write(tmp_path / "other.safetensors", other)
+    told = f"--transformer {tmp_path / 'other.safetensors'} is no student of "
+    refused(train, pictures, run, from_teacher(flux1, "--transformer", tmp_path / "other.safetensors"), told)
+    quantised = randomise(Flux(MODELS["flux.1-dev"].transformer))
+    compress(quantised, "fp8")
+    training.write(tmp_path / "fp8.safetensors", quantised.state_dict())
+    told = f"{tmp_path / 'fp8.safetensors'} is quantised, and weights are trained in float32 or beside bfloat16"
+    refused(train, pictures, run, from_teacher(flux1, "--transformer", tmp_path / "fp8.safetensors"), told)
+    refused(train, pictures, run, (*dev, "--guided", "--guidance", 0.5), "--guided --guidance 0.5: must be at least 1")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
