@@ -77,19 +77,24 @@ class AutoEncoder(nn.Module):
 
     def normalise(self, packed: Tensor) -> Tensor:
         mean, std = self.statistics()
-        return (packed - mean) / std
+        return ((widened(packed) - mean) / std).to(packed.dtype)  # rounded once: an error here goes through all that follows
 
     def denormalise(self, latents: Tensor) -> Tensor:
         mean, std = self.statistics()
-        return latents * std + mean
+        return (widened(latents) * std + mean).to(latents.dtype)
 
     def statistics(self) -> tuple[Tensor | float, Tensor | float]:
         """Mean and standard deviation of packed latents: two constants in FLUX.1, one pair a channel in FLUX.2."""
         if self.config.scale_factor is not None:
             return self.config.shift_factor, 1 / self.config.scale_factor
-        mean = rearrange(self.bn.running_mean, "c -> c 1 1")
-        std = rearrange(torch.sqrt(self.bn.running_var + self.bn.eps), "c -> c 1 1")
+        mean = rearrange(widened(self.bn.running_mean), "c -> c 1 1")
+        std = rearrange(torch.sqrt(widened(self.bn.running_var) + self.bn.eps), "c -> c 1 1")
         return mean, std
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def pack(x: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 x = level.downsample(x)  # (B, c, h, w) -> (B, c, h/2, w/2)
         x = self.mid(x)
-        x = self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        x = activated(self.norm_out, self.conv_out, x)
         return self.quant_conv(x) if hasattr(self, "quant_conv") else x
 
 
@@ -177,7 +182,7 @@ class Decoder(nn.Module):
                 x = block(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)  # (B, c, h, w) -> (B, c, 2h, 2w)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        return activated(self.norm_out, self.conv_out, x)
 
 
 class Level(nn.Module):
@@ -213,13 +218,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)  # "network in network": a 1x1 convolution
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv1.out_channels < x.shape[1] and (count := stripes(x, self.norm1, self.conv1)) > 1:
-            normed = self.norm1.of(x)  # decoding takes the most memory here, at full resolution
-            h = striped(self.conv1, lambda part: F.silu(normed(part), inplace=True), x, count)
-        else:
-            h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = F.silu(self.norm2(h), inplace=True)
-        h = self.conv2(h)
+        # decoding takes the most memory here, at full resolution: what lies between has no name that would keep it
+        h = activated(self.norm2, self.conv2, activated(self.norm1, self.conv1, x), inplace=True)
         h += self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return h
 
@@ -254,12 +254,23 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, c: int):
         super().__init__()
-        self.conv = conv3(c, c)
+        self.conv = UpsampledConv(c, c, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        larger = lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest")  # noqa: E731
-        count = stripes(x, self.conv, scale=2)
-        return striped(self.conv, larger, x, count, scale=2) if count > 1 else self.conv(larger(x))
+        return self.conv(x)
+
+
+class UpsampledConv(nn.Conv2d):
+    """A 3x3 convolution of the nearest-neighbour enlargement (B, c, 2h, 2w), which is never made.
+
+    Weights that meet copies of one pixel are summed beforehand, so that 2x2 are left for each of the four copies: 4/9 of the
+    multiplications. The four together are a transposed convolution of 4x4.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (c_in, c_out, 4, 4), rounded once
+        return F.conv_transpose2d(x, sums, self.bias, stride=2, padding=1)
 
 
 def channels_last(autoencoder: AutoEncoder) -> AutoEncoder:
@@ -281,28 +292,42 @@ STRIPE = 2**22  # elements: 32 rows of 512 pixels of 256 channels
 CACHED = 2**18  # elements that a CPU need not fetch from memory twice
 
 
-def stripes(x: Tensor, *modules: nn.Module, scale: int = 1) -> int:
-    """How many to work in, between these modules, which make `x` `scale` times as large.
+def activated(norm: "GroupNorm", conv: nn.Conv2d, x: Tensor, inplace: bool = False) -> Tensor:
+    """conv(silu(norm(x))) of a 3x3 convolution; `inplace`: `x` may be overwritten, if that has the shape of the result.
+
+    By stripes of rows, what lies between is never whole. A CPU is faster so: it finds a stripe in its cache, and asks the
+    system for less new memory. A GPU is not, and works in stripes only where they lower the peak.
+    """
+    count = stripes(x, norm, conv) if x.is_cpu or conv.out_channels < x.shape[1] else 1
+    if count > 1:
+        return striped(conv, norm, x, count, inplace)
+    x = norm(x)
+    return conv(F.silu(x, inplace=True))
+
+
+def stripes(x: Tensor, *modules: nn.Module) -> int:
+    """How many to work in, between these modules.
 
     One, where gradients need everything that there was, and where a hook is to see a whole tensor; and on Apple's GPUs.
     """
     watched = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    return 1 if len(x) > 1 or torch.is_grad_enabled() or watched or x.is_mps else max(1, scale**2 * x.numel() // STRIPE)
+    return 1 if len(x) > 1 or torch.is_grad_enabled() or watched or x.is_mps else max(1, x.numel() // STRIPE)
 
 
-def striped(conv: nn.Conv2d, before: Callable[[Tensor], Tensor], x: Tensor, count: int, scale: int = 1) -> Tensor:
-    """conv(before(x)) of a 3x3 convolution, by stripes of rows: what `before` makes, `scale` times as large, is never whole.
-
-    A stripe has a row more on either side, for the convolution to see, and loses what becomes of it.
-    """
-    height, width = x.shape[2:]
-    size = (1, conv.out_channels, scale * height, scale * width)
-    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def striped(conv: nn.Conv2d, norm: "GroupNorm", x: Tensor, count: int, inplace: bool) -> Tensor:
+    """The same in stripes. One sees a row more on either side, and is written when the next, which sees its last, was read."""
+    height, normed, y = x.shape[2], norm.of(x), None
+    size = (1, conv.out_channels, *x.shape[2:])
+    out = x if inplace else torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     for number in range(count):
         top, bottom = height * number // count, height * (number + 1) // count
-        first = max(top - 1, 0)
-        y = conv(before(x[:, :, first : bottom + 1]))
-        out[:, :, scale * top : scale * bottom] = y.narrow(2, scale * (top - first), scale * (bottom - top))
+        part = F.silu(normed(x[:, :, max(top - 1, 0) : bottom + 1]), inplace=True)
+        if y is not None:
+            out[:, :, top - y.shape[2] : top] = y
+        if number in (0, count - 1):
+            part = F.pad(part, (0, 0, int(top == 0), int(bottom == height)))
+        y = F.conv2d(part, conv.weight, conv.bias, padding=(0, 1))
+    out[:, :, height - y.shape[2] :] = y
     return out
 
 
@@ -317,9 +342,11 @@ class GroupNorm(nn.GroupNorm):
     def of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """The norm by the statistics of `x`, one picture, for any part of it; with these known, it is a batch norm."""
         sums, wide = 0, torch.promote_types(x.dtype, torch.float32)
+        mean, var = x.new_zeros(2, self.num_channels, dtype=wide)
         for part in x.chunk(max(1, x.numel() // (CACHED if x.is_cpu else STRIPE)), dim=2):
-            part = part.to(wide)
-            sums = sums + torch.stack([part.sum((0, 2, 3)), (part * part).sum((0, 2, 3))])  # (2, C)
+            n = part[0, 0].numel()
+            F.batch_norm(part, mean, var, training=True, momentum=1.0)  # writes both: the fastest way to them on a CPU
+            sums = sums + torch.stack([mean, var * ((n - 1) / n) + mean**2]) * n  # (2, C)
         mean, power = sums.unflatten(1, (self.num_groups, -1)).mean(2) / x[0, 0].numel()  # (groups,) each
         each = lambda of_groups: of_groups.repeat_interleave(self.num_channels // self.num_groups)  # noqa: E731
         known = each(mean), each((power - mean**2).clamp(min=0)), self.weight.to(mean.dtype), self.bias.to(mean.dtype)

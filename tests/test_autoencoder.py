@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import (
     autoencoder_to_diffusers,
     diffusers_autoencoder,
@@ -156,6 +157,23 @@ def test_file_that_diffusers_saved_decodes_the_same(tmp_path):
     given, pixels = latents(config, 1, 2, 3), picture(1, 32, 48)
     assert max_error(ours.decode(given), diffusers_decode(theirs, given)) <= 5e-6
     assert max_error(ours.encode(pixels), diffusers_encode(theirs, pixels)) <= 5e-6
+
+
+@either_order
+@pytest.mark.parametrize("size", [(1, 1), (5, 4)])
+@torch.enable_grad()
+def test_upsampled_convolution_is_that_of_the_nearest_neighbours(size, order):
+    """And so are its gradients; here in float64."""
+    conv = randomise(autoencoder.UpsampledConv(6, 6, 3, padding=1)).double().to(memory_format=order).requires_grad_(True)
+    x = torch.randn(2, 6, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    by_hand = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), conv.weight, conv.bias, padding=1)
+    assert max_error(conv(x), by_hand) <= 1e-14
+    back = torch.randn(by_hand.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    given = x, conv.weight, conv.bias
+    for ours, expected in zip(
+        torch.autograd.grad(conv(x), given, back), torch.autograd.grad(by_hand, given, back), strict=True
+    ):
+        assert max_error(ours, expected) <= 1e-14
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

@@ -263,6 +263,10 @@ def of_middle(h: Hand) -> list[Tensor]:
     return [h.weight(f"decoder.mid.block_1.norm1.{key}", "autoencoder") for key in ("weight", "bias")]
 
 
+def of_upsampling(h: Hand) -> list[Tensor]:
+    return [h.weight(f"{UP}.conv.{key}", "autoencoder") for key in ("weight", "bias")]
+
+
 QKV, NORM, Q = "/double_blocks.0.img_attn.qkv/in", "/double_blocks.0.img_attn.norm/out", "/double_blocks.0/attention/q"
 MOD = "/double_blocks.0.img_mod/out"
 AXIS, PACKING, BF16 = "QK-norm over the wrong axis", "packing order of latents", "t rounded to bfloat16"
@@ -387,8 +391,9 @@ KNOWN = (  # model, tensor, what a port has there, and what the doctor should sa
      "latent normalisation half missing"),
     (FLUX2, "decoder/decoder/in", lambda h: spread_out((h("step.002/latents") - statistics(h)[0]) / statistics(h)[1]),
      "latent normalisation inverted"),
-    (FLUX1, f"decoder/{UP}.conv/in",
-     lambda h: F.interpolate(h(f"decoder/{UP}/in"), scale_factor=2, mode="bilinear"), "upsampling smooth"),
+    (FLUX1, f"decoder/{UP}.conv/out",
+     lambda h: F.conv2d(F.interpolate(h(f"decoder/{UP}/in"), scale_factor=2, mode="bilinear"), *of_upsampling(h), padding=1),
+     "upsampling smooth"),
     (FLUX1, "picture", level, "pixels truncated", 1e-3),
     (FLUX2, "picture", lambda h: h("picture").flip(-1), "red and blue swapped"),
 )  # fmt: skip

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flux import autoencoder, clip, language_model, sampling, t5, transformer
-from flux.autoencoder import AutoEncoder
+from flux.autoencoder import AutoEncoder, UpsampledConv
 from flux.parity.case import Case
 from flux.transformer import Flux, GatedSiLU, Memory, Modulation, Modulator, Numerics, QKNorm
 
@@ -274,6 +274,11 @@ def statistics(mean: bool, std: bool) -> Callable[[Case], Tensor]:
     return changed(AutoEncoder, "statistics", kept)
 
 
+def of_smooth(f: Callable, self: UpsampledConv, x: Tensor) -> Tensor:
+    larger = F.interpolate(x, scale_factor=2.0, mode="bilinear")
+    return F.conv2d(larger, self.weight, self.bias, padding=1)
+
+
 def truncated(case: Case) -> Tensor:
     return rearrange((case.given("pixels").float().clamp(-1, 1) / 2 + 0.5) * 255, "1 c h w -> h w c").byte()
 
@@ -413,7 +418,7 @@ MISTAKES = (
     Mistake("latent normalisation inverted", "latents are normalised before decoding; what encoding did is to be undone", CODER,
             changed(AutoEncoder, "denormalise", lambda f, self, latents: self.normalise(latents))),
     Mistake("upsampling smooth", "the decoder's upsampling interpolates, and should repeat the nearest value", CODER,
-            changed(F, "interpolate", lambda f, x, **named: f(x, **named | {"mode": "bilinear"}))),
+            changed(UpsampledConv, "forward", of_smooth)),
     Mistake("downsampling padded on all sides", "the encoder pads at the left and top too, and should not", CODER,
             changed(F, "pad", lambda f, x, *_, **__: f(x, (1, 1, 1, 1)))),
     Mistake("pixels truncated", "pixels are cut down to whole levels, and should be rounded", "^picture$", truncated),
