@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
 from flux.errors import NonFiniteError, UserError
@@ -20,6 +20,7 @@ from flux.errors import NonFiniteError, UserError
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 KEY = "flux"  # the name of our JSON in a PNG; JPEG and WebP carry it as XMP
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><flux><![CDATA[{}]]></flux></x:xmpmeta>'
+JPEG_ROOM = 65_504  # bytes: a segment of 65,535, less its length (2) and the name of XMP (29)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -52,8 +53,18 @@ def check_output(path: Path, texts: Iterable[str] = (), flag: str = "--output") 
             pass
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written there ({error.strerror}); choose another folder or name") from None
-    if FORMATS[path.suffix.lower()] == "JPEG" and any(len(json.dumps(text)) > 60_000 for text in texts):
+    for text in texts:
+        check_room(path, {"prompt": text}, flag)
+
+
+def check_room(path: Path, metadata: dict, flag: str = "--output") -> None:
+    """Refuse parameters that a picture could not hold, before it is made: a JPEG keeps them in one segment."""
+    if FORMATS[path.suffix.lower()] == "JPEG" and len(_xmp(metadata)) > JPEG_ROOM:
         raise UserError(f"{flag} {path}: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp")
+
+
+def _xmp(metadata: dict) -> bytes:
+    return XMP.format(json.dumps(metadata).replace("]]>", "]]\\u003e")).encode()  # CDATA may not hold its own end
 
 
 def unused(path: Path) -> Path:
@@ -66,14 +77,15 @@ def unused(path: Path) -> Path:
 
 def save(image: Image.Image, path: Path, metadata: dict) -> Path:
     """Write a picture and its parameters under a new name; returns the name."""
-    text = json.dumps(metadata, ensure_ascii=True)
     options: dict = {"format": FORMATS[path.suffix.lower()]}
     if options["format"] == "PNG":
+        from PIL import PngImagePlugin  # which Pillow too waits with
+
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_itxt(KEY, text)
+        options["pnginfo"].add_itxt(KEY, json.dumps(metadata))
         options["compress_type"] = zlib.Z_RLE  # after PNG's filters, faster than zlib's level 1, and smaller than its usual 6
-    else:  # CDATA may not hold its own end
-        options |= {"quality": 95, "xmp": XMP.format(text.replace("]]>", "]]\\u003e")).encode()}
+    else:
+        options |= {"quality": 95, "xmp": _xmp(metadata)}
     if options["format"] == "JPEG":
         options["subsampling"] = 0
     return write_new(path, lambda file: image.save(file, **options))

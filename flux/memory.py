@@ -74,6 +74,11 @@ class Work:
     tile: int | None = None  # pixels: the side of the tiles that the picture is decoded in
     given: int = 0  # pixels of the largest picture that is encoded
 
+    def within(self, other: "Work") -> bool:
+        """Whether no stage after the encoding of pictures takes more memory than for the other."""
+        sizes = [(w.width * w.height, w.batch, w.references, w.extra_text, w.steps) for w in (self, other)]
+        return all(mine <= others for mine, others in zip(*sizes))
+
 
 @dataclass(frozen=True)
 class Plan:

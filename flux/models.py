@@ -6,14 +6,12 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
-
 from flux.autoencoder import AutoEncoderConfig
 from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.files import find_all, is_local, read_header
 from flux.transformer import Flux
-from flux.weights import infer_config
+from flux.weights import blank, infer_config
 
 
 def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelSpec:
@@ -37,7 +35,7 @@ def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelS
                 f"--transformer {transformer} takes {config.in_channels} channels and {spec.name} "
                 f"{spec.transformer.in_channels}: choose another --model, or leave it out"
             )
-        return replace(spec, transformer=config)
+        return replace(spec, transformer=config, cfg=spec.cfg and not config.guidance)  # told it, it needs no second pass
     alike = [spec for spec in MODELS.values() if spec.transformer == config and spec.storage == "bfloat16"]
     if not alike:
         raise UserError(
@@ -101,5 +99,4 @@ def _find(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list
 
 def parameters(spec: ModelSpec) -> int:
     """Of the transformer."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Flux(spec.transformer).parameters())
+    return sum(p.numel() for p in blank(lambda: Flux(spec.transformer)).parameters())

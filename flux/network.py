@@ -10,12 +10,13 @@ from torch import nn
 
 from flux.errors import UserError
 from flux.memory import Weights, measure
-from flux.offload import stream, tensors_of
+from flux.offload import stream, tensors_of, unstream
 from flux.quantization import FP8, QuantizedLinear, use_native_fp8
 from flux.quantization.compress import compress, whole
-from flux.weights import load_module
+from flux.weights import blank, load_module
 
 CPU = torch.device("cpu")
+GRAPHS = 64  # of one code, by all models and dtypes of a process: the third would meet torch's limit of 8, which is an error
 
 
 class Network:
@@ -73,18 +74,18 @@ class Network:
     def without(self, kind: type[nn.Module]) -> nn.Module:
         """The module, less all parts of a kind: those have done their work, until it is called for again."""
         paths = [path for path, part in self.shapes.named_modules() if isinstance(part, kind)]
+        module = self()
         if self.resident is None:
-            remove(self(), paths)
-        else:  # the blocks that are streamed are laid out anew
-            self.release()
-            self.module = self._ready(paths)
+            remove(module, paths)
+        else:  # what is left of the blocks is laid out anew: more of it can stay
+            remove(unstream(module, self.lists), paths)
+            stream(module, self.lists, self.device, resident=self.resident)
         self.missing = paths
-        return self.module
+        return module
 
     def on_meta(self) -> nn.Module:
         """Its modules and shapes, without weights, none quantised."""
-        with torch.device("meta"):
-            return self.kind(self.config)
+        return blank(lambda: self.kind(self.config))
 
     @property
     def weights(self) -> Weights:
@@ -114,7 +115,7 @@ class Network:
         """Whether, on the CPU, its weights are the files' own pages."""
         return self.as_cast and not (self.change or self.compression)
 
-    def _ready(self, missing: Sequence[str] = ()) -> nn.Module:
+    def _ready(self) -> nn.Module:
         """As it will be used."""
         streamed = self.resident is not None
         # what is compressed stays mapped until then, and is rounded once; LoRAs are merged in the dtype
@@ -122,7 +123,6 @@ class Network:
         module = self._load(CPU if streamed or self.compression else self.device, dtype)
         if self.change:
             self.change(module)
-        remove(module, missing)
         if self.compression:
             compress(module, self.compression, device=CPU if streamed else self.device)
             module.to(dtype=self.dtype)
@@ -147,7 +147,13 @@ class Network:
 
 
 def compile_blocks(module: nn.Module, lists: Sequence[str]) -> None:
-    """Each on its own: blocks of a kind are one code with other weights, so one graph serves all."""
+    """Each on its own: blocks of a kind are one code with other weights, so one graph serves all.
+
+    Another size or batch takes one more, which then serves all of them.
+    """
+    import torch._dynamo.config as limits  # not above: it takes a second
+
+    limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
     for path in lists:
         for block in module.get_submodule(path):
             block.compile(fullgraph=True)

@@ -39,12 +39,21 @@ def stream(module: nn.Module, lists: Sequence[str], device: torch.device | str, 
     away = [block for block, stay in zip(blocks, stays, strict=True) if not stay]
     ring = Ring(blocks, away, torch.device(device), slots)
     streamed = {id(tensor) for block in away for tensor in large_tensors(block)}
+    ring.moved = [(tensor, tensor.data) for tensor in tensors_of(module) if id(tensor) not in streamed]
     with torch.inference_mode():
-        for tensor in tensors_of(module):
-            if id(tensor) not in streamed:
-                tensor.data = tensor.data.to(device)
+        for tensor, host in ring.moved:
+            tensor.data = host.to(device)
     for path in lists:
         module.set_submodule(path, Streamed(module.get_submodule(path), ring))
+    return module
+
+
+def unstream(module: nn.Module, lists: Sequence[str]) -> nn.Module:
+    """Undoes `stream`: all weights are on the host, where they were, and none was copied back; returns the network."""
+    for path in lists:
+        streamed = module.get_submodule(path)
+        module.set_submodule(path, nn.ModuleList(streamed.children()))
+    streamed.ring.leave()
     return module
 
 
@@ -108,6 +117,7 @@ class Ring:
 
     def __init__(self, blocks: Sequence[nn.Module], away: Sequence[nn.Module], device: torch.device, slots: int):
         self.device, self.streams = device, device_streams(device)
+        self.moved: list[tuple[Tensor, Tensor]] = []  # what else went to the device, and what it was on the host
         with torch.inference_mode():  # else blocks that were loaded in that mode could not use what is in a slot
             self.pieces = {block: lay_out(large_tensors(block)) for block in away}
             size = max((place_after(pieces) for pieces in self.pieces.values()), default=0)
@@ -142,6 +152,15 @@ class Ring:
                     slot.users.remove(user)
                     if not slot.users:
                         self._empty(slot)
+
+    @torch.inference_mode()
+    def leave(self) -> None:
+        """Every tensor is what it was on the host."""
+        for slot in self.slots:
+            if slot.block is not None:
+                self._empty(slot)
+        for tensor, host in self.moved:
+            tensor.data = host
 
     def _bring(self, block: nn.Module, user: object) -> Slot:
         """Into a free slot; else in place of a block that is only expected; else of one whose loop was left, but not let go."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux import conditioning, sampling
 from flux.autoencoder import AutoEncoder, channels_last, from_diffusers
@@ -20,7 +20,6 @@ from flux.errors import UserError
 from flux.files import shard_files
 from flux.images import to_images
 from flux.inputs import as_mask, as_picture
-from flux.lora import Patch, merge, place, read
 from flux.memory import OFFLOAD, Offload, Plan, Weights, Work, can_compile, choose_device, choose_dtype, plan, room_on
 from flux.models import find_spec, locate, with_decoder_of
 from flux.network import Network
@@ -132,12 +131,12 @@ class Pipeline:
             self.adapters = siglip, Network(Redux, ReduxConfig(), files["redux"], **options)
         if economy.native_fp8 and economy.quantize != "fp8" and not self._has_fp8:
             raise UserError(f"--native-fp8: {spec.name} has no float8 weights here: add --quantize fp8, or use an -fp8 file")
-        # whether a stage's networks stay when it ends: `prepare` decides
-        self.resident = economy.offload in (None, "none")
+        # `prepare` decides whether a stage's networks stay when it ends, and keeps for what it did
+        self.resident, self.prepared = economy.offload in (None, "none"), None
         self.tabulated = True  # what time does to the network is computed for all steps before the first
-        self.loras: dict[Path, tuple[list[Patch], float]] = {}
+        self.loras: dict[Path, tuple[list, float]] = {}  # file -> its patches, as `flux.lora` makes them, and their scale
         for path in self._own_loras:
-            self.loras[path] = place(read(path), {"transformer": self.transformer.on_meta()}), spec.adapter.scale
+            self.loras[path] = self._read_lora(path, {"transformer": self.transformer}), spec.adapter.scale
         self._merge_loras()
 
     def __call__(
@@ -194,10 +193,7 @@ class Pipeline:
         for network in self.networks:  # what an interruption left, since nothing else leaves a ring behind
             if network.resident is not None:
                 network.release()
-        given = conditions or Conditions(height or self.spec.size, width or self.spec.size)
-        count = lambda tokens: 0 if tokens is None else tokens.shape[1]  # noqa: E731
-        work = Work(given.width, given.height, batch, count(given.references), count(given.text), steps or self.spec.steps,
-                    self.dtype.itemsize, self.economy.tile, pictured)  # fmt: skip
+        work = self._work(conditions or Conditions(height or self.spec.size, width or self.spec.size), steps, batch, pictured)
         text = reduce(Weights.beside, (network.weights for network in self.text.networks))
         stages = {"text encoder": text, "transformer": self.transformer.weights, "autoencoder": self.autoencoder.weights}
         if pictured:
@@ -214,7 +210,13 @@ class Pipeline:
         self.transformer.hold(decided.resident["transformer"])
         for network in self.text.networks:
             network.hold(decided.resident["text encoder"] if network.lists else None)
+        self.prepared = work
         return decided
+
+    def _work(self, given: Conditions, steps: int | None, batch: int, pictured: int = 0) -> Work:
+        count = lambda tokens: 0 if tokens is None else tokens.shape[1]  # noqa: E731
+        return Work(given.width, given.height, batch, count(given.references), count(given.text), steps or self.spec.steps,
+                    self.dtype.itemsize, self.economy.tile, pictured)  # fmt: skip
 
     @property
     def networks(self) -> tuple[Network, ...]:
@@ -248,7 +250,7 @@ class Pipeline:
             return self.set_lora_scale(path, scale)
         if path in self.loras:
             raise UserError(f"{path} is loaded already: change its scale with set_lora_scale")
-        patches = place(read(path), {part: network.on_meta() for part, network in self._adaptable.items()}, partial)
+        patches = self._read_lora(path, self._adaptable, partial)
         self._check_lora(path, patches, scale)
         self.loras[path] = patches, scale
         self._merge_loras()
@@ -270,7 +272,14 @@ class Pipeline:
     def _own_loras(self) -> set[Path]:
         return {path.resolve() for path in self.files.get("lora", ())}
 
-    def _check_lora(self, path: Path, patches: Sequence[Patch], scale: float) -> None:
+    @staticmethod
+    def _read_lora(path: Path, networks: dict[str, Network], partial: bool = False) -> list:
+        """Its patches of these networks."""
+        from flux.lora import place, read
+
+        return place(read(path), {part: network.on_meta() for part, network in networks.items()}, partial)
+
+    def _check_lora(self, path: Path, patches: Sequence, scale: float) -> None:
         """UserError for a LoRA that could be merged, but not make sense."""
         if not math.isfinite(scale):
             raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
@@ -297,11 +306,13 @@ class Pipeline:
         for part, network in self._adaptable.items():
             patches = [(p, scale) for patches, scale in self.loras.values() for p in patches if p.place.part == part]
             paths = {patch.place.path for patch, _ in patches}
-            network.alter(partial(merge, patches=patches) if patches else None, paths)
+            network.alter(partial(_merge, patches=patches) if patches else None, paths)
         self.text.known.clear()
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Prompts -> features, kept for the next time."""
+        if self.prepared is None:
+            self.prepare()
         features = self.text.encode(prompts)
         if not self.resident:
             self.text.release()
@@ -343,6 +354,8 @@ class Pipeline:
             raise UserError(f"{spec.name} needs a picture: give it with --image FILE")
         h, w = (n // 16 for n in check_size(given.height, given.width))
         steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance, steps)
+        if self.prepared is None or not self._work(given, steps, len(seeds)).within(self.prepared):
+            self.prepare(given.width, given.height, steps, len(seeds), conditions)
         times = sampling.schedule(spec.schedule, steps, h * w)
         at_each = lambda values: dict(zip(times.tolist(), sampling.ramp(values, steps)))  # noqa: E731
         embedded = None if spec.cfg or guidance is None else at_each(guidance)
@@ -363,7 +376,6 @@ class Pipeline:
         at = {t: (filled(t), None if embedded is None else filled(embedded[t])) for t in times[:-1].tolist()}
         branches = [self._branch(transformer, f, h, w, given, memories, at) for f in (features, negative) if f is not None]
         if self.tabulated and not self.resident:
-            del transformer  # or, where it is loaded anew, there would be two
             transformer = self.transformer.without(Modulator)  # a quarter of FLUX.1, which has done its work
 
         def velocity(x: Tensor, t: float) -> Tensor:
@@ -433,3 +445,9 @@ class Pipeline:
         if not self.resident:
             self.autoencoder.release()
         return images
+
+
+def _merge(module: nn.Module, patches: list) -> None:
+    from flux.lora import merge  # not above: a picture without LoRAs need not wait for it
+
+    merge(module, patches)

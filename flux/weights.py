@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from flux import quantization
 from flux.errors import UserError
@@ -23,6 +24,21 @@ from flux.transformer import FluxConfig
 TYPES = {torch.int64: ("I64",), torch.uint8: ("U8",), torch.float8_e4m3fn: ("F8_E4M3",), torch.float8_e5m2: ("F8_E5M2",)}
 
 # ---------------------------------------------------------------------------------------------------------- loading
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, `torch.nn.init` does nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        drawing = getattr(func, "__module__", None) == "torch.nn.init"
+        return kwargs["tensor"] if drawing else func(*args, **(kwargs or {}))
+
+
+def blank(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` makes, on the meta device: shapes without values. None are drawn: there, to draw those of an Embedding
+    takes torch's compiler, and to import that takes as long as to import torch."""
+    with torch.device("meta"), Undrawn():
+        return build()
 
 
 def load_module(

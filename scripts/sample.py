@@ -192,7 +192,8 @@ def run(args: argparse.Namespace) -> int:
 
     from flux import conditioning, models, options, sampling
 
-    check_loras(args)
+    if args.lora:
+        check_loras(args)
     options.check_count(len(prompts) * args.num_images, seed)
     spec = models.find_spec(args.model, args.transformer)
     pictures, files = gather_pictures(args, spec), describe_files(args)
@@ -226,6 +227,15 @@ def run(args: argparse.Namespace) -> int:
     # 3. the prompts written out, if that is asked for
     plain, prompts = prompts, [upsample(args, pipe, prompt, pictures, seed) for prompt in prompts]
 
+    shown = [pair for pair in zip(prompts, plain) for _ in range(args.num_images)]
+    recipes = [
+        describe(args, pipe, prompt, width, height, steps, guidance, seed + number)
+        | files | {"upsampled_from": short_prompt if args.upsample else None}
+        for number, (prompt, short_prompt) in enumerate(shown)
+    ]  # fmt: skip
+    for metadata in recipes:
+        images.check_room(args.output, metadata)
+
     # 4. prompts to features, then picture by picture, so that each is the same whatever is made beside it
     conditions = pictures and pipe.condition(pictures, width, height)
     if conditions:
@@ -234,9 +244,9 @@ def run(args: argparse.Namespace) -> int:
         say(f"control: {images.save(conditions.control, args.save_control, {})}")
     pipe.encode(prompts + [args.negative_prompt or ""] * cfg)
     total = len(sampling.from_strength(range(steps + 1), conditions.strength)) - 1 if conditions else steps
-    for number, (prompt, short_prompt) in enumerate(pair for pair in zip(prompts, plain) for _ in range(args.num_images)):
-        kept: list[torch.Tensor] = []
-        with tqdm(total=total, desc=f"seed {seed + number}", unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+    for metadata in recipes:
+        prompt, name, kept = metadata["prompt"], f"seed {metadata['seed']}", []
+        with tqdm(total=total, desc=name, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
 
             def see(step: int, t: float, latents: torch.Tensor, bar=bar, kept=kept) -> None:
                 bar.update()
@@ -244,13 +254,11 @@ def run(args: argparse.Namespace) -> int:
 
             asked = dict(negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale, callback=see, pictures=conditions)
             size = (None, None) if conditions else (width, height)
-            (image,) = pipe(prompt, *size, steps, args.guidance, seed + number, **asked)
-        metadata = describe(args, pipe, prompt, width, height, steps, guidance, seed + number) | files
-        metadata["upsampled_from"] = short_prompt if args.upsample else None
+            (image,) = pipe(prompt, *size, steps, args.guidance, metadata["seed"], **asked)
         path = images.save(image, args.output, metadata)
         if args.save_latents:
             save_latents(path, kept[0], metadata)
-        say(f"seed {seed + number}: {prompt}")
+        say(f"{name}: {prompt}")
         print(path, flush=True)
     return 0
 

@@ -25,14 +25,16 @@ from test_sample_pictures import KLEIN, KONTEXT, KV, A, B, Zoo, made
 from torch import nn
 
 import flux
-from flux import images, memory, network, pipeline
+from flux import images, lora, memory, network, pipeline
 from flux.conditioning import Pictures
 from flux.configs import MODELS
 from flux.memory import Room
 from flux.models import find_spec, is_here
 from flux.network import Network
+from flux.offload import Streamed
 from flux.pipeline import Pipeline
 from flux.quantization import FP8Linear, NVFP4Linear, QuantizedLinear, fp8
+from flux.text import TextFeatures
 from flux.transformer import Flux, Modulator
 
 cli, script, nothing_here, zoo = (
@@ -141,7 +143,69 @@ def test_when_a_network_is_loaded_no_other_is_there(zoo, offload, monkeypatch):
     live = Live()
     monkeypatch.setattr(Network, "_ready", lambda *arguments: (seen.append(live()), ready(*arguments))[1])
     picture(pipe, pictures=Pictures((A,)))
-    assert seen == [0] * (5 if offload == "stream" else 4)
+    assert seen == [0] * 4
+
+
+@pytest.mark.parametrize("offload", ["stages", "stream"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_picture_takes_one_read_one_merge_and_one_rounding_of_the_transformer(zoo, offload, quantize, tmp_path, monkeypatch):
+    path = tmp_path / "lora.safetensors"
+    save_file({"img_in.lora_A.weight": torch.ones(1, 16), "img_in.lora_B.weight": torch.ones(128, 1)}, path)
+    pipe, done = load(zoo, KLEIN, offload=offload, quantize=quantize), []
+    pipe.load_lora(path)
+    for owner, name in ((Network, "_load"), (lora, "merge"), (network, "compress")):
+        call = getattr(owner, name)
+
+        def counted(subject, *more, name=name, call=call, **options):
+            if subject is pipe.transformer or (isinstance(subject, Flux) and subject.img_in.weight.is_cpu):  # not on meta
+                done.append(name)
+            return call(subject, *more, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+    for prompt in ("a cat", "a dog"):
+        done.clear()
+        picture(pipe, prompts=prompt)
+        assert done == ["_load", "merge"] + ["compress"] * bool(quantize)
+
+
+@pytest.mark.parametrize("model", ["flux.1-dev", KLEIN])
+@pytest.mark.parametrize("offload", [None, "stages", "stream"])
+def test_stages_that_are_called_one_by_one_are_held_as_in_a_call(zoo, offload, model):
+    expected, pipe, seen = picture(load(zoo, model)), load(zoo, model, offload=offload), []
+    streams = lambda network: any(isinstance(part, Streamed) for part in network.module.modules())  # noqa: E731
+    encode_one = pipe.text.encode_one
+
+    def encode(prompt):
+        features = encode_one(prompt)
+        seen.extend(streams(network) for network in pipe.text.networks if network.lists)
+        return features
+
+    pipe.text.encode_one = encode
+    features = pipe.encode(["a cat"])
+    latents = pipe.sample(features, [3], 64, 80, 2, callback=lambda *_: seen.append(streams(pipe.transformer)))
+    assert pipe.decode(latents)[0].tobytes() == expected
+    assert seen == [offload == "stream"] * 3 and all_released(pipe) == bool(offload)
+
+
+def test_a_stage_that_needs_more_than_was_prepared_for_is_planned_anew_or_refused(zoo, monkeypatch):
+    pipe = load(zoo, KLEIN, torch.bfloat16)
+    features, peak = pipe.encode(["a cat", "a dog"]), pipe.prepare(64, 80, 2).peak
+    planned, plan = [], pipeline.plan
+
+    def seen(spec, weights, work, *more, **options):
+        planned.append((work.width, work.height, work.batch, work.steps))
+        return plan(spec, weights, work, *more, **options)
+
+    monkeypatch.setattr(pipeline, "plan", seen)
+    one = TextFeatures(features.tokens[:1], None)
+    for given, asked in (((one, [3]), (64, 80, 2)), ((one, [3]), (80, 64, 1)), ((one, [3]), (64, 96, 2)),
+                         ((features, [3, 4]), (64, 64, 2)), ((one, [3]), (64, 64, 3))):  # fmt: skip
+        pipe.sample(*given, *asked)
+    assert planned == [(64, 96, 1, 2), (64, 64, 2, 2), (64, 64, 1, 3)]
+    pipe.prepare(64, 80, 2)
+    monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", peak))
+    with pytest.raises(flux.errors.UserError, match="at 1024x1024 needs at least"):
+        pipe.sample(one, [3], 1024, 1024, 2)
 
 
 def test_with_room_everything_stays(zoo):
@@ -616,6 +680,18 @@ def test_one_graph_for_all_blocks_of_a_kind(zoo, graphs, name, options):
         assert picture(compiled, **size) == picture(plain, **size)
         counts.append(len(graphs))
     assert counts[0] <= 4 and counts[-1] == counts[0], counts
+
+
+def test_many_sizes_of_several_models_in_one_process_take_few_graphs(zoo, graphs):
+    """Of each of two kinds of block: one for the first size, and one for all others; the same for batches."""
+    sizes = [(width, height) for width in (64, 80, 112, 144) for height in (64, 96, 128)]
+    for number, (name, dtype) in enumerate((n, d) for n in ("flux.1-dev", KLEIN) for d in (torch.float32, torch.bfloat16)):
+        pipe, counts = load(zoo, name, dtype, compile=True), []
+        for width, height in sizes:
+            for batch in (1, 2):
+                pipe("a cat", width, height, 1, num_images=batch)
+            counts.append(len(graphs))
+        assert counts[-1] <= 8 * (number + 1) and counts[-1] == counts[1], counts
 
 
 def test_compiled_from_the_command_line(cli, graphs):

@@ -5,6 +5,7 @@ import math
 import struct
 import time
 import tracemalloc
+import warnings
 from itertools import cycle
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.errors import UserError
 from flux.quantization.gguf import BLOCKS, NUMBERS, PLAIN, TYPES, GGUFLinear, decode, read_header, tensors
@@ -121,9 +123,27 @@ def test_linear_is_one_graph(kind):
     linear.weight.copy_(torch.from_numpy(random_blocks(kind, 4, 256 // BLOCKS[kind].weights)))
     x = torch.randn(3, 256)
     torch.compiler.reset()
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings(action="error"):
         compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), linear(x))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_second_use_takes_nothing_from_python_to_the_device(kind):
+    """`lift_fresh` is what `torch.tensor(numbers)` does."""
+    calls = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    raw = torch.from_numpy(random_blocks(kind, 2, 1))
+    with torch.inference_mode():  # what is kept from there can be used outside
+        first = decode(raw, kind, (2, BLOCKS[kind].weights))
+    with Seen():
+        assert same_bits(decode(raw, kind, (2, BLOCKS[kind].weights)), first)
+    assert calls and torch.ops.aten.lift_fresh.default not in calls
 
 
 def test_linear_on_the_meta_device_takes_the_bytes_of_the_file():

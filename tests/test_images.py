@@ -294,3 +294,18 @@ def test_prompt_that_a_jpeg_cannot_hold_is_told_before_the_work(tmp_path):
             else:
                 images.check_output(path, ["short", text])
                 assert images.read_metadata(images.save(picture(), path, {"prompt": text})) == {"prompt": text}
+
+
+def test_the_room_of_a_jpeg_is_known_to_the_byte(tmp_path):
+    path, metadata = tmp_path / "a.jpg", {"prompt": "", "seed": 7}
+    metadata["prompt"] = "a" * (65_533 - len(b"http://ns.adobe.com/xap/1.0/\0") - len(images._xmp(metadata)))
+    images.check_room(path, metadata)
+    assert images.read_metadata(images.save(picture(), path, metadata)) == metadata
+    metadata["prompt"] += "a"
+    with pytest.raises(UserError, match="a.jpg: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp"):
+        images.check_room(path, metadata)
+    with pytest.raises(ValueError, match="too long"):  # Pillow's, when the picture is there
+        images.save(picture(), path, metadata)
+    for other in (tmp_path / "a.png", tmp_path / "a.webp"):
+        images.check_room(other, metadata)
+        assert images.read_metadata(images.save(picture(), other, metadata)) == metadata

@@ -30,6 +30,31 @@ def test_what_flux_offers_needs_little_beyond_torch():
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL"}
     assert "flux.pipeline" in added and not {name for name in added if name.startswith(("torch", "flux.shapes"))}
+    optional = {"flux.lora", "flux.quantization.loss", "flux.training", "flux.upsampling", "PIL.PngImagePlugin"}
+    assert not added & optional  # few pictures need them, or only their end does
+
+
+def test_a_first_picture_needs_no_compiler():
+    """torch's takes as long to import as torch itself, which asks for it to draw an Embedding on the meta device."""
+    picture = "import flux; flux.load()('a red circle', steps=1)"
+    added = loaded_by(picture, before="import torch")
+    outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
+    assert outside <= {"flux", "einops", "safetensors", "PIL", "tokenizers", "torch", "numpy"}
+    assert not {name for name in added if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed"))}
+    assert not {"flux.lora", "flux.quantization.loss", "flux.training"} & added
+
+
+def test_blank_modules_have_shapes_and_draw_nothing():
+    import torch
+    from torch import nn
+
+    from flux.weights import blank
+
+    before = torch.get_rng_state()
+    module = blank(lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm(2)))
+    assert all(p.is_meta for p in module.parameters()) and torch.equal(torch.get_rng_state(), before)
+    assert [tuple(p.shape) for p in module.parameters()] == [(5, 3), (2, 3), (2,), (2,), (2,)]
+    assert nn.Embedding(5, 3).weight.abs().sum() > 0  # outside, all is as it was
 
 
 def test_public_names():

@@ -110,6 +110,39 @@ def test_a_streamed_transformer_equals_the_resident_one(config, share, slots, dt
         assert torch.equal(ours(**given), resident(**given))
 
 
+@either_family
+@torch.inference_mode()
+def test_streaming_is_undone_without_a_copy_and_done_anew(config, poisoned):
+    """Also where a loop was left, but not let go; then with other blocks resident, and parts taken away."""
+    resident, given = frozen(Flux(config)), flux_inputs(config, torch.float32)
+    expected = resident(**given)
+    ours = deepcopy(resident)
+    before, shape = {name: t.data_ptr() for name, t in ours.state_dict().items()}, repr(ours)
+    sizes = [nbytes(block) for path in FLUX_LISTS for block in ours.get_submodule(path)]
+    for share in (0, 0.4, 1):
+        stream(ours, FLUX_LISTS, "cpu", resident=int(share * sum(sizes)))
+        assert torch.equal(ours(**given), expected)
+        loop = iter(ours.double_blocks)
+        next(loop)
+        offload.unstream(ours, FLUX_LISTS)
+        assert repr(ours) == shape and {name: t.data_ptr() for name, t in ours.state_dict().items()} == before
+        assert torch.equal(ours(**given), expected)
+
+
+@torch.inference_mode()
+def test_what_went_to_another_device_is_the_hosts_own_again():
+    ours = frozen(Flux(KLEIN_TINY))
+    before = {name: t.data_ptr() for name, t in ours.state_dict().items()}
+    budget = sum(nbytes(block) for block in ours.double_blocks)
+    ring = ring_of(stream(ours, FLUX_LISTS, "cpu", resident=budget))
+    assert len(ring.moved) > len(list(ours.img_in.parameters()))
+    for tensor, _ in ring.moved:  # as a copy to a device would
+        tensor.data = tensor.data.clone()
+    assert {name: t.data_ptr() for name, t in ours.state_dict().items()} != before
+    offload.unstream(ours, FLUX_LISTS)
+    assert {name: t.data_ptr() for name, t in ours.state_dict().items()} == before
+
+
 @torch.inference_mode()
 def test_remembered_references_are_equal(poisoned):
     resident = frozen(Flux(KLEIN_TINY))

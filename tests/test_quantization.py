@@ -6,6 +6,7 @@ computed by hand, in float32, or by diffusers. Equal means to the last bit; our 
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -436,10 +437,17 @@ def test_who_made_the_file_may_ask_for_whole_activations(tmp_path, name, full_pr
     load_module(module, [path], dtype=torch.float32, prefixes=("", PREFIX))
     layers = [layer for layer in module.modules() if isinstance(layer, FP8Linear)]
     assert layers and {layer.full_precision for layer in layers} == {full_precision}
-    assert len(use_native_fp8(module)) == (len(layers) if full_precision else 0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert len(use_native_fp8(module)) == (len(layers) if full_precision else 0)
+    n = len(layers)
+    assert [str(warning.message) for warning in told] == [
+        f"{n} of the {n} quantised layers of Flux are made whole, not multiplied in float8: "
+        f"{n} whose file asks for whole activations"
+    ] * full_precision
 
 
-def test_layers_that_cannot_multiply_natively_are_returned(tmp_path):
+def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_path):
     def layer(rows: int, columns: int, dtype=E4M3, **more) -> FP8Linear:
         weight, scale = scaled(random(rows, columns), dtype)
         return fp8_linear(weight, weight_scale=scale, **more)
@@ -450,7 +458,12 @@ def test_layers_that_cannot_multiply_natively_are_returned(tmp_path):
         refused=layer(32, 48), unmeasured=layer(32, 48, input_scale=torch.tensor(1.0)), plain=nn.Linear(32, 32),
     ))  # fmt: skip
     module["refused"].full_precision = True
-    assert use_native_fp8(module) == ["narrow", "short", "e5m2", "block", "refused"]
+    with pytest.warns(UserWarning) as told:
+        assert use_native_fp8(module) == ["narrow", "short", "e5m2", "block", "refused"]
+    assert [str(warning.message) for warning in told] == [
+        "5 of the 7 quantised layers of ModuleDict are made whole, not multiplied in float8: 2 with a side that is no multiple "
+        "of 16, 1 in float8_e5m2, 1 with scales of blocks, 1 whose file asks for whole activations"
+    ]
     assert [name for name, layer in module.items() if getattr(layer, "native", False)] == ["fits", "unmeasured"]
     assert module["unmeasured"].input_scale is None
 

@@ -568,6 +568,16 @@ def test_every_prompt_is_written_out_once(cli, server):
     assert [images.read_metadata(path)["upsampled_from"] for path in run.pictures] == ["a ring"] * 2 + ["a star"] * 2
 
 
+def test_a_prompt_that_was_written_out_too_long_for_a_jpeg_is_told_before_the_work(cli, server, monkeypatch):
+    """It fits, and what is kept beside it does not."""
+    monkeypatch.setattr(Pipeline, "encode", lambda *_: pytest.fail("a prompt was encoded"))
+    server.reply = 200, {}, test_upsampling.said("a" * 65_000)
+    flags = (*test_sample.QUICK, "--upsample", server.url, "--upsample-model", "m", "--output", "a.jpg")
+    run = cli(PROMPT, *flags)
+    run.says("--output a.jpg", "no room for so long a prompt", ".png")
+    assert not run.files and len(server.asked) == 1
+
+
 def test_what_goes_wrong_with_upsampling_is_told(cli, server):
     saying(cli, ("--upsample local", "flux.2-dev", "not with flux.2-tiny", "URL"), PROMPT, "--upsample", "local")
     saying(cli, ("--upsample URL", "--upsample-model NAME"), PROMPT, "--upsample", server.url)

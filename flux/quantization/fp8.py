@@ -10,6 +10,7 @@ A file has, for a layer L:
 """
 
 import warnings
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ class BlockFP8Linear(QuantizedLinear):
 
 
 def use_native_fp8(module: nn.Module, device: torch.device | None = None) -> list[str]:
-    """Have the FP8Linears of a loaded module multiply in float8; the paths of those quantised layers that cannot are returned.
+    """Have the FP8Linears of a loaded module multiply in float8; the paths of those quantised layers that cannot are returned,
+    and a warning says why.
 
     It is faster, and lossy: activations are rounded to 3 bits of mantissa. Needs CUDA of capability 8.9 (Ada, Hopper) or above
     and bfloat16; elsewhere a warning says so, once, and nothing changes. (On the CPU it works, for tests, and gains nothing.)
@@ -88,13 +90,28 @@ def use_native_fp8(module: nn.Module, device: torch.device | None = None) -> lis
     if layers and (lack := _lack(device or next(iter(layers.values())).weight.device, module)):
         warnings.warn(f"float8 matrix products need {lack}: weights are made whole instead", stacklevel=2)
         return list(layers)
-    for layer in layers.values():
-        if isinstance(layer, FP8Linear):
-            fits = layer.in_features % 16 == layer.out_features % 16 == 0  # as the hardware's kernels ask
-            layer.native = layer.weight.dtype == torch.float8_e4m3fn and fits and not layer.full_precision
-            if layer.native and layer.input_scale is not None and layer.input_scale == 1:
-                layer.input_scale = None  # ComfyUI writes 1 where nothing was measured
-    return [path for path, layer in layers.items() if not getattr(layer, "native", False)]
+    obstacles = {path: found for path, layer in layers.items() if (found := _obstacle(layer))}
+    for path in layers.keys() - obstacles.keys():
+        layer = layers[path]
+        layer.native = True
+        if layer.input_scale is not None and layer.input_scale == 1:
+            layer.input_scale = None  # ComfyUI writes 1 where nothing was measured
+    if obstacles:
+        reasons = ", ".join(f"{count} {obstacle}" for obstacle, count in Counter(obstacles.values()).items())
+        warnings.warn(f"{len(obstacles)} of the {len(layers)} quantised layers of {type(module).__name__} are made whole, not "
+                      f"multiplied in float8: {reasons}", stacklevel=2)  # fmt: skip
+    return list(obstacles)
+
+
+def _obstacle(layer: QuantizedLinear) -> str | None:
+    """Why a layer cannot multiply in float8, if so."""
+    if not isinstance(layer, FP8Linear):
+        return "with scales of blocks" if isinstance(layer, BlockFP8Linear) else "in another format"
+    if layer.weight.dtype != torch.float8_e4m3fn:
+        return f"in {str(layer.weight.dtype).removeprefix('torch.')}"
+    if layer.in_features % 16 or layer.out_features % 16:  # as the hardware's kernels ask
+        return "with a side that is no multiple of 16"
+    return "whose file asks for whole activations" if layer.full_precision else None
 
 
 def _lack(device: torch.device, module: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ Container: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; blocks: sr
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -148,9 +149,18 @@ def iq4_xs(b: Tensor) -> Tensor:
 
 
 def uneven(q: Tensor) -> Tensor:
-    """4 bits -> one of 16 integers, denser around zero: `kvalues_iq4nl` in ggml-common.h."""
-    table = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-    return torch.tensor(table, dtype=torch.int8, device=q.device).index_select(0, q.flatten().int()).view_as(q)
+    """4 bits -> one of 16 integers, denser around zero."""
+    values = uneven_values if torch.compiler.is_compiling() else kept_values  # the compiler keeps constants by itself
+    return values(q.device).index_select(0, q.flatten().int()).view_as(q)
+
+
+def uneven_values(device: torch.device) -> Tensor:
+    """`kvalues_iq4nl` in ggml-common.h: (16,) int8."""
+    values = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+    return torch.tensor(values, dtype=torch.int8, device=device)
+
+
+kept_values = cache(uneven_values)  # since a copy to a GPU waits for all that it was asked before
 
 
 class Block(NamedTuple):
