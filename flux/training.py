@@ -321,7 +321,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
     tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
     unfinished = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # as the user's other files; save_file's are for one's own eyes
         save_file(tensors, unfinished, metadata)
+        unfinished.chmod(mode)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)

@@ -198,17 +198,19 @@ class DoubleBlock(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, rope: Tensor, img_mod: list[Modulation], txt_mod: list[Modulation],
                 memory: Memory | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         length = txt.shape[1]
-        img_qkv = self.img_attn.heads(modulate(img, img_mod[0]))  # (3, B, L, H, d)
-        txt_qkv = self.txt_attn.heads(modulate(txt, txt_mod[0]))  # (3, B, T, H, d)
-        qkv = torch.cat([txt_qkv, img_qkv], dim=2)  # (3, B, T + L, H, d)
-        unit = unit_rms(qkv[:2], self.numerics)
-        qk = torch.cat([self.txt_attn.norm(unit[:, :, :length]), self.img_attn.norm(unit[:, :, length:])], dim=2)
-        q, k = rotate(qk, rope)  # (B, T + L, H, d) each
-        attended = attention(q, k, qkv[2], memory)  # (B, T + L, D)
+        heads = [self.txt_attn.heads(modulate(txt, txt_mod[0])), self.img_attn.heads(modulate(img, img_mod[0]))]
+        qkv = torch.cat(heads, dim=2)  # (3, B, T + L, H, d)
+        del heads
+        attended = attention(*rotate(self.normed(qkv[:2], length), rope), qkv[2], memory)  # (B, T + L, D)
         # contiguous, or in bf16 a Linear with bias would round once more, and a row would depend on the size of its batch
         txt_attended, img_attended = attended[:, :length].contiguous(), attended[:, length:].contiguous()
         img = residuals(img, img_attended, self.img_attn.proj, self.img_mlp, img_mod)
         return img, residuals(txt, txt_attended, self.txt_attn.proj, self.txt_mlp, txt_mod)
+
+    def normed(self, qk: Tensor, length: int) -> Tensor:
+        """(2, B, T + L, H, d) -> the same; `length` of the tokens are text, which has scales of its own."""
+        unit = unit_rms(qk, self.numerics)
+        return torch.cat([self.txt_attn.norm(unit[:, :, :length]), self.img_attn.norm(unit[:, :, length:])], dim=2)
 
     def remember(self, x: Tensor, rope: Tensor, mod: list[Modulation]) -> tuple[Tensor, Memory]:
         """The image stream alone."""
@@ -240,19 +242,22 @@ class SingleBlock(nn.Module):
             self.modulation = Modulator(c.hidden_size, 1, c.bias)
 
     def forward(self, x: Tensor, rope: Tensor, mod: Modulation, memory: Memory | None = None) -> Tensor:
-        q, k, v, hidden = self.project(x, rope, mod)
-        return self.residual(x, attention(q, k, v, memory), hidden, mod)
+        qkv, hidden = self.project(x, mod)
+        return self.residual(x, attention(*self.turned(qkv, rope), qkv[2], memory), hidden, mod)
 
     def remember(self, x: Tensor, rope: Tensor, mod: Modulation) -> tuple[Tensor, Memory]:
-        q, k, v, hidden = self.project(x, rope, mod)
-        return self.residual(x, attention(q, k, v), hidden, mod), Memory(k, v)
+        qkv, hidden = self.project(x, mod)
+        q, k = self.turned(qkv, rope)
+        return self.residual(x, attention(q, k, qkv[2]), hidden, mod), Memory(k, qkv[2])
 
-    def project(self, x: Tensor, rope: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q and k, turned, and v, each (B, N, H, d), and the MLP's hidden layer."""
+    def project(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor]:
+        """q, k and v, (3, B, N, H, d), and the MLP's hidden layer."""
         qkv, hidden = self.linear1(modulate(x, mod)).split(self.widths, dim=-1)
-        qkv = split_heads(qkv, self.num_heads)  # (3, B, N, H, d)
-        q, k = rotate(self.norm(unit_rms(qkv[:2], self.numerics)), rope)
-        return q, k, qkv[2], hidden
+        return split_heads(qkv, self.num_heads), hidden
+
+    def turned(self, qkv: Tensor, rope: Tensor) -> Tensor:
+        """q and k, (2, B, N, H, d), normed and turned."""
+        return rotate(self.norm(unit_rms(qkv[:2], self.numerics)), rope)
 
     def residual(self, x: Tensor, attended: Tensor, hidden: Tensor, mod: Modulation) -> Tensor:
         return x + mod.gate * self.linear2(torch.cat([attended, self.activation(hidden)], dim=-1))
@@ -298,13 +303,16 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns neighbouring pairs of channels (x0, x1), in float32: (..., N, H, d) -> the same."""
-    pairs = x.float().contiguous().unflatten(-1, (-1, 2))  # (..., N, H, d/2, 2)
-    columns = rope[:, None].unbind(-1)  # (N, 1, d/2, 2) each
-    if torch.compiler.is_compiling() or x.is_mps:  # which know little of complex numbers
-        turned = columns[0] * pairs[..., :1] + columns[1] * pairs[..., 1:]
-    else:  # (x0 + i·x1) · (cos + i·sin): one kernel, and the same bits
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(columns[0].contiguous()))
-    return turned.flatten(-2).to(x.dtype)
+    return turn(x.float().contiguous().unflatten(-1, (-1, 2)), rope[:, None]).flatten(-2).to(x.dtype)
+
+
+def turn(pairs: Tensor, rope: Tensor) -> Tensor:
+    """(..., N, H, d/2, 2), each by its matrix of (N, 1, d/2, 2, 2)."""
+    columns = rope.unbind(-1)  # (N, 1, d/2, 2) each
+    if torch.compiler.is_compiling() or pairs.is_mps:  # which know little of complex numbers
+        return columns[0] * pairs[..., :1] + columns[1] * pairs[..., 1:]
+    # (x0 + i·x1) · (cos + i·sin): one kernel, and the same bits
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(columns[0].contiguous()))
 
 
 class QKNorm(nn.Module):

@@ -343,6 +343,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     assert "is truncated" in refusal(trainer, tmp_path / "z.safetensors")
 
 
+def test_files_may_be_read_by_whom_the_user_lets_read_others(tmp_path):
+    (tmp_path / "plain").touch()
+    training.write(tmp_path / "lora.safetensors", {"a": torch.ones(2)})
+    assert (tmp_path / "lora.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     """Of a full disk there is a limit on the size of files, which is told in the same way."""
     ours, path = trainer(tmp_path / "x.safetensors"), tmp_path / "x.safetensors"
