@@ -140,7 +140,8 @@ def sum_rows(spec: ModelSpec, setting: Setting, spent: Spent) -> Iterator[Row]:
         ours, floor, *theirs = (a + steps * b for a, b in zip(around, spent[step]))
         yield Row(case, "s", ours, floor, "floor", runs=runs)
         if theirs:
-            yield Row(case, "s", ours, *theirs, goal=0.60, runs=runs)
+            gpu = setting.device.type == "cuda"  # on a CPU the floor alone is higher
+            yield Row(case, "s", ours, *theirs, goal=0.60 if gpu else None, runs=runs)
 
 
 def memory(stage: Stage, device: torch.device) -> int:
