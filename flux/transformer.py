@@ -198,9 +198,10 @@ class DoubleBlock(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, rope: Tensor, img_mod: list[Modulation], txt_mod: list[Modulation],
                 memory: Memory | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         length = txt.shape[1]
-        heads = [self.txt_attn.heads(modulate(txt, txt_mod[0])), self.img_attn.heads(modulate(img, img_mod[0]))]
-        qkv = torch.cat(heads, dim=2)  # (3, B, T + L, H, d)
-        del heads
+        img_qkv = self.img_attn.heads(modulate(img, img_mod[0]))  # (3, B, L, H, d)
+        txt_qkv = self.txt_attn.heads(modulate(txt, txt_mod[0]))  # (3, B, T, H, d)
+        qkv = torch.cat([txt_qkv, img_qkv], dim=2)  # (3, B, T + L, H, d)
+        del img_qkv, txt_qkv
         attended = attention(*rotate(self.normed(qkv[:2], length), rope), qkv[2], memory)  # (B, T + L, D)
         # contiguous, or in bf16 a Linear with bias would round once more, and a row would depend on the size of its batch
         txt_attended, img_attended = attended[:, :length].contiguous(), attended[:, length:].contiguous()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import max_error, networks, randomise, relative_l2, tiny_models, write_weights
+from reference import max_error, networks, randomise, tiny_models, write_weights
 from safetensors.torch import load_file
 from scripted import script
 from test_pipeline import home, write_tokenizers
@@ -297,6 +297,12 @@ leave()
 """
 
 
+def agree(ours, truth, tolerance: float) -> bool:
+    """To a part of the largest number, for all but one in a hundred: where a gradient is nearly zero, Adam makes a whole step
+    of its rounding."""
+    return ((ours - truth).abs() > tolerance * truth.abs().max()).double().mean().item() <= 1e-2
+
+
 def test_two_processes_train_as_one(train, pictures, tmp_path):
     """All weights, a LoRA, also beside weights in bfloat16, and a student; and one process goes on where two were."""
     (tmp_path / "both.py").write_text(BOTH)
@@ -315,8 +321,7 @@ def test_two_processes_train_as_one(train, pictures, tmp_path):
         for name in ("checkpoint.safetensors", "lora.safetensors" if "--lora-rank" in flags else "transformer.safetensors"):
             a, b = load_file(one / name), load_file(other / name)
             assert a.keys() == b.keys()
-            # where a gradient is nearly zero, Adam makes a whole step of its rounding
-            assert all(relative_l2(b[key], a[key]) < weights for key in a)
+            assert all(agree(b[key].double(), a[key].double(), weights) for key in a)
         code, _, err = train(pictures, other, *SHARED, *flags, "--steps", 4)
         assert code == 0 and "goes on at step 3" in err
 
@@ -627,7 +632,7 @@ def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(train, pictures, tmp_
 
 
 def test_ctrl_c_while_pictures_are_encoded(train, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset.Cache, "features", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(dataset.Cache, "features", lambda *_: signal.default_int_handler(signal.SIGINT, None))
     code, out, err = train(pictures, tmp_path, *LORA)
     assert (code, out) == (130, "") and "stopped; what was encoded and saved is kept" in err
     assert list((tmp_path / "cache").glob("latents-*"))
