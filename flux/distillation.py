@@ -18,6 +18,7 @@ from flux.errors import UserError
 from flux.text import TextFeatures
 from flux.training import Batch, generator
 from flux.transformer import Flux
+from flux.weights import blank
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -74,8 +75,7 @@ def student_of(teacher: Flux) -> Flux:
     """
     if teacher.config.guidance:
         raise UserError("a teacher that is told its guidance was distilled already: choose one with classifier-free guidance")
-    with torch.device("meta"):
-        student = Flux(replace(teacher.config, guidance=True), teacher.numerics)
+    student = blank(lambda: Flux(replace(teacher.config, guidance=True), teacher.numerics))
     tensors = teacher.state_dict()
     for name in [name for name in tensors if name.startswith("time_in.")]:
         like = tensors[name] if ".in_layer." in name else torch.zeros_like(tensors[name])

@@ -36,7 +36,7 @@ from flux.errors import NonFiniteError, UserError
 from flux.files import read_header, some
 from flux.processes import mean_of_all, own, part, rank, whole
 from flux.text import TextFeatures
-from flux.transformer import Flux
+from flux.transformer import Flux, FluxConfig
 
 # ---------------------------------------------------------------------------------------------------------- the loss
 
@@ -335,6 +335,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
+
+
+def untrained(config: FluxConfig, dtype: torch.dtype, rank: int | None = None, targets: Sequence[str] = ("*",)) -> Flux:
+    """A network as it will be trained, whatever its values: what `memory` asks for. With a rank, of a LoRA beside it."""
+    network = Flux(config)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if rank:
+        add_lora(network, rank, targets)
+    return network
 
 
 class Need(NamedTuple):

@@ -28,7 +28,9 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from measure import proc  # noqa: E402
 
 from flux import sampling, training  # noqa: E402
 from flux.configs import ModelSpec  # noqa: E402
@@ -120,7 +122,8 @@ def measure(spec: ModelSpec, path: Path) -> tuple[list[tuple[str, str]], bool]:
 def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]], bool]:
     """The rows on two steps of a LoRA; whether all of it, and nothing else, has moved. To be run in a process of its own."""
     torch.manual_seed(0)
-    told = training.memory(spec, partial(to_train, spec, rank), SIDE**2, 1, CPU, torch.bfloat16, ema=False, recompute=True)
+    make = partial(training.untrained, spec.transformer, torch.bfloat16, rank)
+    told = training.memory(spec, make, SIDE**2, 1, CPU, torch.bfloat16, ema=False, recompute=True)
     network = blank(lambda: Flux(spec.transformer))
     load_module(network, [path])
     training.add_lora(network, rank)
@@ -161,14 +164,6 @@ def result(network: Flux, path: Path) -> tuple[list[tuple[str, str]], bool]:
     return rows, moved == len(layers) and same == len(kept)
 
 
-def to_train(spec: ModelSpec, rank: int) -> Flux:
-    network = Flux(spec.transformer)
-    for parameter in network.parameters():
-        parameter.data = parameter.data.bfloat16()
-    training.add_lora(network, rank)
-    return network
-
-
 def loss_of(spec: ModelSpec, network: Flux, number: int) -> Tensor:
     """Of the n-th drawn picture and caption: in training, both come from the cache, and what has made them is not in memory."""
     config, draw = spec.transformer, training.generator(0, number)
@@ -202,10 +197,9 @@ def watching(field: str) -> Iterator[list[int]]:
 
 def resident(field: str) -> int:
     """Bytes of memory that this process holds: RssAnon, what no file backs; VmHWM, the most of all that it ever held."""
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not Path("/proc/self/status").exists():
         raise UserError("memory is read from /proc/self/status, which only Linux has")
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))
+    return proc("status")[field]
 
 
 def machine() -> list[tuple[str, str]]:

@@ -48,7 +48,7 @@ def peak_memory(function: Callable[[], object], device: str | torch.device = "cp
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size is that of now
     before = resident().all
     function()
-    return _proc("status")["VmHWM"] - before
+    return proc("status")["VmHWM"] - before
 
 
 class Resident(NamedTuple):
@@ -60,11 +60,12 @@ class Resident(NamedTuple):
 
 def resident() -> Resident:
     """As the kernel counts them (Linux only)."""
-    sizes = _proc("smaps_rollup")
+    sizes = proc("smaps_rollup")
     return Resident(sizes["Rss"], sizes["Anonymous"])
 
 
-def _proc(name: str) -> dict[str, int]:
+def proc(name: str) -> dict[str, int]:
+    """The bytes in one of the kernel's files on this process, `status` or `smaps_rollup`, by their names there."""
     fields = (line.split() for line in Path("/proc/self", name).read_text().splitlines())
     return {words[0].rstrip(":"): 1024 * int(words[1]) for words in fields if words[-1] == "kB"}
 

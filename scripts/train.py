@@ -45,7 +45,7 @@ from flux.parity.plots import Drawing, Label, Line, LogScale
 from flux.quantization import QuantizedLinear
 from flux.text import TextFeatures
 from flux.transformer import Flux
-from flux.weights import infer_config, load_module
+from flux.weights import blank, infer_config, load_module
 
 QUANTISED = "is quantised, and weights are trained in float32 or beside bfloat16: choose the model's bfloat16 file"
 SAMPLES = 4  # pictures on a sheet, where --prompt does not say of what
@@ -277,8 +277,7 @@ def given_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
         fault = "has another shape" if config.guidance else "has no input for guidance"
         raise UserError(f"--transformer {args.transformer} is no student of {args.distill}: it {fault}; leave it out, to begin "
                         "as the teacher")  # fmt: skip
-    with torch.device("meta"):
-        student = Flux(config)
+    student = blank(lambda: Flux(config))
     load_module(student, shard_files(args.transformer), dtype=torch.float32, prefixes=("", "model.diffusion_model."))
     if is_quantised(student):
         raise UserError(f"{args.transformer} {QUANTISED}")
@@ -291,15 +290,8 @@ def is_quantised(module: torch.nn.Module) -> bool:
 
 def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.Item]) -> None:
     """UserError if it is more than there is."""
-
-    def make() -> Flux:
-        network = Flux(pipe.spec.transformer)
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(pipe.transformer.dtype if args.lora_rank else torch.float32)
-        if args.lora_rank:
-            training.add_lora(network, args.lora_rank, args.targets or ["*"])
-        return network
-
+    dtype = pipe.transformer.dtype if args.lora_rank else torch.float32
+    make = partial(training.untrained, pipe.spec.transformer, dtype, args.lora_rank, args.targets or ["*"])
     tokens, world = (args.size // 16) ** 2 * (1 + max(len(item.references) for item in items)), processes.world()
     need = training.memory(
         pipe.spec, make, tokens, args.batch // world, pipe.device, pipe.dtype, args.ema is not None, args.checkpointing
