@@ -1,7 +1,7 @@
 """A row of the table of models by its name or by the shapes in a file, and the files that it needs."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -55,14 +55,17 @@ def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
     return replace(config, decoder_ch=width // config.ch_mult[-1] or None)
 
 
-def locate(spec: ModelSpec, weights: Path | None) -> dict[str, list[Path] | Path]:
-    """Every file that a row needs: lists of weights for networks, folders for tokenizers."""
-    files: dict[str, list[Path] | Path] = {part: _find(spec, choices, weights) for part, choices in networks(spec).items()}
+def locate(spec: ModelSpec, weights: Path | None, given: Mapping[str, list[Path]]) -> dict[str, list[Path] | Path]:
+    """Every file that a row needs: lists of weights for networks, folders for tokenizers. What is `given` is not looked for."""
+    files: dict[str, list[Path] | Path] = {
+        part: given.get(part) or _find(spec, choices, weights) for part, choices in networks(spec).items()
+    }
     for part, names in spec.text.tokenizers.items():
         files[part] = [locate_one(spec, name, weights) for name in names][0].parent
     if spec.adapter:
+        terms = spec.licence.name, spec.licence.gated
         for part, name in spec.adapter.files:
-            files[part] = find_all(spec.adapter.repository, name, weights, spec.licence.name, spec.licence.gated)
+            files[part] = given.get(part) or find_all(spec.adapter.repository, name, weights, *terms)
     return files
 
 

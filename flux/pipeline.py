@@ -65,12 +65,13 @@ def load(
     numerics = NUMERICS[numerics] if isinstance(numerics, str) else numerics
     device = choose_device(device)
     dtype = dtype or (torch.float32 if spec.embedded else choose_dtype(device))
-    files = locate(spec, None if weights is None else Path(weights))
+    given = {}  # in place of the row's own, which need not be there then
     if transformer is not None:
-        files["transformer"] = shard_files(Path(transformer))
+        given["transformer"] = shard_files(Path(transformer))
     if autoencoder is not None:
-        files["autoencoder"] = [Path(autoencoder)]
+        given["autoencoder"] = [Path(autoencoder)]
         spec = replace(spec, autoencoder=with_decoder_of(spec.autoencoder, Path(autoencoder)))
+    files = locate(spec, None if weights is None else Path(weights), given)
     return Pipeline(spec, files, device, dtype, numerics, check_weights, economy)
 
 

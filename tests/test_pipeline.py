@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -352,6 +353,19 @@ def test_transformer_file_of_others_is_used_and_its_row_found(models, tmp_path):
     assert model.load(transformer=path).spec == deeper
     with pytest.raises(UserError, match="--model"):
         flux.load(weights=model.folder, transformer=path)
+
+
+def test_files_that_are_given_need_not_be_in_the_repository_too(models, tmp_path, monkeypatch):
+    model = models["flux.2-klein-4b"]
+    shutil.copytree(model.home, tmp_path / model.home.name)
+    own = {part: tmp_path / model.home.name / name for part, name in (
+        ("transformer", model.spec.transformer_file), ("autoencoder", model.spec.autoencoder_files[0]))}  # fmt: skip
+    files = {part: str(path.rename(tmp_path / f"{part}.safetensors")) for part, path in own.items()}
+    latents = model.load(weights=tmp_path, **files).sample(features := random_features(model, 1, seed=1), [0], 64, 64)
+    assert torch.equal(latents, model.ours.sample(features, [0], 64, 64))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=model.spec.transformer_file):
+        model.load(weights=tmp_path, autoencoder=files["autoencoder"])
 
 
 @either_family
