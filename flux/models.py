@@ -10,7 +10,7 @@ from flux.autoencoder import AutoEncoderConfig
 from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.files import find_all, is_local, read_header
-from flux.transformer import Flux
+from flux.transformer import Flux, FluxConfig
 from flux.weights import blank, infer_config
 
 
@@ -35,7 +35,7 @@ def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelS
                 f"--transformer {transformer} takes {config.in_channels} channels and {spec.name} "
                 f"{spec.transformer.in_channels}: choose another --model, or leave it out"
             )
-        return replace(spec, transformer=config, cfg=spec.cfg and not config.guidance)  # told it, it needs no second pass
+        return with_transformer(spec, config)
     alike = [spec for spec in MODELS.values() if spec.transformer == config and spec.storage == "bfloat16"]
     if not alike:
         raise UserError(
@@ -46,6 +46,14 @@ def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelS
         warnings.warn(f"{transformer} has the shape of {alike[0].name}, which is assumed; if it derives from {others}, "
                       "say so with --model", stacklevel=3)  # fmt: skip
     return alike[0]
+
+
+def with_transformer(spec: ModelSpec, config: FluxConfig) -> ModelSpec:
+    """A row with another transformer. It is told its guidance if that has an input for it, and else guided as the row is."""
+    if config.guidance:
+        usual = MODELS["flux.2-dev" if config.vector_dim is None else "flux.1-dev"].guidance
+        return replace(spec, transformer=config, cfg=False, guidance=spec.guidance or usual)
+    return replace(spec, transformer=config, guidance=spec.guidance if spec.cfg else None)
 
 
 def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:

@@ -40,7 +40,7 @@ def check_guidance(spec: ModelSpec, guidance: Guidance | None, steps: int) -> li
     values = check_values("--guidance", guidance, steps, f"{spec.name} {meant}")
     if spec.guidance is None:
         if values != [1]:
-            why = spec.fixed or "it was trained without"
+            why = spec.fixed or "its transformer has no input for it"
             raise UserError(
                 f"{spec.name} takes no --guidance (here {written(values)}): {why}; leave it out, or use a base or dev model"
             )

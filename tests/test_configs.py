@@ -11,7 +11,8 @@ import pytest
 import flux
 from flux.configs import EMBEDDED, MODELS, Adapter, FLUX1Text, FLUX2Text
 from flux.errors import UserError
-from flux.models import find_spec
+from flux.models import find_spec, with_transformer
+from flux.options import check_guidance
 
 REAL = {name: spec for name, spec in MODELS.items() if not spec.embedded and spec.storage == "bfloat16"}
 QUANTISED = {name: spec for name, spec in MODELS.items() if spec.storage != "bfloat16"}
@@ -212,6 +213,21 @@ def test_a_row_is_found_by_its_name_in_any_case(name):
 
 def test_without_a_name_it_is_the_embedded_model():
     assert find_spec(None).embedded
+
+
+@pytest.mark.parametrize("name, told, guidance, cfg", [
+    ("flux.1-dev", True, 3.5, False), ("flux.1-dev", False, None, False), ("flux.1-schnell", True, 3.5, False),
+    ("flux.1-fill-dev", True, 30, False), ("flux.2-klein-4b", True, 4, False), ("flux.2-klein-4b", False, None, False),
+    ("flux.2-klein-base-4b", True, 4, False), ("flux.2-klein-base-4b", False, 4, True),
+])  # fmt: skip
+def test_another_transformer_is_guided_as_it_can_be(name, told, guidance, cfg):
+    """By its own input, where it has one; a row's second pass needs none; and else there is no guidance to ask for."""
+    row = MODELS[name]
+    spec = with_transformer(row, replace(row.transformer, guidance=told))
+    assert (spec.guidance, spec.cfg, spec.transformer.guidance) == (guidance, cfg, told)
+    if guidance is None:
+        with pytest.raises(UserError, match="takes no --guidance"):
+            check_guidance(spec, 3.0, spec.steps)
 
 
 @pytest.mark.parametrize("wrong, near", [
