@@ -609,7 +609,7 @@ def test_references_for_a_model_without_are_told(train, tmp_path):
 
 
 def test_too_little_memory_is_told(train, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.module, "room_on", lambda device: Room("cpu", 1_000_000))
+    monkeypatch.setattr("finetuning.asked.room_on", lambda device: Room("cpu", 1_000_000))
     code, _, err = train(pictures, tmp_path / "run", "--batch", 64)
     assert (
         code == 2
