@@ -8,7 +8,6 @@ python scripts/sample.py "a red door" --model flux.1-fill-dev --image house.jpg 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -16,26 +15,12 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-DTYPES, NUMERICS = ("bfloat16", "float32"), ("exact", "bfl", "diffusers")
+from remaking import DTYPES, OPTIONS, describe, describe_files, recall, short
+
+NUMERICS = ("exact", "bfl", "diffusers")
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
-REMADE = dict(  # what a picture's parameters must hold, and of what type, to make it again
-    prompt=str, negative_prompt=str | None, width=int, height=int, steps=int, guidance=float | int | list | None,
-    cfg_scale=float | int | list | None, seed=int, numerics=str, model=str, dtype=str, transformer=str | None,
-    autoencoder=str | None, quantize=str | None, native_fp8=bool, compile=bool, tile=int | None,
-)  # fmt: skip
-OPTIONS = {  # of flux.Pictures -> flags; also what the metadata keep
-    "strength": "strength", "expand": "expand", "mask_threshold": "mask_threshold", "composite": "composite",
-    "weights": "image_weight", "match": "match_image_size", "keep_size": "keep_input_size", "limit": "reference_limit",
-    "cached": "kv_cache", "photo": "photo",
-}  # fmt: skip
-REMADE_PICTURES = dict(  # of these types
-    strength=float | int | None, expand=list | None, mask_threshold=float | int | None, composite=bool, weights=list | None,
-    match=int | None, keep_size=bool, limit=int | None, cached=bool | None, photo=bool,
-)  # fmt: skip
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -182,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     from flux.errors import UserError
 
     if args.remake:
-        recall(args, images.read_metadata(args.remake))
+        recall(args, images.read_metadata(args.remake), parser().get_default)
     prompts = gather_prompts(args)
     images.check_output(args.output, [p + (args.negative_prompt or "") for p in prompts])
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
@@ -327,107 +312,6 @@ def gather_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def recall(args: argparse.Namespace, metadata: dict) -> None:
-    """Take from a picture what made it; what is typed beside --remake wins."""
-    from flux.errors import UserError
-
-    if args.prompts or args.prompt or args.prompt_file:
-        raise UserError("--remake brings its own prompt: leave the prompt out")
-    if wrong := lacking(metadata, REMADE):
-        raise UserError(f"{args.remake} lacks parameters that are needed to remake it: {', '.join(wrong)}")
-    if not args.dtype and metadata["dtype"] not in DTYPES:
-        raise UserError(f"{args.remake} says that its dtype was {metadata['dtype']!r:.40}: give another with --dtype")
-    for part in ("transformer", "autoencoder"):
-        if metadata[part] and not getattr(args, part):
-            raise UserError(f"{args.remake} was made with another {part}, {metadata[part]}: give it with --{part}")
-    recall_files(args, metadata)
-    args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
-    for key in REMADE.keys() - {"prompt", "transformer", "autoencoder"}:
-        typed = getattr(args, key)
-        if typed is False or typed in (None, "exact"):  # a seed of 0 was typed
-            setattr(args, key, metadata[key])
-
-
-def lacking(metadata: dict, kinds: dict) -> list[str]:
-    """The names whose values are missing or of another type; lists are of numbers."""
-    numbers = lambda value: not isinstance(value, list) or all(isinstance(x, int | float) for x in value)  # noqa: E731
-    fits = lambda key, kind: key in metadata and isinstance(metadata[key], kind) and numbers(metadata[key])  # noqa: E731
-    return [key for key, kind in kinds.items() if not fits(key, kind)]
-
-
-def recall_files(args: argparse.Namespace, metadata: dict) -> None:
-    """The same pictures and LoRAs, if they are where they were; given anew, they must still be the same."""
-    from flux.errors import UserError
-
-    kept = {flag: metadata.get(key) or [] for flag, key in (("--image", "images"), ("--mask", "mask"), ("--lora", "loras"))}
-    kept["--mask"] = [kept["--mask"]] if kept["--mask"] else []
-    typed = {"--image": args.image, "--mask": [args.mask] if args.mask else [], "--lora": [path for path, _ in args.lora]}
-    for flag, files in kept.items():
-        if not isinstance(files, list) or not all(map(is_described, files)):
-            raise UserError(f"{args.remake} does not say which files {flag} had")
-        paths = typed[flag] or [Path(file["file"]) for file in files]
-        if len(paths) != len(files):
-            raise UserError(f"{args.remake} was made with {flag} given {len(files)} times, not {len(paths)}")
-        for path, file in zip(paths, files):
-            if not path.is_file():
-                raise UserError(f"{path}, which {args.remake} was made with, is not there: give it with {flag}")
-            if describe_file(path)["sha256"] != file["sha256"]:
-                raise UserError(f"{path} is not the file that {args.remake} was made with: give that with {flag}")
-        typed[flag] = paths
-    args.image, args.mask = typed["--image"], next(iter(typed["--mask"]), None)
-    args.lora = args.lora or [(path, file.get("scale", 1.0)) for path, file in zip(typed["--lora"], kept["--lora"])]
-    args.lora_partial |= any(file.get("partial") for file in kept["--lora"])
-    if not args.image:
-        return
-    options = metadata["pictures"] if isinstance(metadata.get("pictures"), dict) else {}
-    wrong = lacking(options, REMADE_PICTURES)
-    if not wrong and options["expand"] is not None and [type(pixels) for pixels in options["expand"]] != [int] * 4:
-        wrong = ["expand"]
-    if wrong:
-        raise UserError(f"{args.remake} lacks what was done with its pictures: {', '.join(wrong)}")
-    for option, flag in OPTIONS.items():
-        if getattr(args, flag) == parser().get_default(flag):
-            setattr(args, flag, options[option])
-
-
-def is_described(file) -> bool:
-    """Whether this is what `describe_file` wrote, with the scale of a LoRA perhaps."""
-    return isinstance(file, dict) and not lacking({"scale": 1.0} | file, dict(file=str, sha256=str, scale=float | int))
-
-
-def describe(args, pipe, prompt: str, width: int, height: int, steps: int, guidance, seed: int) -> dict:
-    """Everything that decides the picture, and what it ran on."""
-    import torch
-
-    import flux
-
-    spec = pipe.spec
-    return dict(
-        model=spec.name, prompt=prompt, negative_prompt=args.negative_prompt, width=width, height=height, steps=steps,
-        guidance=guidance[0] if guidance and len(guidance) == 1 else guidance, cfg_scale=args.cfg_scale, seed=seed,
-        numerics=args.numerics, dtype=short(pipe.dtype), device=pipe.device.type,
-        transformer=args.transformer.name if args.transformer else None,
-        autoencoder=args.autoencoder.name if args.autoencoder else None,
-        quantize=args.quantize, native_fp8=args.native_fp8, compile=args.compile, tile=args.tile,
-        pictures={option: getattr(args, flag) for option, flag in OPTIONS.items()} if args.image else None,
-        note="made by the embedded toy model: shows the code at work, not what FLUX can do" if spec.embedded else None,
-        licence=spec.licence.name, software=f"flux {flux.__version__}, torch {torch.__version__}",
-    )  # fmt: skip
-
-
-def describe_files(args) -> dict:
-    """The files that decide the picture beside the model's."""
-    images, mask = [describe_file(path) for path in args.image], describe_file(args.mask) if args.mask else None
-    loras = [describe_file(path) | {"scale": scale, "partial": args.lora_partial} for path, scale in args.lora]
-    return dict(images=images, mask=mask, loras=loras)
-
-
-def describe_file(path: Path) -> dict:
-    """Enough to find it again, and to know that it is the same."""
-    with path.open("rb") as file:
-        return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def gather_pictures(args: argparse.Namespace, spec):
     """The pictures and what is to be done with them, or None."""
     from flux import conditioning, images, inputs
@@ -494,10 +378,6 @@ def list_models(weights: Path | None) -> int:
         here = "yes" if is_here(spec, weights) else "no"
         print(f"{spec.name:24}{parameters(spec) / 1e9:>10.3g} B  {spec.steps:>5}  {here:5} {spec.licence.name}")
     return 0
-
-
-def short(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def say(text: str) -> None:
