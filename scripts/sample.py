@@ -19,6 +19,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from remaking import DTYPES, OPTIONS, describe, describe_files, recall, short
 
+from flux.errors import NonFiniteError, UserError
+
 NUMERICS = ("exact", "bfl", "diffusers")
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 def parser() -> argparse.ArgumentParser:
@@ -127,8 +129,6 @@ def margins(text: str) -> tuple[int, ...]:
 def main() -> int:
     args = parser().parse_args()
     show_warnings_once()
-    from flux.errors import NonFiniteError, UserError
-
     try:
         return list_models(args.weights) if args.list_models else run(args)
     except UserError as error:
@@ -164,7 +164,6 @@ def show_warnings_once() -> None:
 def run(args: argparse.Namespace) -> int:
     # 1. everything that can be wrong with the request, before anything heavy is imported
     from flux import images
-    from flux.errors import UserError
 
     if args.remake:
         recall(args, images.read_metadata(args.remake), parser().get_default)
@@ -282,8 +281,6 @@ def upsample(args: argparse.Namespace, pipe, prompt: str, pictures, seed: int) -
 
 def gather_prompts(args: argparse.Namespace) -> list[str]:
     """From the command line and the file, in this order."""
-    from flux.errors import UserError
-
     prompts = args.prompts + args.prompt
     if args.prompt_file:
         try:
@@ -315,7 +312,6 @@ def gather_prompts(args: argparse.Namespace) -> list[str]:
 def gather_pictures(args: argparse.Namespace, spec):
     """The pictures and what is to be done with them, or None."""
     from flux import conditioning, images, inputs
-    from flux.errors import UserError
 
     options = {option: getattr(args, flag) for option, flag in OPTIONS.items()}
     if not args.image:
@@ -339,7 +335,6 @@ def gather_pictures(args: argparse.Namespace, spec):
 
 def check_loras(args: argparse.Namespace) -> None:
     """Refuse what is no LoRA before a model is looked for, which may take a download."""
-    from flux.errors import UserError
     from flux.lora import read
 
     for number, (path, scale) in enumerate(args.lora):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_gguf import saved as saved_gguf
 from test_quantization_4bit import NF4, nf4_tensors, nvfp4_by_hand, nvfp4_tensors, random_nvfp4
 from torch import Tensor, nn
-from written import hollow, refusal
+from written import anonymous_memory, hollow, refusal
 
 import flux
 from flux.configs import EMBEDDED
@@ -481,10 +481,6 @@ def test_a_device_without_it_falls_back_and_says_so_once(monkeypatch, capability
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
-
-
-def anonymous_memory() -> int:
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' account of a process' memory")

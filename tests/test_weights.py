@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
-from written import hollow, refusal, saved
+from written import anonymous_memory, hollow, refusal, saved
 
 from flux.errors import UserError
 from flux.files import shard_files
@@ -142,10 +142,6 @@ def test_nan_and_infinity_are_found_when_asked_for(tmp_path, value):
     load_module(meta(), [path])
     message = refusal(load_module, meta(), [path], check_finite=True)
     assert "'proj.weight'" in message and str(path) in message
-
-
-def anonymous_memory() -> int:
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' account of a process' memory")

@@ -1,4 +1,4 @@
-"""Files of weights for tests: sound, hollow and damaged ones; and how their refusal is read."""
+"""Files of weights for tests: sound, hollow and damaged ones; how their refusal is read, and what memory they take."""
 
 import json
 import os
@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from scripted import script
 
 from flux.errors import UserError
+
+measure = script("measure")
 
 
 def saved(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> Path:
@@ -45,3 +48,8 @@ def hollow(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", 
     raw(path, header)
     os.truncate(path, path.stat().st_size + position)
     return path
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process holds and that no file backs (Linux only)."""
+    return measure.proc("status")["RssAnon"]

@@ -13,6 +13,7 @@ from flux import conditioning, dataset, processes, training
 from flux.errors import UserError
 from flux.files import shard_files
 from flux.memory import room_on
+from flux.models import with_transformer
 from flux.quantization import QuantizedLinear
 from flux.transformer import Flux
 from flux.weights import blank, infer_config, load_module
@@ -159,8 +160,8 @@ def settle_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
             raise UserError(f"--distill {args.distill}: it is told its guidance, which was distilled already; choose a teacher "
                             "with classifier-free guidance")  # fmt: skip
         args.guidance_range = args.guidance_range or (1.0, 5.0)
-        pipe.spec = replace(spec, transformer=replace(spec.transformer, guidance=True), cfg=False,
-                            guidance=spec.guidance or sum(args.guidance_range) / 2)  # fmt: skip
+        meant = spec.guidance or sum(args.guidance_range) / 2
+        pipe.spec = with_transformer(replace(spec, guidance=meant), replace(spec.transformer, guidance=True))
         if args.transformer:
             given_student(args, pipe)
     elif not spec.transformer.guidance and (args.guided or args.guidance is not None):

@@ -4,6 +4,7 @@ import csv
 import os
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -22,11 +23,11 @@ class Log:
     NAMES = ("step", "loss", "gradient", "rate", "seconds", "pictures_a_second")
 
     def __init__(self, path: Path, step: int):
-        """Rows after `step` are of a run that was stopped, and whose steps come again."""
+        """Rows after `step` are of a run that was stopped, and whose steps come again. One process of several has a log."""
         self.path = path if processes.rank() == 0 else Path(os.devnull)
-        rows = list(csv.reader(path.open())) if path.exists() else []
+        rows = list(csv.reader(self.path.open())) if self.path.exists() else []
         self.rows = [row for row in rows[1:] if len(row) == len(self.NAMES) and int(row[0]) <= step]
-        with path.open("w", newline="") as file:
+        with self.path.open("w", newline="") as file:
             csv.writer(file).writerows([self.NAMES, *self.rows])
 
     def add(self, step: int, *numbers: float) -> None:
@@ -37,7 +38,7 @@ class Log:
     def plot(self) -> None:
         """Each step's loss, which mostly tells how hard its times were, and their mean over the last fifty."""
         losses = [float(row[1]) for row in self.rows]
-        means = [sum(losses[max(0, i - 49) : i + 1]) / len(losses[max(0, i - 49) : i + 1]) for i in range(len(losses))]
+        means = [fmean(losses[max(0, i - 49) : i + 1]) for i in range(len(losses))]
         scale = LogScale.around(losses, 30, 260)
         x = lambda i: 60 + 560 * i / max(1, len(losses) - 1)  # noqa: E731
         shapes = [Line([(60, scale(tick)), (620, scale(tick))], "grid") for tick in scale.ticks()]
