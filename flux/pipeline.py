@@ -1,6 +1,5 @@
 """Prompt -> tokens -> features -> noise -> velocity -> latents -> picture: the steps in order, and what is in memory when."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +9,18 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux import conditioning, sampling
 from flux.autoencoder import AutoEncoder, channels_last, from_diffusers
 from flux.conditioning import Conditions, Pictures
-from flux.configs import MODELS, ModelSpec
+from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.files import shard_files
 from flux.images import to_images
 from flux.inputs import as_mask, as_picture
 from flux.memory import OFFLOAD, Offload, Plan, Weights, Work, can_compile, choose_device, choose_dtype, plan, room_on
+from flux.merging import MergedLoras
 from flux.models import find_spec, locate, with_decoder_of
 from flux.network import Network
 from flux.options import Guidance, check_cfg, check_count, check_guidance, check_scale, check_size, check_steps
@@ -135,10 +135,8 @@ class Pipeline:
         # `prepare` decides whether a stage's networks stay when it ends, and keeps for what it did
         self.resident, self.prepared = economy.offload in (None, "none"), None
         self.tabulated = True  # what time does to the network is computed for all steps before the first
-        self.loras: dict[Path, tuple[list, float]] = {}  # file -> its patches, as `flux.lora` makes them, and their scale
-        for path in self._own_loras:
-            self.loras[path] = self._read_lora(path, {"transformer": self.transformer}), spec.adapter.scale
-        self._merge_loras()
+        encoders = {"t5": self.text.t5, "clip": self.text.clip} if spec.flux1 else {}
+        self._merged = MergedLoras(spec, files.get("lora", ()), encoders | {"transformer": self.transformer})
 
     def __call__(
         self,
@@ -246,69 +244,22 @@ class Pipeline:
 
         `partial`: leave out what has no place here.
         """
-        path = Path(path).resolve()
-        if path in self._own_loras:
-            return self.set_lora_scale(path, scale)
-        if path in self.loras:
-            raise UserError(f"{path} is loaded already: change its scale with set_lora_scale")
-        patches = self._read_lora(path, self._adaptable, partial)
-        self._check_lora(path, patches, scale)
-        self.loras[path] = patches, scale
-        self._merge_loras()
+        self._merged.add(Path(path), scale, partial)
+        self.text.known.clear()
 
     def set_lora_scale(self, path: str | Path, scale: float) -> None:
-        path = Path(path).resolve()
-        if path not in self.loras:
-            raise UserError(f"{path} is not loaded; loaded are: {', '.join(map(str, self.loras)) or 'none'}")
-        self._check_lora(path, (), scale)
-        self.loras[path] = self.loras[path][0], scale
-        self._merge_loras()
+        self._merged.set_scale(Path(path), scale)
+        self.text.known.clear()
 
     def unload_loras(self) -> None:
         """All but the model's own, if its row has one; the weights are then those of the files again."""
-        self.loras = {path: lora for path, lora in self.loras.items() if path in self._own_loras}
-        self._merge_loras()
-
-    @property
-    def _own_loras(self) -> set[Path]:
-        return {path.resolve() for path in self.files.get("lora", ())}
-
-    @staticmethod
-    def _read_lora(path: Path, networks: dict[str, Network], partial: bool = False) -> list:
-        """Its patches of these networks."""
-        from flux.lora import place, read
-
-        return place(read(path), {part: network.on_meta() for part, network in networks.items()}, partial)
-
-    def _check_lora(self, path: Path, patches: Sequence, scale: float) -> None:
-        """UserError for a LoRA that could be merged, but not make sense."""
-        if not math.isfinite(scale):
-            raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
-        spec, c = self.spec, self.spec.transformer
-        control = 2 * c.out_channels if spec.control and spec.adapter else c.in_channels
-        widths = {patch.columns for patch in patches if patch.place.part == "transformer" and patch.place.path == "img_in"}
-        if strange := widths - {c.out_channels, c.in_channels, control}:
-            able = ", ".join(s.name for s in MODELS.values() if s.control and s.adapter)
-            raise UserError(f"{path} is for an input of {max(strange)} channels, which {spec.name} does not have; if it is a "
-                            f"control LoRA, use {able}")  # fmt: skip
-        replaced = {patch.place for patch in patches if "value" in patch.factors}
-        for other, (known, _) in self.loras.items():
-            if any(patch.place in replaced and "value" in patch.factors for patch in known):
-                raise UserError(f"{path} and {other} replace the same weights, so they cannot be used together: leave one out")
-
-    @property
-    def _adaptable(self) -> dict[str, Network]:
-        """The networks that a LoRA may change."""
-        encoders = {"t5": self.text.t5, "clip": self.text.clip} if self.spec.flux1 else {}
-        return encoders | {"transformer": self.transformer}
-
-    def _merge_loras(self) -> None:
-        """Anew, from the weights as they are in the files, so that they are rounded once."""
-        for part, network in self._adaptable.items():
-            patches = [(p, scale) for patches, scale in self.loras.values() for p in patches if p.place.part == part]
-            paths = {patch.place.path for patch, _ in patches}
-            network.alter(partial(_merge, patches=patches) if patches else None, paths)
+        self._merged.remove_all()
         self.text.known.clear()
+
+    @property
+    def loras(self) -> dict[Path, tuple[list, float]]:
+        """File -> its patches, as `flux.lora` makes them, and their scale."""
+        return self._merged.files
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Prompts -> features, kept for the next time."""
@@ -446,9 +397,3 @@ class Pipeline:
         if not self.resident:
             self.autoencoder.release()
         return images
-
-
-def _merge(module: nn.Module, patches: list) -> None:
-    from flux.lora import merge  # not above: a picture without LoRAs need not wait for it
-
-    merge(module, patches)
