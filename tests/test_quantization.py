@@ -172,7 +172,7 @@ def by_columns(layers, state) -> Written:
 def hugging_face(layers, state) -> Written:
     tensors, weights = dict(state), {}
     for number, layer in enumerate(layers):
-        weight = random(*state[f"{layer}.weight"].shape, seed=number, size=100).to(E4M3)
+        weight = random(*state[f"{layer}.weight"].shape, seed=number, size=100).clamp(-448, 448).to(E4M3)
         rows, columns = weight.shape
         scale = random(-(-rows // 128), -(-columns // 128), seed=number).to(torch.bfloat16 if number % 2 else torch.float32)
         tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale_inv"] = weight, scale

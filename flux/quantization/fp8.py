@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.quantization.linear import QuantizedLinear
@@ -56,7 +57,11 @@ class FP8Linear(QuantizedLinear):
         if scale.numel() > 1 or weight_scale.numel() > 1:  # scales go by rows on both sides, or on neither
             scale = scale.expand(len(rows), 1).contiguous()
             weight_scale = weight_scale.expand(1, self.out_features).contiguous()
-        y = torch._scaled_mm(quantised, self.weight.t(), scale, weight_scale, self.bias, out_dtype=x.dtype)  # (n, out)
+        if scale.numel() > 1 and x.is_cpu and torch.__version__ < "2.13":  # whose CPU kernel knows one scale for all alone
+            y = F.linear(quantised.float(), self.weight.float()) * scale * weight_scale
+            y = (y if self.bias is None else y + self.bias.float()).to(x.dtype)  # (n, out)
+        else:
+            y = torch._scaled_mm(quantised, self.weight.t(), scale, weight_scale, self.bias, out_dtype=x.dtype)  # (n, out)
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
