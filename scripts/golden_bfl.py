@@ -75,11 +75,14 @@ def run(w):
 
 
 def noise(family, channels):
-    """R1. Tokens, row by row: FLUX.1 draws four numbers a token side by side, FLUX.2 all of a token's."""
+    """R1. Tokens, row by row: FLUX.1 draws four numbers a token side by side, FLUX.2 all of a token's.
+
+    BFL draws in bfloat16: in torch 2.13 that is float32, rounded; in 2.11 it was other numbers, which nothing here repeats.
+    """
     generator = torch.Generator().manual_seed(SEED)
     if family == "flux.2":
-        return torch.randn(1, channels, ROWS, COLUMNS, generator=generator, dtype=torch.bfloat16).float().flatten(2).mT
-    drawn = torch.randn(1, channels // 4, 2 * ROWS, 2 * COLUMNS, generator=generator, dtype=torch.bfloat16).float()
+        return r(torch.randn(1, channels, ROWS, COLUMNS, generator=generator)).flatten(2).mT
+    drawn = r(torch.randn(1, channels // 4, 2 * ROWS, 2 * COLUMNS, generator=generator))
     return F.pixel_unshuffle(drawn, 2).flatten(2).mT
 
 
