@@ -1,8 +1,8 @@
 """The LoRAs of a pipeline: which files, at which scales; merged into its networks anew whenever that changes."""
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial as bound
 from pathlib import Path
 
 from torch import nn
@@ -16,14 +16,13 @@ class MergedLoras:
     """`files`: path -> its patches, as `flux.lora` makes them, and their scale, in the order in which they came.
 
     `own`: the files that the model's row of the table brings, which are always there. `networks`: those that a LoRA may change,
-    by the names that `flux.lora` has for them.
+    by the names that `flux.lora` has for them. `changed` is called whenever they have changed.
     """
 
-    def __init__(self, spec: ModelSpec, own: Sequence[Path], networks: dict[str, Network]):
-        self.spec, self.networks, self.own = spec, networks, {path.resolve() for path in own}
-        self.files: dict[Path, tuple[list, float]] = {}
-        for path in self.own:
-            self.files[path] = _read(path, {"transformer": networks["transformer"]}), spec.adapter.scale
+    def __init__(self, spec: ModelSpec, own: Sequence[Path], networks: dict[str, Network], changed: Callable[[], None]):
+        self.spec, self.networks, self.changed, self.own = spec, networks, changed, {path.resolve() for path in own}
+        part = {"transformer": networks["transformer"]}
+        self.files: dict[Path, tuple[list, float]] = {path: (_read(path, part), spec.adapter.scale) for path in self.own}
         self._merge()
 
     def add(self, path: Path, scale: float, partial: bool) -> None:
@@ -71,7 +70,8 @@ class MergedLoras:
         for part, network in self.networks.items():
             patches = [(p, scale) for patches, scale in self.files.values() for p in patches if p.place.part == part]
             paths = {patch.place.path for patch, _ in patches}
-            network.alter(partial(_merge, patches=patches) if patches else None, paths)
+            network.alter(bound(_merge_into, patches=patches) if patches else None, paths)
+        self.changed()
 
 
 def _read(path: Path, networks: dict[str, Network], partial: bool = False) -> list:
@@ -81,7 +81,7 @@ def _read(path: Path, networks: dict[str, Network], partial: bool = False) -> li
     return place(read(path), {part: network.on_meta() for part, network in networks.items()}, partial)
 
 
-def _merge(module: nn.Module, patches: list) -> None:
+def _merge_into(module: nn.Module, patches: list) -> None:
     from flux.lora import merge
 
     merge(module, patches)

@@ -136,7 +136,8 @@ class Pipeline:
         self.resident, self.prepared = economy.offload in (None, "none"), None
         self.tabulated = True  # what time does to the network is computed for all steps before the first
         encoders = {"t5": self.text.t5, "clip": self.text.clip} if spec.flux1 else {}
-        self._merged = MergedLoras(spec, files.get("lora", ()), encoders | {"transformer": self.transformer})
+        adaptable = encoders | {"transformer": self.transformer}
+        self._merged = MergedLoras(spec, files.get("lora", ()), adaptable, changed=self.text.known.clear)
 
     def __call__(
         self,
@@ -245,16 +246,13 @@ class Pipeline:
         `partial`: leave out what has no place here.
         """
         self._merged.add(Path(path), scale, partial)
-        self.text.known.clear()
 
     def set_lora_scale(self, path: str | Path, scale: float) -> None:
         self._merged.set_scale(Path(path), scale)
-        self.text.known.clear()
 
     def unload_loras(self) -> None:
         """All but the model's own, if its row has one; the weights are then those of the files again."""
         self._merged.remove_all()
-        self.text.known.clear()
 
     @property
     def loras(self) -> dict[Path, tuple[list, float]]:
