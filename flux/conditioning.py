@@ -239,7 +239,8 @@ def fitted(spec: ModelSpec, pictures: Pictures) -> list[Image.Image]:
     if spec.flux1:
         sized = [(p, p.size if pictures.keep_size else inputs.preferred_size(*p.size)) for p in pictures.images]
         return [p.resize([side // 16 * 16 for side in size], Image.Resampling.LANCZOS) for p, size in sized]
-    limit = pictures.limit or (2024 if len(pictures.images) == 1 else 1024)  # as BFL; diffusers: always 1024
+    usual = 2024 if len(pictures.images) == 1 else 1024  # as BFL; diffusers: always 1024
+    limit = pictures.limit or (spec.size if spec.embedded else usual)
     return [inputs.fit_reference(p, limit**2) for p in pictures.images]
 
 
@@ -285,7 +286,7 @@ def condition(
     if mask:
         whole = replace(whole, mask=latent_mask(to_mask(fit(mask)), start.shape[1], spec.flux1))
     if spec.picture == "reference":  # such a model looks at what it changes, too
-        others = replace(pictures, images=pictures.images[1:], limit=pictures.limit or 1024)
+        others = replace(pictures, images=pictures.images[1:], limit=pictures.limit or min(spec.size, 1024))
         latents = [start] + [encode(to_pixels(p)) for p in fitted(spec, others)]
         whole = replace(whole, **references(spec, pictures, latents))
     return replace(whole, start=start)

@@ -115,7 +115,7 @@ FLUX2 = FluxConfig()
 KLEIN_4B = replace(FLUX2, context_dim=7680, hidden_size=3072, num_heads=24, depth=5, depth_single=20, guidance=False)
 KLEIN_9B = replace(FLUX2, context_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single=24, guidance=False)
 TINY = replace(
-    FLUX2, in_channels=64, out_channels=64, context_dim=384, hidden_size=128, num_heads=4, depth=2, depth_single=4,
+    FLUX2, in_channels=64, out_channels=64, context_dim=384, hidden_size=128, num_heads=4, depth=2, depth_single=8,
     axes_dim=(8, 8, 8, 8), guidance=False,
 )  # fmt: skip
 
@@ -204,9 +204,9 @@ MODELS: dict[str, ModelSpec] = _table([
     _quantised(_klein_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-fp8", "flux-2-klein-base-9b-fp8.safetensors", **_base),
     _quantised(_klein_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-nvfp4", "flux-2-klein-base-9b-nvfp4.safetensors",
                **_base),
-    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=128, steps=8, guidance=2.5, cfg=True, fixed="",
-            picture="start", transformer=TINY, transformer_file="flux-2-tiny.safetensors",
+    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=256, steps=8, guidance=2.5, cfg=True, fixed="",
+            transformer=TINY, transformer_file="flux-2-tiny.safetensors",
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)), text_length=32,
-            autoencoder=AE_TINY, autoencoder_files=("ae.safetensors",)),
+            autoencoder=AE_TINY, autoencoder_files=(AE,)),
 ])  # fmt: skip
-EMBEDDED = Path(__file__).parent / "tiny"  # the files of the embedded model, in the layout of a repository
+EMBEDDED = Path(__file__).parent / "tiny"  # a folder for each embedded model, in the layout of a repository

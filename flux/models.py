@@ -103,7 +103,7 @@ def locate_one(spec: ModelSpec, name: str, weights: Path | None) -> Path:
 def _find(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list[Path]:
     """The first of `choices` that is at hand, or else the first, downloaded."""
     if spec.embedded:
-        return [EMBEDDED / choices[0]]
+        return [EMBEDDED / spec.name / choices[0]]
     name = next((c for c in choices if is_local(spec.repository, c, weights)), choices[0])
     return find_all(spec.repository, name, weights, spec.licence.name, spec.licence.gated)
 

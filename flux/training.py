@@ -76,12 +76,17 @@ class Batch(NamedTuple):
         return Batch(of(self.latents), TextFeatures(*map(of, self.features)), of(self.references), ids)
 
 
-def velocity(network: Flux, batch: Batch, guidance: float | Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Of latents x (B, C, h, w) at times t (B,), with the captions and references of the batch; guidance for all, or (B,)."""
+def velocity(network: Flux, batch: Batch, guidance: float | Tensor, x: Tensor, t: Tensor,
+             corner: tuple[int, int] = (0, 0)) -> Tensor:  # fmt: skip
+    """Of latents x (B, C, h, w) at times t (B,), with the captions and references of the batch; guidance for all, or (B,).
+
+    `corner`: row and column of the first tokens, if the latents are a window of the pictures, and the references too.
+    """
     axes, (h, w), (txt, vector) = len(network.config.axes_dim), x.shape[2:], batch.features
     img, img_ids = rearrange(x, "b c h w -> b (h w) c"), sampling.image_ids(h, w, axes).to(x.device)
     if batch.references is not None:
         img, img_ids = torch.cat([img, batch.references], dim=1), torch.cat([img_ids, batch.reference_ids])
+    img_ids[:, 1:3] += torch.tensor(corner, device=x.device)
     txt_ids = sampling.text_ids(txt.shape[1], axes).to(x.device)
     given = torch.as_tensor(guidance).to(t).expand_as(t) if network.config.guidance else None
     out = network(img, img_ids, txt, txt_ids, t, given, vector)[:, : h * w]  # (B, L, C)

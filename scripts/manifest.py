@@ -300,7 +300,7 @@ def check(spec: ModelSpec, weights: Path | None) -> int:
     faults = 0
     for part, (config, repository, choices) in parts(spec).items():
         if spec.embedded:
-            files = [EMBEDDED / choices[0]]
+            files = [EMBEDDED / spec.name / choices[0]]
         elif found := [name for name in choices if is_local(repository, name, weights)]:
             files = find_all(repository, found[0], weights)
         else:

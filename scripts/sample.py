@@ -351,8 +351,9 @@ def note_unknown_words(prompts: list[str]) -> None:
     if unknown := [word for prompt in prompts for word in shapes.unknown_words(prompt)]:
         words = ", ".join(repr(word) for word in dict.fromkeys(unknown))
         say(f"note: the toy does not know {words}. It knows the shapes {', '.join(shapes.SHAPES)}; the colours "
-            f"{', '.join(shapes.COLOURS)}; small and large; places such as 'at the top left'; above, below, to the left of, to "
-            "the right of; and '... background'. --model names a real model.")  # fmt: skip
+            f"{', '.join(shapes.COLOURS)}; {', '.join(shapes.PATTERNS)}; {', '.join(shapes.SIZES)}; places such as 'at the top "
+            "left'; above, below, to the left of, to the right of; '... background'; and 'the word \"ABCD\" in red'. --model "
+            "names a real model.")  # fmt: skip
 
 
 def save_latents(picture: Path, latents, metadata: dict) -> None:

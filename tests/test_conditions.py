@@ -283,7 +283,7 @@ def test_sizes_of_what_is_seen_beside_a_start(name, options, shapes):
 
 @pytest.mark.parametrize("name, sizes, options, asked, expected", [
     (DEV, None, {}, (None, None), (1024, 1024)),  # without a picture
-    ("flux.2-tiny", None, {}, (64, None), (64, 128)),
+    ("flux.2-tiny", None, {}, (64, None), (64, 256)),
     (REDUX, [LARGE], {}, (None, None), (1024, 1024)),  # which looks at pictures from afar
     (REDUX, [LARGE], {}, (None, 512), (1024, 512)),
     (DEV, [MIDDLE], {}, (None, None), (1008, 704)),  # its own, rounded up, to be cropped in the end
@@ -324,7 +324,7 @@ def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
     (FILL, LARGE, dict(expand=(8, 0, 0, 0)), (3008, 2000), (1760, 1168)),
     (CANNY, LARGE, {}, (3008, 2000), (1760, 1168)),
     (KLEIN, LARGE, dict(strength=0.5), (3008, 2000), (1760, 1168)),
-    ("flux.2-tiny", (400, 300), {}, (400, 304), (192, 144)),  # of 128² pixels: 207.6 by 157.8
+    ("flux.2-tiny", (640, 480), dict(strength=0.5), (640, 480), (416, 304)),  # of 2·256² pixels: 418.0 by 313.5
 ])  # fmt: skip
 def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, expected):
     spec, pictures = RELEASED[name], Pictures(blank(size), **options)

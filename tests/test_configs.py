@@ -42,15 +42,15 @@ DEFAULTS = {
     "flux.2-klein-base-9b": ("flux-2-klein-base-9b", "empirical", 50, 4.0, True, 512, False),
 }
 
-# What a picture is to them, from the same scripts and the cards; to a model that knows no pictures, the toy too, a start.
+# What a picture is to them, from the same scripts and the cards; to a model that knows no pictures, a start.
 PICTURES = {
-    "start": {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev", "flux.2-tiny"},
+    "start": {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev"},
     "fill": {"flux.1-fill-dev"},
     "control": {"flux.1-canny-dev", "flux.1-depth-dev", "flux.1-canny-dev-lora", "flux.1-depth-dev-lora"},
     "redux": {"flux.1-redux-dev"},
     "reference": {
         "flux.1-kontext-dev", "flux.2-dev", "flux.2-klein-4b", "flux.2-klein-9b", "flux.2-klein-9b-kv",
-        "flux.2-klein-base-4b", "flux.2-klein-base-9b",
+        "flux.2-klein-base-4b", "flux.2-klein-base-9b", "flux.2-tiny",
     },
 }  # fmt: skip
 
@@ -184,12 +184,12 @@ def test_licences():
     }
 
 
-def test_embedded_model_is_a_klein_whose_files_are_in_the_package():
+def test_embedded_model_is_a_klein_base_whose_files_are_in_the_package():
     toy, klein = MODELS["flux.2-tiny"], MODELS["flux.2-klein-base-4b"]
-    assert toy.embedded and [spec for spec in MODELS.values() if spec.embedded] == [toy]
-    assert (toy.schedule, toy.cfg) == (klein.schedule, klein.cfg) and toy.guidance == 2.5
+    assert [spec for spec in MODELS.values() if spec.embedded] == [toy] and EMBEDDED.parent.name == "flux"
+    assert (toy.schedule, toy.cfg, toy.picture) == (klein.schedule, klein.cfg, klein.picture) and toy.guidance == 2.5
     names = (toy.transformer_file, *toy.autoencoder_files, *toy.text.files, *toy.text.tokenizer)
-    assert all((EMBEDDED / name).is_file() for name in names) and EMBEDDED.parent.name == "flux"
+    assert all((EMBEDDED / toy.name / name).is_file() for name in names)
     assert toy.text.model.features == toy.transformer.context_dim
     assert toy.transformer.in_channels == toy.autoencoder.latent_channels
 

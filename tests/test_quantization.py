@@ -628,7 +628,7 @@ def test_pipeline_takes_a_quantised_transformer(tmp_path):
 
     Whole weights are mapped, and may lie where a matrix product sums in another order than elsewhere in memory.
     """
-    state = load_file(EMBEDDED / "flux-2-tiny.safetensors")
+    state = load_file(EMBEDDED / "flux.2-tiny" / "flux-2-tiny.safetensors")
     written = bfl(in_blocks(empty(flux.MODELS["flux.2-tiny"].transformer)), state)
     whole = Written({name: written.weights.get(name, tensor.float()) for name, tensor in state.items()}, {})
     pictures = []

@@ -35,7 +35,7 @@ REAL = [name for name, spec in MODELS.items() if not spec.embedded]
 PROMPT = "a small red circle above a large blue ring on a white background"
 QUICK = ("--width", "64", "--height", "64", "--steps", "1")
 SPEC = MODELS["flux.2-tiny"]
-TOY = EMBEDDED / SPEC.transformer_file
+TOY = EMBEDDED / SPEC.name / SPEC.transformer_file
 
 
 class Run(NamedTuple):
@@ -369,7 +369,7 @@ def content(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 def copy(name: str) -> Callable[[Path], object]:
-    return lambda path: shutil.copy(EMBEDDED / name, path)
+    return lambda path: shutil.copy(EMBEDDED / SPEC.name / name, path)
 
 
 LAST = "final_layer.linear.weight"
@@ -420,11 +420,11 @@ def test_nan_in_the_weights_is_told_and_makes_no_picture(cli):
 
 
 def test_nan_in_the_autoencoder_is_told_and_makes_no_picture(cli, tmp_path, monkeypatch):
-    home = shutil.copytree(EMBEDDED, tmp_path / "tiny")
+    home = shutil.copytree(EMBEDDED / SPEC.name, tmp_path / SPEC.name)
     state = load_file(home / "ae.safetensors")
     state["decoder.conv_out.bias"].fill_(float("nan"))
     save_file(state, home / "ae.safetensors")
-    monkeypatch.setattr(models, "EMBEDDED", home)
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path)
     cli(PROMPT, *QUICK, "--check-weights").says("ae.safetensors", "'decoder.conv_out.bias'")
     cli(PROMPT, *QUICK).says("the decoded pixels are not finite", code=1)
 

@@ -57,7 +57,7 @@ A, B = photo(90, 70, seed=1), photo(70, 110, seed=2)  # sides that are no multip
 A.paste((250, 240, 20), (20, 15, 60, 50))  # which has edges
 FILL, REDUX, KONTEXT, KLEIN = "flux.1-fill-dev", "flux.1-redux-dev", "flux.1-kontext-dev", "flux.2-klein-4b"
 CONTROL = {"flux.1-canny-dev", "flux.1-depth-dev", "flux.1-canny-dev-lora", "flux.1-depth-dev-lora"}
-FLUX2 = {name for name in MODELS if name.startswith("flux.2")} - {"flux.2-tiny"}
+FLUX2 = {name for name in MODELS if name.startswith("flux.2")}
 KONTEXT_SIZES = [(64, 144), (80, 96), (96, 80), (144, 64)]  # of pictures that a test can make
 
 
@@ -246,10 +246,11 @@ MODES = {
                             dict(guidance=3, negative_prompt="grey")),
     "reference, begun from": Mode(KLEIN, f"{ONE} --strength 0.5", (90, 70), dict(strength=0.5)),
     "reference, inside": Mode(KLEIN, f"{INSIDE} --image b.png", (90, 70)),
-    "start, toy": Mode("flux.2-tiny", ONE, (90, 70)),
+    "references, toy": Mode("flux.2-tiny", BOTH, (80, 64)),
     "start, dev": Mode("flux.1-dev", f"{ONE} --strength 0.5", (90, 70), dict(strength=0.5)),
     "start, schnell": Mode("flux.1-schnell", f"{OTHER} --height 96", (64, 96), {}, dict(height=96)),
-    "inside, toy": Mode("flux.2-tiny", f"{INSIDE} --strength 1 --guidance 2", (90, 70), dict(strength=1.0), dict(guidance=2)),
+    "reference, inside, toy": Mode("flux.2-tiny", f"{INSIDE} --strength 1 --guidance 2", (90, 70), dict(strength=1.0),
+                                   dict(guidance=2)),
     "inside, dev": Mode("flux.1-dev", INSIDE, (90, 70)),
 }  # fmt: skip
 DEFAULTS = dict(strength=None, expand=None, mask_threshold=None, composite=True, weights=None, match=None, keep_size=False,
@@ -777,14 +778,14 @@ def test_wrong_mask_is_told_before_the_weights_are_looked_for(cli, here, image, 
 @pytest.mark.parametrize("model", ["flux.2-tiny", "flux.1-canny-dev", KONTEXT, KLEIN, REDUX])
 def test_picture_that_is_too_small_or_too_long_is_told(cli, here, size, words, model):
     Image.new("RGB", size).save("bad.png")
-    several = ("--image", "a.png") * (model in (KONTEXT, KLEIN, REDUX))
+    several = ("--image", "a.png") * (model in (KONTEXT, KLEIN, REDUX, "flux.2-tiny"))
     number = "--image 2 is" if several else "--image 1 is"
     saying(cli, (number, *words), PROMPT, "--model", model, *several, "--image", "bad.png")
 
 
 # ---------------------------------------------------------------------------------------------------------- what models can do
 
-START = {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev", "flux.2-tiny"}
+START = {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev"}
 ABLE = {  # which models take a flag, as the README has it
     "--mask m.png": START | FLUX2 | {KONTEXT, FILL},
     "--strength 0.5": START | FLUX2 | {KONTEXT},
@@ -827,7 +828,7 @@ def test_model_that_needs_a_picture_is_told(cli, model):
 
 
 @pytest.mark.parametrize("model, most, takes", [
-    ("flux.2-tiny", 1, "takes one --image"), ("flux.1-dev", 1, "takes one --image"), (FILL, 1, "takes one --image"),
+    ("flux.1-dev", 1, "takes one --image"), (FILL, 1, "takes one --image"),
     ("flux.1-canny-dev", 1, "takes one --image"), (REDUX, 10, "takes 1 to 10 times --image"),
     (KONTEXT, 10, "takes 1 to 10 times --image"), (KLEIN, 10, "takes 1 to 10 times --image"),
 ])  # fmt: skip

@@ -20,6 +20,9 @@ from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast, Qwen2Tokeni
 from flux.errors import UserError
 from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
 
+script("toy")  # which puts its own folder where the recipe is found
+from recipe.tokenizer import train_byte_level_bpe
+
 PROSE = [
     "a photo of a cat sitting on a mat beside the window",
     "The quick brown fox doesn't jump over 1234567890 lazy dogs!",
@@ -110,7 +113,7 @@ def make_clip(folder: Path) -> None:
 
 def make_qwen(folder: Path) -> None:
     """tokenizer.json, and beside it the older files with the same content."""
-    tokenizer = script("toy").train_byte_level_bpe(PROSE, 400, folder / "tokenizer.json")
+    tokenizer = train_byte_level_bpe(PROSE, 400, folder / "tokenizer.json")
     tokenizer.model.save(str(folder))
     flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
     added = {i: {flag: getattr(t, flag) for flag in flags} for i, t in tokenizer.get_added_tokens_decoder().items()}

@@ -1,55 +1,214 @@
-"""The script that makes the toy: its loss, its optimizer, its checkpoints, and that what it exports is a model that loads.
+"""The recipe of the embedded model: its losses, optimizer and checkpoints, its batches, its tokenizer, the export.
 
 Whether training works is shown by its product, in tests/test_embedded.py.
 """
 
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from reference import relative_l2
 from scripted import script
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flux
-from flux import models
+from flux import models, sampling, shapes, training, transformer
 from flux.autoencoder import AutoEncoder
+from flux.conditioning import reference_tokens
+from flux.configs import MODELS
+from flux.text import TextFeatures
+from flux.training import Batch, write
+from flux.weights import infer_config
+
+toy = script("toy")  # whose folder is where the recipe is found from now on
+from recipe.attention import attention
+from recipe.batches import Batches, Pictures
+from recipe.latents import EDITS, SCENES, THINGS, box, edits, pictures, shown
+from recipe.networks import Networks, flow_loss, new_networks, shown_loss
+from recipe.text import Tokenizer
+from recipe.tokenizer import texts, train_tokenizer
+from recipe.trainer import Trainer, optimizers, orthogonal
+from recipe.transformer import EDGES
+
+SPEC = MODELS["flux.2-tiny"]
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
-def toy():
-    return script("toy")
+def run(tmp_path_factory):
+    """A folder with the tokenizer."""
+    folder = tmp_path_factory.mktemp("run")
+    train_tokenizer(folder, SPEC.text)
+    return folder
 
 
-def test_the_loss_is_zero_for_the_true_velocity_and_only_for_it(toy):
-    latents = torch.randn(4, 8, 2, 3, generator=torch.Generator().manual_seed(0))
+def random_networks(seed: int = 0) -> Networks:
+    """All that begins as zero, or as one, is something else."""
+    torch.manual_seed(seed)
+    networks = new_networks(SPEC)
+    with torch.no_grad():
+        for p in networks.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return networks
 
-    class Oracle:  # from x = (1 - t) · latents + t · noise follows noise - latents = (x - latents) / t
-        def velocity(self, x, t, ids, mask):
-            return (x - latents) / t[:, None, None, None]
 
-    class Shy(Oracle):
-        def velocity(self, *args):
-            return 0.9 * super().velocity(*args)
+# ---------------------------------------------------------------------------------------------------------- losses
 
-    assert toy.rectified_flow_loss(Oracle(), latents, None, None) < 1e-9
-    assert toy.rectified_flow_loss(Shy(), latents, None, None) > 1e-3
+
+class Oracle:
+    """From x = (1 - t) · latents + t · noise follows noise - latents = (x - latents) / t."""
+
+    def __init__(self, latents: torch.Tensor, factor: float = 1.0):
+        self.latents, self.factor = latents, factor
+
+    def text(self):
+        return None
+
+    def velocity(self, features, x, t, references, corner):
+        return self.factor * (x - self.latents) / t[:, None, None, None]
+
+
+def test_the_loss_is_zero_for_the_true_velocity_and_only_for_it():
+    latents = drawn(4, 8, 2, 3)
+    assert flow_loss(Oracle(latents), latents, {}) < 1e-9
+    assert flow_loss(Oracle(latents, 0.9), latents, {}) > 1e-3
+
+
+def test_image_tokens_are_seen_half_way_through_the_single_blocks():
+    """What is kept are the tokens that the fifth block reads, less those of the text and of references."""
+    networks = random_networks()
+    blocks, seen = networks.transformer.single_blocks, []
+    blocks[len(blocks) // 2].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    features, references = TextFeatures(drawn(2, 5, 384, seed=1), None), drawn(2, 1, 64, 3, 5, seed=3)
+    networks.velocity(features, drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9]), references)
+    assert seen[0].shape[1] == 5 + 6 + 15
+    assert torch.equal(networks.hidden, seen[0][:, 5:11])
+    assert networks.shown(networks.hidden).shape == (2, 6, len(THINGS) + 16)
+
+
+def test_tokens_of_a_window_have_the_coordinates_that_they_have_in_the_picture():
+    networks, features = random_networks(), TextFeatures(drawn(2, 5, 384, seed=1), None)
+    x, t = drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9])
+    ids, txt_ids = sampling.image_ids(9, 8, 4).reshape(9, 8, -1)[4:6, 3:6].flatten(0, 1), sampling.text_ids(5, 4)
+    expected = networks.transformer(x.flatten(2).mT, ids, features.tokens, txt_ids, t, None, None)
+    assert torch.equal(networks.velocity(features, x, t, corner=(4, 3)), expected.mT.unflatten(2, (2, 3)))
+    whole = training.velocity(networks.transformer, Batch(x, features), 1.0, x, t)
+    assert torch.equal(networks.velocity(features, x, t), whole)
+
+
+def test_windows_of_references_have_their_coordinates_too():
+    networks, others = random_networks(), [drawn(2, 64, 2, 3, seed=k) for k in (3, 4)]
+    features, x, t = TextFeatures(drawn(2, 5, 384, seed=1), None), drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9])
+    tokens, ids = reference_tokens(others, 4)
+    whole = training.velocity(networks.transformer, Batch(x, features, tokens, ids), 1.0, x, t)
+    assert torch.equal(networks.velocity(features, x, t, torch.stack(others, dim=1)), whole)
+    ids = torch.cat([sampling.image_ids(2, 3, 4), ids]) + torch.tensor([0, 4, 3, 0])
+    img = torch.cat([x.flatten(2).mT, tokens], dim=1)
+    expected = networks.transformer(img, ids, features.tokens, sampling.text_ids(5, 4), t, None, None)[:, :6]
+    moved = networks.velocity(features, x, t, torch.stack(others, dim=1), corner=(4, 3))
+    assert torch.equal(moved, expected.mT.unflatten(2, (2, 3)))
+
+
+def test_what_is_shown_costs_nothing_where_it_is_known():
+    """Two tokens: one of a third thing, covered in its first part alone; one of the background."""
+    things, covered = torch.tensor([[[2, 0]]], dtype=torch.uint8), torch.zeros(1, 1, 2, 16, dtype=torch.uint8)
+    covered[0, 0, 0, 0] = 255
+    kinds, parts = torch.full((1, 2, len(THINGS)), -30.0), torch.full((1, 2, 16), -30.0)
+    kinds[0, 0, 2] = kinds[0, 1, 0] = parts[0, 0, 0] = 30
+    assert shown_loss(torch.cat([kinds, parts], -1), things, covered) < 1e-6
+    assert shown_loss(torch.cat([kinds.flip(1), parts], -1), things, covered).item() == pytest.approx(60)
+    assert shown_loss(torch.cat([kinds, parts.flip(1)], -1), things, covered).item() == pytest.approx(2 * 30 / 32)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (320, 192)])
+def test_what_tokens_show_is_what_is_drawn(size):
+    """Where a token shows a thing, it has its colour in the picture, as much as is said; elsewhere there is background."""
+    for scene, (layout,) in itertools.islice(pictures(*size), 60):
+        things, covered = shown(layout, *size)
+        names = {THINGS[number] for number in np.unique(things)} - {None}
+        things_of = [item.thing for item in layout.items]
+        assert names == {name for x in things_of for name in (x.letters if isinstance(x, shapes.Word) else [x.shape])}
+        picture, ground = shapes.draw(layout, *size).astype(float), np.array(shapes.COLOURS[layout.background], float)
+        height, width = things.shape
+        away = np.abs(picture - ground).max(-1).reshape(height, 16, width, 16)
+        assert np.array_equal(away.max((1, 3)) > 0, things > 0)
+        cells = away.reshape(height, 4, 4, width, 4, 4).max((2, 5)).transpose(0, 2, 1, 3).reshape(height, width, 16)
+        assert not covered[cells == 0].any() and (covered[cells > 0]).mean() > 128 * (len(layout.items) > 0)
+
+
+def test_the_box_of_an_edit_holds_what_all_its_pictures_show():
+    for edit, layouts in itertools.islice(edits(2), 20):
+        top, left, below, behind = box([shown(layout, 256, 256)[1] for layout in layouts])
+        things = np.any([shown(layout, 256, 256)[0] for layout in layouts], axis=0)
+        rows, columns = np.nonzero(things)
+        assert (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1) == (top, left, below, behind)
+
+
+def test_letters_are_told_apart():
+    word = shapes.Layout((shapes.Item(shapes.Word("AZ", "red"), 0.5, 0.5, 0.0),), "blue")
+    things, _ = shown(word, 256, 256)
+    left, right = (np.argwhere(things == THINGS.index(letter))[:, 1] for letter in "AZ")
+    assert left.max() < right.min() and len(left) >= 6 and len(right) >= 6
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def test_attention_for_training_is_attention():
+    """In float64 without autocast, to the bit; under it, within twice what torch's own loses to bfloat16."""
+    q, k, v = (drawn(2, 50, 4, 32, seed=seed).double().requires_grad_() for seed in range(3))
+    upstream = drawn(2, 50, 128, seed=3)
+
+    def run(attention, *inputs, dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            out = attention(*inputs)
+        return [out, *torch.autograd.grad((out * upstream).sum(), inputs)]
+
+    exact = run(transformer.attention, q, k, v, dtype=torch.float64)
+    assert all(map(torch.equal, run(attention, q, k, v, dtype=torch.float64), exact))
+    single = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    for ours, theirs, truth in zip(run(attention, *single), run(transformer.attention, *single), exact, strict=True):
+        assert relative_l2(ours.double(), truth) <= 2 * relative_l2(theirs.double(), truth) <= 0.02
+
+
+def test_attention_for_training_sees_what_was_remembered():
+    q, k, v, *memory = (drawn(2, 10, 4, 32, seed=seed) for seed in range(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = [attend(q, k, v, transformer.Memory(*memory)) for attend in (attention, transformer.attention)]
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
-def test_muon_makes_its_updates_nearly_orthogonal(toy, shape):
+def test_muon_makes_its_updates_nearly_orthogonal(shape):
     spread = torch.diag(torch.linspace(0.1, 10, 16))  # singular values a hundredfold apart
-    matrix = spread @ torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
-    singular = torch.linalg.svdvals(toy.orthogonal(matrix.reshape(16, 64) if shape[0] == 16 else matrix.T))
+    matrix = spread @ drawn(16, 64, seed=1)
+    singular = torch.linalg.svdvals(orthogonal(matrix.reshape(16, 64) if shape[0] == 16 else matrix.T))
     assert singular.max() < 1.3 and singular.min() > 0.1
     assert singular.max() / singular.min() < 0.1 * torch.linalg.cond(matrix)
 
 
-def test_a_stopped_run_goes_on_with_the_state_that_it_had(toy, tmp_path):
+def test_muon_is_for_the_blocks_matrices():
+    """Of inner width on both sides: 128, or a multiple."""
+    networks = random_networks()
+    names = {id(p): path for path, p in networks.named_parameters()}
+    muon, adam = (o.param_groups[0]["params"] for o in optimizers(networks, 1e-3, 1e-3, EDGES))
+    blocks = ("_blocks.", "text.model.layers.")
+    assert all(p.ndim == 2 and any(block in names[id(p)] for block in blocks) for p in muon)
+    assert len(muon) + len(adam) == len(names)
+    for p in adam:
+        path = names[id(p)]
+        assert p.ndim < 2 or "mod" in path or not any(block in path for block in blocks), path
+
+
+def test_a_stopped_run_goes_on_with_the_state_that_it_had(tmp_path):
     def trainer(minutes):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
-        return toy.Trainer(
-            model, toy.optimizers(model, 1e-2, 1e-2, plain=("1.",)), tmp_path / "model.safetensors", minutes, 0.9
-        )
+        return Trainer(model, optimizers(model, 1e-2, 1e-2, plain=("1.",)), tmp_path / "model.safetensors", minutes, 0.9)
 
     def loss_of(trainer):
         return lambda step: trainer.model(torch.full((2, 4), 1.0 + step % 3)).square().mean()
@@ -66,20 +225,117 @@ def test_a_stopped_run_goes_on_with_the_state_that_it_had(toy, tmp_path):
             assert a and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
-def test_what_it_exports_loads_strictly_and_makes_pictures(toy, tmp_path, monkeypatch):
-    run, target = tmp_path / "run", tmp_path / "tiny"
-    run.mkdir()
-    toy.train_tokenizer(run)
-    torch.manual_seed(0)
-    toy.export(run, target, AutoEncoder(toy.SPEC.autoencoder), toy.Networks())
-    monkeypatch.setattr(models, "EMBEDDED", target)
-    (image,) = flux.load()("a red circle", steps=1)
-    assert image.size == (toy.SPEC.size,) * 2
-    assert np.asarray(image).dtype == np.uint8
+def test_no_minutes_are_no_steps(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    before = model[0].weight.detach().clone()
+    trainer = Trainer(model, optimizers(model, 1e-2, 1e-2, ()), tmp_path / "model.safetensors", minutes=0, ema=0.9)
+    trainer.run(lambda step: model(torch.ones(2, 4)).square().mean())
+    assert trainer.step == 0 and torch.equal(model[0].weight, before) and not any(tmp_path.iterdir())
 
 
-def test_no_time_for_the_autoencoder_means_that_there_is_one(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["toy.py", str(tmp_path / "run"), "--autoencoder-minutes", "0"])
-    with pytest.raises(SystemExit, match="2"):
-        toy.main()
-    assert "--start-from FOLDER" in capsys.readouterr().err and not (tmp_path / "run").exists()
+def files(run, count: int = 400, seed: int = 0) -> None:
+    """As `encode_all` writes them, but a token's latents say where it is: in which picture of an edit, row and column."""
+    rng = np.random.default_rng(seed)
+    for name, (width, height), others in [*((f"latents-{w}x{h}", (w, h), 0) for w, h in SCENES),
+                                          *((f"edits-{number}", (256, 256), number) for number in EDITS)]:  # fmt: skip
+        h, w = height // 16, width // 16
+        axes = (torch.arange(n) for n in (1 + others, h, w))
+        where = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=1).half()  # (pictures, 3, h, w)
+        latents = (where if others else where[0])[None].repeat_interleave(count, 0)
+        first = np.stack([rng.integers(0, side - 3, count) for side in (h, w)], axis=1)
+        behind = np.stack([rng.integers(first[:, axis] + 1, side + 1) for axis, side in enumerate((h, w))], axis=1)
+        ids = torch.arange(1, count + 1)[:, None].expand(count, 3)
+        things = ids[:, :1, None].expand(count, h, w)
+        write(run / f"{name}.safetensors", {"latents": latents, "ids": ids, "things": things, "covered": 2 * things[..., None],
+              "boxes": torch.from_numpy(np.concatenate([first, behind], axis=1))})  # fmt: skip
+
+
+def test_batches_are_of_pictures_and_of_edits(tmp_path):
+    files(tmp_path)
+    batches = Batches(tmp_path, {"ids": torch.zeros(1, 3, dtype=torch.int64)})
+    seen, empty, windows = set(), 0.0, 0
+    for step in range(60):
+        batch, again = batches(step), batches(step)
+        assert torch.equal(again.latents, batch.latents) and torch.equal(again.words["ids"], batch.words["ids"])
+        ids, things, (top, left) = batch.words["ids"], batch.things, batch.corner
+        number, (h, w) = 0 if batch.references is None else batch.references.shape[1], batch.latents.shape[2:]
+        dropped = (ids == 0).all(1)
+        assert torch.equal(2 * things[..., None], batch.covered) and things.shape == (len(ids), h, w)
+        assert torch.equal(ids[~dropped, 0], things[~dropped, 0, 0])  # the rows of one picture each
+        coordinates = torch.stack(torch.meshgrid(top + torch.arange(h), left + torch.arange(w), indexing="ij"))
+        pictures = [batch.latents, *(batch.references.unbind(1) if number else ())]
+        for place, latents in enumerate(pictures):  # the result first, then those before in their order
+            assert (latents[:, 0] == place).all() and (latents[:, 1:] == coordinates).all()
+        seen.add(number)
+        empty += dropped.double().mean().item() / 60
+        windows += (h, w) not in [(height // 16, width // 16) for width, height in SCENES]
+    assert seen == {0, 1, 2} and 0.05 < empty < 0.15  # a tenth of the captions is left out
+    assert windows > 20
+
+
+def test_windows_hold_all_that_a_picture_shows_with_room_to_spare(tmp_path):
+    files(tmp_path)
+    rng, corners = np.random.default_rng(0), set()
+    for some in (Pictures(tmp_path / "latents-256x256.safetensors"), Pictures(tmp_path / "latents-320x192.safetensors")):
+        for _ in range(200):
+            rows, corner, size = some.some(8, rng)
+            boxes, end = some.boxes[rows], np.add(corner, size)
+            assert len(rows) == 8 and (boxes[:, :2] >= corner).all() and (boxes[:, 2:] <= end).all()
+            assert min(corner) >= 0 and (end <= some.sides).all()
+            assert (np.minimum(boxes[:, 2:] - boxes[:, :2] + 2, some.sides) <= size).all()
+            corners.add(corner)
+    assert len(corners) > 20
+
+
+# ---------------------------------------------------------------------------------------------------------- captions
+
+
+def test_captions_fit_and_have_ids_that_the_encoder_knows(run):
+    networks = random_networks()
+    captions = [str(scene) for scene in itertools.islice(shapes.scenes(5, held=None, complete=True), 500)]
+    words = Tokenizer(run, SPEC)(captions)  # UserError, if one does not fit
+    features = networks.text(**{part: x[:4] for part, x in words.items()})
+    assert features.tokens.shape == (4, 32, 384) and features.pooled is None
+    assert 0 <= words["ids"].min() and words["ids"].max() < 512
+
+
+def test_a_word_of_the_grammar_is_one_token_and_written_letters_are_one_each(run):
+    tokenizer = Tokenizer(run, SPEC).tokenizer.tokenizer
+    some = [text for text in texts() if '"' not in text][::20]
+    assert len(some) > 300
+    for text in some:
+        assert " ".join(tokenizer.encode(text).tokens).replace(" Ġ", " ") == text
+    tokens = tokenizer.encode('the word "QXZA" in red').tokens
+    assert tokens == ["the", "Ġword", 'Ġ"', "Q", "X", "Z", "A", '"', "Ġin", "Ġred"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+def test_what_it_exports_loads_strictly_and_makes_pictures(run, tmp_path, monkeypatch):
+    networks = random_networks().to(torch.bfloat16).float()  # as the files have them
+    toy.export(tmp_path / SPEC.name, run, AutoEncoder(SPEC.autoencoder), networks)
+    assert infer_config(tmp_path / SPEC.name / SPEC.transformer_file) == SPEC.transformer
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path)
+    pipe = flux.load(device="cpu")
+    (image,) = pipe("a red circle", steps=1)
+    assert image.size == (256, 256) and np.asarray(image).dtype == np.uint8
+    features = networks.text(**Tokenizer(run, SPEC)(["a red circle"]))
+    for ours, exported in zip(features, pipe.text.encode(["a red circle"]), strict=True):
+        assert ours is exported or relative_l2(exported, ours) < 1e-5  # batches, and padding, differ
+
+
+@pytest.mark.parametrize("options, told", [
+    ("--autoencoder-minutes 0", "--start-from FOLDER"),
+    ("--transformer-minutes -1", "0 or more"),
+    ("--decoder-minutes nan", "0 or more"),
+    ("--start-from nowhere", "ae.safetensors is not there"),
+    ("--device abacus", "no such device"),
+])  # fmt: skip
+def test_what_cannot_be_made_is_refused_before_it_begins(options, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["toy.py", str(tmp_path / "run"), *options.split()])
+    try:
+        code = toy.main()
+    except SystemExit as refused:
+        code = refused.code
+    assert code == 2 and told in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -1,0 +1,367 @@
+"""The grammar of the embedded model's world: captions, edits, and what they mean.
+
+    caption    = objects [" on " a colour " background"]
+    objects    = object [" " place] | object " " relation " " object | 'the word "' LETTERS '" in ' colour [" " place]
+    object     = a [size " "] [pattern " "] colour " " shape
+    a          = "an " before a vowel | "a "
+    size       = "small" | "medium" | "large"
+    pattern    = "striped" | "hatched" | "dotted" | "checkered"
+    colour     = "red" | "orange" | "yellow" | "green" | "blue" | "purple" | "pink" | "white" | "gray" | "black"
+    shape      = "circle" | "square" | "triangle" | "star" | "ring" | "cross" | "heart" | "moon"
+    place      = "in the center" | "at the " ("top" | "bottom" | "left" | "right" | "top left" | "top right" | ...)
+    relation   = "above" | "below" | "to the left of" | "to the right of"
+    LETTERS    = one to four capitals
+
+Letters are only at the top, in the center, or at the bottom. Two things never have the same colour, nor that of the background.
+An object without a pattern is plain, and one with a pattern is not small. What else a caption leaves out is drawn at random;
+what it says can be drawn in one way only.
+An edit is an instruction, the layouts of the pictures that it is about, and that of the picture that it asks for.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+COLOURS = {
+    "red": (215, 35, 35), "orange": (250, 140, 20), "yellow": (250, 225, 50), "green": (40, 150, 60), "blue": (35, 75, 215),
+    "purple": (125, 45, 165), "pink": (250, 150, 190), "white": (250, 250, 250), "gray": (130, 130, 130), "black": (15, 15, 15),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
+PATTERNS = ("striped", "hatched", "dotted", "checkered")
+SIZES = {"small": 0.105, "medium": 0.147, "large": 0.206}  # radius over the shorter side of the picture
+ROWS = {"top": 0.25, "": 0.5, "bottom": 0.75}  # centres, over the height
+COLUMNS = {"left": 0.25, "": 0.5, "right": 0.75}  # centres, over the width
+PLACES = {f"{row} {column}".strip(): (row, column) for row in ROWS for column in COLUMNS}  # "" is the centre
+RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}  # first minus second
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+# ---------------------------------------------------------------- captions
+
+
+@dataclass(frozen=True)
+class Object:
+    """One thing in a picture; None where the caption does not say."""
+
+    shape: str
+    colour: str
+    size: str | None = None
+    pattern: str = ""
+    place: str | None = None
+
+    def __str__(self) -> str:
+        words = [self.size, self.pattern, self.colour, self.shape]
+        return a(" ".join(w for w in words if w)) + at(self.place)
+
+
+@dataclass(frozen=True)
+class Word:
+    """Written letters; it is at the top, in the center, or at the bottom."""
+
+    letters: str
+    colour: str
+    place: str | None = None
+
+    def __str__(self) -> str:
+        return f'the word "{self.letters}" in {self.colour}' + at(self.place)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says: one object, a word, or two objects in a relation, on a background."""
+
+    objects: tuple[Object | Word, ...]
+    relation: str | None = None
+    background: str | None = None
+
+    def __str__(self) -> str:
+        text = f" {self.relation} ".join(map(str, self.objects))
+        return text + (f" on {a(self.background)} background" if self.background else "")
+
+
+def a(words: str) -> str:
+    """The words, after the indefinite article that they ask for."""
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def at(place: str | None) -> str:
+    return "" if place is None else f" at the {place}" if place else " in the center"
+
+
+def random_scene(rng: np.random.Generator, complete: bool = False) -> Scene:
+    """A scene from the grammar. `complete`: every attribute is named."""
+    said = lambda chance: complete or rng.random() < chance  # noqa: E731
+    kind = rng.choice(["single", "pair", "word"], p=[0.35, 0.45, 0.2])
+    *colours, background = _pick(rng, COLOURS, 3)
+    background = background if said(0.9) else None
+    if kind == "word":
+        letters = "".join(_pick(rng, LETTERS) for _ in range(rng.integers(1, 5)))
+        return Scene((Word(letters, colours[0], _pick(rng, ("top", "", "bottom")) if said(0.75) else None),), None, background)
+    objects = []
+    for colour in colours[: 2 if kind == "pair" else 1]:
+        pattern = _pick(rng, PATTERNS) if rng.random() < 0.5 else ""
+        objects.append(Object(_pick(rng, SHAPES), colour, _pick(rng, sizes(pattern)) if said(0.7) else None, pattern))
+    if kind == "single" and said(0.75):
+        objects = [replace(objects[0], place=_pick(rng, PLACES))]
+    return Scene(tuple(objects), _pick(rng, RELATIONS) if kind == "pair" else None, background)
+
+
+def sizes(pattern: str) -> list[str]:
+    """The sizes of an object with this pattern: a pattern needs room."""
+    return [size for size in SIZES if not (pattern and size == "small")]
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether a scene names what no training asks for: one in twelve (colour, shape, background), one in twelve words.
+
+    Fixed by arithmetic, not by chance; a single letter is never held out. A scene that leaves its background open names no
+    combination: what is drawn of it may have one.
+    """
+    return any(_held(thing, scene.background) for thing in scene.objects)
+
+
+def _held(thing: Object | Word, background: str | None) -> bool:
+    if isinstance(thing, Word):
+        return len(thing.letters) > 1 and sum(n * LETTERS.index(c) for n, c in enumerate(thing.letters, 1)) % 12 == 0
+    colours = list(COLOURS)
+    number = colours.index(thing.colour) + 3 * SHAPES.index(thing.shape)
+    return background is not None and (number + 7 * colours.index(background)) % 12 == 0
+
+
+def scenes(seed: int, held: bool | None, complete: bool = False) -> Iterator[Scene]:
+    """Endless scenes: those held out of training (True), the others (False), or all (None)."""
+    rng = np.random.default_rng(seed)
+    while True:
+        scene = random_scene(rng, complete)
+        if held is None or held_out(scene) == held:
+            yield scene
+
+
+def _pick(rng: np.random.Generator, some: Iterable, count: int | None = None):
+    """One of some, or `count` different ones."""
+    some = list(some)
+    return some[rng.integers(len(some))] if count is None else [some[i] for i in rng.permutation(len(some))[:count]]
+
+
+# ---------------------------------------------------------------- layouts: nothing is left open
+
+
+@dataclass(frozen=True)
+class Item:
+    """A thing where it is: its centre over width and height, its radius over the shorter side (of a word, 0).
+
+    Its size is named unless an instruction left it open.
+    """
+
+    thing: Object | Word
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that a picture shows."""
+
+    items: tuple[Item, ...]
+    background: str
+
+
+def arrange(scene: Scene, rng: np.random.Generator) -> Layout:
+    """A layout as the scene says; what it leaves open is drawn."""
+    taken = [thing.colour for thing in scene.objects]
+    background = scene.background or _pick(rng, [c for c in COLOURS if c not in taken])
+    items = []
+    for thing, (x, y) in zip(scene.objects, _centres(scene, rng), strict=True):
+        if isinstance(thing, Object):
+            thing = replace(thing, size=thing.size or _pick(rng, sizes(thing.pattern)), place=None)
+            items.append(Item(thing, x, y, SIZES[thing.size]))
+        else:
+            items.append(Item(replace(thing, place=None), 0.5, y, 0.0))
+    return Layout(tuple(items), background)
+
+
+def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Where the things are, over width and height: at their places, or a pair on two sides of the middle."""
+    if scene.relation is None:
+        place = scene.objects[0].place
+        row, column = PLACES[_pick(rng, PLACES) if place is None else place]
+        return [(COLUMNS[column], ROWS[row])]
+    dx, dy = RELATIONS[scene.relation]
+    return [(0.5 + sign * dx / 4, 0.5 + sign * dy / 4) for sign in (1, -1)]
+
+
+def shows_held_out(layout: Layout) -> bool:
+    """The same of what is seen in a picture."""
+    return any(_held(item.thing, layout.background) for item in layout.items)
+
+
+# ---------------------------------------------------------------- edits
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An instruction, the pictures that it is about, and the one that it asks for."""
+
+    instruction: str
+    before: tuple[Layout, ...]
+    after: Layout
+    kind: str
+
+    def __str__(self) -> str:
+        return self.instruction
+
+
+def random_edit(rng: np.random.Generator) -> Edit:
+    """One of ten kinds."""
+    return _pick(rng, EDITS)(rng)
+
+
+def edits(seed: int, held: bool | None) -> Iterator[Edit]:
+    """Endless edits: with a held out combination in the result (True), without any in all of the pictures (False), or all."""
+    rng = np.random.default_rng(seed)
+    while True:
+        edit = random_edit(rng)
+        shown = shows_held_out(edit.after) if held else any(map(shows_held_out, (edit.after, *edit.before)))
+        if held is None or shown == held:
+            yield edit
+
+
+def _some_layout(rng: np.random.Generator, pair: bool | None = None) -> Layout:
+    """One without words, of two objects (`pair`), of one (not), or of either (None).
+
+    Two objects have different shapes, so that an instruction can tell them apart.
+    """
+    while True:
+        scene = random_scene(rng)
+        if isinstance(scene.objects[0], Word) or (pair is not None and pair != (len(scene.objects) == 2)):
+            continue
+        if len({thing.shape for thing in scene.objects}) == len(scene.objects):
+            return arrange(scene, rng)
+
+
+def _free_colours(layout: Layout) -> list[str]:
+    taken = {layout.background, *(item.thing.colour for item in layout.items)}
+    return [colour for colour in COLOURS if colour not in taken]
+
+
+def _change(rng: np.random.Generator, attribute: str, choices: Callable[[Layout, Object], list[str]]) -> Edit:
+    """Another colour, size, pattern or shape for one object; `choices` says which, for an object of a layout."""
+    values = []
+    while not values:  # a small object can only stay plain
+        layout = _some_layout(rng)
+        number = int(rng.integers(len(layout.items)))
+        item = layout.items[number]
+        values = choices(layout, item.thing)
+    value = _pick(rng, values)
+    thing = replace(item.thing, **{attribute: value})
+    changed = replace(item, thing=thing, radius=SIZES[thing.size])
+    items = layout.items[:number] + (changed,) + layout.items[number + 1 :]
+    shape = item.thing.shape
+    text = f"turn the {shape} into {a(value)}" if attribute == "shape" else f"make the {shape} {value or 'plain'}"
+    return Edit(text, (layout,), replace(layout, items=items), attribute)
+
+
+def _recolour(rng: np.random.Generator) -> Edit:
+    return _change(rng, "colour", lambda layout, thing: _free_colours(layout))
+
+
+def _resize(rng: np.random.Generator) -> Edit:
+    return _change(rng, "size", lambda layout, thing: [size for size in sizes(thing.pattern) if size != thing.size])
+
+
+def _repattern(rng: np.random.Generator) -> Edit:
+    fitting = lambda thing: [p for p in ("", *PATTERNS) if p != thing.pattern and thing.size in sizes(p)]  # noqa: E731
+    return _change(rng, "pattern", lambda layout, thing: fitting(thing))
+
+
+def _reshape(rng: np.random.Generator) -> Edit:
+    others = lambda layout: [s for s in SHAPES if s not in {item.thing.shape for item in layout.items}]  # noqa: E731
+    return _change(rng, "shape", lambda layout, thing: others(layout))
+
+
+def _new_background(rng: np.random.Generator) -> Edit:
+    layout = _some_layout(rng)
+    colour = _pick(rng, _free_colours(layout))
+    shapes = " and the ".join(item.thing.shape for item in layout.items)
+    text = _pick(rng, [f"make the background {colour}", f"the {shapes} on {a(colour)} background"])
+    return Edit(text, (layout,), replace(layout, background=colour), "background")
+
+
+def _add(rng: np.random.Generator) -> Edit:
+    """A pair is laid out, and before, its first object is not there: so there is room, and it is clear where."""
+    scene = random_scene(rng)
+    while scene.relation is None or len({thing.shape for thing in scene.objects}) == 1:
+        scene = random_scene(rng)
+    layout = arrange(scene, rng)
+    new, old = scene.objects
+    text = f"put {new} {scene.relation} {_pick(rng, ['it', f'the {old.shape}'])}"
+    first, second = layout.items
+    said = replace(first, thing=replace(first.thing, size=new.size))
+    return Edit(text, (replace(layout, items=(second,)),), replace(layout, items=(said, second)), "add")
+
+
+def _remove(rng: np.random.Generator) -> Edit:
+    layout = _some_layout(rng, pair=True)
+    number = int(rng.integers(2))
+    return Edit(f"remove the {layout.items[number].thing.shape}", (layout,), replace(layout, items=(layout.items[1 - number],)),
+                "remove")  # fmt: skip
+
+
+def _onto(rng: np.random.Generator) -> Edit:
+    """A thing of one picture, on the background of the other."""
+    names = ("first", "second")
+    while True:
+        layouts = (_some_layout(rng, pair=False), _some_layout(rng, pair=False))
+        which = int(rng.integers(2))
+        (item,), (other,) = layouts[which].items, layouts[1 - which].items
+        background = layouts[1 - which].background
+        if background not in (item.thing.colour, layouts[which].background) and item.thing.shape != other.thing.shape:
+            text = f"the {item.thing.shape} of the {names[which]} picture on the background of the {names[1 - which]}"
+            return Edit(text, layouts, Layout((item,), background), "two pictures: background")
+
+
+def _painted(rng: np.random.Generator) -> Edit:
+    """A thing of one picture, in the colour of the other's."""
+    names = ("first", "second")
+    while True:
+        layouts = (_some_layout(rng, pair=False), _some_layout(rng, pair=False))
+        which = int(rng.integers(2))
+        (item,), (other,) = layouts[which].items, layouts[1 - which].items
+        if other.thing.colour not in (item.thing.colour, layouts[which].background) and item.thing.shape != other.thing.shape:
+            text = f"the {item.thing.shape} of the {names[which]} picture in the color of the {other.thing.shape}"
+            painted = replace(item, thing=replace(item.thing, colour=other.thing.colour))
+            return Edit(text, layouts, replace(layouts[which], items=(painted,)), "two pictures: colour")
+
+
+def _described(rng: np.random.Generator) -> Edit:
+    """The caption of what is asked for; one thing of it was other, or was not there: so pictures are painted over in part."""
+    scene = random_scene(rng, complete=True)
+    while isinstance(scene.objects[0], Word):
+        scene = random_scene(rng, complete=True)
+    layout = arrange(scene, rng)
+    number = int(rng.integers(len(layout.items)))
+    item, colour = layout.items[number], _pick(rng, _free_colours(layout))
+    others = [replace(item.thing, colour=colour), replace(item.thing, colour=colour, shape=_pick(rng, SHAPES)), None]
+    other = _pick(rng, others[: 1 + len(layout.items)])  # something is left
+    items = () if other is None else (replace(item, thing=other),)
+    before = replace(layout, items=layout.items[:number] + items + layout.items[number + 1 :])
+    return Edit(str(scene), (before,), layout, "described")
+
+
+EDITS = (  # a new background, a new object and a whole description are twice as frequent as each of the others
+    _recolour, _resize, _repattern, _reshape, _new_background, _new_background, _add, _add, _described, _described, _remove,
+    _onto, _painted,
+)  # fmt: skip
+
+_NAMES = [*SHAPES, *COLOURS, *SIZES, *PATTERNS, *PLACES, *RELATIONS]
+_OTHER = "a an the at in of on it and into center background word make plain put remove turn color picture first second"
+WORDS = set(" ".join([*_NAMES, _OTHER]).split())
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that the grammar lacks, in order; one to four capitals are known."""
+    words = (w.strip(".,;:!?\"'()") for w in prompt.split())
+    known = lambda w: w.lower() in WORDS or (len(w) <= 4 and all(c in LETTERS for c in w))  # noqa: E731
+    return list(dict.fromkeys(w.lower() for w in words if w and not known(w)))

@@ -1,0 +1,79 @@
+"""What a step learns from: pictures of one size, windows of them, or edits of as many pictures."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux.training import load
+from recipe.latents import EDITS, SCENES
+from recipe.text import Words
+
+BATCH = {0: 32, 1: 16, 2: 10}  # by the number of references: so that steps take much the same time
+SHARE = {0: 0.45, 1: 0.4, 2: 0.15}  # of the steps
+WINDOWS = np.array([(6, 14), (10, 10), (10, 16), (16, 10)])  # rows and columns of tokens: for a word, one object, two, two
+WINDOWED = 0.85  # of the steps
+
+
+class Batch(NamedTuple):
+    latents: Tensor  # (B, C, h, w)
+    words: Words  # (B, T) each
+    references: Tensor | None  # of edits, the pictures before, (B, R, C, h, w)
+    things: Tensor  # what tokens show, (B, h, w)
+    covered: Tensor  # and how much of their parts, (B, h, w, 16)
+    corner: tuple[int, int] = (0, 0)  # row and column of the first token in its picture
+
+
+class Batches:
+    """By their number. A share `dropped` of the captions is left out, `empty` in their place.
+
+    Mostly only a window of pictures is learnt from, around all that is in them: there is little to learn of the background, and
+    it is most of what would be computed. Tokens keep their coordinates.
+    """
+
+    def __init__(self, run: Path, empty: Words, dropped: float = 0.1):
+        self.scenes = [Pictures(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
+        self.edits = {number: Pictures(run / f"edits-{number}.safetensors") for number in EDITS}
+        self.empty, self.dropped = empty, dropped
+
+    def __call__(self, step: int) -> Batch:
+        rng = np.random.default_rng((2, step))
+        number = int(rng.choice(list(SHARE), p=list(SHARE.values())))
+        sizes = np.array([len(pictures) for pictures in self.scenes], float)
+        pictures = self.edits[number] if number else self.scenes[rng.choice(len(sizes), p=sizes / sizes.sum())]
+        rows, (top, left), (h, w) = pictures.some(BATCH[number], rng)
+        rows, tokens = torch.from_numpy(rows), np.s_[top : top + h, left : left + w]
+        device = next(iter(self.empty.values())).device
+        part = {name: pictures.tensors[name][rows].to(device) for name in (*self.empty, "latents", "things", "covered")}
+        drop = torch.from_numpy(rng.random(len(rows)) < self.dropped)[:, None].to(device)
+        words = {name: torch.where(drop, empty, part[name]) for name, empty in self.empty.items()}
+        latents = part["latents"][..., *tokens].float()
+        latents, references = (latents[:, 0], latents[:, 1:]) if number else (latents, None)
+        return Batch(latents, words, references, part["things"][:, *tokens], part["covered"][:, *tokens], (top, left))
+
+
+class Pictures:
+    """All of one size, or all edits of as many pictures."""
+
+    def __init__(self, path: Path):
+        self.tensors = load(path)
+        self.sides, self.boxes = np.array(self.tensors["latents"].shape[-2:]), self.tensors["boxes"].numpy()
+        # There are two tokens to spare, if the picture has as many: a window must not tell where in it things are.
+        sizes = np.minimum(self.boxes[:, 2:] - self.boxes[:, :2] + 2, self.sides)
+        fits = (sizes[:, None] <= WINDOWS).all(-1) & (WINDOWS <= self.sides).all(-1)  # (N, windows)
+        self.kinds = np.where(fits.any(1), fits.argmax(1), -1)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def some(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        """Rows, the corner of the window in which all that they show is, and its size; or of no window."""
+        one = rng.integers(len(self))
+        kind, first, behind = self.kinds[one], self.boxes[one, :2], self.boxes[one, 2:]
+        if kind < 0 or rng.random() > WINDOWED:
+            return rng.integers(0, len(self), count), (0, 0), tuple(self.sides)
+        corner = rng.integers(np.maximum(behind - WINDOWS[kind], 0), np.minimum(first, self.sides - WINDOWS[kind]) + 1)
+        inside = (self.boxes[:, :2] >= corner).all(1) & (self.boxes[:, 2:] <= corner + WINDOWS[kind]).all(1)
+        return rng.choice(np.flatnonzero(inside & (self.kinds == kind)), count), tuple(corner.tolist()), tuple(WINDOWS[kind])

@@ -1,0 +1,103 @@
+"""What the transformer learns from: scenes and edits that are not held out, drawn once, as latents and words."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+from flux import shapes
+from flux.autoencoder import AutoEncoder
+from flux.shapes.drawing import TOKEN, ink, spelled
+from flux.shapes.scenes import LETTERS
+from flux.training import write
+from recipe.pictures import to_pixels
+from recipe.text import Tokenizer
+from recipe.trainer import bfloat16_is_faster, device_of
+
+SCENES = {(256, 256): 12000, (320, 192): 1500, (192, 320): 1500}  # width, height: pictures
+EDITS = {1: 5000, 2: 1500}  # pictures before: edits, all 256x256
+THINGS = (None, *shapes.SHAPES, *LETTERS)  # what a token can show; None is the background
+PART = 4  # pixels: the side of the parts of a token in which it is told how much is covered
+
+
+def pictures(width: int, height: int) -> Iterator[tuple[shapes.Scene, list[shapes.Layout]]]:
+    """Endless scenes of one size, always the same, each with its layout."""
+    rng = np.random.default_rng((width, height))
+    for scene in shapes.scenes(1000 + width, held=False):
+        layout = shapes.arrange(scene, rng)
+        if not shapes.shows_held_out(layout):  # where the caption leaves the background open
+            yield scene, [layout]
+
+
+def edits(count: int) -> Iterator[tuple[shapes.Edit, list[shapes.Layout]]]:
+    """Endless edits of so many pictures, always the same; each with the layouts of all of them, the result first."""
+    for edit in shapes.edits(2000 + count, held=False):
+        if len(edit.before) == count:
+            yield edit, [edit.after, *edit.before]
+
+
+def shown(layout: shapes.Layout, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each token of a picture shows: its place in THINGS, (h, w); and how much of each of its 4x4 parts is covered by
+    anything, (h, w, 16) from 0 to 255; both uint8."""
+    size = height // TOKEN, TOKEN, width // TOKEN, TOKEN
+    things, most, covered = np.zeros(size[::2], np.uint8), np.zeros(size[::2]), np.zeros((height, width))
+    for item in layout.items:
+        for thing, inked in parts(item, width, height):
+            covered = np.maximum(covered, inked)
+            share = inked.reshape(size).mean((1, 3))
+            things[share > most] = THINGS.index(thing)
+            most = np.maximum(share, most)
+    cells = TOKEN // PART
+    covered = covered.reshape(height // TOKEN, cells, PART, width // TOKEN, cells, PART).mean((2, 5))
+    return things, np.rint(255 * rearrange(covered, "h y w x -> h w (y x)")).astype(np.uint8)
+
+
+def box(covered: list[np.ndarray]) -> tuple[int, int, int, int]:
+    """The first row and column of tokens of which something is covered in any picture, and those behind the last."""
+    there = np.any(covered, axis=(0, 3))
+    rows, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def parts(item: shapes.Item, width: int, height: int) -> Iterator[tuple[str, np.ndarray]]:
+    """A shape, or each letter of a word, and what it covers, (H, W) from 0 to 1."""
+    if isinstance(item.thing, shapes.Object):
+        yield item.thing.shape, ink(item, width, height)
+    else:
+        yield from zip(item.thing.letters, spelled(item.thing.letters, item.y * height, width, height), strict=True)
+
+
+@torch.no_grad()
+def encode_all(run: Path, model: AutoEncoder, words: Tokenizer) -> None:
+    """One file a kind: latents (N, C, h, w), of edits (N, 1 + pictures, C, h, w), as float16, with the words of their texts;
+    what the tokens of the picture to be made show, as `shown` tells it; and the box of tokens outside which none of the
+    pictures shows anything: its first row and column, and those behind its last, (N, 4).
+
+    Files that are there are kept.
+    """
+    device = device_of(model)
+    dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
+    model = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
+    kinds = {f"latents-{w}x{h}": (pictures(w, h), count, (w, h)) for (w, h), count in SCENES.items()}
+    kinds |= {f"edits-{number}": (edits(number), count, (256, 256)) for number, count in EDITS.items()}
+    for name, (some, count, size) in kinds.items():
+        path = run / f"{name}.safetensors"
+        if path.exists():
+            continue
+        texts, latents, things, covered, boxes = [], [], [], [], []
+        for text, layouts in tqdm(itertools.islice(some, count), name, count, mininterval=5):
+            pixels = to_pixels(np.stack([shapes.draw(layout, *size) for layout in layouts]))
+            x = model.encode(pixels.to(device, dtype, memory_format=torch.channels_last)).half().cpu()
+            latents.append(x if isinstance(text, shapes.Edit) else x[0])
+            texts.append(str(text))
+            known = [shown(layout, *size) for layout in layouts]
+            things.append(torch.from_numpy(known[0][0]))
+            covered.append(torch.from_numpy(known[0][1]))
+            boxes.append(torch.tensor(box([parts for _, parts in known])))
+        some_of_it = dict(latents=latents, things=things, covered=covered, boxes=boxes)
+        write(path, {name: torch.stack(tensors) for name, tensors in some_of_it.items()} | words(texts))

@@ -1,0 +1,101 @@
+"""The transformer with its text encoder, and what they learn: the flow, and what is where."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux import sampling, training
+from flux.conditioning import reference_tokens
+from flux.configs import ModelSpec
+from flux.text import TextFeatures
+from flux.training import Batch
+from flux.transformer import Flux
+from recipe.latents import PART, THINGS, TOKEN
+from recipe.text import TextEncoder, Words
+
+SHIFT = math.log(4)  # of the times, towards noise, where the sampler's are too: there it is decided what the picture shows
+
+
+class Networks(nn.Module):
+    """A transformer, and the text encoder whose hidden states it reads.
+
+    For training alone, `hidden` are the image tokens of the last `velocity`, half way through the single blocks, (B, L, D), and
+    `shown` reads off them what each will show.
+    """
+
+    def __init__(self, transformer: Flux, text: TextEncoder):
+        super().__init__()
+        self.transformer, self.text, self.hidden = transformer, text, None
+        self.shown = nn.Linear(transformer.config.hidden_size, len(THINGS) + (TOKEN // PART) ** 2)
+        blocks = transformer.single_blocks
+        blocks[len(blocks) // 2].register_forward_pre_hook(self.keep)
+
+    @torch.compiler.disable
+    def keep(self, block: nn.Module, inputs: tuple) -> None:
+        self.hidden = inputs[0]  # (B, T + L + R, D)
+
+    def velocity(self, features: TextFeatures, x: Tensor, t: Tensor, references: Tensor | None = None,
+                 corner: tuple[int, int] = (0, 0)) -> Tensor:  # fmt: skip
+        """Of latents x (B, C, h, w) at times t (B,), by the features of B prompts, with references (B, R, C, h, w).
+
+        `corner`: row and column of the first tokens, if the latents are a window of the pictures.
+        """
+        axes = len(self.transformer.config.axes_dim)
+        tokens = (None, None) if references is None else reference_tokens(references.unbind(1), axes)
+        velocity = training.velocity(self.transformer, Batch(x, features, *tokens), 1.0, x, t, corner)
+        text, image = features.tokens.shape[1], x[0, 0].numel()
+        self.hidden = self.hidden[:, text : text + image]
+        return velocity
+
+    def guided(self, features: TextFeatures, empty: TextFeatures, x: Tensor, t: Tensor, scale: float,
+               references: Tensor | None = None) -> Tensor:  # fmt: skip
+        """`velocity`, guided by two passes: one without the prompts."""
+        return sampling.guided(*(self.velocity(f, x, t, references) for f in (features, empty)), scale)
+
+    def compile_blocks(self) -> None:
+        """Block by block: what one compiled, the next ones use."""
+        for block in [*self.transformer.double_blocks, *self.transformer.single_blocks, *self.text.model.layers]:
+            block.compile(dynamic=False)
+
+
+def new_networks(spec: ModelSpec) -> Networks:
+    """With random weights."""
+    transformer = Flux(spec.transformer)
+    for name, p in transformer.named_parameters():
+        if "mod" in name or "final_layer" in name:
+            nn.init.zeros_(p)  # every block starts as the identity (adaLN-zero, Peebles & Xie 2022)
+    return Networks(transformer, TextEncoder(spec.text))
+
+
+def flow_loss(networks: Networks, latents: Tensor, words: Words, references: Tensor | None = None,
+              corner: tuple[int, int] = (0, 0)) -> Tensor:  # fmt: skip
+    """Mean squared error of the velocity along straight lines from noise."""
+    features = networks.text(**words)
+    velocity = lambda x, t: networks.velocity(features, x, t, references, corner=corner)  # noqa: E731
+    return training.rectified_flow_loss(velocity, latents, some_times(latents), torch.randn_like(latents))
+
+
+def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
+    """Cross-entropy, in nats, of what tokens show, and of how much of their parts is covered.
+
+    logits: (B, L, n); things: (B, h, w), places in THINGS; covered: (B, h, w, 16) from 0 to 255.
+
+    A representation is aligned (Yu et al. 2024, there to another network's) with what is known of a drawn picture. Velocities
+    alone take very long to teach a small network that the names of shapes and letters mean something.
+    """
+    logits = logits.float()
+    kinds, parts = logits[..., : len(THINGS)], logits[..., len(THINGS) :]
+    what = F.cross_entropy(kinds.transpose(1, 2), things.flatten(1).long())
+    return what + F.binary_cross_entropy_with_logits(parts, covered.flatten(1, 2) / 255)
+
+
+def some_times(latents: Tensor) -> Tensor:
+    """Logit-normal (Esser et al. 2024) and shifted, (B,)."""
+    return training.shifted_times(torch.randn(len(latents), device=latents.device), SHIFT)
+
+
+def expanded(one: TextFeatures, count: int) -> TextFeatures:
+    """The features of one prompt, (1, T, D), for so many pictures."""
+    return TextFeatures(*(x if x is None else x.expand(count, *x.shape[1:]) for x in one))
