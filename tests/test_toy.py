@@ -22,10 +22,12 @@ from flux.training import Batch, write
 from flux.weights import infer_config
 
 toy = script("toy")  # whose folder is where the recipe is found from now on
+from recipe import autoencoder
 from recipe.attention import attention
 from recipe.batches import Batches, Pictures
 from recipe.latents import EDITS, SCENES, THINGS, box, edits, pictures, shown
 from recipe.networks import Networks, flow_loss, new_networks, shown_loss
+from recipe.pictures import to_pictures
 from recipe.text import Tokenizer
 from recipe.tokenizer import texts, train_tokenizer
 from recipe.trainer import Trainer, optimizers, orthogonal
@@ -285,6 +287,33 @@ def test_windows_hold_all_that_a_picture_shows_with_room_to_spare(tmp_path):
             assert (np.minimum(boxes[:, 2:] - boxes[:, :2] + 2, some.sides) <= size).all()
             corners.add(corner)
     assert len(corners) > 20
+
+
+class Coloured(torch.nn.Module):
+    """An autoencoder that shows each latent as a colour, and keeps what it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.asked = torch.nn.Conv2d(1, 3, 1), []
+
+    def decode(self, latents):
+        self.asked.append(int(latents[0, 0, 0, 0]))
+        return self.decoder(latents.expand(-1, 1, 256, 256))
+
+
+def test_the_decoder_learns_from_the_pictures_that_its_latents_are_of(tmp_path, monkeypatch):
+    write(tmp_path / "latents-256x256.safetensors", {"latents": torch.arange(8).half().view(8, 1, 1, 1)})
+    torch.manual_seed(0)
+    model, wanted = Coloured(), []
+    before = {name: p.detach().clone() for name, p in model.decoder.named_parameters()}
+    straight = autoencoder.picture_loss
+    monkeypatch.setattr(autoencoder, "picture_loss", lambda made, pixels: wanted.append(pixels) or straight(made, pixels))
+    autoencoder.train_decoder(tmp_path, 0.01, torch.device("cpu"), model, count=5)
+    drawn = [shapes.draw(layout, 256, 256) for _, (layout,) in itertools.islice(pictures(256, 256), 5)]
+    assert len(model.asked) == len(wanted) > 0 and set(model.asked) <= set(range(5))
+    for row, pixels in zip(model.asked, wanted, strict=True):
+        assert np.array_equal(to_pictures(pixels)[0], drawn[row])
+    assert all(not p.requires_grad and not torch.equal(p, before[name]) for name, p in model.decoder.named_parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------- captions

@@ -83,14 +83,14 @@ def picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
 def train_decoder(run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder, count: int = 3000) -> None:
     """The decoder alone, on whole pictures and their exact latents: these stay as they are, so the transformer fits still."""
     latents = load(run / f"latents-{SIZE}x{SIZE}.safetensors")["latents"][:count]
-    drawn = np.stack([picture for _, picture in itertools.islice(pictures(SIZE, SIZE), len(latents))])  # uint8
+    layouts = [layout for _, (layout,) in itertools.islice(pictures(SIZE, SIZE), len(latents))]
     decoder = autoencoder.decoder.requires_grad_(True)
     trainer = Trainer(decoder, optimizers(decoder, 2e-3, 1e-3, EDGES), run / "decoder.safetensors", minutes, ema=0.998)
 
     def loss(step: int) -> Tensor:
-        rows = np.random.default_rng((3, step)).integers(0, len(latents), 1)
-        wanted = to_pixels(drawn[rows]).to(device, memory_format=torch.channels_last)
-        return picture_loss(autoencoder.decode(latents[rows].float().to(device)), wanted)
+        row = np.random.default_rng((3, step)).integers(len(latents))
+        wanted = to_pixels(shapes.draw(layouts[row], SIZE, SIZE)[None]).to(device, memory_format=torch.channels_last)
+        return picture_loss(autoencoder.decode(latents[row][None].float().to(device)), wanted)
 
     trainer.run(loss)
     decoder.requires_grad_(False)

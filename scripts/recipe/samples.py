@@ -48,12 +48,12 @@ class Sampler:
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # too few passes to pay for another compilation
-    def pictures(self, networks: Networks, prompts: list[str], references: Tensor | None = None, seed: int = 0) -> np.ndarray:
-        """(N, H, W, 3) uint8; picture k has seed + k. References (1, R, C, h, w) are for all of them."""
+    def pictures(self, networks: Networks, prompts: list[str], references: Tensor | None = None) -> np.ndarray:
+        """(N, H, W, 3) uint8; picture k has seed k. References (1, R, C, h, w) are for all of them."""
         spec, side, count = self.spec, self.spec.size // 16, len(prompts)
         features, empty = (networks.text(**words) for words in (self.words_of(prompts), self.empty))
         empty = expanded(empty, count)
-        x = sampling.noise(range(seed, seed + count), spec.autoencoder.latent_channels, side, side, spatial=False)
+        x = sampling.noise(range(count), spec.autoencoder.latent_channels, side, side, spatial=False)
         times = sampling.schedule(spec.schedule, spec.steps, side * side)
 
         def velocity(x: Tensor, t: float) -> Tensor:
