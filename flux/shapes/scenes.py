@@ -309,30 +309,35 @@ def _remove(rng: np.random.Generator) -> Edit:
                 "remove")  # fmt: skip
 
 
-def _onto(rng: np.random.Generator) -> Edit:
-    """A thing of one picture, on the background of the other."""
-    names = ("first", "second")
+_ORDER = ("first", "second")
+
+
+def _two_pictures(rng: np.random.Generator, colour: Callable[[Layout], str]) -> tuple[tuple[Layout, Layout], int]:
+    """Layouts of one thing each, in different shapes; and the number of the one that is to take the other's `colour`."""
     while True:
         layouts = (_some_layout(rng, pair=False), _some_layout(rng, pair=False))
         which = int(rng.integers(2))
         (item,), (other,) = layouts[which].items, layouts[1 - which].items
-        background = layouts[1 - which].background
-        if background not in (item.thing.colour, layouts[which].background) and item.thing.shape != other.thing.shape:
-            text = f"the {item.thing.shape} of the {names[which]} picture on the background of the {names[1 - which]}"
-            return Edit(text, layouts, Layout((item,), background), "two pictures: background")
+        new = colour(layouts[1 - which]) not in (item.thing.colour, layouts[which].background)
+        if new and item.thing.shape != other.thing.shape:
+            return layouts, which
+
+
+def _onto(rng: np.random.Generator) -> Edit:
+    """A thing of one picture, on the background of the other."""
+    layouts, which = _two_pictures(rng, lambda layout: layout.background)
+    (item,), background = layouts[which].items, layouts[1 - which].background
+    text = f"the {item.thing.shape} of the {_ORDER[which]} picture on the background of the {_ORDER[1 - which]}"
+    return Edit(text, layouts, Layout((item,), background), "two pictures: background")
 
 
 def _painted(rng: np.random.Generator) -> Edit:
     """A thing of one picture, in the colour of the other's."""
-    names = ("first", "second")
-    while True:
-        layouts = (_some_layout(rng, pair=False), _some_layout(rng, pair=False))
-        which = int(rng.integers(2))
-        (item,), (other,) = layouts[which].items, layouts[1 - which].items
-        if other.thing.colour not in (item.thing.colour, layouts[which].background) and item.thing.shape != other.thing.shape:
-            text = f"the {item.thing.shape} of the {names[which]} picture in the color of the {other.thing.shape}"
-            painted = replace(item, thing=replace(item.thing, colour=other.thing.colour))
-            return Edit(text, layouts, replace(layouts[which], items=(painted,)), "two pictures: colour")
+    layouts, which = _two_pictures(rng, lambda layout: layout.items[0].thing.colour)
+    (item,), (other,) = layouts[which].items, layouts[1 - which].items
+    text = f"the {item.thing.shape} of the {_ORDER[which]} picture in the color of the {other.thing.shape}"
+    painted = replace(item, thing=replace(item.thing, colour=other.thing.colour))
+    return Edit(text, layouts, replace(layouts[which], items=(painted,)), "two pictures: colour")
 
 
 def _described(rng: np.random.Generator) -> Edit:
