@@ -354,6 +354,27 @@ def test_what_it_exports_loads_strictly_and_makes_pictures(run, tmp_path, monkey
         assert ours is exported or relative_l2(exported, ours) < 1e-5  # batches, and padding, differ
 
 
+def test_all_stages_make_a_model_of_another_one(tmp_path, monkeypatch):
+    """With few pictures, and no look at what it makes: a step or more of each training, from the shipped weights on."""
+    for sizes in (SCENES, EDITS):
+        for size in sizes:
+            monkeypatch.setitem(sizes, size, 3)
+    monkeypatch.setattr(toy.Sampler, "sheet", lambda *_: None)
+    shipped, made = models.EMBEDDED / SPEC.name, tmp_path / "tiny" / SPEC.name
+    minutes = "--autoencoder-minutes 0 --transformer-minutes 0.001 --decoder-minutes 0.001"
+    monkeypatch.setattr("sys.argv", ["toy.py", str(tmp_path / "run"), *minutes.split(), "--start-from", str(shipped),
+                                     "--export", str(made), "--device", "cpu"])  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "attention", transformer.attention)  # training puts its own there
+        assert toy.main() == 0
+    for name in (SPEC.transformer_file, "ae.safetensors", *SPEC.text.files):
+        old, new = (training.load(folder / name) for folder in (shipped, made))
+        assert old.keys() == new.keys() and any(not torch.equal(old[key], new[key]) for key in old), name
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path / "tiny")
+    (image,) = flux.load(device="cpu")("a red circle", steps=1)
+    assert image.size == (256, 256)
+
+
 @pytest.mark.parametrize("options, told", [
     ("--autoencoder-minutes 0", "--start-from FOLDER"),
     ("--transformer-minutes -1", "0 or more"),
