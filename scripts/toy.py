@@ -27,6 +27,7 @@ from recipe.networks import Networks, new_networks
 from recipe.samples import Sampler
 from recipe.text import Tokenizer
 from recipe.tokenizer import train_tokenizer
+from recipe.trainer import COOLING
 from recipe.transformer import train_transformer
 
 from flux.autoencoder import AutoEncoder
@@ -65,7 +66,9 @@ def make(args: argparse.Namespace) -> None:
     autoencoder = train_autoencoder(run, SPEC.autoencoder, args.autoencoder_minutes, device, start)
     encode_all(run, autoencoder.requires_grad_(False), tokenizer)
     networks = begin(run, args.start_from).to(device)
-    train_transformer(run, networks, Sampler(SPEC, autoencoder, tokenizer), args.transformer_minutes, args.compile)
+    cooling = 1.0 if args.start_from else COOLING  # weights that were trained stay near to what they are
+    sampler = Sampler(SPEC, autoencoder, tokenizer)
+    train_transformer(run, networks, sampler, args.transformer_minutes, args.compile, cooling)
     train_decoder(run, args.decoder_minutes, device, autoencoder)
     if args.export:
         export(args.export, run, autoencoder, networks)

@@ -25,7 +25,7 @@ toy = script("toy")  # whose folder is where the recipe is found from now on
 from recipe import autoencoder
 from recipe.attention import attention
 from recipe.batches import Batches, Pictures
-from recipe.latents import EDITS, SCENES, THINGS, box, edits, pictures, shown
+from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, pictures, shown
 from recipe.networks import Networks, flow_loss, new_networks, shown_loss
 from recipe.pictures import to_pictures
 from recipe.text import Tokenizer
@@ -80,16 +80,16 @@ def test_the_loss_is_zero_for_the_true_velocity_and_only_for_it():
     assert flow_loss(Oracle(latents, 0.9), latents, {}) > 1e-3
 
 
-def test_image_tokens_are_seen_half_way_through_the_single_blocks():
-    """What is kept are the tokens that the fifth block reads, less those of the text and of references."""
+def test_tokens_of_pictures_are_seen_half_way_through_the_single_blocks():
+    """What is kept are the tokens that the fifth block reads, of the image and then of references, less those of the text."""
     networks = random_networks()
     blocks, seen = networks.transformer.single_blocks, []
     blocks[len(blocks) // 2].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
     features, references = TextFeatures(drawn(2, 5, 384, seed=1), None), drawn(2, 1, 64, 3, 5, seed=3)
     networks.velocity(features, drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9]), references)
     assert seen[0].shape[1] == 5 + 6 + 15
-    assert torch.equal(networks.hidden, seen[0][:, 5:11])
-    assert networks.shown(networks.hidden).shape == (2, 6, len(THINGS) + 16)
+    assert torch.equal(networks.hidden, seen[0][:, 5:])
+    assert networks.shown(networks.hidden).shape == (2, 6 + 15, len(THINGS) + 16)
 
 
 def test_tokens_of_a_window_have_the_coordinates_that_they_have_in_the_picture():
@@ -117,8 +117,8 @@ def test_windows_of_references_have_their_coordinates_too():
 
 def test_what_is_shown_costs_nothing_where_it_is_known():
     """Two tokens: one of a third thing, covered in its first part alone; one of the background."""
-    things, covered = torch.tensor([[[2, 0]]], dtype=torch.uint8), torch.zeros(1, 1, 2, 16, dtype=torch.uint8)
-    covered[0, 0, 0, 0] = 255
+    things, covered = torch.tensor([[2, 0]], dtype=torch.uint8), torch.zeros(1, 2, 16, dtype=torch.uint8)
+    covered[0, 0, 0] = 255
     kinds, parts = torch.full((1, 2, len(THINGS)), -30.0), torch.full((1, 2, 16), -30.0)
     kinds[0, 0, 2] = kinds[0, 1, 0] = parts[0, 0, 0] = 30
     assert shown_loss(torch.cat([kinds, parts], -1), things, covered) < 1e-6
@@ -148,6 +148,13 @@ def test_the_box_of_an_edit_holds_what_all_its_pictures_show():
         things = np.any([shown(layout, 256, 256)[0] for layout in layouts], axis=0)
         rows, columns = np.nonzero(things)
         assert (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1) == (top, left, below, behind)
+
+
+def test_most_edits_of_one_picture_are_about_one_of_its_things():
+    some = [edit for edit, _ in itertools.islice(edits(1), 300)]
+    assert 0.6 < np.mean([edit.kind in CHANGES for edit in some]) < 0.76
+    assert {edit.kind for edit in some} == {*CHANGES, "background", "add", "described"}
+    assert {edit.kind for edit, _ in itertools.islice(edits(2), 30)} == {"two pictures: background", "two pictures: colour"}
 
 
 def test_letters_are_told_apart():
@@ -227,6 +234,22 @@ def test_a_stopped_run_goes_on_with_the_state_that_it_had(tmp_path):
             assert a and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
+@pytest.mark.parametrize("cooling, rates", [(0.4, [1, 1, 0.51, 0.01]), (1.0, [1, 0.51, 0.21, 0.01])])
+def test_the_learning_rate_follows_the_clock(tmp_path, cooling, rates):
+    """At the start, half, four fifths and the end of a minute; the first steps are small."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+    trainer = Trainer(model, optimizers(model, 0.5, 0.1, plain=("1.",)), tmp_path / "model.safetensors", 1, 0.9, cooling)
+
+    def now():
+        trainer.update(lambda step: model(torch.ones(2, 4)).square().mean())
+        return [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+
+    assert now() == pytest.approx([0.5 / 200, 0.1 / 200])
+    trainer.step = 1000
+    for trainer.seconds, rate in zip((0, 30, 48, 60), rates, strict=True):
+        assert now() == pytest.approx([0.5 * rate, 0.1 * rate])
+
+
 def test_no_minutes_are_no_steps(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 8))
     before = model[0].weight.detach().clone()
@@ -235,8 +258,16 @@ def test_no_minutes_are_no_steps(tmp_path):
     assert trainer.step == 0 and torch.equal(model[0].weight, before) and not any(tmp_path.iterdir())
 
 
+def digits(latents: torch.Tensor) -> torch.Tensor:
+    """(..., 3, h, w) -> (..., h, w)"""
+    return torch.tensordot(latents.long().movedim(-3, -1), torch.tensor([10_000, 100, 1]), dims=1)
+
+
 def files(run, count: int = 400, seed: int = 0) -> None:
-    """As `encode_all` writes them, but a token's latents say where it is: in which picture of an edit, row and column."""
+    """As `encode_all` writes them, but a token's latents say where it is: in which picture of an edit, row and column.
+
+    What it shows is the number of its row in the file, and the same, in digits.
+    """
     rng = np.random.default_rng(seed)
     for name, (width, height), others in [*((f"latents-{w}x{h}", (w, h), 0) for w, h in SCENES),
                                           *((f"edits-{number}", (256, 256), number) for number in EDITS)]:  # fmt: skip
@@ -247,7 +278,7 @@ def files(run, count: int = 400, seed: int = 0) -> None:
         first = np.stack([rng.integers(0, side - 3, count) for side in (h, w)], axis=1)
         behind = np.stack([rng.integers(first[:, axis] + 1, side + 1) for axis, side in enumerate((h, w))], axis=1)
         ids = torch.arange(1, count + 1)[:, None].expand(count, 3)
-        things = ids[:, :1, None].expand(count, h, w)
+        things = 1_000_000 * ids[:, 0].view(-1, *[1] * (latents.ndim - 2)) + digits(latents)
         write(run / f"{name}.safetensors", {"latents": latents, "ids": ids, "things": things, "covered": 2 * things[..., None],
               "boxes": torch.from_numpy(np.concatenate([first, behind], axis=1))})  # fmt: skip
 
@@ -262,12 +293,14 @@ def test_batches_are_of_pictures_and_of_edits(tmp_path):
         ids, things, (top, left) = batch.words["ids"], batch.things, batch.corner
         number, (h, w) = 0 if batch.references is None else batch.references.shape[1], batch.latents.shape[2:]
         dropped = (ids == 0).all(1)
-        assert torch.equal(2 * things[..., None], batch.covered) and things.shape == (len(ids), h, w)
-        assert torch.equal(ids[~dropped, 0], things[~dropped, 0, 0])  # the rows of one picture each
+        assert torch.equal(2 * things[..., None], batch.covered)
+        assert torch.equal(ids[~dropped, 0], things[~dropped, 0] // 1_000_000)  # the rows of one picture each
         coordinates = torch.stack(torch.meshgrid(top + torch.arange(h), left + torch.arange(w), indexing="ij"))
         pictures = [batch.latents, *(batch.references.unbind(1) if number else ())]
         for place, latents in enumerate(pictures):  # the result first, then those before in their order
             assert (latents[:, 0] == place).all() and (latents[:, 1:] == coordinates).all()
+        shown = torch.cat([digits(latents).flatten(1) for latents in pictures], dim=1)
+        assert torch.equal(things % 1_000_000, shown)  # in the order of the tokens
         seen.add(number)
         empty += dropped.double().mean().item() / 60
         windows += (h, w) not in [(height // 16, width // 16) for width, height in SCENES]

@@ -12,7 +12,7 @@ from recipe.latents import EDITS, SCENES
 from recipe.text import Words
 
 BATCH = {0: 32, 1: 16, 2: 10}  # by the number of references: so that steps take much the same time
-SHARE = {0: 0.45, 1: 0.4, 2: 0.15}  # of the steps
+SHARE = {0: 0.4, 1: 0.5, 2: 0.1}  # of the steps
 WINDOWS = np.array([(6, 14), (10, 10), (10, 16), (16, 10)])  # rows and columns of tokens: for a word, one object, two, two
 WINDOWED = 0.85  # of the steps
 
@@ -21,8 +21,8 @@ class Batch(NamedTuple):
     latents: Tensor  # (B, C, h, w)
     words: Words  # (B, T) each
     references: Tensor | None  # of edits, the pictures before, (B, R, C, h, w)
-    things: Tensor  # what tokens show, (B, h, w)
-    covered: Tensor  # and how much of their parts, (B, h, w, 16)
+    things: Tensor  # what the tokens of the image and then of the references show, (B, L + R)
+    covered: Tensor  # and how much of their parts, (B, L + R, 16)
     corner: tuple[int, int] = (0, 0)  # row and column of the first token in its picture
 
 
@@ -51,7 +51,8 @@ class Batches:
         words = {name: torch.where(drop, empty, part[name]) for name, empty in self.empty.items()}
         latents = part["latents"][..., *tokens].float()
         latents, references = (latents[:, 0], latents[:, 1:]) if number else (latents, None)
-        return Batch(latents, words, references, part["things"][:, *tokens], part["covered"][:, *tokens], (top, left))
+        things, covered = part["things"][..., *tokens].flatten(1), part["covered"][..., *tokens, :].flatten(1, -2)
+        return Batch(latents, words, references, things, covered, (top, left))
 
 
 class Pictures:

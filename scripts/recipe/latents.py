@@ -20,7 +20,8 @@ from recipe.text import Tokenizer
 from recipe.trainer import bfloat16_is_faster, device_of
 
 SCENES = {(256, 256): 12000, (320, 192): 1500, (192, 320): 1500}  # width, height: pictures
-EDITS = {1: 5000, 2: 1500}  # pictures before: edits, all 256x256
+EDITS = {1: 8000, 2: 1500}  # pictures before: edits, all 256x256
+CHANGES = ("colour", "size", "pattern", "shape", "remove")  # kinds of edits about one of the things that a picture shows
 THINGS = (None, *shapes.SHAPES, *LETTERS)  # what a token can show; None is the background
 PART = 4  # pixels: the side of the parts of a token in which it is told how much is covered
 
@@ -35,9 +36,13 @@ def pictures(width: int, height: int) -> Iterator[tuple[shapes.Scene, list[shape
 
 
 def edits(count: int) -> Iterator[tuple[shapes.Edit, list[shapes.Layout]]]:
-    """Endless edits of so many pictures, always the same; each with the layouts of all of them, the result first."""
+    """Endless edits of so many pictures, always the same; each with the layouts of all of them, the result first.
+
+    Of edits of one picture two thirds are CHANGES, which take the most pictures to learn: which thing is meant?
+    """
+    rng = np.random.default_rng(count)
     for edit in shapes.edits(2000 + count, held=False):
-        if len(edit.before) == count:
+        if len(edit.before) == count and (count > 1 or edit.kind in CHANGES or rng.random() < 0.4):
             yield edit, [edit.after, *edit.before]
 
 
@@ -75,8 +80,8 @@ def parts(item: shapes.Item, width: int, height: int) -> Iterator[tuple[str, np.
 @torch.no_grad()
 def encode_all(run: Path, model: AutoEncoder, words: Tokenizer) -> None:
     """One file a kind: latents (N, C, h, w), of edits (N, 1 + pictures, C, h, w), as float16, with the words of their texts;
-    what the tokens of the picture to be made show, as `shown` tells it; and the box of tokens outside which none of the
-    pictures shows anything: its first row and column, and those behind its last, (N, 4).
+    what the tokens of each picture show, as `shown` tells it, (N, h, w) or (N, 1 + pictures, h, w); and the box of tokens
+    outside which none of the pictures shows anything: its first row and column, and those behind its last, (N, 4).
 
     Files that are there are kept.
     """
@@ -93,11 +98,12 @@ def encode_all(run: Path, model: AutoEncoder, words: Tokenizer) -> None:
         for text, layouts in tqdm(itertools.islice(some, count), name, count, mininterval=5):
             pixels = to_pixels(np.stack([shapes.draw(layout, *size) for layout in layouts]))
             x = model.encode(pixels.to(device, dtype, memory_format=torch.channels_last)).half().cpu()
-            latents.append(x if isinstance(text, shapes.Edit) else x[0])
+            shows, covers = map(np.stack, zip(*(shown(layout, *size) for layout in layouts), strict=True))
+            which = slice(None) if isinstance(text, shapes.Edit) else 0
+            latents.append(x[which])
             texts.append(str(text))
-            known = [shown(layout, *size) for layout in layouts]
-            things.append(torch.from_numpy(known[0][0]))
-            covered.append(torch.from_numpy(known[0][1]))
-            boxes.append(torch.tensor(box([parts for _, parts in known])))
+            things.append(torch.from_numpy(shows[which]))
+            covered.append(torch.from_numpy(covers[which]))
+            boxes.append(torch.tensor(box(list(covers))))
         some_of_it = dict(latents=latents, things=things, covered=covered, boxes=boxes)
         write(path, {name: torch.stack(tensors) for name, tensors in some_of_it.items()} | words(texts))

@@ -21,8 +21,8 @@ SHIFT = math.log(4)  # of the times, towards noise, where the sampler's are too:
 class Networks(nn.Module):
     """A transformer, and the text encoder whose hidden states it reads.
 
-    For training alone, `hidden` are the image tokens of the last `velocity`, half way through the single blocks, (B, L, D), and
-    `shown` reads off them what each will show.
+    For training alone, `hidden` are the tokens of the image and the references of the last `velocity`, half way through the
+    single blocks, (B, L + R, D), and `shown` reads off them what each shows, or will show.
     """
 
     def __init__(self, transformer: Flux, text: TextEncoder):
@@ -45,8 +45,7 @@ class Networks(nn.Module):
         axes = len(self.transformer.config.axes_dim)
         tokens = (None, None) if references is None else reference_tokens(references.unbind(1), axes)
         velocity = training.velocity(self.transformer, Batch(x, features, *tokens), 1.0, x, t, corner)
-        text, image = features.tokens.shape[1], x[0, 0].numel()
-        self.hidden = self.hidden[:, text : text + image]
+        self.hidden = self.hidden[:, features.tokens.shape[1] :]
         return velocity
 
     def guided(self, features: TextFeatures, empty: TextFeatures, x: Tensor, t: Tensor, scale: float,
@@ -80,15 +79,16 @@ def flow_loss(networks: Networks, latents: Tensor, words: Words, references: Ten
 def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
     """Cross-entropy, in nats, of what tokens show, and of how much of their parts is covered.
 
-    logits: (B, L, n); things: (B, h, w), places in THINGS; covered: (B, h, w, 16) from 0 to 255.
+    logits: (B, L, n); things: (B, L), places in THINGS; covered: (B, L, 16) from 0 to 255.
 
     A representation is aligned (Yu et al. 2024, there to another network's) with what is known of a drawn picture. Velocities
-    alone take very long to teach a small network that the names of shapes and letters mean something.
+    alone take very long to teach a small network that the names of shapes and letters mean something; and that "the circle" of
+    an instruction is one of two things in the picture before.
     """
     logits = logits.float()
     kinds, parts = logits[..., : len(THINGS)], logits[..., len(THINGS) :]
-    what = F.cross_entropy(kinds.transpose(1, 2), things.flatten(1).long())
-    return what + F.binary_cross_entropy_with_logits(parts, covered.flatten(1, 2) / 255)
+    what = F.cross_entropy(kinds.transpose(1, 2), things.long())
+    return what + F.binary_cross_entropy_with_logits(parts, covered / 255)
 
 
 def some_times(latents: Tensor) -> Tensor:

@@ -24,8 +24,10 @@ COOLING = 0.4  # of the time, at the end, in which the learning rate goes down; 
 class Trainer:
     """Optimises `model` for some minutes of training time: warm-up, a clock-driven decay, EMA, checkpoints, a loss log."""
 
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], path: Path, minutes: float, ema: float):
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], path: Path, minutes: float, ema: float,
+                 cooling: float = COOLING):  # fmt: skip
         self.model, self.optimizers, self.path, self.minutes, self.decay = model, optimizers, path, minutes, ema
+        self.cooling = cooling
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
         self.step, self.seconds = 0, 0.0
@@ -71,7 +73,7 @@ class Trainer:
 
     def update(self, loss: Callable[[int], Tensor]) -> float:
         """One step of all optimizers, and of the average; returns the loss."""
-        rate = min(1.0, (self.step + 1) / 200, 0.01 + (1 - self.progress) / COOLING)
+        rate = min(1.0, (self.step + 1) / 200, 0.01 + (1 - self.progress) / self.cooling)
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate

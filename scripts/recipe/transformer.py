@@ -10,15 +10,16 @@ from recipe.attention import attention
 from recipe.batches import Batches
 from recipe.networks import Networks, flow_loss, shown_loss
 from recipe.samples import Sampler
-from recipe.trainer import Trainer, device_of, optimizers
+from recipe.trainer import COOLING, Trainer, device_of, optimizers
 
 EDGES = ("img_in", "txt_in", "time_in", "modulation", "final_layer", "embed", "shown")  # these touch latents, tokens, numbers
 RATE = 2.5e-3  # of Muon; AdamW's is a third of it
 SHOWN = 0.2  # weight of `shown_loss`
 
 
-def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool) -> None:
-    """With its text encoder, on the files that `encode_all` wrote into the run's folder."""
+def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool,
+                      cooling: float = COOLING) -> None:  # fmt: skip
+    """With its text encoder, on the files that `encode_all` wrote into the run's folder; `cooling` for a share of the minutes."""
     if device_of(networks).type == "cpu":
         transformer.attention = attention
     if compiled:
@@ -31,5 +32,5 @@ def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: 
         flow = flow_loss(networks, batch.latents, batch.words, batch.references, batch.corner)
         return flow + SHOWN * shown_loss(networks.shown(networks.hidden), batch.things, batch.covered)
 
-    trainer = Trainer(networks, optimizers(networks, RATE, RATE / 3, EDGES), path, minutes, ema=0.999)
+    trainer = Trainer(networks, optimizers(networks, RATE, RATE / 3, EDGES), path, minutes, ema=0.999, cooling=cooling)
     trainer.run(loss, every_minutes=8, sheet=lambda: sampler.sheet(networks, path.with_suffix(".png")))
