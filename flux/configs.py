@@ -119,10 +119,18 @@ TINY = replace(
     axes_dim=(8, 8, 8, 8), guidance=False,
 )  # fmt: skip
 
+TINY1 = replace(
+    FLUX1, context_dim=128, hidden_size=128, num_heads=4, depth=2, depth_single=8, axes_dim=(4, 14, 14), vector_dim=128
+)
+
 AE1 = AutoEncoderConfig()
 AE2 = replace(AE1, z_channels=32, scale_factor=None, shift_factor=None)
 AE2_SMALL_DECODER = replace(AE2, decoder_ch=96)  # full_encoder_small_decoder.safetensors of FLUX.2-small-decoder
 AE_TINY = replace(AE2, ch=32, ch_mult=(1, 1, 2, 3), num_res_blocks=1, z_channels=16, norm_groups=8)
+AE1_TINY = replace(AE_TINY, scale_factor=1.0, shift_factor=0.0)  # its encoder's last layer was trained to give what is normal
+
+T5_TINY = T5Config(vocab_size=512, hidden_size=128, head_dim=32, num_heads=4, mlp_size=256, depth=4)
+CLIP_TINY = CLIPConfig(vocab_size=672, hidden_size=128, num_heads=4, mlp_size=256, depth=2, max_length=32, eos_id=671)
 
 QWEN3_4B = LanguageModelConfig()
 QWEN3_8B = replace(QWEN3_4B, hidden_size=4096, mlp_size=12288)
@@ -204,6 +212,9 @@ MODELS: dict[str, ModelSpec] = _table([
     _quantised(_klein_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-fp8", "flux-2-klein-base-9b-fp8.safetensors", **_base),
     _quantised(_klein_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-nvfp4", "flux-2-klein-base-9b-nvfp4.safetensors",
                **_base),
+    replace(_flux1, name="flux.1-tiny", repository="embedded", licence=TOY, size=256, steps=8, guidance=2.5,
+            transformer=TINY1, transformer_file="flux1-tiny.safetensors", text_length=32, autoencoder=AE1_TINY,
+            autoencoder_files=(AE,), text=FLUX1Text(T5_TINY, CLIP_TINY, ("text_encoder_2/model.safetensors",))),
     replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=256, steps=8, guidance=2.5, cfg=True, fixed="",
             transformer=TINY, transformer_file="flux-2-tiny.safetensors",
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)), text_length=32,

@@ -17,7 +17,7 @@ from flux import sampling
 from flux.errors import UserError
 from flux.text import TextFeatures
 from flux.training import Batch, generator
-from flux.transformer import Flux
+from flux.transformer import Flux, sinusoid
 from flux.weights import blank
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -65,6 +65,24 @@ def without_captions(batch: Batch, empty: TextFeatures) -> Batch:
     """`empty`: features of the empty caption, a batch of one."""
     expand = lambda x: None if x is None else x.to(batch.latents.device).expand(len(batch.latents), *x.shape[1:])  # noqa: E731
     return batch._replace(features=TextFeatures(*map(expand, empty)))
+
+
+@torch.no_grad()
+def teacher_of(student: Flux) -> Flux:
+    """A copy, in float32, that is what the student is at guidance 1: without an input for it.
+
+    What the student makes of guidance 1 is a vector that it adds to that of time: here it is part of that one's last bias.
+    UserError if there is no such bias, as in FLUX.2.
+    """
+    if not (student.config.guidance and student.config.bias):
+        raise UserError("only a model of FLUX.1 that is told its guidance can be made one that is not")
+    tensors = {name: x.to(torch.float32, copy=True) for name, x in student.state_dict().items()}
+    bias = tensors["time_in.out_layer.bias"]
+    bias += student.guidance_in(sinusoid(torch.tensor([1000.0])).to(student.time_in.out_layer.bias))[0].float()
+    tensors = {name: x for name, x in tensors.items() if not name.startswith("guidance_in.")}
+    teacher = blank(lambda: Flux(replace(student.config, guidance=False), student.numerics))
+    teacher.load_state_dict(tensors, assign=True)
+    return teacher.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -87,10 +87,12 @@ def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
 def is_here(spec: ModelSpec, weights: Path | None = None) -> bool:
     """Whether a row could be loaded without a download."""
     needed = (*networks(spec).values(), *((name,) for names in spec.text.tokenizers.values() for name in names))
+    if spec.embedded:
+        return all((EMBEDDED / spec.name / choices[0]).is_file() for choices in needed)
     adapter = [(spec.adapter.repository, name) for _, name in spec.adapter.files] if spec.adapter else []
     try:
         ours = all(any(is_local(spec.repository, name, weights) for name in choices) for choices in needed)
-        return spec.embedded or (ours and all(is_local(repository, name, weights) for repository, name in adapter))
+        return ours and all(is_local(repository, name, weights) for repository, name in adapter)
     except UserError:  # a damaged index
         return False
 
@@ -103,7 +105,11 @@ def locate_one(spec: ModelSpec, name: str, weights: Path | None) -> Path:
 def _find(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list[Path]:
     """The first of `choices` that is at hand, or else the first, downloaded."""
     if spec.embedded:
-        return [EMBEDDED / spec.name / choices[0]]
+        path = EMBEDDED / spec.name / choices[0]
+        if not path.is_file():
+            raise UserError(f"{spec.name} has to be made first, in some hours (scripts/toy.py --model {spec.name} --export "
+                            f"{EMBEDDED / spec.name}): {path.name} is not there")  # fmt: skip
+        return [path]
     name = next((c for c in choices if is_local(spec.repository, c, weights)), choices[0])
     return find_all(spec.repository, name, weights, spec.licence.name, spec.licence.gated)
 

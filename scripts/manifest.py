@@ -31,7 +31,7 @@ from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec  # noqa: E402
 from flux.errors import UserError  # noqa: E402
 from flux.files import BITS, find_all, is_local, read_header, shard_files  # noqa: E402
 from flux.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
-from flux.models import find_spec  # noqa: E402
+from flux.models import find_spec, is_here  # noqa: E402
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig  # noqa: E402
 from flux.t5 import T5, T5Config  # noqa: E402
 from flux.text import clip_unread, language_model_unread, t5_unread  # noqa: E402
@@ -72,13 +72,17 @@ MANIFESTS = {
     "klein-4b-nvfp4": QuantisedConfig(configs.KLEIN_4B, "nvfp4"),
     "klein-9b-fp8": QuantisedConfig(configs.KLEIN_9B, "fp8"),
     "klein-9b-nvfp4": QuantisedConfig(configs.KLEIN_9B, "nvfp4"),
+    "flux1-tiny": configs.TINY1,
     "flux2-tiny": configs.TINY,
     "ae-flux1": configs.AE1,
     "ae-flux2": configs.AE2,
     "ae-flux2-small-decoder": configs.AE2_SMALL_DECODER,
+    "ae-flux1-tiny": configs.AE1_TINY,
     "ae-tiny": configs.AE_TINY,
     "t5-xxl": T5Config(),
     "clip-l": CLIPConfig(),
+    "t5-tiny": configs.T5_TINY,
+    "clip-tiny": configs.CLIP_TINY,
     "siglip": SigLIPConfig(),
     "redux": ReduxConfig(),
     "qwen3-4b": configs.QWEN3_4B,
@@ -364,7 +368,8 @@ def models_table() -> str:
     for spec in MODELS.values():
         repositories = [spec.repository, *([spec.adapter.repository] if spec.adapter else [])]
         links = [f"[{name.split('/')[-1]}](https://huggingface.co/{name})" for name in repositories]
-        home = "part of the package" if spec.embedded else " and ".join(links)
+        own = "part of the package" if is_here(spec) else "made with `scripts/toy.py`"
+        home = own if spec.embedded else " and ".join(links)
         guidance = "none" if spec.guidance is None else f"{spec.guidance:g}" + ", by two passes" * spec.cfg
         picture = spec.picture + f", {spec.control}" * bool(spec.control) + ", computed once" * spec.cached
         terms = (spec.licence.name, "yes" if spec.licence.commercial else "no", "yes" if spec.licence.gated else "no")

@@ -7,12 +7,15 @@ the defaults of their scripts), the repositories' model cards, and diffusers' pi
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
+from written import refusal
 
 import flux
+from flux import models
 from flux.configs import EMBEDDED, MODELS, Adapter, FLUX1Text, FLUX2Text
 from flux.errors import UserError
 from flux.models import find_spec, with_transformer
 from flux.options import check_guidance
+from flux.pipeline import load
 
 REAL = {name: spec for name, spec in MODELS.items() if not spec.embedded and spec.storage == "bfloat16"}
 QUANTISED = {name: spec for name, spec in MODELS.items() if spec.storage != "bfloat16"}
@@ -44,7 +47,7 @@ DEFAULTS = {
 
 # What a picture is to them, from the same scripts and the cards; to a model that knows no pictures, a start.
 PICTURES = {
-    "start": {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev"},
+    "start": {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev", "flux.1-tiny"},
     "fill": {"flux.1-fill-dev"},
     "control": {"flux.1-canny-dev", "flux.1-depth-dev", "flux.1-canny-dev-lora", "flux.1-depth-dev-lora"},
     "redux": {"flux.1-redux-dev"},
@@ -171,7 +174,7 @@ def test_names_and_repositories():
 
 def test_licences():
     free = {name for name, spec in MODELS.items() if spec.licence.commercial and name not in QUANTISED}
-    assert free == {"flux.1-schnell", "flux.2-klein-4b", "flux.2-klein-base-4b", "flux.2-tiny"}
+    assert free == {"flux.1-schnell", "flux.2-klein-4b", "flux.2-klein-base-4b", "flux.1-tiny", "flux.2-tiny"}
     assert all((spec.licence.name == "Apache-2.0") == spec.licence.commercial for spec in MODELS.values())
     open_to_all = {name for name, spec in MODELS.items() if not spec.licence.gated and name not in QUANTISED}
     assert open_to_all == free - {"flux.1-schnell"}
@@ -186,12 +189,25 @@ def test_licences():
 
 def test_embedded_model_is_a_klein_base_whose_files_are_in_the_package():
     toy, klein = MODELS["flux.2-tiny"], MODELS["flux.2-klein-base-4b"]
-    assert [spec for spec in MODELS.values() if spec.embedded] == [toy] and EMBEDDED.parent.name == "flux"
+    assert EMBEDDED.parent.name == "flux"
     assert (toy.schedule, toy.cfg, toy.picture) == (klein.schedule, klein.cfg, klein.picture) and toy.guidance == 2.5
     names = (toy.transformer_file, *toy.autoencoder_files, *toy.text.files, *toy.text.tokenizer)
     assert all((EMBEDDED / toy.name / name).is_file() for name in names)
     assert toy.text.model.features == toy.transformer.context_dim
     assert toy.transformer.in_channels == toy.autoencoder.latent_channels
+
+
+def test_the_other_embedded_model_is_a_flux1_dev_that_has_to_be_made(tmp_path, monkeypatch):
+    toy, dev = MODELS["flux.1-tiny"], MODELS["flux.1-dev"]
+    assert [spec.name for spec in MODELS.values() if spec.embedded] == ["flux.1-tiny", "flux.2-tiny"]
+    assert (toy.schedule, toy.cfg, toy.picture) == (dev.schedule, dev.cfg, dev.picture) and toy.guidance == 2.5
+    same = ("mlp_ratio", "theta", "guidance", "bias", "gated_mlp", "shared_modulation")
+    assert all(getattr(toy.transformer, name) == getattr(dev.transformer, name) for name in same)
+    assert (toy.text.t5.hidden_size, toy.text.clip.hidden_size) == (toy.transformer.context_dim, toy.transformer.vector_dim)
+    assert toy.transformer.in_channels == toy.autoencoder.latent_channels
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path)
+    assert not models.is_here(toy) and not models.is_here(MODELS["flux.2-tiny"])
+    assert "scripts/toy.py --model flux.1-tiny" in refusal(load, "flux.1-tiny", device="cpu")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -128,6 +128,23 @@ def test_a_student_begins_as_its_teacher_whatever_it_is_told(config):
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())  # nothing is shared
 
 
+def test_a_teacher_is_what_its_student_is_at_guidance_1():
+    student, batch = randomise(Flux(replace(SMALL, guidance=True))), a_batch(SMALL)
+    before = {name: x.clone() for name, x in student.state_dict().items()}
+    teacher = distillation.teacher_of(student)
+    assert teacher.config == SMALL
+    expected = training.velocity(student, batch, 1.0, batch.latents, T)
+    # the same three vectors are added, in another order
+    assert max_error(training.velocity(teacher, batch, 3.0, batch.latents, T), expected) < 1e-5
+    assert max_error(training.velocity(student, batch, 3.0, batch.latents, T), expected) > 0.01
+    assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [SCHNELL_TINY, replace(KLEIN_TINY, guidance=True)])
+def test_only_a_student_of_flux1_can_be_made_a_teacher(config):
+    assert "told its guidance" in refusal(distillation.teacher_of, Flux(config))
+
+
 def test_a_student_of_a_bfloat16_teacher_is_float32():
     student = distillation.student_of(randomise(Flux(SMALL)).bfloat16())
     assert {p.dtype for p in student.parameters()} == {torch.float32} and all(p.requires_grad for p in student.parameters())

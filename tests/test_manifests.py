@@ -132,7 +132,8 @@ def test_manifests_of_flux1():
     """Which of them a transformer has follows from what is stacked on its 64 channels: a picture, or that and a mask."""
     found = {name: manifest.name_of(spec.transformer) for name, spec in MODELS.items() if name.startswith("flux.1")}
     stacked = {"flux.1-fill-dev": "flux1-fill", "flux.1-canny-dev": "flux1-control", "flux.1-depth-dev": "flux1-control"}
-    assert found == dict.fromkeys(found, "flux1-dev") | {"flux.1-schnell": "flux1-schnell"} | stacked
+    others = {"flux.1-schnell": "flux1-schnell", "flux.1-tiny": "flux1-tiny"}
+    assert found == dict.fromkeys(found, "flux1-dev") | others | stacked
     adapters = {
         (name, part): (manifest.name_of(config), repository, files)
         for name, spec in MODELS.items() if spec.adapter

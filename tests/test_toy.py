@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from reference import relative_l2
+from reference import randomise, relative_l2
 from scripted import script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,7 +16,8 @@ import flux
 from flux import models, sampling, shapes, training, transformer
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import reference_tokens
-from flux.configs import MODELS
+from flux.configs import MODELS, ModelSpec
+from flux.distillation import student_of
 from flux.text import TextFeatures
 from flux.training import Batch, write
 from flux.weights import infer_config
@@ -29,11 +30,12 @@ from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, pictures,
 from recipe.networks import Networks, flow_loss, new_networks, shown_loss
 from recipe.pictures import to_pictures
 from recipe.text import Tokenizer
-from recipe.tokenizer import texts, train_tokenizer
+from recipe.tokenizer import texts, train_tokenizers
 from recipe.trainer import Trainer, optimizers, orthogonal
 from recipe.transformer import EDGES
 
-SPEC = MODELS["flux.2-tiny"]
+SPEC, SPEC1 = MODELS["flux.2-tiny"], MODELS["flux.1-tiny"]
+every_model = pytest.mark.parametrize("spec", [SPEC, SPEC1], ids=["flux.2", "flux.1"])
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,16 +44,17 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder with the tokenizer."""
-    folder = tmp_path_factory.mktemp("run")
-    train_tokenizer(folder, SPEC.text)
-    return folder
+    """A folder for each model, with its tokenizers."""
+    folders = {spec.name: tmp_path_factory.mktemp(spec.name) for spec in (SPEC, SPEC1)}
+    for name, folder in folders.items():
+        train_tokenizers(folder, MODELS[name].text)
+    return folders
 
 
-def random_networks(seed: int = 0) -> Networks:
+def random_networks(spec: ModelSpec = SPEC) -> Networks:
     """All that begins as zero, or as one, is something else."""
-    torch.manual_seed(seed)
-    networks = new_networks(SPEC)
+    torch.manual_seed(0)
+    networks = new_networks(spec)
     with torch.no_grad():
         for p in networks.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -200,17 +203,19 @@ def test_muon_makes_its_updates_nearly_orthogonal(shape):
     assert singular.max() / singular.min() < 0.1 * torch.linalg.cond(matrix)
 
 
-def test_muon_is_for_the_blocks_matrices():
-    """Of inner width on both sides: 128, or a multiple."""
-    networks = random_networks()
+@every_model
+def test_muon_is_for_the_blocks_matrices(spec):
+    """But for those that make vectors of time and prompt into modulations, and for tables."""
+    networks = random_networks(spec)
     names = {id(p): path for path, p in networks.named_parameters()}
     muon, adam = (o.param_groups[0]["params"] for o in optimizers(networks, 1e-3, 1e-3, EDGES))
-    blocks = ("_blocks.", "text.model.layers.")
+    blocks = ("_blocks.", "text.model.layers.", "text.t5.encoder.block.", "text.clip.text_model.encoder.layers.")
     assert all(p.ndim == 2 and any(block in names[id(p)] for block in blocks) for p in muon)
     assert len(muon) + len(adam) == len(names)
     for p in adam:
         path = names[id(p)]
-        assert p.ndim < 2 or "mod" in path or not any(block in path for block in blocks), path
+        exempt = ("_mod.", ".modulation.", "relative_attention_bias")
+        assert p.ndim < 2 or any(part in path for part in exempt) or not any(block in path for block in blocks), path
 
 
 def test_a_stopped_run_goes_on_with_the_state_that_it_had(tmp_path):
@@ -352,64 +357,123 @@ def test_the_decoder_learns_from_the_pictures_that_its_latents_are_of(tmp_path, 
 # ---------------------------------------------------------------------------------------------------------- captions
 
 
-def test_captions_fit_and_have_ids_that_the_encoder_knows(run):
-    networks = random_networks()
+@every_model
+def test_captions_fit_and_have_ids_that_the_encoder_knows(spec, run):
+    networks = random_networks(spec)
     captions = [str(scene) for scene in itertools.islice(shapes.scenes(5, held=None, complete=True), 500)]
-    words = Tokenizer(run, SPEC)(captions)  # UserError, if one does not fit
+    words = Tokenizer(run[spec.name], spec)(captions)  # UserError, if one does not fit
     features = networks.text(**{part: x[:4] for part, x in words.items()})
-    assert features.tokens.shape == (4, 32, 384) and features.pooled is None
-    assert 0 <= words["ids"].min() and words["ids"].max() < 512
+    assert features.tokens.shape == (4, 32, spec.transformer.context_dim)
+    assert (features.pooled is None) if spec is SPEC else features.pooled.shape == (4, 128)
+    tables = {"ids": 512} if spec is SPEC else {"t5": SPEC1.text.t5.vocab_size, "clip": SPEC1.text.clip.vocab_size}
+    for name, size in tables.items():
+        assert 0 <= words[name].min() and words[name].max() < size
 
 
-def test_a_word_of_the_grammar_is_one_token_and_written_letters_are_one_each(run):
-    tokenizer = Tokenizer(run, SPEC).tokenizer.tokenizer
-    some = [text for text in texts() if '"' not in text][::20]
+@every_model
+def test_a_word_of_the_grammar_is_one_token_and_written_letters_are_one_each(spec, run):
+    """CLIP reads letters in lower case, and two of them may be one token there: what is written comes from T5."""
+    space = {"tokenizer": " Ġ", "t5_tokenizer": " ▁", "clip_tokenizer": "</w> "}
+    some = [text for text in texts() if '"' not in text and not {"it", "plain"} & set(text.split())][::20]
     assert len(some) > 300
-    for text in some:
-        assert " ".join(tokenizer.encode(text).tokens).replace(" Ġ", " ") == text
-    tokens = tokenizer.encode('the word "QXZA" in red').tokens
-    assert tokens == ["the", "Ġword", 'Ġ"', "Q", "X", "Z", "A", '"', "Ġin", "Ġred"]
+    for part, tokenizer in Tokenizer(run[spec.name], spec).parts.items():
+        read = lambda text: [t for t in tokenizer.tokenizer.encode(text, add_special_tokens=False).tokens]  # noqa: B023, E731
+        for text in some:
+            assert " ".join(read(text)).replace(space[part], " ").strip("▁").removesuffix("</w>") == text
+        if part != "clip_tokenizer":
+            mark = space[part][1]
+            tokens = [token.strip(mark) for token in read('the word "QXZA" in red')]
+            assert tokens == ["the", "word", '"', "Q", "X", "Z", "A", '"', "in", "red"]
+
+
+def test_an_end_of_text_has_the_number_that_clip_looks_for(run):
+    ids = Tokenizer(run[SPEC1.name], SPEC1)(["a red circle"])["clip"][0]
+    assert (ids == SPEC1.text.clip.eos_id).nonzero()[0] == 4  # after a start and three words
+
+
+def test_t5s_pieces_are_those_that_sentencepiece_finds(run):
+    import sentencepiece
+
+    truth = sentencepiece.SentencePieceProcessor(str(run[SPEC1.name] / SPEC1.text.t5_tokenizer[0]))
+    ours = Tokenizer(run[SPEC1.name], SPEC1).parts["t5_tokenizer"]
+    for text in (*texts()[::400], 'the word "QXZA" in red', "a photo of 12 cats?"):
+        assert ours([text], 64).ids[0].tolist() == [*truth.encode(text), 1] + [0] * (63 - len(truth.encode(text)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
-def test_what_it_exports_loads_strictly_and_makes_pictures(run, tmp_path, monkeypatch):
-    networks = random_networks().to(torch.bfloat16).float()  # as the files have them
-    toy.export(tmp_path / SPEC.name, run, AutoEncoder(SPEC.autoencoder), networks)
-    assert infer_config(tmp_path / SPEC.name / SPEC.transformer_file) == SPEC.transformer
+@every_model
+def test_what_it_exports_loads_strictly_and_makes_pictures(spec, run, tmp_path, monkeypatch):
+    networks = random_networks(spec).to(torch.bfloat16).float()  # as the files have them
+    network = student_of(networks.transformer) if spec.transformer.guidance else networks.transformer
+    home = tmp_path / spec.name
+    toy.export(home, run[spec.name], spec, AutoEncoder(spec.autoencoder), network, networks.text)
+    assert infer_config(home / spec.transformer_file) == spec.transformer
     monkeypatch.setattr(models, "EMBEDDED", tmp_path)
-    pipe = flux.load(device="cpu")
+    pipe = flux.load(spec.name, device="cpu")
     (image,) = pipe("a red circle", steps=1)
     assert image.size == (256, 256) and np.asarray(image).dtype == np.uint8
-    features = networks.text(**Tokenizer(run, SPEC)(["a red circle"]))
+    features = networks.text(**Tokenizer(run[spec.name], spec)(["a red circle"]))
     for ours, exported in zip(features, pipe.text.encode(["a red circle"]), strict=True):
         assert ours is exported or relative_l2(exported, ours) < 1e-5  # batches, and padding, differ
+    begun = toy.begin(spec, home)
+    for name, x in begun.text.state_dict().items():
+        assert torch.equal(x, networks.text.state_dict()[name]), name
 
 
-def test_all_stages_make_a_model_of_another_one(tmp_path, monkeypatch):
-    """With few pictures, and no look at what it makes: a step or more of each training, from the shipped weights on."""
-    for sizes in (SCENES, EDITS):
-        for size in sizes:
-            monkeypatch.setitem(sizes, size, 3)
+def made_by(options: str, monkeypatch) -> None:
+    """What toy.py makes of a few pictures, in a step or more of each training, without a look at it."""
     monkeypatch.setattr(toy.Sampler, "sheet", lambda *_: None)
-    shipped, made = models.EMBEDDED / SPEC.name, tmp_path / "tiny" / SPEC.name
-    minutes = "--autoencoder-minutes 0 --transformer-minutes 0.001 --decoder-minutes 0.001"
-    monkeypatch.setattr("sys.argv", ["toy.py", str(tmp_path / "run"), *minutes.split(), "--start-from", str(shipped),
-                                     "--export", str(made), "--device", "cpu"])  # fmt: skip
+    minutes = "--autoencoder-minutes 0 --transformer-minutes 0.001 --student-minutes 0.001 --decoder-minutes 0.001"
+    monkeypatch.setattr("sys.argv", ["toy.py", *options.split(), *minutes.split(), "--device", "cpu"])
     with monkeypatch.context() as patch:
         patch.setattr(transformer, "attention", transformer.attention)  # training puts its own there
         assert toy.main() == 0
-    for name in (SPEC.transformer_file, "ae.safetensors", *SPEC.text.files):
-        old, new = (training.load(folder / name) for folder in (shipped, made))
-        assert old.keys() == new.keys() and any(not torch.equal(old[key], new[key]) for key in old), name
+
+
+@every_model
+def test_all_stages_make_a_model_of_another_one(spec, tmp_path, monkeypatch):
+    """flux.2-tiny of the shipped one; flux.1-tiny of that one's autoencoder, and another one of what was made."""
+    for sizes in (SCENES, EDITS):
+        for size in sizes:
+            monkeypatch.setitem(sizes, size, 3)
+    before, made = models.EMBEDDED / SPEC.name, tmp_path / "tiny" / spec.name
+    if spec is SPEC1:
+        before, autoencoder = tmp_path / "first", before / "ae.safetensors"
+        made_by(f"{tmp_path}/run --model {spec.name} --autoencoder {autoencoder} --export {before}", monkeypatch)
+    made_by(f"{tmp_path}/more --model {spec.name} --start-from {before} --export {made}", monkeypatch)
+    for name in toy.files_of(spec):
+        if name.endswith(".safetensors"):
+            old, new = (training.load(folder / name) for folder in (before, made))
+            assert old.keys() == new.keys() and any(not torch.equal(old[key], new[key]) for key in old), name
+        else:
+            assert (before / name).read_bytes() == (made / name).read_bytes()
     monkeypatch.setattr(models, "EMBEDDED", tmp_path / "tiny")
-    (image,) = flux.load(device="cpu")("a red circle", steps=1)
+    (image,) = flux.load(spec.name, device="cpu")("a red circle", steps=1)
     assert image.size == (256, 256)
 
 
+def test_an_autoencoder_of_flux2_makes_the_same_pictures_in_flux1s_layout():
+    """All parameters random; then latents are made normal, and the pictures are still the same."""
+    first = randomise(AutoEncoder(SPEC.autoencoder))
+    first.bn.running_var.abs_().add_(0.1)
+    second = autoencoder.in_flux1(first.state_dict(), SPEC1.autoencoder)
+    pixels = drawn(2, 3, 32, 48)
+    expected = first.decode(first.encode(pixels))
+    assert relative_l2(second.decode(second.encode(pixels)), expected) < 1e-5
+    pictures = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), np.uint8)
+    autoencoder.measure_statistics(second, pictures)
+    assert relative_l2(second.decode(second.encode(pixels)), expected) < 1e-5
+    latents = second.encode(autoencoder.to_pixels(pictures))
+    assert latents.std().item() == pytest.approx(1, rel=1e-3)
+
+
 @pytest.mark.parametrize("options, told", [
-    ("--autoencoder-minutes 0", "--start-from FOLDER"),
+    ("--autoencoder-minutes 0", "--autoencoder FILE"),
+    ("--autoencoder nowhere", "there is no such file"),
+    ("--student-minutes -1", "0 or more"),
+    ("--model flux.1-dev", "invalid choice"),
     ("--transformer-minutes -1", "0 or more"),
     ("--decoder-minutes nan", "0 or more"),
     ("--start-from nowhere", "ae.safetensors is not there"),

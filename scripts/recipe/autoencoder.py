@@ -25,17 +25,22 @@ def train_autoencoder(run: Path, config: AutoEncoderConfig, minutes: float, devi
                       count: int = 3000) -> AutoEncoder:  # fmt: skip
     """The one that the run has finished; else one that begins with the file `start`, or anew, and learns for some minutes.
 
+    A file of FLUX.2's family is good for FLUX.1's too.
     Crops of 64 pixels, and of 128 for the last sixth, of `count` pictures; three in five of these are of the grammar.
     """
     torch.manual_seed(0)
     model = AutoEncoder(config)
     with torch.no_grad():  # start with little posterior noise: at unit variance nothing gets through for hundreds of steps
-        model.encoder.quant_conv.bias[config.z_channels :] -= 6
-    finished = run / "ae.safetensors"
+        getattr(model.encoder, "quant_conv", model.encoder.conv_out).bias[config.z_channels :] -= 6
+    finished, changed = run / "ae.safetensors", False
     if finished.exists() or start:
-        model.load_state_dict(load(finished if finished.exists() else start))
+        tensors = load(finished if finished.exists() else start)
+        if changed := config.scale_factor is not None and "encoder.quant_conv.weight" in tensors:
+            model = in_flux1(tensors, config)
+        else:
+            model.load_state_dict(tensors)
     model.to(device, memory_format=torch.channels_last)
-    if finished.exists() or not minutes:
+    if finished.exists() or not (minutes or changed):
         return model
 
     rng, scenes = np.random.default_rng(0), shapes.scenes(50, held=False)
@@ -98,8 +103,37 @@ def train_decoder(run: Path, minutes: float, device: torch.device, autoencoder: 
 
 @torch.no_grad()
 def measure_statistics(model: AutoEncoder, drawn: np.ndarray) -> None:
-    """The running statistics that FLUX.2 normalises packed latents with, measured over pictures (N, H, W, 3), N >= 128."""
-    device = model.bn.running_mean.device
+    """Latents of pictures (N, H, W, 3), N >= 128, get a variance of one: in FLUX.2 in each channel, by the running statistics
+    that they are normalised with; in FLUX.1, which has one constant for all, by what the encoder multiplies them with."""
+    device = next(model.parameters()).device
     packed = torch.cat([pack(model.encoder(to_pixels(p).to(device)).chunk(2, 1)[0]) for p in np.array_split(drawn, 128)])
-    model.bn.running_mean.copy_(packed.mean((0, 2, 3)))
-    model.bn.running_var.copy_(packed.var((0, 2, 3)))
+    if model.config.scale_factor is None:
+        model.bn.running_mean.copy_(packed.mean((0, 2, 3)))
+        model.bn.running_var.copy_(packed.var((0, 2, 3)))
+        return
+    factor = packed.std() * model.config.scale_factor
+    last, first = model.encoder.conv_out, model.decoder.conv_in
+    last.weight[: len(last.weight) // 2] /= factor  # of the means; the other half are log-variances
+    last.bias[: len(last.bias) // 2] /= factor
+    first.weight *= factor
+
+
+@torch.no_grad()
+def in_flux1(tensors: dict[str, Tensor], config: AutoEncoderConfig) -> AutoEncoder:
+    """An autoencoder of FLUX.2, in the layout of FLUX.1: it makes the same pictures, of latents of another size and mean.
+
+    FLUX.1 has no 1x1 convolutions between encoder and decoder. Both act on single latents, so they can act in the encoder's
+    last convolution; log-variances stay as they are.
+    """
+    z, last = config.z_channels, "encoder.conv_out."
+    tensors = {name: x.float() for name, x in tensors.items() if not name.startswith("bn.")}
+    kept = {name: x for name, x in tensors.items() if "quant_conv" not in name}
+    for conv in ("encoder.quant_conv.", "decoder.post_quant_conv."):
+        matrix, bias = tensors[conv + "weight"][..., 0, 0], tensors[conv + "bias"]
+        if len(bias) == z:  # of the means alone
+            matrix, bias = torch.block_diag(matrix, torch.eye(z)), torch.cat([bias, torch.zeros(z)])
+        kept[last + "weight"] = torch.einsum("oi,ichw->ochw", matrix, kept[last + "weight"])
+        kept[last + "bias"] = matrix @ kept[last + "bias"] + bias
+    model = AutoEncoder(config)
+    model.load_state_dict(kept)
+    return model

@@ -30,17 +30,17 @@ class Batches:
     """By their number. A share `dropped` of the captions is left out, `empty` in their place.
 
     Mostly only a window of pictures is learnt from, around all that is in them: there is little to learn of the background, and
-    it is most of what would be computed. Tokens keep their coordinates.
+    it is most of what would be computed. Tokens keep their coordinates. Without `edited`, there are no edits.
     """
 
-    def __init__(self, run: Path, empty: Words, dropped: float = 0.1):
+    def __init__(self, run: Path, empty: Words, dropped: float = 0.1, edited: bool = True):
         self.scenes = [Pictures(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
-        self.edits = {number: Pictures(run / f"edits-{number}.safetensors") for number in EDITS}
+        self.edits = {number: Pictures(run / f"edits-{number}.safetensors") for number in EDITS if edited}
         self.empty, self.dropped = empty, dropped
 
     def __call__(self, step: int) -> Batch:
         rng = np.random.default_rng((2, step))
-        number = int(rng.choice(list(SHARE), p=list(SHARE.values())))
+        number = int(rng.choice(list(SHARE), p=list(SHARE.values()))) if self.edits else 0
         sizes = np.array([len(pictures) for pictures in self.scenes], float)
         pictures = self.edits[number] if number else self.scenes[rng.choice(len(sizes), p=sizes / sizes.sum())]
         rows, (top, left), (h, w) = pictures.some(BATCH[number], rng)

@@ -78,18 +78,19 @@ def parts(item: shapes.Item, width: int, height: int) -> Iterator[tuple[str, np.
 
 
 @torch.no_grad()
-def encode_all(run: Path, model: AutoEncoder, words: Tokenizer) -> None:
+def encode_all(run: Path, model: AutoEncoder, words: Tokenizer, edited: bool = True) -> None:
     """One file a kind: latents (N, C, h, w), of edits (N, 1 + pictures, C, h, w), as float16, with the words of their texts;
     what the tokens of each picture show, as `shown` tells it, (N, h, w) or (N, 1 + pictures, h, w); and the box of tokens
     outside which none of the pictures shows anything: its first row and column, and those behind its last, (N, 4).
 
-    Files that are there are kept.
+    Files that are there are kept. `edited`: with edits.
     """
     device = device_of(model)
     dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
     model = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
     kinds = {f"latents-{w}x{h}": (pictures(w, h), count, (w, h)) for (w, h), count in SCENES.items()}
-    kinds |= {f"edits-{number}": (edits(number), count, (256, 256)) for number, count in EDITS.items()}
+    if edited:
+        kinds |= {f"edits-{number}": (edits(number), count, (256, 256)) for number, count in EDITS.items()}
     for name, (some, count, size) in kinds.items():
         path = run / f"{name}.safetensors"
         if path.exists():

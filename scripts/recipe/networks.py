@@ -1,6 +1,7 @@
 """The transformer with its text encoder, and what they learn: the flow, and what is where."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ SHIFT = math.log(4)  # of the times, towards noise, where the sampler's are too:
 
 
 class Networks(nn.Module):
-    """A transformer, and the text encoder whose hidden states it reads.
+    """A transformer, and the text encoder whose features it reads.
 
     For training alone, `hidden` are the tokens of the image and the references of the last `velocity`, half way through the
     single blocks, (B, L + R, D), and `shown` reads off them what each shows, or will show.
@@ -37,14 +38,14 @@ class Networks(nn.Module):
         self.hidden = inputs[0]  # (B, T + L + R, D)
 
     def velocity(self, features: TextFeatures, x: Tensor, t: Tensor, references: Tensor | None = None,
-                 corner: tuple[int, int] = (0, 0)) -> Tensor:  # fmt: skip
+                 corner: tuple[int, int] = (0, 0), guidance: float | Tensor = 1.0) -> Tensor:  # fmt: skip
         """Of latents x (B, C, h, w) at times t (B,), by the features of B prompts, with references (B, R, C, h, w).
 
-        `corner`: row and column of the first tokens, if the latents are a window of the pictures.
+        `corner`: row and column of the first tokens, if the latents are a window of the pictures. `guidance` is for students.
         """
         axes = len(self.transformer.config.axes_dim)
         tokens = (None, None) if references is None else reference_tokens(references.unbind(1), axes)
-        velocity = training.velocity(self.transformer, Batch(x, features, *tokens), 1.0, x, t, corner)
+        velocity = training.velocity(self.transformer, Batch(x, features, *tokens), guidance, x, t, corner)
         self.hidden = self.hidden[:, features.tokens.shape[1] :]
         return velocity
 
@@ -55,13 +56,13 @@ class Networks(nn.Module):
 
     def compile_blocks(self) -> None:
         """Block by block: what one compiled, the next ones use."""
-        for block in [*self.transformer.double_blocks, *self.transformer.single_blocks, *self.text.model.layers]:
+        for block in [*self.transformer.double_blocks, *self.transformer.single_blocks, *self.text.blocks()]:
             block.compile(dynamic=False)
 
 
 def new_networks(spec: ModelSpec) -> Networks:
-    """With random weights."""
-    transformer = Flux(spec.transformer)
+    """With random weights; the transformer is not told its guidance: that is what its student will be."""
+    transformer = Flux(replace(spec.transformer, guidance=False))
     for name, p in transformer.named_parameters():
         if "mod" in name or "final_layer" in name:
             nn.init.zeros_(p)  # every block starts as the identity (adaLN-zero, Peebles & Xie 2022)

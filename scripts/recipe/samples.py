@@ -20,7 +20,7 @@ class Sampler:
     """What makes pictures of latents, and words of prompts."""
 
     def __init__(self, spec: ModelSpec, autoencoder: AutoEncoder, words: Tokenizer):
-        self.spec, self.autoencoder, self.words = spec, autoencoder, words
+        self.spec, self.autoencoder, self.words, self.edits = spec, autoencoder, words, spec.picture == "reference"
         self.device = device_of(autoencoder)
         self.empty = self.words_of([""])
 
@@ -28,12 +28,17 @@ class Sampler:
         return {name: x.to(self.device) for name, x in self.words(prompts).items()}
 
     def sheet(self, networks: Networks, path: Path) -> None:
-        """40 held-out scenes, and 20 edits: a contact sheet, and their scores printed."""
+        """40 held-out scenes, and 20 edits if it makes edits: a contact sheet, and their scores printed."""
         scenes = list(itertools.islice(shapes.scenes(7, held=True, complete=True), 40))
-        edits = list(itertools.islice(shapes.edits(7, held=True), 20))
-        made, edited = self.pictures(networks, list(map(str, scenes))), self.edited(networks, edits)
-        contact_sheet(path, np.concatenate([made, edited]), 10)
-        for report in (shapes.score(made, scenes), shapes.score_edits(edited, edits)):
+        made = self.pictures(networks, list(map(str, scenes)))
+        reports = [shapes.score(made, scenes)]
+        if self.edits:
+            edits = list(itertools.islice(shapes.edits(7, held=True), 20))
+            edited = self.edited(networks, edits)
+            made = np.concatenate([made, edited])
+            reports.append(shapes.score_edits(edited, edits))
+        contact_sheet(path, made, 10)
+        for report in reports:
             print("\n" + "  ".join(f"{name} {share:.0%}" for name, share in report.items()), flush=True)
 
     def edited(self, networks: Networks, edits: list[shapes.Edit]) -> np.ndarray:
@@ -53,11 +58,13 @@ class Sampler:
         spec, side, count = self.spec, self.spec.size // 16, len(prompts)
         features, empty = (networks.text(**words) for words in (self.words_of(prompts), self.empty))
         empty = expanded(empty, count)
-        x = sampling.noise(range(count), spec.autoencoder.latent_channels, side, side, spatial=False)
+        x = sampling.noise(range(count), spec.autoencoder.latent_channels, side, side, spatial=spec.flux1)
         times = sampling.schedule(spec.schedule, spec.steps, side * side)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             t = torch.full((count,), t, device=self.device)
+            if networks.transformer.config.guidance:
+                return networks.velocity(features, x, t, guidance=spec.guidance)
             return networks.guided(features, empty, x, t, spec.guidance, references)
 
         latents = sampling.denoise(velocity, x.to(self.device), times)

@@ -12,20 +12,20 @@ from recipe.networks import Networks, flow_loss, shown_loss
 from recipe.samples import Sampler
 from recipe.trainer import COOLING, Trainer, device_of, optimizers
 
-EDGES = ("img_in", "txt_in", "time_in", "modulation", "final_layer", "embed", "shown")  # these touch latents, tokens, numbers
+EDGES = ("_in.", ".lin.", "final_layer", "embed", "shared", "bias", "shown")  # these touch latents, tokens, numbers
 RATE = 2.5e-3  # of Muon; AdamW's is a third of it
 SHOWN = 0.2  # weight of `shown_loss`
 
 
 def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool,
                       cooling: float = COOLING) -> None:  # fmt: skip
-    """With its text encoder, on the files that `encode_all` wrote into the run's folder; `cooling` for a share of the minutes."""
+    """With its text encoder, on the files of `encode_all` in the run's folder; it cools for a share `cooling` of the minutes."""
     if device_of(networks).type == "cpu":
         transformer.attention = attention
     if compiled:
         torch._dynamo.config.cache_size_limit = 64
         networks.compile_blocks()
-    batches, path = Batches(run, sampler.empty), run / "transformer.safetensors"
+    batches, path = Batches(run, sampler.empty, edited=sampler.edits), run / "transformer.safetensors"
 
     def loss(step: int) -> Tensor:
         batch = batches(step)
