@@ -1,7 +1,8 @@
-"""Scores the embedded model: asks for pictures that it was not trained on, and measures what it makes against what was asked.
+"""Scores an embedded model: asks for pictures that it was not trained on, and measures what it makes against what was asked.
 
     python scripts/score.py                          # forty minutes on two cores
     python scripts/score.py --only text,edits
+    python scripts/score.py --model flux.1-tiny      # which makes no edits
     python scripts/score.py --sheets pictures        # contact sheets instead
 
 One row is one use of the model: text to image in a few ways, edits, what else it does with pictures, negative prompts, and
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 import flux
 from flux import shapes
+from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.quantization.loss import modes
 from flux.shapes import Edit, Item, Layout, Object, Scene
@@ -63,7 +65,7 @@ def main() -> int:
     args = arguments()
     torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     try:
-        pipe = flux.load()
+        pipe = flux.load(args.model)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,7 +76,7 @@ def main() -> int:
           f"{platform.machine()} {pipe.device.type.upper()}, {date.today()}\n")  # fmt: skip
     print("| pictures | number | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
-    for name, count, shares in rows(pipe, args.only, args.prompts, args.edits, args.seed):
+    for name, count, shares in rows(pipe, args.only or parts_of(pipe.spec), args.prompts, args.edits, args.seed):
         cells = (f"{shares[column]:.1%}" if column in shares else "" for column in COLUMNS)
         print(f"| {name} | {count} | " + " | ".join(cells) + " |", flush=True)
     return 0
@@ -82,15 +84,17 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), metavar="PART[,PART]",
-                        help=f"of {', '.join(PARTS)}")  # fmt: skip
+    embedded = [spec for spec in flux.MODELS.values() if spec.embedded]
+    parser.add_argument("--model", choices=[spec.name for spec in embedded], default="flux.2-tiny")
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="PART[,PART]", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--prompts", type=int, default=500, metavar="N", help="of text to image; fewer for other rows")
     parser.add_argument("--edits", type=int, default=300, metavar="N", help="of one picture or two")
     parser.add_argument("--seed", type=int, default=0, help="of what is asked for and of the noise")
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write contact sheets there, and score nothing")
     args = parser.parse_args()
-    if strange := [part for part in args.only if part not in PARTS]:
-        parser.error(f"--only {strange[0]}: choose from {', '.join(PARTS)}")
+    known = parts_of(flux.MODELS[args.model])
+    if strange := [part for part in args.only or () if part not in known]:
+        parser.error(f"--only {strange[0]}: choose from {', '.join(known)}")
     if args.prompts < 1 or args.edits < 1 or args.seed < 0:
         parser.error("--prompts and --edits are 1 at least, and --seed 0")
     return args
@@ -151,8 +155,9 @@ def mode_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits:
     open_ = [replace(s, objects=(replace(s.objects[0], size=None, pattern=""),)) for s in singles]
     tasks = [Task(str(scene), scene) for scene in open_]
     negative = "a large circle"
+    options = {"negative_prompt": negative} | ({} if pipe.spec.cfg else {"cfg_scale": pipe.spec.guidance})
     yield Row("sizes left open: those that are not large", tasks, {}, not_large)
-    yield Row(f'the same, negative prompt "{negative}"', tasks, {"negative_prompt": negative}, not_large)
+    yield Row(f'the same, negative prompt "{negative}"', tasks, options, not_large)
 
 
 def quantised_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int) -> Iterator[Row]:
@@ -165,6 +170,11 @@ def quantised_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], e
 
 
 PARTS = {"text": text_rows, "edits": edit_rows, "modes": mode_rows, "quantised": quantised_rows}
+
+
+def parts_of(spec: ModelSpec) -> list[str]:
+    """All, but edits are for models that take references."""
+    return [part for part in PARTS if part != "edits" or spec.picture == "reference"]
 
 
 def recoloured(scene: Scene, size: int, rng: np.random.Generator) -> Task:

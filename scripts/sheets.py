@@ -1,4 +1,4 @@
-"""Contact sheets of the embedded model: prompts, edits before and after, guidance from 1 to 5, steps from 1 to 8."""
+"""Contact sheets of an embedded model: prompts, edits before and after, guidance from 1 to 5, steps from 1 to 8."""
 
 import itertools
 import textwrap
@@ -31,7 +31,8 @@ def write_sheets(pipe: flux.Pipeline, folder: Path, seed: int) -> None:
         pairs = list(zip(values, columns, strict=True))
         cells = [([column[row]], f"{name} {value:g}") for row in range(len(few)) for value, column in pairs]
         sheets[name] = sheet(cells, len(values))
-    sheets["edits"] = edits_sheet(pipe, seed)
+    if pipe.spec.picture == "reference":
+        sheets["edits"] = edits_sheet(pipe, seed)
     for name, picture in sheets.items():
         picture.quantize(256).save(folder / f"{pipe.spec.name}-{name}.png", optimize=True)
 

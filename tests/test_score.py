@@ -10,9 +10,10 @@ from PIL import Image
 from scripted import script
 
 from flux import MODELS, conditioning, options, shapes
+from flux.configs import ModelSpec
 
 score = script("score")
-SPEC = MODELS["flux.2-tiny"]
+SPEC, SPEC1 = MODELS["flux.2-tiny"], MODELS["flux.1-tiny"]
 
 
 class Painter:
@@ -38,9 +39,9 @@ class Painter:
         return made
 
 
-def rows_of(part: str, count: int = 25, edits: int = 30) -> list[score.Row]:
+def rows_of(part: str, count: int = 25, edits: int = 30, spec: ModelSpec = SPEC) -> list[score.Row]:
     scenes = score.first(shapes.scenes(score.SCENES, held=True, complete=True), count)
-    return list(score.PARTS[part](SimpleNamespace(spec=SPEC), scenes, scenes[:15], edits, 0))
+    return list(score.PARTS[part](SimpleNamespace(spec=spec), scenes, scenes[:15], edits, 0))
 
 
 @pytest.fixture(scope="module", params=["text", "edits", "modes"])
@@ -74,13 +75,24 @@ def test_each_row_passes_its_options_on(rows):
         assert painter.asked[-1] == {k: v for k, v in row.options.items() if k not in ("width", "height")}
 
 
-def test_the_model_takes_what_its_rows_ask_for():
-    for row in [row for part in ("text", "edits", "modes") for row in rows_of(part, 5, 5)]:
-        steps = options.check_steps(SPEC, row.options.get("steps"))
-        options.check_cfg(SPEC, *map(row.options.get, ("guidance", "negative_prompt", "cfg_scale")), steps)
+@pytest.mark.parametrize("spec", [SPEC, SPEC1], ids=["flux.2", "flux.1"])
+def test_the_model_takes_what_its_rows_ask_for(spec):
+    parts = score.parts_of(spec)
+    assert parts == [part for part in ("text", "edits", "modes", "quantised") if part != "edits" or spec is SPEC]
+    for row in [row for part in parts[:-1] for row in rows_of(part, 5, 5, spec)]:
+        steps = options.check_steps(spec, row.options.get("steps"))
+        two = options.check_cfg(spec, *map(row.options.get, ("guidance", "negative_prompt", "cfg_scale")), steps)
+        assert two or "negative_prompt" not in row.options
         for task in row.tasks:
             if task.pictures:
-                conditioning.check_pictures(SPEC, task.pictures)
+                conditioning.check_pictures(spec, task.pictures)
+
+
+def test_a_model_without_references_is_not_asked_for_edits(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["score.py", "--model", "flux.1-tiny", "--only", "text,edits"])
+    with pytest.raises(SystemExit, match="2"):
+        score.main()
+    assert "--only edits: choose from text, modes, quantised" in capsys.readouterr().err
 
 
 def test_what_is_asked_for_is_held_out_of_training(rows):

@@ -19,7 +19,7 @@ SHOWN = 0.2  # weight of `shown_loss`
 
 def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool,
                       cooling: float = COOLING) -> None:  # fmt: skip
-    """With its text encoder, on the files of `encode_all` in the run's folder; it cools for a share `cooling` of the minutes."""
+    """With its text encoder, on the files of `encode_all` in the run's folder; `cooling` is a share of the minutes."""
     if device_of(networks).type == "cpu":
         transformer.attention = attention
     if compiled:
