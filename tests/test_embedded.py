@@ -59,7 +59,7 @@ def test_half_the_steps_cost_little(pipe, made):
 def test_edits_change_what_they_say_and_nothing_else(pipe):
     before = [flux.Pictures(tuple(Image.fromarray(drawn(layout)) for layout in edit.before)) for edit in EDITS]
     edited = [np.asarray(image) for image in pipe([str(edit) for edit in EDITS], seed=0, pictures=before)]
-    assert shapes.score_edits(edited, EDITS)["all"] >= 0.55
+    assert shapes.score_edits(edited, EDITS)["all"] >= 0.65
 
 
 def test_a_lora_puts_the_pictures_into_a_frame(pipe, made):
