@@ -785,7 +785,7 @@ def test_picture_that_is_too_small_or_too_long_is_told(cli, here, size, words, m
 
 # ---------------------------------------------------------------------------------------------------------- what models can do
 
-START = {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev"}
+START = {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev", "flux.1-tiny"}
 ABLE = {  # which models take a flag, as the README has it
     "--mask m.png": START | FLUX2 | {KONTEXT, FILL},
     "--strength 0.5": START | FLUX2 | {KONTEXT},
