@@ -297,10 +297,10 @@ leave()
 """
 
 
-def agree(ours, truth, tolerance: float) -> bool:
-    """To a part of the largest number, for all but one in a hundred: where a gradient is nearly zero, Adam makes a whole step
-    of its rounding."""
-    return ((ours - truth).abs() > tolerance * truth.abs().max()).double().mean().item() <= 1e-2
+def apart(ours, truth, tolerance: float) -> np.ndarray:
+    """Which numbers differ by more than a part of the largest: where a gradient is nearly zero, Adam makes a whole step of its
+    rounding, so some do."""
+    return ((ours - truth).abs() > tolerance * truth.abs().max()).flatten().numpy()
 
 
 def test_two_processes_train_as_one(train, pictures, tmp_path):
@@ -321,7 +321,9 @@ def test_two_processes_train_as_one(train, pictures, tmp_path):
         for name in ("checkpoint.safetensors", "lora.safetensors" if "--lora-rank" in flags else "transformer.safetensors"):
             a, b = load_file(one / name), load_file(other / name)
             assert a.keys() == b.keys()
-            assert all(agree(b[key].double(), a[key].double(), weights) for key in a)
+            differ = [apart(b[key].double(), a[key].double(), weights) for key in a]
+            # three in a thousand of all, in bfloat16; else one in a hundred of each tensor, the smallest of which have 256
+            assert np.concatenate(differ).mean() <= 3e-3 if kind == "bfloat16" else max(map(np.mean, differ)) <= 1e-2
         code, _, err = train(pictures, other, *SHARED, *flags, "--steps", 4)
         assert code == 0 and "goes on at step 3" in err
 
