@@ -24,11 +24,13 @@ def train_student(run: Path, networks: Networks, sampler: Sampler, minutes: floa
     if compiled:
         pupil.compile_blocks()
     batches = Batches(run, sampler.empty, dropped=0.0, edited=False)
+    with torch.no_grad():
+        uncaptioned = networks.text(**sampler.empty)
 
     def loss(step: int) -> Tensor:
         batch = batches(step)
         with torch.no_grad():
-            features, empty = networks.text(**batch.words), expanded(networks.text(**sampler.empty), len(batch.latents))
+            features, empty = networks.text(**batch.words), expanded(uncaptioned, len(batch.latents))
         low, high = GUIDANCE
         guidance = low + (high - low) * torch.rand(len(batch.latents), device=device)
         return guidance_distillation_loss(
