@@ -322,8 +322,9 @@ def test_two_processes_train_as_one(train, pictures, tmp_path):
             a, b = load_file(one / name), load_file(other / name)
             assert a.keys() == b.keys()
             differ = [apart(b[key].double(), a[key].double(), weights) for key in a]
-            # three in a thousand of all, in bfloat16; else one in a hundred of each tensor, the smallest of which have 256
-            assert np.concatenate(differ).mean() <= 3e-3 if kind == "bfloat16" else max(map(np.mean, differ)) <= 1e-2
+            # one in a hundred of each tensor, the smallest of which have 256; in bfloat16 two, but three in a thousand of all
+            assert max(map(np.mean, differ)) <= (2e-2 if kind == "bfloat16" else 1e-2)
+            assert kind != "bfloat16" or np.concatenate(differ).mean() <= 3e-3
         code, _, err = train(pictures, other, *SHARED, *flags, "--steps", 4)
         assert code == 0 and "goes on at step 3" in err
 
