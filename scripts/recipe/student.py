@@ -17,13 +17,16 @@ GUIDANCE = 1.0, 6.0  # that it is told: any between these, as often
 
 
 def train_student(run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool) -> Flux:
-    """One pass that is told its guidance, for two of the teacher, which are guided; on the pictures that the teacher knows."""
+    """One pass that is told its guidance, for two of the teacher, which are guided; on the pictures that the teacher knows.
+
+    Some captions are left out here too, and guidance then does nothing: so negative prompts can be used with the student.
+    """
     student, device = student_of(networks.transformer), device_of(networks)
     networks.requires_grad_(False)
     pupil = Networks(student.to(device), networks.text)  # reads the same features
     if compiled:
         pupil.compile_blocks()
-    batches = Batches(run, sampler.empty, dropped=0.0, edited=False)
+    batches = Batches(run, sampler.empty, edited=False)
     with torch.no_grad():
         uncaptioned = networks.text(**sampler.empty)
 
@@ -41,6 +44,6 @@ def train_student(run: Path, networks: Networks, sampler: Sampler, minutes: floa
         )  # fmt: skip
 
     path = run / "student.safetensors"
-    trainer = Trainer(student, optimizers(student, RATE, RATE / 3, EDGES), path, minutes, ema=0.999, cooling=1.0)
+    trainer = Trainer(student, optimizers(student, RATE / 2, RATE / 6, EDGES), path, minutes, ema=0.999, cooling=1.0)
     trainer.run(loss, every_minutes=8, sheet=lambda: sampler.sheet(pupil, path.with_suffix(".png")))
     return student
