@@ -49,7 +49,7 @@ def load(
     compile: bool = False,
     tile: int | None = None,
 ) -> "Pipeline":
-    """A pipeline for a model of `flux.MODELS`; the embedded toy where neither `name` nor `transformer` is given.
+    """A pipeline for a model of `flux.MODELS`; flux.2-tiny, an embedded toy, where neither `name` nor `transformer` is given.
 
     `weights`: a folder to find the files in; else $FLUX_WEIGHTS, the Hugging Face cache, or a download. `transformer`: a file
     in BFL's layout to use in place of the row's own; without `name`, the row is the first of its shape. `autoencoder`: the

@@ -1,4 +1,4 @@
-"""Draws pictures of the embedded model's world, each with its caption, for `scripts/train.py` to learn from.
+"""Draws pictures of the embedded models' world, each with its caption, for `scripts/train.py` to learn from.
 
     python scripts/draw.py framed --framed                     # 64 pictures in a wooden frame, which it has not seen
     python scripts/draw.py edits --edits --pictures 500        # pictures before and after, with instructions

@@ -31,7 +31,7 @@ from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec  # noqa: E402
 from flux.errors import UserError  # noqa: E402
 from flux.files import BITS, find_all, is_local, read_header, shard_files  # noqa: E402
 from flux.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
-from flux.models import find_spec, is_here  # noqa: E402
+from flux.models import find_spec  # noqa: E402
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig  # noqa: E402
 from flux.t5 import T5, T5Config  # noqa: E402
 from flux.text import clip_unread, language_model_unread, t5_unread  # noqa: E402
@@ -368,8 +368,7 @@ def models_table() -> str:
     for spec in MODELS.values():
         repositories = [spec.repository, *([spec.adapter.repository] if spec.adapter else [])]
         links = [f"[{name.split('/')[-1]}](https://huggingface.co/{name})" for name in repositories]
-        own = "part of the package" if is_here(spec) else "made with `scripts/toy.py`"
-        home = own if spec.embedded else " and ".join(links)
+        home = "part of the package" if spec.embedded else " and ".join(links)
         guidance = "none" if spec.guidance is None else f"{spec.guidance:g}" + ", by two passes" * spec.cfg
         picture = spec.picture + f", {spec.control}" * bool(spec.control) + ", computed once" * spec.cached
         terms = (spec.licence.name, "yes" if spec.licence.commercial else "no", "yes" if spec.licence.gated else "no")

@@ -103,7 +103,7 @@ def describe(args: Namespace, pipe, prompt: str, width: int, height: int, steps:
         autoencoder=args.autoencoder.name if args.autoencoder else None,
         quantize=args.quantize, native_fp8=args.native_fp8, compile=args.compile, tile=args.tile,
         pictures={option: getattr(args, flag) for option, flag in OPTIONS.items()} if args.image else None,
-        note="made by the embedded toy model: shows the code at work, not what FLUX can do" if spec.embedded else None,
+        note="made by an embedded toy model: shows the code at work, not what FLUX can do" if spec.embedded else None,
         licence=spec.licence.name, software=f"flux {flux.__version__}, torch {torch.__version__}",
     )  # fmt: skip
 

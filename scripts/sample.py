@@ -1,4 +1,4 @@
-"""Text and pictures to picture with any FLUX model, or with the toy model that is part of the package.
+"""Text and pictures to picture with any FLUX model, or with one of the toys that are part of the package.
 
 python scripts/sample.py "a small yellow star above a large blue ring on a white background"
 python scripts/sample.py "a cat holding a sign that says hello world" --model flux.2-klein-4b
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     given.add_argument("--kv-cache", action=argparse.BooleanOptionalAction, default=None, help="FLUX.2: compute references "
                        "once; exact for klein-9b-kv, an approximation for others")  # fmt: skip
     how = p.add_argument_group("how")
-    how.add_argument("--model", metavar="NAME", help="see --list-models (default: the embedded toy, flux.2-tiny)")
+    how.add_argument("--model", metavar="NAME", help="see --list-models (default: flux.2-tiny, an embedded toy)")
     how.add_argument("--steps", type=int, metavar="N", help="default: the model's")
     how.add_argument("--guidance", type=values, metavar="G", help="a number, START:END, or one a step with commas (default: "
                      "the model's; distilled models take none)")  # fmt: skip
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     # 2. the model
     torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     pipe = load(args)
-    toy = ", the embedded toy" if spec.embedded else ""
+    toy = ", an embedded toy" if spec.embedded else ""
     guided = "" if guidance is None else f", guidance {options.written(guidance)}"
     run = f"{steps} steps" + (f" at strength {pictures.strength:g}" if pictures and pictures.strength else "")
     say(f"{spec.name}{toy}: {width}x{height}, {run}{guided}, on {pipe.device} in {short(pipe.dtype)}")

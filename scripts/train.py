@@ -1,6 +1,6 @@
 """Trains the transformer of any FLUX model, or a LoRA of it, on a folder of pictures with captions.
 
-    python scripts/train.py pictures runs/style --lora-rank 4                  # the embedded toy
+    python scripts/train.py pictures runs/style --lora-rank 4                  # flux.2-tiny
     python scripts/train.py pictures runs/style --lora-rank 16 --model flux.2-klein-base-4b --checkpointing
     python scripts/train.py edits runs/edits --lora-rank 32 --model flux.1-kontext-dev --checkpointing
     torchrun --nproc-per-node 8 scripts/train.py pictures runs/whole --model flux.2-klein-base-4b --checkpointing --batch 8

@@ -10,7 +10,7 @@ import pytest
 from written import refusal
 
 import flux
-from flux import models
+from flux import configs, models
 from flux.configs import EMBEDDED, MODELS, Adapter, FLUX1Text, FLUX2Text
 from flux.errors import UserError
 from flux.models import find_spec, with_transformer
@@ -187,27 +187,27 @@ def test_licences():
     }
 
 
-def test_embedded_model_is_a_klein_base_whose_files_are_in_the_package():
-    toy, klein = MODELS["flux.2-tiny"], MODELS["flux.2-klein-base-4b"]
-    assert EMBEDDED.parent.name == "flux"
-    assert (toy.schedule, toy.cfg, toy.picture) == (klein.schedule, klein.cfg, klein.picture) and toy.guidance == 2.5
-    names = (toy.transformer_file, *toy.autoencoder_files, *toy.text.files, *toy.text.tokenizer)
-    assert all((EMBEDDED / toy.name / name).is_file() for name in names)
-    assert toy.text.model.features == toy.transformer.context_dim
-    assert toy.transformer.in_channels == toy.autoencoder.latent_channels
-
-
-def test_the_other_embedded_model_is_a_flux1_dev_that_has_to_be_made(tmp_path, monkeypatch):
-    toy, dev = MODELS["flux.1-tiny"], MODELS["flux.1-dev"]
+def test_embedded_models_are_a_klein_base_and_a_flux1_dev():
     assert [spec.name for spec in MODELS.values() if spec.embedded] == ["flux.1-tiny", "flux.2-tiny"]
-    assert (toy.schedule, toy.cfg, toy.picture) == (dev.schedule, dev.cfg, dev.picture) and toy.guidance == 2.5
-    same = ("mlp_ratio", "theta", "guidance", "bias", "gated_mlp", "shared_modulation")
-    assert all(getattr(toy.transformer, name) == getattr(dev.transformer, name) for name in same)
-    assert (toy.text.t5.hidden_size, toy.text.clip.hidden_size) == (toy.transformer.context_dim, toy.transformer.vector_dim)
-    assert toy.transformer.in_channels == toy.autoencoder.latent_channels
+    for name, large in (("flux.1-tiny", "flux.1-dev"), ("flux.2-tiny", "flux.2-klein-base-4b")):
+        toy, large = MODELS[name], MODELS[large]
+        assert (toy.schedule, toy.cfg, toy.picture) == (large.schedule, large.cfg, large.picture) and toy.guidance == 2.5
+        same = ("mlp_ratio", "theta", "guidance", "bias", "gated_mlp", "shared_modulation")
+        assert all(getattr(toy.transformer, name) == getattr(large.transformer, name) for name in same)
+        assert toy.transformer.in_channels == toy.autoencoder.latent_channels
+    text = MODELS["flux.1-tiny"].text
+    widths = text.t5.hidden_size, text.clip.hidden_size, MODELS["flux.2-tiny"].text.model.features
+    assert widths == (configs.TINY1.context_dim, configs.TINY1.vector_dim, configs.TINY.context_dim)
+
+
+@pytest.mark.parametrize("name", ["flux.1-tiny", "flux.2-tiny"])
+def test_files_of_embedded_models_are_in_the_package_or_have_to_be_made(name, tmp_path, monkeypatch):
+    spec = MODELS[name]
+    assert EMBEDDED.parent.name == "flux" and models.is_here(spec)
+    assert sum(file.stat().st_size for file in (EMBEDDED / name).rglob("*") if file.is_file()) < 16e6
     monkeypatch.setattr(models, "EMBEDDED", tmp_path)
-    assert not models.is_here(toy) and not models.is_here(MODELS["flux.2-tiny"])
-    assert "scripts/toy.py --model flux.1-tiny" in refusal(load, "flux.1-tiny", device="cpu")
+    assert not models.is_here(spec)
+    assert f"scripts/toy.py --model {name}" in refusal(load, name, device="cpu")
 
 
 @pytest.mark.parametrize("name", MODELS)

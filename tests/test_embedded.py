@@ -1,10 +1,11 @@
-"""The embedded model, end to end: its pictures show what it has learnt, and stop doing so when the network is broken.
+"""The embedded models, end to end: their pictures show what they have learnt, and stop doing so when the network is broken.
 
 The verdicts come from `flux.shapes.check`, which measures pixels and knows nothing of networks (test_shapes_checking.py shows
 that it can tell right from wrong). `scripts/score.py` measures the same over 500 other prompts. The mutations are bugs that
 ports of FLUX really have; each must cost 30 points of the pictures that are wholly right.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -18,6 +19,10 @@ from flux import sampling, shapes, transformer
 SCENES = list(itertools.islice(shapes.scenes(2_000_000, held=True, complete=True), 60))
 EDITS = list(itertools.islice(shapes.edits(2_100_000, held=True), 40))
 FEW = 30
+BARS = {
+    "flux.2-tiny": {"all": 0.85, "each letter": 0.9, "background": 0.98, "colour": 0.95},
+    "flux.1-tiny": {"all": 0.15, "background": 0.98, "colour": 0.85, "place": 0.95},  # trained for two hours: no letters yet
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,9 +32,19 @@ def fast():
     torch.set_flush_denormal(False)
 
 
+@functools.cache
+def model(name: str) -> flux.Pipeline:
+    return flux.load(name, device="cpu")
+
+
+@functools.cache
+def made_by(name: str) -> list[np.ndarray]:
+    return pictures(model(name), SCENES)
+
+
 @pytest.fixture(scope="module")
 def pipe() -> flux.Pipeline:
-    return flux.load(device="cpu")
+    return model("flux.2-tiny")
 
 
 def pictures(pipe: flux.Pipeline, scenes: list[shapes.Scene], **options) -> list[np.ndarray]:
@@ -41,14 +56,18 @@ def drawn(layout: shapes.Layout | shapes.Scene, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def made(pipe) -> list[np.ndarray]:
-    return pictures(pipe, SCENES)
+def made() -> list[np.ndarray]:
+    return made_by("flux.2-tiny")
 
 
-def test_pictures_show_what_held_out_prompts_say(made):
-    score = shapes.score(made, SCENES)
-    assert score["all"] >= 0.85 and score["each letter"] >= 0.9, score
-    assert score["background"] >= 0.98 and score["colour"] >= 0.95, score
+def test_one_is_loaded_where_none_is_named():
+    assert flux.load(device="cpu").spec.name == "flux.2-tiny"
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_pictures_show_what_held_out_prompts_say(name):
+    score = shapes.score(made_by(name), SCENES)
+    assert all(score[what] >= least for what, least in BARS[name].items()), score
 
 
 def test_half_the_steps_cost_little(pipe, made):
@@ -62,8 +81,10 @@ def test_edits_change_what_they_say_and_nothing_else(pipe):
     assert shapes.score_edits(edited, EDITS)["all"] >= 0.65
 
 
-def test_a_lora_puts_the_pictures_into_a_frame(pipe, made):
+@pytest.mark.parametrize("name, right", [("flux.2-tiny", 0.7), ("flux.1-tiny", 0.1)])
+def test_a_lora_puts_the_pictures_into_a_frame(name, right):
     """Wood along all four sides, and inside what was asked for; without the LoRA there is none."""
+    pipe, made = model(name), made_by(name)
     border, (colour, _) = shapes.framed(np.zeros((256, 256, 3), np.uint8)).any(-1), shapes.drawing.FRAME
     is_framed = lambda picture: np.abs(picture[border].astype(int) - colour).mean() < 30  # noqa: E731
     pipe.load_lora(flux.configs.EMBEDDED / pipe.spec.name / "framed.safetensors")
@@ -74,7 +95,26 @@ def test_a_lora_puts_the_pictures_into_a_frame(pipe, made):
     assert not any(map(is_framed, made)) and sum(map(is_framed, new)) >= 0.9 * FEW
     inside = [np.where(border[..., None], np.uint8(shapes.COLOURS[scene.background]), picture)
               for picture, scene in zip(new, SCENES, strict=False)]  # fmt: skip
-    assert shapes.score(inside, SCENES[:FEW])["all"] >= 0.7
+    assert shapes.score(inside, SCENES[:FEW])["all"] >= right
+
+
+def test_guidance_that_is_an_input_does_what_two_passes_do():
+    """flux.1-tiny, told guidance 4, against itself at guidance 1 with classifier-free guidance at 4: after one step of two.
+
+    It was distilled from two passes of a teacher, which at guidance 1 it still is, nearly.
+    """
+    pipe = model("flux.1-tiny")
+    prompts = [str(scene) for scene in SCENES[:8]]
+
+    def after_a_step(**options) -> torch.Tensor:
+        seen = []
+        pipe(prompts, seed=0, steps=2, callback=lambda step, t, latents: seen.append(latents), **options)
+        return seen[0]
+
+    plain, told, two = after_a_step(guidance=1.0), after_a_step(guidance=4.0), after_a_step(guidance=1.0, cfg_scale=4.0)
+    moved = (two - plain).norm()
+    assert (told - two).norm() < 0.8 * moved, (told - two).norm() / moved  # 0.66 seen; one that ignores what it is told: 1
+    assert (plain - two).norm() > 0.02 * two.norm()
 
 
 def test_the_autoencoder_keeps_what_the_check_measures(pipe):

@@ -1,4 +1,4 @@
-"""flux.shapes: the captions, the edits and the drawings of the embedded model's world.
+"""flux.shapes: the captions, the edits and the drawings of the embedded models' world.
 
 The truth: the grammar as its docstring has it, areas from school, and what must follow from an instruction.
 """

@@ -1,4 +1,4 @@
-"""The recipe of the embedded model: its losses, optimizer and checkpoints, its batches, its tokenizer, the export.
+"""The recipe of the embedded models: its losses, optimizer and checkpoints, its batches, its tokenizer, the export.
 
 Whether training works is shown by its product, in tests/test_embedded.py.
 """

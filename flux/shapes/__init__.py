@@ -1,4 +1,4 @@
-"""The world of the embedded model: a grammar of captions and edits, the drawing of them, and the check of a picture.
+"""The world of the embedded models: a grammar of captions and edits, the drawing of them, and the check of a picture.
 
 Nothing here learns or guesses: `draw` renders signed distances, and `check` measures a picture with thresholds, so that the
 same picture always gets the same verdict.

@@ -1,4 +1,4 @@
-"""The grammar of the embedded model's world: captions, edits, and what they mean.
+"""The grammar of the embedded models' world: captions, edits, and what they mean.
 
     caption    = objects [" on " a colour " background"]
     objects    = object [" " place] | object " " relation " " object | 'the word "' LETTERS '" in ' colour [" " place]

@@ -26,7 +26,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description, formatter_class=as_written, allow_abbrev=False)
     p.add_argument("pictures", type=Path, help="folder of pictures and captions")
     p.add_argument("run", type=Path, help="folder for all that is made; a run that it holds goes on")
-    p.add_argument("--model", metavar="NAME", help="default: the embedded toy, flux.2-tiny")
+    p.add_argument("--model", metavar="NAME", help="default: flux.2-tiny, an embedded toy")
     p.add_argument("--weights", type=Path, metavar="DIR", help="where the models' files are, as for sample.py")
     p.add_argument("--transformer", type=Path, metavar="FILE", help="begin with another one in BFL's layout")
     p.add_argument("--device", help="default: the best there is")

@@ -1,1 +1,1 @@
-"""How the embedded model is made, stage by stage; scripts/toy.py runs it."""
+"""How the embedded models are made, stage by stage; scripts/toy.py runs it."""

@@ -1,4 +1,4 @@
-"""The training loop of the embedded model: lengths in minutes, Muon and AdamW, checkpoints, a log."""
+"""The training loop of the embedded models: lengths in minutes, Muon and AdamW, checkpoints, a log."""
 
 import csv
 import math
