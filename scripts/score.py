@@ -155,7 +155,9 @@ def mode_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits:
     open_ = [replace(s, objects=(replace(s.objects[0], size=None, pattern=""),)) for s in singles]
     tasks = [Task(str(scene), scene) for scene in open_]
     negative = "a large circle"
-    options = {"negative_prompt": negative} | ({} if pipe.spec.cfg else {"cfg_scale": pipe.spec.guidance})
+    options = {"negative_prompt": negative}
+    if not pipe.spec.cfg:  # two passes, in place of the guidance that is an input, not on top of it
+        options |= {"cfg_scale": pipe.spec.guidance, "guidance": 1.0}
     yield Row("sizes left open: those that are not large", tasks, {}, not_large)
     yield Row(f'the same, negative prompt "{negative}"', tasks, options, not_large)
 

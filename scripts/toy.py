@@ -4,8 +4,8 @@
     python scripts/toy.py runs/more --export runs/better --start-from flux/tiny/flux.2-tiny
     python scripts/toy.py runs/one --model flux.1-tiny --autoencoder flux/tiny/flux.2-tiny/ae.safetensors
 
-In turn: the tokenizers, the autoencoder, the latents of all pictures, the transformer with its text encoders, for flux.1-tiny
-the student that it distils its guidance into, and the decoder once more (`scripts/recipe/`).
+In turn: the tokenizers, the autoencoder, the latents of all pictures, for flux.1-tiny its T5, the transformer with its text
+encoders, for flux.1-tiny the student that it distils its guidance into, and the decoder once more (`scripts/recipe/`).
 
 What is in the run's folder is not made again, and a network whose training was stopped goes on from its last checkpoint.
 Lengths are minutes, not steps: the learning rates follow the clock, so a run ends when it was told to, on any machine. Loss
@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import torch
 from recipe.autoencoder import train_autoencoder, train_decoder
 from recipe.latents import encode_all
+from recipe.neighbours import train_neighbours
 from recipe.networks import Networks, new_networks
 from recipe.samples import Sampler
 from recipe.student import train_student
@@ -72,6 +73,8 @@ def make(args: argparse.Namespace, spec: ModelSpec) -> None:
     encode_all(run, autoencoder.requires_grad_(False), tokenizer, edited=spec.picture == "reference")
     networks, sampler = begin(spec, start).to(device), Sampler(spec, autoencoder, tokenizer)
     cooling = 1.0 if start else COOLING  # weights that were trained stay near to what they are
+    if networks.text.near:
+        train_neighbours(run, networks.text, args.text_minutes)
     train_transformer(run, networks, sampler, args.transformer_minutes, args.compile, cooling)
     transformer = networks.transformer
     if spec.transformer.guidance:
@@ -87,6 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
     parser.add_argument("--model", choices=embedded, default="flux.2-tiny")
     parser.add_argument("--autoencoder-minutes", type=float, help="default: 40, or 0 where there is one to begin with")
+    parser.add_argument("--text-minutes", type=float, default=4, help="on T5 alone, for flux.1-tiny, if it is new")
     parser.add_argument("--transformer-minutes", type=float, default=400)
     parser.add_argument("--student-minutes", type=float, default=40, help="on the distillation of guidance, for flux.1-tiny")
     parser.add_argument("--decoder-minutes", type=float, default=15, help="on the autoencoder's decoder alone, at the end")
@@ -98,7 +102,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.autoencoder_minutes is None:
         args.autoencoder_minutes = 0 if args.autoencoder or args.start_from else 40
-    for part in ("autoencoder", "transformer", "student", "decoder"):
+    for part in ("autoencoder", "text", "transformer", "student", "decoder"):
         minutes = getattr(args, f"{part}_minutes")
         if not 0 <= minutes < math.inf:
             parser.error(f"--{part}-minutes {minutes}: must be 0 or more")
@@ -137,6 +141,7 @@ def begin(spec: ModelSpec, start: Path | None) -> Networks:
         exported.load_state_dict(load(start / spec.transformer_file), assign=True)
         teacher = teacher_of(exported) if spec.transformer.guidance else exported
         networks.transformer.load_state_dict(teacher.state_dict())
+        networks.text.near = None  # a T5 that was trained knows them
         for part, (name, *_) in spec.text.networks.items():
             getattr(networks.text, part).load_state_dict(take(load(start / name), PREFIX.get(part, "")))
     return networks

@@ -4,6 +4,7 @@ Whether training works is shown by its product, in tests/test_embedded.py.
 """
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,12 +28,12 @@ from recipe import autoencoder
 from recipe.attention import attention
 from recipe.batches import Batches, Pictures
 from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, pictures, shown
-from recipe.networks import Networks, flow_loss, new_networks, shown_loss
+from recipe.neighbours import neighbours_loss
+from recipe.networks import EDGES, Networks, flow_loss, new_networks, shown_loss
 from recipe.pictures import to_pictures
-from recipe.text import Tokenizer
+from recipe.text import NEAR, Tokenizer
 from recipe.tokenizer import texts, train_tokenizers
 from recipe.trainer import Trainer, optimizers, orthogonal
-from recipe.transformer import EDGES
 
 SPEC, SPEC1 = MODELS["flux.2-tiny"], MODELS["flux.1-tiny"]
 every_model = pytest.mark.parametrize("spec", [SPEC, SPEC1], ids=["flux.2", "flux.1"])
@@ -70,17 +71,14 @@ class Oracle:
     def __init__(self, latents: torch.Tensor, factor: float = 1.0):
         self.latents, self.factor = latents, factor
 
-    def text(self):
-        return None
-
     def velocity(self, features, x, t, references, corner):
         return self.factor * (x - self.latents) / t[:, None, None, None]
 
 
 def test_the_loss_is_zero_for_the_true_velocity_and_only_for_it():
     latents = drawn(4, 8, 2, 3)
-    assert flow_loss(Oracle(latents), latents, {}) < 1e-9
-    assert flow_loss(Oracle(latents, 0.9), latents, {}) > 1e-3
+    assert flow_loss(Oracle(latents), latents, None) < 1e-9
+    assert flow_loss(Oracle(latents, 0.9), latents, None) > 1e-3
 
 
 def test_tokens_of_pictures_are_seen_half_way_through_the_single_blocks():
@@ -127,6 +125,32 @@ def test_what_is_shown_costs_nothing_where_it_is_known():
     assert shown_loss(torch.cat([kinds, parts], -1), things, covered) < 1e-6
     assert shown_loss(torch.cat([kinds.flip(1), parts], -1), things, covered).item() == pytest.approx(60)
     assert shown_loss(torch.cat([kinds, parts.flip(1)], -1), things, covered).item() == pytest.approx(2 * 30 / 32)
+
+
+def test_neighbours_cost_nothing_where_they_are_told_and_pads_need_not_tell_any():
+    """Of five tokens, each with a vector of its own, the last is a pad; beyond both ends there are pads."""
+    ids, d = torch.tensor([[3, 1, 2, 5, 0]]), 8
+    table = 90 * torch.eye(d)  # told by 1, a token has the logit 90 / √8 = 31.8, and the other seven have 0
+    text = SimpleNamespace(t5=SimpleNamespace(shared=torch.nn.Embedding(d, d, _weight=table)), near=lambda told: told)
+    told = torch.zeros(1, 5, len(NEAR), d)
+    for place, offset in itertools.product(range(4), NEAR):
+        inside = 0 <= place + offset < 5
+        told[0, place, NEAR.index(offset), ids[0, place + offset] if inside else 0] = 1
+    loss = lambda told: neighbours_loss(text, told.flatten(2), ids).item()  # noqa: E731
+    assert loss(told) < 1e-6
+    assert loss(told.flip(2)) > 10  # what comes before is not what comes after
+    told[0, 4] = torch.randn(len(NEAR), d)
+    assert loss(told) < 1e-6
+    told[0, 1, NEAR.index(2)] = torch.eye(d)[4]  # 5 stands there: one of 24 is wrong
+    assert loss(told) == pytest.approx(90 / 8**0.5 / 24, rel=1e-3)
+
+
+def test_heads_of_t5_begin_with_looks_back_and_ahead_near_and_far():
+    torch.manual_seed(0)
+    t5 = new_networks(SPEC1).text.t5
+    weights = t5.position_bias(torch.arange(32))[0].softmax(-1)[:, 16].detach()  # (heads, keys): by the bias alone
+    centres = (weights * (torch.arange(32) - 16)).sum(-1).tolist()
+    assert centres[2] < centres[0] < -0.4 and 0.4 < centres[1] < centres[3]
 
 
 @pytest.mark.parametrize("size", [(256, 256), (320, 192)])
@@ -205,11 +229,11 @@ def test_muon_makes_its_updates_nearly_orthogonal(shape):
 
 @every_model
 def test_muon_is_for_the_blocks_matrices(spec):
-    """But for those that make vectors of time and prompt into modulations, and for tables."""
+    """With what tells of T5's neighbours, without what makes vectors of time and prompt into modulations, or is a table."""
     networks = random_networks(spec)
     names = {id(p): path for path, p in networks.named_parameters()}
     muon, adam = (o.param_groups[0]["params"] for o in optimizers(networks, 1e-3, 1e-3, EDGES))
-    blocks = ("_blocks.", "text.model.layers.", "text.t5.encoder.block.", "text.clip.text_model.encoder.layers.")
+    blocks = ("_blocks.", "text.model.layers.", "text.t5.encoder.block.", "text.clip.text_model.encoder.layers.", "text.near.")
     assert all(p.ndim == 2 and any(block in names[id(p)] for block in blocks) for p in muon)
     assert len(muon) + len(adam) == len(names)
     for p in adam:
@@ -425,7 +449,8 @@ def test_what_it_exports_loads_strictly_and_makes_pictures(spec, run, tmp_path, 
 def made_by(options: str, monkeypatch) -> None:
     """What toy.py makes of a few pictures, in a step or more of each training, without a look at it."""
     monkeypatch.setattr(toy.Sampler, "sheet", lambda *_: None)
-    minutes = "--autoencoder-minutes 0 --transformer-minutes 0.001 --student-minutes 0.001 --decoder-minutes 0.001"
+    stages = "text", "transformer", "student", "decoder"
+    minutes = " ".join(["--autoencoder-minutes 0", *(f"--{stage}-minutes 0.001" for stage in stages)])
     monkeypatch.setattr("sys.argv", ["toy.py", *options.split(), *minutes.split(), "--device", "cpu"])
     with monkeypatch.context() as patch:
         patch.setattr(transformer, "attention", transformer.attention)  # training puts its own there
@@ -473,6 +498,7 @@ def test_an_autoencoder_of_flux2_makes_the_same_pictures_in_flux1s_layout():
     ("--autoencoder-minutes 0", "--autoencoder FILE"),
     ("--autoencoder nowhere", "there is no such file"),
     ("--student-minutes -1", "0 or more"),
+    ("--text-minutes inf", "0 or more"),
     ("--model flux.1-dev", "invalid choice"),
     ("--transformer-minutes -1", "0 or more"),
     ("--decoder-minutes nan", "0 or more"),

@@ -8,10 +8,9 @@ from torch import Tensor
 from flux.distillation import guidance_distillation_loss, student_of
 from flux.transformer import Flux
 from recipe.batches import Batches
-from recipe.networks import Networks, expanded, some_times
+from recipe.networks import EDGES, RATE, Networks, expanded, some_times
 from recipe.samples import Sampler
 from recipe.trainer import Trainer, device_of, optimizers
-from recipe.transformer import EDGES, RATE
 
 GUIDANCE = 1.0, 6.0  # that it is told: any between these, as often
 

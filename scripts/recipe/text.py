@@ -6,6 +6,7 @@ model, and their mask; (B, T) each.
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from flux.clip import CLIP
@@ -17,6 +18,7 @@ from flux.text import TextFeatures
 from flux.tokenizers import CLIPTokenizer, PromptTokenizer, QwenTokenizer, T5Tokenizer, Tokens
 
 Words = dict[str, Tensor]
+NEAR = (-3, -2, -1, 1, 2, 3)  # how far from a token of T5 are those that it shall know of
 
 
 class Tokenizer:
@@ -45,14 +47,19 @@ def whole(tokenizer: PromptTokenizer, texts: list[str], length: int) -> Tokens:
 
 
 class TextEncoder(nn.Module):
-    """The networks of a row's text encoder, under the names that the row has for their files."""
+    """The networks of a row's text encoder, under the names that the row has for their files.
+
+    For training alone, `near` tells of T5's tokens which ones stand at the distances NEAR. None: there is nothing to learn.
+    """
 
     def __init__(self, text: FLUX1Text | FLUX2Text):
         super().__init__()
         if isinstance(text, FLUX1Text):
             self.t5, self.clip = T5(text.t5), CLIP(text.clip)
+            look_around(self.t5)
+            self.near = nn.Linear(text.t5.hidden_size, len(NEAR) * text.t5.hidden_size, bias=False)
         else:
-            self.model = LanguageModel(text.model)
+            self.model, self.near = LanguageModel(text.model), None
 
     def forward(self, **words: Tensor) -> TextFeatures:
         if "t5" in words:
@@ -63,3 +70,14 @@ class TextEncoder(nn.Module):
         if hasattr(self, "t5"):
             return [*self.t5.encoder.block, *self.clip.text_model.encoder.layers]
         return list(self.model.layers)
+
+
+@torch.no_grad()
+def look_around(t5: T5) -> None:
+    """Heads begin with a look back or ahead, in turn, and each pair of them farther than the one before."""
+    table = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads)
+    distance = torch.arange(len(table) // 2)  # the first buckets are of keys before a token, the rest of those after it
+    for head in range(table.shape[1]):
+        slope = 0.3 ** (head // 2)
+        halves = -slope * distance, -8 * slope * distance
+        table[:, head] = torch.cat(halves if head % 2 == 0 else halves[::-1])

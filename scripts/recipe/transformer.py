@@ -8,13 +8,13 @@ from torch import Tensor
 from flux import transformer
 from recipe.attention import attention
 from recipe.batches import Batches
-from recipe.networks import Networks, flow_loss, shown_loss
+from recipe.neighbours import neighbours_loss
+from recipe.networks import EDGES, RATE, Networks, flow_loss, shown_loss
 from recipe.samples import Sampler
 from recipe.trainer import COOLING, Trainer, device_of, optimizers
 
-EDGES = ("_in.", ".lin.", "final_layer", "embed", "shared", "bias", "shown")  # these touch latents, tokens, numbers
-RATE = 2.5e-3  # of Muon; AdamW's is a third of it
 SHOWN = 0.2  # weight of `shown_loss`
+NEIGHBOURS = 0.1  # and of `neighbours_loss`, for a T5 that is new
 
 
 def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool,
@@ -29,8 +29,12 @@ def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: 
 
     def loss(step: int) -> Tensor:
         batch = batches(step)
-        flow = flow_loss(networks, batch.latents, batch.words, batch.references, batch.corner)
-        return flow + SHOWN * shown_loss(networks.shown(networks.hidden), batch.things, batch.covered)
+        features = networks.text(**batch.words)
+        flow = flow_loss(networks, batch.latents, features, batch.references, batch.corner)
+        loss = flow + SHOWN * shown_loss(networks.shown(networks.hidden), batch.things, batch.covered)
+        if networks.text.near:
+            loss = loss + NEIGHBOURS * neighbours_loss(networks.text, features.tokens, batch.words["t5"])
+        return loss
 
     trainer = Trainer(networks, optimizers(networks, RATE, RATE / 3, EDGES), path, minutes, ema=0.999, cooling=cooling)
     trainer.run(loss, every_minutes=8, sheet=lambda: sampler.sheet(networks, path.with_suffix(".png")))
