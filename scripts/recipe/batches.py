@@ -15,6 +15,7 @@ BATCH = {0: 32, 1: 16, 2: 10}  # by the number of references: so that steps take
 SHARE = {0: 0.4, 1: 0.5, 2: 0.1}  # of the steps
 WINDOWS = np.array([(6, 14), (10, 10), (10, 16), (16, 10)])  # rows and columns of tokens: for a word, one object, two, two
 WINDOWED = 0.85  # of the steps
+DROPPED = 0.1  # of the captions: what guidance is away from is learnt of these
 
 
 class Batch(NamedTuple):
@@ -27,16 +28,16 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """By their number. A share `dropped` of the captions is left out, `empty` in their place.
+    """By their number. A share DROPPED of the captions is left out, `empty` in their place.
 
     Mostly only a window of pictures is learnt from, around all that is in them: there is little to learn of the background, and
     it is most of what would be computed. Tokens keep their coordinates. Without `edited`, there are no edits.
     """
 
-    def __init__(self, run: Path, empty: Words, dropped: float = 0.1, edited: bool = True):
+    def __init__(self, run: Path, empty: Words, edited: bool = True):
         self.scenes = [Pictures(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
         self.edits = {number: Pictures(run / f"edits-{number}.safetensors") for number in EDITS if edited}
-        self.empty, self.dropped = empty, dropped
+        self.empty = empty
 
     def __call__(self, step: int) -> Batch:
         rng = np.random.default_rng((2, step))
@@ -47,7 +48,7 @@ class Batches:
         rows, tokens = torch.from_numpy(rows), np.s_[top : top + h, left : left + w]
         device = next(iter(self.empty.values())).device
         part = {name: pictures.tensors[name][rows].to(device) for name in (*self.empty, "latents", "things", "covered")}
-        drop = torch.from_numpy(rng.random(len(rows)) < self.dropped)[:, None].to(device)
+        drop = torch.from_numpy(rng.random(len(rows)) < DROPPED)[:, None].to(device)
         words = {name: torch.where(drop, empty, part[name]) for name, empty in self.empty.items()}
         latents = part["latents"][..., *tokens].float()
         latents, references = (latents[:, 0], latents[:, 1:]) if number else (latents, None)

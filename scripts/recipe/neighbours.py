@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from flux.training import load
 from recipe.latents import SCENES
 from recipe.networks import EDGES, RATE
 from recipe.text import NEAR, TextEncoder
@@ -19,7 +19,7 @@ CAPTIONS = 64  # a step
 
 def train_neighbours(run: Path, text: TextEncoder, minutes: float) -> None:
     """On the captions in the files of `encode_all`."""
-    ids = torch.cat([load(run / f"latents-{width}x{height}.safetensors")["t5"] for width, height in SCENES])
+    ids = torch.cat([captions(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES])
     device, model = device_of(text), nn.ModuleDict({"t5": text.t5, "near": text.near})
 
     def loss(step: int) -> Tensor:
@@ -28,6 +28,12 @@ def train_neighbours(run: Path, text: TextEncoder, minutes: float) -> None:
 
     trainer = Trainer(model, optimizers(model, RATE, RATE / 3, EDGES), run / "neighbours.safetensors", minutes, ema=0.99)
     trainer.run(loss)
+
+
+def captions(path: Path) -> Tensor:
+    """T5's ids (N, T) alone: the latents beside them are some hundred megabytes."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("t5")
 
 
 def neighbours_loss(text: TextEncoder, tokens: Tensor, ids: Tensor) -> Tensor:
