@@ -194,18 +194,43 @@ def recompute_blocks(network: Flux) -> None:
 # ---------------------------------------------------------------------------------------------------------- the trainer
 
 
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+def optimizer_of(kind: str) -> type[torch.optim.Optimizer]:
+    """AdamW, or the one of bitsandbytes, which keeps most moments in a byte each (Dettmers et al. 2022, arXiv:2110.02861).
+
+    UserError if that is not installed.
+    """
+    if kind == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("--optimizer adamw8bit is that of bitsandbytes: run `pip install -e '.[adamw8bit]'`, or leave it "
+                        "out") from None  # fmt: skip
+    return AdamW8bit
+
+
+def moments(kind: str, p: Tensor) -> int:
+    """The bytes of what it keeps of a parameter."""
+    if kind == "adamw" or p.numel() < 4096:  # bitsandbytes keeps small ones as they are
+        return 2 * p.nbytes
+    return 2 * (p.numel() + 4 * math.ceil(p.numel() / 256))  # a byte each, and a float32 scale of every 256
+
+
 class Trainer:
     """AdamW with warm-up and cosine, clipped gradients and an average of the weights; saved and restored as one file.
 
-    `about`: what the run is, by name. A checkpoint is restored only where all of that is the same.
+    `about`: what the run is, by name. A checkpoint is restored only where all of that is the same. `kind`: of OPTIMIZERS.
     """
 
     def __init__(self, module: nn.Module, path: Path, about: Mapping[str, object], *, steps: int, rate: float, warmup: int = 0,
-                 weight_decay: float = 0.01, ema: float | None = None):  # fmt: skip
+                 weight_decay: float = 0.01, ema: float | None = None, kind: str = "adamw"):  # fmt: skip
         self.module, self.path, self.about = module, path, {name: str(value) for name, value in about.items()}
         self.steps, self.rate, self.warmup, self.decay, self.step = steps, rate, warmup, ema, 0
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), rate, (0.9, 0.99), weight_decay=weight_decay)
+        self.optimizer = optimizer_of(kind)(self.parameters.values(), rate, (0.9, 0.99), weight_decay=weight_decay)
         self.average = {} if ema is None else {name: p.detach().clone() for name, p in self.parameters.items()}
         for left in path.parent.glob(f".{path.name}.*.part"):  # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
@@ -294,18 +319,31 @@ def follow(average: Mapping[str, Tensor], values: Mapping[str, Tensor], decay: f
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
     """All that it keeps of its parameters, by their number."""
-    states = optimizer.state_dict()["state"].items()
-    return {f"{prefix}{number}.{name}": torch.as_tensor(value) for number, state in states for name, value in state.items()}
+    tensors = {}
+    for number, p in enumerate(parameters_of(optimizer)):
+        for name, value in optimizer.state.get(p, {}).items():
+            shared = name.startswith("qmap")  # bitsandbytes' parameters have one; no two names in a file may share memory
+            tensors[f"{prefix}{number}.{name}"] = value.clone() if shared else torch.as_tensor(value)
+    return tensors
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """`tensors` as `optimizer_tensors` named them, less the prefix."""
-    state, parameters = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     for key, value in tensors.items():
         number, name = key.split(".", 1)
         like = parameters[int(number)]
-        state["state"].setdefault(int(number), {})[name] = part(value, like) if value.shape == like.shape else value
-    optimizer.load_state_dict(state)
+        if value.shape == like.shape:
+            value = part(value, like)
+        elif value.ndim:
+            value = value.to(like.device)
+        elif not value.is_floating_point():
+            value = value.item()  # bitsandbytes counts its steps in Python
+        optimizer.state[like][name] = value
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def load(path: Path) -> dict[str, Tensor]:
@@ -365,11 +403,11 @@ class Need(NamedTuple):
 
 
 def memory(spec: ModelSpec, make: Callable[[], Flux], tokens: int, batch: int, device: torch.device, dtype: torch.dtype,
-           ema: bool, recompute: bool) -> Need:  # fmt: skip
+           ema: bool, recompute: bool, kind: str = "adamw") -> Need:  # fmt: skip
     """What a step takes, counted in a forward pass of fake tensors, which have shapes and no memory.
 
     `make`: the network as it will be trained. `tokens`: of a picture and its references. With `recompute`, there are the
-    inputs of all blocks, and the rest of one.
+    inputs of all blocks, and the rest of one. `kind`: of OPTIMIZERS.
     """
     c, kept, blocks, streams = spec.transformer, {}, [], []
     size = lambda: sum(storage.nbytes() for storage in kept.values())  # noqa: E731
@@ -397,5 +435,5 @@ def memory(spec: ModelSpec, make: Callable[[], Flux], tokens: int, batch: int, d
             rectified_flow_loss(partial(velocity, network, Batch(latents, features), 1.0), latents, t, latents)
         activations = size() - (sum(blocks) - max(blocks) - sum(streams) if recompute else 0)
         held = sum(p.nbytes for p in network.parameters())
-        trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
-    return Need(held, trained * (3 + ema), activations)
+        states = sum((1 + ema) * p.nbytes + moments(kind, p) for p in network.parameters() if p.requires_grad)
+    return Need(held, states, activations)

@@ -88,7 +88,7 @@ def train(args: argparse.Namespace) -> int:
     network = adapted(args, network, pipe.device)
     trainer = training.Trainer(
         network, args.run / "checkpoint.safetensors", about(args, pipe, examples.values()), steps=args.steps, rate=args.lr,
-        warmup=args.warmup, ema=args.ema,
+        warmup=args.warmup, ema=args.ema, kind=args.optimizer,
     )  # fmt: skip
     count = sum(p.numel() for p in trainer.parameters.values())
     say(f"{pipe.spec.name}: {count:,} parameters to train, on {pipe.device}, products in {str(pipe.dtype)[6:]}"
@@ -112,6 +112,7 @@ def about(args: argparse.Namespace, pipe: flux.Pipeline, examples) -> dict[str, 
     """What a checkpoint belongs to. --steps, --lr and --warmup may be others when a run goes on."""
     names = [(e.latents.name, e.features.name, [r.name for r in e.references]) for e in examples]
     trained = f"a LoRA of rank {args.lora_rank} on {' '.join(args.targets or ['*'])}" if args.lora_rank else "all weights"
+    trained += "" if args.optimizer == "adamw" else f", by {args.optimizer}"
     about = {
         "model": pipe.spec.name, "transformer": dataset.fingerprint(pipe.files["transformer"]), "training": trained,
         "pictures": hashlib.sha256(repr(names).encode()).hexdigest(), "--batch": args.batch, "--accumulate": args.accumulate,

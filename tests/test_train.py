@@ -6,6 +6,7 @@ The embedded toy is trained, and tiny models with random weights where there are
 import csv
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -618,6 +619,25 @@ def test_too_little_memory_is_told(train, pictures, tmp_path, monkeypatch):
         code == 2
         and "GB, and 0.001 GB are free: use --checkpointing or a smaller --size or a smaller --batch or --lora-rank" in err
     )
+
+
+def test_an_optimizer_with_moments_of_a_byte_each(train, pictures, tmp_path):
+    flags = (*SMALL, "--optimizer", "adamw8bit", "--steps")
+    code, _, err = train(pictures, tmp_path, *flags, 2)
+    plain = train(pictures, tmp_path / "plain", *SMALL, "--steps", 1)[2]
+    large, small = (float(re.search("the optimizer ([0-9.e-]+)", told)[1]) for told in (plain, err))
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    assert code == 0 and any(name.endswith(".absmax1") for name in kept)
+    assert 0.6 < small / large < 0.65  # gradient, average and two moments: 4 + 4 + 1 + 1 bytes in place of 16
+    assert train(pictures, tmp_path, *flags, 3)[0] == 0
+    code, _, err = train(pictures, tmp_path, *SMALL, "--steps", 4)
+    assert code == 2 and "its training is all weights, by adamw8bit, and now it is all weights" in err
+
+
+def test_an_optimizer_that_is_not_installed(train, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    code, _, err = train(pictures, tmp_path / "run", *SMALL, "--optimizer", "adamw8bit")
+    assert code == 2 and "pip install -e '.[adamw8bit]'" in err and not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(train, pictures, tmp_path):

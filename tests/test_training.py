@@ -280,6 +280,35 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, ema):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_moments_of_a_byte_each(tmp_path):
+    """bitsandbytes' AdamW: stopped and gone on with bit for bit, as large as is told, and nearly where torch's goes."""
+
+    def run(name: str, kind: str = "adamw8bit") -> training.Trainer:
+        torch.manual_seed(3)
+        module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 1))
+        return training.Trainer(module, tmp_path / name, {"model": "a"}, steps=6, rate=1e-2, kind=kind)
+
+    def go(trainer: training.Trainer, last: int = 6) -> Tensor:
+        while trainer.step < last:
+            x = random(5, 64, seed=trainer.step)
+            trainer.update([lambda x=x: (trainer.module(x) - 1).square().mean()])
+        return nn.utils.parameters_to_vector(trainer.module.parameters()).detach()
+
+    begun = go(run("a"), last=0)
+    whole, exact = run("a"), go(run("b", "adamw"))
+    ended, first = go(whole), run("c")
+    go(first, last=3)
+    first.save()
+    second = run("c")
+    assert second.step == 3 and torch.equal(go(second), ended)
+    a, b = state(whole), state(second)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    kept = sum(x.nbytes for name, x in a.items() if name.split(".")[-1] in ("state1", "state2", "absmax1", "absmax2"))
+    assert kept == sum(training.moments("adamw8bit", p) for p in whole.module.parameters())
+    assert 0.25 < kept / sum(training.moments("adamw", p) for p in whole.module.parameters()) < 0.3
+    assert (ended - exact).norm() < 0.1 * (exact - begun).norm()  # eight bits a moment; 1 is one that does not move
+
+
 def test_steps_are_those_of_adamw_on_the_mean_gradient(tmp_path):
     ours, theirs = trainer(tmp_path / "x"), trainer(tmp_path / "x").module
     optimizer = torch.optim.AdamW(theirs.parameters(), 0.05, (0.9, 0.99), weight_decay=0.01)

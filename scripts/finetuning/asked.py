@@ -43,6 +43,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     how = p.add_argument_group("how")
     how.add_argument("--steps", type=int, default=1000, help="default: 1000")
     how.add_argument("--lr", type=float, help="after warm-up; falls as a cosine (default: 1e-4 for a LoRA, else 1e-5)")
+    how.add_argument("--optimizer", choices=training.OPTIMIZERS, default="adamw", help="default: adamw; adamw8bit keeps its "
+                     "moments in a quarter of the memory, and needs bitsandbytes")  # fmt: skip
     how.add_argument("--warmup", type=int, default=50, metavar="STEPS", help="default: 50")
     how.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
     how.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)")
@@ -104,6 +106,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--drop-captions {args.drop_captions:g}: must be from 0 to 1")
     if args.size is not None and (args.size % 16 or not 64 <= args.size <= 2048):
         raise UserError(f"--size {args.size}: must be a multiple of 16 from 64 to 2048")
+    training.optimizer_of(args.optimizer)
     check_guidance(args)
 
 
@@ -141,6 +144,8 @@ def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.It
     if args.batch % processes.world():
         raise UserError(f"--batch {args.batch}: cannot be shared among {processes.world()} processes; give a multiple of that")
     if processes.world() > 1:
+        if args.optimizer != "adamw":
+            raise UserError(f"--optimizer {args.optimizer} is for one process: leave it out")
         args.sample_every = 0
         say("note: several processes make no sample pictures, for which each would need all weights")
         pipe.transformer.device = torch.device("cpu")  # from where each process takes its part
@@ -199,7 +204,8 @@ def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[datas
     make = partial(training.untrained, pipe.spec.transformer, dtype, args.lora_rank, args.targets or ["*"])
     tokens, world = (args.size // 16) ** 2 * (1 + max(len(item.references) for item in items)), processes.world()
     need = training.memory(
-        pipe.spec, make, tokens, args.batch // world, pipe.device, pipe.dtype, args.ema is not None, args.checkpointing
+        pipe.spec, make, tokens, args.batch // world, pipe.device, pipe.dtype, args.ema is not None, args.checkpointing,
+        args.optimizer,
     )  # fmt: skip
     teacher = pipe.transformer.bytes if args.distill else 0
     need = need._replace(weights=(need.weights + teacher) // world, states=need.states // world)
@@ -209,6 +215,7 @@ def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[datas
     say(f"memory: {listed}: at least {gb(need.total)} GB of {gb(room)}")
     if need.total > room:
         advice = {"--checkpointing": not args.checkpointing, "a smaller --size": True, "a smaller --batch": args.batch > 1,
-                  "--lora-rank": not args.lora_rank}  # fmt: skip
+                  "--lora-rank": not args.lora_rank,
+                  "--optimizer adamw8bit": args.optimizer == "adamw" and world == 1}  # fmt: skip
         raise UserError(f"training {pipe.spec.name} so takes at least {gb(need.total)} GB, and {gb(room)} GB are free: use "
                         f"{' or '.join(words for words, helps in advice.items() if helps)}")  # fmt: skip
