@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from flux import conditioning, inputs
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.files import read_header, some
-from flux.images import to_pixels
+from flux.images import to_mask, to_pixels
 from flux.pipeline import Pipeline
 from flux.text import TextFeatures
 from flux.training import Batch, generator, load, write
@@ -35,6 +36,8 @@ class Item:
     picture: Path
     caption: str
     references: tuple[Path, ...] = ()  # of which the picture is an edit
+    control: Path | None = None  # for Canny and Depth, if it is not to be made from the picture
+    mask: Path | None = None  # for Fill, white where the picture is to be filled in; without, a rectangle is drawn
 
 
 def read_folder(folder: Path) -> list[Item]:
@@ -61,21 +64,23 @@ def _text(path: Path) -> str:
 
 
 def _listed(path: Path) -> list[Item]:
-    """A line: {"image": "b.png", "caption": "...", "references": ["a.png"]}, with paths from the folder of the list."""
+    """A line: {"image": "b.png", "caption": "...", "references": ["a.png"]}, with paths from the folder of the list; in place
+    of references, "control" or "mask" may name a picture."""
     items = []
     for number, line in enumerate(_text(path).splitlines(), start=1):
         try:
             entry = json.loads(line)
             image, caption, references = entry["image"], entry["caption"].strip(), entry.get("references", [])
             files = [path.parent / name for name in (image, *references)]
+            others = {kind: path.parent / entry[kind] for kind in ("control", "mask") if kind in entry}
             if not caption or not isinstance(references, list):
                 raise ValueError
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}, is not {{"image": FILE, "caption": TEXT}}, with "references": [FILE, ...] '
-                            f"for an edit: {line!r:.120}") from None  # fmt: skip
-        if missing := [str(file) for file in files if not file.is_file()]:
+                            f'for an edit, "control": FILE or "mask": FILE: {line!r:.120}') from None  # fmt: skip
+        if missing := [str(file) for file in (*files, *others.values()) if not file.is_file()]:
             raise UserError(f"{path}, line {number}, names {some(missing)}, which does not exist")
-        items.append(Item(files[0], caption, tuple(files[1:])))
+        items.append(Item(files[0], caption, tuple(files[1:]), **others))
     if not items:
         raise UserError(f"{path} is empty: it should list pictures and their captions")
     return items
@@ -119,6 +124,7 @@ class Example(NamedTuple):
     features: Path
     references: tuple[Path, ...]
     shape: Hashable  # equal for those that may share a batch
+    channels: Path | None = None
 
 
 class Cache:
@@ -135,15 +141,12 @@ class Cache:
         latents = self.latents(item.picture)
         references = tuple(self.latents(path, reference=True) for path in item.references)
         shape = tuple(read_header(file)[0]["latents"].shape for file in (latents, *references))
-        return Example(latents, self.features(item.caption, item.picture.name), references, shape)
+        channels = self.channels(item) if self.pipe.spec.picture in ("control", "fill") else None
+        return Example(latents, self.features(item.caption, item.picture.name), references, shape, channels)
 
     def latents(self, path: Path, reference: bool = False) -> Path:
         """Of a picture, (C, h, w), float32."""
-        try:
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): check its name and its rights") from None
-        file = self._file("latents", content, reference, self.size, self.pixels_by)
+        file = self._file("latents", content_of(path), reference, self.size, self.pixels_by)
         if not file.exists():
             picture = inputs.read_picture(path)
             if max(picture.size) > LONGEST * min(picture.size):
@@ -152,10 +155,36 @@ class Cache:
             if not reference and 4 * picture.width * picture.height < self.size**2:
                 warnings.warn(f"{path} is {picture.width}x{picture.height}, and enlarged for --size {self.size}", stacklevel=2)
             fitted = fit_reference(self.pipe.spec, picture, self.size) if reference else fit(picture, self.size)
-            with torch.inference_mode():
-                (latents,) = self.pipe.encoder().encode(to_pixels(fitted).to(self.pipe.device))
-            write(file, {"latents": latents})
+            write(file, {"latents": self._encode(to_pixels(fitted))[0]})
         return file
+
+    def channels(self, item: Item) -> Path:
+        """What Fill, Canny and Depth read beside the latents, (L, C'), float32; UserError if it is of another size."""
+        other, spec = item.control or item.mask, self.pipe.spec
+        contents = [content_of(path) for path in (item.picture, other) if path]
+        file = self._file("channels", contents, spec.picture, spec.control, self.size, self.pixels_by)
+        if not file.exists():
+            picture = beside = inputs.read_picture(item.picture)
+            if spec.picture == "fill":
+                beside = inputs.read_mask(item.mask) if item.mask else a_mask(picture.size, contents[0])
+            elif item.control:
+                beside = inputs.read_picture(item.control)
+            if beside.size != picture.size:
+                raise UserError(f"{other} is {beside.width}x{beside.height}, and {item.picture} {picture.width}x"
+                                f"{picture.height}: make them of one size")  # fmt: skip
+            picture, beside = fit(picture, self.size), fit(beside, self.size)
+            if spec.picture == "fill":
+                mask = to_mask(beside)
+                channels = conditioning.fill_channels(self._encode(to_pixels(picture) * (1 - mask)), mask)
+            else:
+                pixels = to_pixels(beside) if item.control else conditioning.control_pixels(spec.control, picture)
+                channels = rearrange(self._encode(pixels), "1 c h w -> 1 (h w) c")
+            write(file, {"channels": channels[0]})
+        return file
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.pipe.encoder().encode(pixels.to(self.pipe.device)).cpu()
 
     def features(self, caption: str, name: str = "--prompt") -> Path:
         """Of a caption, (T, D) and, in FLUX.1, the pooled (V,); `name` is for what the tokenizer may have to say."""
@@ -174,6 +203,28 @@ class Cache:
         return self.folder / f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"
 
 
+def content_of(path: Path) -> str:
+    """Its hash. UserError if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its name and its rights") from None
+
+
+def a_mask(size: tuple[int, int], content: str) -> Image.Image:
+    """A white rectangle on black, of a third of each side at least, and where chance has it, often at a border, as what is
+    painted outwards is: always the same in a picture."""
+    draw, corners = generator(int(content[:12], 16)), []
+    for side in size:
+        length, place = torch.rand(2, generator=draw).tolist()
+        length = round(side * (1 + 2 * length) / 3)
+        corners.append((round(min(max(1.5 * place - 0.25, 0), 1) * (side - length)), length))
+    (left, width), (top, height) = corners
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (left, top, left + width, top + height))
+    return mask
+
+
 def fingerprint(files: Sequence[Path]) -> str:
     """Of weights, by their headers and sixteen pieces of each file: a hash of all of 20 GB would take a minute."""
     digest = hashlib.sha256()
@@ -190,10 +241,12 @@ def fingerprint(files: Sequence[Path]) -> str:
 def batch_of(examples: Sequence[Example], axes: int) -> Batch:
     """Examples of one shape, from the cache."""
     latents = torch.stack([load(e.latents)["latents"] for e in examples])
-    references = [references_of(e, axes) for e in examples]
-    if not references[0]:
-        return Batch(latents, features_of(examples))
-    return Batch(latents, features_of(examples), torch.cat([tokens for tokens, _ in references]), references[0][1])
+    batch, references = Batch(latents, features_of(examples)), [references_of(e, axes) for e in examples]
+    if references[0]:
+        batch = batch._replace(references=torch.cat([tokens for tokens, _ in references]), reference_ids=references[0][1])
+    if examples[0].channels:
+        batch = batch._replace(channels=torch.stack([load(e.channels)["channels"] for e in examples]))
+    return batch
 
 
 def features_of(examples: Sequence[Example]) -> TextFeatures:

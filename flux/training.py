@@ -68,22 +68,26 @@ class Batch(NamedTuple):
     features: TextFeatures
     references: Tensor | None = None  # (B, R, C)
     reference_ids: Tensor | None = None  # (R, axes)
+    channels: Tensor | None = None  # (B, L, C'), beside the latents' own: of Fill, Canny and Depth
 
     def rows(self, rows: slice, device: torch.device) -> "Batch":
         """Some of the pictures, on a device."""
         of = lambda x: None if x is None else x[rows].to(device)  # noqa: E731
         ids = None if self.reference_ids is None else self.reference_ids.to(device)
-        return Batch(of(self.latents), TextFeatures(*map(of, self.features)), of(self.references), ids)
+        features = TextFeatures(*map(of, self.features))
+        return Batch(of(self.latents), features, of(self.references), ids, of(self.channels))
 
 
 def velocity(network: Flux, batch: Batch, guidance: float | Tensor, x: Tensor, t: Tensor,
              corner: tuple[int, int] = (0, 0)) -> Tensor:  # fmt: skip
-    """Of latents x (B, C, h, w) at times t (B,), with the captions and references of the batch; guidance for all, or (B,).
+    """Of latents x (B, C, h, w) at times t (B,), with all else that the batch has; guidance for all, or (B,).
 
     `corner`: row and column of the first tokens, if the latents are a window of the pictures, and the references too.
     """
     axes, (h, w), (txt, vector) = len(network.config.axes_dim), x.shape[2:], batch.features
     img, img_ids = rearrange(x, "b c h w -> b (h w) c"), sampling.image_ids(h, w, axes).to(x.device)
+    if batch.channels is not None:
+        img = torch.cat([img, batch.channels], dim=2)
     if batch.references is not None:
         img, img_ids = torch.cat([img, batch.references], dim=1), torch.cat([img_ids, batch.reference_ids])
     img_ids[:, 1:3] += torch.tensor(corner, device=x.device)
@@ -430,9 +434,11 @@ def memory(spec: ModelSpec, make: Callable[[], Flux], tokens: int, batch: int, d
         vector = None if c.vector_dim is None else torch.zeros(batch, c.vector_dim)
         features = TextFeatures(torch.zeros(batch, spec.text_length, c.context_dim), vector)
         latents, t = torch.zeros(batch, c.out_channels, 1, tokens), torch.zeros(batch)
+        beside = c.in_channels - c.out_channels
+        given = Batch(latents, features, channels=torch.zeros(batch, tokens, beside) if beside else None)
         attention = SDPBackend.MATH if device.type == "cpu" else SDPBackend.FLASH_ATTENTION
         with saved_tensors_hooks(keep, lambda x: x), sdpa_kernel(attention), autocast("cpu", dtype):
-            rectified_flow_loss(partial(velocity, network, Batch(latents, features), 1.0), latents, t, latents)
+            rectified_flow_loss(partial(velocity, network, given, 1.0), latents, t, latents)
         activations = size() - (sum(blocks) - max(blocks) - sum(streams) if recompute else 0)
         held = sum(p.nbytes for p in network.parameters())
         states = sum((1 + ema) * p.nbytes + moments(kind, p) for p in network.parameters() if p.requires_grad)

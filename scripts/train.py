@@ -7,7 +7,8 @@
     python scripts/train.py pictures runs/dev --distill flux.2-klein-base-4b   # a student that is told its guidance
 
 A caption lies beside its picture, in a .txt of the same name; or metadata.jsonl lists all, a line each:
-{"image": "b.png", "caption": "make it night", "references": ["a.png"]}, where references are for models that edit.
+{"image": "b.png", "caption": "make it night", "references": ["a.png"]}, where references are for models that edit. Canny
+and Depth take "control", a picture (or make it of the image), Fill a "mask", white where to fill in (or draws a rectangle).
 
 In the run's folder appear the trained weights (lora.safetensors, or transformer.safetensors), a log (loss.csv, loss.png),
 sample pictures, and the checkpoint. The same command goes on from that, bit for bit, wherever the run was stopped.
@@ -110,7 +111,8 @@ def train(args: argparse.Namespace) -> int:
 
 def about(args: argparse.Namespace, pipe: flux.Pipeline, examples) -> dict[str, object]:
     """What a checkpoint belongs to. --steps, --lr and --warmup may be others when a run goes on."""
-    names = [(e.latents.name, e.features.name, [r.name for r in e.references]) for e in examples]
+    others = lambda e: [file.name for file in (*e.references, e.channels) if file]  # noqa: E731
+    names = [(e.latents.name, e.features.name, others(e)) for e in examples]
     trained = f"a LoRA of rank {args.lora_rank} on {' '.join(args.targets or ['*'])}" if args.lora_rank else "all weights"
     trained += "" if args.optimizer == "adamw" else f", by {args.optimizer}"
     about = {
@@ -156,12 +158,17 @@ def prepare_samples(args: argparse.Namespace, cache: dataset.Cache, examples: li
     """What the sheets show: --prompt, or the first pictures' captions, with the references that they are edits of."""
     axes, side = len(cache.pipe.spec.transformer.axes_dim), args.size // 16
     blank = dataset.Example(Path(), Path(), (), ((0, side, side),))
+    if examples[0].channels:  # without a picture such a model makes none
+        blank = examples[0]
     asked = [blank._replace(features=cache.features(prompt)) for prompt in args.prompt or ()] or examples[:SAMPLES]
     samples = []
     for example in asked:
         height, width = (16 * side for side in example.shape[0][1:])
-        references = dataset.references_of(example, axes)
-        given = Conditions(height, width, *references) if references else None
+        references, given = dataset.references_of(example, axes), None
+        if references:
+            given = Conditions(height, width, *references)
+        elif example.channels:
+            given = Conditions(height, width, channels=training.load(example.channels)["channels"][None])
         samples.append(Sample(dataset.features_of([example]), width, height, given))
     return samples
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,14 @@ def test_a_folder_with_a_list(tmp_path):
     lines = [
         {"image": "b.png", "caption": "it is night", "references": ["a.png", "c.png"]},
         {"image": "a.png", "caption": "day"},
+        {"image": "a.png", "caption": "day", "control": "b.png"},
+        {"image": "a.png", "caption": "day", "mask": "b.png"},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     edit = dataset.Item(tmp_path / "b.png", "it is night", (tmp_path / "a.png", tmp_path / "c.png"))
-    assert dataset.read_folder(tmp_path) == [edit, dataset.Item(tmp_path / "a.png", "day")]
+    plain = dataset.Item(tmp_path / "a.png", "day")
+    beside = [replace(plain, **{kind: tmp_path / "b.png"}) for kind in ("control", "mask")]
+    assert dataset.read_folder(tmp_path) == [edit, plain, *beside]
 
 
 BAD_LINES = {
@@ -77,6 +82,8 @@ BAD_LINES = {
     "empty": '{"image": "a.png", "caption": " "}',
     "a number": '{"image": 3, "caption": "a"}', "a text": '{"image": "a.png", "caption": "a", "references": "a.png"}',
     "missing": '{"image": "a.png", "caption": "a", "references": ["b.png"]}',
+    "missing too": '{"image": "a.png", "caption": "a", "mask": "b.png"}',
+    "a list": '{"image": "a.png", "caption": "a", "mask": []}',
 }  # fmt: skip
 
 
@@ -86,7 +93,7 @@ def test_bad_lines_are_told(tmp_path, fault):
     (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "caption": "fine"}\n' + BAD_LINES[fault])
     told = refusal(dataset.read_folder, tmp_path)
     assert "metadata.jsonl, line 2, " in told
-    assert ("b.png, which does not exist" in told) == (fault == "missing")
+    assert ("b.png, which does not exist" in told) == fault.startswith("missing")
 
 
 def test_bad_folders_are_told(tmp_path):

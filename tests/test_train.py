@@ -393,6 +393,81 @@ def test_pairs(train, editors, tmp_path, monkeypatch, model, references, times):
     pipe.load_lora(out)
 
 
+@pytest.fixture(scope="module")
+def needy(tmp_path_factory):
+    """Tiny models that read a picture beside the latents, in a folder of weights."""
+    folder = tmp_path_factory.mktemp("needy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLUX_WEIGHTS", raising=False)
+        for name, masks in (("flux.1-canny-dev", 0), ("flux.1-fill-dev", 256)):
+            tiny = tiny_models(write_tokenizers(home(folder, name), name))["flux.1-dev"]
+            width = tiny.transformer.out_channels
+            transformer = replace(tiny.transformer, in_channels=2 * width + masks)
+            parts = dict(text=tiny.text, text_length=tiny.text_length, autoencoder=tiny.autoencoder, steps=2, size=64)
+            patch.setitem(MODELS, name, replace(MODELS[name], transformer=transformer, **parts))
+            write_weights(home(folder, name), MODELS[name], networks(MODELS[name]))
+        yield folder
+
+
+@pytest.mark.parametrize("model, kind", [
+    ("flux.1-canny-dev", "control"), ("flux.1-canny-dev", None), ("flux.1-fill-dev", "mask"), ("flux.1-fill-dev", None),
+])  # fmt: skip
+def test_what_is_read_beside_the_latents_is_what_the_sampler_takes(train, needy, tmp_path, monkeypatch, model, kind):
+    """Given, or made: edges of the picture itself, and a rectangle that depends on nothing but the picture."""
+    folder, lines, asked = tmp_path / "pictures", [], []
+    folder.mkdir()
+    for number in range(2):
+        path = draw(folder / f"{number}.png", number)
+        other = folder / f"{number}-other.png"
+        Image.effect_noise((64, 64), 90).point(lambda grey: 255 * (grey > 128)).save(other)
+        lines.append({"image": path.name, "caption": f"picture {number}"} | ({kind: other.name} if kind else {}))
+        picture, other = Image.open(path), Image.open(other)  # RGB, and grey
+        if model == "flux.1-fill-dev":
+            mask = other if kind else dataset.a_mask((64, 64), dataset.content_of(path))
+            asked.append(flux.Pictures((picture,), mask=mask))
+        else:
+            asked.append(flux.Pictures((other.convert("RGB") if kind else picture,), photo=not kind))
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    seen, velocity = [], training.velocity
+    monkeypatch.setattr(
+        training, "velocity", lambda network, batch, *rest: seen.append(batch) or velocity(network, batch, *rest)
+    )
+    flags = ("--model", model, "--weights", needy, "--dtype", "float32", *SMALL, "--lora-rank", 2, "--steps", 2)
+    code, out, err = train(folder, tmp_path / "run", *flags, "--sample-every", 2)
+    assert code == 0, err
+    assert Image.open(tmp_path / "run" / "samples" / "000002.png").size == (128, 64)
+    pipe = flux.load(model, weights=needy, device="cpu", dtype=torch.float32)
+    pipe.load_lora(out)
+    expected = [pipe.condition(pictures).channels[0] for pictures in asked]
+    assert not torch.equal(*expected)
+    for row in seen[-1].channels:
+        assert min((row - one).abs().max() for one in expected) == 0
+    code, _, err = train(folder, tmp_path / "run", *flags, "--steps", 3, "--prompt", "another", "--sample-every", 1)
+    assert code == 0 and "goes on at step 2" in err
+
+
+def test_rectangles_to_fill_in_are_of_all_sizes_and_anywhere():
+    masks = [np.asarray(dataset.a_mask((90, 60), f"{number:012x}")) for number in range(200)]
+    assert all(set(np.unique(mask)) <= {0, 255} for mask in masks)
+    shares = [mask.mean() / 255 for mask in masks]
+    assert min(shares) > 0.1 and max(shares) > 0.8 and np.mean(shares) == pytest.approx(4 / 9, abs=0.05)
+    assert (np.mean(masks, axis=0) > 0).all()  # no place is never asked for
+
+
+@pytest.mark.parametrize("model, kind, told", [
+    ("flux.1-canny-dev", "mask", "has items with a mask, which means nothing to flux.1-canny-dev; choose from flux.1-fill"),
+    ("flux.1-fill-dev", "control", "has items with a control, which means nothing to flux.1-fill-dev; choose from flux.1-ca"),
+    ("flux.1-canny-dev", "control", "other.png is 80x64, and "), ("flux.1-fill-dev", "mask", "other.png is 80x64, and "),
+])  # fmt: skip
+def test_pictures_beside_that_do_not_fit_are_told(train, needy, tmp_path, model, kind, told):
+    draw(tmp_path / "0.png", 0)
+    Image.new("L", (80, 64)).save(tmp_path / "other.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"image": "0.png", "caption": "a", kind: "other.png"}))
+    flags = ("--model", model, "--weights", needy, "--dtype", "float32", *SMALL, "--lora-rank", 2, "--steps", 2)
+    code, _, err = train(tmp_path, tmp_path / "run", *flags)
+    assert code == 2 and told in err
+
+
 # ---------------------------------------------------------------------------------------------------------- guidance
 
 
@@ -661,11 +736,12 @@ def test_ctrl_c_while_pictures_are_encoded(train, pictures, tmp_path, monkeypatc
     assert list((tmp_path / "cache").glob("latents-*"))
 
 
-def test_models_that_need_a_picture_are_refused(train, pictures, tmp_path, monkeypatch):
-    pipe = SimpleNamespace(spec=MODELS["flux.1-fill-dev"], transformer=SimpleNamespace(shapes=torch.nn.Identity()))
+@pytest.mark.parametrize("model, beside", [("flux.1-redux-dev", "an image encoder"), ("flux.1-canny-dev-lora", "a LoRA")])
+def test_models_with_something_beside_them_are_refused(train, pictures, tmp_path, monkeypatch, model, beside):
+    pipe = SimpleNamespace(spec=MODELS[model], transformer=SimpleNamespace(shapes=torch.nn.Identity()))
     monkeypatch.setattr(train.module.flux, "load", lambda *_, **__: pipe)
     code, _, err = train(pictures, tmp_path)
-    assert code == 2 and "flux.1-fill-dev makes each picture from one that it is given" in err
+    assert code == 2 and f"{model} is flux.1-dev with {beside} beside it, which is not trained here" in err
 
 
 def test_a_folder_that_cannot_be_written_is_told(train, pictures, tmp_path):

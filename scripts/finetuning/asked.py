@@ -9,7 +9,7 @@ import torch
 
 import flux
 from finetuning.log import say
-from flux import conditioning, dataset, processes, training
+from flux import control, dataset, processes, training
 from flux.errors import UserError
 from flux.files import shard_files
 from flux.memory import room_on
@@ -132,8 +132,15 @@ def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.It
         raise UserError(f"{pipe.files['transformer'][0]} {QUANTISED}")
     settle_guidance(args, pipe)
     spec = pipe.spec
-    if spec.picture in conditioning.NEEDY:
-        raise UserError(f"{spec.name} makes each picture from one that it is given, which is not trained here: choose another")
+    if spec.picture in ("control", "redux") and spec.adapter:
+        of = "an image encoder" if spec.picture == "redux" else "a LoRA"
+        raise UserError(f"{spec.name} is flux.1-dev with {of} beside it, which is not trained here: choose another")
+    for kind, use in (("control", "control"), ("mask", "fill")):
+        if any(getattr(item, kind) for item in items) and spec.picture != use:
+            able = ", ".join(s.name for s in flux.MODELS.values() if s.picture == use and not s.adapter)
+            raise UserError(f"{args.pictures} has items with a {kind}, which means nothing to {spec.name}; choose from {able}")
+    if spec.picture == "control" and not all(item.control for item in items):
+        control.check(spec.control)
     if any(item.references for item in items) and (spec.picture != "reference" or spec.cached):
         able = ", ".join(s.name for s in flux.MODELS.values() if s.picture == "reference" and not s.cached)
         raise UserError(f"{args.pictures} has references, and {spec.name} takes none in training; choose from {able}")
