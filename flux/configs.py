@@ -215,7 +215,7 @@ MODELS: dict[str, ModelSpec] = _table([
     replace(_flux1, name="flux.1-tiny", repository="embedded", licence=TOY, size=256, steps=8, guidance=2.5,
             transformer=TINY1, transformer_file="flux1-tiny.safetensors", text_length=32, autoencoder=AE1_TINY,
             autoencoder_files=(AE,), text=FLUX1Text(T5_TINY, CLIP_TINY, ("text_encoder_2/model.safetensors",))),
-    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=256, steps=8, guidance=2.5, cfg=True, fixed="",
+    replace(_klein, name="flux.2-tiny", repository="embedded", licence=TOY, size=256, steps=8, guidance=1.5, cfg=True, fixed="",
             transformer=TINY, transformer_file="flux-2-tiny.safetensors",
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)), text_length=32,
             autoencoder=AE_TINY, autoencoder_files=(AE,)),

@@ -191,7 +191,7 @@ def test_embedded_models_are_a_klein_base_and_a_flux1_dev():
     assert [spec.name for spec in MODELS.values() if spec.embedded] == ["flux.1-tiny", "flux.2-tiny"]
     for name, large in (("flux.1-tiny", "flux.1-dev"), ("flux.2-tiny", "flux.2-klein-base-4b")):
         toy, large = MODELS[name], MODELS[large]
-        assert (toy.schedule, toy.cfg, toy.picture) == (large.schedule, large.cfg, large.picture) and toy.guidance == 2.5
+        assert (toy.schedule, toy.cfg, toy.picture) == (large.schedule, large.cfg, large.picture) and toy.guidance > 1
         same = ("mlp_ratio", "theta", "guidance", "bias", "gated_mlp", "shared_modulation")
         assert all(getattr(toy.transformer, name) == getattr(large.transformer, name) for name in same)
         assert toy.transformer.in_channels == toy.autoencoder.latent_channels

@@ -121,12 +121,12 @@ def test_a_picture_as_a_user_asks_for_it(tmp_path):
     done = subprocess.run(command, cwd=here, env=subprocess_environment(tmp_path), capture_output=True, text=True)
     run = Run(done.returncode, done.stdout, done.stderr, here)
     assert run.code == 0 and run.files == ["outputs/flux.png"] and run.pictures == [here / "outputs/flux.png"], run.err
-    assert "flux.2-tiny, an embedded toy: 64x64, 1 steps, guidance 2.5, on cpu in float32" in run.err
+    assert "flux.2-tiny, an embedded toy: 64x64, 1 steps, guidance 1.5, on cpu in float32" in run.err
     assert f"seed 7: {PROMPT}" in run.err
     with Image.open(run.pictures[0]) as image:
         assert image.size == (64, 64) and image.mode == "RGB"
     said = images.read_metadata(run.pictures[0])
-    expected = dict(model="flux.2-tiny", prompt=PROMPT, negative_prompt=None, width=64, height=64, steps=1, guidance=2.5,
+    expected = dict(model="flux.2-tiny", prompt=PROMPT, negative_prompt=None, width=64, height=64, steps=1, guidance=1.5,
                     cfg_scale=None, seed=7, numerics="exact", dtype="float32", device="cpu", transformer=None)  # fmt: skip
     assert expected.items() <= said.items()
     assert "toy" in said["note"] and "not what FLUX can do" in said["note"] and said["licence"] == "Apache-2.0"

@@ -6,12 +6,12 @@ The truth: the grammar as its docstring has it, areas from school, and what must
 import re
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations, islice, product
+from itertools import chain, combinations, islice, permutations, product
 
 import numpy as np
 import pytest
 
-from flux.shapes import COLOURS, PATTERNS, PLACES, RELATIONS, SHAPES, SIZES, Layout, Object, Scene, Word, drawing
+from flux.shapes import COLOURS, PATTERNS, PLACES, RELATIONS, SHAPES, SIZES, Layout, Object, Scene, Word, drawing, families
 from flux.shapes.drawing import coverage, draw, ink
 from flux.shapes.scenes import LETTERS, ROWS, Item, arrange, edits, held_out, scenes, shows_held_out, sizes, unknown_words
 
@@ -143,7 +143,7 @@ def test_things_stay_inside_and_apart(width, height):
 
 def test_edits_change_what_their_instructions_say_and_nothing_else():
     kinds = Counter()
-    for edit in islice(edits(5, None), 400):
+    for edit in chain(islice(edits(5, None), 400), *islice(families(5), 10)):
         kinds[edit.kind] += 1
         assert unknown_words(edit.instruction) == [] and edit.after not in edit.before
         words = edit.instruction.split()
@@ -173,6 +173,18 @@ def test_edits_change_what_their_instructions_say_and_nothing_else():
             assert edit.after == Layout((wanted,), edit.before[which if colour else 1 - which].background)
             assert words[1] == item.thing.shape
     assert len(kinds) == 10 and min(kinds.values()) > 15
+
+
+def test_a_family_means_now_the_one_and_now_the_other_thing_of_the_same_pictures():
+    for family in islice(families(0), 50):
+        layout = family[0].before[0]
+        ways = {(edit.before[0], edit.after) for edit in family}
+        assert len(ways) == len(family) and len(set(chain(*ways))) <= 11  # each thing: four changes, and without it
+        for one, other in permutations(layout.items):
+            changes = [edit for edit in family if edit.before == (layout,) and one not in edit.after.items]
+            assert all(other in edit.after.items for edit in changes)
+            assert {"colour", "shape", "remove"} < {edit.kind for edit in changes} and len(changes) >= 4
+        assert all((edit.after, edit.before[0]) in ways for edit in family if edit.kind != "remove")
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing

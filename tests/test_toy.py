@@ -4,6 +4,7 @@ Whether training works is shown by its product, in tests/test_embedded.py.
 """
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,8 +30,8 @@ from recipe.attention import attention
 from recipe.batches import Batches, Pictures
 from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, pictures, shown
 from recipe.neighbours import neighbours_loss
-from recipe.networks import EDGES, Networks, flow_loss, new_networks, shown_loss
-from recipe.pictures import to_pictures
+from recipe.networks import CHANGED, EDGES, Networks, changed_loss, flow_loss, new_networks, shown_loss
+from recipe.pictures import to_pictures, to_pixels
 from recipe.text import NEAR, Tokenizer
 from recipe.tokenizer import texts, train_tokenizers
 from recipe.trainer import Trainer, optimizers, orthogonal
@@ -90,7 +91,7 @@ def test_tokens_of_pictures_are_seen_half_way_through_the_single_blocks():
     networks.velocity(features, drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9]), references)
     assert seen[0].shape[1] == 5 + 6 + 15
     assert torch.equal(networks.hidden, seen[0][:, 5:])
-    assert networks.shown(networks.hidden).shape == (2, 6 + 15, len(THINGS) + 16)
+    assert networks.shown(networks.hidden).shape == (2, 6 + 15, len(THINGS) + 16 + 1)
 
 
 def test_tokens_of_a_window_have_the_coordinates_that_they_have_in_the_picture():
@@ -122,9 +123,40 @@ def test_what_is_shown_costs_nothing_where_it_is_known():
     covered[0, 0, 0] = 255
     kinds, parts = torch.full((1, 2, len(THINGS)), -30.0), torch.full((1, 2, 16), -30.0)
     kinds[0, 0, 2] = kinds[0, 1, 0] = parts[0, 0, 0] = 30
-    assert shown_loss(torch.cat([kinds, parts], -1), things, covered) < 1e-6
-    assert shown_loss(torch.cat([kinds.flip(1), parts], -1), things, covered).item() == pytest.approx(60)
-    assert shown_loss(torch.cat([kinds, parts.flip(1)], -1), things, covered).item() == pytest.approx(2 * 30 / 32)
+    rest = torch.full((1, 2, 1), 7.0)  # what `changed_loss` reads
+    assert shown_loss(torch.cat([kinds, parts, rest], -1), things, covered) < 1e-6
+    assert shown_loss(torch.cat([kinds.flip(1), parts, rest], -1), things, covered).item() == pytest.approx(60)
+    assert shown_loss(torch.cat([kinds, parts.flip(1), rest], -1), things, covered).item() == pytest.approx(2 * 30 / 32)
+
+
+def test_what_an_edit_changes_costs_nothing_where_it_is_known():
+    """Of two rows of three tokens one is another; that is asked of the result's tokens, and of those of the picture before."""
+    before = drawn(1, 8, 2, 3)
+    after = before + 0.2 * drawn(1, 8, 2, 3, seed=1)
+    after[0, :, 1, 0] += 1
+    logits = torch.full((1, 12, len(THINGS) + 17), 7.0)
+    logits[..., -1] = -30
+    logits[0, [3, 9], -1] = 30
+    assert changed_loss(logits, after, before) < 1e-6
+    for token in (3, 9, 4):
+        wrong = logits.clone()
+        wrong[0, token, -1] *= -1
+        assert changed_loss(wrong, after, before).item() == pytest.approx(30 / 12)
+
+
+def test_in_drawn_pictures_changes_are_told_from_what_is_beside_them():
+    """By the shipped autoencoder: where a thing is recoloured, nearly all of its tokens change, and hardly any others do."""
+    encoder, hits, misses = flux.load("flux.2-tiny", device="cpu").encoder(), [], []
+    some = (edit for edit in shapes.edits(5, held=None) if edit.kind == "colour" and len(edit.after.items) == 2)
+    for edit in itertools.islice(some, 4):
+        with torch.inference_mode():
+            latents = encoder.encode(to_pixels(np.stack([shapes.draw(x, 256, 256) for x in (edit.after, *edit.before)])))
+        changed = (latents[0] - latents[1]).square().mean(0).sqrt() > CHANGED
+        item = next(item for item in edit.after.items if item not in edit.before[0].items)
+        covered = shown(replace(edit.after, items=(item,)), 256, 256)[1].mean(-1)
+        hits.append(changed[covered > 128].double().mean())
+        misses.append(changed[covered == 0].double().mean())
+    assert np.mean(hits) > 0.9 and np.mean(misses) < 0.1
 
 
 def test_neighbours_cost_nothing_where_they_are_told_and_pads_need_not_tell_any():
@@ -169,19 +201,20 @@ def test_what_tokens_show_is_what_is_drawn(size):
         assert not covered[cells == 0].any() and (covered[cells > 0]).mean() > 128 * (len(layout.items) > 0)
 
 
-def test_the_box_of_an_edit_holds_what_all_its_pictures_show():
-    for edit, layouts in itertools.islice(edits(2), 20):
-        top, left, below, behind = box([shown(layout, 256, 256)[1] for layout in layouts])
-        things = np.any([shown(layout, 256, 256)[0] for layout in layouts], axis=0)
+def test_the_box_of_a_picture_holds_what_it_shows():
+    for _, (layout,) in itertools.islice(pictures(256, 256), 20):
+        things, covered = shown(layout, 256, 256)
         rows, columns = np.nonzero(things)
-        assert (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1) == (top, left, below, behind)
+        assert (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1) == box(covered)
 
 
 def test_most_edits_of_one_picture_are_about_one_of_its_things():
-    some = [edit for edit, _ in itertools.islice(edits(1), 300)]
+    some = [edit for edit, _ in itertools.islice(edits("edits-1"), 300)]
     assert 0.6 < np.mean([edit.kind in CHANGES for edit in some]) < 0.76
     assert {edit.kind for edit in some} == {*CHANGES, "background", "add", "described"}
-    assert {edit.kind for edit, _ in itertools.islice(edits(2), 30)} == {"two pictures: background", "two pictures: colour"}
+    two = {edit.kind for edit, _ in itertools.islice(edits("edits-2"), 30)}
+    assert two == {"two pictures: background", "two pictures: colour"}
+    assert {edit.kind for edit, _ in itertools.islice(edits("families"), 60)} == set(CHANGES)
 
 
 def test_letters_are_told_apart():
@@ -295,21 +328,23 @@ def digits(latents: torch.Tensor) -> torch.Tensor:
 def files(run, count: int = 400, seed: int = 0) -> None:
     """As `encode_all` writes them, but a token's latents say where it is: in which picture of an edit, row and column.
 
-    What it shows is the number of its row in the file, and the same, in digits.
+    What it shows is the number of its text in the file, and the same, in digits. Pictures are in no order.
     """
     rng = np.random.default_rng(seed)
     for name, (width, height), others in [*((f"latents-{w}x{h}", (w, h), 0) for w, h in SCENES),
-                                          *((f"edits-{number}", (256, 256), number) for number in EDITS)]:  # fmt: skip
+                                          *((kind, (256, 256), 2 if kind == "edits-2" else 1) for kind in EDITS)]:  # fmt: skip
         h, w = height // 16, width // 16
         axes = (torch.arange(n) for n in (1 + others, h, w))
-        where = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=1).half()  # (pictures, 3, h, w)
-        latents = (where if others else where[0])[None].repeat_interleave(count, 0)
-        first = np.stack([rng.integers(0, side - 3, count) for side in (h, w)], axis=1)
-        behind = np.stack([rng.integers(first[:, axis] + 1, side + 1) for axis, side in enumerate((h, w))], axis=1)
+        where = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=1).half()  # (1 + others, 3, h, w)
+        which = torch.from_numpy(rng.permutation(count * (1 + others))).view(count, -1)
+        order = which.flatten().argsort()
         ids = torch.arange(1, count + 1)[:, None].expand(count, 3)
-        things = 1_000_000 * ids[:, 0].view(-1, *[1] * (latents.ndim - 2)) + digits(latents)
+        first = np.stack([rng.integers(0, side - 3, len(order)) for side in (h, w)], axis=1)
+        behind = np.stack([rng.integers(first[:, axis] + 1, side + 1) for axis, side in enumerate((h, w))], axis=1)
+        latents = where.repeat(count, 1, 1, 1)[order]
+        things = 1_000_000 * ids[:, 0].repeat_interleave(1 + others)[order].view(-1, 1, 1) + digits(latents)
         write(run / f"{name}.safetensors", {"latents": latents, "ids": ids, "things": things, "covered": 2 * things[..., None],
-              "boxes": torch.from_numpy(np.concatenate([first, behind], axis=1))})  # fmt: skip
+              "boxes": torch.from_numpy(np.concatenate([first, behind], axis=1)), "pictures": which})  # fmt: skip
 
 
 def test_batches_are_of_pictures_and_of_edits(tmp_path):
@@ -323,7 +358,7 @@ def test_batches_are_of_pictures_and_of_edits(tmp_path):
         number, (h, w) = 0 if batch.references is None else batch.references.shape[1], batch.latents.shape[2:]
         dropped = (ids == 0).all(1)
         assert torch.equal(2 * things[..., None], batch.covered)
-        assert torch.equal(ids[~dropped, 0], things[~dropped, 0] // 1_000_000)  # the rows of one picture each
+        assert (ids[~dropped, :1] == things[~dropped] // 1_000_000).all()  # all pictures of a text are its own
         coordinates = torch.stack(torch.meshgrid(top + torch.arange(h), left + torch.arange(w), indexing="ij"))
         pictures = [batch.latents, *(batch.references.unbind(1) if number else ())]
         for place, latents in enumerate(pictures):  # the result first, then those before in their order
@@ -364,7 +399,8 @@ class Coloured(torch.nn.Module):
 
 
 def test_the_decoder_learns_from_the_pictures_that_its_latents_are_of(tmp_path, monkeypatch):
-    write(tmp_path / "latents-256x256.safetensors", {"latents": torch.arange(8).half().view(8, 1, 1, 1)})
+    write(tmp_path / "latents-256x256.safetensors", {
+        "latents": torch.arange(8).half().view(8, 1, 1, 1), "pictures": torch.arange(8).flip(0)[:, None]})  # fmt: skip
     torch.manual_seed(0)
     model, wanted = Coloured(), []
     before = {name: p.detach().clone() for name, p in model.decoder.named_parameters()}
@@ -372,9 +408,9 @@ def test_the_decoder_learns_from_the_pictures_that_its_latents_are_of(tmp_path, 
     monkeypatch.setattr(autoencoder, "picture_loss", lambda made, pixels: wanted.append(pixels) or straight(made, pixels))
     autoencoder.train_decoder(tmp_path, 0.01, torch.device("cpu"), model, count=5)
     drawn = [shapes.draw(layout, 256, 256) for _, (layout,) in itertools.islice(pictures(256, 256), 5)]
-    assert len(model.asked) == len(wanted) > 0 and set(model.asked) <= set(range(5))
+    assert len(model.asked) == len(wanted) > 0 and set(model.asked) <= set(range(3, 8))
     for row, pixels in zip(model.asked, wanted, strict=True):
-        assert np.array_equal(to_pictures(pixels)[0], drawn[row])
+        assert np.array_equal(to_pictures(pixels)[0], drawn[7 - row])
     assert all(not p.requires_grad and not torch.equal(p, before[name]) for name, p in model.decoder.named_parameters())
 
 

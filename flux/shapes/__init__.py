@@ -22,6 +22,7 @@ from flux.shapes.scenes import (
     Word,
     arrange,
     edits,
+    families,
     held_out,
     scenes,
     shows_held_out,
@@ -30,6 +31,6 @@ from flux.shapes.scenes import (
 
 __all__ = [
     "ATTRIBUTES", "COLOURS", "PATTERNS", "PLACES", "RELATIONS", "SHAPES", "SIZES", "Edit", "Item", "Layout", "Object", "Scene",
-    "Word", "arrange", "check", "check_edit", "draw", "edits", "framed", "held_out", "letters_right", "look", "scenes",
-    "score", "score_edits", "shows_held_out", "unknown_words",
+    "Word", "arrange", "check", "check_edit", "draw", "edits", "families", "framed", "held_out", "letters_right", "look",
+    "scenes", "score", "score_edits", "shows_held_out", "unknown_words",
 ]  # fmt: skip

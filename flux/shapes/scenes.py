@@ -20,6 +20,7 @@ An edit is an instruction, the layouts of the pictures that it is about, and tha
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -228,6 +229,23 @@ def edits(seed: int, held: bool | None) -> Iterator[Edit]:
             yield edit
 
 
+def families(seed: int) -> Iterator[list[Edit]]:
+    """Endless families of edits about the same few pictures, in which now the one and now the other of two things is meant.
+
+    Of a layout each thing gets another colour, size, pattern and shape, where it can, and its old one back; and is removed.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        layout, family = _some_layout(rng, pair=True), []
+        for number, item in enumerate(layout.items):
+            for attribute, choices in _CHOICES.items():
+                if values := choices(layout, item.thing):
+                    there = _changed(layout, number, attribute, _pick(rng, values))
+                    family += [there, _changed(there.after, number, attribute, getattr(item.thing, attribute))]
+            family.append(_removed(layout, number))
+        yield family
+
+
 def _some_layout(rng: np.random.Generator, pair: bool | None = None) -> Layout:
     """One without words, of two objects (`pair`), of one (not), or of either (None).
 
@@ -246,39 +264,33 @@ def _free_colours(layout: Layout) -> list[str]:
     return [colour for colour in COLOURS if colour not in taken]
 
 
-def _change(rng: np.random.Generator, attribute: str, choices: Callable[[Layout, Object], list[str]]) -> Edit:
-    """Another colour, size, pattern or shape for one object; `choices` says which, for an object of a layout."""
+# What an object of a layout can become, by the attribute that changes: a small one can only stay plain.
+_CHOICES: dict[str, Callable[[Layout, Object], list[str]]] = {
+    "colour": lambda layout, thing: _free_colours(layout),
+    "size": lambda layout, thing: [size for size in sizes(thing.pattern) if size != thing.size],
+    "pattern": lambda layout, thing: [p for p in ("", *PATTERNS) if p != thing.pattern and thing.size in sizes(p)],
+    "shape": lambda layout, thing: [s for s in SHAPES if s not in {item.thing.shape for item in layout.items}],
+}
+
+
+def _change(rng: np.random.Generator, attribute: str) -> Edit:
+    """Another colour, size, pattern or shape for one object."""
     values = []
-    while not values:  # a small object can only stay plain
+    while not values:
         layout = _some_layout(rng)
         number = int(rng.integers(len(layout.items)))
-        item = layout.items[number]
-        values = choices(layout, item.thing)
-    value = _pick(rng, values)
+        values = _CHOICES[attribute](layout, layout.items[number].thing)
+    return _changed(layout, number, attribute, _pick(rng, values))
+
+
+def _changed(layout: Layout, number: int, attribute: str, value: str) -> Edit:
+    item = layout.items[number]
     thing = replace(item.thing, **{attribute: value})
     changed = replace(item, thing=thing, radius=SIZES[thing.size])
     items = layout.items[:number] + (changed,) + layout.items[number + 1 :]
     shape = item.thing.shape
     text = f"turn the {shape} into {a(value)}" if attribute == "shape" else f"make the {shape} {value or 'plain'}"
     return Edit(text, (layout,), replace(layout, items=items), attribute)
-
-
-def _recolour(rng: np.random.Generator) -> Edit:
-    return _change(rng, "colour", lambda layout, thing: _free_colours(layout))
-
-
-def _resize(rng: np.random.Generator) -> Edit:
-    return _change(rng, "size", lambda layout, thing: [size for size in sizes(thing.pattern) if size != thing.size])
-
-
-def _repattern(rng: np.random.Generator) -> Edit:
-    fitting = lambda thing: [p for p in ("", *PATTERNS) if p != thing.pattern and thing.size in sizes(p)]  # noqa: E731
-    return _change(rng, "pattern", lambda layout, thing: fitting(thing))
-
-
-def _reshape(rng: np.random.Generator) -> Edit:
-    others = lambda layout: [s for s in SHAPES if s not in {item.thing.shape for item in layout.items}]  # noqa: E731
-    return _change(rng, "shape", lambda layout, thing: others(layout))
 
 
 def _new_background(rng: np.random.Generator) -> Edit:
@@ -303,8 +315,10 @@ def _add(rng: np.random.Generator) -> Edit:
 
 
 def _remove(rng: np.random.Generator) -> Edit:
-    layout = _some_layout(rng, pair=True)
-    number = int(rng.integers(2))
+    return _removed(_some_layout(rng, pair=True), int(rng.integers(2)))
+
+
+def _removed(layout: Layout, number: int) -> Edit:
     return Edit(f"remove the {layout.items[number].thing.shape}", (layout,), replace(layout, items=(layout.items[1 - number],)),
                 "remove")  # fmt: skip
 
@@ -356,8 +370,8 @@ def _described(rng: np.random.Generator) -> Edit:
 
 
 EDITS = (  # a new background, a new object and a whole description are twice as frequent as each of the others
-    _recolour, _resize, _repattern, _reshape, _new_background, _new_background, _add, _add, _described, _described, _remove,
-    _onto, _painted,
+    *(partial(_change, attribute=attribute) for attribute in _CHOICES), _new_background, _new_background, _add, _add,
+    _described, _described, _remove, _onto, _painted,
 )  # fmt: skip
 
 _NAMES = [*SHAPES, *COLOURS, *SIZES, *PATTERNS, *PLACES, *RELATIONS]

@@ -87,7 +87,8 @@ def picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 def train_decoder(run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder, count: int = 3000) -> None:
     """The decoder alone, on whole pictures and their exact latents: these stay as they are, so the transformer fits still."""
-    latents = load(run / f"latents-{SIZE}x{SIZE}.safetensors")["latents"][:count]
+    tensors = load(run / f"latents-{SIZE}x{SIZE}.safetensors")
+    latents = tensors["latents"][tensors["pictures"][:count, 0]]
     layouts = [layout for _, (layout,) in itertools.islice(pictures(SIZE, SIZE), len(latents))]
     decoder = autoencoder.decoder.requires_grad_(True)
     trainer = Trainer(decoder, optimizers(decoder, 2e-3, 1e-3, EDGES), run / "decoder.safetensors", minutes, ema=0.998)

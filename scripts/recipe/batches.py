@@ -12,7 +12,7 @@ from recipe.latents import EDITS, SCENES
 from recipe.text import Words
 
 BATCH = {0: 32, 1: 16, 2: 10}  # by the number of references: so that steps take much the same time
-SHARE = {0: 0.4, 1: 0.5, 2: 0.1}  # of the steps
+SHARE = {"edits-1": 0.2, "families": 0.3, "edits-2": 0.05}  # of the steps; the rest are of scenes
 WINDOWS = np.array([(6, 14), (10, 10), (10, 16), (16, 10)])  # rows and columns of tokens: for a word, one object, two, two
 WINDOWED = 0.85  # of the steps
 DROPPED = 0.1  # of the captions: what guidance is away from is learnt of these
@@ -35,33 +35,36 @@ class Batches:
     """
 
     def __init__(self, run: Path, empty: Words, edited: bool = True):
-        self.scenes = [Pictures(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
-        self.edits = {number: Pictures(run / f"edits-{number}.safetensors") for number in EDITS if edited}
+        shares = [SHARE[kind] for kind in EDITS] if edited else []
+        scenes = [Pictures(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
+        sizes = np.array(list(map(len, scenes)), float)
+        self.kinds = scenes + [Pictures(run / f"{kind}.safetensors") for kind in EDITS if edited]
+        self.odds = np.concatenate([(1 - sum(shares)) * sizes / sizes.sum(), shares])
         self.empty = empty
 
     def __call__(self, step: int) -> Batch:
-        rng = np.random.default_rng((2, step))
-        number = int(rng.choice(list(SHARE), p=list(SHARE.values()))) if self.edits else 0
-        sizes = np.array([len(pictures) for pictures in self.scenes], float)
-        pictures = self.edits[number] if number else self.scenes[rng.choice(len(sizes), p=sizes / sizes.sum())]
-        rows, (top, left), (h, w) = pictures.some(BATCH[number], rng)
-        rows, tokens = torch.from_numpy(rows), np.s_[top : top + h, left : left + w]
-        device = next(iter(self.empty.values())).device
-        part = {name: pictures.tensors[name][rows].to(device) for name in (*self.empty, "latents", "things", "covered")}
+        rng, device = np.random.default_rng((2, step)), next(iter(self.empty.values())).device
+        kind = self.kinds[rng.choice(len(self.kinds), p=self.odds)]
+        rows, (top, left), (h, w) = kind.some(BATCH[kind.references], rng)
         drop = torch.from_numpy(rng.random(len(rows)) < DROPPED)[:, None].to(device)
-        words = {name: torch.where(drop, empty, part[name]) for name, empty in self.empty.items()}
-        latents = part["latents"][..., *tokens].float()
-        latents, references = (latents[:, 0], latents[:, 1:]) if number else (latents, None)
-        things, covered = part["things"][..., *tokens].flatten(1), part["covered"][..., *tokens, :].flatten(1, -2)
-        return Batch(latents, words, references, things, covered, (top, left))
+        words = {name: torch.where(drop, empty, kind.tensors[name][rows].to(device)) for name, empty in self.empty.items()}
+        pictures, tokens = kind.tensors["pictures"][rows], np.s_[top : top + h, left : left + w]
+        latents, things, covered = (kind.tensors[name][pictures].to(device) for name in ("latents", "things", "covered"))
+        latents = latents[..., *tokens].float()
+        references = latents[:, 1:] if kind.references else None
+        things, covered = things[..., *tokens].flatten(1), covered[..., *tokens, :].flatten(1, -2)
+        return Batch(latents[:, 0], words, references, things, covered, (top, left))
 
 
 class Pictures:
-    """All of one size, or all edits of as many pictures."""
+    """All of one size, or all edits of a kind."""
 
     def __init__(self, path: Path):
         self.tensors = load(path)
-        self.sides, self.boxes = np.array(self.tensors["latents"].shape[-2:]), self.tensors["boxes"].numpy()
+        self.sides = np.array(self.tensors["latents"].shape[-2:])
+        self.references = self.tensors["pictures"].shape[1] - 1
+        boxes = self.tensors["boxes"].numpy()[self.tensors["pictures"].numpy()]  # (N, 1 + R, 4)
+        self.boxes = np.concatenate([boxes[..., :2].min(1), boxes[..., 2:].max(1)], -1)
         # There are two tokens to spare, if the picture has as many: a window must not tell where in it things are.
         sizes = np.minimum(self.boxes[:, 2:] - self.boxes[:, :2] + 2, self.sides)
         fits = (sizes[:, None] <= WINDOWS).all(-1) & (WINDOWS <= self.sides).all(-1)  # (N, windows)

@@ -20,7 +20,7 @@ from recipe.text import Tokenizer
 from recipe.trainer import bfloat16_is_faster, device_of
 
 SCENES = {(256, 256): 12000, (320, 192): 1500, (192, 320): 1500}  # width, height: pictures
-EDITS = {1: 8000, 2: 1500}  # pictures before: edits, all 256x256
+EDITS = {"edits-1": 8000, "families": 24000, "edits-2": 1500}  # of one picture, of the same few, and of two; all 256x256
 CHANGES = ("colour", "size", "pattern", "shape", "remove")  # kinds of edits about one of the things that a picture shows
 THINGS = (None, *shapes.SHAPES, *LETTERS)  # what a token can show; None is the background
 PART = 4  # pixels: the side of the parts of a token in which it is told how much is covered
@@ -35,11 +35,18 @@ def pictures(width: int, height: int) -> Iterator[tuple[shapes.Scene, list[shape
             yield scene, [layout]
 
 
-def edits(count: int) -> Iterator[tuple[shapes.Edit, list[shapes.Layout]]]:
-    """Endless edits of so many pictures, always the same; each with the layouts of all of them, the result first.
+def edits(kind: str) -> Iterator[tuple[shapes.Edit, list[shapes.Layout]]]:
+    """Endless edits of a kind of EDITS, always the same; each with the layouts of all its pictures, the result first.
 
-    Of edits of one picture two thirds are CHANGES, which take the most pictures to learn: which thing is meant?
+    Of edits of one picture two thirds are CHANGES, which take the most pictures to learn. Which thing is meant is learnt of
+    families: of pictures of which there is one edit, it is learnt by heart.
     """
+    if kind == "families":
+        for edit in itertools.chain.from_iterable(shapes.families(3000)):
+            if not any(map(shapes.shows_held_out, layouts := [edit.after, *edit.before])):
+                yield edit, layouts
+        return
+    count = int(kind[-1])
     rng = np.random.default_rng(count)
     for edit in shapes.edits(2000 + count, held=False):
         if len(edit.before) == count and (count > 1 or edit.kind in CHANGES or rng.random() < 0.4):
@@ -62,9 +69,9 @@ def shown(layout: shapes.Layout, width: int, height: int) -> tuple[np.ndarray, n
     return things, np.rint(255 * rearrange(covered, "h y w x -> h w (y x)")).astype(np.uint8)
 
 
-def box(covered: list[np.ndarray]) -> tuple[int, int, int, int]:
-    """The first row and column of tokens of which something is covered in any picture, and those behind the last."""
-    there = np.any(covered, axis=(0, 3))
+def box(covered: np.ndarray) -> tuple[int, int, int, int]:
+    """The first row and column of tokens of which something is covered, and those behind the last; (h, w, 16) as of `shown`."""
+    there = np.any(covered, axis=2)
     rows, columns = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
@@ -79,9 +86,10 @@ def parts(item: shapes.Item, width: int, height: int) -> Iterator[tuple[str, np.
 
 @torch.no_grad()
 def encode_all(run: Path, model: AutoEncoder, words: Tokenizer, edited: bool = True) -> None:
-    """One file a kind: latents (N, C, h, w), of edits (N, 1 + pictures, C, h, w), as float16, with the words of their texts;
-    what the tokens of each picture show, as `shown` tells it, (N, h, w) or (N, 1 + pictures, h, w); and the box of tokens
-    outside which none of the pictures shows anything: its first row and column, and those behind its last, (N, 4).
+    """One file a kind. Of its pictures, each once: latents (P, C, h, w), as float16; what their tokens show, as `shown` tells
+    it, (P, h, w) and (P, h, w, 16); and the box of tokens outside which nothing is shown: its first row and column, and those
+    behind its last, (P, 4). Of its texts: their words, and which pictures are theirs, (N, 1), of edits the result first and
+    then those before, (N, 1 + R).
 
     Files that are there are kept. `edited`: with edits.
     """
@@ -90,21 +98,23 @@ def encode_all(run: Path, model: AutoEncoder, words: Tokenizer, edited: bool = T
     model = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
     kinds = {f"latents-{w}x{h}": (pictures(w, h), count, (w, h)) for (w, h), count in SCENES.items()}
     if edited:
-        kinds |= {f"edits-{number}": (edits(number), count, (256, 256)) for number, count in EDITS.items()}
+        kinds |= {kind: (edits(kind), count, (256, 256)) for kind, count in EDITS.items()}
     for name, (some, count, size) in kinds.items():
         path = run / f"{name}.safetensors"
         if path.exists():
             continue
-        texts, latents, things, covered, boxes = [], [], [], [], []
-        for text, layouts in tqdm(itertools.islice(some, count), name, count, mininterval=5):
-            pixels = to_pixels(np.stack([shapes.draw(layout, *size) for layout in layouts]))
-            x = model.encode(pixels.to(device, dtype, memory_format=torch.channels_last)).half().cpu()
-            shows, covers = map(np.stack, zip(*(shown(layout, *size) for layout in layouts), strict=True))
-            which = slice(None) if isinstance(text, shapes.Edit) else 0
-            latents.append(x[which])
+        places, texts, which = {}, [], []
+        for text, layouts in itertools.islice(some, count):
             texts.append(str(text))
-            things.append(torch.from_numpy(shows[which]))
-            covered.append(torch.from_numpy(covers[which]))
-            boxes.append(torch.tensor(box(list(covers))))
+            which.append([places.setdefault(layout, len(places)) for layout in layouts])
+        latents, things, covered, boxes = [], [], [], []
+        for layout in tqdm(places, name, mininterval=5):
+            pixels = to_pixels(shapes.draw(layout, *size)[None])
+            latents += model.encode(pixels.to(device, dtype, memory_format=torch.channels_last)).half().cpu()
+            shows, covers = shown(layout, *size)
+            things.append(torch.from_numpy(shows))
+            covered.append(torch.from_numpy(covers))
+            boxes.append(torch.tensor(box(covers)))
         some_of_it = dict(latents=latents, things=things, covered=covered, boxes=boxes)
-        write(path, {name: torch.stack(tensors) for name, tensors in some_of_it.items()} | words(texts))
+        of_pictures = {name: torch.stack(tensors) for name, tensors in some_of_it.items()}
+        write(path, of_pictures | words(texts) | {"pictures": torch.tensor(which)})

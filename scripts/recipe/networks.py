@@ -18,6 +18,7 @@ from recipe.text import TextEncoder
 
 EDGES = ("_in.", ".lin.", "final_layer", "embed", "shared", "bias", "shown")  # these touch latents, tokens, numbers
 RATE = 2.5e-3  # of Muon; AdamW's is a third of it
+CHANGED = 0.3  # root mean square over a token's channels; where nothing is changed, what is beside it moves latents by less
 SHIFT = math.log(4)  # of the times, towards noise, where the sampler's are too: there it is decided what the picture shows
 
 
@@ -25,13 +26,13 @@ class Networks(nn.Module):
     """A transformer, and the text encoder whose features it reads.
 
     For training alone, `hidden` are the tokens of the image and the references of the last `velocity`, half way through the
-    single blocks, (B, L + R, D), and `shown` reads off them what each shows, or will show.
+    single blocks, (B, L + R, D), and `shown` reads off them what each shows, or will show, and whether an edit changes it.
     """
 
     def __init__(self, transformer: Flux, text: TextEncoder):
         super().__init__()
         self.transformer, self.text, self.hidden = transformer, text, None
-        self.shown = nn.Linear(transformer.config.hidden_size, len(THINGS) + (TOKEN // PART) ** 2)
+        self.shown = nn.Linear(transformer.config.hidden_size, len(THINGS) + (TOKEN // PART) ** 2 + 1)
         blocks = transformer.single_blocks
         blocks[len(blocks) // 2].register_forward_pre_hook(self.keep)
 
@@ -81,16 +82,26 @@ def flow_loss(networks: Networks, latents: Tensor, features: TextFeatures, refer
 def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
     """Cross-entropy, in nats, of what tokens show, and of how much of their parts is covered.
 
-    logits: (B, L, n); things: (B, L), places in THINGS; covered: (B, L, 16) from 0 to 255.
+    logits: (B, L, n + 1), as of `shown`; things: (B, L), places in THINGS; covered: (B, L, 16) from 0 to 255.
 
     A representation is aligned (Yu et al. 2024, there to another network's) with what is known of a drawn picture. Velocities
-    alone take very long to teach a small network that the names of shapes and letters mean something; and that "the circle" of
-    an instruction is one of two things in the picture before.
+    alone take very long to teach a small network that the names of shapes and letters mean something.
     """
-    logits = logits.float()
-    kinds, parts = logits[..., : len(THINGS)], logits[..., len(THINGS) :]
+    kinds, parts = logits[..., : len(THINGS)].float(), logits[..., len(THINGS) : -1].float()
     what = F.cross_entropy(kinds.transpose(1, 2), things.long())
     return what + F.binary_cross_entropy_with_logits(parts, covered / 255)
+
+
+def changed_loss(logits: Tensor, latents: Tensor, reference: Tensor) -> Tensor:
+    """Cross-entropy, in nats, of which tokens an edit changes: those of the result, and those of the picture before it.
+
+    logits: (B, 2L, n + 1), as of `shown`; latents, reference: (B, C, h, w).
+
+    It takes the instruction and the picture together to know that. Velocities alone teach a small network first to change all
+    that a picture shows, and thousands of steps later that "the circle" is one of two things.
+    """
+    changed = (latents - reference).square().mean(1).sqrt().flatten(1) > CHANGED
+    return F.binary_cross_entropy_with_logits(logits[..., -1].float(), torch.cat([changed, changed], 1).float())
 
 
 def some_times(latents: Tensor) -> Tensor:

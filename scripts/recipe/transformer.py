@@ -9,11 +9,11 @@ from flux import transformer
 from recipe.attention import attention
 from recipe.batches import Batches
 from recipe.neighbours import neighbours_loss
-from recipe.networks import EDGES, RATE, Networks, flow_loss, shown_loss
+from recipe.networks import EDGES, RATE, Networks, changed_loss, flow_loss, shown_loss
 from recipe.samples import Sampler
 from recipe.trainer import COOLING, Trainer, device_of, optimizers
 
-SHOWN = 0.2  # weight of `shown_loss`
+SHOWN = 0.2  # weight of `shown_loss`, and of `changed_loss` for edits of one picture
 NEIGHBOURS = 0.1  # and of `neighbours_loss`, for a T5 that is new
 
 
@@ -31,7 +31,10 @@ def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: 
         batch = batches(step)
         features = networks.text(**batch.words)
         flow = flow_loss(networks, batch.latents, features, batch.references, batch.corner)
-        loss = flow + SHOWN * shown_loss(networks.shown(networks.hidden), batch.things, batch.covered)
+        shown = networks.shown(networks.hidden)
+        loss = flow + SHOWN * shown_loss(shown, batch.things, batch.covered)
+        if batch.references is not None and batch.references.shape[1] == 1:
+            loss = loss + SHOWN * changed_loss(shown, batch.latents, batch.references[:, 0])
         if networks.text.near:
             loss = loss + NEIGHBOURS * neighbours_loss(networks.text, features.tokens, batch.words["t5"])
         return loss
