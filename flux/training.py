@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -35,6 +36,7 @@ from flux.configs import ModelSpec
 from flux.errors import NonFiniteError, UserError
 from flux.files import read_header, some
 from flux.processes import mean_of_all, own, part, rank, whole
+from flux.quantization.linear import QuantizedLinear
 from flux.text import TextFeatures
 from flux.transformer import Flux, FluxConfig
 
@@ -136,23 +138,28 @@ LAYERS = {  # of a block -> what diffusers calls its parts, in the order of its 
 
 
 class LoRALinear(nn.Module):
-    """base(x) + B(A(x)), with B = 0 at first (Hu et al. 2021, arXiv:2106.09685). A and B are float32."""
+    """base(x) + B(A(x)), with B = 0 at first (Hu et al. 2021, arXiv:2106.09685). A and B are float32.
 
-    def __init__(self, base: nn.Linear, rank: int):
+    The base may be quantised, and stays so (Dettmers et al. 2023, arXiv:2305.14314).
+    """
+
+    def __init__(self, base: nn.Linear | QuantizedLinear, rank: int):
         super().__init__()
-        self.base = base
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
+        self.base, device = base, next(chain(base.buffers(), base.parameters())).device
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_B(self.lora_A(x))
+        base = self.base.differentiable if isinstance(self.base, QuantizedLinear) else self.base
+        return base(x) + self.lora_B(self.lora_A(x))
 
 
 def add_lora(network: Flux, rank: int, targets: Sequence[str] = ("*",)) -> list[str]:
     """Freeze the network, and put a LoRALinear in place of each Linear of a block that a pattern names; returns their paths."""
     network.requires_grad_(False)
-    able = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear) and _layer(path) in LAYERS]
+    linears = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear | QuantizedLinear)]
+    able = [path for path in linears if _layer(path) in LAYERS]
     for pattern in targets:
         if not any(fnmatchcase(path, pattern) for path in able):
             raise UserError(f"--targets {pattern}: none of the {len(able)} layers to train ({some(able)}) has such "

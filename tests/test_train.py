@@ -468,6 +468,30 @@ def test_pictures_beside_that_do_not_fit_are_told(train, needy, tmp_path, model,
     assert code == 2 and told in err
 
 
+def test_a_lora_of_a_quantised_file(train, pictures, tmp_path):
+    """It learns, its file is what was trained, and the matrices stay as they are in theirs."""
+    network = flux.load(device="cpu").transformer()
+    compress(network, "fp8")
+    training.write(tmp_path / "fp8.safetensors", network.state_dict())
+    flags = (*SMALL, "--transformer", tmp_path / "fp8.safetensors", "--checkpointing", "--steps", 3)
+    code, out, err = train(pictures, tmp_path / "run", *flags, "--lora-rank", 2)
+    assert code == 0, err
+    size = (tmp_path / "fp8.safetensors").stat().st_size
+    assert float(re.search("weights ([0-9.e-]+)", err)[1]) == pytest.approx(size / 1e9, rel=0.1)
+    pipe = flux.load(transformer=tmp_path / "fp8.safetensors", device="cpu")
+    batch = a_batch(network.config)
+    training.add_lora(network, 2)
+    average = training.take(training.load(tmp_path / "run" / "checkpoint.safetensors"), "average.")
+    assert not network.load_state_dict(average, strict=False).unexpected_keys
+    before = velocity_of(pipe.transformer(), *batch)
+    pipe.load_lora(out)
+    after = velocity_of(pipe.transformer(), *batch)
+    assert max_error(after, velocity_of(network, *batch)) < 1e-5  # the same sums, rounded in another order
+    assert max_error(after, before) > 1e-3
+    code, _, err = train(pictures, tmp_path / "whole", *flags)
+    assert code == 2 and "is quantised" in err and "or train a LoRA, with --lora-rank" in err
+
+
 # ---------------------------------------------------------------------------------------------------------- guidance
 
 

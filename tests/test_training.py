@@ -28,6 +28,7 @@ from written import refusal
 from flux import lora, sampling, training
 from flux.configs import MODELS
 from flux.errors import NonFiniteError
+from flux.quantization.compress import KINDS, compressed
 from flux.text import TextFeatures
 from flux.transformer import Flux, FluxConfig
 
@@ -174,6 +175,28 @@ def test_diffusers_loads_the_file_as_what_was_trained(tmp_path, model):
 def test_a_pattern_that_names_nothing_is_told():
     told = refusal(training.add_lora, Flux(KLEIN_TINY), 2, ["*attn.qkv", "img_in"])
     assert told.startswith("--targets img_in: none of the ") and "double_blocks.0.img_attn.qkv" in told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_on_a_quantised_matrix_is_one_on_what_it_stands_for(kind):
+    """For the backward pass, no whole matrix is kept."""
+    torch.manual_seed(0)
+    small = compressed(nn.Linear(128, 256), kind)
+    plain = small.plain(small.dequantize())
+    results = []
+    for base in (small, plain):
+        torch.manual_seed(1)
+        layer, x, kept = training.LoRALinear(base, 3), random(2, 5, 128).requires_grad_(), []
+        nn.init.normal_(layer.lora_B.weight)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            out = layer(x)
+        assert any(t.numel() >= 128 * 256 for t in kept) == (base is plain)
+        out.square().sum().backward()
+        assert all(p.grad is None for p in base.parameters())
+        results.append([out.detach(), x.grad, layer.lora_A.weight.grad, layer.lora_B.weight.grad])
+    assert all(max_error(a, b) < 1e-5 for a, b in zip(*results, strict=True))  # the bias is added after the product, not in it
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small.differentiable(x).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

@@ -30,6 +30,13 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
+    def differentiable(self, x: Tensor) -> Tensor:
+        """As `forward`, in autocast's dtype if it is on, with a gradient for x: the weight is made whole anew for that."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        out = _Product.apply(x.to(dtype), self)
+        return out if self.bias is None else out + self.bias.to(dtype)
+
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         """What `.to()`, `.half()` and the like call: a dtype is for the bias alone, a device for all."""
         as_in_file = dict(self._buffers)
@@ -41,3 +48,16 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ. A graph that kept W would in the end keep the whole network's, twice or four times as large as the file."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None

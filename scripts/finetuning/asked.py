@@ -129,7 +129,10 @@ def check_guidance(args: argparse.Namespace) -> None:
 def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.Item]) -> None:
     """The defaults that depend on the model; UserError for what it cannot do."""
     if is_quantised(pipe.transformer.shapes):
-        raise UserError(f"{pipe.files['transformer'][0]} {QUANTISED}")
+        if not args.lora_rank:
+            raise UserError(f"{pipe.files['transformer'][0]} {QUANTISED}, or train a LoRA, with --lora-rank")
+        if processes.world() > 1:
+            raise UserError(f"{pipe.files['transformer'][0]} is quantised, and trained by one process only: leave torchrun out")
     settle_guidance(args, pipe)
     spec = pipe.spec
     if spec.picture in ("control", "redux") and spec.adapter:
@@ -214,6 +217,8 @@ def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[datas
         pipe.spec, make, tokens, args.batch // world, pipe.device, pipe.dtype, args.ema is not None, args.checkpointing,
         args.optimizer,
     )  # fmt: skip
+    if is_quantised(pipe.transformer.shapes):
+        need = need._replace(weights=pipe.transformer.bytes)
     teacher = pipe.transformer.bytes if args.distill else 0
     need = need._replace(weights=(need.weights + teacher) // world, states=need.states // world)
     room = room_on(pipe.device).device
