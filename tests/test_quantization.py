@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import relative_l2
 from safetensors.torch import load_file, save_file
 from test_gguf import saved as saved_gguf
 from test_quantization_4bit import NF4, nf4_tensors, nvfp4_by_hand, nvfp4_tensors, random_nvfp4
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from written import anonymous_memory, hollow, refusal
 
 import flux
+from flux import training
 from flux.configs import EMBEDDED
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.network import Network
@@ -276,6 +278,34 @@ def test_network_is_the_one_with_the_weights_that_the_file_stands_for(tmp_path, 
     with torch.inference_mode():
         given = inputs(config, dtype)
         assert torch.equal(ours(**given), expected(**given))
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "GGUF"])
+@pytest.mark.parametrize("config", [FLUX1, FLUX2], ids=["FLUX.1", "FLUX.2"])
+def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_path, config, name):
+    layers, state = in_blocks(empty(config)), state_of(empty(config))
+    if name == "GGUF":
+        path, _ = gguf_file(tmp_path / "x.gguf", layers, state)
+    else:
+        path = saved(tmp_path / "x.safetensors", FORMATS[name](layers, state))
+    gradients = []
+    for whole in (False, True):
+        network = empty(config)
+        load_module(network, [path], dtype=torch.float32, prefixes=("", PREFIX))
+        quantised = [(p, layer) for p, layer in network.named_modules() if isinstance(layer, QuantizedLinear)]
+        for p, layer in quantised if whole else ():
+            network.set_submodule(p, layer.plain(layer.dequantize()))
+        torch.manual_seed(0)
+        training.add_lora(network, 2)
+        learnt = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        for n, p in learnt.items():
+            nn.init.normal_(p, std=0.1)
+        network(**inputs(config, torch.float32)).square().sum().backward()
+        assert learnt.keys() == {n for n in learnt if "lora_" in n} and len(learnt) >= 2 * len(layers)
+        gradients.append({n: p.grad for n, p in learnt.items()})
+    for n, gradient in gradients[1].items():
+        assert gradient.norm() > 0
+        assert relative_l2(gradients[0][n], gradient) < 1e-5, n  # a bias is added after the product here, and not in it
 
 
 def gguf_file(path: Path, layers: list[str], state: dict[str, Tensor]) -> tuple[Path, dict[str, Tensor]]:
