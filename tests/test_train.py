@@ -317,7 +317,8 @@ def test_two_processes_train_as_one(train, pictures, tmp_path):
         one, other = (tmp_path / f"{count}-{kind}" for count in ("one", "two"))
         assert train(pictures, one, *SHARED, *flags)[0] == 0
         for a, b in zip(*(csv.DictReader((run / "loss.csv").open()) for run in (one, other)), strict=True):
-            assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=loss)
+            # velocities of about 1 are rounded to 1e-7: where a student is 1 % off, that is some 1e-9 of a loss of 1e-4
+            assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=loss, abs=1e-8)
             assert float(b["gradient"]) == pytest.approx(float(a["gradient"]), rel=gradient)
         for name in ("checkpoint.safetensors", "lora.safetensors" if "--lora-rank" in flags else "transformer.safetensors"):
             a, b = load_file(one / name), load_file(other / name)
