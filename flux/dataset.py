@@ -244,15 +244,18 @@ def batch_of(examples: Sequence[Example], axes: int) -> Batch:
     batch, references = Batch(latents, features_of(examples)), [references_of(e, axes) for e in examples]
     if references[0]:
         batch = batch._replace(references=torch.cat([tokens for tokens, _ in references]), reference_ids=references[0][1])
-    if examples[0].channels:
-        batch = batch._replace(channels=torch.stack([load(e.channels)["channels"] for e in examples]))
-    return batch
+    return batch._replace(channels=channels_of(examples))
 
 
 def features_of(examples: Sequence[Example]) -> TextFeatures:
     texts = [load(e.features) for e in examples]
     pooled = torch.stack([x["pooled"] for x in texts]) if "pooled" in texts[0] else None
     return TextFeatures(torch.stack([x["tokens"] for x in texts]), pooled)
+
+
+def channels_of(examples: Sequence[Example]) -> Tensor | None:
+    """(B, L, C'), if the model reads any beside the latents."""
+    return torch.stack([load(e.channels)["channels"] for e in examples]) if examples[0].channels else None
 
 
 def references_of(example: Example, axes: int) -> tuple[Tensor, Tensor] | None:

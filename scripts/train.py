@@ -149,9 +149,7 @@ def encode(args: argparse.Namespace, cache: dataset.Cache, items: list[dataset.I
 
 class Sample(NamedTuple):
     features: TextFeatures
-    width: int
-    height: int
-    conditions: Conditions | None
+    conditions: Conditions
 
 
 def prepare_samples(args: argparse.Namespace, cache: dataset.Cache, examples: list[dataset.Example]) -> list[Sample]:
@@ -164,12 +162,9 @@ def prepare_samples(args: argparse.Namespace, cache: dataset.Cache, examples: li
     samples = []
     for example in asked:
         height, width = (16 * side for side in example.shape[0][1:])
-        references, given = dataset.references_of(example, axes), None
-        if references:
-            given = Conditions(height, width, *references)
-        elif example.channels:
-            given = Conditions(height, width, channels=training.load(example.channels)["channels"][None])
-        samples.append(Sample(dataset.features_of([example]), width, height, given))
+        references = dataset.references_of(example, axes) or ()
+        given = Conditions(height, width, *references, channels=dataset.channels_of([example]))
+        samples.append(Sample(dataset.features_of([example]), given))
     return samples
 
 
@@ -288,9 +283,9 @@ def stopping() -> Iterator[list[int]]:
 def draw_samples(pipe: flux.Pipeline, samples: list[Sample], negative: TextFeatures | None, path: Path, seed: int) -> None:
     """One picture of each sample, side by side, each from the same noise every time."""
     made = []
-    for features, width, height, given in samples:
+    for features, given in samples:
         with training.computing(pipe.device, pipe.dtype):
-            made += pipe.decode(pipe.sample(features, [seed], width, height, negative=negative, conditions=given))
+            made += pipe.decode(pipe.sample(features, [seed], negative=negative, conditions=given))
     sheet = Image.new("RGB", (sum(image.width for image in made), max(image.height for image in made)), "white")
     left = 0
     for image in made:
