@@ -32,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from measure import proc  # noqa: E402
 
-from flux import sampling, training  # noqa: E402
+from flux import adapters, sampling, training  # noqa: E402
 from flux.configs import ModelSpec  # noqa: E402
 from flux.errors import NonFiniteError, UserError  # noqa: E402
 from flux.models import find_spec  # noqa: E402
@@ -126,7 +126,7 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
     told = training.memory(spec, make, SIDE**2, 1, CPU, torch.bfloat16, ema=False, recompute=True)
     network = blank(lambda: Flux(spec.transformer))
     load_module(network, [path])
-    training.add_lora(network, rank)
+    adapters.add_lora(network, rank)
     training.recompute_blocks(network)
     trainer = training.Trainer(network, path.with_name("not saved"), {}, steps=2, rate=1e-4)
     steps = []
@@ -150,12 +150,12 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
 
 def result(network: Flux, path: Path) -> tuple[list[tuple[str, str]], bool]:
     """The rows on what training has changed, and on the file of it."""
-    layers = [layer for layer in network.modules() if isinstance(layer, training.LoRALinear)]
+    layers = [layer for layer in network.modules() if isinstance(layer, adapters.LoRALinear)]
     moved = sum(layer.lora_B.weight.any().item() for layer in layers)  # they were 0
     kept = {name.replace(".base.", "."): p for name, p in network.named_parameters() if not p.requires_grad}
     same = sum(torch.equal(tensor, kept[name]) for name, tensor in training.load(path).items())
     file = path.with_name("lora.safetensors")
-    training.write(file, training.lora_tensors(network), {"format": "pt"})
+    training.write(file, adapters.lora_tensors(network), {"format": "pt"})
     rows = [
         ("moved", f"{moved} of {len(layers)} matrices B"),
         ("as in the file", f"{same} of {len(kept)} tensors of the transformer, bit for bit"),

@@ -36,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import flux
-from flux import dataset, distillation, processes, training
+from flux import adapters, dataset, distillation, processes, training
 from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError
 from flux.files import shard_files
@@ -187,7 +187,7 @@ def begin(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux | None, F
 def adapted(args: argparse.Namespace, network: Flux, device: torch.device) -> Flux:
     """The network as it is trained."""
     if args.lora_rank:
-        training.add_lora(network, args.lora_rank, args.targets or ["*"])
+        adapters.add_lora(network, args.lora_rank, args.targets or ["*"])
     else:
         for parameter in network.parameters():
             parameter.data = parameter.data.clone()  # it may be the file's own page
@@ -299,7 +299,7 @@ def export(args: argparse.Namespace, network: Flux, trainer: training.Trainer, d
     """What `--lora` or `--transformer` of sample.py, and other programs, load."""
     with trainer.averaged():
         if args.lora_rank:
-            path, tensors = args.run / "lora.safetensors", training.lora_tensors(network)
+            path, tensors = args.run / "lora.safetensors", adapters.lora_tensors(network)
         else:
             path = args.run / "transformer.safetensors"
             tensors = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from scripted import script
 
-from flux import training
+from flux import adapters
 from flux.configs import MODELS
 from flux.files import read_header
 from flux.transformer import Flux
@@ -79,7 +79,7 @@ def test_what_has_moved_and_should_not_is_told(measured, tmp_path):
     path = Path(shutil.copy(file, tmp_path))
     network = blank(lambda: Flux(MODELS["flux.2-tiny"].transformer))
     load_module(network, [path])
-    count, layers = len(network.state_dict()), training.add_lora(network, 2)
+    count, layers = len(network.state_dict()), adapters.add_lora(network, 2)
     for layer in layers[1:]:
         network.get_parameter(f"{layer}.lora_B.weight").data[0, 1] = 1e-3
     found, good = fullsize.result(network, path)

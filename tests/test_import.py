@@ -41,7 +41,7 @@ def test_a_first_picture_needs_no_compiler():
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL", "tokenizers", "torch", "numpy"}
     assert not {name for name in added if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed"))}
-    assert not {"flux.lora", "flux.quantization.loss", "flux.training"} & added
+    assert not {"flux.adapters", "flux.lora", "flux.quantization.loss", "flux.training"} & added
 
 
 def test_blank_modules_have_shapes_and_draw_nothing():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from written import anonymous_memory, hollow, refusal
 
 import flux
-from flux import training
+from flux import adapters
 from flux.configs import EMBEDDED
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.network import Network
@@ -296,7 +296,7 @@ def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_pa
         for p, layer in quantised if whole else ():
             network.set_submodule(p, layer.plain(layer.dequantize()))
         torch.manual_seed(0)
-        training.add_lora(network, 2)
+        adapters.add_lora(network, 2)
         learnt = {n: p for n, p in network.named_parameters() if p.requires_grad}
         for n, p in learnt.items():
             nn.init.normal_(p, std=0.1)

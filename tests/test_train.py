@@ -25,7 +25,7 @@ from scripted import script
 from test_pipeline import home, write_tokenizers
 
 import flux
-from flux import dataset, models, shapes, training
+from flux import adapters, dataset, models, shapes, training
 from flux.configs import MODELS
 from flux.memory import Room
 from flux.quantization.compress import compress
@@ -109,7 +109,7 @@ def test_a_lora_loads_as_what_was_trained(whole):
     pipe = flux.load(device="cpu")
     plain, network = pipe.transformer(), pipe.transformer.on_meta().to_empty(device="cpu")
     network.load_state_dict(plain.state_dict())
-    training.add_lora(network, 2)
+    adapters.add_lora(network, 2)
     average = training.take(training.load(whole / "checkpoint.safetensors"), "average.")
     assert not network.load_state_dict(average, strict=False).unexpected_keys and len(average) == 64
     batch = a_batch(network.config)
@@ -481,7 +481,7 @@ def test_a_lora_of_a_quantised_file(train, pictures, tmp_path):
     assert float(re.search("weights ([0-9.e-]+)", err)[1]) == pytest.approx(size / 1e9, rel=0.1)
     pipe = flux.load(transformer=tmp_path / "fp8.safetensors", device="cpu")
     batch = a_batch(network.config)
-    training.add_lora(network, 2)
+    adapters.add_lora(network, 2)
     average = training.take(training.load(tmp_path / "run" / "checkpoint.safetensors"), "average.")
     assert not network.load_state_dict(average, strict=False).unexpected_keys
     before = velocity_of(pipe.transformer(), *batch)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from written import refusal
 
-from flux import lora, sampling, training
+from flux import adapters, lora, sampling, training
 from flux.configs import MODELS
 from flux.errors import NonFiniteError
 from flux.quantization.compress import KINDS, compressed
@@ -114,7 +114,7 @@ def test_velocity_is_that_of_diffusers(model, references):
 
 def trained_lora(network: Flux, rank: int = 3, targets=("*",)) -> Flux:
     """With factors as if they had been trained: none is zero."""
-    training.add_lora(network, rank, targets)
+    adapters.add_lora(network, rank, targets)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             parameter.data = 0.5 * random(*parameter.shape, seed=len(name)) / parameter.shape[1] ** 0.5
@@ -125,7 +125,7 @@ def trained_lora(network: Flux, rank: int = 3, targets=("*",)) -> Flux:
 def test_a_lora_begins_as_the_network_and_trains_nothing_else(family):
     network = randomise(Flux(CONFIGS[family]))
     before, state = loss_of(network), {name: x.clone() for name, x in network.state_dict().items()}
-    paths = training.add_lora(network, 3)
+    paths = adapters.add_lora(network, 3)
     assert torch.equal(loss_of(network), before)
     matrices = [n for n, p in state.items() if n.endswith(".weight") and p.ndim == 2 and "_blocks" in n and "mod" not in n]
     assert {f"{path}.weight" for path in paths} == set(matrices)
@@ -142,7 +142,7 @@ def test_a_lora_begins_as_the_network_and_trains_nothing_else(family):
 @pytest.mark.parametrize("targets", [["*"], ["*attn.qkv", "single_blocks.1.*"]])
 def test_our_loader_makes_of_the_file_what_was_trained(tmp_path, family, targets):
     network, plain = randomise(Flux(CONFIGS[family])), randomise(Flux(CONFIGS[family]))
-    training.write(tmp_path / "lora.safetensors", training.lora_tensors(trained_lora(network, targets=targets)))
+    training.write(tmp_path / "lora.safetensors", adapters.lora_tensors(trained_lora(network, targets=targets)))
     batch, t = a_batch(plain.config), torch.tensor([0.3, 0.8])
     of = lambda network: training.velocity(network, batch, 1.0, batch.latents, t).detach()  # noqa: E731
     without = of(plain)
@@ -164,7 +164,7 @@ def test_diffusers_loads_the_file_as_what_was_trained(tmp_path, model):
         vector=batch.features.pooled,
     )  # fmt: skip
     without = diffusers_velocity(pipe.transformer, **inputs)
-    training.write(tmp_path / "lora.safetensors", training.lora_tensors(trained_lora(network)), {"format": "pt"})
+    training.write(tmp_path / "lora.safetensors", adapters.lora_tensors(trained_lora(network)), {"format": "pt"})
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     theirs = diffusers_velocity(pipe.transformer, **inputs)
     ours = training.velocity(network, batch, 1.0, batch.latents, t).flatten(2).mT
@@ -173,7 +173,7 @@ def test_diffusers_loads_the_file_as_what_was_trained(tmp_path, model):
 
 
 def test_a_pattern_that_names_nothing_is_told():
-    told = refusal(training.add_lora, Flux(KLEIN_TINY), 2, ["*attn.qkv", "img_in"])
+    told = refusal(adapters.add_lora, Flux(KLEIN_TINY), 2, ["*attn.qkv", "img_in"])
     assert told.startswith("--targets img_in: none of the ") and "double_blocks.0.img_attn.qkv" in told
 
 
@@ -186,7 +186,7 @@ def test_a_lora_on_a_quantised_matrix_is_one_on_what_it_stands_for(kind):
     results = []
     for base in (small, plain):
         torch.manual_seed(1)
-        layer, x, kept = training.LoRALinear(base, 3), random(2, 5, 128).requires_grad_(), []
+        layer, x, kept = adapters.LoRALinear(base, 3), random(2, 5, 128).requires_grad_(), []
         nn.init.normal_(layer.lora_B.weight)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             out = layer(x)
@@ -226,7 +226,7 @@ def test_memory_is_what_a_real_pass_keeps(family, dtype, rank):
         for parameter in network.parameters():
             parameter.data = parameter.data.to(dtype if rank else torch.float32)
         if rank:
-            training.add_lora(network, rank)
+            adapters.add_lora(network, rank)
         return network
 
     told = training.memory(spec, make, 12, 2, CPU, dtype, ema=True, recompute=False)
