@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flux.errors import UserError
+from flux.stripes import stripes
 
 
 @dataclass(frozen=True)
@@ -295,23 +296,14 @@ CACHED = 2**18  # elements that a CPU need not fetch from memory twice
 def activated(norm: "GroupNorm", conv: nn.Conv2d, x: Tensor, inplace: bool = False) -> Tensor:
     """conv(silu(norm(x))) of a 3x3 convolution; `inplace`: `x` may be overwritten, if that has the shape of the result.
 
-    By stripes of rows, what lies between is never whole. A CPU is faster so: it finds a stripe in its cache, and asks the
-    system for less new memory. A GPU is not, and works in stripes only where they lower the peak.
+    By stripes of rows. A GPU is no faster so, and works in stripes only where they lower the peak.
     """
-    count = stripes(x, norm, conv) if x.is_cpu or conv.out_channels < x.shape[1] else 1
+    lowers = x.is_cpu or conv.out_channels < x.shape[1]
+    count = stripes(x, STRIPE, norm, conv) if lowers and len(x) == 1 else 1
     if count > 1:
         return striped(conv, norm, x, count, inplace)
     x = norm(x)
     return conv(F.silu(x, inplace=True))
-
-
-def stripes(x: Tensor, *modules: nn.Module) -> int:
-    """How many to work in, between these modules.
-
-    One, where gradients need everything that there was, and where a hook is to see a whole tensor; and on Apple's GPUs.
-    """
-    watched = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    return 1 if len(x) > 1 or torch.is_grad_enabled() or watched or x.is_mps else max(1, x.numel() // STRIPE)
 
 
 def striped(conv: nn.Conv2d, norm: "GroupNorm", x: Tensor, count: int, inplace: bool) -> Tensor:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flux.stripes import in_stripes
+
 
 @dataclass(frozen=True)
 class FluxConfig:
@@ -202,21 +204,27 @@ class DoubleBlock(nn.Module):
         txt_qkv = self.txt_attn.heads(modulate(txt, txt_mod[0]))  # (3, B, T, H, d)
         qkv = torch.cat([txt_qkv, img_qkv], dim=2)  # (3, B, T + L, H, d)
         del img_qkv, txt_qkv
-        attended = attention(*rotate(self.normed(qkv[:2], length), rope), qkv[2], memory)  # (B, T + L, D)
-        # contiguous, or in bf16 a Linear with bias would round once more, and a row would depend on the size of its batch
-        txt_attended, img_attended = attended[:, :length].contiguous(), attended[:, length:].contiguous()
+        attended = attention(*self.turned(qkv[:2], rope, length), qkv[2], memory)  # (B, T + L, D)
+        # contiguous, or in bf16 a Linear with bias would round once more, and a row would depend on the size of its batch;
+        # and viewed as if made so, or one without bias would copy its weights: of one picture, a slice keeps a longer stride
+        txt_attended, img_attended = (x.contiguous().view(x.shape) for x in attended.split([length, img.shape[1]], dim=1))
         img = residuals(img, img_attended, self.img_attn.proj, self.img_mlp, img_mod)
         return img, residuals(txt, txt_attended, self.txt_attn.proj, self.txt_mlp, txt_mod)
 
-    def normed(self, qk: Tensor, length: int) -> Tensor:
-        """(2, B, T + L, H, d) -> the same; `length` of the tokens are text, which has scales of its own."""
-        unit = unit_rms(qk, self.numerics)
-        return torch.cat([self.txt_attn.norm(unit[:, :, :length]), self.img_attn.norm(unit[:, :, length:])], dim=2)
+    def turned(self, qk: Tensor, rope: Tensor, length: int) -> Tensor:
+        """q and k, (2, B, T + L, H, d), normed and turned; `length` of the tokens are text, which has scales of its own."""
+
+        def some(before: int, qk: Tensor, rope: Tensor) -> Tensor:
+            unit, text = unit_rms(qk, self.numerics), max(0, min(length - before, qk.shape[2]))
+            parts = self.txt_attn.norm(unit[:, :, :text]), self.img_attn.norm(unit[:, :, text:])
+            return rotate(torch.cat(parts, dim=2), rope)
+
+        return in_stripes(some, (qk, 2), (rope, 0), watched=[self.txt_attn.norm, self.img_attn.norm])
 
     def remember(self, x: Tensor, rope: Tensor, mod: list[Modulation]) -> tuple[Tensor, Memory]:
         """The image stream alone."""
         qkv = self.img_attn.heads(modulate(x, mod[0]))  # (3, B, R, H, d)
-        q, k = rotate(self.img_attn.norm(unit_rms(qkv[:2], self.numerics)), rope)
+        q, k = turned(qkv[:2], rope, self.img_attn.norm, self.numerics)
         attended = attention(q, k, qkv[2])  # (B, R, D)
         return residuals(x, attended, self.img_attn.proj, self.img_mlp, mod), Memory(k, qkv[2])
 
@@ -244,11 +252,11 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, mod: Modulation, memory: Memory | None = None) -> Tensor:
         qkv, hidden = self.project(x, mod)
-        return self.residual(x, attention(*self.turned(qkv, rope), qkv[2], memory), hidden, mod)
+        return self.residual(x, attention(*turned(qkv[:2], rope, self.norm, self.numerics), qkv[2], memory), hidden, mod)
 
     def remember(self, x: Tensor, rope: Tensor, mod: Modulation) -> tuple[Tensor, Memory]:
         qkv, hidden = self.project(x, mod)
-        q, k = self.turned(qkv, rope)
+        q, k = turned(qkv[:2], rope, self.norm, self.numerics)
         return self.residual(x, attention(q, k, qkv[2]), hidden, mod), Memory(k, qkv[2])
 
     def project(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor]:
@@ -256,12 +264,13 @@ class SingleBlock(nn.Module):
         qkv, hidden = self.linear1(modulate(x, mod)).split(self.widths, dim=-1)
         return split_heads(qkv, self.num_heads), hidden
 
-    def turned(self, qkv: Tensor, rope: Tensor) -> Tensor:
-        """q and k, (2, B, N, H, d), normed and turned."""
-        return rotate(self.norm(unit_rms(qkv[:2], self.numerics)), rope)
-
     def residual(self, x: Tensor, attended: Tensor, hidden: Tensor, mod: Modulation) -> Tensor:
-        return x + mod.gate * self.linear2(torch.cat([attended, self.activation(hidden)], dim=-1))
+        return x + mod.gate * self.linear2(self.joined(attended, hidden))
+
+    def joined(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """What `linear2` reads, (B, N, D + mlp): the attention's result, and the MLP's hidden layer activated."""
+        some = lambda _, hidden, attended: torch.cat([attended, self.activation(hidden)], dim=-1)  # noqa: E731
+        return in_stripes(some, (hidden, 1), (attended, 1), watched=[self.activation])
 
 
 class SelfAttention(nn.Module):
@@ -288,6 +297,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> 
         k, v = torch.cat([memory.k, k], dim=1), torch.cat([memory.v, v], dim=1)  # (B, R + N, H, d)
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))  # (B, H, N, d)
     return out.transpose(1, 2).flatten(2)
+
+
+def turned(qk: Tensor, rope: Tensor, norm: "QKNorm", numerics: Numerics) -> Tensor:
+    """q and k, (2, B, N, H, d), normed and turned."""
+    some = lambda _, qk, rope: rotate(norm(unit_rms(qk, numerics)), rope)  # noqa: E731
+    return in_stripes(some, (qk, 2), (rope, 0), watched=[norm])
 
 
 def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.dtype) -> Tensor:

@@ -61,8 +61,8 @@ MUTATIONS = {
         FLUX2, transformer, "unit_rms", "x.float(), x.shape[-1:], eps=1e-6)", "x.float().mT, x.shape[3:4], eps=1e-6).mT",
         "step.001/double_blocks.0.txt_attn.norm/in", "QK-norm over the wrong axis"),
     "QK-norm after RoPE": Mutation(
-        FLUX1, transformer.SingleBlock, "turned", "rotate(self.norm(unit_rms(qkv[:2], self.numerics)), rope)",
-        "self.norm(unit_rms(rotate(qkv[:2], rope), self.numerics))",
+        FLUX1, transformer, "turned", "rotate(norm(unit_rms(qk, numerics)), rope)",
+        "norm(unit_rms(rotate(qk, rope), numerics))",
         "step.001/single_blocks.0.norm/in", "QK-norm after RoPE"),
     "RoPE's pairs stored as halves": Mutation(
         FLUX2, transformer, "rotate", ".flatten(-2)", ".mT.flatten(-2)", "step.001/double_blocks.0/attention/q",

@@ -22,9 +22,12 @@ from reference import (
     shapes,
     transformer_to_diffusers,
 )
+from scripted import script
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from flux import stripes
+from flux.parity.taps import watching
 from flux.transformer import NUMERICS, Flux, FluxConfig, Numerics, QKNorm, rope_table, scale_time, sinusoid, unit_rms
 
 TINY = {
@@ -218,6 +221,77 @@ def test_missing_input_is_told(missing):
     del given[missing]
     with pytest.raises(ValueError, match=f"pass {missing}"):
         model(FLUX1_TINY)(**given)
+
+
+# ---------------------------------------------------------------------------------------------------------- economy
+
+
+def cut(monkeypatch) -> list[int]:
+    """Makes stripes small; what is returned gets the number of them, each time that there are several."""
+    real, counts = stripes.stripes, []
+
+    def counted(x: Tensor, elements: int, *modules: nn.Module) -> int:
+        count = real(x, 700, *modules)  # one to four tokens of these models
+        counts.extend([count] * (count > 1))
+        return count
+
+    monkeypatch.setattr(stripes, "stripes", counted)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("numerics", NUMERICS)
+@either_family
+@torch.no_grad()
+def test_stripes_change_no_bit(config, numerics, dtype, monkeypatch):
+    """Cut within text, within the picture, and where they meet."""
+    ours, given = model(config, NUMERICS[numerics]).to(dtype), inputs(config, dtype)
+    whole, counts = ours(**given), cut(monkeypatch)
+    assert torch.equal(ours(**given), whole)
+    assert len(counts) == config.depth + 2 * config.depth_single and min(counts) > 4
+    rope = ours.rope(given["txt_ids"][:0], given["img_ids"])
+    mods = ours.modulations(torch.ones(2, config.hidden_size, dtype=dtype))
+    striped = ours.remember(given["img"], rope, mods)
+    monkeypatch.undo()
+    for one, other in zip(striped, ours.remember(given["img"], rope, mods), strict=True):
+        assert torch.equal(one.k, other.k) and torch.equal(one.v, other.v)
+
+
+@either_family
+def test_whoever_watches_sees_whole_tensors(config, monkeypatch):
+    """And so does the backward pass."""
+    ours, given, seen, counts = model(config), inputs(config), {}, cut(monkeypatch)
+    with torch.no_grad():
+        plain, striped = ours(**given), len(counts)
+        with watching({"": ours}, lambda name, tensor: seen.setdefault(name, tensor.shape)):
+            assert torch.equal(ours(**given), plain)
+    tokens = len(given["txt_ids"]) + len(given["img_ids"])
+    assert seen["single_blocks.0.norm/out"][2] == seen["single_blocks.0.activation/out"][1] == tokens
+    ours(**given | {"img": given["img"].requires_grad_()}).sum().backward()
+    assert len(counts) == striped > 0
+
+
+@either_family
+def test_a_step_on_a_cpu_takes_less_memory_than_diffusers(config, monkeypatch):
+    """With 1,024 and 512 tokens, at a fourth of the width, so that a stripe, too, has a fourth of its elements."""
+    monkeypatch.setattr(stripes, "STRIPE", stripes.STRIPE // 4)
+    config = replace(config, hidden_size=768, num_heads=6, axes_dim=(16, 56, 56) if config.vector_dim else (32, 32, 32, 32))
+    ours, given = model(config).bfloat16(), inputs(config, torch.bfloat16)
+    axes = len(config.axes_dim)
+    given |= dict(img=torch.randn(1, 1024, config.in_channels).bfloat16(), img_ids=torch.ones(1024, axes),
+                  txt=torch.randn(1, 512, config.context_dim).bfloat16(), txt_ids=torch.ones(512, axes))  # fmt: skip
+    given = {name: x if name.endswith("ids") else x[:1] for name, x in given.items()}
+    theirs, measure = reference(ours), script("measure")
+    assert measure.peak_bytes(lambda: ours(**given)) < measure.peak_bytes(lambda: diffusers_velocity(theirs, **given))
+
+
+@either_family
+def test_a_step_of_one_picture_copies_no_weights(config):
+    """As torch does, on a CPU, for a Linear without bias whose input has the strides of a part of something."""
+    ours, given = model(config), inputs(config)
+    one = {name: x if name.endswith("ids") else x[:1] for name, x in given.items()}
+    counted = script("measure").kernels(lambda: ours(**one))
+    assert counted["aten::bmm"] == 0 and counted["aten::mm"] + counted["aten::addmm"] > 20
 
 
 # ---------------------------------------------------------------------------------------------------------- full size

@@ -3,8 +3,8 @@
 A name is `<where>/<module>/<tap>`: the caller's name of the network, the module's path, which is the checkpoint's key, and
 `in` or `out`, numbered where there are several tensors (`in.0`, `in.1`). Attention is no module: it is seen as the call of
 `F.scaled_dot_product_attention` that it is, and named by the module around it, `double_blocks.3/attention/q`. Nothing in a
-transformer or a text encoder knows of this, and their outputs stay the same to the bit. An autoencoder does without stripes
-while it is watched, so that tensors are whole: the same arithmetic, in other calls of the same kernels.
+network knows of this, and outputs stay the same to the bit. What is computed in stripes (`stripes.py`) is computed as a whole
+while it is watched: the same arithmetic, in other calls of the same kernels.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
