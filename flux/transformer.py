@@ -341,7 +341,7 @@ class QKNorm(nn.Module):
 
     def forward(self, unit: Tensor) -> Tensor:
         """(2, B, N, H, d), queries and keys -> the same."""
-        scale = torch.stack([self.query_norm.scale, self.key_norm.scale])[:, None, None, None]  # (2, 1, 1, 1, d)
+        scale = torch.stack([self.query_norm.scale, self.key_norm.scale]).view(2, 1, 1, 1, -1)
         return (unit * scale).to(scale.dtype)
 
 

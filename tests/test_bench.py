@@ -22,15 +22,17 @@ from benchmarks.rows import Row, shown  # noqa: E402
 from benchmarks.setting import Setting  # noqa: E402
 
 TINY = dict(
-    width=128, sides=(64,), text=16, shrink=64, decoded=64, channels=8, saved=64, compiled=False, whole=64, replayed=1e-3,
+    enough=1e-3, width=128, sides=(64,), text=16, shrink=64, decoded=64, channels=8, saved=64, compiled=False, whole=64,
+    replayed=1e-3,
 )  # fmt: skip
+
+ONCE = Setting(torch.device("cpu"), rounds=1, enough=0)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """--quick, but quicker; imports that import nothing."""
     monkeypatch.setattr(Setting, "quick", lambda self: replace(self, **TINY))
-    monkeypatch.setattr(timing, "ENOUGH", 1e-3)
     monkeypatch.setattr(start, "IMPORTS", dict.fromkeys(start.IMPORTS, "pass"))
 
 
@@ -131,7 +133,7 @@ def test_the_floor_has_convolutions_and_masks_too():
 def test_by_turns_forwards_and_backwards(monkeypatch):
     seen, clock = [], iter(range(1000))
     monkeypatch.setattr(timing, "perf_counter", lambda: next(clock))  # every call takes a second
-    seconds = timing.by_turns([lambda: seen.append("A"), lambda: seen.append("B")], rounds=3)
+    seconds = timing.by_turns([lambda: seen.append("A"), lambda: seen.append("B")], rounds=3, enough=0)
     assert "".join(seen) == "AB" + 3 * "ABBA" and seconds == [1, 1]
 
 
@@ -165,10 +167,10 @@ def test_rows_say_what_they_reached():
 def test_what_computes_something_else_reaches_nothing():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(100, generator=generator) for _ in range(2))
-    same, other = (timing.pair("a", lambda: a, lambda x=x: x, 1, goal=1000.0) for x in (a, b))
+    same, other = (timing.pair("a", lambda: a, lambda x=x: x, ONCE, goal=1000.0) for x in (a, b))
     assert same.difference == 0 and same.reached
     assert other.difference > 1 and other.reached is False and "not comparable" in other.cells()[-1]
-    nothing = timing.pair("a", lambda: a, lambda: a * math.nan, 1, goal=1000.0)
+    nothing = timing.pair("a", lambda: a, lambda: a * math.nan, ONCE, goal=1000.0)
     assert nothing.reached is False
 
 

@@ -58,7 +58,7 @@ def full_rows(spec: ModelSpec, setting: Setting, against: bool) -> Iterator[Row]
     pixels = picture(setting.whole, setting.device)
     with TemporaryDirectory() as folder:
         saves = [save_ours, save_theirs] if against else [save_ours]
-        ours, *theirs = by_turns([save(pixels, Path(folder)) for save in saves], setting.rounds)
+        ours, *theirs = by_turns([save(pixels, Path(folder)) for save in saves], setting.rounds, setting.enough)
     spent["save"] = [ours, 0.0, *theirs]
     yield from sum_rows(spec, setting, spent)
 

@@ -61,5 +61,5 @@ def prompt_rows(name: str, ours: Pipeline, theirs, folder: Path, setting: Settin
         made.images[0].save(folder / "theirs.png")
 
     case = f"prompt to PNG, {name}, tiny networks, {STEPS} steps, {SIDE}x{SIDE}"
-    yield Row(case, "s", *by_turns([mine, other], setting.rounds), runs=2 * setting.rounds)
+    yield Row(case, "s", *by_turns([mine, other], setting.rounds, setting.enough), runs=2 * setting.rounds)
     yield Row(f"{case}, peak of activations", "B", peak_bytes(mine), peak_bytes(other))

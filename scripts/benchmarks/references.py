@@ -24,7 +24,7 @@ def reference_rows(setting: Setting) -> Iterator[Row]:
     for count in (1, 2, 4):
         functions = [partial(generate, model, side // 16, count, cached) for cached in (True, False)]
         with torch.no_grad():
-            seconds = by_turns(functions, setting.rounds)
+            seconds = by_turns(functions, setting.rounds, setting.enough)
         due, whole = (1 / flop_gain(*case, count) for case in ((config, side // 16), (KLEIN_9B, 64)))
         case = f"references, {count}, klein 9B, 4 steps"
         small = f"{case}, 1 + 1 blocks of width {config.hidden_size}, {side}x{side}"

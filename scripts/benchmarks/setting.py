@@ -13,6 +13,7 @@ class Setting:
 
     device: torch.device
     rounds: int = 3
+    enough: float = 0.5  # seconds that one timing should take at least; what is shorter is repeated
     width: int | None = None  # of transformers at reduced depth; None: the model's own
     sides: tuple[int, ...] = (256, 512)  # in pixels, of what a step works on
     text: int = 512  # tokens
@@ -28,8 +29,9 @@ class Setting:
     def quick(self) -> "Setting":
         """Everything within three minutes on two cores."""
         return replace(
-            self, width=1536, sides=(256,), text=128, shrink=16, decoded=128, compiled=False, replayed=0.2, prompts=4
-        )
+            self, enough=0.1, width=1536, sides=(256,), text=128, shrink=16, decoded=128, compiled=False, replayed=0.2,
+            prompts=4,
+        )  # fmt: skip
 
     def cut(self, config: FluxConfig) -> FluxConfig:
         """One double and two single blocks of a model."""

@@ -64,7 +64,7 @@ def encode_rows(name: str, config: LanguageModelConfig, depth: int, setting: Set
     other = lambda: reference.transformers_features(theirs, ids, real, config.layers)[real]  # noqa: E731
     case = f"text, {name}, {len(ours.layers)} of {depth} layers, 1/{n} width, bfloat16"
     with torch.no_grad():
-        yield pair(case, mine, other, setting.rounds, goal=0.75)
+        yield pair(case, mine, other, setting, goal=0.75)
         yield Row(f"{case}, peak of activations", "B", peak_bytes(mine), peak_bytes(other))
 
 
@@ -107,7 +107,7 @@ def their_autoencoder(ours: AutoEncoder) -> nn.Module:
 def coding_rows(case: str, ours, theirs, x: Tensor, setting: Setting, goal=None, peak=None) -> Iterator[Row]:
     """Time, and the peak of activations a pixel of the picture."""
     mine, other = lambda: ours(x), lambda: theirs(x)
-    yield pair(case, mine, other, setting.rounds, goal=goal)
+    yield pair(case, mine, other, setting, goal=goal)
     bytes_each = [peak_bytes(function) / setting.decoded**2 for function in (mine, other)]
     yield Row(f"{case}, peak of activations", "B/pixel", *bytes_each, goal=peak)
 
@@ -123,7 +123,7 @@ def saving_row(setting: Setting) -> Row:
     """Decoded pixels -> the bytes of a PNG on disk."""
     pixels = picture(setting.saved, setting.device)
     with TemporaryDirectory() as folder:
-        seconds = by_turns([save_ours(pixels, Path(folder)), save_theirs(pixels, Path(folder))], setting.rounds)
+        seconds = by_turns([save_ours(pixels, Path(folder)), save_theirs(pixels, Path(folder))], setting.rounds, setting.enough)
     case = f"saving, {setting.saved}x{setting.saved}, pixels to PNG"
     return Row(case, "s", *seconds, goal=0.45, runs=2 * setting.rounds)
 

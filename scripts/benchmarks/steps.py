@@ -56,7 +56,7 @@ def overhead_row(name: str, setting: Setting) -> Row:
     given = inputs(ours.config, 32, 4, setting.device, torch.float32)
     with same_attention():
         case = f"step, {name}, full depth, width 32, 8 tokens, float32, eager"
-        return pair(case, our_step(ours, given), their_step(theirs, given), setting.rounds, goal=0.65)
+        return pair(case, our_step(ours, given), their_step(theirs, given), setting, goal=0.65)
 
 
 def resident_row() -> Row:
@@ -90,12 +90,12 @@ def timed_rows(case: str, config: FluxConfig, side: int, setting: Setting, eager
     given = inputs(config, side, setting.text, setting.device, torch.bfloat16)
     mine, other = our_step(ours, given), their_step(theirs, given)
     with same_attention():
-        yield pair(f"{case}, eager", mine, other, setting.rounds, goal=eager)
+        yield pair(f"{case}, eager", mine, other, setting, goal=eager)
         yield Row(f"{case}, peak of activations", "B", peak_bytes(mine), peak_bytes(other))
         if setting.compiled and can_compile(setting.device):
             compile_blocks(ours, BLOCKS)
             theirs.compile_repeated_blocks(fullgraph=True)
-            yield pair(f"{case}, compiled", mine, other, setting.rounds, goal=compiled)
+            yield pair(f"{case}, compiled", mine, other, setting, goal=compiled)
     torch._dynamo.reset()
 
 

@@ -10,18 +10,18 @@ from reference import relative_l2
 from torch import Tensor, nn
 
 from benchmarks.rows import Row
+from benchmarks.setting import Setting
 
-ENOUGH = 0.1  # seconds that one timing should take at least; what is shorter is repeated
 
-
-def pair(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], rounds: int, **row) -> Row:
+def pair(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], setting: Setting, **row) -> Row:
     """Two functions that should have the same result, as a row of seconds."""
     difference = relative_l2(ours(), theirs().float())
-    return Row(name, "s", *by_turns([ours, theirs], rounds), runs=2 * rounds, difference=difference, **row)
+    seconds = by_turns([ours, theirs], setting.rounds, setting.enough)
+    return Row(name, "s", *seconds, runs=2 * setting.rounds, difference=difference, **row)
 
 
-def by_turns(functions: list[Callable[[], object]], rounds: int, enough: float = ENOUGH) -> list[float]:
-    """Median seconds of each, of two timings a round, after a warm-up."""
+def by_turns(functions: list[Callable[[], object]], rounds: int, enough: float) -> list[float]:
+    """Median seconds of each, of two timings a round, after a warm-up; what takes less than `enough` is repeated."""
     first = [timed(function) for function in functions]
     usual = max(timed(function) if seconds < enough else seconds for function, seconds in zip(functions, first))
     calls = math.ceil(enough / usual)  # the same number of each
