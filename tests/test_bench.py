@@ -26,7 +26,7 @@ TINY = dict(
     replayed=1e-3,
 )  # fmt: skip
 
-ONCE = Setting(torch.device("cpu"), rounds=1, enough=0)
+ONCE = Setting(torch.device("cpu"), rounds=1, enough=1e-9)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_the_floor_has_convolutions_and_masks_too():
 def test_by_turns_forwards_and_backwards(monkeypatch):
     seen, clock = [], iter(range(1000))
     monkeypatch.setattr(timing, "perf_counter", lambda: next(clock))  # every call takes a second
-    seconds = timing.by_turns([lambda: seen.append("A"), lambda: seen.append("B")], rounds=3, enough=0)
+    seconds = timing.by_turns([lambda: seen.append("A"), lambda: seen.append("B")], rounds=3, enough=0.1)
     assert "".join(seen) == "AB" + 3 * "ABBA" and seconds == [1, 1]
 
 
