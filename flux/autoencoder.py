@@ -298,8 +298,8 @@ def activated(norm: "GroupNorm", conv: nn.Conv2d, x: Tensor, inplace: bool = Fal
 
     By stripes of rows. A GPU is no faster so, and works in stripes only where they lower the peak.
     """
-    lowers = x.is_cpu or conv.out_channels < x.shape[1]
-    count = stripes(x, STRIPE, norm, conv) if lowers and len(x) == 1 else 1
+    of_use = len(x) == 1 and (x.is_cpu or conv.out_channels < x.shape[1])
+    count = stripes(x, STRIPE, norm, conv) if of_use else 1
     if count > 1:
         return striped(conv, norm, x, count, inplace)
     x = norm(x)

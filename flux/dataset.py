@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +132,7 @@ class Cache:
 
     def __init__(self, folder: Path, pipe: Pipeline, size: int):
         self.folder, self.pipe, self.size = folder, pipe, size
+        self.content_of = cache(content_of)  # a picture is read beside its mask too, and may be before several edits
         self.pixels_by = fingerprint(pipe.encoder.files)
         self.text_by = *(fingerprint(network.files) for network in pipe.text.networks), pipe.spec.text_length, pipe.text.dtype
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ class Cache:
 
     def latents(self, path: Path, reference: bool = False) -> Path:
         """Of a picture, (C, h, w), float32."""
-        file = self._file("latents", content_of(path), reference, self.size, self.pixels_by)
+        file = self._file("latents", self.content_of(path), reference, self.size, self.pixels_by)
         if not file.exists():
             picture = inputs.read_picture(path)
             if max(picture.size) > LONGEST * min(picture.size):
@@ -161,7 +162,7 @@ class Cache:
     def channels(self, item: Item) -> Path:
         """What Fill, Canny and Depth read beside the latents, (L, C'), float32; UserError if it is of another size."""
         other, spec = item.control or item.mask, self.pipe.spec
-        contents = [content_of(path) for path in (item.picture, other) if path]
+        contents = [self.content_of(path) for path in (item.picture, other) if path]
         file = self._file("channels", contents, spec.picture, spec.control, self.size, self.pixels_by)
         if not file.exists():
             picture = beside = inputs.read_picture(item.picture)

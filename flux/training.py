@@ -119,14 +119,6 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def recompute_blocks(network: Flux) -> None:
-    """Of each block only its input is kept for the backward pass, which computes the rest again (gradient checkpointing)."""
-    device = network.img_in.weight.device
-    contexts = lambda: (nullcontext(), attention_on(device))  # of the first time, and of the second  # noqa: E731
-    for block in (*network.double_blocks, *network.single_blocks):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-
-
 # ---------------------------------------------------------------------------------------------------------- the trainer
 
 
@@ -314,6 +306,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
+
+
+def recompute_blocks(network: Flux) -> None:
+    """Of each block only its input is kept for the backward pass, which computes the rest again (gradient checkpointing)."""
+    device = network.img_in.weight.device
+    contexts = lambda: (nullcontext(), attention_on(device))  # of the first time, and of the second  # noqa: E731
+    for block in (*network.double_blocks, *network.single_blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 def untrained(config: FluxConfig, dtype: torch.dtype, rank: int | None = None, targets: Sequence[str] = ("*",)) -> Flux:
