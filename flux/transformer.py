@@ -288,7 +288,8 @@ class SelfAttention(nn.Module):
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
-    return rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=num_heads)
+    """(B, N, 3·H·d) -> (3, B, N, H, d)."""
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 1, 3, 4)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> Tensor:
@@ -313,8 +314,8 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.
         angles.append(torch.outer(position.cpu().to(dtype), frequency))  # (N, dim/2)
     angle = torch.cat(angles, dim=-1)
     cos, sin = angle.cos(), angle.sin()
-    rows = torch.stack([cos, -sin], dim=-1), torch.stack([sin, cos], dim=-1)
-    return torch.stack(rows, dim=-2).float().to(ids.device)
+    columns = torch.stack([cos, sin], dim=-1), torch.stack([-sin, cos], dim=-1)
+    return torch.stack(columns).float().to(ids.device).movedim(0, -1)  # in memory a column lies together: see `turn`
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -341,7 +342,7 @@ class QKNorm(nn.Module):
 
     def forward(self, unit: Tensor) -> Tensor:
         """(2, B, N, H, d), queries and keys -> the same."""
-        scale = torch.stack([self.query_norm.scale, self.key_norm.scale]).view(2, 1, 1, 1, -1)
+        scale = torch.cat([self.query_norm.scale, self.key_norm.scale]).view(2, 1, 1, 1, -1)
         return (unit * scale).to(scale.dtype)
 
 

@@ -55,8 +55,8 @@ MUTATIONS = {
         FLUX2, transformer.FinalLayer, "forward", "shift, scale =", "scale, shift =",
         "step.001/final_layer.linear/in", "shift and scale swapped"),
     "q, k, v by heads": Mutation(
-        FLUX1, transformer, "split_heads", "(three h d)", "(h three d)",
-        "step.001/double_blocks.0.txt_attn.norm/in", "q, k, v cut by heads"),
+        FLUX1, transformer, "split_heads", "(3, num_heads, -1)).permute(2, 0, 1, 3, 4)",
+        "(num_heads, 3, -1)).permute(3, 0, 1, 2, 4)", "step.001/double_blocks.0.txt_attn.norm/in", "q, k, v cut by heads"),
     "QK-norm over heads": Mutation(
         FLUX2, transformer, "unit_rms", "x.float(), x.shape[-1:], eps=1e-6)", "x.float().mT, x.shape[3:4], eps=1e-6).mT",
         "step.001/double_blocks.0.txt_attn.norm/in", "QK-norm over the wrong axis"),
