@@ -12,8 +12,9 @@ its path as it is, which wrapping layers to compute Wx + s·B(Ax) would not.
 import json
 import math
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -153,7 +154,7 @@ def _weight_name(layer: nn.Module) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A file: its tensors, which stay mapped, and the configuration that PEFT and diffusers keep in the metadata."""
+    """A file: its tensors, which stay mapped, and its configuration, which diffusers keeps in it and PEFT beside it."""
 
     path: Path
     format: str  # for messages
@@ -174,14 +175,7 @@ def read(path: Path) -> Lora:
         some = ", ".join(f"{key!r:.120}" for key in list(infos)[:3])
         raise UserError(f"{path} is not a LoRA: none of its {len(infos)} tensors ({some}) is named as one; "
                         "a whole transformer goes to --transformer.")  # fmt: skip
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        if not isinstance(config, dict) or not all(
-            isinstance(config[name] or {}, dict) for name in config if name.endswith("alpha_pattern")
-        ):
-            raise ValueError("not a table")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has a damaged lora_adapter_metadata ({error!s:.80}); download it again.") from error
+    config = _configuration(path, infos, metadata)
     try:
         with safe_open(path, framework="pt", device="cpu") as mapped:
             tensors = {key: mapped.get_tensor(key) for key in infos}
@@ -189,6 +183,25 @@ def read(path: Path) -> Lora:
         raise UserError(f"{path} cannot be mapped: {error}.") from error
     name = next(name for mark, name in FORMATS if any(re.search(mark, key) for key in infos))
     return Lora(Path(path), name, tensors, config)
+
+
+def _configuration(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict:
+    """What is said of alpha, if anything is: by the file itself, or, where PEFT wrote it, by adapter_config.json beside it."""
+    inside, beside = "lora_adapter_metadata" in metadata, Path(path).with_name("adapter_config.json")
+    if not inside and not (any(key.startswith("base_model.") for key in keys) and beside.is_file()):
+        return {}
+    damaged = f"{path} has a damaged lora_adapter_metadata" if inside else f"{beside}, which belongs to {path}, is damaged"
+    try:
+        config = json.loads(metadata["lora_adapter_metadata"] if inside else beside.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not all(
+            isinstance(config[name] or {}, dict) for name in config if name.endswith("alpha_pattern")
+        ):
+            raise ValueError("not a table")
+        return config
+    except OSError as error:
+        raise UserError(f"{beside}, which belongs to {path}, cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{damaged} ({error!s:.80}); download it again.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- placing
@@ -212,16 +225,20 @@ class Patch:
     source: Path
 
     def change(self, weight: Tensor) -> Tensor:
-        """What to add to these rows of the weight at scale 1: (rows, columns) -> (rows, self.columns), in its dtype."""
+        """What to add to these rows of the weight at scale 1: (rows, columns) -> (rows, self.columns), in its dtype.
+
+        In place where it can be: these are the largest matrices of a network, made wide.
+        """
         factors = {role: factor.to(weight) for role, factor in self.factors.items()}
-        difference = self.scaling * product(factors)
+        made, before = product(factors), weight[..., : self.columns]
+        difference = self.scaling * made if self.factors.keys() & {"diff", "value"} else made.mul_(self.scaling)
         if "magnitude" not in factors:
             return difference
         # DoRA (Liu et al. 2024, arXiv:2402.09353): rows are given these lengths; where there is one number a column, columns
         magnitude = factors["magnitude"] if factors["magnitude"].ndim == 2 else factors["magnitude"][:, None]
-        changed = weight[:, : self.columns] + difference
+        changed = difference.add_(before)
         length = changed.norm(dim=0 if len(magnitude) == 1 else 1, keepdim=True)
-        return magnitude * changed / length - weight[:, : self.columns]
+        return changed.mul_(magnitude).div_(length).sub_(before)
 
 
 def product(factors: Mapping[str, Tensor]) -> Tensor:
@@ -229,7 +246,7 @@ def product(factors: Mapping[str, Tensor]) -> Tensor:
     if "down" in factors:
         return factors["up"] @ factors["down"]
     if "hada_w1_a" in factors:
-        return (factors["hada_w1_a"] @ factors["hada_w1_b"]) * (factors["hada_w2_a"] @ factors["hada_w2_b"])
+        return (factors["hada_w1_a"] @ factors["hada_w1_b"]).mul_(factors["hada_w2_a"] @ factors["hada_w2_b"])
     if "diff" in factors or "value" in factors:
         return factors["diff" if "diff" in factors else "value"]
     w1, w2 = (factors[w] if w in factors else factors[f"{w}_a"] @ factors[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
@@ -256,7 +273,8 @@ def place(lora: Lora, modules: Mapping[str, nn.Module | None], partial: bool = F
     if unplaced and not partial:
         kinds = " or ".join(type(module).__name__ for module in modules.values() if module is not None)
         some = ", ".join(f"{key!r:.120}" for key in unplaced[:3]) + (", ..." if len(unplaced) > 3 else "")
-        raise lora.refuse(f"has {len(unplaced)} tensors, of {len(lora.tensors)}, that have no place in {kinds}: {some}")
+        raise lora.refuse(f"has {len(unplaced)} tensors, of {len(lora.tensors)}, that have no place in {kinds}: {some}; "
+                          "partial=True (--lora-partial) leaves them out")  # fmt: skip
     if not found:
         raise lora.refuse(f"changes nothing: none of its {len(lora.tensors)} tensors belongs to what is loaded")
     return [_patch(lora, where, keys, modules[where.part]) for where, keys in found.items()]
@@ -290,7 +308,10 @@ def _check_fit(lora: Lora, where: Place, keys: dict[str, str], module: nn.Module
         shape = tuple(product(factors).shape) if core else wanted
     except RuntimeError:  # on the meta device a product is of shapes only
         raise lora.refuse(f"has {lora.show(*(keys[role] for role in core))}, which cannot be multiplied") from None
-    widened = where.path == "img_in" and len(shape) == 2 and 0 in (shape[1] % wanted[1], wanted[1] % shape[1])
+    if len(shape) != len(wanted):
+        shown = lora.show(*(keys[role] for role in core))
+        raise lora.refuse(f"does not fit {type(module).__name__}: {shown}, but {where.path} takes {wanted}")
+    widened = where.path == "img_in" and 0 in (shape[1] % wanted[1], wanted[1] % shape[1])
     bias = (rows,) if getattr(layer, "bias", None) is not None else None
     for roles, has, allowed in (
         (core, shape, (wanted, (rows, shape[-1]) if widened else wanted)),
@@ -307,7 +328,7 @@ def _check_fit(lora: Lora, where: Place, keys: dict[str, str], module: nn.Module
 
 
 def _scaling(lora: Lora, part: str, key: str, factors: Mapping[str, Tensor]) -> float:
-    """alpha/rank; alpha is the file's, or that of PEFT's configuration in the metadata, or the rank."""
+    """alpha/rank; alpha is the file's, or the configuration's, which has another name for it in PEFT's LoHa, or the rank."""
     ranks = [factors[role].shape[0] for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if role in factors]
     if not ranks:  # a product of whole matrices has no rank, and LyCORIS leaves a placeholder for its alpha
         return 1.0
@@ -317,9 +338,10 @@ def _scaling(lora: Lora, part: str, key: str, factors: Mapping[str, Tensor]) -> 
     config = {name.removeprefix(prefix): value for name, value in lora.config.items()}
     name = "." + re.sub(r"\.lora_.*", "", key)
     layers = {"." + layer.lstrip("^"): alpha for layer, alpha in (config.get("alpha_pattern") or {}).items()}
-    alpha = next((layers[layer] for layer in layers if name.endswith(layer)), config.get("lora_alpha", ranks[0]))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise lora.refuse(f"has a lora_alpha in its metadata that is no number: {alpha!r:.80}")
+    default = config.get("lora_alpha", config.get("alpha", ranks[0]))
+    alpha = next((layers[layer] for layer in layers if name.endswith(layer)), default)
+    if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+        raise lora.refuse(f"has a lora_alpha in its configuration that is no number: {alpha!s:.80}")
     return alpha / (ranks[0] ** 0.5 if config.get("use_rslora") else ranks[0])
 
 
@@ -327,14 +349,14 @@ def _scaling(lora: Lora, part: str, key: str, factors: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]]) -> None:
+def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]], each: Callable[[str], None] = lambda path: None) -> None:
     """W + sum of scale · change, in float32, rounded once to the dtype of W (float8 too): all files in one call.
 
     A change is alpha/rank · BA, or all that DoRA does to W, so that a scale of 0 leaves W, and 1 makes what PEFT makes.
     New norms and a wider img_in come at every scale, as Black Forest Labs have it. A quantised layer that is changed becomes a
     plain Linear, its weight in the dtype that the module computes in: to quantise it anew would lose more.
-    No old tensor is changed or kept: to undo a merge, load the module anew. UserError if a sum overflows; the module is then of
-    no use.
+    No old tensor is changed or kept: to undo a merge, load the module anew. `each` is called with the path of each layer that
+    was changed, when it is. UserError if a sum overflows; the module is then of no use.
     """
     layers = defaultdict(list)
     for patch, scale in patches:
@@ -349,11 +371,11 @@ def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]]) -> None:
             layer = layer.plain(changed["weight"])
             module.set_submodule(path, layer)
         for name, tensor in changed.items():
-            before = getattr(layer, name)
-            setattr(layer, name, nn.Parameter(tensor, requires_grad=before.requires_grad))
-            if tensor.shape != before.shape:  # img_in
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=getattr(layer, name).requires_grad))
+            if path == "img_in" and name == "weight":  # which may have become wider
                 layer.in_features = tensor.shape[1]
                 module.config = replace(module.config, in_channels=tensor.shape[1])
+        each(path)
 
 
 def _merged(layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]],
@@ -369,10 +391,12 @@ def _merged(layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]],
         old = layer.dequantize() if quantised else getattr(layer, name)
         wide = (new[0].factors["value"] if new else old).to(old.device, _wide(old))
         wide = F.pad(wide, (0, max(0, width - wide.shape[-1])))
-        total = wide.clone()
+        own = (quantised or wide.dtype != old.dtype) and not new  # nobody else's memory; and only DoRA needs what was there
+        total = wide if own and not any("magnitude" in patch.factors for patch, _ in changing) else wide.clone()
         for patch, scale in changing:
             if patch not in new:
-                _add(total, patch, scale * patch.change(torch.cat([wide[a:b] for a, b in patch.place.rows])))
+                spans = [wide[a:b] for a, b in patch.place.rows]
+                _add(total, patch, patch.change(spans[0] if len(spans) == 1 else torch.cat(spans)).mul_(scale))
         yield name, _rounded(total, dtype if quantised else old.dtype, path)
     biases = [(patch, scale, role) for patch, scale in group for role in ("up_bias", "diff_bias") if role in patch.factors]
     if biases:
@@ -394,7 +418,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _rounded(total: Tensor, dtype: torch.dtype, path: str) -> Tensor:
     limit = torch.finfo(dtype).max
-    if not total.abs().max() <= limit:
+    lowest, highest = total.aminmax()
+    if not (highest <= limit and lowest >= -limit):
         raise UserError(f"the LoRAs do not fit {path}: their sum exceeds {limit:g}, the most that {dtype} holds; "
                         "give smaller scales.")  # fmt: skip
     return total.to(dtype)

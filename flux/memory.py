@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,6 +41,7 @@ class Weights(NamedTuple):
     blocks: tuple[int, ...] = ()  # what of each block can be streamed
     mapped: int = 0  # how much of all that is the file's own pages while it is on the CPU
     scratch: int = 0  # what it takes to make the largest quantised matrix whole, when it is used
+    merging: int = 0  # what it takes to merge LoRAs into the largest matrix, when it is loaded
 
     @property
     def total(self) -> int:
@@ -48,8 +49,8 @@ class Weights(NamedTuple):
 
     def beside(self, other: "Weights") -> "Weights":
         """Of two networks in one stage, T5 and CLIP for example."""
-        mapped, scratch = self.mapped + other.mapped, max(self.scratch, other.scratch)
-        return Weights(self.fixed + other.fixed, self.blocks + other.blocks, mapped, scratch)
+        largest = max(self.scratch, other.scratch), max(self.merging, other.merging)
+        return Weights(self.fixed + other.fixed, self.blocks + other.blocks, self.mapped + other.mapped, *largest)
 
 
 class Room(NamedTuple):
@@ -105,8 +106,8 @@ def plan(spec: ModelSpec, weights: Mapping[str, Weights], work: Work, room: Room
     `quantizable`: whether --quantize could still make the transformer smaller. UserError, which names what would help, if it
     does not fit.
     """
-    if vram is not None and not 0 < vram < math.inf:
-        raise UserError(f"--vram {vram:g}: give the gigabytes of device memory that may be used, such as 8")
+    if vram is not None:
+        check_vram(vram)
     room = room if vram is None else room._replace(device=min(room.device, vram * GB))
     spare = offload == "stream" and vram is None
     active = activations(spec, work, room.kind)
@@ -114,6 +115,11 @@ def plan(spec: ModelSpec, weights: Mapping[str, Weights], work: Work, room: Room
         if found := fit(weights, active, room, mode, spare):
             return found
     raise UserError(_refusal(spec, weights, work, room, offload, vram, quantizable))
+
+
+def check_vram(vram: float) -> None:
+    if not 0 < vram < math.inf:
+        raise UserError(f"--vram {vram:g}: give the gigabytes of device memory that may be used, such as 8")
 
 
 def fit(weights: Mapping[str, Weights], active: Mapping[str, int], room: Room, offload: Offload,
@@ -140,10 +146,10 @@ def need(held: Weights, active: int, kind: str, resident: int | None = None) -> 
     anonymous = held.total - held.mapped
     working = active + held.scratch + RESERVE[kind]
     if resident is None:
-        return Need((anonymous if kind == "cpu" else held.total) + working, 0)
+        return Need((anonymous if kind == "cpu" else held.total) + max(working, held.merging + RESERVE[kind]), 0)
     slots = SLOTS * max(held.blocks)
     device = (0 if kind == "cpu" else held.fixed + resident) + slots + working
-    host = slots + anonymous  # the staging, and what a cast or a LoRA has made of the file's pages
+    host = max(slots, held.merging) + anonymous  # the staging, and what a cast or a LoRA has made of the file's pages
     return Need(device, host) if kind == "cuda" else Need(device + host, 0)
 
 
@@ -231,10 +237,10 @@ def gb(size: float, rounded=round) -> str:
 # ---------------------------------------------------------------------------------------------------------- sizes
 
 
-def measure(network: nn.Module, lists: Sequence[str], dtype: torch.dtype, mapped: bool) -> Weights:
-    """Of a network on the meta device, whose floats will be of `dtype`; `lists` as `offload.stream` takes them.
+def measure(network: nn.Module, lists: Sequence[str], dtype: torch.dtype, anew: Container[str] | None = ()) -> Weights:
+    """Of a network on the meta device, with its files' types, whose floats will be of `dtype`; `lists` as `offload.stream`'s.
 
-    `mapped`: whether its file has them so already, and nothing changes them.
+    `anew`: paths of the modules whose weights will not be the files', whatever their type; None: of all.
     """
 
     def held(module: nn.Module) -> list[int]:
@@ -243,10 +249,13 @@ def measure(network: nn.Module, lists: Sequence[str], dtype: torch.dtype, mapped
 
     blocks = [sum(size for size in held(block) if size >= SMALL) for path in lists for block in network.get_submodule(path)]
     total = sum(held(network))
+    as_stored = [module for path, module in network.named_modules() if anew is not None and path not in anew]
+    mapped = sum(p.nbytes for module in as_stored for p in module.parameters(recurse=False) if p.dtype == dtype)
+    mapped += sum(buffer.nbytes for module in as_stored for buffer in module.buffers(recurse=False))
     quantised = [layer for layer in network.modules() if hasattr(layer, "dequantize")]
     largest = max((layer.in_features * layer.out_features for layer in quantised), default=0)
     # in float32 before and after its scale; or after, and rounded
-    return Weights(total - sum(blocks), tuple(blocks), total if mapped else 0, largest * 8)
+    return Weights(total - sum(blocks), tuple(blocks), mapped, largest * 8)
 
 
 def activations(spec: ModelSpec, work: Work, kind: str) -> dict[str, int]:

@@ -26,18 +26,18 @@ class MergedLoras:
         self._merge()
 
     def add(self, path: Path, scale: float, partial: bool) -> None:
-        path = path.resolve()
+        path = _resolved(path)
         if path in self.own:
             return self.set_scale(path, scale)
         if path in self.files:
-            raise UserError(f"{path} is loaded already: change its scale with set_lora_scale")
+            raise UserError(f"{path} is loaded already: give it once, or change its scale with set_lora_scale")
         patches = _read(path, self.networks, partial)
         self._check(path, patches, scale)
         self.files[path] = patches, scale
         self._merge()
 
     def set_scale(self, path: Path, scale: float) -> None:
-        path = path.resolve()
+        path = _resolved(path)
         if path not in self.files:
             raise UserError(f"{path} is not loaded; loaded are: {', '.join(map(str, self.files)) or 'none'}")
         self._check(path, (), scale)
@@ -74,6 +74,13 @@ class MergedLoras:
         self.changed()
 
 
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # links that lead in a circle, before Python 3.13
+        raise UserError(f"{path} does not exist: {error}.") from error
+
+
 def _read(path: Path, networks: dict[str, Network], partial: bool = False) -> list:
     """Its patches of these networks."""
     from flux.lora import place, read  # not above: a picture without LoRAs need not wait for it
@@ -81,7 +88,7 @@ def _read(path: Path, networks: dict[str, Network], partial: bool = False) -> li
     return place(read(path), {part: network.on_meta() for part, network in networks.items()}, partial)
 
 
-def _merge_into(module: nn.Module, patches: list) -> None:
+def _merge_into(module: nn.Module, patches: list, **options) -> None:
     from flux.lora import merge
 
-    merge(module, patches)
+    merge(module, patches, **options)

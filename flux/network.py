@@ -41,7 +41,6 @@ class Network:
         checked = self._load(CPU, None, check_finite)  # maps the files and refuses what is wrong with them
         if device.type == "mps" and any(tensor.dtype in FP8.values() for tensor in tensors_of(checked)):
             raise UserError(f"{files[0]} is in float8, which Apple's GPUs do not have: use a GGUF file, or --device cpu")
-        self.as_cast = all(p.dtype == dtype for p in checked.parameters())
         self.shapes = checked.to("meta")  # and types, quantised as in the files
 
     def __call__(self) -> nn.Module:
@@ -90,15 +89,14 @@ class Network:
     @property
     def weights(self) -> Weights:
         """Bytes of its weights, as they will be held."""
-        held = self.shapes
-        if self.compression or self.changed:
-            held = copy.deepcopy(held)
-        for path in self.changed:
-            if isinstance(layer := held.get_submodule(path), QuantizedLinear):
-                held.set_submodule(path, whole(layer, self.dtype))
+        held = copy.deepcopy(self.shapes) if self.compression or self.changed else self.shapes
         if self.compression:
             compress(held, self.compression)
-        return measure(held, self.lists, self.dtype, self.mapped)
+        for path in () if self.compression else self.changed:
+            if isinstance(layer := held.get_submodule(path), QuantizedLinear):
+                held.set_submodule(path, whole(layer, self.dtype))
+        anew = None if self.compression or (self.change and not self.changed) else self.changed
+        return measure(held, self.lists, self.dtype, anew)._replace(merging=self._merging)
 
     @property
     def bytes(self) -> int:
@@ -107,13 +105,17 @@ class Network:
     @property
     def held(self) -> int:
         """Bytes of the device's memory that its weights take now; of a streamed network, which no stage leaves there, 0."""
-        there = self.module is not None and self.resident is None and not (self.mapped and self.device.type == "cpu")
-        return sum(tensor.nbytes for tensor in tensors_of(self.module)) if there else 0
+        if self.module is None or self.resident is not None:
+            return 0
+        pages = self.weights.mapped if self.device.type == "cpu" else 0
+        return max(0, sum(tensor.nbytes for tensor in tensors_of(self.module)) - pages)
 
     @property
-    def mapped(self) -> bool:
-        """Whether, on the CPU, its weights are the files' own pages."""
-        return self.as_cast and not (self.change or self.compression)
+    def _merging(self) -> int:
+        """Bytes that it takes to change the largest of the matrices: three like it in float32, with DoRA, and the result."""
+        layers = [self.shapes.get_submodule(path) for path in self.changed]
+        largest = max((layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features")), default=0)
+        return largest * (3 * 4 + self.dtype.itemsize)
 
     def _ready(self) -> nn.Module:
         """As it will be used."""
@@ -121,11 +123,11 @@ class Network:
         # what is compressed stays mapped until then, and is rounded once; LoRAs are merged in the dtype
         dtype = None if self.compression and not self.change else self.dtype
         module = self._load(CPU if streamed or self.compression else self.device, dtype)
-        if self.change:
-            self.change(module)
         if self.compression:
-            compress(module, self.compression, device=CPU if streamed else self.device)
+            compress(module, self.compression, device=CPU if streamed else self.device, change=self.change)
             module.to(dtype=self.dtype)
+        elif self.change:
+            self.change(module)
         if self.native_fp8:
             use_native_fp8(module, self.device)
         if self.compiled:

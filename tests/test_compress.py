@@ -1,5 +1,6 @@
 """flux.quantization.compress: what is rounded, how far, to what, and how much memory that takes."""
 
+import copy
 import re
 import weakref
 from dataclasses import replace
@@ -297,6 +298,31 @@ def test_layers_go_one_by_one(kind, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------- use
+
+
+@every_kind
+def test_a_lora_is_merged_one_by_one_too(kind, tmp_path, monkeypatch):
+    """Of every matrix: none is kept in bfloat16 until the last is merged. And each is what the two would make in turn."""
+    monkeypatch.setattr(lib, "ROWS", 64)
+    config = replace(KLEIN_TINY, depth_single=12)
+    model, tensors = randomise(Flux(config)).bfloat16().requires_grad_(False), {}
+    mapped, in_turn = copy.deepcopy(model), copy.deepcopy(model)
+    g = torch.Generator().manual_seed(10)
+    for path in lib.large_linears(model):
+        rows, columns = model.get_submodule(path).weight.shape
+        tensors |= {f"{path}.lora_A.weight": torch.randn(4, columns, generator=g)}
+        tensors |= {f"{path}.lora_B.weight": torch.randn(rows, 4, generator=g) / 10}
+    save_file(tensors, tmp_path / "x.safetensors")
+    patches = [(patch, 0.5) for patch in place(read(tmp_path / "x.safetensors"), {"transformer": model})]
+    merge(in_turn, patches)
+    compress(in_turn, kind)
+    live = LiveBytes()
+    with live:
+        compress(model, kind, change=lambda module, each: merge(module, patches, each))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), in_turn.state_dict().values(), strict=True))
+    held = sum(buffer.nbytes for buffer in model.buffers())
+    largest = max(layer.in_features * layer.out_features for layer in quantised(model).values())
+    assert held < live.peak < held + 14 * largest < sum(p.nbytes for p in mapped.parameters())
 
 
 @every_kind

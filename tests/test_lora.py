@@ -29,6 +29,7 @@ from reference import (
     transformer_to_diffusers,
 )
 from safetensors.torch import save_file
+from scripted import script
 from torch import Tensor, nn
 from written import refusal, saved
 
@@ -319,6 +320,41 @@ def adapters() -> dict[str, object]:
 
 
 KINDS = ("LoRA", "LoRA with bias", "DoRA", "LoHa", "LoKr", "LoKr, both decomposed")
+
+
+PATTERN = {"double_blocks.0.img_attn.qkv": 9, "img_in": 6}
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("Lora", dict(lora_alpha=16)), ("Lora", dict(lora_alpha=6, use_rslora=True)), ("LoHa", dict(alpha=6)),
+    ("Lora", dict(lora_alpha=3, alpha_pattern=PATTERN)),
+])  # fmt: skip
+def test_a_folder_that_peft_saved_has_its_strength(tmp_path, kind, options):
+    """Which is in a file of its own, adapter_config.json."""
+    import peft
+
+    network = randomise(Flux(FLUX1_TINY))
+    given = inputs(network.config)
+    config = getattr(peft, f"{kind}Config")(r=RANK, target_modules=["img_in", "qkv", "linear1"], **options)
+    theirs = peft.get_peft_model(copy.deepcopy(network), config).eval()
+    for i, (name, weight) in enumerate(theirs.named_parameters()):
+        if "lora_" in name or "hada_" in name:
+            weight.data.copy_((0.3 if "hada_" in name else 0.1) * random(*weight.shape, seed=i))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with torch.no_grad():
+        without, expected = network(**given), theirs(**given)
+        merged(network, (file, 1.0))
+        assert max_error(expected, without) > 0.05
+        assert max_error(network(**given), expected) < 1e-5
+
+
+@pytest.mark.parametrize("damaged", [b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', b'{"lora_alpha": 1%s}' % (400 * b"0")])
+def test_damaged_configuration_of_peft_is_told(tmp_path, damaged):
+    file = saved(tmp_path / "x.safetensors", {f"base_model.model.{name.partition('.')[2]}": x for name, x in GOOD.items()})
+    (tmp_path / "adapter_config.json").write_bytes(damaged)
+    sentence = refusal(lambda: place(read(file), {"transformer": Flux(FLUX1_TINY)}))
+    assert "adapter_config.json" in sentence or "lora_alpha in its configuration" in sentence
 
 
 @pytest.mark.parametrize("network, kind", [
@@ -639,6 +675,9 @@ def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
     yield "half of LoKr", {"img_in.lokr_w1": random(4, 4)}, ("without its lokr_w2",)
     yield "half of LoHa", {"img_in.hada_w1_a": random(128, 4), "img_in.hada_w1_b": random(4, 64)}, ("hada_w2_a and hada_w2_b",)
     yield "mixture", GOOD | {f"{TO_K}.diff": random(128, 128)}, ("do not belong together",)
+    yield "scalar difference", {"img_in.diff": random()}, ("img_in.diff' of shape ()", "takes (128, 64)")
+    yield "vectors", {"img_in.lora_down.weight": random(4), "img_in.lora_up.weight": random(4)}, ("(4,)", "takes (128, 64)")
+    yield "scalars of LoKr", {"img_in.lokr_w1": random(), "img_in.lokr_w2": random()}, ("lokr_w1", "takes (128, 64)")
     yield "NaN", GOOD | {a: with_value(GOOD[a], math.nan)}, ("NaN or infinity", a)
     yield "infinity", GOOD | {b: with_value(GOOD[b], math.inf)}, ("NaN or infinity", b)
     yield "NaN alpha", GOOD | {f"{TO_K}.alpha": torch.tensor(math.nan)}, ("NaN or infinity", "alpha")
@@ -647,7 +686,7 @@ def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
     yield "integers", GOOD | {a: torch.ones(4, 128, dtype=torch.int8)}, (a, "int8")
     yield "twice", GOOD | {f"{TO_K}.lora_down.weight": GOOD[a].clone()}, ("twice", a, "lora_down")
     yield "unknown layer", GOOD | {"transformer.transformer_blocks.9.attn.to_q.lora_A.weight": random(4, 128)}, (
-        "1 tensors, of 3", "transformer_blocks.9.attn.to_q.lora_A.weight")  # fmt: skip
+        "1 tensors, of 3", "transformer_blocks.9.attn.to_q.lora_A.weight", "--lora-partial")  # fmt: skip
     yield (
         "unknown kind",
         GOOD | {f"img_in.oft_blocks.{i}": random(4, 4) for i in range(5)},
@@ -723,7 +762,20 @@ def test_a_whole_model_is_no_lora(tmp_path, network):
                                     '{"transformer.lora_alpha": NaN}'])  # fmt: skip
 def test_damaged_metadata_is_told(tmp_path, config):
     file = saved(tmp_path / "x.safetensors", GOOD, lora_adapter_metadata=config)
-    assert "metadata" in refusal(lambda: place(read(file), {"transformer": Flux(FLUX1_TINY)}))
+    sentence = refusal(lambda: place(read(file), {"transformer": Flux(FLUX1_TINY)}))
+    assert "lora_adapter_metadata" in sentence or "lora_alpha in its configuration" in sentence
+
+
+@pytest.mark.parametrize("kind, copies", [("LoRA", 2), ("DoRA", 3)])
+def test_a_merge_makes_few_copies_of_a_matrix(tmp_path, kind, copies):
+    """In float32; and the new one, in bfloat16."""
+    layer = nn.ModuleDict({"img_in": nn.Linear(384, 1536, dtype=torch.bfloat16)}).requires_grad_(False)
+    tensors = {"img_in.lora_A.weight": random(4, 384), "img_in.lora_B.weight": random(1536, 4)}
+    more = {"img_in.dora_scale": random(1536, 1)} if kind == "DoRA" else {}
+    patches = place(read(saved(tmp_path / "x.safetensors", tensors | more)), {"transformer": layer})
+    layer.config = Flux(FLUX1_TINY).config
+    peak = script("measure").peak_bytes(lambda: merge(layer, [(patch, 0.5) for patch in patches]))
+    assert peak <= 1.05 * layer["img_in"].weight.numel() * max(4 * copies, 4 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])

@@ -279,7 +279,7 @@ def test_quantised_file_is_loaded_at_full_size(name, tmp_path):
     state = network.state_dict()
     types = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
     assert {n: (types[tensor.dtype], tuple(tensor.shape)) for n, tensor in state.items()} == held
-    total = measure(network, (), torch.bfloat16, mapped=False).total
+    total = measure(network, (), torch.bfloat16).total
     assert total == size(held) == sum(tensor.nbytes for tensor in state.values())
     quantised = {path for path, layer in network.named_modules() if isinstance(layer, QuantizedLinear)}
     assert quantised == set(layers) and len(layers) == (len(held) - len(from_json(plain(name)))) / (2 if kind[0] == "f" else 3)

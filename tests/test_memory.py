@@ -48,7 +48,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("make, config, lists, size", PUBLISHED.values(), ids=PUBLISHED)
 def test_sizes_are_the_published_ones(make, config, lists, size):
-    held = measure(meta(make, config), lists, torch.bfloat16, mapped=True)
+    held = measure(meta(make, config).bfloat16(), lists, torch.bfloat16)
     assert held.total == held.mapped == pytest.approx(size * GB, rel=0.015)
     assert held.fixed < 0.15 * held.total or not lists
 
@@ -56,8 +56,8 @@ def test_sizes_are_the_published_ones(make, config, lists, size):
 def test_blocks_are_measured_by_what_is_streamed_of_them():
     """By hand, in squares of 3072. FLUX.2's double block: for each stream q, k, v, out, and 6 + 3 of a gated MLP; single: 3 + 6
     in, 1 + 3 out. T5, in squares of 4096: q, k, v, o, three of 2.5. Norms and T5's table of distances are small, and stay."""
-    klein = measure(meta(Flux, KLEIN.transformer), FLUX_LISTS, torch.bfloat16, mapped=True)
-    t5 = measure(meta(T5, FLUX1Text().t5), ["encoder.block"], torch.float32, mapped=False)
+    klein = measure(meta(Flux, KLEIN.transformer), FLUX_LISTS, torch.bfloat16)
+    t5 = measure(meta(T5, FLUX1Text().t5), ["encoder.block"], torch.float32)
     double, single = 26 * 3072**2 * 2, 13 * 3072**2 * 2
     assert klein.blocks == (*5 * [double], *20 * [single]) and t5.blocks == (*24 * [int(11.5 * 4096**2 * 4)],)
 
@@ -75,9 +75,15 @@ def test_quantised_layers_are_measured_as_they_are_held():
         def dequantize(self): ...
 
     network = meta(lambda: nn.ModuleDict(dict(blocks=nn.ModuleList([Quantised(), nn.Linear(512, 512, bias=False)]))))
-    held = measure(network, ["blocks"], torch.bfloat16, mapped=False)
-    # 1024 x 256 bytes, and 1024 x 32 float32; bias of 1024 bfloat16 stays. The other block's 512 x 512 become bfloat16.
-    assert held == Weights(2048, (262144 + 131072, 524288), 0, 512 * 1024 * 8)
+    # 1024 x 256 bytes, and 1024 x 32 float32; bias of 1024 bfloat16 stays. The other block's 512 x 512 become bfloat16: of the
+    # file's own there is what is quantised, and in its dtype; and nothing of what is made anew.
+    sizes = 2048, (262144 + 131072, 524288)
+    kept, scratch = 262144 + 131072, 512 * 1024 * 8
+    assert measure(network, ["blocks"], torch.bfloat16) == Weights(*sizes, kept, scratch)
+    network["blocks"][1].bfloat16()
+    assert measure(network, ["blocks"], torch.bfloat16) == Weights(*sizes, kept + 524288, scratch)
+    assert measure(network, ["blocks"], torch.bfloat16, {"blocks.0"}) == Weights(*sizes, 524288, scratch)
+    assert measure(network, ["blocks"], torch.bfloat16, None) == Weights(*sizes, 0, scratch)
 
 
 @pytest.mark.parametrize("kind", ["Int8Linear", "Int4Linear"])
@@ -86,12 +92,12 @@ def test_a_quantised_matrix_is_whole_within_its_allowance(kind):
 
     layer = meta(getattr(compress, kind), 3072, 9216, False)
     peak = script("measure").peak_bytes(lambda: layer(torch.empty(1, 3072, dtype=torch.bfloat16, device="meta")))
-    assert peak <= 1.01 * measure(nn.ModuleList([layer]), [], torch.bfloat16, True).scratch
+    assert peak <= 1.01 * measure(nn.ModuleList([layer]), [], torch.bfloat16).scratch
 
 
 def test_two_networks_of_one_stage():
-    together = Weights(5, (7, 8), 20, 3).beside(Weights(10, (), 4, 9))
-    assert together == Weights(15, (7, 8), 24, 9) and together.total == 30
+    together = Weights(5, (7, 8), 20, 3, 6).beside(Weights(10, (), 4, 9, 2))
+    assert together == Weights(15, (7, 8), 24, 9, 6) and together.total == 30
 
 
 # ---------------------------------------------------------------------------------------------------------- activations

@@ -28,19 +28,30 @@ ROWS = 1024  # that are rounded at a time, which bounds what is held in float32 
 GROUP = 32  # numbers that share a scale in int4
 
 
-def compress(module: nn.Module, kind: str, keep: Set[str] = KEPT, device: torch.device | str | None = None) -> None:
+def compress(module: nn.Module, kind: str, keep: Set[str] = KEPT, device: torch.device | str | None = None,
+             change: Callable[..., None] | None = None) -> None:  # fmt: skip
     """Replace the large Linears of `module`, except below the names in `keep`, by ones of a kind of `KINDS`, on `device`.
 
     One after the other, the old one let go: never two copies of the whole. So a mapped file is read once, and a model that fits
     a device only when it is small gets there; what is not replaced stays where it is. On the meta device, only shapes change.
+    `change`, which merges LoRAs, is done first; it calls its `each` with the path of a layer when that is as it shall be.
     UserError for another kind, and for weights that were quantised before.
     """
     if kind not in KINDS:
         raise UserError(f"--quantize {kind!s:.40} is unknown; choose from {', '.join(KINDS)}.")
     if before := next((layer for layer in module.modules() if isinstance(layer, QuantizedLinear)), None):
         raise UserError(f"the weights are quantised already ({type(before).__name__}): leave --quantize {kind} out.")
-    for path in large_linears(module, keep):
-        module.set_submodule(path, compressed(module.get_submodule(path), kind, device))
+    paths = large_linears(module, keep)
+
+    def shrink(path: str) -> None:
+        if path in paths:
+            paths.remove(path)
+            module.set_submodule(path, compressed(module.get_submodule(path), kind, device))
+
+    if change:
+        change(module, each=shrink)
+    for path in list(paths):
+        shrink(path)
 
 
 def large_linears(module: nn.Module, keep: Set[str] = KEPT) -> list[str]:
