@@ -32,7 +32,7 @@ from flux.network import Network
 from flux.quantization import BlockFP8Linear, FP8Linear, QuantizedLinear, use_native_fp8
 from flux.t5 import T5, T5Config
 from flux.text import language_model_unread, t5_unread
-from flux.transformer import Flux, FluxConfig
+from flux.transformer import BLOCKS, Flux, FluxConfig
 from flux.weights import infer_config, load_module
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -147,6 +147,13 @@ def comfy_notes(layers, state) -> Written:
     return Written(written.tensors | {f"{layer}.comfy_quant": note for layer in layers}, written.weights, None, PREFIX)
 
 
+def told_thrice(layers, state) -> Written:
+    """Metadata, whose names lack the prefix, notes on layers, and the marker, all of one mind."""
+    written = comfy_notes(layers, state)
+    marker = {"scaled_fp8": torch.empty(0, dtype=E4M3)}
+    return written._replace(tensors=written.tensors | marker, metadata=notes(layers, "float8_e4m3fn"))
+
+
 def raw_cast(layers, state, dtype=E4M3) -> Written:
     """Everything, biases and norms too."""
     tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
@@ -223,10 +230,10 @@ def nf4(layers, state, nested=False) -> Written:
 
 FORMATS: dict[str, Callable[[list[str], dict[str, Tensor]], Written]] = {
     "BFL": bfl, "e5m2": e5m2, "mixed": bfl_mixed, "ComfyUI, earlier": comfy_legacy, "ComfyUI, (1,)": comfy_legacy_flat,
-    "ComfyUI, marker": comfy_marked, "ComfyUI": comfy_notes, "cast": raw_cast, "cast, e5m2": lambda *x: raw_cast(*x, E5M2),
-    "bundle": bundle, "diffusers, by rows": by_rows, "by columns": by_columns, "Hugging Face": hugging_face, "NVFP4": nvfp4,
-    "NVFP4, ComfyUI": nvfp4_comfy, "NVFP4, ModelOpt": lambda *x: nvfp4(*x, swizzled=False), "NF4": nf4,
-    "NF4, nested": lambda *x: nf4(*x, nested=True),
+    "ComfyUI, marker": comfy_marked, "ComfyUI": comfy_notes, "told thrice": told_thrice, "cast": raw_cast,
+    "cast, e5m2": lambda *x: raw_cast(*x, E5M2), "bundle": bundle, "diffusers, by rows": by_rows, "by columns": by_columns,
+    "Hugging Face": hugging_face, "NVFP4": nvfp4, "NVFP4, ComfyUI": nvfp4_comfy,
+    "NVFP4, ModelOpt": lambda *x: nvfp4(*x, swizzled=False), "NF4": nf4, "NF4, nested": lambda *x: nf4(*x, nested=True),
 }  # fmt: skip
 
 
@@ -315,6 +322,29 @@ def gguf_file(path: Path, layers: list[str], state: dict[str, Tensor]) -> tuple[
         arrays[f"{layer}.weight"] = raw, "Q8_0"
         weights[f"{layer}.weight"] = torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).copy())
     return saved_gguf(path, arrays), weights
+
+
+@pytest.mark.parametrize("name", ["ComfyUI, earlier", "cast", "GGUF"])
+def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
+    """Biases and norms, in float32 or float8, are cast, and take memory; matrices are the file's own pages nevertheless."""
+    layers, state = in_blocks(empty(FLUX1)), state_of(empty(FLUX1))
+    if name == "GGUF":
+        path, _ = gguf_file(tmp_path / "x.gguf", layers, state)
+    else:
+        path = saved(tmp_path / "x.safetensors", FORMATS[name](layers, state))
+    cpu, prefixes = torch.device("cpu"), ("", PREFIX)
+    network = Network(Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, lists=BLOCKS, prefixes=prefixes)
+    cast = [p for p in network.shapes.parameters() if p.dtype != torch.bfloat16]
+    assert network.weights.mapped == network.bytes - sum(2 * p.numel() for p in cast) and cast
+    network()
+    assert network.held == sum(2 * p.numel() for p in cast)
+    network.alter(lambda module: None, ["single_blocks.0.linear1"])
+    linear1 = network.shapes.single_blocks[0].linear1
+    stays = network.bytes - sum(2 * p.numel() for p in cast)
+    assert network.weights.mapped == stays - 2 * linear1.in_features * linear1.out_features
+    assert network.weights.merging == 14 * linear1.in_features * linear1.out_features
+    network.compression = "int8"
+    assert "quantised already" in refusal(lambda: network.weights)
 
 
 # ---------------------------------------------------------------------------------------------------------- text encoders
@@ -598,10 +628,12 @@ BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
              "as F8_E4M3 with scales in F8_E8M0, which is not read"),
     "SVDQuant": ("BFL", lambda w: plus(w, qweight=torch.ones(192, 32, dtype=torch.int8)),
                  f"keeps '{LAYER}' as packed integers for other programs' kernels (SVDQuant"),
-    "two transports": ("BFL", lambda w: plus(w, comfy_quant=as_text({"format": "float8_e4m3fn"})),
-                       "in 2 ways, of which one must be wrong: _quantization_metadata and comfy_quant"),
-    "two others": ("ComfyUI, earlier", lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
-                   "_quantization_metadata and scaled_fp8"),
+    "contradiction": ("BFL", lambda w: plus(w, comfy_quant=as_text({"format": "nvfp4"})),
+                      f"contradicts itself: '{LAYER}' is float8_e4m3fn by _quantization_metadata, and nvfp4 by comfy_quant"),
+    "two transports": ("NF4", lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
+                       "in 2 ways, of which one must be wrong: quant_state.bitsandbytes and _quantization_metadata"),
+    "marker of another": ("ComfyUI, earlier", lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
+                          f"keeps '{LAYER}' as 'nvfp4' (F8_E4M3), which is not read"),
     "two spellings": ("BFL", lambda w: plus(w._replace(metadata=None), scale_weight=torch.tensor(1.0)), "twice"),
     "damaged metadata": ("BFL", lambda w: metadata(w, "{"), "has a damaged _quantization_metadata"),
     "list of layers": ("BFL", lambda w: metadata(w, '{"layers": ["a"]}'), "has a damaged _quantization_metadata"),
@@ -651,6 +683,17 @@ def test_a_whole_file_of_svdquant_is_refused_before_its_layout_is(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- pipelines
+
+
+def test_scales_inside_of_blocks_are_looked_at_too(tmp_path):
+    layers, state = in_blocks(empty(FLUX2)), state_of(empty(FLUX2))
+    arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
+    raw = gguf.quantize(arrays[WEIGHT], gguf.GGMLQuantizationType.Q8_0)
+    raw[3, :2] = np.array([np.inf], dtype=np.float16).view(np.uint8)
+    path = saved_gguf(tmp_path / "x.gguf", arrays | {WEIGHT: (raw, "Q8_0")})
+    assert f"NaN or infinity in '{WEIGHT}'" in refusal(load_module, empty(FLUX2), [path], check_finite=True)
+    path, _ = gguf_file(tmp_path / "y.gguf", layers, state)
+    load_module(empty(FLUX2), [path], check_finite=True)
 
 
 def test_pipeline_takes_a_quantised_transformer(tmp_path):

@@ -5,8 +5,8 @@
 A format is told by the first of these that applies: the type is one of GGUF's; there is a `quant_state` of bitsandbytes; the
 header's `_quantization_metadata` names it (Black Forest Labs); a tensor `L.comfy_quant` does (ComfyUI); there is a marker
 `scaled_fp8` or the spelling `scale_weight` (ComfyUI, earlier); `L.weight_scale_inv` (Hugging Face), or `L.weight_scale` by its
-shape (diffusers); the type is float8, without a scale (a plain cast). All else is not quantised. No two of the notes that
-name formats may be in one network's file: one of them would be wrong.
+shape (diffusers); the type is float8, without a scale (a plain cast). All else is not quantised. Some programs write several
+notes into one file: none may contradict another.
 """
 
 import json
@@ -130,7 +130,7 @@ def _refusal(info: TensorInfo, layer: str, what: str) -> UserError:
 
 
 def _notes(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[str | None, dict[str, dict]]:
-    """Who says how layers are kept, and what is said: layer -> {"format": ...}. UserError if more than one does."""
+    """Who says how layers are kept, and what is said: layer -> {"format": ...}. UserError if two say different things."""
     states = {match[1]: dict(name=info.name) for name, info in infos.items() if (match := nf4.STATE.fullmatch(name))}
     comfy = {name.removesuffix(f".{COMFY}"): info for name, info in infos.items() if name.endswith(f".{COMFY}")}
     scaled = [info for info in infos.values() if re.search(r"\.scale_weight$|(^|\.)scaled_fp8$", info.name)]
@@ -139,18 +139,24 @@ def _notes(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tupl
     if not told_by:
         return None, {}
     file = next(iter(infos.values())).file
-    if len(told_by) > 1:
+    if states and len(told_by) > 1:
         raise UserError(f"{file} says how its layers are quantised in {len(told_by)} ways, of which one must be wrong: "
                         f"{' and '.join(told_by)}; get it from where it was made.")  # fmt: skip
-    try:
-        if in_header:
-            return METADATA, _checked(json.loads(metadata[METADATA])["layers"])
-        if comfy:
-            return COMFY, _checked(_read(comfy))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, SafetensorError) as error:
-        raise UserError(f"{file} has a damaged {told_by[0]} ({error!s:.80}); download it again.") from error
     if states:
         return BNB, states
+    try:
+        header = _checked(json.loads(metadata[METADATA])["layers"]) if in_header else {}
+        by_layer = _checked(_read(comfy))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, SafetensorError) as error:
+        raise UserError(f"{file} has a damaged {told_by[0]} ({error!s:.80}); download it again.") from error
+    if in_header or comfy:  # each names a format for each layer, and the marker adds nothing to that
+        ours = {info.name.removesuffix(".weight"): name.removesuffix(".weight") for name, info in infos.items()}
+        header = {ours.get(layer, layer): note for layer, note in header.items()}
+        for layer in header.keys() & by_layer.keys():
+            if header[layer]["format"] != by_layer[layer]["format"]:
+                formats = f"{header[layer]['format']:.60} by {METADATA}, and {by_layer[layer]['format']:.60} by {COMFY}"
+                raise UserError(f"{file} contradicts itself: {layer!r:.120} is {formats}; get it from where it was made.")
+        return told_by[0], by_layer | header
     # The marker is for all float8 weights. Two elements in it mean that activations are not to be rounded.
     wide = any(info.name.endswith(SCALED) and info.shape == (2,) for info in scaled)
     float8 = {name.removesuffix(".weight"): info.dtype for name, info in infos.items() if info.dtype in FP8}
