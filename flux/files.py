@@ -26,6 +26,8 @@ IMPOSTORS = (  # how a file begins that is something else, and what that is
     (rb"PK\x03\x04|\x80[\x02-\x05]", "a zip or a pickle (.pt, .ckpt), which could run code; get it as safetensors"),
     (rb"GGUF", "a GGUF file, in which only transformers and text encoders are read; get it as safetensors"),
     (rb"\s*\{", "a JSON text, not weights"),
+    (rb"Invalid username|Entry not found|Access to |Repository not found", "what Hugging Face answers where it sends no file"),
+    (rb"\x1f\x8b", "a gzip file; unpack it"),
 )
 
 
@@ -87,7 +89,7 @@ def _header_text(path: Path) -> tuple[bytes, int]:
     if size == 0:
         raise UserError(f"{path} is empty; download it again.")
     if start[8:9] != b"{":  # asked first, because a true length may look like anything: 640 bytes like a pickle
-        what = next((what for pattern, what in IMPOSTORS if re.match(pattern, start)), "unknown, or damaged")
+        what = next((what for pattern, what in IMPOSTORS if re.match(pattern, start)), "unknown, or damaged; get it again")
         raise UserError(f"{path} is not a safetensors file: it is {what}.")
     if length > MAX_HEADER:
         raise UserError(f"{path} is not a safetensors file: its header would be {length:,} bytes long.")
@@ -137,7 +139,7 @@ def _shard_names(index: Path) -> list[str]:
     if not names:
         raise UserError(f"{index} is not an index of safetensors files: it has no `weight_map` of file names.")
     for name in names:  # an index comes from elsewhere: it may not reach out of its folder
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,200}\.safetensors", name):
             raise UserError(f"{index} names {name!r:.120}, which is not the plain name of a safetensors file.")
     return names
 
@@ -159,7 +161,7 @@ def find(repository: str, filename: str, weights: Path | None = None, licence: s
     if path := _in_folder(repository, filename, weights) or _in_cache(repository, filename):
         return path
     get = f"get it from https://huggingface.co/{repository}" + (f" under {licence}" if licence else "")
-    if folder := _weights_folder(weights):
+    if folder := weights_folder(weights):
         places = " or ".join(str(folder / home / filename) for home in ("", repository.split("/")[-1], repository))
         raise UserError(f"{filename} of {repository} is neither at {places} nor in the Hugging Face cache; {get}, or "
                         "leave --weights and $FLUX_WEIGHTS out to have it downloaded.")  # fmt: skip
@@ -190,23 +192,35 @@ def is_local(repository: str, filename: str, weights: Path | None = None) -> boo
     return all((path.parent / name).is_file() for name in _shard_names(path))
 
 
-def _weights_folder(weights: Path | None) -> Path | None:
+def weights_folder(weights: Path | None) -> Path | None:
+    """The folder that is given, if one is; UserError if there is none such."""
     given = weights or os.environ.get("FLUX_WEIGHTS")
-    folder = Path(given).expanduser() if given else None
-    if folder and not folder.is_dir():
-        raise UserError(f"{folder}, given by {'--weights' if weights else '$FLUX_WEIGHTS'}, is not a folder.")
-    return folder
+    if not given:
+        return None
+    source = f"{given}, given by {'--weights' if weights else '$FLUX_WEIGHTS'},"
+    try:
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{source} is not a folder.")
+        return folder
+    except RuntimeError as error:  # of a ~ that is nobody's
+        raise UserError(f"{source} is not a folder: {error}") from error
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}.") from error
 
 
 def _in_folder(repository: str, filename: str, weights: Path | None) -> Path | None:
-    folder = _weights_folder(weights)
+    folder = weights_folder(weights)
     if folder is None:
         return None
     # As on the hub, capitals do not matter. A repository's own folder comes first: a flat one may hold another's file.
     names = (repository.lower(), repository.lower().split("/")[-1])
-    below = (*folder.glob("*/*"), *folder.glob("*"))
-    homes = [home for home in below if home.relative_to(folder).as_posix().lower() in names]
-    return next((home / filename for home in (*homes, folder) if (home / filename).is_file()), None)
+    try:
+        below = (*folder.glob("*/*"), *folder.glob("*"))
+        homes = [home for home in below if home.relative_to(folder).as_posix().lower() in names]
+        return next((home / filename for home in (*homes, folder) if (home / filename).is_file()), None)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def _in_cache(repository: str, filename: str) -> Path | None:

@@ -25,11 +25,15 @@ def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelS
     config = infer_config(Path(transformer))
     if name is not None:
         spec = MODELS[name.lower()]
-        if config.context_dim != spec.transformer.context_dim or config.vector_dim != spec.transformer.vector_dim:
+        if config.context_dim != spec.transformer.context_dim:
             raise UserError(
                 f"--transformer {transformer} reads text of width {config.context_dim}, but the text encoder of {spec.name} "
                 f"gives {spec.transformer.context_dim}: choose another --model, or leave it out"
             )
+        if config.vector_dim != spec.transformer.vector_dim:
+            reads, gives = (f"a pooled text of {c.vector_dim or 'no'} numbers" for c in (config, spec.transformer))
+            raise UserError(f"--transformer {transformer} reads {reads}, and {spec.name} gives {gives}: if no other --model "
+                            "does, it is of a kind that is not made here")  # fmt: skip
         if config.in_channels != spec.transformer.in_channels:
             raise UserError(
                 f"--transformer {transformer} takes {config.in_channels} channels and {spec.name} "
@@ -59,8 +63,8 @@ def with_transformer(spec: ModelSpec, config: FluxConfig) -> ModelSpec:
 def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
     """FLUX.2 has a second, narrower decoder for the same latents: tell them apart by the width of its first layer."""
     infos, _ = read_header(path)
-    width = infos["decoder.conv_in.weight"].shape[0] if "decoder.conv_in.weight" in infos else 0
-    return replace(config, decoder_ch=width // config.ch_mult[-1] or None)
+    shape = infos["decoder.conv_in.weight"].shape if "decoder.conv_in.weight" in infos else ()
+    return replace(config, decoder_ch=shape[0] // config.ch_mult[-1] or None if shape else None)
 
 
 def locate(spec: ModelSpec, weights: Path | None, given: Mapping[str, list[Path]]) -> dict[str, list[Path] | Path]:

@@ -19,12 +19,24 @@ from flux.errors import UserError
 from flux.files import shard_files
 from flux.images import to_images
 from flux.inputs import as_mask, as_picture
-from flux.memory import OFFLOAD, Offload, Plan, Weights, Work, can_compile, choose_device, choose_dtype, plan, room_on
+from flux.memory import (
+    OFFLOAD,
+    Offload,
+    Plan,
+    Weights,
+    Work,
+    can_compile,
+    check_vram,
+    choose_device,
+    choose_dtype,
+    plan,
+    room_on,
+)
 from flux.merging import MergedLoras
 from flux.models import find_spec, locate, with_decoder_of
 from flux.network import Network
 from flux.options import Guidance, check_cfg, check_count, check_guidance, check_scale, check_size, check_steps
-from flux.quantization import FP8Linear
+from flux.quantization import FP8Linear, QuantizedLinear
 from flux.quantization.compress import KINDS
 from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
 from flux.text import TextFeatures, text_encoder
@@ -91,6 +103,8 @@ class Economy:
             raise UserError(f"--quantize {self.quantize!s:.40} is unknown; choose from {', '.join(KINDS)}")
         if self.offload is not None and self.offload not in OFFLOAD:
             raise UserError(f"--offload {self.offload!s:.40} is unknown; choose from {', '.join(OFFLOAD)}")
+        if self.vram is not None:
+            check_vram(self.vram)
         if self.tile is not None and not (self.tile >= 256 and self.tile % 16 == 0):
             raise UserError(f"--tile {self.tile}: the side of a tile is a multiple of 16, and 256 pixels at least")
 
@@ -202,7 +216,7 @@ class Pipeline:
         room = room_on(self.device)
         held = sum(network.held for network in (*self.text.networks, self.transformer, self.autoencoder))  # and counted there
         decided = plan(self.spec, stages, work, room._replace(device=room.device + held), self.economy.offload,
-                       self.economy.vram, quantizable=not self.economy.quantize)  # fmt: skip
+                       self.economy.vram, quantizable=self._quantizable)  # fmt: skip
         self.resident = decided.offload == "none"
         if not self.resident:  # what was loaded by itself, or when there was room, or was left by an interruption
             for network in self.networks:
@@ -212,6 +226,11 @@ class Pipeline:
             network.hold(decided.resident["text encoder"] if network.lists else None)
         self.prepared = work
         return decided
+
+    @property
+    def _quantizable(self) -> bool:
+        """Whether --quantize would still be taken."""
+        return not self.economy.quantize and not any(isinstance(m, QuantizedLinear) for m in self.transformer.shapes.modules())
 
     def _work(self, given: Conditions, steps: int | None, batch: int, pictured: int = 0) -> Work:
         count = lambda tokens: 0 if tokens is None else tokens.shape[1]  # noqa: E731

@@ -1,5 +1,6 @@
 """Prompt -> text features: the tokenizers and encoders of a family, loaded when a new prompt needs them."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def clip_unread(name: str) -> bool:
 
 def language_model_unread(name: str, last: int) -> bool:
     """Everything above the last layer that is read, and what Mistral Small sees pictures with."""
-    if name.startswith("layers."):
-        return int(name.split(".")[1]) >= last
+    if layer := re.match(r"layers\.(\d+)\.", name):
+        return int(layer[1]) >= last
     parts = ("norm.", "lm_head.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.")
     return name.removeprefix("model.").startswith(parts)

@@ -77,6 +77,10 @@ def load_module(
     for path, layer in layers.items():
         module.set_submodule(path, layer)
     module.requires_grad_(False).load_state_dict(tensors, strict=True, assign=True)
+    for path, layer in layers.items() if check_finite else ():  # scales may be inside of bytes
+        if not layer.dequantize().isfinite().all():
+            source = sources[f"{path}.weight"]
+            raise UserError(f"{source.file} has NaN or infinity in {source.name!r:.120}; download it again.")
     module.eval()
 
 
@@ -122,6 +126,8 @@ def _merged_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict[
 
 def _is_gguf(file: Path) -> bool:
     try:
+        if not file.is_file():  # a pipe would have to be waited for
+            return False
         with open(file, "rb") as start:
             return start.read(4) == b"GGUF"
     except OSError:  # which reading the header will tell

@@ -367,8 +367,10 @@ def save_latents(picture: Path, latents, metadata: dict) -> None:
 
 def list_models(weights: Path | None) -> int:
     from flux.configs import MODELS
+    from flux.files import weights_folder
     from flux.models import is_here, parameters
 
+    weights_folder(weights)
     print(f"{'name':24}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
     for spec in MODELS.values():
         here = "yes" if is_here(spec, weights) else "no"

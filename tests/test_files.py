@@ -51,6 +51,8 @@ def test_length_of_a_header_may_look_like_another_format(tmp_path, length):
     (b"\x80\x02}q\0(X\x06\0\0\0", "pickle"),
     (b"GGUF\x03\0\0\0" + b"\0" * 60, "GGUF"),
     (b'{"weight_map": {"a": "b"}}', "JSON"),
+    (b"Invalid username or password.", "Hugging Face answers"),
+    (b"\x1f\x8b\x08\0\0\0\0\0", "a gzip file"),
     (struct.pack("<Q", 1 << 40) + b"{}", "header would be"),
     (struct.pack("<Q", 5000) + b'{"a":', "truncated"),
 ])
@@ -181,6 +183,14 @@ def test_file_that_a_given_folder_lacks_is_not_downloaded(tmp_path, monkeypatch)
     assert "--weights, is not a folder" in refusal(find, REPOSITORY, FILE, tmp_path / "none")
     monkeypatch.setenv("FLUX_WEIGHTS", str(touch(tmp_path / FILE)))
     assert "$FLUX_WEIGHTS, is not a folder" in refusal(find, REPOSITORY, FILE)
+
+
+def test_a_folder_that_must_not_be_read_is_told(tmp_path, monkeypatch):
+    def glob(self, pattern):
+        raise PermissionError(13, "Permission denied", str(self / "locked"))
+
+    monkeypatch.setattr(type(tmp_path), "glob", glob)
+    assert f"{tmp_path / 'locked'} cannot be read: Permission denied" in refusal(find, REPOSITORY, FILE, tmp_path)
 
 
 def test_index_is_local_when_its_shards_are(tmp_path):

@@ -248,6 +248,10 @@ def test_prompt_beyond_the_limit_is_cut_and_the_loss_noted_once(cli):
     (("--model", "flux.2-klein-4b", "--guidance", 3), ("flux.2-klein-4b takes no --guidance", "distilled", "base")),
     (("--model", "flux.2-klein-base-4b", "--cfg-scale", 3), ("--cfg-scale 3", "--guidance")),
     (("--model", "flux.1-dev", "--weights", "none"), ("none, given by --weights, is not a folder",)),
+    (("--model", "flux.1-dev", "--weights", "~nobody/flux"), ("~nobody/flux, given by --weights, is not a folder",)),
+    (("--list-models", "--weights", "none"), ("none, given by --weights, is not a folder",)),
+    (("--model", "flux.1-dev", "--vram", -1), ("--vram -1: give the gigabytes",)),
+    (("--model", "flux.1-dev", "--vram", "nan"), ("--vram nan: give the gigabytes",)),
 ])  # fmt: skip
 def test_wrong_request_is_told(cli, arguments, words):
     if "a.png" in arguments:

@@ -4,6 +4,7 @@ The truth: what `safetensors` itself writes and reads, and the shapes of the rel
 """
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +196,11 @@ def test_damaged_bytes_are_refused_or_change_nothing_but_themselves(sound, data)
     true = {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in tiny_tensors().items()}
     changed = sum(int((as_bytes[name] != true[name]).sum()) for name in true)
     assert changed == (0 if where < header_end else 1)
+
+
+def test_a_pipe_is_told_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    assert "special file" in refusal(load_module, meta(), [tmp_path / "x.safetensors"])
 
 
 def test_shards(tmp_path):
