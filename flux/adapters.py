@@ -48,7 +48,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(network: Flux, rank: int, targets: Sequence[str] = ("*",)) -> list[str]:
-    """Freeze the network, and put a LoRALinear in place of each Linear of a block that a pattern names; returns their paths."""
+    """Freeze the network, and put a LoRALinear in place of each Linear of attention and MLP that a pattern names: the paths."""
     network.requires_grad_(False)
     linears = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear | QuantizedLinear)]
     able = [path for path in linears if _layer(path) in LAYERS]

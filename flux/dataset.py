@@ -28,6 +28,7 @@ from flux.training import Batch, generator, load, write
 # ---------------------------------------------------------------------------------------------------------- folders and sizes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
+KEYS = {"image", "caption", "references", "control", "mask"}  # of a line of metadata.jsonl
 LONGEST = 4  # one side may be so many times the other
 
 
@@ -58,28 +59,36 @@ def read_folder(folder: Path) -> list[Item]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a text in UTF-8 that can be read ({error})") from None
+        return path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its name and its rights") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text in UTF-8 ({error}): save it as UTF-8") from None
 
 
 def _listed(path: Path) -> list[Item]:
     """A line: {"image": "b.png", "caption": "...", "references": ["a.png"]}, with paths from the folder of the list; in place
     of references, "control" or "mask" may name a picture."""
     items = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    text = _text(path)
+    for number, line in enumerate(text.split("\n") if text else (), start=1):  # not at what else Unicode has for a new line
         try:
             entry = json.loads(line)
+            if strange := entry.keys() - KEYS:
+                raise UserError(f"{path}, line {number}, has {some(sorted(map(repr, strange)))}, which means nothing here: the "
+                                f"names are {', '.join(sorted(KEYS))}")  # fmt: skip
             image, caption, references = entry["image"], entry["caption"].strip(), entry.get("references", [])
             files = [path.parent / name for name in (image, *references)]
             others = {kind: path.parent / entry[kind] for kind in ("control", "mask") if kind in entry}
             if not caption or not isinstance(references, list):
                 raise ValueError
+        except UserError:
+            raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}, is not {{"image": FILE, "caption": TEXT}}, with "references": [FILE, ...] '
                             f'for an edit, "control": FILE or "mask": FILE: {line!r:.120}') from None  # fmt: skip
         if missing := [str(file) for file in (*files, *others.values()) if not file.is_file()]:
-            raise UserError(f"{path}, line {number}, names {some(missing)}, which does not exist")
+            raise UserError(f"{path}, line {number}, names {some(missing)}, where there is no file")
         items.append(Item(files[0], caption, tuple(files[1:]), **others))
     if not items:
         raise UserError(f"{path} is empty: it should list pictures and their captions")
@@ -92,7 +101,8 @@ def bucket(width: int, height: int, size: int) -> tuple[int, int]:
     The longer side comes in steps of a sixteenth of `size`, so that many pictures share a size, and a batch.
     """
     step = max(16, size // 256 * 16)
-    long = max(size, step * round(size * math.sqrt(max(width, height) / min(width, height)) / step))
+    longer = size * math.sqrt(max(width, height) / min(width, height)) - size
+    long = size + step * round(longer / step)
     short = max(64, 16 * round(size * size / long / 16))
     return (long, short) if width >= height else (short, long)
 
@@ -148,11 +158,13 @@ class Cache:
     def latents(self, path: Path, reference: bool = False) -> Path:
         """Of a picture, (C, h, w), float32."""
         file = self._file("latents", self.content_of(path), reference, self.size, self.pixels_by)
-        if not file.exists():
+        if not sound(file):
             picture = inputs.read_picture(path)
             if max(picture.size) > LONGEST * min(picture.size):
                 raise UserError(f"{path} is {picture.width}x{picture.height}: one side may be at most {LONGEST} times the "
                                 "other; crop it")  # fmt: skip
+            if reference and not self.pipe.spec.flux1:
+                inputs.check_reference(picture, str(path))
             if not reference and 4 * picture.width * picture.height < self.size**2:
                 warnings.warn(f"{path} is {picture.width}x{picture.height}, and enlarged for --size {self.size}", stacklevel=2)
             fitted = fit_reference(self.pipe.spec, picture, self.size) if reference else fit(picture, self.size)
@@ -164,7 +176,7 @@ class Cache:
         other, spec = item.control or item.mask, self.pipe.spec
         contents = [self.content_of(path) for path in (item.picture, other) if path]
         file = self._file("channels", contents, spec.picture, spec.control, self.size, self.pixels_by)
-        if not file.exists():
+        if not sound(file):
             picture = beside = inputs.read_picture(item.picture)
             if spec.picture == "fill":
                 beside = inputs.read_mask(item.mask) if item.mask else a_mask(picture.size, contents[0])
@@ -173,6 +185,8 @@ class Cache:
             if beside.size != picture.size:
                 raise UserError(f"{other} is {beside.width}x{beside.height}, and {item.picture} {picture.width}x"
                                 f"{picture.height}: make them of one size")  # fmt: skip
+            if spec.picture == "fill" and not beside.getextrema()[1]:
+                raise UserError(f"{item.mask} is black all over, so that nothing is filled in: paint white what is to be")
             picture, beside = fit(picture, self.size), fit(beside, self.size)
             if spec.picture == "fill":
                 mask = to_mask(beside)
@@ -190,10 +204,13 @@ class Cache:
     def features(self, caption: str, name: str = "--prompt") -> Path:
         """Of a caption, (T, D) and, in FLUX.1, the pooled (V,); `name` is for what the tokenizer may have to say."""
         file = self._file("text", caption, self.text_by)
-        if not file.exists():
+        if not sound(file):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                features = self.pipe.text.encode([caption])
+                try:
+                    features = self.pipe.text.encode([caption])
+                except UserError as error:
+                    raise UserError(f"{name}: {error}") from None
             for warning in caught:
                 warnings.warn(f"{name}: {warning.message}", stacklevel=2)
             self.pipe.text.known.pop(caption)  # the file keeps it
@@ -202,6 +219,14 @@ class Cache:
 
     def _file(self, kind: str, *parts) -> Path:
         return self.folder / f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"
+
+
+def sound(file: Path) -> bool:
+    """Whether it is there, and whole: what is damaged is made anew."""
+    try:
+        return file.exists() and bool(read_header(file))
+    except UserError:
+        return False
 
 
 def content_of(path: Path) -> str:

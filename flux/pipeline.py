@@ -1,5 +1,6 @@
 """Prompt -> tokens -> features -> noise -> velocity -> latents -> picture: the steps in order, and what is in memory when."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -207,7 +208,7 @@ class Pipeline:
         for network in self.networks:  # what an interruption left, since nothing else leaves a ring behind
             if network.resident is not None:
                 network.release()
-        work = self._work(conditions or Conditions(height or self.spec.size, width or self.spec.size), steps, batch, pictured)
+        work = self._work(conditions or self._nothing(width, height), steps, batch, pictured)
         text = reduce(Weights.beside, (network.weights for network in self.text.networks))
         stages = {"text encoder": text, "transformer": self.transformer.weights, "autoencoder": self.autoencoder.weights}
         if pictured:
@@ -226,6 +227,14 @@ class Pipeline:
             network.hold(decided.resident["text encoder"] if network.lists else None)
         self.prepared = work
         return decided
+
+    def _nothing(self, width: int | None, height: int | None) -> Conditions:
+        size = self.spec.size
+        return Conditions(*check_size(size if height is None else height, size if width is None else width))
+
+    def stay(self) -> None:
+        """Have no network leave memory from here on, whatever is made: the transformer may be one that is being trained."""
+        self.resident, self.prepared = True, Work(*[sys.maxsize] * 6)
 
     @property
     def _quantizable(self) -> bool:
@@ -278,8 +287,11 @@ class Pipeline:
         """File -> its patches, as `flux.lora` makes them, and their scale."""
         return self._merged.files
 
-    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+    def encode(self, prompts: str | Sequence[str]) -> TextFeatures:
         """Prompts -> features, kept for the next time."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("there is nothing to encode: give at least one prompt")
         if self.prepared is None:
             self.prepare()
         features = self.text.encode(prompts)
@@ -316,8 +328,8 @@ class Pipeline:
                cfg_scale: Guidance | None = None, callback: Callback | None = None,
                conditions: Conditions | None = None) -> Tensor:  # fmt: skip
         """Features (B prompts) and B seeds -> latents (B, C, height/16, width/16), float32; `conditions` bring their size."""
-        spec, given = self.spec, conditions or Conditions(height or self.spec.size, width or self.spec.size)
-        if (width or given.width, height or given.height) != (given.width, given.height):
+        spec, given = self.spec, conditions or self._nothing(width, height)
+        if (width, height) not in ((given.width, given.height), (None, None)):
             raise UserError(f"the pictures were made ready for {given.width}x{given.height}: leave --width and --height out")
         if conditions is None and spec.picture in conditioning.NEEDY:
             raise UserError(f"{spec.name} needs a picture: give it with --image FILE")
@@ -330,6 +342,8 @@ class Pipeline:
         embedded = None if spec.cfg or guidance is None else at_each(guidance)
         scales = at_each(guidance if spec.cfg else check_scale(cfg_scale, steps))
         times = sampling.from_strength(times, given.strength)
+        if negative is None and max(scales.values()) > 1:
+            negative = self.encode([""])
 
         latents = sampling.noise(seeds, spec.autoencoder.latent_channels, h, w, spatial=spec.flux1)
         x, blend = self._start(latents, times[0].item(), given)  # (B, L, C)

@@ -15,16 +15,18 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flux.errors import UserError
+from flux.memory import choose_device
 from flux.transformer import DoubleBlock, Flux, Modulator, SingleBlock
 
 
 def join(device: str | None) -> str | None:
-    """If torchrun started this process, be one of many from here on; returns its device."""
-    if "WORLD_SIZE" not in os.environ:
+    """If torchrun started this process, be one of many from here on; returns its device. UserError if it is not there."""
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return device
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device and device.startswith("cuda:"):
+    if device is not None and choose_device(device).type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device and device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
     return device
@@ -37,12 +39,21 @@ def leave() -> None:
 
 @contextmanager
 def one_before_the_others() -> Iterator[None]:
-    """The first process does what stands in the block, and then the others."""
+    """The first process does what stands in the block, and then the others; where it has a UserError, all have it."""
+    told: list[str | None] = ["the first process was stopped"]
     if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and world() > 1:
-        dist.barrier()
+        dist.broadcast_object_list(told)
+        if told[0] is not None:
+            raise UserError(told[0])
+    try:
+        yield
+        told[0] = None
+    except UserError as error:
+        told[0] = str(error)
+        raise
+    finally:
+        if rank() == 0 and world() > 1:
+            dist.broadcast_object_list(told)
 
 
 def rank() -> int:

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from flux import sampling
 from flux.adapters import add_lora
 from flux.configs import ModelSpec
-from flux.errors import NonFiniteError, UserError
+from flux.errors import NonFiniteError, UserError, WriteError
 from flux.files import read_header
 from flux.processes import mean_of_all, own, part, rank, whole
 from flux.text import TextFeatures
@@ -160,7 +160,7 @@ class Trainer:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = optimizer_of(kind)(self.parameters.values(), rate, (0.9, 0.99), weight_decay=weight_decay)
         self.average = {} if ema is None else {name: p.detach().clone() for name, p in self.parameters.items()}
-        for left in path.parent.glob(f".{path.name}.*.part"):  # by a run that was killed while it wrote
+        for left in path.parent.glob(".*.safetensors.*.part"):  # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
         if path.exists():
             self.restore()
@@ -211,6 +211,10 @@ class Trainer:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.parameters[name].copy_(part(value, self.parameters[name]))
+
+    def saved_step(self) -> int:
+        """The step of the checkpoint; 0 if there is none."""
+        return int(read_header(self.path)[1]["step"]) if self.path.exists() else 0
 
     def save(self) -> None:
         tensors = {f"model.{name}": p for name, p in self.parameters.items()}
@@ -275,6 +279,8 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def load(path: Path) -> dict[str, Tensor]:
+    """UserError for a file that is damaged, or none."""
+    read_header(path)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
@@ -284,7 +290,8 @@ def take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Atomically: whatever happens, there is the old file or the new one. UserError if the disk is full."""
+    """Atomically: whatever happens, there is the old file or the new one. WriteError if the disk is full, or may not be
+    written to."""
     if rank() > 0:
         for tensor in tensors.values():
             whole(tensor.detach())  # the first process asks for it
@@ -300,7 +307,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
             os.fsync(file.fileno())
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} could not be written ({error}), and is as it was before: make room on its disk") from None
+        forbidden = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError)
+        help = "check the folder and its rights" if forbidden else "make room on its disk"
+        raise WriteError(f"{path} could not be written ({error}), and is as it was before: {help}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -20,8 +20,16 @@ from PIL import Image
 from flux import shapes
 
 
-def main() -> None:
-    args = arguments()
+def main() -> int:
+    try:
+        draw_all(arguments())
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw_all(args: argparse.Namespace) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
     style = shapes.framed if args.framed else lambda picture: picture
@@ -52,10 +60,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         parser.error(f"{args.folder} has something in it: name a folder that is new or empty")
-    if args.pictures < 1 or args.size < 64 or args.seed < 0:
-        parser.error("--pictures is 1 at least, --size 64, and --seed 0")
+    if args.pictures < 1 or not 64 <= args.size <= 4096 or args.seed < 0:
+        parser.error("--pictures is 1 at least, --size from 64 to 4096, and --seed 0 at least")
     return args
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

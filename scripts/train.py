@@ -38,7 +38,7 @@ from tqdm import tqdm
 import flux
 from flux import adapters, dataset, distillation, processes, training
 from flux.conditioning import Conditions
-from flux.errors import NonFiniteError, UserError
+from flux.errors import NonFiniteError, UserError, WriteError
 from flux.files import shard_files
 from flux.text import TextFeatures
 from flux.transformer import Flux
@@ -51,8 +51,10 @@ def main() -> int:
     warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
     try:
         return train(args)
-    except (UserError, NonFiniteError) as error:
+    except UserError as error:
         return fail(str(error))
+    except NonFiniteError as error:
+        return fail(str(error), 1)
     except OSError as error:
         return fail(f"{error.filename or args.run}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -68,6 +70,8 @@ def main() -> int:
 def train(args: argparse.Namespace) -> int:
     # 1. what is asked for, and what that takes
     check_numbers(args)
+    if args.run.resolve() == args.pictures.resolve():
+        raise UserError(f"{args.run} holds the pictures: name another folder for the run, where it puts pictures of its own")
     items = dataset.read_folder(args.pictures)
     pipe = load(args)
     settle(args, pipe, items)
@@ -79,16 +83,17 @@ def train(args: argparse.Namespace) -> int:
     with processes.one_before_the_others():  # these find all of it in the cache
         examples = encode(args, cache, items)
         empty = cache.features("")
-        samples = prepare_samples(args, cache, list(examples.values())) if args.sample_every else []
+        samples = prepare_samples(args, cache, examples) if args.sample_every else []
     pipe.text.release()
     pipe.encoder.release()
+    pipe.stay()
 
     # 3. the network
     torch.manual_seed(args.seed)
     teacher, network = begin(args, pipe)
     network = adapted(args, network, pipe.device)
     trainer = training.Trainer(
-        network, args.run / "checkpoint.safetensors", about(args, pipe, examples.values()), steps=args.steps, rate=args.lr,
+        network, args.run / "checkpoint.safetensors", about(args, pipe, examples), steps=args.steps, rate=args.lr,
         warmup=args.warmup, ema=args.ema, kind=args.optimizer,
     )  # fmt: skip
     count = sum(p.numel() for p in trainer.parameters.values())
@@ -96,8 +101,7 @@ def train(args: argparse.Namespace) -> int:
         + (f"; goes on at step {trainer.step}" if trainer.step else ""))  # fmt: skip
 
     # 4. the steps
-    draws = dataset.Draws(list(examples.values()), args.batch, args.seed, len(pipe.spec.transformer.axes_dim), empty,
-                           args.drop_captions)  # fmt: skip
+    draws = dataset.Draws(examples, args.batch, args.seed, len(pipe.spec.transformer.axes_dim), empty, args.drop_captions)
     code = run(args, pipe, network, teacher, trainer, draws, samples)
     if code:
         return fail(f"stopped at step {trainer.step}, and saved; the same command goes on from there", code)
@@ -131,18 +135,20 @@ def about(args: argparse.Namespace, pipe: flux.Pipeline, examples) -> dict[str, 
 # ---------------------------------------------------------------- pictures and captions
 
 
-def encode(args: argparse.Namespace, cache: dataset.Cache, items: list[dataset.Item]) -> dict[dataset.Item, dataset.Example]:
-    examples = {}
+def encode(args: argparse.Namespace, cache: dataset.Cache, items: list[dataset.Item]) -> list[dataset.Example]:
+    examples = []
     for item in tqdm(items, desc="encoding", unit="picture", disable=None):
         try:
-            examples[item] = cache.example(item)
+            examples.append(cache.example(item))
+        except WriteError:
+            raise
         except UserError as error:
             if not args.skip_broken:
                 raise UserError(f"{error} (or leave such pictures out, with --skip-broken)") from None
             say(f"note: left out: {error}")
     if not examples:
         raise UserError(f"{args.pictures}: none of the {len(items)} pictures can be read")
-    sizes = Counter(f"{16 * e.shape[0][2]}x{16 * e.shape[0][1]}" for e in examples.values())
+    sizes = Counter(f"{16 * e.shape[0][2]}x{16 * e.shape[0][1]}" for e in examples)
     say(f"{len(examples)} pictures: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common()))
     return examples
 
@@ -238,10 +244,10 @@ def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teacher: F
             try:
                 losses = (partial(loss_of, args, pipe, network, teacher, draws, number) for number in numbers)
                 value, length = trainer.update(losses)
-            except NonFiniteError as error:
-                trainer.save()
-                raise UserError(f"{error}: the run was stopped, and its {trainer.step} good steps saved; go on with a smaller "
-                                "--lr, or look for what is wrong with the pictures of this step") from None  # fmt: skip
+            except NonFiniteError as error:  # what led here is no state to go on from: the last checkpoint may be
+                saved = trainer.saved_step()
+                again = f"the same command with a smaller --lr goes on from step {saved}" if saved else "take a smaller --lr"
+                raise NonFiniteError(f"{error}: the run was stopped; {again}") from None
             seconds = time.monotonic() - started
             speed = args.batch * args.accumulate / seconds
             bar.update()
@@ -255,8 +261,11 @@ def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teacher: F
                 if shown:
                     log.plot()
             if samples and not halted and (last or trainer.step % args.sample_every == 0):
-                with trainer.averaged():
-                    draw_samples(pipe, samples, negative, args.run / "samples" / f"{trainer.step:06}.png", args.seed)
+                try:
+                    with trainer.averaged():
+                        draw_samples(pipe, samples, negative, args.run / "samples" / f"{trainer.step:06}.png", args.seed)
+                except NonFiniteError:  # a few steps of a sampler may overflow where the loss is sound
+                    say(f"note: no samples of step {trainer.step}: their latents are not finite")
     return 128 + (stopped or [signal.SIGTERM])[0] if halted else 0
 
 
@@ -286,6 +295,7 @@ def draw_samples(pipe: flux.Pipeline, samples: list[Sample], negative: TextFeatu
     for features, given in samples:
         with training.computing(pipe.device, pipe.dtype):
             made += pipe.decode(pipe.sample(features, [seed], negative=negative, conditions=given))
+    pipe.autoencoder.release()
     sheet = Image.new("RGB", (sum(image.width for image in made), max(image.height for image in made)), "white")
     left = 0
     for image in made:

@@ -26,14 +26,15 @@ def picture(path: Path, width: int = 64, height: int = 64, seed: int = 0) -> Pat
     return path
 
 
-@given(st.integers(64, 4000), st.integers(64, 4000), st.sampled_from([128, 256, 512, 768, 1024]))
+@given(st.integers(64, 4000), st.integers(64, 4000), st.sampled_from(range(128, 2049, 16)))
 def test_buckets(width, height, size):
     if max(width, height) > dataset.LONGEST * min(width, height):
         return
     w, h = dataset.bucket(width, height, size)
     assert w % 16 == 0 and h % 16 == 0 and min(w, h) >= 64
-    assert abs(w * h / size**2 - 1) <= 8 / min(w, h) + 1e-9  # one side is rounded, to 16
+    assert abs(w * h / size**2 - 1) <= 8 * max(w, h) / size**2 + 1e-9  # the shorter side is rounded, to 16
     step = max(16, size // 256 * 16)
+    assert (max(w, h) - size) % step == 0 and dataset.bucket(width, width, size) == (size, size)
     assert abs(max(w, h) - size * math.sqrt(max(width, height) / min(width, height))) <= step / 2 + 1e-9
     assert dataset.bucket(height, width, size) == ((h, w) if width != height else (w, h))
 
@@ -55,6 +56,7 @@ def test_a_folder_of_pictures_with_texts(tmp_path):
     for name, caption in (("b.png", "a cat\n"), ("a.JPG", "  a dog")):
         picture(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(caption)
+    (tmp_path / "a.txt").write_text("a dog", encoding="utf-8-sig")  # as Windows' Notepad may write it
     (tmp_path / "notes.md").write_text("not a picture")
     assert dataset.read_folder(tmp_path) == [
         dataset.Item(tmp_path / "a.JPG", "a dog"), dataset.Item(tmp_path / "b.png", "a cat"),
@@ -69,12 +71,14 @@ def test_a_folder_with_a_list(tmp_path):
         {"image": "a.png", "caption": "day"},
         {"image": "a.png", "caption": "day", "control": "b.png"},
         {"image": "a.png", "caption": "day", "mask": "b.png"},
+        {"image": "a.png", "caption": "a\u2028b\u0085c"},
     ]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8-sig")
     edit = dataset.Item(tmp_path / "b.png", "it is night", (tmp_path / "a.png", tmp_path / "c.png"))
     plain = dataset.Item(tmp_path / "a.png", "day")
     beside = [replace(plain, **{kind: tmp_path / "b.png"}) for kind in ("control", "mask")]
-    assert dataset.read_folder(tmp_path) == [edit, plain, *beside]
+    assert dataset.read_folder(tmp_path) == [edit, plain, *beside, replace(plain, caption="a\u2028b\u0085c")]
 
 
 BAD_LINES = {
@@ -83,7 +87,9 @@ BAD_LINES = {
     "a number": '{"image": 3, "caption": "a"}', "a text": '{"image": "a.png", "caption": "a", "references": "a.png"}',
     "missing": '{"image": "a.png", "caption": "a", "references": ["b.png"]}',
     "missing too": '{"image": "a.png", "caption": "a", "mask": "b.png"}',
+    "missing: a folder": '{"image": ".", "caption": "b.png"}',
     "a list": '{"image": "a.png", "caption": "a", "mask": []}',
+    "misspelt": '{"image": "a.png", "caption": "a", "reference": ["a.png"]}',
 }  # fmt: skip
 
 
@@ -93,7 +99,8 @@ def test_bad_lines_are_told(tmp_path, fault):
     (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "caption": "fine"}\n' + BAD_LINES[fault])
     told = refusal(dataset.read_folder, tmp_path)
     assert "metadata.jsonl, line 2, " in told
-    assert ("b.png, which does not exist" in told) == fault.startswith("missing")
+    assert ("where there is no file" in told) == fault.startswith("missing")
+    assert ("'reference', which means nothing here" in told) == (fault == "misspelt")
 
 
 def test_bad_folders_are_told(tmp_path):
@@ -127,6 +134,24 @@ def test_the_order_of_an_epoch():
 @pytest.fixture(scope="module")
 def toy():
     return flux.load(device="cpu")
+
+
+def test_what_is_damaged_in_the_cache_is_made_anew(tmp_path, toy):
+    cache = dataset.Cache(tmp_path / "cache", toy, 64)
+    item = dataset.Item(picture(tmp_path / "a.png"), "a cat", (picture(tmp_path / "b.png", seed=1),))
+    made = cache.example(item)
+    files = {file: file.read_bytes() for file in (made.latents, made.features, *made.references)}
+    for content in (b"", b"abc"):
+        for file in files:
+            file.write_bytes(content or files[file][:200])
+        assert cache.example(item) == made and all(file.read_bytes() == files[file] for file in files)
+
+
+def test_small_references_and_captions_of_no_text_are_told(tmp_path, toy):
+    cache, large = dataset.Cache(tmp_path / "cache", toy, 64), picture(tmp_path / "a.png")
+    small = picture(tmp_path / "b.png", 10, 12)
+    assert f"{small} is 10x12: both sides must be at least 64" in refusal(cache.example, dataset.Item(large, "a", (small,)))
+    assert "a.png: " in refusal(cache.example, dataset.Item(large, "a \0 cat"))
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from test_pipeline import home, write_tokenizers
 import flux
 from flux import adapters, dataset, models, shapes, training
 from flux.configs import MODELS
+from flux.errors import NonFiniteError, WriteError
 from flux.memory import Room
 from flux.quantization.compress import compress
 from flux.transformer import Flux
@@ -254,7 +255,7 @@ def test_other_pictures_are_another_run(train, whole, tmp_path):
     assert code == 2 and "is of another run: its pictures is " in err
 
 
-def test_nan_stops_the_run_and_keeps_the_last_good_state(train, pictures, tmp_path, monkeypatch):
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(train, pictures, tmp_path, monkeypatch):
     loss = training.rectified_flow_loss
     calls = []
 
@@ -264,9 +265,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_state(train, pictures, tmp_pa
 
     monkeypatch.setattr(training, "rectified_flow_loss", spoiled)
     monkeypatch.setattr(training, "memory", lambda *_: training.Need(0, 0, 0))
-    code, out, err = train(pictures, tmp_path, *LORA)
-    assert (code, out) == (2, "") and "error: at step 4 the loss is nan, and its gradient nan long" in err
-    assert "its 3 good steps saved; go on with a smaller --lr" in err
+    code, out, err = train(pictures, tmp_path, *LORA, "--save-every", 2)
+    assert (code, out) == (1, "") and "error: at step 4 the loss is nan, and its gradient nan long" in err
+    assert "the same command with a smaller --lr goes on from step 2" in err
     assert all(x.isfinite().all() for x in load_file(tmp_path / "checkpoint.safetensors").values())
     monkeypatch.undo()
     monkeypatch.setattr(
@@ -467,6 +468,15 @@ def test_pictures_beside_that_do_not_fit_are_told(train, needy, tmp_path, model,
     flags = ("--model", model, "--weights", needy, "--dtype", "float32", *SMALL, "--lora-rank", 2, "--steps", 2)
     code, _, err = train(tmp_path, tmp_path / "run", *flags)
     assert code == 2 and told in err
+
+
+def test_a_mask_with_nothing_to_fill_in_is_told(train, needy, tmp_path):
+    draw(tmp_path / "0.png", 0)
+    Image.new("L", (64, 64)).save(tmp_path / "black.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"image": "0.png", "caption": "a", "mask": "black.png"}))
+    flags = ("--model", "flux.1-fill-dev", "--weights", needy, "--dtype", "float32", *SMALL, "--lora-rank", 2, "--steps", 2)
+    code, _, err = train(tmp_path, tmp_path / "run", *flags)
+    assert code == 2 and "black.png is black all over" in err
 
 
 def test_a_lora_of_a_quantised_file(train, pictures, tmp_path):
@@ -680,8 +690,63 @@ def test_a_broken_picture_is_named_and_skipped_only_if_asked(train, tmp_path):
     assert code == 0 and f"note: left out: {tmp_path / '1.png'} is damaged" in err and "2 pictures: 2 of 64x64" in err
 
 
+def test_a_run_among_its_pictures_is_told(train, pictures):
+    code, _, err = train(pictures, pictures / "." / "", *LORA)
+    assert code == 2 and "holds the pictures: name another folder" in err
+
+
+def test_a_full_disk_is_no_broken_picture(train, pictures, tmp_path, monkeypatch):
+    def full(path, tensors, metadata=None):
+        raise WriteError(f"{path} could not be written")
+
+    monkeypatch.setattr(dataset, "write", full)
+    code, _, err = train(pictures, tmp_path / "run", *LORA, "--skip-broken")
+    assert code == 2 and "could not be written" in err.splitlines()[-1] and "left out" not in err and "--skip" not in err
+
+
+def test_lines_that_are_alike_count_as_often_as_they_stand(train, tmp_path):
+    draw(tmp_path / "a.png", 1)
+    (tmp_path / "metadata.jsonl").write_text(3 * '{"image": "a.png", "caption": "a"}\n')
+    assert "3 pictures: 3 of 64x64" in train(tmp_path, tmp_path / "run", *LORA, "--steps", 1)[2]
+
+
+def test_a_log_of_something_else_does_not_stop_a_run(train, pictures, tmp_path):
+    (tmp_path / "loss.csv").write_bytes(b"step\n1.0,2,3,4,5,6\n\xff,nan\n")
+    assert train(pictures, tmp_path, *LORA, "--steps", 2)[0] == 0
+    assert [line.split(",")[0] for line in (tmp_path / "loss.csv").read_text().splitlines()] == ["step", "1", "2"]
+
+
+def test_samples_are_those_of_what_is_trained_however_little_memory_there_is(train, pictures, tmp_path, monkeypatch):
+    """Where there is too little for all networks at once, a pipeline lets one go when the next comes; but not this one."""
+    monkeypatch.setattr(training, "memory", lambda *_: training.Need(0, 0, 0))
+    monkeypatch.setattr("flux.pipeline.room_on", lambda device: Room("cpu", 1.2e7))
+    steps = ("--lora-rank", 4, "--lr", 5e-2, "--warmup", 1, "--steps", 8, "--sample-every", 8)
+    assert train(pictures, tmp_path, "--size", 64, *steps, "--prompt", "a red circle")[0] == 0
+    sheet = np.asarray(Image.open(tmp_path / "samples" / "000008.png")).astype(int)
+    monkeypatch.undo()
+    pipe = flux.load(device="cpu")
+    plain, trained = [], []
+    for made in (plain, trained):
+        made += pipe("a red circle", 64, 64)
+        if made is plain:
+            pipe.load_lora(tmp_path / "lora.safetensors")
+    off = [abs(np.asarray(made[0]).astype(int) - sheet).mean() for made in (plain, trained)]
+    assert off[1] < 1 < 10 < off[0]
+
+
+def test_samples_that_are_not_finite_are_no_end(train, pictures, tmp_path, monkeypatch):
+    def denoise(*_):
+        raise NonFiniteError("the latents are not finite")
+
+    monkeypatch.setattr("flux.sampling.denoise", denoise)
+    code, _, err = train(pictures, tmp_path, *LORA, "--sample-every", 3)
+    assert code == 0 and "note: no samples of step 3: their latents are not finite" in err
+
+
 @pytest.mark.parametrize("flags, told", [
     (("--model", "flux.9"), "there is no such model"),
+    (("--seed", 2**64), f"--seed {2**64}: must be at most 2^63 - 1"),
+    (("--model", "flux.1-tiny", "--guidance", "nan"), "--guidance nan: must be from 0 to 100"),
     (("--steps", 0), "--steps 0: must be at least 1"),
     (("--warmup", -1), "--warmup -1: must be at least 0"),
     (("--targets", "*"), "give --lora-rank too"),

@@ -36,7 +36,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     what = p.add_argument_group("what is trained")
     what.add_argument("--lora-rank", type=int, metavar="R", help="a LoRA of this rank (default: all weights, in float32)")
     what.add_argument("--targets", action="append", metavar="PATTERN", help="layers that the LoRA changes, such as "
-                      "'*attn.qkv' (repeatable; default: all matrices of all blocks)")  # fmt: skip
+                      "'*attn.qkv' (repeatable; default: those of attention and MLP)")  # fmt: skip
     what.add_argument("--ema", type=float, metavar="D", help="keep an average of the weights, with this decay, and export that")
     what.add_argument("--distill", metavar="TEACHER", help="a student that is told its guidance, to give in one pass what this "
                       "model, or this transformer FILE, gives in two (begins as its teacher, or --transformer)")  # fmt: skip
@@ -93,6 +93,9 @@ def check_numbers(args: argparse.Namespace) -> None:
     for flag in ("steps", "batch", "accumulate", "save_every", "lora_rank"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    for flag in ("steps", "batch", "accumulate", "save_every", "lora_rank", "warmup", "sample_every", "seed"):
+        if (getattr(args, flag) or 0) >= 2**63:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at most 2^63 - 1")
     for flag in ("warmup", "sample_every", "seed"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 0")
@@ -116,6 +119,8 @@ def check_guidance(args: argparse.Namespace) -> None:
         raise UserError(f"--guidance-range {low:g} {high:g}: must be the lowest and the highest, from 1 to 100")
     if args.guidance_range and not (args.distill or args.guided):
         raise UserError("--guidance-range is for --distill and --guided: add one of them, or leave it out")
+    if args.guidance is not None and not 0 <= args.guidance <= 100:
+        raise UserError(f"--guidance {args.guidance:g}: must be from 0 to 100")
     if args.guidance is not None and (args.guidance_range or args.distill):
         raise UserError("--guidance is one value, where a range is drawn from: leave it out, or give --guidance-range G G")
     if args.distill and (args.guided or args.lora_rank):
@@ -130,7 +135,8 @@ def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.It
     """The defaults that depend on the model; UserError for what it cannot do."""
     if is_quantised(pipe.transformer.shapes):
         if not args.lora_rank:
-            raise UserError(f"{pipe.files['transformer'][0]} {QUANTISED}, or train a LoRA, with --lora-rank")
+            other = "" if args.distill else ", or train a LoRA, with --lora-rank"
+            raise UserError(f"{pipe.files['transformer'][0]} {QUANTISED}{other}")
         if processes.world() > 1:
             raise UserError(f"{pipe.files['transformer'][0]} is quantised, and trained by one process only: leave torchrun out")
     settle_guidance(args, pipe)

@@ -1,6 +1,7 @@
 """What a run of scripts/train.py says, on the terminal and in its folder."""
 
 import csv
+import math
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,13 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
+def _is_of_a_step(row: list[str]) -> bool:
+    try:
+        return len(row) == len(Log.NAMES) and row[0].isdecimal() and all(math.isfinite(float(cell)) for cell in row)
+    except ValueError:
+        return False
+
+
 class Log:
     """loss.csv, a row a step, and the picture of it."""
 
@@ -25,10 +33,14 @@ class Log:
     def __init__(self, path: Path, step: int):
         """Rows after `step` are of a run that was stopped, and whose steps come again. One process of several has a log."""
         self.path = path if processes.rank() == 0 else Path(os.devnull)
-        rows = list(csv.reader(self.path.open())) if self.path.exists() else []
-        self.rows = [row for row in rows[1:] if len(row) == len(self.NAMES) and int(row[0]) <= step]
-        with self.path.open("w", newline="") as file:
+        rows = list(csv.reader(self.path.open(errors="replace"))) if self.path.exists() else []
+        self.rows = [row for row in rows[1:] if _is_of_a_step(row) and int(row[0]) <= step]
+        if self.path.is_char_device() or rows == [list(self.NAMES), *self.rows]:
+            return
+        beside = self.path.with_suffix(".part")
+        with beside.open("w", newline="") as file:
             csv.writer(file).writerows([self.NAMES, *self.rows])
+        beside.replace(self.path)
 
     def add(self, step: int, *numbers: float) -> None:
         self.rows.append([str(step), *(f"{number:.6g}" for number in numbers)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from flux import shapes
 from flux.autoencoder import AutoEncoder, pack
 from flux.configs import AutoEncoderConfig
+from flux.errors import UserError
 from flux.training import load, write
 from recipe.latents import pictures
 from recipe.pictures import busy_picture, contact_sheet, to_pictures, to_pixels
@@ -38,7 +39,10 @@ def train_autoencoder(run: Path, config: AutoEncoderConfig, minutes: float, devi
         if changed := config.scale_factor is not None and "encoder.quant_conv.weight" in tensors:
             model = in_flux1(tensors, config)
         else:
-            model.load_state_dict(tensors)
+            try:
+                model.load_state_dict(tensors)
+            except RuntimeError:  # which lists every key
+                raise UserError(f"{finished if finished.exists() else start} is not an autoencoder of this size") from None
     model.to(device, memory_format=torch.channels_last)
     if finished.exists() or not (minutes or changed):
         return model
