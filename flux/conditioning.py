@@ -272,6 +272,9 @@ def condition(
         fit = inputs.pad_to_16  # nothing is resampled, and the padding is cropped off again
     else:
         fit = lambda p: p.resize((width, height), Image.Resampling.LANCZOS)  # noqa: E731
+        if abs(width - height * size[0] / size[1]) > 16:
+            warnings.warn(f"the picture is {size[0]}x{size[1]}, and stretched to {width}x{height}: leave --width or --height "
+                          "out to keep its shape", stacklevel=3)  # fmt: skip
         picture, mask, size = fit(picture), mask and fit(mask), (width, height)
     threshold = pictures.mask_threshold if spec.picture == "fill" else 0.5  # elsewhere a place changes, or does not
     mask = inputs.harden(mask, threshold) if mask and threshold else mask
@@ -285,6 +288,9 @@ def condition(
     start = encode(pixels)
     if mask:
         whole = replace(whole, mask=latent_mask(to_mask(fit(mask)), start.shape[1], spec.flux1))
+        if not whole.mask.any():
+            raise UserError("the mask's white parts are so thin that they fall between latents, of which there is one for 8 or "
+                            "16 pixels: paint them wider")  # fmt: skip
     if spec.picture == "reference":  # such a model looks at what it changes, too
         others = replace(pictures, images=pictures.images[1:], limit=pictures.limit or min(spec.size, 1024))
         latents = [start] + [encode(to_pixels(p)) for p in fitted(spec, others)]

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -67,16 +67,17 @@ def _xmp(metadata: dict) -> bytes:
     return XMP.format(json.dumps(metadata).replace("]]>", "]]\\u003e")).encode()  # CDATA may not hold its own end
 
 
-def unused(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that does not exist."""
+def unused(path: Path, beside: Sequence[str] = ()) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist, nor does any with a suffix of `beside`."""
     candidate, number = path, 2
-    while candidate.exists():
+    taken = lambda path: path.exists() or path.is_symlink()  # noqa: E731  a link that leads nowhere is there, too
+    while any(map(taken, (candidate, *map(candidate.with_suffix, beside)))):
         candidate, number = path.with_stem(f"{path.stem}-{number}"), number + 1
     return candidate
 
 
-def save(image: Image.Image, path: Path, metadata: dict) -> Path:
-    """Write a picture and its parameters under a new name; returns the name."""
+def save(image: Image.Image, path: Path, metadata: dict, beside: Sequence[str] = ()) -> Path:
+    """Write a picture and its parameters under a new name; returns the name. `beside`: as for `unused`."""
     options: dict = {"format": FORMATS[path.suffix.lower()]}
     if options["format"] == "PNG":
         from PIL import PngImagePlugin  # which Pillow too waits with
@@ -88,17 +89,17 @@ def save(image: Image.Image, path: Path, metadata: dict) -> Path:
         options |= {"quality": 95, "xmp": _xmp(metadata)}
     if options["format"] == "JPEG":
         options["subsampling"] = 0
-    return write_new(path, lambda file: image.save(file, **options))
+    return write_new(path, lambda file: image.save(file, **options), beside)
 
 
-def write_new(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+def write_new(path: Path, write: Callable[[BinaryIO], object], beside: Sequence[str] = ()) -> Path:
     """Have a file written under an `unused` name; returns the name. Atomic: there is a whole file or none."""
     part = path.parent / f".{uuid4().hex}.part"
     try:
         with part.open("xb") as file:
             write(file)
         while True:
-            target = unused(path)
+            target = unused(path, beside)
             try:
                 os.link(part, target)  # fails, where a rename would overwrite, if the name was taken meanwhile
                 return target
@@ -115,6 +116,8 @@ def read_metadata(path: Path) -> dict:
     """The parameters that `save` wrote into a picture."""
     try:
         with Image.open(path) as image:
+            if image.format == "PNG" and KEY not in image.info:
+                image.load()  # other programs may have put it behind the picture
             text = image.info.get(KEY)
             if text is None and (xmp := image.info.get("xmp")):
                 text = xmp.decode("utf-8").partition("<![CDATA[")[2].partition("]]>")[0]
@@ -123,6 +126,8 @@ def read_metadata(path: Path) -> dict:
         raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from None
     except (OSError, TypeError, ValueError, RecursionError, Image.DecompressionBombError):
         raise UserError(
             f"{path} is not a picture that carries flux parameters (were they stripped by another program?)"

@@ -1,6 +1,5 @@
 """The LoRAs of a pipeline: which files, at which scales; merged into its networks anew whenever that changes."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial as bound
 from pathlib import Path
@@ -51,7 +50,7 @@ class MergedLoras:
 
     def _check(self, path: Path, patches: Sequence, scale: float) -> None:
         """UserError for a LoRA that could be merged, but not make sense."""
-        if not math.isfinite(scale):
+        if not abs(scale) < 2**63:
             raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
         spec, c = self.spec, self.spec.transformer
         control = 2 * c.out_channels if spec.control and spec.adapter else c.in_channels

@@ -39,21 +39,28 @@ def recall(args: Namespace, metadata: dict, default: Callable[[str], object]) ->
     args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
     for key in REMADE.keys() - {"prompt", "transformer", "autoencoder"}:
         typed = getattr(args, key)
-        if typed is False or typed in (None, "exact"):  # a seed of 0 was typed
+        if typed is None or typed is False:  # a seed of 0 was typed
             setattr(args, key, metadata[key])
 
 
 def lacking(metadata: dict, kinds: dict) -> list[str]:
-    """The names whose values are missing or of another type; lists are of numbers."""
-    numbers = lambda value: not isinstance(value, list) or all(isinstance(x, int | float) for x in value)  # noqa: E731
-    fits = lambda key, kind: key in metadata and isinstance(metadata[key], kind) and numbers(metadata[key])  # noqa: E731
+    """The names whose values are missing, of another type, or beyond all measure; lists are of numbers."""
+
+    def fits(key: str, kind) -> bool:
+        if key not in metadata or not isinstance(value := metadata[key], kind):
+            return False
+        if isinstance(value, bool):  # which is an int to Python
+            return kind in (bool, bool | None)
+        numbers = value if isinstance(value, list) else [value] * isinstance(value, int | float)
+        return all(type(x) in (int, float) and not abs(x) >= 2**64 for x in numbers)
+
     return [key for key, kind in kinds.items() if not fits(key, kind)]
 
 
 def recall_files(args: Namespace, metadata: dict, default: Callable[[str], object]) -> None:
     """The same pictures and LoRAs, if they are where they were; given anew, they must still be the same."""
-    kept = {flag: metadata.get(key) or [] for flag, key in (("--image", "images"), ("--mask", "mask"), ("--lora", "loras"))}
-    kept["--mask"] = [kept["--mask"]] if kept["--mask"] else []
+    kept = {flag: metadata.get(key) for flag, key in (("--image", "images"), ("--mask", "mask"), ("--lora", "loras"))}
+    kept["--mask"] = [] if kept["--mask"] is None and "mask" in metadata else [kept["--mask"]]
     typed = {"--image": args.image, "--mask": [args.mask] if args.mask else [], "--lora": [path for path, _ in args.lora]}
     for flag, files in kept.items():
         if not isinstance(files, list) or not all(map(is_described, files)):

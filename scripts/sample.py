@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from remaking import DTYPES, OPTIONS, describe, describe_files, recall, short
 from flux.errors import NonFiniteError, UserError
 
 NUMERICS = ("exact", "bfl", "diffusers")
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
@@ -72,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     how.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; float32 for the toy")
-    how.add_argument("--numerics", choices=NUMERICS, default="exact", help="whose rounding (default: exact)")
+    how.add_argument("--numerics", choices=NUMERICS, help="whose rounding (default: exact)")
     means = p.add_argument_group("memory and speed (README: what is lossless, and what the rest costs)")
     means.add_argument("--offload", choices=("none", "stages", "stream"), help="weights on the device: all; those of one stage "
                        "at a time; blocks one after another (default: the first that fits)")  # fmt: skip
@@ -99,15 +101,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def values(text: str) -> float | list[float]:
-    """4, or 4:1 for a straight line over the steps, or 4,3,2,1 for a value at each."""
+def values(text: str) -> float | list[float] | tuple[float, ...]:
+    """4, or 4:1 for a straight line over the steps, or, as a tuple, 4,3,2,1 for a value at each."""
     try:
         numbers = [float(part) for part in text.replace(":", ",").split(",")]
         if ":" in text and len(numbers) != 2:
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number, nor START:END, nor numbers with commas") from None
-    return numbers[0] if len(numbers) == 1 else numbers
+    return numbers[0] if len(numbers) == 1 else numbers if ":" in text else tuple(numbers)
 
 
 def lora(text: str) -> tuple[Path, float]:
@@ -129,6 +131,8 @@ def margins(text: str) -> tuple[int, ...]:
 def main() -> int:
     args = parser().parse_args()
     show_warnings_once()
+    if sys.stdout is not None:  # a name may have bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return list_models(args.weights) if args.list_models else run(args)
     except UserError as error:
@@ -137,6 +141,9 @@ def main() -> int:
         return fail(str(error))
     except ModuleNotFoundError as error:
         return fail(f"the package {error.name!r} is missing: run `pip install -e .` in the repository")
+    except BrokenPipeError:  # `--list-models | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:  # the disk is full, for example
         return fail(f"{error.filename or args.output}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -167,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.remake:
         recall(args, images.read_metadata(args.remake), parser().get_default)
+    args.numerics = args.numerics or "exact"
     prompts = gather_prompts(args)
     images.check_output(args.output, [p + (args.negative_prompt or "") for p in prompts])
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
@@ -186,6 +194,9 @@ def run(args: argparse.Namespace) -> int:
     width, height = conditioning.size_of(spec, pictures, args.width, args.height)
     options.check_size(height, width)
     steps = options.check_steps(spec, args.steps)
+    for flag, asked in (("--guidance", args.guidance), ("--cfg-scale", args.cfg_scale)):
+        if isinstance(asked, tuple) and len(asked) != steps:
+            raise UserError(f"{flag} has {len(asked)} values for {steps} steps: give one, START:END, or one for each step")
     guidance = options.check_guidance(spec, args.guidance, steps)
     if args.upsample == "local" and (spec.name != "flux.2-dev"):
         raise UserError(
@@ -230,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
     total = len(sampling.from_strength(range(steps + 1), conditions.strength)) - 1 if conditions else steps
     for metadata in recipes:
         prompt, name, kept = metadata["prompt"], f"seed {metadata['seed']}", []
-        with tqdm(total=total, desc=name, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=total, desc=name, unit="step", leave=False, disable=not (sys.stderr and sys.stderr.isatty())) as bar:
 
             def see(step: int, t: float, latents: torch.Tensor, bar=bar, kept=kept) -> None:
                 bar.update()
@@ -239,11 +250,11 @@ def run(args: argparse.Namespace) -> int:
             asked = dict(negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale, callback=see, pictures=conditions)
             size = (None, None) if conditions else (width, height)
             (image,) = pipe(prompt, *size, steps, args.guidance, metadata["seed"], **asked)
-        path = images.save(image, args.output, metadata)
+        path = images.save(image, args.output, metadata, beside=[".safetensors"] * args.save_latents)
         if args.save_latents:
             save_latents(path, kept[0], metadata)
         say(f"{name}: {prompt}")
-        print(path, flush=True)
+        tell(path)
     return 0
 
 
@@ -255,8 +266,8 @@ def load(args: argparse.Namespace):
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipe = pipeline.load(
-        args.model, args.weights, args.device, dtype, args.numerics, args.transformer, args.autoencoder, args.check_weights,
-        args.offload, args.vram, args.quantize, args.native_fp8, args.compile, args.tile,
+        args.model, args.weights, args.device, dtype, args.numerics or "exact", args.transformer, args.autoencoder,
+        args.check_weights, args.offload, args.vram, args.quantize, args.native_fp8, args.compile, args.tile,
     )  # fmt: skip
     for path, scale in args.lora:
         pipe.load_lora(path, scale, args.lora_partial)
@@ -284,8 +295,8 @@ def gather_prompts(args: argparse.Namespace) -> list[str]:
     prompts = args.prompts + args.prompt
     if args.prompt_file:
         try:
-            raw = sys.stdin.buffer.read() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
-            lines = [line.strip() for line in raw.decode("utf-8-sig").splitlines()]
+            raw = from_stdin() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
+            lines = [line.strip() for line in re.split(r"\r\n|\r|\n", raw.decode("utf-8-sig"))]
             if b"\0" in raw:  # UTF-16 without its mark reads as UTF-8 with zeros
                 raise ValueError
         except OSError as error:
@@ -307,6 +318,12 @@ def gather_prompts(args: argparse.Namespace) -> list[str]:
         if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
             raise UserError(f"the prompt {text!r:.120} holds bytes that are no UTF-8 text: type it anew")
     return prompts
+
+
+def from_stdin() -> bytes:
+    if sys.stdin is None:
+        raise UserError("--prompt-file -: there is no standard input; name a file")
+    return sys.stdin.buffer.read()
 
 
 def gather_pictures(args: argparse.Namespace, spec):
@@ -371,15 +388,25 @@ def list_models(weights: Path | None) -> int:
     from flux.models import is_here, parameters
 
     weights_folder(weights)
-    print(f"{'name':24}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
+    print(f"{'name':28}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
     for spec in MODELS.values():
         here = "yes" if is_here(spec, weights) else "no"
-        print(f"{spec.name:24}{parameters(spec) / 1e9:>10.3g} B  {spec.steps:>5}  {here:5} {spec.licence.name}")
+        print(f"{spec.name:28}{parameters(spec) / 1e9:>10.3g} B  {spec.steps:>5}  {here:5} {spec.licence.name}")
     return 0
 
 
+def tell(path: Path) -> None:
+    """On standard output, unless nobody reads it any more: the pictures are made all the same."""
+    try:
+        print(path, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """On standard error, if there is one; without what would steer a terminal, since files from elsewhere have a part in it."""
+    if sys.stderr is not None:
+        print(CONTROL.sub("", text), file=sys.stderr, flush=True)
 
 
 def fail(text: str, code: int = 1) -> int:

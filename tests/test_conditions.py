@@ -420,6 +420,25 @@ def test_masks_that_may_not_be_are_told(zoo, name, mask, words):
     assert words in refusal(zoo.pipe(name), "a cat", pictures=Pictures((photo(WIDTH, HEIGHT),), mask))
 
 
+@pytest.mark.parametrize("name", [DEV, KLEIN])
+def test_a_mask_that_no_latent_sees_is_told(zoo, name):
+    """It would change nothing but what the autoencoder changes."""
+    thin = Image.new("L", (WIDTH, HEIGHT))
+    thin.paste(255, (17, 0, 19, HEIGHT))
+    assert "so thin that they fall between latents" in refusal(
+        zoo.pipe(name), "a cat", pictures=Pictures((photo(WIDTH, HEIGHT),), thin)
+    )
+
+
+def test_a_picture_that_is_stretched_is_noted(zoo):
+    given = Pictures((photo(WIDTH, HEIGHT),), strength=0.5)
+    with pytest.warns(UserWarning, match=f"the picture is {WIDTH}x{HEIGHT}, and stretched to 64x128: leave"):
+        zoo.pipe(DEV).condition(given, 64, 128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zoo.pipe(DEV).condition(given, 2 * WIDTH, 2 * HEIGHT)
+
+
 @pytest.mark.parametrize("name", [FILL, CANNY, CANNY_LORA, REDUX])
 def test_models_that_need_a_picture_say_so(zoo, name):
     pipe = zoo.pipe(name)
@@ -479,7 +498,8 @@ def test_same_lora_twice_is_told(zoo, tmp_path):
     pipe, file = loaded_anew(zoo, DEV), lora(tmp_path / "a.safetensors")
     before = weights(pipe)
     pipe.load_lora(file, 0.5)
-    assert refusal(pipe.load_lora, str(file), 0.7) == f"{file} is loaded already: change its scale with set_lora_scale"
+    told = f"{file} is loaded already: give it once, or change its scale with set_lora_scale"
+    assert refusal(pipe.load_lora, str(file), 0.7) == told
     now = weights(pipe)
     assert list(pipe.loras) == [file]
     assert max_error(now[f"{LAYER}.weight"].double(), added(before[f"{LAYER}.weight"], (file, 0.5))) < 1e-6

@@ -116,7 +116,7 @@ def test_nothing_is_overwritten(tmp_path, suffix):
 def test_a_name_that_is_taken_at_the_last_moment_is_not_overwritten(tmp_path, monkeypatch):
     path, look = tmp_path / "a.png", images.unused
 
-    def rival(path: Path) -> Path:
+    def rival(path: Path, beside=()) -> Path:
         target = look(path)
         if target == path:
             target.write_text("mine")
@@ -125,6 +125,22 @@ def test_a_name_that_is_taken_at_the_last_moment_is_not_overwritten(tmp_path, mo
     monkeypatch.setattr(images, "unused", rival)
     assert images.save(picture(), path, {}) == tmp_path / "a-2.png"
     assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_link_that_leads_nowhere_is_a_name_that_is_taken(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "none" / "b.png")
+    assert images.save(picture(), tmp_path / "a.png", {}) == tmp_path / "a-2.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
+
+
+def test_parameters_behind_the_picture_are_read_too(tmp_path):
+    """Where other programs put them."""
+    data = images.save(picture(), tmp_path / "a.png", {"prompt": "a cat"}).read_bytes()
+    start = data.index(b"iTXt") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    last = data.index(b"IEND") - 4
+    (tmp_path / "b.png").write_bytes(data[:start] + data[end:last] + data[start:end] + data[last:])
+    assert images.read_metadata(tmp_path / "b.png") == {"prompt": "a cat"}
 
 
 def test_many_writers_at_once(tmp_path):

@@ -277,6 +277,27 @@ def test_the_stages_one_by_one_are_the_call(models, name):
     assert [picture.tobytes() for picture in called] == [picture.tobytes() for picture in pipe.decode(latents)]
 
 
+def test_a_stage_that_is_told_nothing_to_keep_away_from_keeps_away_from_nothing(models):
+    """As the call: guidance is never left out."""
+    pipe = models["flux.2-klein-base-4b"].ours
+    latents = pipe.sample(pipe.encode(PROMPTS[0]), [7], 64, 64, 2, guidance=3.0)
+    assert pipe.decode(latents)[0].tobytes() == pipe(PROMPTS[0], 64, 64, 2, guidance=3.0, seed=7)[0].tobytes()
+    dev = models["flux.1-dev"].ours
+    latents = dev.sample(dev.encode(PROMPTS[0]), [7], 64, 64, 2, cfg_scale=2.0)
+    assert dev.decode(latents)[0].tobytes() == dev(PROMPTS[0], 64, 64, 2, cfg_scale=2.0, seed=7)[0].tobytes()
+
+
+def test_no_prompt_and_no_pixels_are_told(models):
+    pipe = models["flux.2-klein-4b"].ours
+    with pytest.raises(UserError, match="there is nothing to encode"):
+        pipe.encode([])
+    for width, height in ((0, 64), (64, 0)):
+        with pytest.raises(UserError, match="0: sizes are multiples of 16"):
+            pipe(PROMPTS[0], width, height, 2)
+        with pytest.raises(UserError, match="0: sizes are multiples of 16"):
+            pipe.sample(pipe.encode(PROMPTS[0]), [7], width, height, 2)
+
+
 def test_without_cfg_at_guidance_one(models):
     """The second pass is left out where it would cancel, and its scale is the guidance elsewhere."""
     model = models["flux.2-klein-base-4b"]

@@ -7,6 +7,7 @@ paints. Exit codes: 0 for a picture, 2 for a mistake in what was asked, 1 for a 
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -177,13 +178,13 @@ def test_remake_makes_the_same_picture(cli, suffix):
 def test_latents_are_kept_beside_the_picture_and_overwrite_nothing(cli):
     Path("a.safetensors").write_text("mine")
     run = cli(PROMPT, *QUICK, "--seed", 3, "--output", "a.png", "--save-latents")
-    assert run.code == 0 and run.files == ["a-2.safetensors", "a.png", "a.safetensors"]
+    assert run.code == 0 and run.files == ["a-2.png", "a-2.safetensors", "a.safetensors"]  # one name for both
     assert Path("a.safetensors").read_text() == "mine" and "a-2.safetensors" in run.err
     with safe_open("a-2.safetensors", "pt") as file:
         latents, said = file.get_tensor("latents"), file.metadata()["flux"]
     (image,) = pipeline.load(device="cpu").decode(latents)
     assert latents.shape == (1, SPEC.transformer.in_channels, 4, 4) and PROMPT in said
-    assert image.tobytes() == pixels(Path("a.png"))
+    assert image.tobytes() == pixels(Path("a-2.png"))
 
 
 def test_list_of_models(cli):
@@ -247,6 +248,8 @@ def test_prompt_beyond_the_limit_is_cut_and_the_loss_noted_once(cli):
     (("--remake", "a.png"), ("--remake brings its own prompt",)),
     (("--model", "flux.2-klein-4b", "--guidance", 3), ("flux.2-klein-4b takes no --guidance", "distilled", "base")),
     (("--model", "flux.2-klein-base-4b", "--cfg-scale", 3), ("--cfg-scale 3", "--guidance")),
+    (("--guidance", "4,1", "--steps", 8), ("--guidance has 2 values for 8 steps",)),
+    (("--model", "flux.1-dev", "--cfg-scale", "3,2,1", "--steps", 4), ("--cfg-scale has 3 values for 4 steps",)),
     (("--model", "flux.1-dev", "--weights", "none"), ("none, given by --weights, is not a folder",)),
     (("--model", "flux.1-dev", "--weights", "~nobody/flux"), ("~nobody/flux, given by --weights, is not a folder",)),
     (("--list-models", "--weights", "none"), ("none, given by --weights, is not a folder",)),
@@ -308,12 +311,62 @@ def test_prompt_file_that_is_a_folder_is_told(cli):
     ({"model": "flux.9"}, ("flux.9", "no such model")),
     ({"width": 100}, ("--width 100", "multiples of 16")),
     ({"prompt": ""}, ("a prompt is empty",)),
+    ({"steps": True}, ("lacks parameters", "steps")),
+    ({"guidance": 10**400}, ("lacks parameters", "guidance")),
+    ({"images": False}, ("does not say which files --image had",)),
+    ({"loras": {}}, ("does not say which files --lora had",)),
+    ({"mask": 0}, ("does not say which files --mask had",)),
+    ({"transformer": "\x1b[31mred"}, ("[31mred", "--transformer")),
 ])  # fmt: skip
 def test_picture_with_wrong_parameters_is_told(cli, change, words):
     """What a picture carries was, perhaps, written by somebody else."""
     (path,) = cli(PROMPT, *QUICK, "--output", "a.png").pictures
     bad = images.save(Image.new("RGB", (4, 4)), Path("bad.png"), images.read_metadata(path) | change)
     cli("--remake", bad).says(*words)
+
+
+def test_a_picture_that_says_nothing_of_files_is_told(cli):
+    (path,) = cli(PROMPT, *QUICK, "--output", "a.png").pictures
+    for part, flag in (("images", "--image"), ("mask", "--mask"), ("loras", "--lora")):
+        metadata = images.read_metadata(path)
+        del metadata[part]
+        bad = images.save(Image.new("RGB", (4, 4)), Path("bad.png"), metadata)
+        cli("--remake", bad).says(f"does not say which files {flag} had")
+
+
+def test_what_is_typed_beside_remake_wins_even_if_it_is_usual(cli):
+    asked = ("--numerics", "bfl", "--guidance", 3, "--negative-prompt", "blue", "--output", "a.png")
+    (path,) = cli(PROMPT, *QUICK, *asked).pictures
+    typed = ("--numerics", "exact", "--negative-prompt", "exact")
+    (again,) = cli("--remake", path, *typed, "--output", "b.png").pictures
+    kept = images.read_metadata(again)
+    assert (kept["numerics"], kept["negative_prompt"], kept["guidance"]) == ("exact", "exact", 3)
+
+
+def test_only_new_lines_part_prompts(cli):
+    Path("prompts.txt").write_bytes("a red\x0bstar\u2028\x0c\r\na blue ring\ra star\n".encode())
+    assert len(cli("--prompt-file", "prompts.txt", *QUICK).pictures) == 3
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "| true", "<&-"])
+def test_a_picture_is_made_whoever_listens(tmp_path, closed):
+    command = shlex.join(map(str, [sys.executable, SCRIPT, PROMPT, *QUICK, "--output", "a.png"])) + " " + closed
+    subprocess.run(command, shell=True, cwd=tmp_path, env=subprocess_environment(tmp_path), capture_output=True, timeout=120)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["a.png"]
+
+
+def test_a_table_that_nobody_reads_to_its_end_is_no_error(tmp_path):
+    command = f"{shlex.quote(sys.executable)} {SCRIPT} --list-models | true"
+    run = subprocess.run(command, shell=True, env=subprocess_environment(tmp_path), capture_output=True, text=True, timeout=120)
+    assert run.stderr == ""
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path):
+    """In a locale that refuses it."""
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    env = subprocess_environment(tmp_path) | {"PYTHONIOENCODING": "ascii:strict"}
+    run = subprocess.run([sys.executable, SCRIPT, PROMPT, *map(str, QUICK), "--output", name], env=env, capture_output=True)
+    assert run.returncode == 0 and b"Traceback" not in run.stderr and os.path.exists(name)
 
 
 def test_picture_without_parameters_is_told(cli):

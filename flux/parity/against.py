@@ -22,7 +22,7 @@ from flux.parity import modules
 from flux.parity.budgets import budgets, stored
 from flux.parity.compare import Row, compare
 from flux.parity.counterparts import gathering, matches_of
-from flux.parity.modules import Call
+from flux.parity.modules import Call, guarded
 from flux.parity.record import DTYPES, Capture
 from flux.parity.replay import PASS, Budget, Recorded, asked, check_model, inputs_of, judged, recorded
 from flux.parity.taps import check_patterns, joined, matches, watching
@@ -61,22 +61,13 @@ def adaptor(capture: Capture, call: Call, only: Sequence[str] = (), budget: floa
     precision, rows = capture.recipe.get("dtype"), []
     alone = allowed(capture, precision, budget, alone=True)
     for each in recorded(capture, only) or recorded(capture)[:1]:  # a capture has more than what modules give
-        answer = _answer(call, each.name, inputs_of(capture, each))
+        answer = guarded(call)(each.name, inputs_of(capture, each))
         if isinstance(answer, str | os.PathLike):
             return compare(Capture(answer), capture, allowed(capture, precision, budget), only)
         if not rows:
             check_patterns(only, [name for each in recorded(capture) for name in each.outputs.values()])
         rows += judged(capture, _checked(capture, each, answer), alone, whole=each.whole)
     return rows
-
-
-def _answer(call: Call, name: str, inputs: list[Tensor]):
-    try:
-        return call(name, inputs)
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever somebody else's code may raise
-        raise UserError(f"the adaptor failed at {name} with {type(error).__name__}: {error!s:.160}") from error
 
 
 def _checked(capture: Capture, each: Recorded, answer) -> dict[str, Tensor]:

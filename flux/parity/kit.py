@@ -44,7 +44,8 @@ def small(spec: ModelSpec, request: Request) -> Request:
     """What is not asked for, as a kit has it: few steps, and a picture that is not square, or rows could pass for columns."""
     width, height = (None, None) if request.pictures else (spec.size * 3 // 4, spec.size // 2)
     steps = min(spec.steps, STEPS) if request.steps is None else request.steps
-    return replace(request, width=request.width or width, height=request.height or height, steps=steps)
+    given = lambda asked, usual: usual if asked is None else asked  # noqa: E731
+    return replace(request, width=given(request.width, width), height=given(request.height, height), steps=steps)
 
 
 def build(pipe: Pipeline, request: Request, folder: str | Path, only: Sequence[str] = (), weights: bool = True,

@@ -105,7 +105,7 @@ def networks_of(pipe: Pipeline) -> dict[str, Network]:
 
 
 def named(text: str) -> Call:
-    """The function that `module:function` names, of a module that can be imported."""
+    """The function that `module:function` names, of a module that can be imported; its errors are UserErrors."""
     module, _, function = text.partition(":")
     try:
         call = getattr(importlib.import_module(module), function)
@@ -113,7 +113,21 @@ def named(text: str) -> Call:
         raise UserError(f"--call {text}: there is no such function ({error!s:.120}); write MODULE:FUNCTION") from None
     if not callable(call):
         raise UserError(f"--call {text} is no function; it should take a name and a list of tensors")
-    return call
+    return guarded(call)
+
+
+def guarded(call: Call) -> Call:
+    """The same, with UserErrors for whatever somebody else's code may raise."""
+
+    def answer(name: str, inputs: list[Tensor]):
+        try:
+            return call(name, inputs)
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise UserError(f"the adaptor failed at {name} with {type(error).__name__}: {error!s:.160}") from error
+
+    return answer
 
 
 # ---------------------------------------------------------------- in another precision
