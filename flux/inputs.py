@@ -3,6 +3,7 @@
 A picture is 8-bit RGB from here on, and a mask 8-bit grey ("L"), in which white is what to change.
 """
 
+import io
 import math
 import warnings
 from collections.abc import Callable
@@ -38,7 +39,11 @@ def read_mask(path: str | Path) -> Image.Image:
 
 def as_picture(image: Image.Image, name: str = "the picture") -> Image.Image:
     """Any picture of Pillow's -> RGB. What is transparent is put on white, as browsers show it."""
+    profile = _profile(image)
     image = _eight_bit(image, name)
+    if profile and image.mode != "CMYK" and "srgb" not in profile.lower():
+        warnings.warn(f"{name} has the colour profile {profile!r:.60}, which is not applied: colours may be off; save it in "
+                      "sRGB to have them kept", stacklevel=3)  # fmt: skip
     if image.mode == "CMYK":
         warnings.warn(f"{name} is CMYK and was made RGB without its colour profile; colours may be off", stacklevel=3)
     if _is_transparent(image):
@@ -101,6 +106,18 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
         spread = f"values from {values.min():g} to {values.max():g}, where 0 to {top} is understood"
         raise UserError(f"{name} has {spread}: scale them, or save it as an 8-bit or 16-bit PNG")
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+
+
+def _profile(image: Image.Image) -> str:
+    """The name of its colour profile, if it has one."""
+    from PIL import ImageCms
+
+    if not (data := image.info.get("icc_profile")):
+        return ""
+    try:
+        return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(data))).strip()
+    except (ImportError, OSError, ImageCms.PyCMSError):  # a Pillow without it, or a damaged profile: as if there were none
+        return ""
 
 
 def _is_transparent(image: Image.Image) -> bool:

@@ -1,5 +1,6 @@
 """What may be asked of a model: sizes, steps, guidance, seeds; each wrong value is refused in one sentence."""
 
+import operator
 import warnings
 from collections.abc import Sequence
 
@@ -10,8 +11,16 @@ from flux.inputs import MAX_PIXELS
 Guidance = float | Sequence[float]  # one value; one a step; or two, the first and the last
 
 
+def check_whole(flag: str, number: int) -> None:
+    try:
+        operator.index(number)
+    except TypeError:
+        raise UserError(f"{flag} {number!r:.40}: must be a whole number") from None
+
+
 def check_size(height: int, width: int) -> tuple[int, int]:
     for name, n in (("width", width), ("height", height)):
+        check_whole(f"--{name}", n)
         if n % 16 or not 64 <= n <= 8192:
             low, high = (min(8192, max(64, n // 16 * 16 + more)) for more in (0, 16))
             nearest = str(low) if not 64 <= n <= 8192 else f"{low} or {high}"
@@ -25,6 +34,7 @@ def check_size(height: int, width: int) -> tuple[int, int]:
 def check_steps(spec: ModelSpec, steps: int | None) -> int:
     if steps is None:
         return spec.steps
+    check_whole("--steps", steps)
     if not 1 <= steps <= 1000:
         raise UserError(f"--steps {steps}: must be from 1 to 1000; {spec.name} is meant for {spec.steps}")
     if spec.fixed and steps != spec.steps:
@@ -85,5 +95,6 @@ def check_cfg(spec: ModelSpec, guidance: Guidance | None, negative_prompt: str |
 def check_count(count: int, seed: int) -> None:
     if count < 1:
         raise UserError("there is nothing to make: give at least one prompt, and --num-images of at least 1")
+    check_whole("--seed", seed)
     if not 0 <= seed <= 2**63 - count:
         raise UserError(f"--seed {seed}: must be from 0 to 2^63 - 1")

@@ -77,6 +77,8 @@ def load(
         raise UserError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
     numerics = NUMERICS[numerics] if isinstance(numerics, str) else numerics
     device = choose_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise UserError(f"dtype {dtype!r:.40}: networks compute in torch.bfloat16 or torch.float32")
     dtype = dtype or (torch.float32 if spec.embedded else choose_dtype(device))
     given = {}  # in place of the row's own, which need not be there then
     if transformer is not None:

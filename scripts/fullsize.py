@@ -4,9 +4,10 @@
     python scripts/fullsize.py --lora-rank 16                            two steps of a LoRA of it
     python scripts/fullsize.py --model flux.2-tiny --folder /tmp/tiny    the same as the first in a second
 
-The file is named and laid out as the released one, and filled with random bfloat16; a file that is already there is taken as
-it is, and none is deleted. A fresh process then loads it as flux.load does, and makes one step at 256x256 on the CPU; or it
-trains a LoRA as scripts/train.py --checkpointing does, on a drawn picture of that size, and leaves lora.safetensors there.
+The file has the name and the layout of the released one, in bfloat16 whatever that is in, and random values; a file that is
+already there is taken as it is, and none is deleted. A fresh process then loads it as flux.load does, and makes one step at
+256x256 on the CPU; or it trains a LoRA as scripts/train.py --checkpointing does, on a drawn picture of that size, and leaves
+lora.safetensors there.
 """
 
 import argparse

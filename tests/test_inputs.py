@@ -18,7 +18,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from flux import inputs
 from flux.errors import UserError
@@ -138,6 +138,20 @@ def test_modes_without_transparency(tmp_path):
     for mode in ("L", "1", "LA"):
         made = inputs.read_mask(tmp_path / f"{mode}.png")
         assert made.mode == "L" and np.array_equal(made, cases[mode].convert("L"))
+
+
+def test_a_colour_profile_that_is_not_applied_is_noted(tmp_path):
+    """But not sRGB, which is what a picture without one is taken for; nor what is no profile."""
+    lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(kind)).tobytes() for kind in ("LAB", "sRGB"))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", icc_profile=lab)
+    with pytest.warns(UserWarning, match="a.png has the colour profile '.*Lab.*', which is not applied"):
+        assert inputs.read_picture(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+    for data in (srgb, b"no profile"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", icc_profile=data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            inputs.read_picture(tmp_path / "a.png")
+
 
 
 def test_cmyk_is_read_with_a_warning(tmp_path):

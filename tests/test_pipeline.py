@@ -5,6 +5,7 @@ released ones do and we leave out: more layers, a head, eyes. Of the reference w
 """
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -296,6 +297,21 @@ def test_no_prompt_and_no_pixels_are_told(models):
             pipe(PROMPTS[0], width, height, 2)
         with pytest.raises(UserError, match="0: sizes are multiples of 16"):
             pipe.sample(pipe.encode(PROMPTS[0]), [7], width, height, 2)
+
+
+@pytest.mark.parametrize("asked, words", [
+    (dict(width=64.0), "--width 64.0: must be a whole number"), (dict(steps=2.5), "--steps 2.5: must be a whole number"),
+    (dict(seed="7"), "--seed '7': must be a whole number"),
+])  # fmt: skip
+def test_what_is_no_whole_number_is_told(models, asked, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        models["flux.2-klein-4b"].ours(PROMPTS[0], **(dict(width=64, height=64, steps=2) | asked))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn])
+def test_what_is_no_dtype_to_compute_in_is_told(dtype):
+    with pytest.raises(UserError, match="networks compute in torch.bfloat16 or torch.float32"):
+        flux.load(dtype=dtype)
 
 
 def test_without_cfg_at_guidance_one(models):
