@@ -58,7 +58,8 @@ class Network:
     def alter(self, change: Callable[[nn.Module], None] | None, paths: Iterable[str] = ()) -> None:
         """Have `change` made, in place of an earlier one, to what the files hold, whenever the network is loaded.
 
-        `paths`: of the modules whose weights it changes; those that are quantised become whole.
+        `paths`: of the modules whose weights it changes; those that are quantised become whole. Where the network is to be
+        compressed, `change` is given the `each` that `compress` describes.
         """
         if change or self.change:
             self.change, self.changed = change, frozenset(paths)

@@ -210,7 +210,7 @@ class Pipeline:
         for network in self.networks:  # what an interruption left, since nothing else leaves a ring behind
             if network.resident is not None:
                 network.release()
-        work = self._work(conditions or self._nothing(width, height), steps, batch, pictured)
+        work = self._work(conditions or self._blank(width, height), steps, batch, pictured)
         text = reduce(Weights.beside, (network.weights for network in self.text.networks))
         stages = {"text encoder": text, "transformer": self.transformer.weights, "autoencoder": self.autoencoder.weights}
         if pictured:
@@ -230,7 +230,8 @@ class Pipeline:
         self.prepared = work
         return decided
 
-    def _nothing(self, width: int | None, height: int | None) -> Conditions:
+    def _blank(self, width: int | None, height: int | None) -> Conditions:
+        """Without pictures, of the size that is asked for, or the model's."""
         size = self.spec.size
         return Conditions(*check_size(size if height is None else height, size if width is None else width))
 
@@ -330,8 +331,8 @@ class Pipeline:
                cfg_scale: Guidance | None = None, callback: Callback | None = None,
                conditions: Conditions | None = None) -> Tensor:  # fmt: skip
         """Features (B prompts) and B seeds -> latents (B, C, height/16, width/16), float32; `conditions` bring their size."""
-        spec, given = self.spec, conditions or self._nothing(width, height)
-        if (width, height) not in ((given.width, given.height), (None, None)):
+        spec, given = self.spec, conditions or self._blank(width, height)
+        if width not in (None, given.width) or height not in (None, given.height):
             raise UserError(f"the pictures were made ready for {given.width}x{given.height}: leave --width and --height out")
         if conditions is None and spec.picture in conditioning.NEEDY:
             raise UserError(f"{spec.name} needs a picture: give it with --image FILE")

@@ -292,6 +292,7 @@ def test_no_prompt_and_no_pixels_are_told(models):
     pipe = models["flux.2-klein-4b"].ours
     with pytest.raises(UserError, match="there is nothing to encode"):
         pipe.encode([])
+    assert pipe.sample(pipe.encode(PROMPTS[0]), [7], 64, None, 1).shape[2:] == (pipe.spec.size // 16, 4)
     for width, height in ((0, 64), (64, 0)):
         with pytest.raises(UserError, match="0: sizes are multiples of 16"):
             pipe(PROMPTS[0], width, height, 2)
