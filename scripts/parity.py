@@ -14,7 +14,7 @@ python scripts/parity.py bisect a.safetensors --transformer mine.safetensors
 python scripts/parity.py budgets a.safetensors
 python scripts/parity.py table
 
-Exit codes: 0 within budget, 1 over budget, 2 a mistake in what was asked, 130 Ctrl-C.
+Exit codes: 0 within budget, 1 over budget or stopped at NaN, 2 a mistake in what was asked, 130 Ctrl-C.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def add_selection(p: argparse.ArgumentParser) -> None:
     group.add_argument("--steps-of", type=numbers, default=(), metavar="N,N..", help="these steps alone (default: all)")
     group.add_argument("--keep", choices=("full", "probe", "statistics", "slice"), default="full", help="of each tensor: all "
                        "of it, 4096 values and each token's norm, a summary, or a corner (default: full)")  # fmt: skip
-    group.add_argument("--limit", type=positive, default=10.0, metavar="GB", help="refuse to record more (default: 10)")
+    group.add_argument("--limit", type=amount, default=10.0, metavar="GB", help="refuse to record more (default: 10)")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ def capture(args: argparse.Namespace) -> int:
     return int("stopped" in made.recipe)
 
 
-def positive(text: str) -> float:
+def amount(text: str) -> float:
     """A finite number that is not negative."""
     if not 0 <= (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
@@ -139,7 +139,7 @@ def add_compare(commands) -> None:
                    "recorded pass; MODULE:FUNCTION, as for --call of replay, or one that gives the path of a capture; or the "
                    "same as B, a file")  # fmt: skip
     p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
-    p.add_argument("--budget", type=positive, metavar="X", help="relative L2 that is allowed (default: what was measured and "
+    p.add_argument("--budget", type=amount, metavar="X", help="relative L2 that is allowed (default: what was measured and "
                    "stored in the reference, else by dtype: 1e-4 in float32, 2e-2 in bfloat16)")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     add_how(p.add_argument_group("how to run, with --against here or diffusers"))
@@ -218,7 +218,7 @@ def add_kit(commands) -> None:
     group.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture; the block that the "
                        "example reads is always there (repeatable)")  # fmt: skip
     group.add_argument("--without-weights", action="store_true", help="of a model that is at hand, or too large to copy")
-    group.add_argument("--limit", type=positive, default=1.0, metavar="GB", help="refuse to write more (default: 1)")
+    group.add_argument("--limit", type=amount, default=1.0, metavar="GB", help="refuse to write more (default: 1)")
 
 
 def kit(args: argparse.Namespace) -> int:
@@ -293,7 +293,7 @@ def add_how(p: argparse._ActionsContainer) -> None:
 def add_judgement(p: argparse.ArgumentParser) -> None:
     p.add_argument("--call", metavar="MODULE:FUNCTION", help="a function to judge in place of the networks here: it is "
                    "given the name of a module and a list of tensors, and gives a list of tensors")  # fmt: skip
-    p.add_argument("--budget", type=positive, metavar="X", help="relative L2 that is allowed (default: what was measured for "
+    p.add_argument("--budget", type=amount, metavar="X", help="relative L2 that is allowed (default: what was measured for "
                    "this dtype, else by dtype: 1e-5 in float32)")  # fmt: skip
 
 
@@ -382,7 +382,7 @@ def add_report(commands) -> None:
     p.add_argument("judged", type=Path, metavar="A", help="as for compare")
     p.add_argument("reference", type=Path, metavar="B", help="what A should be")
     p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
-    p.add_argument("--budget", type=positive, metavar="X", help="as for compare")
+    p.add_argument("--budget", type=amount, metavar="X", help="as for compare")
     p.add_argument("--output", type=Path, required=True, metavar="FILE", help="an .html file that needs nothing else")
     p.add_argument("--png", type=Path, metavar="FOLDER", help="also write its plots and pictures there")
 
@@ -408,7 +408,7 @@ def add_doctor(commands) -> None:
     p.add_argument("judged", type=Path, metavar="PORT", help="as for compare")
     p.add_argument("reference", type=Path, metavar="REFERENCE", help="a capture with every tensor in full")
     p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
-    p.add_argument("--budget", type=positive, metavar="X", help="as for compare")
+    p.add_argument("--budget", type=amount, metavar="X", help="as for compare")
     for action in sample.parser()._actions:
         if action.dest in AGAIN:
             p._add_action(action)

@@ -454,6 +454,10 @@ from flux.parity.modules import Modules
 ours = Modules(flux.load(device="cpu"))
 def port(name, inputs):
     return [x * 1.01 if name in ("step.001", "step.001/single_blocks.1") else x for x in ours(name, inputs)]
+
+
+def broken(name, inputs):
+    raise KeyError(name)
 """
 
 
@@ -476,6 +480,9 @@ def test_the_command(parity, tmp_path):  # noqa: F811
     code, out, err = parity("replay", "a.safetensors", *options, "--json", "rows.json")
     assert code == 0 and re.search(r"within \S+x of bfloat16 rounding; the most is at step", err)
     assert {row["dtype"] for row in json.loads(Path("rows.json").read_text())} == {"BF16"}
+    before = Path("rows.json").read_bytes()
+    parity("replay", "a.safetensors", "--only", "step.002", "--json", "rows.json")
+    assert Path("rows.json").read_bytes() == before and Path("rows-2.json").exists()
 
     Path("a_port.py").write_text(PORT)
     code, out, _ = parity("bisect", "a.safetensors", "--call", "a_port:port")
@@ -486,6 +493,7 @@ def test_the_command(parity, tmp_path):  # noqa: F811
         (("replay", "b.safetensors"), "does not exist"),
         (("replay", "a.safetensors", "--free", "--call", "a_port:port"), "exclude each other"),
         (("bisect", "a.safetensors", "--call", "a_port:no"), "--call a_port:no: there is no such function"),
+        (("replay", "a.safetensors", "--call", "a_port:broken"), "the adaptor failed at text/model/embed_tokens with KeyError"),
         (("budgets", "a.safetensors", "--only", "nosuch"), "--only nosuch matches nothing"),
         (("replay", "a.safetensors", "--image", "none.png"), "none.png"),
     ):
