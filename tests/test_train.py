@@ -332,6 +332,17 @@ def test_two_processes_train_as_one(train, pictures, tmp_path):
         assert code == 0 and "goes on at step 3" in err
 
 
+def test_two_processes_end_with_one_sentence(tmp_path):
+    """That of the first, which alone looks at the pictures: the other does not wait for what never comes."""
+    draw(tmp_path / "0.png", 0)
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, tmp_path]
+    flags = [tmp_path / "run", *SHARED, "--steps", "1", "--lora-rank", "2", "--device", "cpu"]
+    two = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+    assert two.returncode != 0 and two.stderr.count("0.png is damaged") == 1
+    assert "UserError" not in two.stderr and "Connection closed" not in two.stderr and "gloo" not in two.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------- references
 
 
