@@ -74,19 +74,17 @@ def _listed(path: Path) -> list[Item]:
     for number, line in enumerate(text.split("\n") if text else (), start=1):  # not at what else Unicode has for a new line
         try:
             entry = json.loads(line)
-            if strange := entry.keys() - KEYS:
-                raise UserError(f"{path}, line {number}, has {some(sorted(map(repr, strange)))}, which means nothing here: the "
-                                f"names are {', '.join(sorted(KEYS))}")  # fmt: skip
             image, caption, references = entry["image"], entry["caption"].strip(), entry.get("references", [])
             files = [path.parent / name for name in (image, *references)]
             others = {kind: path.parent / entry[kind] for kind in ("control", "mask") if kind in entry}
             if not caption or not isinstance(references, list):
                 raise ValueError
-        except UserError:
-            raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{path}, line {number}, is not {{"image": FILE, "caption": TEXT}}, with "references": [FILE, ...] '
                             f'for an edit, "control": FILE or "mask": FILE: {line!r:.120}') from None  # fmt: skip
+        if strange := entry.keys() - KEYS:
+            raise UserError(f"{path}, line {number}, has {some(sorted(map(repr, strange)))}, which means nothing here: the "
+                            f"names are {', '.join(sorted(KEYS))}")  # fmt: skip
         if missing := [str(file) for file in (*files, *others.values()) if not file.is_file()]:
             raise UserError(f"{path}, line {number}, names {some(missing)}, where there is no file")
         items.append(Item(files[0], caption, tuple(files[1:]), **others))
@@ -185,8 +183,8 @@ class Cache:
             if beside.size != picture.size:
                 raise UserError(f"{other} is {beside.width}x{beside.height}, and {item.picture} {picture.width}x"
                                 f"{picture.height}: make them of one size")  # fmt: skip
-            if spec.picture == "fill" and not beside.getextrema()[1]:
-                raise UserError(f"{item.mask} is black all over, so that nothing is filled in: paint white what is to be")
+            if spec.picture == "fill":
+                inputs.check_mask(beside, str(item.mask))
             picture, beside = fit(picture, self.size), fit(beside, self.size)
             if spec.picture == "fill":
                 mask = to_mask(beside)

@@ -70,7 +70,7 @@ def _xmp(metadata: dict) -> bytes:
 def unused(path: Path, beside: Sequence[str] = ()) -> Path:
     """`path`, or the first of path-2, path-3, ... that does not exist, nor does any with a suffix of `beside`."""
     candidate, number = path, 2
-    taken = lambda path: path.exists() or path.is_symlink()  # noqa: E731  a link that leads nowhere is there, too
+    taken = lambda file: file.exists() or file.is_symlink()  # noqa: E731  a link that leads nowhere is there, too
     while any(map(taken, (candidate, *map(candidate.with_suffix, beside)))):
         candidate, number = path.with_stem(f"{path.stem}-{number}"), number + 1
     return candidate

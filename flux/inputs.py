@@ -110,10 +110,10 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
 
 def _profile(image: Image.Image) -> str:
     """The name of its colour profile, if it has one."""
-    from PIL import ImageCms
-
     if not (data := image.info.get("icc_profile")):
         return ""
+    from PIL import ImageCms  # not above: few pictures have one
+
     try:
         return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(data))).strip()
     except (ImportError, OSError, ImageCms.PyCMSError):  # a Pillow without it, or a damaged profile: as if there were none
@@ -198,12 +198,15 @@ def reconcile(picture: Image.Image, mask: Image.Image) -> Image.Image:
             raise UserError(f"{sizes}, which is another shape: make the mask from the picture, in its size")
         warnings.warn(f"{sizes}: the mask was resized", stacklevel=2)
         mask = mask.resize(picture.size, Image.Resampling.BILINEAR)  # LANCZOS would overshoot at edges
-    lowest, highest = mask.getextrema()
-    if highest == 0:
-        raise UserError("the mask is black all over, so that nothing would change: paint white what is to change")
-    if lowest == 255:
+    check_mask(mask)
+    if mask.getextrema()[0] == 255:
         warnings.warn("the mask is white all over: nothing of the picture is kept", stacklevel=2)
     return mask
+
+
+def check_mask(mask: Image.Image, name: str = "the mask") -> None:
+    if mask.getextrema()[1] == 0:
+        raise UserError(f"{name} is black all over, so that nothing would change: paint white what is to change")
 
 
 def harden(mask: Image.Image, threshold: float) -> Image.Image:

@@ -308,19 +308,16 @@ def _check_fit(lora: Lora, where: Place, keys: dict[str, str], module: nn.Module
         shape = tuple(product(factors).shape) if core else wanted
     except RuntimeError:  # on the meta device a product is of shapes only
         raise lora.refuse(f"has {lora.show(*(keys[role] for role in core))}, which cannot be multiplied") from None
-    if len(shape) != len(wanted):
-        shown = lora.show(*(keys[role] for role in core))
-        raise lora.refuse(f"does not fit {type(module).__name__}: {shown}, but {where.path} takes {wanted}")
-    widened = where.path == "img_in" and 0 in (shape[1] % wanted[1], wanted[1] % shape[1])
+    widened = where.path == "img_in" and len(shape) == 2 and 0 in (shape[1] % wanted[1], wanted[1] % shape[1])
     bias = (rows,) if getattr(layer, "bias", None) is not None else None
     for roles, has, allowed in (
         (core, shape, (wanted, (rows, shape[-1]) if widened else wanted)),
-        (["magnitude"], None, ((rows,), (rows, 1), (1, shape[-1]))),
+        (["magnitude"], None, ((rows,), (rows, 1), (1, *shape[-1:]))),
         (["up_bias"], None, (bias,)),
         (["diff_bias"], None, (bias,)),
         (["alpha"], None, ((), (1,))),
     ):
-        if all(role in factors for role in roles) and (has or tuple(factors[roles[0]].shape)) not in allowed:
+        if all(role in factors for role in roles) and (tuple(factors[roles[0]].shape) if has is None else has) not in allowed:
             shown = lora.show(*(keys[role] for role in roles))
             takes = "no bias" if allowed[0] is None else allowed[0]
             raise lora.refuse(f"does not fit {type(module).__name__}: {shown}, but {where.path} takes {takes}")

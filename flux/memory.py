@@ -106,8 +106,7 @@ def plan(spec: ModelSpec, weights: Mapping[str, Weights], work: Work, room: Room
     `quantizable`: whether --quantize could still make the transformer smaller. UserError, which names what would help, if it
     does not fit.
     """
-    if vram is not None:
-        check_vram(vram)
+    check_vram(vram)
     room = room if vram is None else room._replace(device=min(room.device, vram * GB))
     spare = offload == "stream" and vram is None
     active = activations(spec, work, room.kind)
@@ -117,8 +116,8 @@ def plan(spec: ModelSpec, weights: Mapping[str, Weights], work: Work, room: Room
     raise UserError(_refusal(spec, weights, work, room, offload, vram, quantizable))
 
 
-def check_vram(vram: float) -> None:
-    if not 0 < vram < math.inf:
+def check_vram(vram: float | None) -> None:
+    if vram is not None and not 0 < vram < math.inf:
         raise UserError(f"--vram {vram:g}: give the gigabytes of device memory that may be used, such as 8")
 
 
@@ -249,13 +248,17 @@ def measure(network: nn.Module, lists: Sequence[str], dtype: torch.dtype, anew: 
 
     blocks = [sum(size for size in held(block) if size >= SMALL) for path in lists for block in network.get_submodule(path)]
     total = sum(held(network))
-    as_stored = [module for path, module in network.named_modules() if anew is not None and path not in anew]
-    mapped = sum(p.nbytes for module in as_stored for p in module.parameters(recurse=False) if p.dtype == dtype)
-    mapped += sum(buffer.nbytes for module in as_stored for buffer in module.buffers(recurse=False))
     quantised = [layer for layer in network.modules() if hasattr(layer, "dequantize")]
     largest = max((layer.in_features * layer.out_features for layer in quantised), default=0)
     # in float32 before and after its scale; or after, and rounded
-    return Weights(total - sum(blocks), tuple(blocks), mapped, largest * 8)
+    return Weights(total - sum(blocks), tuple(blocks), mapped_bytes(network, dtype, anew), largest * 8)
+
+
+def mapped_bytes(network: nn.Module, dtype: torch.dtype, anew: Container[str] | None) -> int:
+    """How many bytes of its weights are, on a CPU, the files' own pages. Arguments as for `measure`."""
+    kept = [module for path, module in network.named_modules() if anew is not None and path not in anew]
+    floats = sum(p.nbytes for module in kept for p in module.parameters(recurse=False) if p.dtype == dtype)
+    return floats + sum(buffer.nbytes for module in kept for buffer in module.buffers(recurse=False))
 
 
 def activations(spec: ModelSpec, work: Work, kind: str) -> dict[str, int]:

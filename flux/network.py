@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flux.errors import UserError
-from flux.memory import Weights, measure
+from flux.memory import Weights, mapped_bytes, measure
 from flux.offload import stream, tensors_of, unstream
 from flux.quantization import FP8, QuantizedLinear, use_native_fp8
 from flux.quantization.compress import compress, whole
@@ -93,11 +93,11 @@ class Network:
         held = copy.deepcopy(self.shapes) if self.compression or self.changed else self.shapes
         if self.compression:
             compress(held, self.compression)
-        for path in () if self.compression else self.changed:
-            if isinstance(layer := held.get_submodule(path), QuantizedLinear):
-                held.set_submodule(path, whole(layer, self.dtype))
-        anew = None if self.compression or (self.change and not self.changed) else self.changed
-        return measure(held, self.lists, self.dtype, anew)._replace(merging=self._merging)
+        else:
+            for path in self.changed:
+                if isinstance(layer := held.get_submodule(path), QuantizedLinear):
+                    held.set_submodule(path, whole(layer, self.dtype))
+        return measure(held, self.lists, self.dtype, self._anew)._replace(merging=self._merging)
 
     @property
     def bytes(self) -> int:
@@ -108,8 +108,13 @@ class Network:
         """Bytes of the device's memory that its weights take now; of a streamed network, which no stage leaves there, 0."""
         if self.module is None or self.resident is not None:
             return 0
-        pages = self.weights.mapped if self.device.type == "cpu" else 0
+        pages = mapped_bytes(self.shapes, self.dtype, self._anew) if self.device.type == "cpu" else 0
         return max(0, sum(tensor.nbytes for tensor in tensors_of(self.module)) - pages)
+
+    @property
+    def _anew(self) -> frozenset[str] | None:
+        """Paths of the modules whose weights are not the files' any more; None: of all."""
+        return None if self.compression or (self.change and not self.changed) else self.changed
 
     @property
     def _merging(self) -> int:

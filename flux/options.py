@@ -66,11 +66,15 @@ def check_values(flag: str, values: Guidance, steps: int, advice: str) -> list[f
     """A value, two, or one a step."""
     values = list(values) if isinstance(values, Sequence) else [values]
     if len(values) not in (1, 2, steps):
-        raise UserError(f"{flag} has {len(values)} values for {steps} steps: give one, START:END, or one for each step")
+        raise miscounted(flag, len(values), steps)
     for value in values:
         if not 0 <= value <= 100:
             raise UserError(f"{flag} {value}: must be from 0 to 100; {advice}")
     return values
+
+
+def miscounted(flag: str, count: int, steps: int) -> UserError:
+    return UserError(f"{flag} has {count} values for {steps} steps: give one, START:END, or one for each step")
 
 
 def written(values: Sequence[float]) -> str:

@@ -106,8 +106,7 @@ class Economy:
             raise UserError(f"--quantize {self.quantize!s:.40} is unknown; choose from {', '.join(KINDS)}")
         if self.offload is not None and self.offload not in OFFLOAD:
             raise UserError(f"--offload {self.offload!s:.40} is unknown; choose from {', '.join(OFFLOAD)}")
-        if self.vram is not None:
-            check_vram(self.vram)
+        check_vram(self.vram)
         if self.tile is not None and not (self.tile >= 256 and self.tile % 16 == 0):
             raise UserError(f"--tile {self.tile}: the side of a tile is a multiple of 16, and 256 pixels at least")
 

@@ -280,9 +280,12 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def load(path: Path) -> dict[str, Tensor]:
     """UserError for a file that is damaged, or none."""
-    read_header(path)
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        read_header(path)  # which says what is wrong with it
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ Exit codes: 0 within budget, 1 over budget or stopped at NaN, 2 a mistake in wha
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -320,10 +319,10 @@ def pipeline_of(capture, args: argparse.Namespace):
 
 
 def called(args: argparse.Namespace):
-    from flux.parity.modules import named
+    from flux.parity.modules import guarded, named
 
     sys.path.append("")  # a function may be in a file beside one
-    return named(args.call) if args.call else None
+    return guarded(named(args.call)) if args.call else None
 
 
 def replay(args: argparse.Namespace) -> int:
@@ -476,7 +475,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         return fail(f"the package {error.name!r} is missing: run `pip install -e .` in the repository")
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sample.close_stdout()
         return 1
     except OSError as error:
         return fail(f"{error.filename or 'the output'}: {error.strerror or error}")

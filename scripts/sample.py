@@ -142,7 +142,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         return fail(f"the package {error.name!r} is missing: run `pip install -e .` in the repository")
     except BrokenPipeError:  # `--list-models | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_stdout()
         return 1
     except OSError as error:  # the disk is full, for example
         return fail(f"{error.filename or args.output}: {error.strerror or error}")
@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
     steps = options.check_steps(spec, args.steps)
     for flag, asked in (("--guidance", args.guidance), ("--cfg-scale", args.cfg_scale)):
         if isinstance(asked, tuple) and len(asked) != steps:
-            raise UserError(f"{flag} has {len(asked)} values for {steps} steps: give one, START:END, or one for each step")
+            raise options.miscounted(flag, len(asked), steps)
     guidance = options.check_guidance(spec, args.guidance, steps)
     if args.upsample == "local" and (spec.name != "flux.2-dev"):
         raise UserError(
@@ -400,7 +400,12 @@ def tell(path: Path) -> None:
     try:
         print(path, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_stdout()
+
+
+def close_stdout() -> None:
+    """Where it leads nowhere any more: Python's own last flush would fail, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str) -> None:

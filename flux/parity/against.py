@@ -58,10 +58,10 @@ def adaptor(capture: Capture, call: Call, only: Sequence[str] = (), budget: floa
     UserError where it fails, or gives anything but as many tensors as were recorded, of their shapes.
     """
     check_patterns(only, capture.names)
-    precision, rows = capture.recipe.get("dtype"), []
+    precision, rows, call = capture.recipe.get("dtype"), [], guarded(call)
     alone = allowed(capture, precision, budget, alone=True)
     for each in recorded(capture, only) or recorded(capture)[:1]:  # a capture has more than what modules give
-        answer = guarded(call)(each.name, inputs_of(capture, each))
+        answer = call(each.name, inputs_of(capture, each))
         if isinstance(answer, str | os.PathLike):
             return compare(Capture(answer), capture, allowed(capture, precision, budget), only)
         if not rows:

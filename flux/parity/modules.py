@@ -105,7 +105,7 @@ def networks_of(pipe: Pipeline) -> dict[str, Network]:
 
 
 def named(text: str) -> Call:
-    """The function that `module:function` names, of a module that can be imported; its errors are UserErrors."""
+    """The function that `module:function` names, of a module that can be imported."""
     module, _, function = text.partition(":")
     try:
         call = getattr(importlib.import_module(module), function)
@@ -113,7 +113,7 @@ def named(text: str) -> Call:
         raise UserError(f"--call {text}: there is no such function ({error!s:.120}); write MODULE:FUNCTION") from None
     if not callable(call):
         raise UserError(f"--call {text} is no function; it should take a name and a list of tensors")
-    return guarded(call)
+    return call
 
 
 def guarded(call: Call) -> Call:

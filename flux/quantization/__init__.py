@@ -69,8 +69,7 @@ def find(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], layers: I
     for layer in layers:
         weight = infos.get(f"{layer}.weight")
         if weight and len(weight.shape) == 2:
-            note = formats.get(layer) or formats.get(weight.name.removesuffix(".weight"))
-            if stored := _stored(layer, weight, infos, told_by, note):
+            if stored := _stored(layer, weight, infos, told_by, formats.get(layer)):
                 found[layer] = stored
     return found
 
