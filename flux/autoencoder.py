@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flux.errors import UserError
-from flux.stripes import stripes
+from flux.runtime.fast import stripes
 
 
 @dataclass(frozen=True)

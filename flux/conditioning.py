@@ -19,11 +19,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux import control, inputs, sampling
+from flux import sampling
 from flux.autoencoder import pack
 from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
-from flux.images import to_images, to_mask, to_pixels
+from flux.image_io import control
+from flux.image_io import input as inputs
+from flux.image_io.output import to_images, to_mask, to_pixels
 
 
 @dataclass(frozen=True)

@@ -220,4 +220,4 @@ MODELS: dict[str, ModelSpec] = _table([
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)), text_length=32,
             autoencoder=AE_TINY, autoencoder_files=(AE,)),
 ])  # fmt: skip
-EMBEDDED = Path(__file__).parent / "tiny"  # a folder for each embedded model, in the layout of a repository
+EMBEDDED = Path(__file__).parent / "toy/tiny"  # a folder for each embedded model, in the layout of a repository

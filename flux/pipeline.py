@@ -17,10 +17,12 @@ from flux.autoencoder import AutoEncoder, channels_last, from_diffusers
 from flux.conditioning import Conditions, Pictures
 from flux.configs import ModelSpec
 from flux.errors import UserError
-from flux.files import shard_files
-from flux.images import to_images
-from flux.inputs import as_mask, as_picture
-from flux.memory import (
+from flux.image_io.input import as_mask, as_picture
+from flux.image_io.output import to_images
+from flux.lora.manager import MergedLoras
+from flux.runtime.checks import Guidance, check_cfg, check_count, check_guidance, check_scale, check_size, check_steps
+from flux.runtime.lazy_module import Network
+from flux.runtime.memory import (
     OFFLOAD,
     Offload,
     Plan,
@@ -33,15 +35,13 @@ from flux.memory import (
     plan,
     room_on,
 )
-from flux.merging import MergedLoras
-from flux.models import find_spec, locate, with_decoder_of
-from flux.network import Network
-from flux.options import Guidance, check_cfg, check_count, check_guidance, check_scale, check_size, check_steps
-from flux.quantization import FP8Linear, QuantizedLinear
-from flux.quantization.compress import KINDS
-from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
-from flux.text import TextFeatures, text_encoder
+from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
+from flux.text_encoder import TextFeatures, text_encoder
 from flux.transformer import BLOCKS, NUMERICS, Flux, Memory, Modulator, Numerics
+from flux.weights.files import shard_files
+from flux.weights.locate import find_spec, locate, with_decoder_of
+from flux.weights.quantization import FP8Linear, QuantizedLinear
+from flux.weights.quantization.compress import KINDS
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
 
@@ -94,7 +94,7 @@ def load(
 class Economy:
     """How memory and time are saved. `quantize`, `native_fp8` and `tile` cost exactness: `bench.py --lossy` says how much."""
 
-    offload: Offload | None = None  # how weights are held; else in the fastest way that fits (`flux.memory`)
+    offload: Offload | None = None  # how weights are held; else in the fastest way that fits (`flux.runtime.memory`)
     vram: float | None = None  # GB of the device that may be used; else all that are free
     quantize: str | None = None  # "fp8", "int8", "int4": of the transformer's and the large text encoders' matrices
     native_fp8: bool = False  # float8 matrices are multiplied in float8
@@ -286,7 +286,7 @@ class Pipeline:
 
     @property
     def loras(self) -> dict[Path, tuple[list, float]]:
-        """File -> its patches, as `flux.lora` makes them, and their scale."""
+        """File -> its patches, as `flux.lora.formats` makes them, and their scale."""
         return self._merged.files
 
     def encode(self, prompts: str | Sequence[str]) -> TextFeatures:

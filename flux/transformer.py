@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flux.stripes import in_stripes
+from flux.runtime.fast import in_stripes
 
 
 @dataclass(frozen=True)

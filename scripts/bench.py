@@ -28,8 +28,8 @@ from benchmarks.setting import Setting  # noqa: E402
 
 from flux.configs import ModelSpec  # noqa: E402
 from flux.errors import UserError  # noqa: E402
-from flux.memory import choose_device
-from flux.models import find_spec  # noqa: E402
+from flux.runtime.memory import choose_device
+from flux.weights.locate import find_spec  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,7 +132,7 @@ def references(setting: Setting) -> Iterator[Row]:
 
 
 def losses(setting: Setting) -> Iterator[NamedTuple]:
-    from flux.quantization.loss import losses
+    from benchmarks.lossy import losses
 
     yield from losses(setting.prompts)
 

@@ -107,9 +107,9 @@ def amount(text: str) -> float:
 
 def prepare(args: argparse.Namespace):
     """The pipeline, and the request to it."""
-    from flux import models
     from flux.errors import UserError
     from flux.parity.capture import Request
+    from flux.weights import locate as models
 
     prompts = sample.gather_prompts(args)
     if len(prompts) > 1:
@@ -147,9 +147,9 @@ def add_compare(commands) -> None:
 def compare(args: argparse.Namespace) -> int:
     from flux.errors import UserError
     from flux.parity import compare
-    from flux.parity.against import allowed
-    from flux.parity.budgets import stored, within
-    from flux.parity.record import Capture
+    from flux.parity.capture_file import Capture
+    from flux.parity.compare_live import allowed
+    from flux.parity.tolerances import stored, within
 
     if (args.reference is None) == (args.against is None):
         raise UserError("compare takes A and either B or --against X: give one of the two")
@@ -175,8 +175,9 @@ def compare(args: argparse.Namespace) -> int:
 
 def live(args: argparse.Namespace) -> int:
     """What is live is judged, and A is the reference."""
-    from flux.parity import against, compare, replay
-    from flux.parity.record import Capture
+    from flux.parity import compare, replay
+    from flux.parity import compare_live as against
+    from flux.parity.capture_file import Capture
 
     args.capture = args.judged
     if args.against == "here":
@@ -196,7 +197,7 @@ def live(args: argparse.Namespace) -> int:
 
 
 def judge(rows, args: argparse.Namespace) -> int:
-    from flux.images import write_new
+    from flux.image_io.output import write_new
     from flux.parity import compare
 
     if args.json:
@@ -233,7 +234,7 @@ def kit(args: argparse.Namespace) -> int:
 
 
 def build_kit(args: argparse.Namespace) -> int:
-    from flux.parity import kit
+    from flux.parity import golden_kit as kit
 
     if not (args.prompts or args.prompt or args.prompt_file or args.image):
         args.prompts = [kit.PROMPT]
@@ -298,9 +299,9 @@ def add_judgement(p: argparse.ArgumentParser) -> None:
 
 def again(args: argparse.Namespace):
     """The capture, the pipeline that it is of, and the request to it."""
-    from flux.models import find_spec
     from flux.parity import replay
-    from flux.parity.record import Capture
+    from flux.parity.capture_file import Capture
+    from flux.weights.locate import find_spec
 
     capture = Capture(args.capture)
     pictures = sample.gather_pictures(args, find_spec(replay.recipe_of(capture)["model"]))
@@ -327,8 +328,9 @@ def called(args: argparse.Namespace):
 
 def replay(args: argparse.Namespace) -> int:
     from flux.errors import UserError
-    from flux.images import write_new
-    from flux.parity import budgets, compare, replay
+    from flux.image_io.output import write_new
+    from flux.parity import compare, replay
+    from flux.parity import tolerances as budgets
     from flux.parity.modules import Modules
 
     if bool(args.free) + bool(args.inside) + bool(args.call) > 1:
@@ -362,7 +364,7 @@ def bisect(args: argparse.Namespace) -> int:
 
 
 def budgets(args: argparse.Namespace) -> int:
-    from flux.parity import budgets
+    from flux.parity import tolerances as budgets
 
     capture, pipe, request = again(args)
     precisions = args.precision or budgets.PRECISIONS
@@ -388,7 +390,7 @@ def add_report(commands) -> None:
 
 def report(args: argparse.Namespace) -> int:
     from flux.parity import compare, report
-    from flux.parity.record import Capture
+    from flux.parity.capture_file import Capture
 
     report.check_output(args.output, args.png)
     a, b = Capture(args.judged), Capture(args.reference)
@@ -415,9 +417,10 @@ def add_doctor(commands) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from flux.parity import doctor, replay
+    from flux.parity import diagnose as doctor
+    from flux.parity import replay
+    from flux.parity.capture_file import Capture
     from flux.parity.compare import compare, verdict
-    from flux.parity.record import Capture
 
     port, reference = Capture(args.judged), Capture(args.reference)
     replay.recipe_of(reference)
@@ -446,7 +449,7 @@ def table(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[1]
     sys.path.append(str(root / "tests"))  # where the references are built
     try:
-        from parity_rows import measure, ran_on
+        from support.parity_rows import measure, ran_on
 
         text = table.markdown(list(measure()), ran_on())
     except ImportError as error:

@@ -18,9 +18,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from remaking import DTYPES, OPTIONS, describe, describe_files, recall, short
-
 from flux.errors import NonFiniteError, UserError
+from flux.image_io.metadata import DTYPES, OPTIONS, describe, describe_files, recall, short
 
 NUMERICS = ("exact", "bfl", "diffusers")
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
@@ -170,7 +169,7 @@ def show_warnings_once() -> None:
 
 def run(args: argparse.Namespace) -> int:
     # 1. everything that can be wrong with the request, before anything heavy is imported
-    from flux import images
+    from flux.image_io import output as images
 
     if args.remake:
         recall(args, images.read_metadata(args.remake), parser().get_default)
@@ -182,7 +181,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from flux import conditioning, models, options, sampling
+    from flux import conditioning, sampling
+    from flux.runtime import checks as options
+    from flux.weights import locate as models
 
     if args.lora:
         check_loras(args)
@@ -278,7 +279,9 @@ def upsample(args: argparse.Namespace, pipe, prompt: str, pictures, seed: int) -
     """The prompt, written out by a language model if --upsample says by which."""
     if not args.upsample:
         return prompt
-    from flux import models, upsampling
+    import prompt_upsampling as upsampling
+
+    from flux.weights import locate as models
 
     shown = pictures.images if pictures else ()
     if args.upsample == "local":
@@ -328,7 +331,9 @@ def from_stdin() -> bytes:
 
 def gather_pictures(args: argparse.Namespace, spec):
     """The pictures and what is to be done with them, or None."""
-    from flux import conditioning, images, inputs
+    from flux import conditioning
+    from flux.image_io import input as inputs
+    from flux.image_io import output as images
 
     options = {option: getattr(args, flag) for option, flag in OPTIONS.items()}
     if not args.image:
@@ -352,7 +357,7 @@ def gather_pictures(args: argparse.Namespace, spec):
 
 def check_loras(args: argparse.Namespace) -> None:
     """Refuse what is no LoRA before a model is looked for, which may take a download."""
-    from flux.lora import read
+    from flux.lora.formats import read
 
     for number, (path, scale) in enumerate(args.lora):
         read(path)
@@ -363,7 +368,7 @@ def check_loras(args: argparse.Namespace) -> None:
 
 
 def note_unknown_words(prompts: list[str]) -> None:
-    from flux import shapes
+    from flux import toy as shapes
 
     if unknown := [word for prompt in prompts for word in shapes.unknown_words(prompt)]:
         words = ", ".join(repr(word) for word in dict.fromkeys(unknown))
@@ -376,7 +381,7 @@ def note_unknown_words(prompts: list[str]) -> None:
 def save_latents(picture: Path, latents, metadata: dict) -> None:
     from safetensors.torch import save
 
-    from flux.images import write_new
+    from flux.image_io.output import write_new
 
     data = save({"latents": latents.cpu().contiguous()}, {"flux": json.dumps(metadata)})
     say(f"latents: {write_new(picture.with_suffix('.safetensors'), lambda file: file.write(data))}")
@@ -384,8 +389,8 @@ def save_latents(picture: Path, latents, metadata: dict) -> None:
 
 def list_models(weights: Path | None) -> int:
     from flux.configs import MODELS
-    from flux.files import weights_folder
-    from flux.models import is_here, parameters
+    from flux.weights.files import weights_folder
+    from flux.weights.locate import is_here, parameters
 
     weights_folder(weights)
     print(f"{'name':28}{'parameters':>12}  {'steps':>5}  {'here':5} licence")

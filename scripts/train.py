@@ -30,18 +30,21 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
-from finetuning.asked import check_numbers, given_student, load, parser, settle, tell_memory
-from finetuning.log import Log, say
 from PIL import Image
 from tqdm import tqdm
 
 import flux
-from flux import adapters, dataset, distillation, processes, training
 from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError, WriteError
-from flux.files import shard_files
-from flux.text import TextFeatures
+from flux.text_encoder import TextFeatures
+from flux.training import dataset, distillation
+from flux.training import distributed as processes
+from flux.training import lora as adapters
+from flux.training import trainer as training
+from flux.training.log import Log, say
+from flux.training.options import check_numbers, given_student, load, parser, settle, tell_memory
 from flux.transformer import Flux
+from flux.weights.files import shard_files
 
 SAMPLES = 4  # pictures on a sheet, where --prompt does not say of what
 

@@ -1,4 +1,4 @@
-"""Lets the tests import their common module, `from reference import ...`, whatever pytest's import mode; seeds each test."""
+"""Seeds each test; lets test modules import their common ones."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(folder) for folder in (TESTS, *TESTS.glob("*/")) if folder.is_dir()]
 
 
 @pytest.fixture(autouse=True)

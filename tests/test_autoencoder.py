@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import (
+from support.load_script import script
+from torch import Tensor, nn
+
+import flux
+from flux import autoencoder
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers, pack, tiles, unpack
+from flux.errors import UserError
+from flux.parity.hooks import watching
+from flux.parity.reference import (
     autoencoder_to_diffusers,
     diffusers_autoencoder,
     diffusers_decode,
@@ -18,15 +26,7 @@ from reference import (
     randomise,
     shapes,
 )
-from scripted import script
-from torch import Tensor, nn
-
-import flux
-from flux import autoencoder
-from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers, pack, tiles, unpack
-from flux.errors import UserError
-from flux.parity.taps import watching
-from flux.weights import load_module
+from flux.weights.load import load_module
 
 FLUX1 = AutoEncoderConfig()
 FLUX2 = AutoEncoderConfig(z_channels=32, scale_factor=None, shift_factor=None)
@@ -181,7 +181,7 @@ def test_upsampled_convolution_is_that_of_the_nearest_neighbours(size, order):
 
 @pytest.fixture(scope="module")
 def measure():
-    return script("measure")
+    return script("benchmarks/measure")
 
 
 @pytest.mark.parametrize("config", [FLUX1, FLUX2, replace(FLUX2, decoder_ch=96)], ids=["flux.1", "flux.2", "small decoder"])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference import clip_to_transformers, max_error, relative_l2, transformers_clip
 from torch import Tensor
 
 from flux.clip import CLIP, CLIPConfig
+from flux.parity.reference import clip_to_transformers, max_error, relative_l2, transformers_clip
 
 # An eps large enough to be missed.
 TINY = CLIPConfig(vocab_size=100, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eos_id=99, eps=1e-3)

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import (
+from safetensors.torch import save_file
+from test_pipeline import grid, levels, noise, write_tokenizers
+from torch import Tensor
+
+import flux
+from flux.conditioning import Pictures
+from flux.configs import MODELS, FLUX1Text, FLUX2Text
+from flux.parity.reference import (
     FLUX1_TINY,
     KLEIN_TINY,
     TINY_AE1,
@@ -31,15 +38,8 @@ from reference import (
     transformers_siglip,
     write_weights,
 )  # fmt: skip
-from safetensors.torch import save_file
-from test_pipeline import grid, levels, noise, write_tokenizers
-from torch import Tensor
-
-import flux
-from flux.conditioning import Pictures
-from flux.configs import MODELS, FLUX1Text, FLUX2Text
-from flux.redux import Redux, ReduxConfig, SigLIP, SigLIPConfig
-from flux.text import TextFeatures
+from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
+from flux.text_encoder import TextFeatures
 
 WIDTH, HEIGHT, STEPS, SEEDS = 96, 64, 4, (5, 6)
 WITHIN = 2e-5  # of the largest latent; four steps of float32 rounding through random networks, seen: up to 7e-6

@@ -7,15 +7,16 @@ the defaults of their scripts), the repositories' model cards, and diffusers' pi
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
-from written import refusal
+from support.weight_files import refusal
 
 import flux
-from flux import configs, models
+from flux import configs
 from flux.configs import EMBEDDED, MODELS, Adapter, FLUX1Text, FLUX2Text
 from flux.errors import UserError
-from flux.models import find_spec, with_transformer
-from flux.options import check_guidance
 from flux.pipeline import load
+from flux.runtime.checks import check_guidance
+from flux.weights import locate as models
+from flux.weights.locate import find_spec, with_transformer
 
 REAL = {name: spec for name, spec in MODELS.items() if not spec.embedded and spec.storage == "bfloat16"}
 QUANTISED = {name: spec for name, spec in MODELS.items() if spec.storage != "bfloat16"}
@@ -207,7 +208,7 @@ def test_files_of_embedded_models_are_in_the_package_or_have_to_be_made(name, tm
     assert sum(file.stat().st_size for file in (EMBEDDED / name).rglob("*") if file.is_file()) < 16e6
     monkeypatch.setattr(models, "EMBEDDED", tmp_path)
     assert not models.is_here(spec)
-    assert f"scripts/toy.py --model {name}" in refusal(load, name, device="cpu")
+    assert f"scripts/toy/train.py --model {name}" in refusal(load, name, device="cpu")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,7 +1,7 @@
 """Our networks and pipelines against the tensors in `tests/golden`, which diffusers and transformers answered with once.
 
 As the live tests, but without either library: what they computed stays on record, whatever becomes of them. Each file's
-metadata names their versions; `scripts/golden.py` makes the files anew. All is float32 on the CPU.
+metadata names their versions; `scripts/dev/golden.py` makes the files anew. All is float32 on the CPU.
 """
 
 import json
@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import fingerprint, golden_networks, max_error, networks, tiny_models, write_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import flux
 from flux.configs import MODELS
-from flux.files import read_header
+from flux.parity.reference import fingerprint, golden_networks, max_error, networks, tiny_models, write_weights
+from flux.weights.files import read_header
 
 GOLDEN = Path(__file__).parent / "golden"
 PIPELINES = sorted(path.stem.removeprefix("pipeline-") for path in GOLDEN.glob("pipeline-*"))
@@ -38,7 +38,7 @@ def golden(name: str, *modules: nn.Module) -> dict[str, dict[str, Tensor]]:
     then = read_header(path)[1]["torch"]
     drawn = f"torch {torch.__version__} draws other random weights here than {then} did for {path.name}"
     for tensor, a, b in zip(names, before, now, strict=True):
-        assert abs(a - b) <= 1e-5, f"{drawn}, in {tensor}: run scripts/golden.py"
+        assert abs(a - b) <= 1e-5, f"{drawn}, in {tensor}: run scripts/dev/golden.py"
     for key, tensor in tensors.items():
         kind, _, rest = key.partition(".")
         kinds[kind][rest] = tensor

@@ -1,4 +1,4 @@
-"""`numerics="bfl"` in bfloat16, to the last bit, against runs that `scripts/golden_bfl.py` writes out rounding by rounding.
+"""`numerics="bfl"` in bfloat16, to the last bit, against runs that `scripts/dev/golden_bfl.py` writes out rounding by rounding.
 
 In which order a processor sums a product of matrices is its own affair, and moves last bits. So the script is run here as well:
 ours must equal what it gives on this machine; and that must be what it gave where `tests/golden_bfl` was made, up to such sums.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripted import script
+from support.load_script import script
 from torch import Tensor
 
 import flux
@@ -24,12 +24,12 @@ from flux.parity.capture import Request, run
 from flux.parity.compare import errors
 from flux.parity.random_model import random_model
 from flux.pipeline import Pipeline
-from flux.text import TextFeatures
+from flux.text_encoder import TextFeatures
 from flux.transformer import NUMERICS, Numerics
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts/golden_bfl.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts/dev/golden_bfl.py"
 GOLDEN = Path(__file__).parent / "golden_bfl"
-golden_bfl = script("golden_bfl")
+golden_bfl = script("dev/golden_bfl")
 
 ASKED = dict(width=96, height=64, steps=4, guidance=3.5)
 # Seen: up to 0.0081 with the kernels of older processors (ATEN_CPU_CAPABILITY=default, ONEDNN_MAX_CPU_ISA=SSE41), and 0.0083

@@ -29,8 +29,8 @@ def test_what_flux_offers_needs_little_beyond_torch():
     added = loaded_by("import flux; flux.MODELS; flux.load; flux.Pipeline; flux.UserError", before="import torch")
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL"}
-    assert "flux.pipeline" in added and not {name for name in added if name.startswith(("torch", "flux.shapes"))}
-    optional = {"flux.lora", "flux.quantization.loss", "flux.training", "flux.upsampling", "PIL.PngImagePlugin"}
+    assert "flux.pipeline" in added and not {name for name in added if name.startswith(("torch", "flux.toy"))}
+    optional = {"flux.lora.formats", "benchmarks.lossy", "flux.training.trainer", "prompt_upsampling", "PIL.PngImagePlugin"}
     assert not added & optional  # few pictures need them, or only their end does
 
 
@@ -41,14 +41,14 @@ def test_a_first_picture_needs_no_compiler():
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL", "tokenizers", "torch", "numpy"}
     assert not {name for name in added if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed"))}
-    assert not {"flux.adapters", "flux.lora", "flux.quantization.loss", "flux.training"} & added
+    assert not {"flux.training.lora", "flux.lora.formats", "benchmarks.lossy", "flux.training.trainer"} & added
 
 
 def test_blank_modules_have_shapes_and_draw_nothing():
     import torch
     from torch import nn
 
-    from flux.weights import blank
+    from flux.weights.load import blank
 
     before = torch.get_rng_state()
     module = blank(lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm(2)))

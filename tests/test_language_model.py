@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import (
+from torch import Tensor
+
+from flux.language_model import LanguageModel, LanguageModelConfig
+from flux.parity.reference import (
     language_model_to_transformers,
     max_error,
     randomise,
@@ -17,9 +20,6 @@ from reference import (
     transformers_language_model,
     with_trunk,
 )
-from torch import Tensor
-
-from flux.language_model import LanguageModel, LanguageModelConfig
 
 # Heads that do not add up to the hidden size, two query heads to a key head, and layers above the last that is read.
 QWEN = LanguageModelConfig(

@@ -18,7 +18,6 @@ from einops import rearrange
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reference import diffusers_pipeline, diffusers_text, max_error, networks, randomise, tiny_models, write_weights
 from safetensors.torch import load_file, save_file
 from test_tokenizers import MISTRAL_TEMPLATE, make_clip, make_mistral, make_qwen, make_t5
 from torch import Tensor, nn
@@ -27,8 +26,9 @@ import flux
 from flux import sampling
 from flux.configs import MODELS, ModelSpec
 from flux.errors import NonFiniteError, UserError
+from flux.parity.reference import diffusers_pipeline, diffusers_text, max_error, networks, randomise, tiny_models, write_weights
 from flux.pipeline import Pipeline
-from flux.text import TextFeatures
+from flux.text_encoder import TextFeatures
 from flux.transformer import Flux
 
 WIDTH, HEIGHT, STEPS, SEEDS = 96, 64, 4, (5, 6)

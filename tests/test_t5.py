@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference import max_error, relative_l2, t5_to_transformers, transformers_t5
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from flux.parity.reference import max_error, relative_l2, t5_to_transformers, transformers_t5
 from flux.t5 import T5, T5Config, relative_bucket
 
 # Heads that do not add up to the hidden size, and an eps large enough to be missed.

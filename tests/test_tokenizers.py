@@ -13,14 +13,14 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted import script
+from support.load_script import script
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast, Qwen2TokenizerFast, T5TokenizerFast
 
 from flux.errors import UserError
 from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
 
-script("toy")  # which puts its own folder where the recipe is found
+script("toy/train")  # which puts its own folder where the recipe is found
 from recipe.tokenizer import train_byte_level_bpe
 
 PROSE = [

@@ -8,7 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import (
+from support.load_script import script
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from flux.parity.hooks import watching
+from flux.parity.reference import (
     FLUX1_TINY,
     FLUX2_TINY,
     KLEIN_TINY,
@@ -22,12 +27,7 @@ from reference import (
     shapes,
     transformer_to_diffusers,
 )
-from scripted import script
-from torch import Tensor, nn
-from torch.nn.functional import pad
-
-from flux import stripes
-from flux.parity.taps import watching
+from flux.runtime import fast as stripes
 from flux.transformer import NUMERICS, Flux, FluxConfig, Numerics, QKNorm, rope_table, scale_time, sinusoid, unit_rms
 
 TINY = {
@@ -281,7 +281,7 @@ def test_a_step_on_a_cpu_takes_less_memory_than_diffusers(config, monkeypatch):
     given |= dict(img=torch.randn(1, 1024, config.in_channels).bfloat16(), img_ids=torch.ones(1024, axes),
                   txt=torch.randn(1, 512, config.context_dim).bfloat16(), txt_ids=torch.ones(512, axes))  # fmt: skip
     given = {name: x if name.endswith("ids") else x[:1] for name, x in given.items()}
-    theirs, measure = reference(ours), script("measure")
+    theirs, measure = reference(ours), script("benchmarks/measure")
     assert measure.peak_bytes(lambda: ours(**given)) < measure.peak_bytes(lambda: diffusers_velocity(theirs, **given))
 
 
@@ -290,7 +290,7 @@ def test_a_step_of_one_picture_copies_no_weights(config):
     """As torch does, on a CPU, for a Linear without bias whose input has the strides of a part of something."""
     ours, given = model(config), inputs(config)
     one = {name: x if name.endswith("ids") else x[:1] for name, x in given.items()}
-    counted = script("measure").kernels(lambda: ours(**one))
+    counted = script("benchmarks/measure").kernels(lambda: ours(**one))
     assert counted["aten::bmm"] == 0 and counted["aten::mm"] + counted["aten::addmm"] > 20
 
 

@@ -21,14 +21,14 @@ from torch.utils._pytree import tree_leaves
 
 from flux import sampling
 from flux.errors import NonFiniteError, UserError
-from flux.options import check_cfg, check_steps
 from flux.parity.capture import Request
+from flux.parity.capture_file import DTYPES, Capture
 from flux.parity.compare import BUDGETS, Row, first_over
+from flux.parity.hooks import replaced
 from flux.parity.modules import PLACE, Call, Modules
-from flux.parity.record import DTYPES, Capture
 from flux.parity.replay import Recorded, asked, from_recorded, inputs_of, inside, judged, local, passes, recorded
-from flux.parity.taps import replaced
 from flux.pipeline import Pipeline
+from flux.runtime.checks import check_cfg, check_steps
 from flux.transformer import Modulations
 
 BLOCK = re.compile(r"(double|single)_blocks\.(\d+)")

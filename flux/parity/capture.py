@@ -33,12 +33,12 @@ import flux
 from flux import conditioning, sampling
 from flux.conditioning import Conditions, Pictures
 from flux.errors import NonFiniteError, UserError
-from flux.network import Network
-from flux.options import Guidance, check_guidance, check_steps
-from flux.parity.record import Capture, Kind, Writer, check_new, kind_of, readable, stored_as
-from flux.parity.taps import See, check_patterns, joined, matches, replaced, watching
+from flux.parity.capture_file import Capture, Kind, Writer, check_new, kind_of, readable, stored_as
+from flux.parity.hooks import See, check_patterns, joined, matches, replaced, watching
 from flux.pipeline import Pipeline
-from flux.text import TextFeatures
+from flux.runtime.checks import Guidance, check_guidance, check_steps
+from flux.runtime.lazy_module import Network
+from flux.text_encoder import TextFeatures
 from flux.transformer import NUMERICS
 
 __all__ = ["Capture", "Kind", "Plan", "Request", "Selection", "Writer", "capture", "plan", "run", "without_weights"]

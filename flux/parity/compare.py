@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flux.errors import UserError
-from flux.parity.record import DTYPES, Capture, Kind, positions, reduce, statistics, token_norms
-from flux.parity.taps import check_patterns, matches
+from flux.parity.capture_file import DTYPES, Capture, Kind, positions, reduce, statistics, token_norms
+from flux.parity.hooks import check_patterns, matches
 
 BUDGETS = {"F64": 1e-12, "F32": 1e-4, "F16": 3e-3, "BF16": 2e-2, "F8_E4M3": 0.1, "F8_E5M2": 0.2, "U8": 1 / 128}  # else 0
 GUARD = 10  # a token may err ten times as much as the whole

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from flux.autoencoder import AutoEncoder
 from flux.errors import UserError
-from flux.memory import free_memory
-from flux.network import Network
 from flux.pipeline import Pipeline
+from flux.runtime.lazy_module import Network
+from flux.runtime.memory import free_memory
 from flux.transformer import DoubleBlock, Flux, Memory, Modulation, SingleBlock
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]

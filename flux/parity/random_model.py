@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flux.configs import MODELS
-from flux.parity.against import the_reference
+from flux.parity.compare_live import the_reference
 
 TOKENIZER = ("tokenizer/tokenizer.json",)
 SPECIAL = ("<pad>", "</s>", "<unk>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")

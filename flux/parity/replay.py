@@ -25,12 +25,12 @@ from flux import pipeline, sampling
 from flux.conditioning import Pictures
 from flux.errors import UserError
 from flux.parity.capture import Request, run
+from flux.parity.capture_file import DTYPES, Capture, Kind, Record, raw
 from flux.parity.compare import BUDGETS, COARSEST_FIRST, Row, compare
+from flux.parity.hooks import check_patterns, matches, replaced, watching
 from flux.parity.modules import PLACE, Call, Modules, in_dtype
-from flux.parity.record import DTYPES, Capture, Kind, Record, raw
-from flux.parity.taps import check_patterns, matches, replaced, watching
 from flux.pipeline import Pipeline
-from flux.text import TextFeatures
+from flux.text_encoder import TextFeatures
 
 Budget = float | Mapping[str, float] | None  # relative L2 that is allowed: of all tensors, or by name
 LOCAL = {"F32": 1e-5, "F16": 8e-4, "BF16": 6e-3}  # of one module on given inputs; of a whole network, compare.BUDGETS

@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from flux import images
 from flux.errors import UserError
+from flux.image_io import output as images
 from flux.parity import charts
+from flux.parity.capture_file import Capture, token_norms
 from flux.parity.compare import Row, first_over, unmatched, verdict
 from flux.parity.page import PAGE, facts, figure, many, number, said, section, style
 from flux.parity.plots import Drawing, shade
-from flux.parity.record import Capture, token_norms
 
 OPEN = 200  # rows that are all shown at once; of more, only the part with the first one over budget
 

@@ -11,14 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import reference
 import torch
-from measure import peak_bytes, peak_memory
-from reference import relative_l2
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from benchmarks.floor import operations, replay
+from benchmarks.measure import peak_bytes, peak_memory
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.stages import our_autoencoder, picture, save_ours, save_theirs, their_autoencoder
@@ -29,12 +27,14 @@ from flux.clip import CLIP
 from flux.configs import FLUX1Text, ModelSpec
 from flux.errors import UserError
 from flux.language_model import LanguageModel
-from flux.memory import can_compile, free_memory
-from flux.network import compile_blocks
-from flux.quantization.compress import compress
-from flux.quantization.fp8 import use_native_fp8
+from flux.parity import reference
+from flux.parity.reference import relative_l2
+from flux.runtime.lazy_module import compile_blocks
+from flux.runtime.memory import can_compile, free_memory
 from flux.t5 import T5
 from flux.transformer import BLOCKS, Flux
+from flux.weights.quantization.compress import compress
+from flux.weights.quantization.fp8 import use_native_fp8
 
 Run = Callable[[], Tensor]
 Spent = dict[str, list[float]]  # seconds by stage: ours, floor, theirs

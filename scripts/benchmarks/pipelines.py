@@ -6,18 +6,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-import reference
 import torch
-from measure import peak_bytes
 from test_pipeline import home, write_tokenizers
 from test_tokenizers import MISTRAL_TEMPLATE
 
 import flux
+from benchmarks.measure import peak_bytes
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.timing import by_turns
-from flux import images
 from flux.configs import MODELS
+from flux.image_io import output as images
+from flux.parity import reference
 from flux.pipeline import Pipeline
 
 NAMES = ("flux.1-dev", "flux.2-klein-4b")

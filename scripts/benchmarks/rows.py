@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from flux.errors import UserError
-from flux.images import write_new
+from flux.image_io.output import write_new
 
 LIBRARIES = ("torch", "diffusers", "transformers", "triton", "torchao")
 ROUNDING = 0.1  # what two results in bfloat16 may be apart, relative L2, after some dozen layers; mistakes are far above

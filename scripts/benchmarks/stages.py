@@ -5,21 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import reference
 import torch
 import torch.nn.functional as F
-from measure import peak_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.measure import peak_bytes
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.timing import by_turns, pair, random_weights, weight_bytes
-from flux import images
 from flux.autoencoder import AutoEncoder, AutoEncoderConfig, channels_last
 from flux.configs import AE1, AE2, MISTRAL, QWEN3_4B, QWEN3_8B
+from flux.image_io import output as images
 from flux.language_model import LanguageModel, LanguageModelConfig
-from flux.network import Network
+from flux.parity import reference
+from flux.runtime.lazy_module import Network
 
 TEXT_ENCODERS = {  # as released: layers, whether the head has weights of its own, what part of the weights we may hold
     "Qwen3 4B": (QWEN3_4B, 36, False, 0.78),

@@ -10,16 +10,16 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
-from measure import resident
 from safetensors.torch import save_file
 
+from benchmarks.measure import resident
 from benchmarks.rows import Row, installed, shown
 from benchmarks.setting import Setting
 from benchmarks.timing import random_weights
 from flux.configs import KLEIN_4B
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
-from flux.weights import load_module
+from flux.weights.load import load_module
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = {
@@ -100,7 +100,7 @@ def load_rows(setting: Setting) -> Iterator[Row]:
 
 def write(config: FluxConfig, ours: Path, theirs: Path) -> type:
     """The same random weights as each loads them best, in one file; returns the class that diffusers has for them."""
-    from reference import diffusers_transformer, loaded, transformer_to_diffusers
+    from flux.parity.reference import diffusers_transformer, loaded, transformer_to_diffusers
 
     state = random_weights(lambda: Flux(config), "cpu", torch.bfloat16).state_dict()
     save_file(state, ours)

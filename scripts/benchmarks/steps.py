@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from measure import kernels, peak_bytes
-from reference import diffusers_transformer, diffusers_velocity, loaded, transformer_to_diffusers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.measure import kernels, peak_bytes
 from benchmarks.rows import Row
 from benchmarks.setting import Setting, narrowed
 from benchmarks.timing import pair, random_weights
 from flux import sampling
 from flux.configs import FLUX1, KLEIN_4B
-from flux.memory import can_compile
-from flux.network import compile_blocks
+from flux.parity.reference import diffusers_transformer, diffusers_velocity, loaded, transformer_to_diffusers
+from flux.runtime.lazy_module import compile_blocks
+from flux.runtime.memory import can_compile
 from flux.transformer import BLOCKS, Flux, FluxConfig
 
 FAMILIES = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B}

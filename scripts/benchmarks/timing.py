@@ -6,11 +6,11 @@ from collections.abc import Callable
 from time import perf_counter
 
 import torch
-from reference import relative_l2
 from torch import Tensor, nn
 
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
+from flux.parity.reference import relative_l2
 
 
 def pair(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], setting: Setting, **row) -> Row:

@@ -1,0 +1,1 @@
+"""Images in and out: files, sizes, masks, control maps, metadata."""

@@ -1,0 +1,546 @@
+"""The networks of diffusers and transformers, with our weights in them: the only place that knows their names.
+
+The name maps follow from both sides' state dicts, and a strict load proves each whenever it is used; none of diffusers'
+own converters is called. Neither library is imported before a builder needs it.
+"""
+
+import json
+import math
+import re
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig
+from flux.clip import CLIP, CLIPConfig
+from flux.configs import MODELS, FLUX1Text, FLUX2Text, ModelSpec
+from flux.language_model import LanguageModel, LanguageModelConfig
+from flux.parity.compare import errors
+from flux.siglip import ReduxConfig, SigLIPConfig
+from flux.t5 import T5, T5Config
+from flux.transformer import Flux, FluxConfig
+
+FLUX1_TINY = FluxConfig(
+    in_channels=64, out_channels=64, context_dim=40, hidden_size=128, num_heads=4, depth=2, depth_single=3,
+    mlp_ratio=4.0, axes_dim=(8, 12, 12), theta=10_000, vector_dim=24, bias=True, gated_mlp=False,
+    shared_modulation=False,
+)  # fmt: skip
+SCHNELL_TINY = replace(FLUX1_TINY, guidance=False)
+FLUX2_TINY = FluxConfig(
+    in_channels=16, out_channels=16, context_dim=40, hidden_size=128, num_heads=4, depth=2, depth_single=3,
+    axes_dim=(8, 8, 8, 8),
+)  # fmt: skip
+KLEIN_TINY = replace(FLUX2_TINY, guidance=False)
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+
+def max_error(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value of `b`, as `scripts/parity.py` finds it; NaN is infinitely far."""
+    assert a.shape == b.shape, f"{tuple(a.shape)} and not {tuple(b.shape)}"
+    found = errors(a, b)
+    return math.inf if found.nonfinite or found.misplaced else found.max_abs / b.abs().max().item()
+
+
+def relative_l2(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape, f"{tuple(a.shape)} and not {tuple(b.shape)}"
+    found = errors(a, b)
+    return math.inf if found.nonfinite or found.misplaced else found.relative_l2
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter and buffer: whatever an initialisation leaves at 0 or 1 would hide a fault.
+
+    A tensor's values depend on the seed and its own name and shape only. Matrices keep the size of what they multiply.
+    """
+    for name, tensor in module.state_dict().items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        noise, leaf = torch.randn(tensor.shape, generator=generator), name.split(".")[-1]
+        if not tensor.is_floating_point():
+            value = torch.randint(1, 1000, tensor.shape, generator=generator)
+        elif leaf == "running_var":
+            value = torch.empty(tensor.shape).uniform_(0.3, 3, generator=generator)
+        elif leaf == "running_mean":
+            value = noise
+        elif leaf == "bias":
+            value = 0.1 * noise
+        elif tensor.ndim == 1:  # the scale of a norm
+            value = 1 + 0.3 * noise
+        else:
+            value = noise / tensor[0].numel() ** 0.5
+        tensor.copy_(value)
+    return module.eval().requires_grad_(False)
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def loaded(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A reference with these very tensors in it, strictly."""
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------------------------------- transformer
+
+FLUX1_NAMES = (  # pattern in our name, its replacement in diffusers'
+    (r"^time_in\.", "time_text_embed.timestep_embedder."),
+    (r"^guidance_in\.", "time_text_embed.guidance_embedder."),
+    (r"^vector_in\.", "time_text_embed.text_embedder."),
+    (r"\.img_mod\.lin\.", ".norm1.linear."),
+    (r"\.txt_mod\.lin\.", ".norm1_context.linear."),
+    (r"_mlp\.0\.", "_mlp.net.0.proj."),
+    (r"_mlp\.2\.", "_mlp.net.2."),
+    (r"\.modulation\.lin\.", ".norm.linear."),
+    (r"\.linear2\.", ".proj_out."),
+)
+FLUX2_NAMES = (
+    (r"^time_in\.", "time_guidance_embed.timestep_embedder."),
+    (r"^guidance_in\.", "time_guidance_embed.guidance_embedder."),
+    (r"_modulation(_img|_txt|)\.lin\.", r"_modulation\1.linear."),
+    (r"_mlp\.0\.", "_mlp.linear_in."),
+    (r"_mlp\.2\.", "_mlp.linear_out."),
+    (r"\.linear1\.", ".attn.to_qkv_mlp_proj."),
+    (r"\.linear2\.", ".attn.to_out."),
+)
+FLUX_NAMES = (
+    (r"^img_in\.", "x_embedder."),
+    (r"^txt_in\.", "context_embedder."),
+    (r"\.in_layer\.", ".linear_1."),
+    (r"\.out_layer\.", ".linear_2."),
+    (r"^final_layer\.linear\.", "proj_out."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
+    (r"\.img_attn\.proj\.", ".attn.to_out.0."),
+    (r"\.txt_attn\.proj\.", ".attn.to_add_out."),
+    (r"\.txt_attn\.norm\.(?:(q)uery|(k)ey)_norm\.scale$", r".attn.norm_added_\1\2.weight"),
+    (r"\.(?:img_attn\.)?norm\.(?:(q)uery|(k)ey)_norm\.scale$", r".attn.norm_\1\2.weight"),
+    (r"\.img_mlp\.", ".ff."),
+    (r"\.txt_mlp\.", ".ff_context."),
+    (r"^double_blocks\.", "transformer_blocks."),
+    (r"^single_blocks\.", "single_transformer_blocks."),
+)
+FLUX_SPLITS = {  # one matrix of ours, several of theirs
+    ".img_attn.qkv.": (".attn.to_q.", ".attn.to_k.", ".attn.to_v."),
+    ".txt_attn.qkv.": (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj."),
+    ".linear1.": (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".proj_mlp."),  # FLUX.1 only
+}
+
+
+def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def transformer_to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tensor]:
+    """Split q, k, v (and FLUX.1's MLP) apart, and put the scale of the final modulation before its shift."""
+    rules = (FLUX2_NAMES if config.shared_modulation else FLUX1_NAMES) + FLUX_NAMES
+    out = {}
+    for name, tensor in state.items():
+        if name.startswith("final_layer.adaLN_modulation."):
+            shift, scale = tensor.chunk(2)
+            tensor = torch.cat([scale, shift])
+        joined = next((part for part in FLUX_SPLITS if part in name), None)
+        if joined is None or (joined == ".linear1." and config.shared_modulation):
+            out[renamed(name, rules)] = tensor
+            continue
+        d, parts = config.hidden_size, FLUX_SPLITS[joined]
+        sizes = [d, d, d, len(tensor) - 3 * d][: len(parts)]
+        for part, rows in zip(parts, tensor.split(sizes), strict=True):
+            out[renamed(name.replace(joined, part), rules)] = rows
+    return out
+
+
+def diffusers_transformer(config: FluxConfig) -> nn.Module:
+    """diffusers' transformer at our config's sizes, on the meta device."""
+    from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+
+    head_dim = config.hidden_size // config.num_heads
+    common = dict(
+        in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
+        num_single_layers=config.depth_single, attention_head_dim=head_dim, num_attention_heads=config.num_heads,
+        joint_attention_dim=config.context_dim, guidance_embeds=config.guidance, axes_dims_rope=config.axes_dim,
+    )  # fmt: skip
+    with torch.device("meta"):
+        if config.shared_modulation:
+            return Flux2Transformer2DModel(**common, mlp_ratio=config.mlp_ratio, rope_theta=config.theta)
+        return FluxTransformer2DModel(**common, pooled_projection_dim=config.vector_dim)
+
+
+def diffusers_velocity(
+    model: nn.Module, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor,
+    guidance: Tensor | None = None, vector: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Called as its pipelines do: they round the scheduler's t·1000 to the latents' dtype, and divide after that."""
+    pooled = {} if vector is None else {"pooled_projections": vector}
+    timestep = (1000 * t).to(img.dtype) / 1000
+    return model(
+        hidden_states=img, encoder_hidden_states=txt, timestep=timestep, img_ids=img_ids, txt_ids=txt_ids,
+        guidance=guidance, return_dict=False, **pooled,
+    )[0]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- autoencoder
+
+AUTOENCODER_NAMES = (
+    (r"^encoder\.quant_conv\.", "quant_conv."),
+    (r"^decoder\.post_quant_conv\.", "post_quant_conv."),
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+)
+
+
+def autoencoder_to_diffusers(state: dict[str, Tensor], config: AutoEncoderConfig) -> dict[str, Tensor]:
+    """diffusers counts the decoder's levels from the coarsest, and attends with Linears."""
+    out = {}
+    for name, tensor in state.items():
+        name = re.sub(r"\.up\.(\d+)", lambda found: f".up.{len(config.ch_mult) - 1 - int(found[1])}", name)
+        if ".attn_1." in name and tensor.ndim == 4:
+            tensor = tensor[:, :, 0, 0].contiguous()
+        out[renamed(name, AUTOENCODER_NAMES)] = tensor
+    return out
+
+
+def diffusers_autoencoder(config: AutoEncoderConfig) -> nn.Module:
+    """diffusers' autoencoder at our config's sizes, on the meta device."""
+    from diffusers import AutoencoderKL, AutoencoderKLFlux2
+
+    levels = len(config.ch_mult)
+    common = dict(
+        block_out_channels=tuple(config.ch * m for m in config.ch_mult), layers_per_block=config.num_res_blocks,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=config.z_channels, norm_num_groups=config.norm_groups,
+    )  # fmt: skip
+    with torch.device("meta"):
+        if config.scale_factor is None:
+            narrow = config.decoder_ch and tuple(config.decoder_ch * m for m in config.ch_mult)
+            return AutoencoderKLFlux2(**common, decoder_block_out_channels=narrow)
+        return AutoencoderKL(
+            **common, scaling_factor=config.scale_factor, shift_factor=config.shift_factor, use_quant_conv=False,
+            use_post_quant_conv=False,
+        )  # fmt: skip
+
+
+def diffusers_encode(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Packed, normalised latents (B, 4z, h, w), as its pipelines make them, but of the posterior's mean."""
+    from diffusers import Flux2Pipeline, FluxPipeline
+
+    z = vae.encode(pixels).latent_dist.mean  # (B, z, 2h, 2w)
+    if hasattr(vae, "bn"):
+        packed = Flux2Pipeline._patchify_latents(z)
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)[:, None, None]
+        return (packed - vae.bn.running_mean[:, None, None]) / std
+    z = (z - vae.config.shift_factor) * vae.config.scaling_factor
+    tokens = FluxPipeline._pack_latents(z, *z.shape)  # (B, hw, 4z)
+    return rearrange(tokens, "b (h w) c -> b c h w", h=z.shape[2] // 2)
+
+
+def diffusers_decode(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Pixels (B, 3, 16h, 16w) of packed, normalised latents."""
+    from diffusers import Flux2Pipeline, FluxPipeline
+
+    if hasattr(vae, "bn"):
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)[:, None, None]
+        z = Flux2Pipeline._unpatchify_latents(latents * std + vae.bn.running_mean[:, None, None])
+    else:
+        h, w = latents.shape[2:]
+        tokens = rearrange(latents, "b c h w -> b (h w) c")
+        z = FluxPipeline._unpack_latents(tokens, 16 * h, 16 * w, vae_scale_factor=8)
+        z = z / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(z).sample
+
+
+# -------------------------------------------------------------------------------------------------------- text encoders
+
+
+def language_model_to_transformers(state: dict[str, Tensor], mistral: bool) -> dict[str, Tensor]:
+    prefix = "model.language_model." if mistral else "model."
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def transformers_language_model(config: LanguageModelConfig, depth: int, mistral: bool) -> nn.Module:
+    """Qwen3 or Mistral Small with all that we leave out: `depth` layers, final norm, head and, in Mistral, eyes.
+
+    `depth` must exceed the last layer that is read: transformers hands out its last hidden state normalised.
+    """
+    import transformers
+
+    common = dict(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.mlp_size,
+        num_hidden_layers=depth, num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim, rms_norm_eps=config.eps, sliding_window=None, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": config.theta},
+    )  # fmt: skip
+    if not mistral:
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, attention_bias=False))
+    eyes = transformers.PixtralVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56
+    )
+    both = transformers.Mistral3Config(text_config=transformers.MistralConfig(**common), vision_config=eyes)
+    return transformers.Mistral3ForConditionalGeneration(both)
+
+
+def with_trunk(theirs: nn.Module, state: dict[str, Tensor], mistral: bool) -> nn.Module:
+    """Our weights, which must be all of the embedding and the layers that we have, and random ones above and beside.
+
+    All take our dtype but the frequencies of RoPE, which are no weights: transformers, too, loads around them.
+    """
+    dtype, ours = state["embed_tokens.weight"].dtype, language_model_to_transformers(state, mistral)
+    others = {name: value.to(dtype) for name, value in randomise(theirs, 1).state_dict().items() if name not in ours}
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+    trunk = [re.match(r"model\.(?:language_model\.)?(?:embed_tokens|layers\.(\d+))\.", name) for name in others]
+    assert all(int(found[1] or 0) >= depth for found in trunk if found)
+    return loaded(theirs, others | ours)
+
+
+def transformers_features(theirs: nn.Module, ids: Tensor, mask: Tensor, layers: tuple[int, ...]) -> Tensor:
+    """(B, L, len(layers)·D), read as diffusers' FLUX.2 pipelines read it."""
+    hidden = theirs(ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False).hidden_states
+    stacked = torch.stack([hidden[layer] for layer in layers], dim=1)
+    return rearrange(stacked, "b n l d -> b l (n d)")
+
+
+def t5_to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers lists the tied embedding under both of its names."""
+    return state | {"encoder.embed_tokens.weight": state["shared.weight"]}
+
+
+def transformers_t5(config: T5Config, attention: str = "sdpa") -> nn.Module:
+    """transformers' encoder at our config's sizes."""
+    import transformers
+
+    return transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=config.vocab_size, d_model=config.hidden_size, d_kv=config.head_dim, num_heads=config.num_heads,
+        d_ff=config.mlp_size, num_layers=config.depth, relative_attention_num_buckets=config.num_buckets,
+        relative_attention_max_distance=config.max_distance, layer_norm_epsilon=config.eps,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, attn_implementation=attention,
+    )).eval()  # fmt: skip
+
+
+def clip_to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers dropped the prefix that the released files carry."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+
+
+def transformers_clip(config: CLIPConfig, eos_id: int, attention: str = "sdpa") -> nn.Module:
+    """transformers' encoder at our config's sizes; `eos_id` 2, as released, makes it pool at the largest id."""
+    import transformers
+
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_attention_heads=config.num_heads,
+        intermediate_size=config.mlp_size, num_hidden_layers=config.depth, projection_dim=config.hidden_size,
+        max_position_embeddings=config.max_length, layer_norm_eps=config.eps, hidden_act="quick_gelu",
+        bos_token_id=0, eos_token_id=eos_id, attn_implementation=attention,
+    )).eval()  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def siglip_config(config: SigLIPConfig, attention: str = "sdpa"):
+    """transformers' configuration at our config's sizes."""
+    import transformers
+
+    return transformers.SiglipVisionConfig(
+        image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads, intermediate_size=config.mlp_size, num_hidden_layers=config.depth,
+        layer_norm_eps=config.eps, hidden_act="gelu_pytorch_tanh", attn_implementation=attention,
+    )  # fmt: skip
+
+
+def transformers_siglip(config: SigLIPConfig, attention: str = "sdpa") -> nn.Module:
+    """transformers' image encoder at our config's sizes, with the pooling head that we leave out."""
+    import transformers
+
+    return transformers.SiglipVisionModel(siglip_config(config, attention)).eval()
+
+
+def diffusers_redux(config: ReduxConfig) -> nn.Module:
+    """diffusers' adapter, whose hidden layer is always three times its output."""
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    assert config.hidden_dim == 3 * config.context_dim
+    return ReduxImageEncoder(redux_dim=config.siglip_dim, txt_in_features=config.context_dim).eval()
+
+
+def siglip_processor(size: int):
+    """transformers' preprocessing by Pillow, with the values of the released `preprocessor_config.json`."""
+    from transformers import SiglipImageProcessorPil
+
+    return SiglipImageProcessorPil(
+        size={"height": size, "width": size}, resample=Image.Resampling.BICUBIC, rescale_factor=0.00392156862745098,
+        image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], do_resize=True, do_rescale=True, do_normalize=True,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- whole models
+
+TINY_T5 = T5Config(vocab_size=256, hidden_size=40, head_dim=8, num_heads=4, mlp_size=64, depth=2)
+TINY_CLIP = CLIPConfig(vocab_size=1000, hidden_size=24, num_heads=4, mlp_size=48, depth=2)
+TINY_QWEN = LanguageModelConfig(
+    layers=(1, 2, 4), vocab_size=400, hidden_size=48, mlp_size=80, num_heads=4, num_kv_heads=2, head_dim=16
+)
+TINY_MISTRAL = replace(TINY_QWEN, theta=1e9, eps=1e-5, qk_norm=False)
+TINY_AE1 = AutoEncoderConfig(ch=16, norm_groups=16)
+TINY_AE2 = replace(TINY_AE1, z_channels=4, scale_factor=None, shift_factor=None)
+DEPTH = 6  # of the language models in the reference, which has layers that ours leaves out
+
+
+def tiny_models(clip_eos: int) -> dict[str, ModelSpec]:
+    """Rows of the table of models with tiny networks; `clip_eos` is the last id of the CLIP vocabulary at hand."""
+    flux1 = FLUX1Text(TINY_T5, replace(TINY_CLIP, eos_id=clip_eos))
+    qwen, mistral = FLUX2Text(TINY_QWEN), FLUX2Text(TINY_MISTRAL)
+    klein = replace(KLEIN_TINY, context_dim=TINY_QWEN.features)
+    tiny = {
+        "flux.1-dev": (FLUX1_TINY, flux1, 24, TINY_AE1),
+        "flux.1-schnell": (SCHNELL_TINY, flux1, 24, TINY_AE1),
+        "flux.2-dev": (replace(klein, guidance=True), mistral, 256, TINY_AE2),
+        "flux.2-klein-4b": (klein, qwen, 64, TINY_AE2),
+        "flux.2-klein-base-4b": (klein, qwen, 64, TINY_AE2),
+    }
+    return {
+        name: replace(MODELS[name], transformer=transformer, text=text, text_length=length, autoencoder=autoencoder)
+        for name, (transformer, text, length, autoencoder) in tiny.items()
+    }
+
+
+def networks(spec: ModelSpec, seed: int = 0) -> dict[str, nn.Module]:
+    """Our networks for a row, with random weights, by the names that `flux.weights.locate.locate` gives to their files."""
+    out = {"transformer": Flux(spec.transformer), "autoencoder": AutoEncoder(spec.autoencoder)}
+    if isinstance(spec.text, FLUX1Text):
+        out |= {"t5": T5(spec.text.t5), "clip": CLIP(spec.text.clip)}
+    else:
+        out["model"] = LanguageModel(spec.text.model)
+    return {part: randomise(network, seed) for part, network in out.items()}
+
+
+def released_names(state: dict[str, Tensor], mistral: bool) -> dict[str, Tensor]:
+    """From transformers' names of a language model to those in the released files, which Mistral Small keeps apart."""
+    if not mistral:
+        return state
+    moves = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."), ("model.", ""))
+    return {next((new + n[len(old) :] for old, new in moves if n.startswith(old)), n): x for n, x in state.items()}
+
+
+def save_sharded(state: dict[str, Tensor], index: Path) -> None:
+    """Two files, and the index that names the one in which each tensor lies."""
+    shards: dict[str, dict[str, Tensor]] = {}
+    for number, (name, tensor) in enumerate(state.items()):
+        shards.setdefault(f"model-0000{1 + number % 2}-of-00002.safetensors", {})[name] = tensor.clone()
+    for file, part in shards.items():
+        save_file(part, index.parent / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_weights(home: Path, spec: ModelSpec, parts: dict[str, nn.Module], sharded: bool = True) -> None:
+    """The files of a repository, as released: the klein's autoencoder in diffusers' layout, text encoders in shards."""
+    states = {part: module.state_dict() for part, module in parts.items()}
+    for folder in ("vae", "text_encoder", "text_encoder_2"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    save_file(states["transformer"], home / spec.transformer_file)
+    if spec.autoencoder_files[0].startswith("vae/"):
+        states["autoencoder"] = autoencoder_to_diffusers(states["autoencoder"], spec.autoencoder)
+    save_file(states["autoencoder"], home / spec.autoencoder_files[0])
+    if isinstance(spec.text, FLUX1Text):
+        save_file(states["clip"], home / spec.text.clip_files[0])
+        text, choices = states["t5"], spec.text.t5_files
+    else:
+        text, choices = states["model"], spec.text.files
+        if isinstance(parts["model"], LanguageModel):  # else the reference's, in its own names
+            text = language_model_to_transformers(text, mistral=not spec.text.model.qk_norm)
+        text = released_names(text, mistral=not spec.text.model.qk_norm)
+    save_sharded(text, home / choices[0]) if sharded else save_file(text, home / choices[1])
+
+
+def diffusers_pipeline(spec: ModelSpec, parts: dict[str, nn.Module], text: dict | None = None):
+    """diffusers' pipeline for a row, with our weights; `text`: its tokenizers and text encoders, else it takes features."""
+    import diffusers
+
+    distilled = {"is_distilled": not spec.cfg} if not spec.transformer.guidance and spec.transformer.shared_modulation else {}
+    family = "FluxPipeline" if isinstance(spec.text, FLUX1Text) else "Flux2KleinPipeline" if distilled else "Flux2Pipeline"
+    encoders = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if family == "FluxPipeline" else ()))
+    transformer, autoencoder = parts["transformer"].state_dict(), parts["autoencoder"].state_dict()
+    shift = dict(shift=1.0) if spec.schedule == "unshifted" else dict(shift=3.0, use_dynamic_shifting=True)
+    pipe = getattr(diffusers, family)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
+        transformer=loaded(diffusers_transformer(spec.transformer), transformer_to_diffusers(transformer, spec.transformer)),
+        vae=loaded(diffusers_autoencoder(spec.autoencoder), autoencoder_to_diffusers(autoencoder, spec.autoencoder)),
+        **dict.fromkeys(encoders) | (text or {}),
+        **distilled,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def diffusers_text(spec: ModelSpec, parts: dict[str, nn.Module], home: Path, mistral_template: str) -> dict:
+    """The text encoders of transformers with our weights, and its tokenizers from a repository's files."""
+    import transformers
+
+    if isinstance(spec.text, FLUX1Text):
+        t5, clip = transformers_t5(spec.text.t5), transformers_clip(spec.text.clip, eos_id=2)
+        return {
+            "text_encoder": loaded(clip, clip_to_transformers(parts["clip"].state_dict())),
+            "text_encoder_2": loaded(t5, t5_to_transformers(parts["t5"].state_dict())),
+            "tokenizer": transformers.CLIPTokenizer.from_pretrained(home / "tokenizer"),
+            "tokenizer_2": transformers.T5TokenizerFast.from_pretrained(home / "tokenizer_2"),
+        }
+    mistral = not spec.text.model.qk_norm
+    theirs = transformers_language_model(spec.text.model, DEPTH, mistral)
+    encoder = {"text_encoder": with_trunk(theirs, parts["model"].state_dict(), mistral)}
+    if not mistral:
+        return encoder | {"tokenizer": transformers.Qwen2TokenizerFast.from_pretrained(home / "tokenizer")}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tekken = str(home / "tokenizer/tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=tekken, padding_side="left", **names)
+    tokenizer.chat_template = mistral_template
+    return encoder | {"tokenizer": tokenizer}
+
+
+# -------------------------------------------------------------------------------------------------------- golden tensors
+
+
+def golden_networks() -> dict[str, nn.Module]:
+    """Our networks, each with the random weights that its golden tensors in `tests/golden` were made with."""
+    modules = {
+        "flux.1-dev": Flux(FLUX1_TINY),
+        "flux.1-schnell": Flux(SCHNELL_TINY),
+        "flux.2-dev": Flux(FLUX2_TINY),
+        "flux.2-klein": Flux(KLEIN_TINY),
+        "flux.1-autoencoder": AutoEncoder(TINY_AE1),
+        "flux.2-autoencoder": AutoEncoder(TINY_AE2),
+        "t5": T5(TINY_T5),
+        "clip": CLIP(replace(TINY_CLIP, eos_id=TINY_CLIP.vocab_size - 1)),
+        "qwen3": LanguageModel(TINY_QWEN),
+        "mistral": LanguageModel(TINY_MISTRAL),
+    }
+    return {name: randomise(module, seed) for seed, (name, module) in enumerate(modules.items())}
+
+
+def fingerprint(*modules: nn.Module) -> Tensor:
+    """One float64 number a tensor, of the size of its values: it forgives a rounding, and nothing else.
+
+    The weights are drawn anew and not kept. torch promises no equal draws between its versions or between processors,
+    though the generator of the CPU has kept them so far, to a rounding: a change must be told from a fault of ours.
+    """
+    tensors = [tensor.double().flatten() for module in modules for tensor in module.state_dict().values()]
+    return torch.stack([x @ torch.linspace(1, 2, len(x), dtype=torch.float64) / len(x) ** 0.5 for x in tensors])

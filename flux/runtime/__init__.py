@@ -1,0 +1,1 @@
+"""What is in memory when, and how fast: plans, lazy loading, streaming, faster forwards."""

@@ -1,0 +1,193 @@
+"""What is seen in a picture: the drawing inverted, by thresholds and by comparing with what would be drawn.
+
+Where a picture differs from the likeliest drawing by more than a speck, the thing has no shape, no pattern or no letter that
+the world knows, and is UNKNOWN.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from flux.toy.drawing import DISTANCES, GLYPHS, PATTERN, PERIOD, UNIT, coverage
+from flux.toy.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Item, Layout, Object, Word
+
+UNKNOWN = "?"
+
+
+def look(picture: np.ndarray) -> Layout:
+    """What is seen in a picture, (H, W, 3) uint8: one thing of each colour that it has beside the background.
+
+    A pixel belongs to the nearest palette colour, and then to the nearest of those that the picture has: a colour counts where
+    it fills squares, so that the blends along edges do not. The background is what the border mostly is.
+    """
+    names, palette = list(COLOURS), np.float32(list(COLOURS.values()))
+    nearness = 2 * picture.astype(np.float32) @ palette.T - np.square(palette).sum(1)  # (H, W, 10)
+    labels = nearness.argmax(-1)
+    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    background = np.bincount(border).argmax()
+    found = [n for n in range(len(names)) if n != background and _fills_squares(labels == n, min(labels.shape))]
+    labels = nearness[..., [background, *found]].argmax(-1)
+    items = [_thing(_tidy(labels == number), names[n]) for number, n in enumerate(found, 1)]
+    return Layout(tuple(items), names[background])
+
+
+def _thing(mask: np.ndarray, colour: str) -> Item:
+    """The thing whose colour fills a mask (H, W): letters, if it has no shape and can be read."""
+    height, width = mask.shape
+    shape, pattern, x, y, radius = _fit(mask)
+    letters = ""
+    if shape == UNKNOWN and (line := _read(mask)):
+        letters, x, y = line
+    x, y, radius = float(x / width), float(y / height), float(radius / min(width, height))
+    row = min(ROWS, key=lambda row: abs(ROWS[row] - y))
+    column = min(COLUMNS, key=lambda column: abs(COLUMNS[column] - x))
+    place = f"{row} {column}".strip()
+    if letters:
+        return Item(Word(letters, colour, place), x, y, 0.0)
+    size = min(SIZES, key=lambda size: abs(np.log(SIZES[size] / radius)))
+    return Item(Object(shape, colour, size, pattern, place), x, y, radius)
+
+
+# ---------------------------------------------------------------- shapes and patterns
+
+
+def _fit(mask: np.ndarray) -> tuple[str, str, float, float, float]:
+    """Shape, pattern, centre and radius (in pixels) of what fills a mask.
+
+    The shape is the one whose outline, with the same centre of mass and area, overlaps best; then the pattern likewise.
+    """
+    (height, width), short = mask.shape, min(mask.shape)
+    window = _window(mask, round(PERIOD * short))
+    mask, (top, left) = mask[window], (side.start for side in window)
+    outline = _closed(mask, short)
+    x, y, area = _moments(outline)
+
+    def drawn(shape: str, x: float, y: float, radius: float, pattern: str = "") -> np.ndarray:
+        return coverage(shape, left + x, top + y, radius, width, height, pattern)[window] > 0.5
+
+    guesses = []
+    for shape in SHAPES:
+        _, mx, my, unit_area = _stencil(shape)
+        radius = np.sqrt(area / unit_area)
+        guesses.append((shape, x - mx * radius, y - my * radius, radius))
+    fits = []
+    for shape, fx, fy, radius in sorted(guesses, key=lambda guess: _likeness(outline, *guess))[-2:]:
+        for _ in range(2):  # brings centre of mass and area together, which closing has moved a little
+            tx, ty, covered = _moments(_closed(drawn(shape, fx, fy, radius), short))
+            fx, fy, radius = fx + x - tx, fy + y - ty, radius * np.sqrt(area / covered)
+        template = _closed(drawn(shape, fx, fy, radius), short)
+        fits.append((_overlap(outline, template), shape, fx, fy, radius, template))
+    _, shape, x, y, radius, template = max(fits, key=lambda fit: fit[0])
+
+    patterns = {pattern: drawn(shape, x, y, radius, pattern) for pattern in ("", *PATTERN)}
+    pattern = max(patterns, key=lambda pattern: _overlap(mask, patterns[pattern]))
+    if _fills_squares(mask ^ patterns[pattern], short):
+        pattern = UNKNOWN
+    if _fills_squares(outline ^ template, short):
+        shape = UNKNOWN
+    return shape, pattern, left + x, top + y, radius
+
+
+_STEP = 1 / 25  # of a stencil, in radii
+_POINTS = np.float32((np.arange(64) - 31.5) * _STEP)  # of a stencil along one axis: from -1.26 to 1.26, around any shape
+
+
+@cache
+def _stencil(shape: str) -> tuple[np.ndarray, float, float, float]:
+    """Which points of a square grid are in a shape of radius 1, its centre of mass, and its area."""
+    inside = DISTANCES[shape](*np.meshgrid(_POINTS, _POINTS)) < 0
+    x, y, count = _moments(inside)
+    return inside, (x - 32) * _STEP, (y - 32) * _STEP, count * _STEP**2
+
+
+def _likeness(outline: np.ndarray, shape: str, x: float, y: float, radius: float) -> float:
+    """How well an outline, seen at the points of a shape's stencil, overlaps it."""
+    pixels = ((at + _POINTS * radius).astype(int).clip(0, n - 1) for at, n in zip((y, x), outline.shape, strict=True))
+    return _overlap(outline[np.ix_(*pixels)], _stencil(shape)[0])
+
+
+# ---------------------------------------------------------------- letters
+
+_CELLS = np.pad(np.stack(list(GLYPHS.values())), ((0, 0), (0, 0), (0, 1)))  # (26, 7, 6): each with the gap behind it
+_AMISS = 3.5  # of the 42 squares of a cell: a letter with as many wrong is none
+
+
+def _read(mask: np.ndarray) -> tuple[str, float, float] | None:
+    """The letters in a line, and its middle (x, y) in pixels; None if what fills a mask is no line, or none can be read."""
+    unit = max(1, round(UNIT * min(mask.shape)))
+    rows, columns = _window(mask, 0)
+    high, wide = (side.stop - side.start for side in (rows, columns))
+    count = int(np.ceil((wide / unit + 1) / 6 - 0.2))  # the outermost letters may leave up to three columns free
+    if not (6 < high / unit < 8 and 1 <= count <= 4):
+        return None
+    page = np.pad(mask, 4 * unit).astype(np.float32)  # wherever the line begins, it is on the page
+    reads = []
+    for y in range(rows.start - unit // 2, rows.start + unit // 2 + 1):
+        for x in range(columns.start - 3 * unit, columns.start + unit // 2 + 1):
+            line = page[y + 4 * unit :, x + 4 * unit :][: 7 * unit, : 6 * count * unit]
+            if line.shape == (7 * unit, 6 * count * unit):
+                squares = line.reshape(7, unit, count, 6, unit).mean((1, 4)).transpose(1, 0, 2)  # (count, 7, 6)
+                reads.append((np.abs(squares[:, None] - _CELLS).sum((2, 3)), x, y))  # (count, 26)
+    amiss, x, y = min(reads, key=lambda read: read[0].min(1).sum())
+    letters = "".join(list(GLYPHS)[row.argmin()] if row.min() < _AMISS else UNKNOWN for row in amiss)
+    return None if letters == UNKNOWN * count else (letters, x + (6 * count - 1) * unit / 2, y + 3.5 * unit)
+
+
+# ---------------------------------------------------------------- masks (H, W)
+
+
+def _moments(mask: np.ndarray) -> tuple[float, float, int]:
+    """The centre of mass (x, y), and the area, in pixels; of nothing, an area of 1, so that one can divide by it."""
+    ys, xs = np.nonzero(mask)
+    return (xs.mean() + 0.5, ys.mean() + 0.5, len(xs)) if len(xs) else (0.0, 0.0, 1)
+
+
+def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """Rows and columns of what the mask covers, with a margin."""
+    spans = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return tuple(slice(max(0, span[0] - margin), span[-1] + 1 + margin) for span in spans)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """The intersection over the union."""
+    return float((a & b).sum() / (a | b).sum())
+
+
+def _fills_squares(mask: np.ndarray, short: int) -> bool:
+    """More than a speck, and not only thin lines."""
+    least = 0.0004 * short**2
+    return bool(mask.sum() > least and _full(mask, _square(short)).sum() > least)
+
+
+def _tidy(mask: np.ndarray) -> np.ndarray:
+    """Without what lies far from any filled square: blends along other things' edges. A patterned thing's rim stays."""
+    short = min(mask.shape)
+    return mask & _near(_full(mask, _square(short)), round(2 * PERIOD * short))
+
+
+def _square(short: int) -> int:
+    """The side of a square in pixels that fits into a pattern's bands, and not into the blend along an edge."""
+    return max(2, round(short / 50))
+
+
+def _closed(mask: np.ndarray, short: int) -> np.ndarray:
+    """Without the gaps of a pattern."""
+    side = round(PERIOD * 0.7071 * short) + 2  # the widest gap, and what its edges may be off
+    side += 1 - side % 2
+    return _full(_near(np.pad(mask, side), side), side)[side:-side, side:-side]
+
+
+def _full(mask: np.ndarray, side: int) -> np.ndarray:
+    """The pixels that are the middle of a square of this side within the mask."""
+    return _count(mask, side) == side**2
+
+
+def _near(mask: np.ndarray, side: int) -> np.ndarray:
+    """The pixels that are the middle of a square of this side that touches the mask."""
+    return _count(mask, side) > 0
+
+
+def _count(mask: np.ndarray, side: int) -> np.ndarray:
+    """How much of the mask a square around each pixel holds."""
+    sums = np.pad(mask, ((side // 2 + 1, side - side // 2 - 1),) * 2).astype(np.int32).cumsum(0).cumsum(1)
+    return sums[side:, side:] - sums[side:, :-side] - sums[:-side, side:] + sums[:-side, :-side]

@@ -1,0 +1,1 @@
+"""Fine-tuning: the loss, the trainer, the data set, LoRA, distillation, several processes."""

@@ -1,0 +1,1 @@
+"""Weight files: found, checked, and mapped into modules; quantised formats."""

@@ -1,0 +1,180 @@
+"""What each lossy mode costs, measured against float32: `scripts/bench.py --lossy` prints it as a table.
+
+    for loss in losses():
+        print(loss)
+
+Formats of files are measured by rounding weights to what such a file can hold. Double quantisation of NF4, which changes it
+little, is left out, and so are GGUF's K-quants, which only llama.cpp can write.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flux
+from flux import sampling
+from flux import toy as shapes
+from flux.configs import KLEIN_4B
+from flux.transformer import Flux, FluxConfig
+from flux.weights.quantization.compress import KINDS, compress, large_linears
+from flux.weights.quantization.fp8 import LARGEST, use_native_fp8
+from flux.weights.quantization.nvfp4 import e2m1
+
+E4M3 = torch.float8_e4m3fn
+GGUF = {"Q8_0": 1.0625, "Q5_1": 0.75, "Q5_0": 0.6875, "Q4_1": 0.625, "Q4_0": 0.5625}  # bytes a weight
+
+
+class Loss(NamedTuple):
+    mode: str
+    bytes: float  # a weight of the layers that are made small
+    velocity: float  # of the embedded model at t = 0.5: relative L2
+    psnr: float  # of its pictures against those of float32, in dB: the median
+    score: float  # the share of them that is wholly right, as `flux.toy` judges
+    block: float  # velocity of one double and one single block of full width, with random weights: relative L2
+
+
+class Mode(NamedTuple):
+    name: str
+    bytes: float
+    change: Callable[[nn.Module], object]  # made to a network in float32
+
+
+@torch.inference_mode()
+def losses(prompts: int = 24, config: FluxConfig = KLEIN_4B) -> Iterator[Loss]:
+    """One `Loss` a mode, float32 first. `prompts` for the embedded model's pictures; of `config` the width is used."""
+    scenes = list(itertools.islice(shapes.scenes(3_000_000, held=True), prompts))
+    pipe, texts = flux.load(device="cpu"), [str(scene) for scene in scenes]
+    features = pipe.encode(texts[:1]).tokens
+    block = randomised(Flux(replace(config, depth=1, depth_single=1, guidance=False, vector_dim=None)))
+    state, txt = block.state_dict(), torch.randn(1, 16, config.context_dim, generator=torch.Generator().manual_seed(0))
+    right = None
+    for mode in modes():
+        pipe.transformer.alter(mode.change)
+        pictures = [np.asarray(image) for image in pipe(texts, seed=0)]
+        with torch.device("meta"):
+            block = Flux(block.config)
+        block.load_state_dict(state, assign=True)
+        mode.change(block)
+        made = velocity(pipe.transformer(), features), pictures, velocity(block, txt)
+        right = right or made
+        errors = relative_l2(made[0], right[0]), np.median(list(map(psnr, pictures, right[1]))), relative_l2(made[2], right[2])
+        yield Loss(mode.name, mode.bytes, errors[0], float(errors[1]), shapes.score(pictures, scenes)["all"], errors[2])
+
+
+def modes() -> list[Mode]:
+    """float32, what `--quantize` does, and what files hold; GGUF only where its package is installed."""
+    kinds = {kind: partial(compress, kind=kind) for kind in KINDS}
+    found = [
+        Mode("float32", 4, lambda network: None),
+        Mode("bfloat16 weights", 2, rounding(lambda weight: weight.bfloat16().float())),
+        Mode("--quantize fp8", 1, kinds["fp8"]),
+        Mode("--quantize fp8, products in float8", 1, lambda network: (compress(network, "fp8"), use_native_fp8(network))),
+        Mode("--quantize int8", 1, kinds["int8"]),
+        Mode("--quantize int4", 0.5625, kinds["int4"]),
+        Mode("FP8, one scale for all", 1, rounding(fp8)),
+        Mode("FP8, cast", 1, rounding(lambda weight: weight.clamp(-LARGEST, LARGEST).to(E4M3).float())),
+        Mode("FP8, blocks of 128x128", 1, rounding(fp8_blocks)),
+        Mode("NVFP4", 0.5625, rounding(nvfp4)),
+        Mode("NF4", 0.5625, rounding(nf4)),
+    ]
+    if find_spec("gguf"):
+        found += [Mode(f"GGUF {kind}", size, rounding(partial(gguf, kind=kind))) for kind, size in GGUF.items()]
+    return found
+
+
+def rounding(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
+    """The change of a network that puts `function` of each weight in its place."""
+
+    def change(network: nn.Module) -> None:
+        for path in large_linears(network):
+            layer = network.get_submodule(path)
+            layer.weight = nn.Parameter(function(layer.weight), requires_grad=False)
+
+    return change
+
+
+# ---------------------------------------------------------------------------------------------------------- formats
+
+
+def fp8(weight: Tensor) -> Tensor:
+    scale = weight.abs().max() / LARGEST
+    return (weight / scale).to(E4M3).float() * scale
+
+
+def fp8_blocks(weight: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    padded = F.pad(weight, (0, -columns % 128, 0, -rows % 128))
+    tiles = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))  # (a, 128, b, 128)
+    scale = tiles.abs().amax(dim=(1, 3), keepdim=True).clamp(min=1e-12) / LARGEST
+    return ((tiles / scale).to(E4M3).float() * scale).flatten(0, 1).flatten(1)[:rows, :columns]
+
+
+def nvfp4(weight: Tensor) -> Tensor:
+    blocks, scale_2 = weight.unflatten(1, (-1, 16)), weight.abs().max() / (6 * LARGEST)
+    scale = (blocks.abs().amax(dim=-1, keepdim=True) / 6 / scale_2).to(E4M3).float() * scale_2
+    return (nearest(blocks / scale, e2m1(weight.device).sort().values) * scale).flatten(1)
+
+
+def nf4(weight: Tensor) -> Tensor:
+    blocks = weight.view(-1, 64)
+    scale = blocks.abs().amax(dim=-1, keepdim=True)
+    return (nearest(blocks / scale, nf4_values()) * scale).view_as(weight)
+
+
+def nf4_values() -> Tensor:
+    """(16,): 7 quantiles of the normal distribution below 0, 0, and 8 above; from -1 to 1 (arXiv:2305.14314, section 3)."""
+    outermost = (1 - 1 / 30 + 1 - 1 / 32) / 2
+    halves = (torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64)[:-1]) for n in (8, 9))
+    below, above = (half / half[0] for half in halves)
+    return torch.cat([-below, below.new_zeros(1), above.flip(0)]).float()
+
+
+def gguf(weight: Tensor, kind: str) -> Tensor:
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[kind]
+    return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), kind), kind))
+
+
+def nearest(x: Tensor, code: Tensor) -> Tensor:
+    """Each number's nearest in `code`, which is sorted."""
+    return code[torch.bucketize(x, (code[1:] + code[:-1]) / 2, out_int32=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------- measures
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """With random weights that keep the size of what they multiply."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.requires_grad_(False).parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+    return network
+
+
+def velocity(network: Flux, txt: Tensor) -> Tensor:
+    """Of random image tokens, 8x8, at t = 0.5."""
+    c, generator = network.config, torch.Generator().manual_seed(1)
+    img, axes = torch.randn(1, 64, c.in_channels, generator=generator), len(c.axes_dim)
+    ids = sampling.image_ids(8, 8, axes), sampling.text_ids(txt.shape[1], axes)
+    return network(img, ids[0], txt, ids[1], torch.tensor([0.5]))
+
+
+def relative_l2(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """In dB, of pictures of 0 to 255; infinite if they are the same."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return 10 * math.log10(255**2 / error) if error else math.inf

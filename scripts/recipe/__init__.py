@@ -1,1 +1,0 @@
-"""How the embedded models are made, stage by stage; scripts/toy.py runs it."""

@@ -1,0 +1,144 @@
+"""The autoencoder: trained on crops of scenes, of textures and of shapes in any colours; later its decoder alone."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flux import toy as shapes
+from flux.autoencoder import AutoEncoder, pack
+from flux.configs import AutoEncoderConfig
+from flux.errors import UserError
+from flux.training.trainer import load, write
+from recipe.latents import pictures
+from recipe.pictures import busy_picture, contact_sheet, to_pictures, to_pixels
+from recipe.trainer import Trainer, optimizers
+
+EDGES = ("conv_in", "conv_out", "quant_conv")  # layers that touch pixels or latents are not for Muon
+SIZE = 256  # of the pictures that crops are taken of
+
+
+def train_autoencoder(run: Path, config: AutoEncoderConfig, minutes: float, device: torch.device, start: Path | None,
+                      count: int = 3000) -> AutoEncoder:  # fmt: skip
+    """The one that the run has finished; else one that begins with the file `start`, or anew, and learns for some minutes.
+
+    A file of FLUX.2's family is good for FLUX.1's too.
+    Crops of 64 pixels, and of 128 for the last sixth, of `count` pictures; three in five of these are of the grammar.
+    """
+    torch.manual_seed(0)
+    model = AutoEncoder(config)
+    with torch.no_grad():  # start with little posterior noise: at unit variance nothing gets through for hundreds of steps
+        getattr(model.encoder, "quant_conv", model.encoder.conv_out).bias[config.z_channels :] -= 6
+    finished, changed = run / "ae.safetensors", False
+    if finished.exists() or start:
+        tensors = load(finished if finished.exists() else start)
+        if changed := config.scale_factor is not None and "encoder.quant_conv.weight" in tensors:
+            model = in_flux1(tensors, config)
+        else:
+            try:
+                model.load_state_dict(tensors)
+            except RuntimeError:  # which lists every key
+                raise UserError(f"{finished if finished.exists() else start} is not an autoencoder of this size") from None
+    model.to(device, memory_format=torch.channels_last)
+    if finished.exists() or not (minutes or changed):
+        return model
+
+    rng, scenes = np.random.default_rng(0), shapes.scenes(50, held=False)
+    data = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    for i in range(count):
+        data[i] = shapes.draw(next(scenes), SIZE, SIZE, rng) if i % 5 < 3 else busy_picture(rng, SIZE)
+    trainer = Trainer(model, optimizers(model, 2e-3, 2e-3, EDGES), run / "autoencoder.safetensors", minutes, ema=0.998)
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((1, step))
+        size, batch = (64, 8) if trainer.progress < 5 / 6 else (128, 2)
+        corner = lambda: rng.integers(0, SIZE + 1 - size, 2)  # noqa: E731
+        crops = [data[i, y : y + size, x : x + size] for i in rng.integers(0, len(data), batch) for y, x in [corner()]]
+        return autoencoder_loss(model, to_pixels(np.stack(crops)).to(device, memory_format=torch.channels_last))
+
+    def sheet() -> None:
+        with torch.no_grad():
+            pixels = to_pixels(data[:10]).to(device)
+            decoded = model.decoder(model.encoder(pixels).chunk(2, 1)[0])
+        contact_sheet(run / "autoencoder.png", to_pictures(torch.cat([pixels, decoded])), 10)
+        print(f"\nPSNR {10 * math.log10(4 / F.mse_loss(decoded.clamp(-1, 1), pixels).item()):.1f} dB")
+
+    trainer.run(loss, sheet=sheet)
+    measure_statistics(model, data[np.arange(count) % 5 < 3][:512])
+    write(finished, model.state_dict())
+    return model
+
+
+def autoencoder_loss(model: AutoEncoder, pixels: Tensor) -> Tensor:
+    """Of pixels (B, 3, H, W) through a sample of their posterior: `picture_loss`, and a light KL to the unit normal."""
+    mean, log_variance = model.encoder(pixels).chunk(2, dim=1)  # (B, z, h, w) each
+    log_variance = log_variance.clamp(-30, 20)
+    decoded = model.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    return picture_loss(decoded, pixels) + 3e-4 * kl
+
+
+def picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """L1, of the pixels and of the differences between neighbours: sharp edges are worth more than exact greys."""
+    error = decoded - pixels
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 0.5 * edges
+
+
+def train_decoder(run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder, count: int = 3000) -> None:
+    """The decoder alone, on whole pictures and their exact latents: these stay as they are, so the transformer fits still."""
+    tensors = load(run / f"latents-{SIZE}x{SIZE}.safetensors")
+    latents = tensors["latents"][tensors["pictures"][:count, 0]]
+    layouts = [layout for _, (layout,) in itertools.islice(pictures(SIZE, SIZE), len(latents))]
+    decoder = autoencoder.decoder.requires_grad_(True)
+    trainer = Trainer(decoder, optimizers(decoder, 2e-3, 1e-3, EDGES), run / "decoder.safetensors", minutes, ema=0.998)
+
+    def loss(step: int) -> Tensor:
+        row = np.random.default_rng((3, step)).integers(len(latents))
+        wanted = to_pixels(shapes.draw(layouts[row], SIZE, SIZE)[None]).to(device, memory_format=torch.channels_last)
+        return picture_loss(autoencoder.decode(latents[row][None].float().to(device)), wanted)
+
+    trainer.run(loss)
+    decoder.requires_grad_(False)
+
+
+@torch.no_grad()
+def measure_statistics(model: AutoEncoder, drawn: np.ndarray) -> None:
+    """Latents of pictures (N, H, W, 3), N >= 128, get a variance of one: in FLUX.2 in each channel, by the running statistics
+    that they are normalised with; in FLUX.1, which has one constant for all, by what the encoder multiplies them with."""
+    device = next(model.parameters()).device
+    packed = torch.cat([pack(model.encoder(to_pixels(p).to(device)).chunk(2, 1)[0]) for p in np.array_split(drawn, 128)])
+    if model.config.scale_factor is None:
+        model.bn.running_mean.copy_(packed.mean((0, 2, 3)))
+        model.bn.running_var.copy_(packed.var((0, 2, 3)))
+        return
+    factor = packed.std() * model.config.scale_factor
+    last, first = model.encoder.conv_out, model.decoder.conv_in
+    last.weight[: len(last.weight) // 2] /= factor  # of the means; the other half are log-variances
+    last.bias[: len(last.bias) // 2] /= factor
+    first.weight *= factor
+
+
+@torch.no_grad()
+def in_flux1(tensors: dict[str, Tensor], config: AutoEncoderConfig) -> AutoEncoder:
+    """An autoencoder of FLUX.2, in the layout of FLUX.1: it makes the same pictures, of latents of another size and mean.
+
+    FLUX.1 has no 1x1 convolutions between encoder and decoder. Both act on single latents, so they can act in the encoder's
+    last convolution; log-variances stay as they are.
+    """
+    z, last = config.z_channels, "encoder.conv_out."
+    tensors = {name: x.float() for name, x in tensors.items() if not name.startswith("bn.")}
+    kept = {name: x for name, x in tensors.items() if "quant_conv" not in name}
+    for conv in ("encoder.quant_conv.", "decoder.post_quant_conv."):
+        matrix, bias = tensors[conv + "weight"][..., 0, 0], tensors[conv + "bias"]
+        if len(bias) == z:  # of the means alone
+            matrix, bias = torch.block_diag(matrix, torch.eye(z)), torch.cat([bias, torch.zeros(z)])
+        kept[last + "weight"] = torch.einsum("oi,ichw->ochw", matrix, kept[last + "weight"])
+        kept[last + "bias"] = matrix @ kept[last + "bias"] + bias
+    model = AutoEncoder(config)
+    model.load_state_dict(kept)
+    return model

@@ -1,0 +1,115 @@
+"""The transformer with its text encoder, and what they learn: the flow, and what is where."""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux import sampling
+from flux.conditioning import reference_tokens
+from flux.configs import ModelSpec
+from flux.text_encoder import TextFeatures
+from flux.training import trainer as training
+from flux.training.trainer import Batch
+from flux.transformer import Flux
+from recipe.latents import PART, THINGS, TOKEN
+from recipe.text import TextEncoder
+
+EDGES = ("_in.", ".lin.", "final_layer", "embed", "shared", "bias", "shown")  # these touch latents, tokens, numbers
+RATE = 2.5e-3  # of Muon; AdamW's is a third of it
+CHANGED = 0.3  # root mean square over a token's channels; where nothing is changed, what is beside it moves latents by less
+SHIFT = math.log(4)  # of the times, towards noise, where the sampler's are too: there it is decided what the picture shows
+
+
+class Networks(nn.Module):
+    """A transformer, and the text encoder whose features it reads.
+
+    For training alone, `hidden` are the tokens of the image and the references of the last `velocity`, half way through the
+    single blocks, (B, L + R, D), and `shown` reads off them what each shows, or will show, and whether an edit changes it.
+    """
+
+    def __init__(self, transformer: Flux, text: TextEncoder):
+        super().__init__()
+        self.transformer, self.text, self.hidden = transformer, text, None
+        self.shown = nn.Linear(transformer.config.hidden_size, len(THINGS) + (TOKEN // PART) ** 2 + 1)
+        blocks = transformer.single_blocks
+        blocks[len(blocks) // 2].register_forward_pre_hook(self.keep)
+
+    @torch.compiler.disable
+    def keep(self, block: nn.Module, inputs: tuple) -> None:
+        self.hidden = inputs[0]  # (B, T + L + R, D)
+
+    def velocity(self, features: TextFeatures, x: Tensor, t: Tensor, references: Tensor | None = None,
+                 corner: tuple[int, int] = (0, 0), guidance: float | Tensor = 1.0) -> Tensor:  # fmt: skip
+        """Of latents x (B, C, h, w) at times t (B,), by the features of B prompts, with references (B, R, C, h, w).
+
+        `corner`: row and column of the first tokens, if the latents are a window of the pictures. `guidance` is for students.
+        """
+        axes = len(self.transformer.config.axes_dim)
+        tokens = (None, None) if references is None else reference_tokens(references.unbind(1), axes)
+        velocity = training.velocity(self.transformer, Batch(x, features, *tokens), guidance, x, t, corner)
+        self.hidden = self.hidden[:, features.tokens.shape[1] :]
+        return velocity
+
+    def guided(self, features: TextFeatures, empty: TextFeatures, x: Tensor, t: Tensor, scale: float,
+               references: Tensor | None = None) -> Tensor:  # fmt: skip
+        """`velocity`, guided by two passes: one without the prompts."""
+        return sampling.guided(*(self.velocity(f, x, t, references) for f in (features, empty)), scale)
+
+    def compile_blocks(self) -> None:
+        """Block by block: what one compiled, the next ones use."""
+        for block in [*self.transformer.double_blocks, *self.transformer.single_blocks, *self.text.blocks()]:
+            block.compile(dynamic=False)
+
+
+def new_networks(spec: ModelSpec) -> Networks:
+    """With random weights; the transformer is not told its guidance: that is what its student will be."""
+    transformer = Flux(replace(spec.transformer, guidance=False))
+    for name, p in transformer.named_parameters():
+        if "mod" in name or "final_layer" in name:
+            nn.init.zeros_(p)  # every block starts as the identity (adaLN-zero, Peebles & Xie 2022)
+    return Networks(transformer, TextEncoder(spec.text))
+
+
+def flow_loss(networks: Networks, latents: Tensor, features: TextFeatures, references: Tensor | None = None,
+              corner: tuple[int, int] = (0, 0)) -> Tensor:  # fmt: skip
+    """Mean squared error of the velocity along straight lines from noise."""
+    velocity = lambda x, t: networks.velocity(features, x, t, references, corner=corner)  # noqa: E731
+    return training.rectified_flow_loss(velocity, latents, some_times(latents), torch.randn_like(latents))
+
+
+def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
+    """Cross-entropy, in nats, of what tokens show, and of how much of their parts is covered.
+
+    logits: (B, L, n + 1), as of `shown`; things: (B, L), places in THINGS; covered: (B, L, 16) from 0 to 255.
+
+    A representation is aligned (Yu et al. 2024, there to another network's) with what is known of a drawn picture. Velocities
+    alone take very long to teach a small network that the names of shapes and letters mean something.
+    """
+    kinds, parts = logits[..., : len(THINGS)].float(), logits[..., len(THINGS) : -1].float()
+    what = F.cross_entropy(kinds.transpose(1, 2), things.long())
+    return what + F.binary_cross_entropy_with_logits(parts, covered / 255)
+
+
+def changed_loss(logits: Tensor, latents: Tensor, reference: Tensor) -> Tensor:
+    """Cross-entropy, in nats, of which tokens an edit changes: those of the result, and those of the picture before it.
+
+    logits: (B, 2L, n + 1), as of `shown`; latents, reference: (B, C, h, w).
+
+    It takes the instruction and the picture together to know that. Velocities alone teach a small network first to change all
+    that a picture shows, and thousands of steps later that "the circle" is one of two things.
+    """
+    changed = (latents - reference).square().mean(1).sqrt().flatten(1) > CHANGED
+    return F.binary_cross_entropy_with_logits(logits[..., -1].float(), torch.cat([changed, changed], 1).float())
+
+
+def some_times(latents: Tensor) -> Tensor:
+    """Logit-normal (Esser et al. 2024) and shifted, (B,)."""
+    return training.shifted_times(torch.randn(len(latents), device=latents.device), SHIFT)
+
+
+def expanded(one: TextFeatures, count: int) -> TextFeatures:
+    """The features of one prompt, (1, T, D), for so many pictures."""
+    return TextFeatures(*(x if x is None else x.expand(count, *x.shape[1:]) for x in one))

@@ -1,0 +1,65 @@
+"""Contact sheets of an embedded model: prompts, edits before and after, guidance from 1 to 5, steps from 1 to 8."""
+
+import itertools
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import flux
+from flux import toy as shapes
+
+SEED = 4_000_000  # of what is asked for
+SIDE, GAP, LINE = 144, 8, 12  # pixels: of a picture, between two cells, of a line of text
+GUIDANCE, STEPS = (1.0, 2.0, 3.0, 4.0, 5.0), (1, 2, 3, 4, 6, 8)
+
+Cell = tuple[list[Image.Image], str]  # pictures in a row, and the text below
+
+
+def write_sheets(pipe: flux.Pipeline, folder: Path, seed: int) -> None:
+    """PNG files of 256 colours, named by the model and by what they show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = list(itertools.islice(shapes.scenes(SEED + seed, held=True, complete=True), 24))
+    prompts = [str(scene) for scene in scenes]
+    made = pipe(prompts, seed=seed)
+    sheets = {"text": sheet([([picture], prompt) for picture, prompt in zip(made, prompts, strict=True)], 8)}
+    few = prompts[:3]
+    for name, values in (("guidance", GUIDANCE), ("steps", STEPS)):
+        columns = [pipe(few, seed=seed, **{name: value}) for value in values]
+        pairs = list(zip(values, columns, strict=True))
+        cells = [([column[row]], f"{name} {value:g}") for row in range(len(few)) for value, column in pairs]
+        sheets[name] = sheet(cells, len(values))
+    if pipe.spec.picture == "reference":
+        sheets["edits"] = edits_sheet(pipe, seed)
+    for name, picture in sheets.items():
+        picture.quantize(256).save(folder / f"{pipe.spec.name}-{name}.png", optimize=True)
+
+
+def edits_sheet(pipe: flux.Pipeline, seed: int) -> Image.Image:
+    """Two of each kind, or one of a rare one: the pictures before, and the result."""
+    size, rng = pipe.spec.size, np.random.default_rng(seed)
+    kinds: dict[str, list[shapes.Edit]] = {}
+    for edit in itertools.islice(shapes.edits(SEED + seed, held=True), 200):
+        kinds.setdefault(edit.kind, []).append(edit)
+    cells: list[Cell] = []
+    for edit in [edit for some in kinds.values() for edit in some[:2]]:
+        before = [Image.fromarray(shapes.draw(layout, size, size, rng)) for layout in edit.before]
+        cells.append(([*before, *pipe(str(edit), seed=seed, pictures=flux.Pictures(tuple(before)))], str(edit)))
+    return sheet(sorted(cells, key=lambda cell: len(cell[0])), 4)
+
+
+def sheet(cells: Sequence[Cell], columns: int) -> Image.Image:
+    """Cells in rows of so many, all as wide as the widest; pictures are square, and a text has up to five lines."""
+    font, below = ImageFont.load_default(11), 5 * LINE + GAP
+    width = max(len(pictures) for pictures, _ in cells) * (SIDE + 2) + GAP
+    page = Image.new("RGB", (columns * width - GAP, -(-len(cells) // columns) * (SIDE + below)), "white")
+    write = ImageDraw.Draw(page)
+    for number, (pictures, text) in enumerate(cells):
+        x, y = number % columns * width, number // columns * (SIDE + below)
+        for place, picture in enumerate(pictures):
+            page.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x + place * (SIDE + 2), y))
+        lines = textwrap.fill(text, len(pictures) * SIDE // 6)
+        write.multiline_text((x, y + SIDE + 3), lines, fill="black", font=font, spacing=1)
+    return page

@@ -1,0 +1,162 @@
+"""Makes an embedded model from nothing: it draws its own pictures, of a grammar's captions and edits, and learns from them.
+
+    python scripts/toy/train.py runs/toy --compile --export flux/toy/tiny/flux.2-tiny
+    python scripts/toy/train.py runs/more --export runs/better --start-from flux/toy/tiny/flux.2-tiny
+    python scripts/toy/train.py runs/one --model flux.1-tiny --autoencoder flux/toy/tiny/flux.2-tiny/ae.safetensors
+
+In turn: the tokenizers, the autoencoder, the latents of all pictures, for flux.1-tiny its T5, the transformer with its text
+encoders, for flux.1-tiny the student that it distils its guidance into, and the decoder once more (`scripts/toy/recipe/`).
+
+What is in the run's folder is not made again, and a network whose training was stopped goes on from its last checkpoint.
+Lengths are minutes, not steps: the learning rates follow the clock, so a run ends when it was told to, on any machine. Loss
+logs (CSV) and contact sheets (PNG) appear in the folder as it goes. The second command trains the model further, with the
+autoencoder that it has; the third makes the other model, with the same autoencoder in the layout of its family.
+"""
+
+import argparse
+import itertools
+import math
+import shutil
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+import torch
+from recipe.autoencoder import train_autoencoder, train_decoder
+from recipe.latents import encode_all
+from recipe.neighbours import train_neighbours
+from recipe.networks import Networks, new_networks
+from recipe.samples import Sampler
+from recipe.student import train_student
+from recipe.text import TextEncoder, Tokenizer
+from recipe.tokenizer import train_tokenizers
+from recipe.trainer import COOLING
+from recipe.transformer import train_transformer
+
+from flux.autoencoder import AutoEncoder
+from flux.configs import AE, MODELS, ModelSpec
+from flux.errors import NonFiniteError, UserError
+from flux.runtime.memory import can_compile, choose_device
+from flux.training.distillation import teacher_of
+from flux.training.trainer import load, take, write
+from flux.transformer import Flux
+
+PREFIX = {"model": "model."}  # of the tensors' names in the files of a text encoder, as the released ones have it
+
+
+def main() -> int:
+    args = arguments()
+    torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
+    try:
+        make(args, MODELS[args.model])
+    except (UserError, NonFiniteError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make(args: argparse.Namespace, spec: ModelSpec) -> None:
+    """All stages in turn, each in the run's folder."""
+    run, start, device = args.run, args.start_from, choose_device(args.device)
+    if args.compile and not can_compile(device):
+        raise UserError("--compile needs a C++ compiler, or Triton on a GPU, which is not here: leave --compile out")
+    run.mkdir(parents=True, exist_ok=True)
+    if start:
+        copy_tokenizers(start, run, spec)
+    train_tokenizers(run, spec.text)
+    tokenizer = Tokenizer(run, spec)
+    autoencoder = train_autoencoder(run, spec.autoencoder, args.autoencoder_minutes, device, args.autoencoder)
+    encode_all(run, autoencoder.requires_grad_(False), tokenizer, edited=spec.picture == "reference")
+    networks, sampler = begin(spec, start).to(device), Sampler(spec, autoencoder, tokenizer)
+    cooling = 1.0 if start else COOLING  # weights that were trained stay near to what they are
+    if networks.text.near:
+        train_neighbours(run, networks.text, args.text_minutes)
+    train_transformer(run, networks, sampler, args.transformer_minutes, args.compile, cooling)
+    transformer = networks.transformer
+    if spec.transformer.guidance:
+        transformer = train_student(run, networks, sampler, args.student_minutes, args.compile)
+    train_decoder(run, args.decoder_minutes, device, autoencoder)
+    if args.export:
+        export(args.export, run, spec, autoencoder, transformer, networks.text)
+
+
+def arguments() -> argparse.Namespace:
+    embedded = [name for name, spec in MODELS.items() if spec.embedded]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
+    parser.add_argument("--model", choices=embedded, default="flux.2-tiny")
+    parser.add_argument("--autoencoder-minutes", type=float, help="default: 40, or 0 where there is one to begin with")
+    parser.add_argument("--text-minutes", type=float, default=4, help="on T5 alone, for flux.1-tiny, if it is new")
+    parser.add_argument("--transformer-minutes", type=float, default=400)
+    parser.add_argument("--student-minutes", type=float, default=40, help="on the distillation of guidance, for flux.1-tiny")
+    parser.add_argument("--decoder-minutes", type=float, default=15, help="on the autoencoder's decoder alone, at the end")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler")
+    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="weights to begin with, as --export wrote them")
+    parser.add_argument("--autoencoder", type=Path, metavar="FILE", help="an autoencoder to begin with, of either family")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="where the finished model goes")
+    args = parser.parse_args()
+    if args.autoencoder_minutes is None:
+        args.autoencoder_minutes = 0 if args.autoencoder or args.start_from else 40
+    for part in ("autoencoder", "text", "transformer", "student", "decoder"):
+        minutes = getattr(args, f"{part}_minutes")
+        if not 0 <= minutes < math.inf:
+            parser.error(f"--{part}-minutes {minutes}: must be 0 or more")
+    if args.start_from:
+        lacking = [name for name in files_of(MODELS[args.model]) if not (args.start_from / name).is_file()]
+        if lacking:
+            parser.error(f"--start-from {args.start_from}: {lacking[0]} is not there; give a folder that --export wrote")
+        args.autoencoder = args.autoencoder or args.start_from / AE
+    if args.autoencoder and not args.autoencoder.is_file():
+        parser.error(f"--autoencoder {args.autoencoder}: there is no such file")
+    if not (args.autoencoder_minutes or args.autoencoder or (args.run / AE).exists()):
+        parser.error("--autoencoder-minutes 0 keeps an autoencoder as it is: say which, with --autoencoder FILE")
+    return args
+
+
+def files_of(spec: ModelSpec) -> list[str]:
+    """What `export` writes."""
+    tokenizers = itertools.chain.from_iterable(spec.text.tokenizers.values())
+    return [AE, spec.transformer_file, *(choices[0] for choices in spec.text.networks.values()), *tokenizers]
+
+
+def copy_tokenizers(source: Path, target: Path, spec: ModelSpec) -> None:
+    """With all numbers of tokens as they are."""
+    for name in itertools.chain.from_iterable(spec.text.tokenizers.values()):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, target / name)
+
+
+def begin(spec: ModelSpec, start: Path | None) -> Networks:
+    """New networks, or those of an exported model; of a student, what it is at guidance 1."""
+    torch.manual_seed(0)
+    networks = new_networks(spec)
+    if start:
+        with torch.device("meta"):
+            exported = Flux(spec.transformer)
+        exported.load_state_dict(load(start / spec.transformer_file), assign=True)
+        teacher = teacher_of(exported) if spec.transformer.guidance else exported
+        networks.transformer.load_state_dict(teacher.state_dict())
+        networks.text.near = None  # a T5 that was trained knows them
+        for part, (name, *_) in spec.text.networks.items():
+            getattr(networks.text, part).load_state_dict(take(load(start / name), PREFIX.get(part, "")))
+    return networks
+
+
+def export(target: Path, run: Path, spec: ModelSpec, autoencoder: AutoEncoder, transformer: Flux, text: TextEncoder) -> None:
+    """The files of an embedded model, bfloat16, in the layout of its family's repositories."""
+    files = {spec.transformer_file: transformer.state_dict(), AE: autoencoder.state_dict()}
+    for part, (name, *_) in spec.text.networks.items():
+        files[name] = {PREFIX.get(part, "") + key: x for key, x in getattr(text, part).state_dict().items()}
+    for name, tensors in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write(target / name, {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}, {"format": "pt"})
+    copy_tokenizers(run, target, spec)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

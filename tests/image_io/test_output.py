@@ -1,0 +1,327 @@
+"""flux.image_io.output: rounding, names and metadata of picture files, and that no fault leaves half of one, or costs another.
+
+The truth: the 256 levels themselves, Pillow's readers, diffusers' image processor, live, and the file system.
+"""
+
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from flux.errors import NonFiniteError, UserError
+from flux.image_io import output as images
+
+SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
+every_format = pytest.mark.parametrize("suffix", SUFFIXES)
+
+
+def picture(value: int = 0) -> Image.Image:
+    return Image.new("RGB", (16, 16), (value, value, value))
+
+
+# ---------------------------------------------------------------------------------------------------------- pixels
+
+
+def test_every_level_is_the_nearest():
+    levels = torch.arange(256)
+    for offset in (-0.49, 0, 0.49):
+        pixels = ((levels + offset) / 127.5 - 1).expand(1, 3, 1, 256)
+        (made,) = images.to_images(pixels)
+        assert np.array_equal(np.asarray(made), levels.view(1, 256, 1).expand(1, 256, 3))
+
+
+def test_pixels_are_left_as_they_were():
+    pixels = torch.linspace(-2, 2, 48).reshape(1, 3, 4, 4)
+    for order in (torch.contiguous_format, torch.channels_last):
+        given_ = pixels.contiguous(memory_format=order)
+        images.to_images(given_)
+        assert torch.equal(given_, pixels)
+
+
+def test_literal_levels():
+    """0 lies at level 127.5 exactly, and goes, as all halves in torch, to the even 128; beyond the range is its end."""
+    values = torch.tensor([-7, -1, -0.999, 0, 0.001, 0.5, 0.999, 1, 3])
+    (made,) = images.to_images(values.expand(1, 3, 1, 9))
+    assert np.asarray(made)[0, :, 0].tolist() == [0, 0, 0, 128, 128, 191, 255, 255, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pictures_keep_their_order_and_axes(dtype):
+    pixels = torch.full((2, 3, 4, 6), -1.0, dtype=dtype)
+    pixels[1, 2, 3, 5] = 1  # second picture, blue, last row, last column
+    first, second = images.to_images(pixels)
+    assert first.size == second.size == (6, 4) and first.mode == "RGB"
+    assert not np.asarray(first).any()
+    assert np.argwhere(np.asarray(second) == 255).tolist() == [[3, 5, 2]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pixels_that_are_not_finite_are_no_picture(value):
+    pixels = torch.zeros(1, 3, 4, 4)
+    pixels[0, 1, 2, 3] = value
+    with pytest.raises(NonFiniteError, match="float32"):
+        images.to_images(pixels)
+
+
+@settings(max_examples=20, deadline=None)
+@given(width=st.integers(1, 40), height=st.integers(1, 40), seed=st.integers(0, 2**32))
+@example(width=256, height=256, seed=0)
+def test_pixels_are_diffusers_and_give_back_the_picture(width, height, seed):
+    """Both to the bit: VaeImageProcessor's 2 (v / 255) - 1 is our v / 127.5 - 1 for each of the 256 levels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    noise[0, :256, 0] = np.arange(min(width, 256))
+    pixels = images.to_pixels(Image.fromarray(noise))
+    assert torch.equal(pixels, VaeImageProcessor(do_resize=False).preprocess(Image.fromarray(noise)))
+    (made,) = images.to_images(pixels)
+    assert np.array_equal(made, noise)
+
+
+def test_pixels_are_the_callers_own():
+    given_ = picture(255)
+    images.to_pixels(given_).zero_()
+    assert given_.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_masks_are_soft():
+    values = np.arange(256, dtype=np.uint8)[None].repeat(2, 0)
+    soft = images.to_mask(Image.fromarray(values))
+    assert soft.shape == (1, 1, 2, 256) and soft.dtype == torch.float32
+    assert torch.equal(soft[0, 0], torch.arange(256).div(255).expand(2, 256))
+    options = dict(do_resize=False, do_normalize=False, do_convert_grayscale=True, do_binarize=False)
+    assert torch.equal(soft, VaeImageProcessor(**options).preprocess(Image.fromarray(values)))
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+
+@every_format
+def test_nothing_is_overwritten(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text("mine")
+    (tmp_path / f"a-2{suffix}").mkdir()
+    made = [images.save(picture(), path, {"k": k}) for k in range(3)]
+    assert [p.name for p in made] == [f"a-{n}{suffix}" for n in (3, 4, 5)]
+    assert path.read_text() == "mine" and [images.read_metadata(p)["k"] for p in made] == [0, 1, 2]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_name_that_is_taken_at_the_last_moment_is_not_overwritten(tmp_path, monkeypatch):
+    path, look = tmp_path / "a.png", images.unused
+
+    def rival(path: Path, beside=()) -> Path:
+        target = look(path)
+        if target == path:
+            target.write_text("mine")
+        return target
+
+    monkeypatch.setattr(images, "unused", rival)
+    assert images.save(picture(), path, {}) == tmp_path / "a-2.png"
+    assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_link_that_leads_nowhere_is_a_name_that_is_taken(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "none" / "b.png")
+    assert images.save(picture(), tmp_path / "a.png", {}) == tmp_path / "a-2.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
+
+
+def test_parameters_behind_the_picture_are_read_too(tmp_path):
+    """Where other programs put them."""
+    data = images.save(picture(), tmp_path / "a.png", {"prompt": "a cat"}).read_bytes()
+    start = data.index(b"iTXt") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    last = data.index(b"IEND") - 4
+    (tmp_path / "b.png").write_bytes(data[:start] + data[end:last] + data[start:end] + data[last:])
+    assert images.read_metadata(tmp_path / "b.png") == {"prompt": "a cat"}
+
+
+def test_many_writers_at_once(tmp_path):
+    """Every one gets a name of its own, whole, with the rights that any new file gets."""
+    made, start = {}, threading.Barrier(8)
+
+    def write(value: int) -> None:
+        start.wait()
+        made[value] = images.save(picture(value), tmp_path / "a.png", {"value": value})
+
+    threads = [threading.Thread(target=write, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made.values())) == len(list(tmp_path.iterdir())) == 8
+    (ordinary := tmp_path / "ordinary").touch()
+    for value, path in made.items():
+        assert images.read_metadata(path) == {"value": value}
+        assert Image.open(path).getpixel((3, 3)) == (value, value, value)
+        assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for name in ("a.png", "a-2.png"):
+        assert images.save(picture(), tmp_path / "a.png", {}) == tmp_path / name
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@every_format
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, suffix, error):
+    def fail(self, file, **options):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(type(error)):
+        images.save(picture(), tmp_path / f"a{suffix}", {})
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- metadata
+
+NASTY = [
+    "]]>",
+    "]]]]>>",
+    "\"\\'",
+    "a\nb\r\n\tc",
+    "<b>&amp;</b>",
+    "naïve 日本語 🎨👩‍🚀",
+    "\0\x1b\x7f",
+    "\ud800 alone",
+    "-->",
+    "",
+]
+
+
+@every_format
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60), number=st.one_of(st.none(), st.integers(0, 2**63), st.floats(allow_nan=False)))
+@example(text=" ".join(NASTY), number=2**63 - 1)
+def test_metadata_comes_back(tmp_path, suffix, text, number):
+    given_ = {"prompt": text, "number": number, text: [text]}
+    path = images.save(picture(), tmp_path / f"a{suffix}", given_)
+    try:
+        assert images.read_metadata(path) == given_
+        with Image.open(path) as made:
+            assert made.format == images.FORMATS[suffix] and made.size == (16, 16)
+            made.load()
+    finally:
+        path.unlink()
+
+
+def test_png_is_lossless_and_jpeg_keeps_its_colours(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    path = images.save(Image.fromarray(noise), tmp_path / "a.png", {})
+    assert np.array_equal(np.asarray(Image.open(path)), noise)
+    path = images.save(Image.fromarray(noise), tmp_path / "a.jpg", {})
+    with Image.open(path) as made:
+        assert [component[1:3] for component in made.layer] == [(1, 1)] * 3  # colours at full resolution
+
+
+def test_png_is_smaller_than_by_default():
+    """Faster, too, which scripts/bench.py measures: what is left after PNG's own filters is noise, and has no repetitions."""
+    y, x = np.mgrid[:256, :256]
+    waves = np.stack([np.sin(x / 40 + y / 90), np.cos(x / 25), np.sin(y / 60)], -1)
+    noise = np.random.default_rng(0).normal(0, 2, waves.shape)
+    photo = Image.fromarray((127.5 + 90 * waves + noise).clip(0, 255).astype(np.uint8))
+    sizes = []
+    with tempfile.TemporaryDirectory() as folder:
+        photo.save(usual := Path(folder, "usual.png"))
+        ours = images.save(photo, Path(folder, "a.png"), {})
+        sizes = [path.stat().st_size for path in (ours, usual)]
+        assert np.array_equal(Image.open(ours), photo)
+    assert sizes[0] <= sizes[1]
+
+
+@every_format
+def test_picture_without_metadata_is_told(tmp_path, suffix):
+    picture().save(path := tmp_path / f"a{suffix}")
+    with pytest.raises(UserError, match="carries flux parameters"):
+        images.read_metadata(path)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "5", "null", "{", "[" * 100_000])
+def test_parameters_of_another_kind_are_told(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(images.json, "dumps", lambda *_, **__: text)
+    path = images.save(picture(), tmp_path / "a.png", {})
+    with pytest.raises(UserError, match="carries flux parameters"):
+        images.read_metadata(path)
+
+
+def test_what_is_no_picture_is_told(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n, or so it says")
+    (tmp_path / "a.txt").write_text("a cat")
+    for name in ("a.png", "a.txt", "."):
+        with pytest.raises(UserError, match="is not a picture"):
+            images.read_metadata(tmp_path / name)
+    with pytest.raises(UserError, match="none.png does not exist"):
+        images.read_metadata(tmp_path / "none.png")
+
+
+def test_picture_that_is_too_large_to_open_is_told(tmp_path, monkeypatch):
+    path = images.save(picture(), tmp_path / "a.png", {})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    with pytest.raises(UserError, match="is not a picture"):
+        images.read_metadata(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.gif", "a", ".png", "a.png.tar", "a.safetensors"])
+def test_unknown_suffix_is_told_before_the_work(tmp_path, name):
+    with pytest.raises(UserError, match=r"--output .*is not a picture format; use .png, .jpg, .jpeg, .webp"):
+        images.check_output(tmp_path / name)
+
+
+def test_suffix_may_be_in_capitals_and_the_folder_new(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.PNG"
+    images.check_output(path)
+    assert path.parent.is_dir() and not list(path.parent.iterdir())
+    assert images.save(picture(), path, {}) == path and Image.open(path).format == "PNG"
+
+
+def test_output_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file" / "a.png", tmp_path / "file" / "below" / "a.png", tmp_path / ("a" * 300 + ".png")):
+        with pytest.raises(UserError, match="--output .*cannot be written there.*choose another"):
+            images.check_output(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_prompt_that_a_jpeg_cannot_hold_is_told_before_the_work(tmp_path):
+    for length, refused in ((5_000, False), (70_000, True)):
+        text = "a" * length
+        for suffix in SUFFIXES:
+            path = tmp_path / f"{length}{suffix}"
+            if refused and suffix in (".jpg", ".jpeg"):
+                with pytest.raises(UserError, match="no room for so long a prompt"):
+                    images.check_output(path, ["short", text])
+            else:
+                images.check_output(path, ["short", text])
+                assert images.read_metadata(images.save(picture(), path, {"prompt": text})) == {"prompt": text}
+
+
+def test_the_room_of_a_jpeg_is_known_to_the_byte(tmp_path):
+    path, metadata = tmp_path / "a.jpg", {"prompt": "", "seed": 7}
+    metadata["prompt"] = "a" * (65_533 - len(b"http://ns.adobe.com/xap/1.0/\0") - len(images._xmp(metadata)))
+    images.check_room(path, metadata)
+    assert images.read_metadata(images.save(picture(), path, metadata)) == metadata
+    metadata["prompt"] += "a"
+    with pytest.raises(UserError, match="a.jpg: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp"):
+        images.check_room(path, metadata)
+    with pytest.raises(ValueError, match="too long"):  # Pillow's, when the picture is there
+        images.save(picture(), path, metadata)
+    for other in (tmp_path / "a.png", tmp_path / "a.webp"):
+        images.check_room(other, metadata)
+        assert images.read_metadata(images.save(picture(), other, metadata)) == metadata

@@ -1,0 +1,714 @@
+"""flux.parity and scripts/parity.py: what is recorded is what was computed, and recording moves nothing.
+
+Expected values come from hooks-free runs, from attention written out in float64, from numpy, and from literals with their
+source. Networks are tiny and random, in the released files' layouts, or the embedded model's.
+"""
+
+import errno
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.load_script import script
+from test_pipeline import home, write_tokenizers
+from torch import Tensor, nn
+
+import flux
+from flux.conditioning import Pictures
+from flux.configs import MODELS
+from flux.errors import UserError
+from flux.parity import capture_file as record
+from flux.parity.capture import Request, Selection, capture, plan
+from flux.parity.capture_file import Capture, Writer, positions, set_budgets
+from flux.parity.compare import compare, errors, first_over, table, to_json
+from flux.parity.hooks import matches, watching
+from flux.parity.reference import FLUX1_TINY, KLEIN_TINY, networks, randomise, tiny_models, write_weights
+from flux.transformer import Flux
+
+PROMPT = "a photo of a cat"
+SMALL = Request(PROMPT, width=96, height=64, steps=2, seed=5)
+REQUESTS = {  # of both families, with two passes each
+    "flux.1-dev": replace(SMALL, guidance=2.0, cfg_scale=2.5, negative_prompt="a dog"),
+    "flux.2-klein-base-4b": replace(SMALL, guidance=3.0),
+}
+either_family = pytest.mark.parametrize("name", REQUESTS)
+pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for", "ignore:.* was not trained with")
+
+
+@contextmanager
+def tiny_repositories(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[Path]:
+    """Of random weights; the table's rows speak of them meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLUX_WEIGHTS", raising=False)
+        for name in REQUESTS:
+            spec = tiny_models(write_tokenizers(home(folder, name), name))[name]
+            patch.setitem(MODELS, name, spec)
+            parts = {part: network.to(dtype) for part, network in networks(spec).items()}
+            write_weights(home(folder, name), spec, parts, sharded=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def load(folder):
+    return lambda name, dtype=torch.float32: flux.load(name, weights=folder, device="cpu", dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def captures(load, tmp_path_factory):
+    """Everything, of one run of each family, in float32."""
+    out = tmp_path_factory.mktemp("captures")
+    return {name: capture(load(name), request, out / f"{name}.safetensors") for name, request in REQUESTS.items()}
+
+
+def make(pipe, request: Request) -> tuple[Image.Image, Tensor]:
+    """The picture and the last latents, without any capture."""
+    kept, r = [], request
+    asked = (r.width, r.height, r.steps, r.guidance, r.seed, 1, r.negative_prompt, r.cfg_scale)
+    (image,) = pipe(r.prompt, *asked, lambda step, t, x: kept.append(x), r.pictures)
+    return image, kept[-1]
+
+
+def with_forward(network: nn.Module) -> set[str]:
+    """The modules that can be called at all: no lists, and not FLUX's SelfAttention, whose parts are called."""
+    return {path for path, module in network.named_modules() if type(module).forward is not nn.Module.forward}
+
+
+def a_picture(width: int = 64, height: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# ---------------------------------------------------------------- a run, recorded
+
+
+@either_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_capture_moves_nothing(name, dtype, load, tmp_path):
+    pipe, request = load(name, dtype), REQUESTS[name]
+    image, latents = make(pipe, request)
+    taken = capture(pipe, request, tmp_path / "a.safetensors").tensors
+    assert taken["step.002/latents"].equal(latents) and taken["picture"].equal(torch.from_numpy(np.array(image)))
+    again, once_more = make(pipe, request)
+    assert once_more.equal(latents) and again.tobytes() == image.tobytes()
+    for network in (pipe.transformer(), pipe.autoencoder(), *(n() for n in pipe.text.networks)):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+        assert not vars(network).keys() & {"velocity", "vec", "rope", "encode", "decode", "remember", "forward"}
+
+
+@either_family
+def test_every_module_is_named(name, captures, load):
+    pipe, names = load(name), captures[name].names
+    where = {"step.001": pipe.transformer(), "step.002/negative": pipe.transformer()}
+    where |= {f"text/{part}": getattr(pipe.text, part)() for part in pipe.spec.text.networks}
+    where |= {"decoder": pipe.autoencoder()}
+    for place, network in where.items():
+        taps = (re.fullmatch(rf"{re.escape(place)}/(?!negative)(?:([^/]*)/)?(in|out)(\.\d+)?", name) for name in names)
+        seen = {(tap[1] or "", tap[2]) for tap in taps if tap}
+        called = {path for path in with_forward(network) if place != "decoder" or path.startswith("decoder")}
+        called -= {"text_model.embeddings.position_embedding"}  # CLIP's is read, not called
+        assert {path for path, tap in seen if tap == "in"} == called == {path for path, tap in seen if tap == "out"}
+    steps = ("in", "vec", "out", "negative/in", "negative/vec", "negative/out", "velocity", "latents")
+    others = ["text/features", "text/negative/features", "noise", "ids/txt", "ids/img", "rope", "negative/rope", "schedule"]
+    others += [f"step.{step:03}/{tap}" for step in (1, 2) for tap in steps] + ["pixels", "picture"]
+    assert [n for n in names if n in others] == [
+        "text/features", "text/negative/features", "noise", "ids/txt", "ids/img", "rope", "negative/rope", "schedule",
+        *(f"step.{step:03}/{tap}" for step in (1, 2) for tap in
+          ("vec", "in", "out", "negative/vec", "negative/in", "negative/out", "velocity", "latents")),
+        "pixels", "picture",
+    ]  # fmt: skip
+    assert ("text/pooled" in names) == (name == "flux.1-dev")
+
+
+@either_family
+def test_inside_attention(name, captures, load):
+    """q, k, v and out of the first double block in float64, from the outputs of its qkv layers and the ids."""
+    t, state = captures[name].tensors, load(name).transformer().state_dict()
+    config = load(name).spec.transformer
+
+    def heads(stream: str) -> list[Tensor]:
+        qkv = t[f"step.001/double_blocks.0.{stream}.qkv/out"].double()
+        return [x.unflatten(-1, (config.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)]  # (1, H, N, d)
+
+    def normed(x: Tensor, stream: str, which: str) -> Tensor:
+        scale = state[f"double_blocks.0.{stream}.norm.{which}_norm.scale"].double()
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+
+    ids = torch.cat([t["ids/txt"], t["ids/img"]]).double()
+    angles = [ids[:, [i]] * config.theta ** (-torch.arange(0, dim, 2) / dim) for i, dim in enumerate(config.axes_dim)]
+    turn = torch.polar(torch.ones(()).double(), torch.cat(angles, dim=-1))  # (N, d/2), complex: pairs are neighbours
+    turned = lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)  # noqa: E731
+    (tq, tk, tv), (iq, ik, iv) = heads("txt_attn"), heads("img_attn")
+    q = turned(torch.cat([normed(tq, "txt_attn", "query"), normed(iq, "img_attn", "query")], dim=2))
+    k = turned(torch.cat([normed(tk, "txt_attn", "key"), normed(ik, "img_attn", "key")], dim=2))
+    v = torch.cat([tv, iv], dim=2)
+    out = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v
+    for tap, expected in dict(q=q, k=k, v=v, out=out).items():
+        assert errors(t[f"step.001/double_blocks.0/attention/{tap}"], expected).relative_l2 < 3e-7
+    attentions = [n for n in t if n.startswith("step.001/") and n.endswith("/attention/q")]
+    blocks = [f"double_blocks.{i}" for i in range(config.depth)] + [f"single_blocks.{i}" for i in range(config.depth_single)]
+    assert [n for n in attentions if "negative" not in n] == [f"step.001/{block}/attention/q" for block in blocks]
+
+
+@either_family
+def test_what_is_said_in_advance_is_what_comes(name, captures, load):
+    expected = plan(load(name), REQUESTS[name])
+    with safe_open(captures[name].path, "pt") as file:
+        stored = sum(file.get_tensor(key).nbytes for key in file.keys())
+    assert expected.names == captures[name].names and expected.count == len(expected.names)
+    assert stored <= expected.bytes < 1.3 * stored
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["references", "memories"])
+def test_pictures(cached, load, tmp_path):
+    """Reference pictures, seen at each step or once: the same run, in advance and for real."""
+    pipe = load("flux.2-klein-base-4b")
+    request = replace(SMALL, guidance=1.0, pictures=Pictures((a_picture(), a_picture(80, 64)), cached=cached))
+    image, latents = make(pipe, request)
+    taken = capture(pipe, request, tmp_path / "a.safetensors")
+    assert taken.names == plan(pipe, request).names and taken.tensors["step.002/latents"].equal(latents)
+    assert taken.tensors["encoder.2/pixels"].shape == (1, 3, 64, 80)
+    assert taken.tensors["conditions/references"].shape == (1, 16 + 20, pipe.spec.transformer.in_channels)
+    tokens = 24 if cached else 24 + 36
+    assert taken.tensors["step.001/in"].shape[1] == tokens
+    assert ("references/double_blocks.1/attention/q" in taken.names) == cached
+    assert not [n for n in taken.names if "~" in n]
+
+
+def test_the_recipe(captures, load, folder):
+    recipe, spec = captures["flux.1-dev"].recipe, MODELS["flux.1-dev"]
+    asked = dict(model="flux.1-dev", mode="text", prompt=PROMPT, negative_prompt="a dog", width=96, height=64, steps=2, seed=5)
+    assert asked.items() <= recipe.items() and recipe["versions"]["torch"] == torch.__version__
+    assert (recipe["dtype"], recipe["numerics"], recipe["device"]) == ("float32", "exact", "cpu")
+    assert (
+        recipe["guidance"] == [2.0]
+        and recipe["cfg_scale"] == 2.5
+        and recipe["schedule"][0] == 1
+        and len(recipe["schedule"]) == 3
+    )
+    (file,) = recipe["files"]["transformer"]
+    path = home(folder, spec.name) / spec.transformer_file
+    assert file == {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    import subprocess
+
+    return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def test_latents_that_are_not_finite_are_kept(load, tmp_path):
+    """They are what one looks for: the capture ends where the run did, and says so."""
+    pipe = load("flux.2-klein-base-4b")
+    pipe.transformer().final_layer.linear.weight[0, 0] = torch.nan
+    taken = capture(pipe, replace(SMALL, guidance=1.0), tmp_path / "a.safetensors")
+    assert "after step 1 of 2" in taken.recipe["stopped"] and taken.names[-1] == "step.001/velocity"
+    assert taken.records["step.001/velocity"].statistics["nan"] == 24
+
+
+def test_selection(load, tmp_path):
+    pipe = load("flux.1-dev")
+    only = Selection(("double_blocks.1.*", "velocity"), steps=(2,))
+    names = capture(pipe, REQUESTS["flux.1-dev"], tmp_path / "a.safetensors", only).names
+    assert names and all(n.startswith("step.002/") for n in names)
+    assert {re.sub(r"^step\.002/(negative/)?", "", n).split("/")[0] for n in names} >= {"velocity", "double_blocks.1.img_mlp.0"}
+    assert not [n for n in names if "double_blocks.0" in n or "single" in n]
+
+
+def test_patterns():
+    name = "step.001/double_blocks.3.img_attn.qkv/out.0"
+    fit = [
+        "*",
+        name,
+        "double_blocks.3.*",
+        "*.img_attn",
+        "double_blocks.3",
+        "*.qkv",
+        "out",
+        "out.0",
+        "step.001",
+        "step.*/*/out*",
+    ]
+    assert [p for p in fit if not matches(name, [p])] == []
+    assert not any(matches(name, [p]) for p in ["in", "double_blocks.33", "img_attn", "step.002", "*.txt_attn", "blocks.3"])
+    assert matches(name, ()) and matches("noise", ["noise"])
+
+
+@pytest.mark.parametrize("config", [FLUX1_TINY, KLEIN_TINY], ids=["flux.1", "flux.2"])
+def test_watching_ends_with_an_error(config):
+    model = randomise(Flux(config))
+
+    def fail(name, tensor):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), watching({"": model}, fail):
+        model.img_in(torch.zeros(1, 2, config.in_channels))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("remember" in vars(module) for module in model.modules())
+
+
+# ---------------------------------------------------------------- the file
+
+
+def tensors() -> dict[str, Tensor]:
+    """Of every dtype, and of sizes that are no multiples of 8 bytes."""
+    g = torch.Generator().manual_seed(0)
+    out = {f"floats/{i}": torch.randn(3, 5, generator=g).to(dtype) for i, dtype in enumerate(record.DTYPES)}
+    return out | {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "turned": torch.randn(4, 6, generator=g).T}
+
+
+def test_round_trip(tmp_path):
+    path, recipe = tmp_path / "a.safetensors", {"prompt": "naïve \u2028 \U0001f600", "seed": 2**62}
+    with Writer(path, recipe, reserve=0) as writer:
+        for name, tensor in tensors().items():
+            writer.add(name, tensor)
+        recipe["late"] = [1.0]
+    read, plain = Capture(path), load_file(path)
+    assert read.recipe == recipe and read.names == list(tensors()) and plain.keys() == set(read.names)
+    for name, tensor in tensors().items():
+        for got in (read.tensors[name], plain[name]):
+            assert (
+                got.dtype == tensor.dtype and got.shape == tensor.shape and bytes(record.raw(got)) == bytes(record.raw(tensor))
+            )
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    with path.open("rb") as file:  # every tensor lies where its dtype needs it to
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+    assert not [k for k, v in header.items() if k != "__metadata__" and v["data_offsets"][0] % sizes.get(v["dtype"], 1)]
+
+
+@pytest.mark.parametrize("reserve", [0, 2**16], ids=["header moves the data", "header fits"])
+def test_the_same_bytes_are_stored_once(reserve, tmp_path):
+    x = torch.randn(100, 100)
+    with Writer(tmp_path / "a.safetensors", {}, reserve=reserve) as writer:
+        for name in ("out", "in", "in"):
+            writer.add(name, x)
+        x.zero_()  # what was recorded does not change with it
+        writer.add("zeros", x)
+    read = Capture(tmp_path / "a.safetensors")
+    assert read.names == ["out", "in", "in~2", "zeros"] and load_file(read.path).keys() == {"out", "zeros"}
+    assert read.tensors["in"].equal(read.tensors["in~2"]) and read.tensors["in"].any() and not read.tensors["zeros"].any()
+    assert read.path.stat().st_size < 2 * x.nbytes + 2**16 + 8192
+
+
+def test_statistics(tmp_path):
+    x = torch.linspace(-1, 3, 6400).reshape(64, 100)
+    x[0, 0], x[1, 1], x[2, 2] = torch.nan, torch.inf, -torch.inf
+    with Writer(tmp_path / "a.safetensors", {}) as writer:
+        writer.add("x", x, "statistics")
+    read = Capture(tmp_path / "a.safetensors")
+    finite = x.numpy()[np.isfinite(x.numpy())].astype(np.float64)
+    got = read.records["x"].statistics
+    assert (got["nan"], got["inf"], sum(got["histogram"]), len(got["histogram"])) == (1, 2, 6397, 32)
+    expected = dict(min=finite.min(), max=3, mean=finite.mean(), std=finite.std(), l2=np.linalg.norm(finite))
+    assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+    assert got["histogram"] == np.histogram(finite, 32)[0].tolist()
+    assert len(read.tensors) == 0 and read.records["x"].shape == (64, 100)
+
+
+def test_positions_of_a_probe():
+    """FNV-1a and splitmix64 with whole numbers of Python, which their published test vectors confirm."""
+
+    def fnv1a(text: str) -> int:
+        h = 14695981039346656037
+        for byte in text.encode():
+            h = ((h ^ byte) * 1099511628211) & (2**64 - 1)
+        return h
+
+    def splitmix64(seed: int, count: int) -> list[int]:
+        out = []
+        for _ in range(count):
+            seed = (seed + 0x9E3779B97F4A7C15) & (2**64 - 1)
+            z = ((seed ^ seed >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+            z = ((z ^ z >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
+            out.append(z ^ z >> 31)
+        return out
+
+    assert fnv1a("foobar") == 0x85944171F73967E8  # draft-eastlake-fnv, test vectors
+    assert splitmix64(1234567, 2) == [6457827717110365317, 3203168211198807973]  # Rosetta Code, "splitmix64"
+    name = "step.001/double_blocks.0/out.0"
+    assert positions(name, 10**7).tolist() == [h % 10**7 for h in splitmix64(fnv1a(name), 4096)]
+
+
+def test_budgets_are_stored(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with Writer(path, {"seed": 1}, reserve=0) as writer:
+        for name, tensor in tensors().items():
+            writer.add(name, tensor)
+    set_budgets(path, {"floats/1": 0.5, "turned": 0.25})
+    read = Capture(path)
+    assert {name: r.budget for name, r in read.records.items() if r.budget} == {"floats/1": 0.5, "turned": 0.25}
+    assert read.recipe == {"seed": 1} and all(read.tensors[n].equal(x) for n, x in tensors().items() if x.itemsize > 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# ---------------------------------------------------------------- two tensors
+
+
+def test_errors_against_numpy():
+    g = torch.Generator().manual_seed(1)
+    b = torch.randn(2, 7, 11, generator=g)
+    a = b + 1e-3 * torch.randn(2, 7, 11, generator=g)
+    a[1, 3, 5] += 0.5
+    x, y = a.numpy().astype(np.float64), b.numpy().astype(np.float64)
+    e = errors(a, b)
+    tokens = np.linalg.norm(x - y, axis=-1) / np.linalg.norm(y, axis=-1)
+    assert e.relative_l2 == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(y), rel=1e-12)
+    assert e.worst_token == pytest.approx(tokens.max(), rel=1e-6) and e.worst_token_at == (1, 3)
+    assert e.norm_ratio == pytest.approx(np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
+    assert e.max_abs == pytest.approx(abs(x - y).max(), rel=1e-12) and e.worst_index == (1, 3, 5)
+    assert e.pcc == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1], rel=1e-12)
+    assert e.cosine == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
+    assert (e.nonfinite, e.misplaced) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ulp(dtype):
+    """Three steps up from each of 100 numbers, through zero too; and one number that is far off."""
+    b = torch.linspace(-1, 1, 100).to(dtype)
+    a = b
+    for _ in range(3):
+        a = torch.nextafter(a, torch.full_like(a, torch.inf))
+    assert errors(a, b).ulp == (3, 3, 3)
+    assert errors(torch.zeros(1).to(dtype), -torch.zeros(1).to(dtype)).ulp == (0, 0, 0)
+    a[7] = 100
+    assert errors(a, b).ulp[:2] == (3, 3) and errors(a, b).ulp[2] > 100
+    assert errors(a.double(), b).ulp == errors(a, b).ulp
+
+
+def test_attention_by_keyword_and_complex_tensors(tmp_path):
+    """As other codes have it: diffusers names the arguments of attention, BFL's first RoPE was complex."""
+
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(query=x, key=2 * x, value=3 * x)
+
+    x, seen = torch.randn(1, 2, 5, 4), {}
+    net = nn.Sequential(Attention())
+    with watching({"net": net}, seen.__setitem__, only=["attention"]):
+        out = net(x)
+    assert {n: y.tolist() for n, y in seen.items()} == {
+        "net/0/attention/q": x.tolist(), "net/0/attention/k": (2 * x).tolist(), "net/0/attention/v": (3 * x).tolist(),
+        "net/0/attention/out": out.tolist(),
+    }  # fmt: skip
+    read = written(tmp_path / "a.safetensors", {"rope": torch.view_as_complex(x.view(1, 5, 4, 2))})
+    assert read.tensors["rope"].flatten().equal(x.flatten())
+
+
+def test_scale_and_offset_are_seen_where_correlation_is_blind():
+    b = torch.randn(1, 64, 32)
+    scaled, shifted = errors(1.05 * b, b), errors(b + 0.3, b)
+    assert 1 - scaled.pcc < 1e-9 and 1 - shifted.pcc < 1e-9
+    assert scaled.norm_ratio == pytest.approx(1.05) and scaled.relative_l2 == pytest.approx(0.05) and scaled.over(0.02)
+    assert shifted.relative_l2 == pytest.approx(0.3 / b.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_one_token_is_seen():
+    b = torch.randn(1, 4608, 32)
+    a = b.clone()
+    a[0, 4321] = 0
+    e = errors(a, b)
+    assert e.relative_l2 < 0.02 and e.worst_token == pytest.approx(1, rel=1e-6) and e.worst_token_at == (0, 4321)
+    assert e.over(0.02)  # which the relative L2 alone allows
+
+
+@pytest.mark.parametrize("dtype", record.DTYPES, ids=str)
+def test_every_dtype_can_be_compared(dtype):
+    b = torch.tensor([[0.0, 1, 2], [0, 1, 4]]).to(dtype)
+    a = b.clone()
+    a[1, 2] = 0
+    assert errors(b, b).relative_l2 == 0 and errors(a, b).worst_index == (1, 2) and errors(a, b).over(0.1)
+
+
+def test_nothing_is_zero_over_zero():
+    z, x = torch.zeros(2, 3), torch.full((2, 3), 0.5)
+    assert (errors(z, z).relative_l2, errors(z, z).norm_ratio, errors(z, z).pcc, errors(z, z).cosine) == (0, 1, 1, 1)
+    assert errors(x, z).relative_l2 == pytest.approx(1.5**0.5) and errors(x, z).over(1)
+    assert errors(x, x).pcc == 1 and not errors(x, x).over(0)
+    assert errors(torch.zeros(0), torch.zeros(0)).relative_l2 == 0
+    assert errors(torch.tensor(2.0), torch.tensor(1.0)).relative_l2 == 1
+
+
+def test_nan_and_infinity_match_in_place():
+    b = torch.randn(1, 5, 8)
+    b[0, 1, 2], b[0, 3, 4], b[0, 3, 5] = torch.nan, torch.inf, -torch.inf
+    a = b.clone()
+    assert (errors(a, b).nonfinite, errors(a, b).misplaced, errors(a, b).relative_l2) == (3, 0, 0)
+    assert not errors(a, b).over(1e-4)
+    a[0, 0, 0] += 0.1
+    assert errors(a, b).max_abs == pytest.approx(0.1, rel=1e-6)  # the rest is compared, not masked away
+    for place, value in (((0, 1, 2), 0.0), ((0, 3, 4), -torch.inf), ((0, 3, 5), torch.nan), ((0, 4, 4), torch.nan)):
+        a = b.clone()
+        a[place] = value
+        assert errors(a, b).misplaced == 1 and errors(a, b).over(1e9)
+
+
+# ---------------------------------------------------------------- two captures
+
+
+def written(path: Path, values: dict[str, Tensor], kind="full", **recipe) -> Capture:
+    with Writer(path, recipe) as writer:
+        for name, tensor in values.items():
+            writer.add(name, tensor, kind)
+    return Capture(path)
+
+
+def noisy(values: dict[str, Tensor], size: float, only: str = "") -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(9)
+    return {n: x + size * (only in n) * torch.randn(x.shape, generator=g) for n, x in values.items()}
+
+
+@pytest.fixture
+def truth():
+    g = torch.Generator().manual_seed(8)
+    return {f"step.001/double_blocks.{i}/out": torch.randn(1, 300, 128, generator=g) for i in range(4)}
+
+
+def test_the_first_that_differs(truth, tmp_path):
+    late = noisy(noisy(truth, 1e-2, "blocks.3"), 1e-1, "blocks.2")
+    a, b = written(tmp_path / "a.safetensors", late), written(tmp_path / "b.safetensors", truth)
+    rows = compare(a, b)
+    assert [row.over for row in rows] == [False, False, True, True] and first_over(rows).name == "step.001/double_blocks.2/out"
+    assert table(rows).startswith("2 of 4 tensors are over budget; the first is step.001/double_blocks.2/out: relative L2 0.1 ")
+    assert table(rows).index("double_blocks.0") < table(rows).index("double_blocks.1")
+    assert first_over(compare(a, b, budget=0.2)) is None and "comes nearest" in table(compare(a, b, budget=0.2))
+    assert first_over(compare(a, b, budget={"step.001/double_blocks.2/out": 0.2})).name == "step.001/double_blocks.3/out"
+    set_budgets(b.path, {n: 0.2 for n in b.names})
+    assert first_over(compare(a, Capture(b.path))) is None
+    listed = json.loads(to_json(rows))
+    assert [row["over"] for row in listed] == [False, False, True, True] and listed[2]["errors"]["relative_l2"] > 0.09
+
+
+@pytest.mark.parametrize("kinds", [("probe", "probe"), ("probe", "full"), ("full", "probe")], ids="-".join)
+@pytest.mark.parametrize("size", [1e-5, 1e-2])
+def test_a_probe_stands_for_the_whole(kinds, size, truth, tmp_path):
+    far = noisy(truth, size)
+    a = written(tmp_path / "a.safetensors", far, kinds[0])
+    b = written(tmp_path / "b.safetensors", truth, kinds[1])
+    for row, name in zip(compare(a, b), truth, strict=True):
+        whole = errors(far[name], truth[name])
+        assert row.kind == "probe" and row.errors.relative_l2 == pytest.approx(whole.relative_l2, rel=0.05)
+        assert row.errors.norm_ratio == pytest.approx(whole.norm_ratio, abs=1e-7)
+        there = row.errors.worst_index
+        assert (far[name][there] - truth[name][there]).abs().item() == row.errors.max_abs > 0
+    sizes = {kind: x.path.stat().st_size for kind, x in zip(kinds, (a, b))}
+    assert sizes["probe"] < 4 * (4096 + 300) * 4 + 2**17
+
+
+def test_a_probe_shows_a_bad_token(truth, tmp_path):
+    far = {name: x.clone() for name, x in truth.items()}
+    for x, value in zip(far.values(), (0.0, 1e3, torch.nan, torch.inf)):
+        x[0, 123] = value
+    rows = compare(written(tmp_path / "a.safetensors", far, "probe"), written(tmp_path / "b.safetensors", truth, "probe"))
+    assert all(row.over for row in rows)
+    assert [row.errors.worst_token_at for row in rows[:2]] == [(0, 123)] * 2 and all(r.errors.misplaced for r in rows[2:])
+
+
+def test_statistics_and_slices(truth, tmp_path):
+    scaled = {name: 1.05 * x for name, x in truth.items()}
+    b = written(tmp_path / "b.safetensors", truth)
+    for kind in ("statistics", "slice"):
+        a = written(tmp_path / f"{kind}.safetensors", scaled, kind)
+        row = first_over(compare(a, b))
+        assert row.kind == kind and row.errors.relative_l2 == pytest.approx(0.05, rel=1e-5)
+        assert json.loads(to_json([row]))[0]["kind"] == kind and table([row])
+        same = written(tmp_path / f"same-{kind}.safetensors", truth, kind)
+        assert all(r.errors.relative_l2 == 0 and not r.over for r in compare(same, b, budget=0))
+    assert a.tensors["step.001/double_blocks.0/out"].shape == (1, 16, 16)
+    both = compare(a, written(tmp_path / "probe.safetensors", truth, "probe"))
+    assert both[0].kind == "statistics" and both[0].errors.relative_l2 == pytest.approx(0.05, rel=1e-5)
+
+
+def test_a_plain_file_is_a_capture(truth, tmp_path):
+    """So that a port needs no more than a safetensors writer."""
+    save_file(noisy(truth, 1e-2, "blocks.1"), tmp_path / "port.safetensors")
+    a, b = Capture(tmp_path / "port.safetensors"), written(tmp_path / "b.safetensors", truth, model="flux.1-dev")
+    assert a.recipe == {} and first_over(compare(a, b)).name == "step.001/double_blocks.1/out"
+    assert sum(row.over for row in compare(a, b)) == 1
+
+
+def test_budgets_follow_the_coarser_dtype(truth, tmp_path):
+    """A float32 tensor of a run in bfloat16 is no better than that run."""
+    a = written(tmp_path / "a.safetensors", noisy(truth, 1e-2), dtype="bfloat16")
+    b = written(tmp_path / "b.safetensors", truth, dtype="float32")
+    assert {row.budget for row in compare(a, b)} == {2e-2} and first_over(compare(a, b)) is None
+    assert {row.budget for row in compare(b, b)} == {1e-4}
+
+
+def test_bfloat16_is_within_its_budget_and_a_mistake_is_not(captures, load, tmp_path):
+    """The run of the fixture in float32 against bfloat16, and against another activation in one block."""
+    name = "flux.2-klein-base-4b"
+    half = capture(load(name, torch.bfloat16), REQUESTS[name], tmp_path / "half.safetensors", Selection(("double_blocks.0",)))
+    assert max(row.ratio for row in compare(half, captures[name])) < 2
+    pipe = load(name)
+    gelu = torch.nn.functional.gelu
+    pipe.transformer().double_blocks[1].img_mlp[1].forward = lambda x: gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
+    wrong = capture(pipe, REQUESTS[name], tmp_path / "wrong.safetensors", Selection(("out",)))
+    assert first_over(compare(wrong, captures[name])).name == "step.001/double_blocks.1.img_mlp.1/out"
+
+
+# ---------------------------------------------------------------- mistakes, each told in one sentence
+
+
+def test_captures_that_differ(truth, tmp_path):
+    made = dict(model="flux.1-dev", width=64, height=64, steps=4, prompt="a cat")
+    b = written(tmp_path / "b.safetensors", truth, **made)
+    for number, (key, other) in enumerate(dict(model="flux.2-dev", width=96, steps=8, prompt="a dog").items()):
+        a = written(tmp_path / f"{number}.safetensors", truth, **made | {key: other})
+        with pytest.raises(UserError, match=rf"{key} is {other!r} and {made[key]!r}"):
+            compare(a, b)
+    few = written(tmp_path / "c.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(UserError, match="have no tensor in common"):
+        compare(few, b)
+    with pytest.raises(UserError, match=r"--only double_block\.0 matches nothing; .* double_blocks\.0"):
+        compare(b, b, only=["double_block.0"])
+    reshaped = written(tmp_path / "d.safetensors", {n: x.mT for n, x in truth.items()})
+    assert first_over(compare(reshaped, b)).fault == "is (1, 128, 300) and should be (1, 300, 128)"
+    assert "should be (1, 300, 128)" in table(compare(reshaped, b)) and json.loads(to_json(compare(reshaped, b)))
+
+
+def test_damaged_files(truth, tmp_path):
+    whole = written(tmp_path / "a.safetensors", truth).path.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"is truncated: .* capture it again"):
+        Capture(tmp_path / "cut.safetensors")
+    for number, wrong in enumerate(('{"schema": 2}', "{", "[]", '{"schema": 1, "recipe": {}, "tensors": {"x": {"kind": 1}}}')):
+        save_file(truth, tmp_path / f"{number}.safetensors", {record.KEY: wrong})
+        with pytest.raises(UserError, match="schema 2, and this reads 1|is a damaged capture"):
+            Capture(tmp_path / f"{number}.safetensors")
+    with pytest.raises(UserError, match="does not exist"):
+        Capture(tmp_path / "none.safetensors")
+
+
+class FullDisk:
+    def __init__(self, file):
+        self.file, self.left = file, 2
+
+    def write(self, data):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_full_disk(truth, tmp_path):
+    with pytest.raises(UserError, match=r"a\.safetensors cannot be written: the disk is full: make room"):
+        with Writer(tmp_path / "a.safetensors", {}) as writer:
+            writer._file = FullDisk(writer._file)
+            for name, tensor in truth.items():
+                writer.add(name, tensor)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_leaves_nothing(load, tmp_path, monkeypatch):
+    pipe = load("flux.1-dev")
+    monkeypatch.setattr(pipe.text, "encode_one", lambda prompt: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        capture(pipe, SMALL, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_much(load, tmp_path, monkeypatch):
+    pipe, path = load("flux.1-dev"), tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match=r"would hold up to [\d.]+ MB in [\d,]+ tensors, and --limit is 0.001"):
+        capture(pipe, SMALL, path, Selection(limit=1e6))
+    with (
+        pytest.raises(UserError, match=r"would be larger than its limit of 1 KB at x: choose"),
+        Writer(path, {}, 1000) as writer,
+    ):
+        writer.add("x", torch.zeros(300))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10**6))
+    with pytest.raises(UserError, match="1 MB are free on its disk"):
+        capture(pipe, SMALL, path)
+    assert list(tmp_path.iterdir()) == []
+    told = []
+    capture(pipe, SMALL, path, Selection(only=("noise",)), told.append)
+    assert told and told[0].startswith("recording 1 of ")
+
+
+@pytest.mark.parametrize("only, near", [("double_block.0.*", "double_blocks.0"), ("velocty", "velocity"), ("QKV", "qkv")])
+def test_patterns_that_match_nothing(only, near, load, tmp_path):
+    with pytest.raises(
+        UserError, match=rf"--only {re.escape(only)} matches nothing; the nearest names are .*{re.escape(near)}"
+    ):
+        capture(load("flux.1-dev"), SMALL, tmp_path / "a.safetensors", Selection((only,)))
+
+
+def test_wrong_requests(load, tmp_path):
+    pipe, path = load("flux.1-dev"), tmp_path / "a.safetensors"
+    with pytest.raises(UserError, match="--steps-of 3: there are 2 steps"):
+        capture(pipe, SMALL, path, Selection(steps=(1, 3)))
+    with pytest.raises(UserError, match="--width 100"):
+        capture(pipe, replace(SMALL, width=100), path)
+    with pytest.raises(UserError, match="give it that suffix"):
+        capture(pipe, SMALL, tmp_path / "a.pt")
+    path.write_bytes(b"precious")
+    with pytest.raises(UserError, match="the file exists"):
+        capture(pipe, SMALL, path)
+    assert path.read_bytes() == b"precious"
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def parity(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    module = script("parity")
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, arguments)])
+        try:
+            code = module.main()
+        except SystemExit as error:  # argparse's
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+QUICK = ("a small red circle", "--width", 64, "--height", 64, "--steps", 2, "--only", "step.002", "--only", "latents")
+
+
+def test_the_command(parity, tmp_path):
+    code, out, err = parity("capture", *QUICK, "--output", "a.safetensors")
+    assert (code, out) == (0, "a.safetensors\n") and re.match(r"recording [\d,]+ of [\d,]+ tensors, up to [\d.]+ MB\n", err)
+    assert Capture("a.safetensors").recipe["seed"] == 0
+    assert parity("capture", *QUICK, "--keep", "probe", "--output", "b.safetensors")[0] == 0
+    code, out, _ = parity("compare", "b.safetensors", "a.safetensors", "--budget", 0)
+    assert code == 0 and out.startswith("all ") and "step.001/latents" in out
+    assert parity("capture", *QUICK, "--dtype", "bfloat16", "--numerics", "bfl", "--output", "c.safetensors")[0] == 0
+    code, out, _ = parity("compare", "c.safetensors", "a.safetensors", "--budget", 1e-6, "--json", "rows.json")
+    assert code == 1 and "tensors are over budget; the first is step.001/latents:" in out.splitlines()[0]
+    rows = json.loads(Path("rows.json").read_text())
+    assert rows[0]["name"] == "step.001/latents" and rows[0]["over"] and rows[0]["errors"]["relative_l2"] > 1e-6
+
+
+def test_mistakes_at_the_command(parity, tmp_path):
+    say = lambda code, *words: lambda got: (got[0], [w for w in words if w not in got[2].splitlines()[-1]]) == (code, [])  # noqa: E731
+    assert say(2, "nosuch", "there is no such model")(parity("capture", "x", "--model", "nosuch", "--output", "a.safetensors"))
+    assert say(2, "there is no prompt")(parity("capture", "--output", "a.safetensors"))
+    assert say(2, "of one prompt, and 2")(parity("capture", "x", "y", "--output", "a.safetensors"))
+    assert say(2, "'1,x'")(parity("capture", "x", "--steps-of", "1,x", "--output", "a.safetensors"))
+    assert say(2, "--output")(parity("capture", "x"))
+    assert say(2, "does not exist")(parity("compare", "a.safetensors", "b.safetensors"))
+    assert list(tmp_path.iterdir()) == []

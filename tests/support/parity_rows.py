@@ -1,0 +1,251 @@
+"""What the README's parity table shows: each network and pipeline, tiny and random, beside its reference, in both precisions.
+
+`python scripts/parity.py table` prints it. A row is the worst of the tensors that it stands for. Networks take the inputs that
+lie in tests/golden; pipelines take features and noise, and give the latents after their last step. In bfloat16, what float32
+would have made is asked of the reference too, with the same rounded weights and inputs.
+"""
+
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from einops import rearrange
+from test_conditioning import HEIGHT, SEEDS, STEPS, TINY_REDUX, TINY_SIGLIP, WIDTH, Model, painted, photo
+from test_golden import golden
+from test_pipeline import noise
+from torch import Tensor, nn
+
+import flux
+from flux.conditioning import Pictures
+from flux.errors import UserError
+from flux.parity import reference
+from flux.parity.table import Half, Single, figures
+from flux.siglip import Redux, SigLIP
+from flux.text_encoder import TextFeatures
+from flux.transformer import NUMERICS, Flux
+
+Given = dict[str, Tensor]
+NETWORKS = {
+    "FLUX.1 transformer, dev and schnell": ("flux.1-dev", "flux.1-schnell"),
+    "FLUX.2 transformer, dev and klein": ("flux.2-dev", "flux.2-klein"),
+    "FLUX.1 autoencoder, both ways": ("flux.1-autoencoder",),
+    "FLUX.2 autoencoder, both ways": ("flux.2-autoencoder",),
+    "T5": ("t5",),
+    "CLIP": ("clip",),
+    "language model: Qwen3": ("qwen3",),
+    "language model: Mistral": ("mistral",),
+    "SigLIP": ("siglip",),
+    "Redux": ("redux",),
+}
+PRESETS = ("diffusers", "exact")
+
+
+@torch.no_grad()
+def measure() -> Iterator[Single | Half]:
+    """The rows of both tables."""
+    with quietly():
+        ours = reference.golden_networks()
+        ours |= {"siglip": reference.randomise(SigLIP(TINY_SIGLIP)), "redux": reference.randomise(Redux(TINY_REDUX))}
+        for what, names in NETWORKS.items():
+            yield from of_networks(what, {name: ours[name] for name in names})
+        for what, run in RUNS.items():
+            with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+                patch.delenv("FLUX_WEIGHTS", raising=False)
+                yield from of_pipeline(what, run, Path(folder), patch)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """On one thread, so that sums are in one order wherever it runs; and what the libraries say is left out."""
+    threads, loggers = torch.get_num_threads(), (diffusers.logging, transformers.logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)
+            for logger in loggers:
+                logger.set_verbosity_error()
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+
+
+def ran_on() -> str:
+    libraries = ", ".join(f"{library.__name__} {library.__version__}" for library in (diffusers, transformers, torch))
+    return f"{libraries}, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, one thread"
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+def of_networks(what: str, ours: dict[str, nn.Module]) -> Iterator[Single | Half]:
+    against, live, then, narrow = "", [], [], {numerics: [] for numerics in ("", *PRESETS)}
+    for name, module in ours.items():
+        given, expected = inputs(name, module)
+        theirs, ask = reference_of(name, module)
+        answers = answer(name, module, given)
+        live += zip(answers, ask(given), strict=True)
+        if expected:
+            then += zip(answers, expected, strict=True)
+        for numerics, tensors in in_bfloat16(name, module, given):
+            narrow[numerics] += tensors
+        against = type(theirs).__module__.split(".")[0]
+    yield Single(what, against, figures(what, live), figures(what, then) if then else None)
+    yield from (half(what, against, numerics, tensors) for numerics, tensors in narrow.items() if tensors)
+
+
+def in_bfloat16(name: str, module: nn.Module, given: Given) -> Iterator[tuple[str, list[tuple[Tensor, Tensor, Tensor]]]]:
+    """With each of the numerics, and each tensor: ours, the reference's, and the truth."""
+    rounded = {key: x.bfloat16() if x.is_floating_point() and key not in ("t", "guidance") else x for key, x in given.items()}
+    narrow = deepcopy(module).bfloat16()
+    theirs, ask = reference_of(name, narrow)
+    expected = ask(rounded)
+    theirs.float()  # with the rounded weights
+    truth = ask({key: x.float() if x.is_floating_point() else x for key, x in rounded.items()})
+    for numerics in PRESETS if isinstance(module, Flux) else [""]:
+        if numerics:
+            narrow = with_numerics(module, numerics).bfloat16()
+        yield numerics, list(zip(answer(name, narrow, rounded), expected, truth, strict=True))
+
+
+def half(what: str, against: str, numerics: str, tensors: list[tuple[Tensor, Tensor, Tensor]]) -> Half:
+    """`tensors`: ours, the reference's, and the truth."""
+    error = lambda a, b: figures(what, ((each[a], each[b]) for each in tensors))  # noqa: E731
+    return Half(what, against, numerics, error(0, 1), error(0, 2).relative_l2, error(1, 2).relative_l2)
+
+
+def with_numerics(module: Flux, numerics: str) -> Flux:
+    out = Flux(module.config, NUMERICS[numerics])
+    out.load_state_dict(module.state_dict())
+    return out.eval()
+
+
+def inputs(name: str, module: nn.Module) -> tuple[Given, list[Tensor]]:
+    """What it is given, and what the reference answered once; the latter is nothing where it is not on record.
+
+    Copied: how a tensor of a file lies in memory decides in which order it is summed.
+    """
+    generator = torch.Generator().manual_seed(7)
+    if name == "siglip":
+        size = module.config.image_size
+        return {"pixels": torch.rand(3, 3, size, size, generator=generator) * 2 - 1}, []
+    if name == "redux":
+        return {"x": torch.randn(2, 16, TINY_REDUX.siglip_dim, generator=generator)}, []
+    kinds = recorded(name, module)
+    expected = [kinds["out"][key] for key in ("encoded", "decoded", "velocity", "features") if key in kinds["out"]]
+    return {key: x.clone() for key, x in kinds["in"].items()}, expected
+
+
+def recorded(name: str, *modules: nn.Module) -> dict[str, Given]:
+    """What lies in tests/golden, "in" and "out"; UserError if it is of other weights than these."""
+    try:
+        return golden(name, *modules)
+    except AssertionError as error:
+        raise UserError(str(error).partition("\n")[0]) from None
+
+
+def answer(name: str, module: nn.Module, given: Given) -> list[Tensor]:
+    if name.endswith("autoencoder"):
+        return [module.encode(given["pixels"]), module.decode(given["latents"])]
+    return [module(**given) if name != "siglip" else module(given["pixels"])]
+
+
+def reference_of(name: str, ours: nn.Module) -> tuple[nn.Module, Callable[[Given], list[Tensor]]]:
+    """The reference with the weights of `ours`, and how it answers."""
+    r, config, state = reference, ours.config, ours.state_dict()
+    if name.endswith("autoencoder"):
+        theirs = r.loaded(r.diffusers_autoencoder(config), r.autoencoder_to_diffusers(state, config))
+        both = lambda given: [r.diffusers_encode(theirs, given["pixels"]), r.diffusers_decode(theirs, given["latents"])]  # noqa: E731
+        return theirs, both
+    if name.startswith("flux"):
+        theirs = r.loaded(r.diffusers_transformer(config), r.transformer_to_diffusers(state, config))
+        return theirs, lambda given: [r.diffusers_velocity(theirs, **given)]
+    if name == "t5":
+        theirs = r.loaded(r.transformers_t5(config), r.t5_to_transformers(state))
+        return theirs, lambda given: [theirs(given["ids"]).last_hidden_state]
+    if name == "clip":
+        theirs = r.loaded(r.transformers_clip(config, eos_id=2), r.clip_to_transformers(state))
+        return theirs, lambda given: [theirs(given["ids"]).pooler_output]
+    if name == "siglip":
+        theirs = r.randomise(r.transformers_siglip(config), 1).to(next(ours.parameters()).dtype)  # its head, which we leave out
+        theirs = r.loaded(theirs, theirs.state_dict() | state)
+        return theirs, lambda given: [theirs(given["pixels"]).last_hidden_state]
+    if name == "redux":
+        theirs = r.loaded(r.diffusers_redux(config), state)
+        return theirs, lambda given: [theirs(given["x"]).image_embeds]
+    mistral = name == "mistral"
+    theirs = r.with_trunk(r.transformers_language_model(config, r.DEPTH, mistral), state, mistral)
+    return theirs, lambda given: [r.transformers_features(theirs, **given, layers=config.layers)]
+
+
+# ---------------------------------------------------------------------------------------------------------- pipelines
+
+
+@dataclass(frozen=True)
+class Run:
+    model: str
+    family: str  # diffusers' class
+    guidance: float | None = None
+    pictures: Pictures | None = None
+    given: dict = field(default_factory=dict)  # the same pictures, to diffusers
+
+
+PHOTO, MASK, PAIR = photo(), painted(), (photo(80, 97, seed=1), photo(150, 70, seed=2))
+RUNS = {
+    "FLUX.1-dev, text to image": Run("flux.1-dev", "FluxPipeline", 3.0),
+    "FLUX.1-Fill": Run(
+        "flux.1-fill-dev", "FluxFillPipeline", 20.0, Pictures((PHOTO,), MASK, mask_threshold=0.5),
+        dict(image=PHOTO, mask_image=MASK),
+    ),
+    "FLUX.2-dev, text to image": Run("flux.2-dev", "Flux2Pipeline", 3.0),
+    "FLUX.2-klein, text to image": Run("flux.2-klein-4b", "Flux2KleinPipeline"),
+    "FLUX.2-klein, two references": Run(
+        "flux.2-klein-4b", "Flux2KleinPipeline", None, Pictures(PAIR, limit=1024), dict(image=list(PAIR))
+    ),
+}  # fmt: skip
+
+
+def of_pipeline(what: str, run: Run, folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Single | Half]:
+    """`Model` has diffusers take the mean of the autoencoder's posterior, as we do, where it would draw a sample."""
+    model = Model(run.model, folder, patch)
+    kept = {} if run.pictures else recorded(f"pipeline-{run.model}", *model.parts.values())["out"]
+    features = TextFeatures(kept["features"].clone(), kept.get("pooled")) if kept else model.features()
+    theirs = model.variant(run.family, patch)
+    latents = ours_of(model.ours, run, features)
+    live = figures(what, [(latents, theirs_of(theirs, model, run, features))])
+    yield Single(what, "diffusers", live, figures(what, [(latents, kept["latents"])]) if kept else None)
+
+    features, theirs = features.to("cpu", torch.bfloat16), theirs.to(torch.bfloat16)
+    expected = theirs_of(theirs, model, run, features)
+    truth = theirs_of(theirs.to(torch.float32), model, run, features)
+    for numerics in PRESETS:
+        pipe = flux.load(run.model, weights=folder, device="cpu", dtype=torch.bfloat16, numerics=numerics)
+        yield half(what, "diffusers", numerics, [(ours_of(pipe, run, features), expected, truth)])
+
+
+def ours_of(pipe: flux.Pipeline, run: Run, features: TextFeatures) -> Tensor:
+    conditions = run.pictures and pipe.condition(run.pictures, WIDTH, HEIGHT)
+    return pipe.sample(features, SEEDS, WIDTH, HEIGHT, STEPS, run.guidance, conditions=conditions)
+
+
+def theirs_of(theirs, model: Model, run: Run, features: TextFeatures) -> Tensor:
+    dtype, seen = theirs.transformer.dtype, []
+    tokens, pooled = features.to("cpu", dtype)
+    words = dict(prompt_embeds=tokens) | ({} if pooled is None else {"pooled_prompt_embeds": pooled})
+    theirs(
+        **words, **run.given, width=WIDTH, height=HEIGHT, num_inference_steps=STEPS, guidance_scale=run.guidance or 1.0,
+        latents=noise(model, SEEDS).to(dtype), output_type="latent",
+        callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
+    )  # fmt: skip
+    return rearrange(seen[-1], "b (h w) c -> b c h w", h=HEIGHT // 16)

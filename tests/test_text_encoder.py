@@ -1,0 +1,77 @@
+"""flux.text_encoder: text encoders load from the original repositories' files too, whatever stands before the names and beside them.
+
+The layouts are those of openai/clip-vit-large-patch14 (text and image towers, projections, positions), google/t5-v1_1-xxl (the
+decoder, and the embedding under two names), Qwen/Qwen3-8B (a head, a final norm, more layers) and Mistral-Small-3.2 (a vision
+tower; two spellings of the prefix). Features against transformers' are in tests/test_pipeline.py.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flux.clip import CLIP, CLIPConfig
+from flux.errors import UserError
+from flux.language_model import LanguageModel, LanguageModelConfig
+from flux.parity.reference import randomise
+from flux.t5 import T5, T5Config
+from flux.text_encoder import clip_unread, language_model_unread, t5_unread
+from flux.weights.load import load_module
+
+CLIP_TINY = CLIPConfig(vocab_size=50, hidden_size=16, num_heads=2, mlp_size=32, depth=2, eos_id=49)
+T5_TINY = T5Config(vocab_size=50, hidden_size=16, head_dim=8, num_heads=2, mlp_size=32, depth=2)
+LM_TINY = LanguageModelConfig(
+    layers=(1, 2), vocab_size=50, hidden_size=16, mlp_size=32, num_heads=2, num_kv_heads=1, head_dim=8
+)
+
+
+def reload(tmp_path, kind, config, others, prefix="", **options):
+    """Random weights, saved under `prefix` with other tensors around them, come back through `load_module`."""
+    whole = randomise(kind(config))
+    tensors = {prefix + name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    save_file(tensors | {name: torch.ones(2) for name in others}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        loaded = kind(config)
+    load_module(loaded, [tmp_path / "model.safetensors"], **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), loaded.state_dict().values(), strict=True))
+
+
+def test_whole_clip(tmp_path):
+    others = ["vision_model.embeddings.class_embedding", "visual_projection.weight", "text_projection.weight", "logit_scale"]
+    reload(tmp_path, CLIP, CLIP_TINY, [*others, "text_model.embeddings.position_ids"], unread=clip_unread)
+
+
+def test_whole_t5(tmp_path):
+    others = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.block.0.layer.0.layer_norm.weight"]
+    reload(tmp_path, T5, T5_TINY, [*others, "lm_head.weight"], unread=t5_unread)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("model.", "lm_head."),
+        ("language_model.model.", "language_model.lm_head."),
+        ("model.language_model.", "lm_head."),
+        ("", "lm_head."),
+    ],
+)
+def test_language_model(tmp_path, prefix, head):
+    vision = [f"{before}vision_tower.patch_conv.weight" for before in ("", "model.")]
+    above = [
+        f"{prefix}layers.2.mlp.up_proj.weight",
+        f"{prefix}norm.weight",
+        f"{head}weight",
+        "multi_modal_projector.norm.weight",
+    ]
+    options = dict(prefixes=("model.", "language_model.model.", "model.language_model.", ""))
+    for qk_norm in (True, False):
+        config = replace(LM_TINY, qk_norm=qk_norm)
+        unread = lambda name: language_model_unread(name, 2)  # noqa: E731
+        reload(tmp_path, LanguageModel, config, [*vision, *above], prefix, unread=unread, **options)
+
+
+def test_what_is_not_known_is_still_refused(tmp_path):
+    with pytest.raises(UserError, match="layers.0.extra"):
+        unread = lambda name: language_model_unread(name, 2)  # noqa: E731
+        reload(tmp_path, LanguageModel, LM_TINY, ["layers.0.extra"], unread=unread)

@@ -1,0 +1,360 @@
+"""flux.toy.looking and checking: what is seen in a picture, and the verdict.
+
+The truth: pictures that are drawn right, also through what a model or a file does to them, and pictures that are wrong in one
+thing that the test knows.
+"""
+
+import io
+from dataclasses import replace
+from itertools import islice, product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from flux import toy as shapes
+from flux.toy import (
+    COLOURS,
+    PATTERNS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Edit,
+    Item,
+    Layout,
+    Object,
+    Scene,
+    Word,
+    check,
+    check_edit,
+    draw,
+    drawing,
+    edits,
+    letters_right,
+    look,
+    scenes,
+)
+from flux.toy.scenes import COLUMNS, LETTERS, ROWS, arrange, sizes
+
+
+def drawn(layout: Layout | Scene, size: int = 256, seed: int = 0) -> np.ndarray:
+    return draw(layout, size, size, np.random.default_rng(seed))
+
+
+def soft(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Blurred with a Gaussian of one pixel, then with noise of six grey levels."""
+    weights = np.exp(-np.square(np.arange(-4, 5)) / 2)
+    padded = np.pad(picture.astype(np.float32), ((4, 4), (4, 4), (0, 0)), mode="edge")
+    height, width = picture.shape[:2]
+    rows = sum(w * padded[i : i + height] for i, w in enumerate(weights / weights.sum()))
+    both = sum(w * rows[:, i : i + width] for i, w in enumerate(weights / weights.sum()))
+    return np.rint(both + rng.normal(0, 6, both.shape)).clip(0, 255).astype(np.uint8)
+
+
+def jpeg(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "jpeg", quality=75)
+    return np.asarray(Image.open(file))
+
+
+WAYS = {"as drawn": lambda picture, rng: picture, "soft": soft, "jpeg": jpeg}
+
+
+# ---------------------------------------------------------------------------------------------------------- right is right
+
+
+def plain(layout: Layout) -> bool:
+    return not any(getattr(item.thing, "pattern", "") for item in layout.items)
+
+
+@pytest.mark.parametrize(
+    "way, size, least", [("as drawn", 256, 1), ("as drawn", 128, 1), ("soft", 256, 1), ("jpeg", 256, 0.98)]
+)
+def test_what_is_drawn_is_right(way, size, least, count=60):
+    rng = np.random.default_rng(size)
+    laid = [(scene, arrange(scene, rng)) for scene in islice(scenes(size, None), count)]
+    right = [check(WAYS[way](drawn(layout, size), rng), scene)["all"] for scene, layout in laid if size > 128 or plain(layout)]
+    right += [
+        check_edit(WAYS[way](drawn(edit.after, size), rng), edit)["all"]
+        for edit in islice(edits(size, None), count // 2) if size > 128 or plain(edit.after)
+    ]  # fmt: skip
+    assert np.mean(right) >= least
+
+
+@pytest.mark.parametrize("width, height", [(256, 192), (160, 320), (512, 512)])
+def test_other_sizes(width, height):
+    rng = np.random.default_rng(0)
+    for scene in islice(scenes(8, None), 12):
+        assert check(draw(scene, width, height, rng), scene)["all"], scene
+
+
+def test_what_is_seen_is_what_was_laid_out():
+    rng = np.random.default_rng(0)
+    for scene in islice(scenes(9, None), 20):
+        layout = arrange(scene, rng)
+        seen = look(drawn(layout))
+        assert seen.background == layout.background
+        assert {str(replace(item.thing, place=None)) for item in seen.items} == {str(item.thing) for item in layout.items}
+        for item in layout.items:
+            (found,) = (other for other in seen.items if other.thing.colour == item.thing.colour)
+            if isinstance(item.thing, Object):
+                x, y, radius = drawing.place(item, 256, 256)
+                assert (found.x * 256, found.y * 256, found.radius * 256) == pytest.approx((x, y, radius), abs=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- wrong is wrong
+
+
+def with_item(layout: Layout, number: int, **thing) -> Layout:
+    """A layout with one thing changed; its radius follows its size."""
+    items = list(layout.items)
+    changed = replace(items[number].thing, **thing)
+    items[number] = replace(items[number], thing=changed, radius=SIZES[changed.size] if isinstance(changed, Object) else 0.0)
+    return replace(layout, items=tuple(items))
+
+
+def mirrored(layout: Layout) -> Layout:
+    """Both things where the other was."""
+    a, b = layout.items
+    return replace(layout, items=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
+
+
+def free_colour(layout: Layout, rng: np.random.Generator) -> str:
+    taken = [layout.background, *(item.thing.colour for item in layout.items)]
+    return str(rng.choice([colour for colour in COLOURS if colour not in taken]))
+
+
+def wrong_words(letters: str, rng: np.random.Generator) -> list[str]:
+    """One letter changed, missing, added, and two in the wrong order."""
+    n, new = rng.integers(len(letters)), str(rng.choice(list(LETTERS)))
+    words = {letters[:n] + new + letters[n + 1 :], letters[:n] + letters[n + 1 :], letters[:n] + new + letters[n:]}
+    words |= {letters[: n - 1] + letters[n] + letters[n - 1] + letters[n + 1 :]} if n else set()
+    return sorted(word for word in words if word != letters and 1 <= len(word) <= 4)
+
+
+def wrongs(scene: Scene, layout: Layout, rng: np.random.Generator):
+    """What is changed, the attributes that may then be wrong, and the layout with only this changed."""
+    yield "background", {"background"}, replace(layout, background=free_colour(layout, rng))
+    for number, (said, item) in enumerate(zip(scene.objects, layout.items, strict=True)):
+        thing = item.thing
+        yield "colour", None, with_item(layout, number, colour=free_colour(layout, rng))
+        if isinstance(thing, Word):
+            for word in wrong_words(thing.letters, rng):
+                yield "letters", {"letters"}, with_item(layout, number, letters=word)
+        else:
+            for shape in SHAPES:
+                if shape != thing.shape:
+                    yield "shape", {"shape"}, with_item(layout, number, shape=shape)
+            for pattern in ("", *PATTERNS):
+                if pattern != thing.pattern and thing.size in sizes(pattern):
+                    yield "pattern", {"pattern"}, with_item(layout, number, pattern=pattern)
+            for size in sizes(thing.pattern):
+                if size != thing.size and said.size:
+                    yield "size", {"size"}, with_item(layout, number, size=size)
+        if said.place is not None:
+            for place, (row, column) in PLACES.items():
+                if place != said.place and (isinstance(thing, Object) or place in ROWS):
+                    yield "place", {"place"}, replace(layout, items=(replace(item, x=COLUMNS[column], y=ROWS[row]),))
+    if scene.relation:
+        yield "relation", {"relation"}, mirrored(layout)
+
+
+def test_one_thing_wrong_is_found_and_no_other():
+    rng, verdicts = np.random.default_rng(1), {}
+    for scene in islice(scenes(1, None, complete=True), 30):
+        every = list(wrongs(scene, arrange(scene, rng), rng))
+        for change in shapes.ATTRIBUTES:
+            cases = [(attributes, wrong) for name, attributes, wrong in every if name == change]
+            for n in rng.permutation(len(cases))[:3]:
+                attributes, wrong = cases[n]
+                false = {name for name, right in check(drawn(wrong), scene).items() if not right}
+                found = false == attributes | {"all"} if attributes else {"colour", "all"} <= false
+                verdicts.setdefault(change, []).append(found)
+    assert verdicts.keys() == set(shapes.ATTRIBUTES) and min(map(len, verdicts.values())) >= 3
+    assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(verdicts, 1)
+
+
+def test_every_shape_and_pattern_is_told_from_every_other():
+    """What is seen is one thing; so none is taken for two."""
+    for size, shape, pattern in product(SIZES, SHAPES, ("", *PATTERNS)):
+        if size in sizes(pattern):
+            thing = Object(shape, "red", size, pattern)
+            (item,) = look(drawn(Layout((Item(thing, 0.5, 0.5, SIZES[size]),), "white"))).items
+            assert item.thing == replace(thing, place="")
+
+
+def pairs(count: int, seed: int = 0) -> list[tuple[Scene, Layout]]:
+    rng = np.random.default_rng(seed)
+    found = ((scene, arrange(scene, rng)) for scene in scenes(seed, None, complete=True) if scene.relation)
+    return list(islice(found, count))
+
+
+def test_colours_and_patterns_belong_to_their_things():
+    for scene, layout in pairs(12):
+        (a, b) = (item.thing for item in layout.items)
+        if replace(a, colour="") != replace(b, colour=""):
+            swapped = with_item(with_item(layout, 0, colour=b.colour), 1, colour=a.colour)
+            assert not check(drawn(swapped), scene)["all"]
+        if a.pattern != b.pattern and "small" not in (a.size, b.size):
+            swapped = with_item(with_item(layout, 0, pattern=b.pattern), 1, pattern=a.pattern)
+            assert not check(drawn(swapped), scene)["pattern"]
+
+
+def test_things_too_many_and_too_few():
+    rng = np.random.default_rng(2)
+    for scene, layout in pairs(8):
+        for number in (0, 1):
+            fewer = check(drawn(replace(layout, items=layout.items[number : number + 1])), scene)
+            assert not fewer["colour"] and not fewer["relation"] and not fewer["all"]
+        for colour in (free_colour(layout, rng), scene.objects[0].colour):  # in a colour of its own, or another's
+            x, y = (0.12, 0.12) if scene.relation in ("above", "below") else (0.12, 0.88)
+            third = Item(Object(str(rng.choice(SHAPES)), colour, "small"), x, y, SIZES["small"])
+            more = check(drawn(replace(layout, items=(*layout.items, third))), scene)
+            assert not more["all"]
+            assert colour == scene.objects[0].colour or not more["colour"]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "upper", "lower"])
+def test_half_a_thing_is_none(side):
+    rng = np.random.default_rng(3)
+    for scene in islice((scene for scene in scenes(3, None, complete=True) if not scene.relation), 12):
+        layout = arrange(scene, rng)
+        picture = drawn(layout)
+        thing = np.argwhere((picture != picture[0, 0]).any(-1))
+        (top, left), (bottom, right) = thing.min(0), thing.max(0) + 1
+        y, x = (top + bottom) // 2, (left + right) // 2
+        erased = {"left": np.s_[:, :x], "right": np.s_[:, x:], "upper": np.s_[:y], "lower": np.s_[y:]}[side]
+        picture[erased] = picture[0, 0]
+        verdict = check(picture, scene)
+        assert not verdict["all"] and verdict["background"] and not verdict.get("shape") and not verdict.get("letters")
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+def test_every_letter_is_read():
+    for start in range(0, 26, 2):
+        for letters in (LETTERS[start : start + 2], LETTERS[start], LETTERS[start + 1], LETTERS[start : start + 3][::-1] + "I"):
+            word = Word(letters, "blue", "top")
+            picture = soft(drawn(Scene((word,), None, "yellow")), np.random.default_rng(start))
+            assert check(picture, Scene((word,), None, "yellow"))["all"]
+            assert letters_right(picture, word) == len(letters)
+
+
+def test_letters_right_are_counted_where_they_belong():
+    picture = drawn(Scene((Word("FLUX", "black"),), None, "white"))
+    for said, count in {"FLUX": 4, "FLAX": 3, "LFUX": 2, "FLU": 3, "LUX": 0, "JAZZ": 0}.items():
+        assert letters_right(picture, Word(said, "black")) == count
+        assert check(picture, Scene((Word(said, "black"),)))["letters"] == (said == "FLUX")
+    assert letters_right(picture, Word("FLUX", "red")) == 0
+
+
+def test_a_spoilt_letter_is_not_one():
+    """A letter may miss up to three of its squares, but is then still itself and no other."""
+    glyphs = {letter: drawing.GLYPHS[letter] > 0 for letter in LETTERS}
+    assert min((glyphs[a] ^ glyphs[b]).sum() for a, b in product(LETTERS, LETTERS) if a < b) >= 2
+    picture = drawn(Scene((Word("HE", "black"),), None, "white"))
+    assert letters_right(picture, Word("HE", "black")) == 2
+    ink = np.argwhere((picture == 15).all(-1))
+    (top, left), bottom = ink.min(0), ink[:, 0].max() + 1
+    picture[top + 28 : bottom, left : left + 41] = 250  # of the H, its lower half
+    assert letters_right(picture, Word("HE", "black")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- edits
+
+
+def wrong_results(edit: Edit, rng: np.random.Generator):
+    """What is changed, and the layout with only this changed."""
+    after = edit.after
+    yield "background", replace(after, background=free_colour(after, rng))
+    if edit.before[0] != after:
+        yield "nothing done", edit.before[0]
+    yield "third", replace(after, items=(*after.items, Item(Object("ring", free_colour(after, rng)), 0.1, 0.1, SIZES["small"])))
+    for number, item in enumerate(after.items):
+        x, y = item.x - np.sign(item.x - 0.5 + 1e-9) * 0.15, item.y
+        away = after.items[:number] + (replace(item, x=x, y=y),) + after.items[number + 1 :]
+        if edit.kind != "add" or number == 1:
+            yield "place", replace(after, items=away)
+        thing = replace(item.thing, size=item.thing.size or min(SIZES, key=lambda size: abs(SIZES[size] - item.radius)))
+        whole = replace(after, items=after.items[:number] + (replace(item, thing=thing),) + after.items[number + 1 :])
+        yield "colour", with_item(whole, number, colour=free_colour(after, rng))
+        yield "shape", with_item(whole, number, shape=str(rng.choice([shape for shape in SHAPES if shape != thing.shape])))
+        yield "pattern", with_item(whole, number, pattern=str(rng.choice([p for p in ("", *PATTERNS) if p != thing.pattern])))
+        if item.thing.size and len(sizes(thing.pattern)) > 1:
+            size = str(rng.choice([size for size in sizes(thing.pattern) if size != thing.size]))
+            yield "size", with_item(whole, number, size=size)
+        yield "colour", replace(after, items=after.items[:number] + after.items[number + 1 :])
+    if edit.kind == "add":
+        yield "relation", mirrored(after)
+
+
+def test_one_thing_wrong_in_an_edited_picture_is_found():
+    rng, verdicts = np.random.default_rng(4), {}
+    for edit in islice(edits(4, None), 24):
+        for change, wrong in wrong_results(edit, rng):
+            verdict = check_edit(drawn(wrong), edit)
+            verdicts.setdefault(change, []).append(not verdict["all"] and not verdict.get(change))
+    assert verdicts.keys() == {*shapes.ATTRIBUTES, "nothing done", "third"} - {"letters"}
+    assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(verdicts, 1)
+
+
+def test_what_was_added_may_be_of_any_size_unless_it_was_said_and_anywhere_in_its_relation():
+    old = Item(Object("star", "red", "medium"), 0.5, 0.75, SIZES["medium"])
+    new = Item(Object("ring", "blue"), 0.5, 0.25, SIZES["small"])
+    edit = Edit("put a blue ring above the star", (Layout((old,), "white"),), Layout((new, old), "white"), "add")
+    for size, x in product(SIZES, (0.45, 0.55)):
+        moved = replace(new, x=x, radius=SIZES[size])
+        assert check_edit(drawn(replace(edit.after, items=(moved, old))), edit)["all"]
+    beside = check_edit(drawn(replace(edit.after, items=(replace(new, x=0.15, y=0.6), old))), edit)
+    assert {name for name, right in beside.items() if not right} == {"relation", "all"}
+    said = replace(edit, after=replace(edit.after, items=(replace(new, thing=replace(new.thing, size="large")), old)))
+    assert not check_edit(drawn(edit.after), said)["size"]
+
+
+# ---------------------------------------------------------------------------------------------------------- any picture
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    sides=st.sampled_from([(64, 64), (16, 256), (128, 128), (40, 24)]),
+    kind=st.sampled_from(["noise", "flat", "boxes"]),
+)
+def test_any_picture_has_a_verdict(seed, sides, kind):
+    rng = np.random.default_rng(seed)
+    scene, edit = next(scenes(seed, None)), next(edits(seed, None))
+    picture = np.broadcast_to(rng.integers(0, 256, 3, np.uint8), (*sides, 3)).copy()
+    if kind == "noise":
+        picture = rng.integers(0, 256, (*sides, 3), np.uint8)
+    for _ in range(6 if kind == "boxes" else 0):
+        top, left = (rng.integers(0, side) for side in sides)
+        picture[top : top + rng.integers(1, 40), left : left + rng.integers(1, 40)] = rng.integers(0, 256, 3)
+    before = picture.copy()
+    verdict = check(picture, scene)
+    assert verdict == check(picture, scene) and np.array_equal(picture, before)
+    assert not verdict["all"] and not check_edit(picture, edit)["all"]
+    assert all(type(right) is bool for right in verdict.values())
+
+
+def test_a_verdict_names_what_the_caption_names():
+    seen = lambda *objects, **other: check(drawn(Scene((Object("ring", "red"),))), Scene(objects, **other)).keys()  # noqa: E731
+    assert seen(Object("ring", "red")) == {"colour", "shape", "pattern", "all"}
+    assert seen(Object("ring", "red", "small", "", "top"), background="blue") == {
+        "background", "colour", "shape", "pattern", "size", "place", "all",
+    }  # fmt: skip
+    assert seen(Word("AB", "red", "")) == {"colour", "letters", "place", "all"}
+    assert "relation" in seen(Object("ring", "red"), Object("star", "blue"), relation="above")
+
+
+def test_shares():
+    good, bad = Scene((Object("ring", "red"),), None, "white"), Scene((Object("star", "red"),), None, "white")
+    words = Scene((Word("AB", "blue"),)), Scene((Word("AC", "blue"),))
+    ring, letters = drawn(good), drawn(words[0])
+    assert shapes.score([ring, ring, letters, letters], [good, bad, *words]) == {
+        "background": 1, "colour": 1, "shape": 0.5, "pattern": 1, "letters": 0.5, "all": 0.5, "each letter": 0.75,
+    }  # fmt: skip
+    edit = next(edits(0, None))
+    assert shapes.score_edits([drawn(edit.after), ring], [edit, edit])["all"] == 0.5
