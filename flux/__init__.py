@@ -6,8 +6,12 @@ __version__ = "0.1.0"
 __all__ = ["MODELS", "Pictures", "Pipeline", "UserError", "load"]
 
 _HOMES = {
-    "MODELS": "configs", "Pictures": "conditioning", "Pipeline": "pipeline", "UserError": "errors", "load": "pipeline",
-}  # fmt: skip
+    "MODELS": "configs",
+    "Pictures": "conditioning",
+    "Pipeline": "pipeline",
+    "UserError": "errors",
+    "load": "pipeline",
+}
 
 
 def __getattr__(name: str):

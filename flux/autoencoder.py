@@ -28,7 +28,9 @@ class AutoEncoderConfig:
     z_channels: int = 16
     scale_factor: float | None = 0.3611
     shift_factor: float | None = 0.1159
-    decoder_ch: int | None = None  # the FLUX.2 small decoder is narrower (96) than its encoder (128)
+    decoder_ch: int | None = (
+        None  # the FLUX.2 small decoder is narrower (96) than its encoder (128)
+    )
     norm_groups: int = 32  # 8 in the toy: with a channel a group, the norms would erase the colour of a flat picture
 
     @property
@@ -43,11 +45,15 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.scale_factor is None:
-            self.bn = nn.BatchNorm2d(config.latent_channels, eps=1e-4, affine=False)  # holds statistics; never called
+            self.bn = nn.BatchNorm2d(
+                config.latent_channels, eps=1e-4, affine=False
+            )  # holds statistics; never called
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 4z, H/16, W/16): the posterior's mean (never a sample), packed and normalised."""
-        means = [self.encoder(picture).chunk(2, dim=1)[0] for picture in pixels.split(1)]  # (1, z, H/8, W/8) each
+        means = [
+            self.encoder(picture).chunk(2, dim=1)[0] for picture in pixels.split(1)
+        ]  # (1, z, H/8, W/8) each
         return self.normalise(pack(torch.cat(means)))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -66,7 +72,9 @@ class AutoEncoder(nn.Module):
         linearly, hide the steps. A picture of one tile is what `decode` makes.
         """
         if not 0 < overlap < tile:
-            raise UserError(f"tiles of {tile} latents that overlap by {overlap}: the overlap must be from 1 to {tile - 1}")
+            raise UserError(
+                f"tiles of {tile} latents that overlap by {overlap}: the overlap must be from 1 to {tile - 1}"
+            )
         batch, _, h, w = latents.shape
         out = torch.zeros(batch, 3, 16 * h, 16 * w, device=latents.device)
         for y, rows in tiles(h, tile, overlap, device=latents.device):
@@ -78,7 +86,9 @@ class AutoEncoder(nn.Module):
 
     def normalise(self, packed: Tensor) -> Tensor:
         mean, std = self.statistics()
-        return ((widened(packed) - mean) / std).to(packed.dtype)  # rounded once: an error here goes through all that follows
+        return ((widened(packed) - mean) / std).to(
+            packed.dtype
+        )  # rounded once: an error here goes through all that follows
 
     def denormalise(self, latents: Tensor) -> Tensor:
         mean, std = self.statistics()
@@ -108,18 +118,28 @@ def unpack(x: Tensor) -> Tensor:
     return rearrange(x, "b (c ph pw) h w -> b c (h ph) (w pw)", ph=2, pw=2)
 
 
-def tiles(size: int, tile: int, overlap: int, device: torch.device | None = None) -> list[tuple[int, Tensor]]:
+def tiles(
+    size: int, tile: int, overlap: int, device: torch.device | None = None
+) -> list[tuple[int, Tensor]]:
     """Where tiles of `tile` latents begin along an axis of `size`, and the weights of each one's pixels.
 
     They are spread evenly, `overlap` is the least that any two share, and for each pixel of the axis the weights sum to 1.
     """
     count = 1 + max(0, -(-(size - tile) // (tile - overlap)))
     starts = [n * (size - tile) // max(count - 1, 1) for n in range(count)]
-    rises, falls = [-size, *starts[1:]], [*(start + tile for start in starts[:-1]), 2 * size]  # none at the ends of the axis
+    rises, falls = (
+        [-size, *starts[1:]],
+        [*(start + tile for start in starts[:-1]), 2 * size],
+    )  # none at the ends of the axis
     pixel = torch.arange(16 * size, device=device) + 0.5
-    hats = [torch.minimum(pixel - 16 * rise, 16 * fall - pixel).clamp(min=0) for rise, fall in zip(rises, falls, strict=True)]
+    hats = [
+        torch.minimum(pixel - 16 * rise, 16 * fall - pixel).clamp(min=0)
+        for rise, fall in zip(rises, falls, strict=True)
+    ]
     weights = torch.stack(hats) / sum(hats)
-    return [(start, row[16 * start :][: 16 * tile]) for start, row in zip(starts, weights, strict=True)]
+    return [
+        (start, row[16 * start :][: 16 * tile]) for start, row in zip(starts, weights, strict=True)
+    ]
 
 
 class Encoder(nn.Module):
@@ -194,7 +214,9 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        self.block = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks)
+        )
 
 
 class Middle(nn.Module):
@@ -249,7 +271,9 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded at right and bottom only, as it was trained
+        return self.conv(
+            F.pad(x, (0, 1, 0, 1))
+        )  # padded at right and bottom only, as it was trained
 
 
 class Upsample(nn.Module):
@@ -269,8 +293,12 @@ class UpsampledConv(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (c_in, c_out, 4, 4), rounded once
+        weight = (
+            self.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        )
+        sums = F.avg_pool2d(
+            weight, 2, stride=1, padding=1, divisor_override=1
+        )  # (c_in, c_out, 4, 4), rounded once
         return F.conv_transpose2d(x, sums, self.bias, stride=2, padding=1)
 
 
@@ -310,7 +338,11 @@ def striped(conv: nn.Conv2d, norm: "GroupNorm", x: Tensor, count: int, inplace: 
     """The same in stripes. One sees a row more on either side, and is written when the next, which sees its last, was read."""
     height, normed, y = x.shape[2], norm.of(x), None
     size = (1, conv.out_channels, *x.shape[2:])
-    out = x if inplace else torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = (
+        x
+        if inplace
+        else torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    )
     for number in range(count):
         top, bottom = height * number // count, height * (number + 1) // count
         part = F.silu(normed(x[:, :, max(top - 1, 0) : bottom + 1]), inplace=True)
@@ -328,7 +360,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         ordered = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        own = ordered and len(x) == 1 and not torch.is_grad_enabled() and not x.is_mps  # which has no batch norm of two dtypes
+        own = (
+            ordered and len(x) == 1 and not torch.is_grad_enabled() and not x.is_mps
+        )  # which has no batch norm of two dtypes
         return self.of(x)(x) if own else super().forward(x)
 
     def of(self, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -337,11 +371,23 @@ class GroupNorm(nn.GroupNorm):
         mean, var = x.new_zeros(2, self.num_channels, dtype=wide)
         for part in x.chunk(max(1, x.numel() // (CACHED if x.is_cpu else STRIPE)), dim=2):
             n = part[0, 0].numel()
-            F.batch_norm(part, mean, var, training=True, momentum=1.0)  # writes both: the fastest way to them on a CPU
+            F.batch_norm(
+                part, mean, var, training=True, momentum=1.0
+            )  # writes both: the fastest way to them on a CPU
             sums = sums + torch.stack([mean, var * ((n - 1) / n) + mean**2]) * n  # (2, C)
-        mean, power = sums.unflatten(1, (self.num_groups, -1)).mean(2) / x[0, 0].numel()  # (groups,) each
-        each = lambda of_groups: of_groups.repeat_interleave(self.num_channels // self.num_groups)  # noqa: E731
-        known = each(mean), each((power - mean**2).clamp(min=0)), self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        mean, power = (
+            sums.unflatten(1, (self.num_groups, -1)).mean(2) / x[0, 0].numel()
+        )  # (groups,) each
+
+        def each(of_groups):
+            return of_groups.repeat_interleave(self.num_channels // self.num_groups)
+
+        known = (
+            each(mean),
+            each((power - mean**2).clamp(min=0)),
+            self.weight.to(mean.dtype),
+            self.bias.to(mean.dtype),
+        )
         return lambda part: F.batch_norm(part, *known, eps=self.eps)
 
 
@@ -349,7 +395,10 @@ DIFFUSERS_NAMES = (
     (r"^quant_conv", "encoder.quant_conv"),
     (r"^post_quant_conv", "decoder.post_quant_conv"),
     (r"down_blocks\.(\d)\.", r"down.\1."),
-    (r"up_blocks\.(\d)\.", lambda level: f"up.{3 - int(level[1])}."),  # diffusers counts from the coarsest of the four
+    (
+        r"up_blocks\.(\d)\.",
+        lambda level: f"up.{3 - int(level[1])}.",
+    ),  # diffusers counts from the coarsest of the four
     (r"mid_block\.resnets\.0", "mid.block_1"),
     (r"mid_block\.resnets\.1", "mid.block_2"),
     (r"mid_block\.attentions\.0", "mid.attn_1"),

@@ -31,23 +31,31 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
-        self.text_model = nn.ModuleDict(dict(
-            embeddings=nn.ModuleDict(dict(
-                token_embedding=nn.Embedding(config.vocab_size, config.hidden_size),
-                position_embedding=nn.Embedding(config.max_length, config.hidden_size),
-            )),
-            encoder=nn.ModuleDict(dict(layers=nn.ModuleList(Block(config) for _ in range(config.depth)))),
-            final_layer_norm=nn.LayerNorm(config.hidden_size, eps=config.eps),
-        ))
+        self.text_model = nn.ModuleDict(
+            dict(
+                embeddings=nn.ModuleDict(
+                    dict(
+                        token_embedding=nn.Embedding(config.vocab_size, config.hidden_size),
+                        position_embedding=nn.Embedding(config.max_length, config.hidden_size),
+                    )
+                ),
+                encoder=nn.ModuleDict(
+                    dict(layers=nn.ModuleList(Block(config) for _ in range(config.depth)))
+                ),
+                final_layer_norm=nn.LayerNorm(config.hidden_size, eps=config.eps),
+            )
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         embeddings = self.text_model.embeddings
-        x = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[:ids.shape[1]]  # (B, L, D)
+        x = (
+            embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
+        )  # (B, L, D)
         for block in self.text_model.encoder.layers:
             x = block(x)
         # The tokenizer pads with the end of text itself; argmax finds the first, which ends the prompt.
-        end = (ids == self.config.eos_id).int().argmax(dim=1)                         # (B,)
-        x = x[torch.arange(len(ids), device=ids.device), end]                         # (B, D)
+        end = (ids == self.config.eos_id).int().argmax(dim=1)  # (B,)
+        x = x[torch.arange(len(ids), device=ids.device), end]  # (B, D)
         return self.text_model.final_layer_norm(x)
 
 
@@ -78,10 +86,10 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)                          # (B, L, D) each
+        qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, L, D) each
         q, k, v = (rearrange(y, "b l (h d) -> b h l d", h=self.num_heads) for y in qkv)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))                    # (B, L, D)
+        return self.out_proj(rearrange(x, "b h l d -> b l (h d)"))  # (B, L, D)
 
 
 class MLP(nn.Module):
@@ -93,5 +101,5 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)                                                               # (B, L, mlp_size)
+        x = self.fc1(x)  # (B, L, mlp_size)
         return self.fc2(x * torch.sigmoid(1.702 * x))

@@ -34,16 +34,24 @@ class Pictures:
 
     images: tuple[Image.Image, ...]
     mask: Image.Image | None = None  # "L"; white is what may change
-    strength: float | None = None  # image to image and inpainting: the share of the steps that is run
-    expand: tuple[int, int, int, int] | None = None  # Fill: pixels of new canvas at the left, top, right, bottom
+    strength: float | None = (
+        None  # image to image and inpainting: the share of the steps that is run
+    )
+    expand: tuple[int, int, int, int] | None = (
+        None  # Fill: pixels of new canvas at the left, top, right, bottom
+    )
     mask_threshold: float | None = None  # Fill: makes a soft mask hard; else it stays as it is
     composite: bool = True  # what the mask leaves alone is the input's own pixels
-    photo: bool = False  # Canny, Depth: the picture is a photo, and what controls is yet to be made from it
+    photo: bool = (
+        False  # Canny, Depth: the picture is a photo, and what controls is yet to be made from it
+    )
     weights: tuple[float, ...] | None = None  # Redux: of each picture; they share 1 by default
     match: int | None = None  # references: make a picture of the size of the k-th, counted from 1
     keep_size: bool = False  # Kontext: the references' own sizes, not the nearest of the preferred
     limit: int | None = None  # FLUX.2: side of the square that a reference's pixels must not exceed
-    cached: bool | None = None  # FLUX.2: references computed once; an approximation but for the model trained so
+    cached: bool | None = (
+        None  # FLUX.2: references computed once; an approximation but for the model trained so
+    )
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,17 @@ class Conditions:
     strength: float = 1.0
     control: Image.Image | None = None  # what controls, to look at
     original: tuple[Image.Image, Image.Image] | None = None  # picture and mask, for the composite
-    size: tuple[int, int] | None = None  # width, height to which the result is cropped, where the input was padded
+    size: tuple[int, int] | None = (
+        None  # width, height to which the result is cropped, where the input was padded
+    )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that differ from picture to picture."""
-        named = {name: getattr(self, name) for name in ("references", "channels", "text", "start", "mask")}
+        named = {
+            name: getattr(self, name)
+            for name in ("references", "channels", "text", "start", "mask")
+        }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -83,7 +96,10 @@ def joined(conditions: Sequence[Conditions]) -> Conditions:
     first = conditions[0]
     if all(each is first for each in conditions):
         return first
-    return replace(first, **{name: torch.cat([each.tensors[name] for each in conditions]) for name in first.tensors})
+    return replace(
+        first,
+        **{name: torch.cat([each.tensors[name] for each in conditions]) for name in first.tensors},
+    )
 
 
 def reference_tokens(latents: Sequence[Tensor], axes: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +112,9 @@ def reference_tokens(latents: Sequence[Tensor], axes: int) -> tuple[Tensor, Tens
     for number, x in enumerate(latents, start=1):
         height, width = x.shape[2:]
         tokens.append(rearrange(x, "b c h w -> b (h w) c"))
-        ids.append(sampling.image_ids(height, width, axes, t=10 * number if axes == 4 else 1, left=left))
+        ids.append(
+            sampling.image_ids(height, width, axes, t=10 * number if axes == 4 else 1, left=left)
+        )
         left += 0 if axes == 4 else width
     return torch.cat(tokens, dim=1), torch.cat(ids)
 
@@ -119,7 +137,11 @@ def latent_mask(mask: Tensor, channels: int, spatial: bool) -> Tensor:
     height, width = mask.shape[2] // 16, mask.shape[3] // 16
     if not spatial:
         return F.interpolate(mask, (height, width), mode="bilinear", align_corners=False)
-    return pack(F.interpolate(mask, (2 * height, 2 * width), mode="nearest").expand(-1, channels // 4, -1, -1))
+    return pack(
+        F.interpolate(mask, (2 * height, 2 * width), mode="nearest").expand(
+            -1, channels // 4, -1, -1
+        )
+    )
 
 
 # ---------------------------------------------------------------- from pictures
@@ -133,10 +155,17 @@ USES = {  # what a model does with a picture -> which of the options of `Picture
 }
 NEEDY = ("fill", "control", "redux")  # without a picture, there is nothing that these could do
 FLAGS = {  # as the command line calls them
-    "mask": "--mask", "strength": "--strength", "expand": "--expand", "mask_threshold": "--mask-threshold",
-    "weights": "--image-weight", "match": "--match-image-size", "keep_size": "--keep-input-size", "limit": "--reference-limit",
-    "cached": "--kv-cache", "photo": "--photo",
-}  # fmt: skip
+    "mask": "--mask",
+    "strength": "--strength",
+    "expand": "--expand",
+    "mask_threshold": "--mask-threshold",
+    "weights": "--image-weight",
+    "match": "--match-image-size",
+    "keep_size": "--keep-input-size",
+    "limit": "--reference-limit",
+    "cached": "--kv-cache",
+    "photo": "--photo",
+}
 MOST = {"reference": 10, "redux": 10}  # pictures at once; else one
 DEFAULT_STRENGTH = 0.8  # of BFL's demos
 
@@ -156,38 +185,59 @@ def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
     for field in asked(pictures):
         if field not in options_of(spec):
             able = [m.name for m in MODELS.values() if field in options_of(m)]
-            raise UserError(f"{FLAGS[field]} means nothing to {spec.name}; choose from {', '.join(able)}, or leave it out")
+            raise UserError(
+                f"{FLAGS[field]} means nothing to {spec.name}; choose from {', '.join(able)}, or leave it out"
+            )
     count, most = len(pictures.images), MOST.get(spec.picture, 1)
     if not 1 <= count <= most:
         takes = f"takes {'one --image' if most == 1 else f'1 to {most} times --image'}, not {count}"
         several = ", ".join(m.name for m in MODELS.values() if MOST.get(m.picture, 1) > 1)
-        raise UserError(f"{spec.name} {takes}" + (f"; several are for {several}" if most == 1 else ""))
+        raise UserError(
+            f"{spec.name} {takes}" + (f"; several are for {several}" if most == 1 else "")
+        )
     if spec.picture == "fill" and pictures.mask is None and pictures.expand is None:
-        raise UserError(f"{spec.name} fills in: say where, with --mask FILE (white is what may change) or --expand L,T,R,B")
+        raise UserError(
+            f"{spec.name} fills in: say where, with --mask FILE (white is what may change) or --expand L,T,R,B"
+        )
     if not pictures.composite and pictures.mask is None and pictures.expand is None:
         raise UserError("--no-composite means nothing without --mask or --expand: leave it out")
     if pictures.photo:
         control.check(spec.control)
     if pictures.strength is not None and not 0 < pictures.strength <= 1:
-        raise UserError(f"--strength {pictures.strength:g}: must be above 0, and at most 1, which keeps nothing of the picture")
+        raise UserError(
+            f"--strength {pictures.strength:g}: must be above 0, and at most 1, which keeps nothing of the picture"
+        )
     if pictures.mask_threshold is not None and not 0 < pictures.mask_threshold <= 1:
-        raise UserError(f"--mask-threshold {pictures.mask_threshold:g}: must be above 0 and at most 1")
+        raise UserError(
+            f"--mask-threshold {pictures.mask_threshold:g}: must be above 0 and at most 1"
+        )
     if pictures.weights is not None and len(pictures.weights) != count:
-        raise UserError(f"--image-weight is given {len(pictures.weights)} times, for {count} pictures: once for each")
+        raise UserError(
+            f"--image-weight is given {len(pictures.weights)} times, for {count} pictures: once for each"
+        )
     if not all(map(math.isfinite, pictures.weights or ())):
         raise UserError("--image-weight must be a finite number")
     if pictures.limit is not None and pictures.limit < 64:
-        raise UserError(f"--reference-limit {pictures.limit}: references have at least 64x64 pixels; give more")
+        raise UserError(
+            f"--reference-limit {pictures.limit}: references have at least 64x64 pixels; give more"
+        )
     if pictures.match is not None and not 1 <= pictures.match <= count:
-        raise UserError(f"--match-image-size {pictures.match}: there are {count} pictures, counted from 1")
+        raise UserError(
+            f"--match-image-size {pictures.match}: there are {count} pictures, counted from 1"
+        )
     if pictures.cached is not None and pictures.cached != spec.cached:
         flag = "--kv-cache" if pictures.cached else "--no-kv-cache"
-        warnings.warn(f"{spec.name} was not trained with {flag}: what it makes is an approximation", stacklevel=3)
+        warnings.warn(
+            f"{spec.name} was not trained with {flag}: what it makes is an approximation",
+            stacklevel=3,
+        )
     for number, image in enumerate(pictures.images, start=1):
         inputs.check_reference(image, f"--image {number}")
 
 
-def size_of(spec: ModelSpec, pictures: Pictures | None, width: int | None, height: int | None) -> tuple[int, int]:
+def size_of(
+    spec: ModelSpec, pictures: Pictures | None, width: int | None, height: int | None
+) -> tuple[int, int]:
     """Width and height to make where they are not given: the model's own, or what the pictures ask for.
 
     Without --match-image-size, pictures ask for twice the pixels that are the model's own at most: it has seen no more.
@@ -197,13 +247,17 @@ def size_of(spec: ModelSpec, pictures: Pictures | None, width: int | None, heigh
     if pictures.match:
         own = inputs.round_to_16(pictures.images[pictures.match - 1].size, math.floor)
     elif begins(spec, pictures):
-        own = inputs.round_to_16(canvas(pictures)[0].size, math.ceil)  # padded, and cropped in the end
+        own = inputs.round_to_16(
+            canvas(pictures)[0].size, math.ceil
+        )  # padded, and cropped in the end
     elif spec.picture == "control":
         own = inputs.round_to_16(pictures.images[0].size)
     elif spec.flux1:
         own = fitted(spec, pictures)[0].size
     else:
-        own = inputs.fit_reference(pictures.images[0], min(pictures.limit or spec.size, spec.size) ** 2).size
+        own = inputs.fit_reference(
+            pictures.images[0], min(pictures.limit or spec.size, spec.size) ** 2
+        ).size
     most = 2 * spec.size**2
     if own[0] * own[1] > most and not pictures.match:
         scale = math.sqrt(most / (own[0] * own[1]))
@@ -213,14 +267,20 @@ def size_of(spec: ModelSpec, pictures: Pictures | None, width: int | None, heigh
             warnings.warn(shown.format(*asked_for, spec.name, *own), stacklevel=2)
     if width is None and height is None:
         return own
-    scale = height / own[1] if width is None else width / own[0]  # one side is given: the other follows from the shape
+    scale = (
+        height / own[1] if width is None else width / own[0]
+    )  # one side is given: the other follows from the shape
     follows = inputs.round_to_16((own[0] * scale, own[1] * scale))
     return (follows[0], height) if width is None else (width, follows[1])
 
 
 def begins(spec: ModelSpec, pictures: Pictures) -> bool:
     """Whether the first picture is what is changed: filled in, painted over, or begun from."""
-    return spec.picture in ("start", "fill") or pictures.mask is not None or pictures.strength is not None
+    return (
+        spec.picture in ("start", "fill")
+        or pictures.mask is not None
+        or pictures.strength is not None
+    )
 
 
 def canvas(pictures: Pictures) -> tuple[Image.Image, Image.Image | None]:
@@ -239,8 +299,14 @@ def canvas(pictures: Pictures) -> tuple[Image.Image, Image.Image | None]:
 def fitted(spec: ModelSpec, pictures: Pictures) -> list[Image.Image]:
     """References, at the sizes in which their families take them."""
     if spec.flux1:
-        sized = [(p, p.size if pictures.keep_size else inputs.preferred_size(*p.size)) for p in pictures.images]
-        return [p.resize([side // 16 * 16 for side in size], Image.Resampling.LANCZOS) for p, size in sized]
+        sized = [
+            (p, p.size if pictures.keep_size else inputs.preferred_size(*p.size))
+            for p in pictures.images
+        ]
+        return [
+            p.resize([side // 16 * 16 for side in size], Image.Resampling.LANCZOS)
+            for p, size in sized
+        ]
     usual = 2024 if len(pictures.images) == 1 else 1024  # as BFL; diffusers: always 1024
     limit = pictures.limit or (spec.size if spec.embedded else usual)
     return [inputs.fit_reference(p, limit**2) for p in pictures.images]
@@ -250,51 +316,87 @@ Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, H, W) -> latents (1, C, H/1
 
 
 def condition(
-    spec: ModelSpec, pictures: Pictures, width: int, height: int, encode: Encode, embed: Callable[[Image.Image], Tensor]
+    spec: ModelSpec,
+    pictures: Pictures,
+    width: int,
+    height: int,
+    encode: Encode,
+    embed: Callable[[Image.Image], Tensor],
 ) -> Conditions:
     """Pictures -> what the sampler takes. `embed` gives a picture's text tokens (1, T, D), for Redux."""
     whole = Conditions(height, width)
     if spec.picture == "redux":
         weights = pictures.weights or [1 / len(pictures.images)] * len(pictures.images)
-        return replace(whole, text=sum(w * embed(image) for w, image in zip(weights, pictures.images, strict=True)))
+        return replace(
+            whole,
+            text=sum(w * embed(image) for w, image in zip(weights, pictures.images, strict=True)),
+        )
     if spec.picture == "control":
         if not pictures.photo and inputs.is_coloured(pictures.images[0]):
-            usual = "white edges on black" if spec.control == "canny" else "greys, the nearest the brightest"
-            warnings.warn(f"the picture has colours, and {spec.name} knows {usual}: is it a photo? Add --photo", stacklevel=3)
-        picture = pictures.images[0].resize((width, height), Image.Resampling.LANCZOS)  # whatever its shape was, as BFL does
+            usual = (
+                "white edges on black"
+                if spec.control == "canny"
+                else "greys, the nearest the brightest"
+            )
+            warnings.warn(
+                f"the picture has colours, and {spec.name} knows {usual}: is it a photo? Add --photo",
+                stacklevel=3,
+            )
+        picture = pictures.images[0].resize(
+            (width, height), Image.Resampling.LANCZOS
+        )  # whatever its shape was, as BFL does
         pixels = control_pixels(spec.control, picture) if pictures.photo else to_pixels(picture)
         channels = rearrange(encode(pixels), "b c h w -> b (h w) c")
         return replace(whole, channels=channels, control=to_images(pixels)[0])
     if not begins(spec, pictures):
-        return replace(whole, **references(spec, pictures, [encode(to_pixels(p)) for p in fitted(spec, pictures)]))
+        return replace(
+            whole,
+            **references(spec, pictures, [encode(to_pixels(p)) for p in fitted(spec, pictures)]),
+        )
 
     picture, mask = canvas(pictures)
     size = picture.size
     if (width, height) == inputs.round_to_16(size, math.ceil):
         fit = inputs.pad_to_16  # nothing is resampled, and the padding is cropped off again
     else:
-        fit = lambda p: p.resize((width, height), Image.Resampling.LANCZOS)  # noqa: E731
+
+        def fit(p):
+            return p.resize((width, height), Image.Resampling.LANCZOS)
+
         if abs(width - height * size[0] / size[1]) > 16:
-            warnings.warn(f"the picture is {size[0]}x{size[1]}, and stretched to {width}x{height}: leave --width or --height "
-                          "out to keep its shape", stacklevel=3)  # fmt: skip
+            warnings.warn(
+                f"the picture is {size[0]}x{size[1]}, and stretched to {width}x{height}: leave --width or --height "
+                "out to keep its shape",
+                stacklevel=3,
+            )
         picture, mask, size = fit(picture), mask and fit(mask), (width, height)
-    threshold = pictures.mask_threshold if spec.picture == "fill" else 0.5  # elsewhere a place changes, or does not
+    threshold = (
+        pictures.mask_threshold if spec.picture == "fill" else 0.5
+    )  # elsewhere a place changes, or does not
     mask = inputs.harden(mask, threshold) if mask and threshold else mask
     original = (picture, mask) if mask and pictures.composite else None
-    whole = replace(whole, size=size, original=original, strength=pictures.strength or DEFAULT_STRENGTH)
+    whole = replace(
+        whole, size=size, original=original, strength=pictures.strength or DEFAULT_STRENGTH
+    )
     pixels = to_pixels(fit(picture))  # (1, 3, H, W)
 
     if spec.picture == "fill":
         changes = to_mask(fit(mask))  # (1, 1, H, W)
-        return replace(whole, strength=1.0, channels=fill_channels(encode(pixels * (1 - changes)), changes))
+        return replace(
+            whole, strength=1.0, channels=fill_channels(encode(pixels * (1 - changes)), changes)
+        )
     start = encode(pixels)
     if mask:
         whole = replace(whole, mask=latent_mask(to_mask(fit(mask)), start.shape[1], spec.flux1))
         if not whole.mask.any():
-            raise UserError("the mask's white parts are so thin that they fall between latents, of which there is one for 8 or "
-                            "16 pixels: paint them wider")  # fmt: skip
+            raise UserError(
+                "the mask's white parts are so thin that they fall between latents, of which there is one for 8 or "
+                "16 pixels: paint them wider"
+            )
     if spec.picture == "reference":  # such a model looks at what it changes, too
-        others = replace(pictures, images=pictures.images[1:], limit=pictures.limit or min(spec.size, 1024))
+        others = replace(
+            pictures, images=pictures.images[1:], limit=pictures.limit or min(spec.size, 1024)
+        )
         latents = [start] + [encode(to_pixels(p)) for p in fitted(spec, others)]
         whole = replace(whole, **references(spec, pictures, latents))
     return replace(whole, start=start)
@@ -306,7 +408,11 @@ def control_pixels(kind: str, photo: Image.Image) -> Tensor:
 
 def references(spec: ModelSpec, pictures: Pictures, latents: Sequence[Tensor]) -> dict:
     tokens, ids = reference_tokens(latents, len(spec.transformer.axes_dim))
-    return dict(references=tokens, reference_ids=ids, cached=spec.cached if pictures.cached is None else pictures.cached)
+    return dict(
+        references=tokens,
+        reference_ids=ids,
+        cached=spec.cached if pictures.cached is None else pictures.cached,
+    )
 
 
 def finish(image: Image.Image, conditions: Conditions) -> Image.Image:

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 class LanguageModelConfig:
     """`qk_norm` is the only switch between the two: Qwen3 normalises queries and keys, Mistral does not."""
 
-    layers: tuple[int, ...] = (9, 18, 27)  # hidden states that are read, counted from 1; the trunk ends at the last
+    layers: tuple[int, ...] = (
+        9,
+        18,
+        27,
+    )  # hidden states that are read, counted from 1; the trunk ends at the last
     vocab_size: int = 151936
     hidden_size: int = 2560
     mlp_size: int = 9728
@@ -46,7 +50,9 @@ class LanguageModel(nn.Module):
         A padded row is computed too, since the transformer attends to it: it sees the real tokens before it. Where there are
         none (Mistral pads on the left), its attention is zero, as in PyTorch's SDPA. Positions count padding.
         """
-        visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()  # (L, L)
+        visible = torch.ones(
+            ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device
+        ).tril()  # (L, L)
         visible = visible & mask[:, None, None, :]  # (B, 1, L, L)
         rope = rope_table(ids.shape[1], self.config.head_dim, self.config.theta, ids.device)
         x = self.embed_tokens(ids)  # (B, L, D)
@@ -88,11 +94,17 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(c.head_dim, c.eps)
 
     def forward(self, x: Tensor, rope: Tensor, visible: Tensor) -> Tensor:
-        q, k, v = (rearrange(f(x), "b l (h d) -> b h l d", d=self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            rearrange(f(x), "b l (h d) -> b h l d", d=self.head_dim)
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
-        k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)  # (B, num_heads, L, d)
+        k, v = (
+            k.repeat_interleave(self.groups, dim=1),
+            v.repeat_interleave(self.groups, dim=1),
+        )  # (B, num_heads, L, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         return self.o_proj(rearrange(out, "b h l d -> b l (h d)"))
 
@@ -123,8 +135,12 @@ class RMSNorm(nn.Module):
 
 def rope_table(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
     """(2, L, dim) float32: cosines and sines of position · theta^(-2i/dim), the dim/2 angles twice over."""
-    frequency = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)  # (dim/2,)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency).repeat(1, 2)  # (L, dim)
+    frequency = 1 / theta ** (
+        torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    )  # (dim/2,)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency).repeat(
+        1, 2
+    )  # (L, dim)
     return torch.stack([angle.cos(), angle.sin()])
 
 

@@ -20,7 +20,15 @@ from flux.errors import UserError
 from flux.image_io.input import as_mask, as_picture
 from flux.image_io.output import to_images
 from flux.lora.manager import MergedLoras
-from flux.runtime.checks import Guidance, check_cfg, check_count, check_guidance, check_scale, check_size, check_steps
+from flux.runtime.checks import (
+    Guidance,
+    check_cfg,
+    check_count,
+    check_guidance,
+    check_scale,
+    check_size,
+    check_steps,
+)
 from flux.runtime.lazy_module import Network
 from flux.runtime.memory import (
     OFFLOAD,
@@ -77,7 +85,9 @@ def load(
         raise UserError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
     numerics = NUMERICS[numerics] if isinstance(numerics, str) else numerics
     device = choose_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    ):
         raise UserError(f"dtype {dtype!r:.40}: networks compute in torch.bfloat16 or torch.float32")
     dtype = dtype or (torch.float32 if spec.embedded else choose_dtype(device))
     given = {}  # in place of the row's own, which need not be there then
@@ -94,66 +104,120 @@ def load(
 class Economy:
     """How memory and time are saved. `quantize`, `native_fp8` and `tile` cost exactness: `bench.py --lossy` says how much."""
 
-    offload: Offload | None = None  # how weights are held; else in the fastest way that fits (`flux.runtime.memory`)
+    offload: Offload | None = (
+        None  # how weights are held; else in the fastest way that fits (`flux.runtime.memory`)
+    )
     vram: float | None = None  # GB of the device that may be used; else all that are free
-    quantize: str | None = None  # "fp8", "int8", "int4": of the transformer's and the large text encoders' matrices
+    quantize: str | None = (
+        None  # "fp8", "int8", "int4": of the transformer's and the large text encoders' matrices
+    )
     native_fp8: bool = False  # float8 matrices are multiplied in float8
-    compile: bool = False  # the transformer's blocks: takes a minute at first, and saves time on GPUs
+    compile: bool = (
+        False  # the transformer's blocks: takes a minute at first, and saves time on GPUs
+    )
     tile: int | None = None  # pixels: the side of the tiles that pictures are decoded in
 
     def __post_init__(self):
         if self.quantize is not None and self.quantize not in KINDS:
-            raise UserError(f"--quantize {self.quantize!s:.40} is unknown; choose from {', '.join(KINDS)}")
+            raise UserError(
+                f"--quantize {self.quantize!s:.40} is unknown; choose from {', '.join(KINDS)}"
+            )
         if self.offload is not None and self.offload not in OFFLOAD:
-            raise UserError(f"--offload {self.offload!s:.40} is unknown; choose from {', '.join(OFFLOAD)}")
+            raise UserError(
+                f"--offload {self.offload!s:.40} is unknown; choose from {', '.join(OFFLOAD)}"
+            )
         check_vram(self.vram)
         if self.tile is not None and not (self.tile >= 256 and self.tile % 16 == 0):
-            raise UserError(f"--tile {self.tile}: the side of a tile is a multiple of 16, and 256 pixels at least")
+            raise UserError(
+                f"--tile {self.tile}: the side of a tile is a multiple of 16, and 256 pixels at least"
+            )
 
 
 class Pipeline:
     """`pipe(prompts)` makes pictures. Its three stages, `encode`, `sample` and `decode`, can be run on their own."""
 
-    def __init__(self, spec: ModelSpec, files: dict, device: torch.device, dtype: torch.dtype, numerics: Numerics,
-                 check_weights: bool = False, economy: Economy = Economy()):  # fmt: skip
+    def __init__(
+        self,
+        spec: ModelSpec,
+        files: dict,
+        device: torch.device,
+        dtype: torch.dtype,
+        numerics: Numerics,
+        check_weights: bool = False,
+        economy: Economy = Economy(),
+    ):
         if economy.compile and not can_compile(device):
             what = "Triton" if device.type == "cuda" else "a C++ compiler"
-            raise UserError(f"--compile needs {what}, which is not here: install it, or leave --compile out")
+            raise UserError(
+                f"--compile needs {what}, which is not here: install it, or leave --compile out"
+            )
         if economy.quantize == "fp8" and device.type == "mps":
             raise UserError("--quantize fp8: Apple's GPUs have no float8; use --quantize int8")
         options = dict(device=device, dtype=dtype, check_finite=check_weights)
         self.economy = economy
-        self.spec, self.files, self.device, self.dtype, self.numerics = spec, files, device, dtype, numerics
+        self.spec, self.files, self.device, self.dtype, self.numerics = (
+            spec,
+            files,
+            device,
+            dtype,
+            numerics,
+        )
         self.text = text_encoder(spec.text, files, spec.text_length, **options)
-        build = lambda config: Flux(config, numerics)  # noqa: E731
+
+        def build(config):
+            return Flux(config, numerics)
+
         self.transformer = Network(
-            build, spec.transformer, files["transformer"], prefixes=("", "model.diffusion_model."),
-            lists=BLOCKS, **options,
-        )  # fmt: skip
+            build,
+            spec.transformer,
+            files["transformer"],
+            prefixes=("", "model.diffusion_model."),
+            lists=BLOCKS,
+            **options,
+        )
         self.transformer.compiled = economy.compile
         for network in (self.transformer, *self.text.networks):
             network.compression = economy.quantize if network.lists else None  # CLIP is small
             network.native_fp8 = economy.native_fp8
-        self.autoencoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **options)
+        self.autoencoder = Network(
+            AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **options
+        )
         # pictures are encoded in float32, as BFL does: in bfloat16 their latents are off by some per cent
-        self.encoder = Network(AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, device=device,
-                               dtype=torch.float32)  # fmt: skip
+        self.encoder = Network(
+            AutoEncoder,
+            spec.autoencoder,
+            files["autoencoder"],
+            rename=from_diffusers,
+            device=device,
+            dtype=torch.float32,
+        )
         for network in (self.autoencoder, self.encoder):
             network.alter(channels_last)
         self.adapters: tuple[Network, ...] = ()
         if "redux" in files:
             siglip = Network(
-                SigLIP, SigLIPConfig(), files["siglip"], prefixes=("vision_model.", ""), unread=siglip_unread, **options
+                SigLIP,
+                SigLIPConfig(),
+                files["siglip"],
+                prefixes=("vision_model.", ""),
+                unread=siglip_unread,
+                **options,
             )
             self.adapters = siglip, Network(Redux, ReduxConfig(), files["redux"], **options)
         if economy.native_fp8 and economy.quantize != "fp8" and not self._has_fp8:
-            raise UserError(f"--native-fp8: {spec.name} has no float8 weights here: add --quantize fp8, or use an -fp8 file")
+            raise UserError(
+                f"--native-fp8: {spec.name} has no float8 weights here: add --quantize fp8, or use an -fp8 file"
+            )
         # `prepare` decides whether a stage's networks stay when it ends, and keeps for what it did
         self.resident, self.prepared = economy.offload in (None, "none"), None
-        self.tabulated = True  # what time does to the network is computed for all steps before the first
+        self.tabulated = (
+            True  # what time does to the network is computed for all steps before the first
+        )
         encoders = {"t5": self.text.t5, "clip": self.text.clip} if spec.flux1 else {}
         adaptable = encoders | {"transformer": self.transformer}
-        self._merged = MergedLoras(spec, files.get("lora", ()), adaptable, changed=self.text.known.clear)
+        self._merged = MergedLoras(
+            spec, files.get("lora", ()), adaptable, changed=self.text.known.clear
+        )
 
     def __call__(
         self,
@@ -178,7 +242,9 @@ class Pipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_count(len(prompts) * num_images, seed)
-        cfg = check_cfg(self.spec, guidance, negative_prompt, cfg_scale, check_steps(self.spec, steps))
+        cfg = check_cfg(
+            self.spec, guidance, negative_prompt, cfg_scale, check_steps(self.spec, steps)
+        )
         conditions = self._conditions(pictures, len(prompts), width, height)
         if conditions[0] is not None and not isinstance(pictures, Conditions):
             width = height = None  # theirs
@@ -187,40 +253,83 @@ class Pipeline:
         self.encode(prompts)  # all, while their encoder is there
         negative = self.encode([negative_prompt or ""]) if cfg else None
         alike = {id(given): given and given.likeness for given in conditions}
-        batches = defaultdict(list)  # of what is alike: that is all, unless each prompt has pictures of its own
+        batches = defaultdict(
+            list
+        )  # of what is alike: that is all, unless each prompt has pictures of its own
         for number in range(len(prompts) * num_images):
             batches[alike[id(conditions[number // num_images])]].append(number)
         made: dict[int, Image.Image] = {}
         for numbers in batches.values():
             rows = [number // num_images for number in numbers]
             given = conditions[rows[0]] and conditioning.joined([conditions[row] for row in rows])
-            features, seeds = self.encode([prompts[row] for row in rows]), [seed + number for number in numbers]
-            latents = self.sample(features, seeds, width, height, steps, guidance, negative, cfg_scale, callback, given)
+            features, seeds = (
+                self.encode([prompts[row] for row in rows]),
+                [seed + number for number in numbers],
+            )
+            latents = self.sample(
+                features,
+                seeds,
+                width,
+                height,
+                steps,
+                guidance,
+                negative,
+                cfg_scale,
+                callback,
+                given,
+            )
             made |= zip(numbers, self.decode(latents), strict=True)
-        finish = lambda image, given: image if given is None else conditioning.finish(image, given)  # noqa: E731
+
+        def finish(image, given):
+            return image if given is None else conditioning.finish(image, given)
+
         return [finish(made[number], conditions[number // num_images]) for number in sorted(made)]
 
-    def prepare(self, width: int | None = None, height: int | None = None, steps: int | None = None, batch: int = 1,
-                conditions: Conditions | None = None, pictured: int = 0) -> Plan:  # fmt: skip
+    def prepare(
+        self,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        batch: int = 1,
+        conditions: Conditions | None = None,
+        pictured: int = 0,
+    ) -> Plan:
         """Decide what is in memory when, for pictures of this size; UserError, with numbers, for what cannot fit.
 
         `pictured`: pixels of the largest picture that is yet to be encoded.
         """
-        for network in self.networks:  # what an interruption left, since nothing else leaves a ring behind
+        for (
+            network
+        ) in self.networks:  # what an interruption left, since nothing else leaves a ring behind
             if network.resident is not None:
                 network.release()
         work = self._work(conditions or self._blank(width, height), steps, batch, pictured)
         text = reduce(Weights.beside, (network.weights for network in self.text.networks))
-        stages = {"text encoder": text, "transformer": self.transformer.weights, "autoencoder": self.autoencoder.weights}
+        stages = {
+            "text encoder": text,
+            "transformer": self.transformer.weights,
+            "autoencoder": self.autoencoder.weights,
+        }
         if pictured:
             encoders = [network.weights for network in (self.encoder, *self.adapters)]
             stages["picture encoder"] = reduce(Weights.beside, encoders)
         room = room_on(self.device)
-        held = sum(network.held for network in (*self.text.networks, self.transformer, self.autoencoder))  # and counted there
-        decided = plan(self.spec, stages, work, room._replace(device=room.device + held), self.economy.offload,
-                       self.economy.vram, quantizable=self._quantizable)  # fmt: skip
+        held = sum(
+            network.held for network in (*self.text.networks, self.transformer, self.autoencoder)
+        )  # and counted there
+        decided = plan(
+            self.spec,
+            stages,
+            work,
+            room._replace(device=room.device + held),
+            self.economy.offload,
+            self.economy.vram,
+            quantizable=self._quantizable,
+        )
         self.resident = decided.offload == "none"
-        if not self.resident:  # what was loaded by itself, or when there was room, or was left by an interruption
+        if (
+            not self.resident
+        ):  # what was loaded by itself, or when there was room, or was left by an interruption
             for network in self.networks:
                 network.release()
         self.transformer.hold(decided.resident["transformer"])
@@ -232,7 +341,9 @@ class Pipeline:
     def _blank(self, width: int | None, height: int | None) -> Conditions:
         """Without pictures, of the size that is asked for, or the model's."""
         size = self.spec.size
-        return Conditions(*check_size(size if height is None else height, size if width is None else width))
+        return Conditions(
+            *check_size(size if height is None else height, size if width is None else width)
+        )
 
     def stay(self) -> None:
         """Have no network leave memory from here on, whatever is made: the transformer may be one that is being trained."""
@@ -241,12 +352,25 @@ class Pipeline:
     @property
     def _quantizable(self) -> bool:
         """Whether --quantize would still be taken."""
-        return not self.economy.quantize and not any(isinstance(m, QuantizedLinear) for m in self.transformer.shapes.modules())
+        return not self.economy.quantize and not any(
+            isinstance(m, QuantizedLinear) for m in self.transformer.shapes.modules()
+        )
 
     def _work(self, given: Conditions, steps: int | None, batch: int, pictured: int = 0) -> Work:
-        count = lambda tokens: 0 if tokens is None else tokens.shape[1]  # noqa: E731
-        return Work(given.width, given.height, batch, count(given.references), count(given.text), steps or self.spec.steps,
-                    self.dtype.itemsize, self.economy.tile, pictured)  # fmt: skip
+        def count(tokens):
+            return 0 if tokens is None else tokens.shape[1]
+
+        return Work(
+            given.width,
+            given.height,
+            batch,
+            count(given.references),
+            count(given.text),
+            steps or self.spec.steps,
+            self.dtype.itemsize,
+            self.economy.tile,
+            pictured,
+        )
 
     @property
     def networks(self) -> tuple[Network, ...]:
@@ -254,10 +378,16 @@ class Pipeline:
 
     @property
     def _has_fp8(self) -> bool:
-        layers = (layer for network in (self.transformer, *self.text.networks) for layer in network.shapes.modules())
+        layers = (
+            layer
+            for network in (self.transformer, *self.text.networks)
+            for layer in network.shapes.modules()
+        )
         return any(isinstance(layer, FP8Linear) for layer in layers)
 
-    def _conditions(self, pictures, count: int, width: int | None, height: int | None) -> list[Conditions | None]:
+    def _conditions(
+        self, pictures, count: int, width: int | None, height: int | None
+    ) -> list[Conditions | None]:
         """One for each of `count` prompts, the same for all if there is one for all."""
         if pictures is None or isinstance(pictures, Conditions):
             return [pictures] * count
@@ -265,9 +395,13 @@ class Pipeline:
             return [self.condition(pictures, width, height)] * count
         pictures = pictures if isinstance(pictures, Sequence) else [pictures]
         if not all(isinstance(each, Pictures) for each in pictures):
-            raise UserError("pictures are flux.Pictures((image, ...)): one for all prompts, or a list of one for each")
+            raise UserError(
+                "pictures are flux.Pictures((image, ...)): one for all prompts, or a list of one for each"
+            )
         if len(pictures) != count:
-            raise UserError(f"there are {count} prompts, and pictures for {len(pictures)}: give Pictures for each")
+            raise UserError(
+                f"there are {count} prompts, and pictures for {len(pictures)}: give Pictures for each"
+            )
         return [self.condition(each, width, height) for each in pictures]
 
     def load_lora(self, path: str | Path, scale: float = 1.0, partial: bool = False) -> None:
@@ -302,17 +436,24 @@ class Pipeline:
         return features
 
     @torch.inference_mode()
-    def condition(self, pictures: Pictures, width: int | None = None, height: int | None = None) -> Conditions:
+    def condition(
+        self, pictures: Pictures, width: int | None = None, height: int | None = None
+    ) -> Conditions:
         """Pictures -> what `sample` takes of them, and the size that it will make."""
         pictures = replace(
-            pictures, images=tuple(map(as_picture, pictures.images)), mask=pictures.mask and as_mask(pictures.mask)
+            pictures,
+            images=tuple(map(as_picture, pictures.images)),
+            mask=pictures.mask and as_mask(pictures.mask),
         )
         conditioning.check_pictures(self.spec, pictures)
         width, height = conditioning.size_of(self.spec, pictures, width, height)
         check_size(height, width)
         largest = max(picture.width * picture.height for picture in pictures.images)
         self.prepare(width, height, pictured=min(max(width * height, largest), 2024**2))
-        encode = lambda pixels: self.encoder().encode(pixels.to(self.device)).cpu()  # noqa: E731
+
+        def encode(pixels):
+            return self.encoder().encode(pixels.to(self.device)).cpu()
+
         conditions = conditioning.condition(self.spec, pictures, width, height, encode, self.embed)
         if not self.resident:
             for network in (self.encoder, *self.adapters):
@@ -322,17 +463,32 @@ class Pipeline:
     def embed(self, picture: Image.Image) -> Tensor:
         """A picture -> text tokens (1, 729, D), by FLUX.1 Redux."""
         siglip, redux = (network() for network in self.adapters)
-        return redux(siglip(to_siglip(picture, siglip.config.image_size).to(self.device, self.dtype))).float().cpu()
+        return (
+            redux(siglip(to_siglip(picture, siglip.config.image_size).to(self.device, self.dtype)))
+            .float()
+            .cpu()
+        )
 
     @torch.inference_mode()
-    def sample(self, features: TextFeatures, seeds: Sequence[int], width: int | None = None, height: int | None = None,
-               steps: int | None = None, guidance: Guidance | None = None, negative: TextFeatures | None = None,
-               cfg_scale: Guidance | None = None, callback: Callback | None = None,
-               conditions: Conditions | None = None) -> Tensor:  # fmt: skip
+    def sample(
+        self,
+        features: TextFeatures,
+        seeds: Sequence[int],
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: Guidance | None = None,
+        negative: TextFeatures | None = None,
+        cfg_scale: Guidance | None = None,
+        callback: Callback | None = None,
+        conditions: Conditions | None = None,
+    ) -> Tensor:
         """Features (B prompts) and B seeds -> latents (B, C, height/16, width/16), float32; `conditions` bring their size."""
         spec, given = self.spec, conditions or self._blank(width, height)
         if width not in (None, given.width) or height not in (None, given.height):
-            raise UserError(f"the pictures were made ready for {given.width}x{given.height}: leave --width and --height out")
+            raise UserError(
+                f"the pictures were made ready for {given.width}x{given.height}: leave --width and --height out"
+            )
         if conditions is None and spec.picture in conditioning.NEEDY:
             raise UserError(f"{spec.name} needs a picture: give it with --image FILE")
         h, w = (n // 16 for n in check_size(given.height, given.width))
@@ -340,7 +496,10 @@ class Pipeline:
         if self.prepared is None or not self._work(given, steps, len(seeds)).within(self.prepared):
             self.prepare(given.width, given.height, steps, len(seeds), conditions)
         times = sampling.schedule(spec.schedule, steps, h * w)
-        at_each = lambda values: dict(zip(times.tolist(), sampling.ramp(values, steps)))  # noqa: E731
+
+        def at_each(values):
+            return dict(zip(times.tolist(), sampling.ramp(values, steps)))
+
         embedded = None if spec.cfg or guidance is None else at_each(guidance)
         scales = at_each(guidance if spec.cfg else check_scale(cfg_scale, steps))
         times = sampling.from_strength(times, given.strength)
@@ -351,43 +510,80 @@ class Pipeline:
         x, blend = self._start(latents, times[0].item(), given)  # (B, L, C)
         if given.text is not None:
             pictured = given.text.to(features.tokens).expand(len(features.tokens), -1, -1)
-            features = features._replace(tokens=torch.cat([features.tokens, pictured], dim=1))  # (B, T + T', D)
+            features = features._replace(
+                tokens=torch.cat([features.tokens, pictured], dim=1)
+            )  # (B, T + T', D)
         transformer = self.transformer()
-        filled = lambda value, batch=len(x): torch.full((batch,), value, device=self.device)  # noqa: E731
+
+        def filled(value, batch=len(x)):
+            return torch.full((batch,), value, device=self.device)
+
         memories = None
         if given.references is not None and given.cached:
             first = None if embedded is None else filled(embedded[times[0].item()], 1)
             memories = self._remember(transformer, given, first, len(x))
-        at = {t: (filled(t), None if embedded is None else filled(embedded[t])) for t in times[:-1].tolist()}
-        branches = [self._branch(transformer, f, h, w, given, memories, at) for f in (features, negative) if f is not None]
+        at = {
+            t: (filled(t), None if embedded is None else filled(embedded[t]))
+            for t in times[:-1].tolist()
+        }
+        branches = [
+            self._branch(transformer, f, h, w, given, memories, at)
+            for f in (features, negative)
+            if f is not None
+        ]
         if self.tabulated and not self.resident:
-            transformer = self.transformer.without(Modulator)  # a quarter of FLUX.1, which has done its work
+            transformer = self.transformer.without(
+                Modulator
+            )  # a quarter of FLUX.1, which has done its work
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            velocities = [branch(transformer, x.to(self.dtype), t) for branch in branches[: 1 + (scales[t] > 1)]]
-            return sampling.guided(*velocities, scales[t]) if len(velocities) == 2 else velocities[0]
+            velocities = [
+                branch(transformer, x.to(self.dtype), t)
+                for branch in branches[: 1 + (scales[t] > 1)]
+            ]
+            return (
+                sampling.guided(*velocities, scales[t]) if len(velocities) == 2 else velocities[0]
+            )
 
-        grid = lambda x: rearrange(x, "b (h w) c -> b c h w", h=h)  # noqa: E731
+        def grid(x):
+            return rearrange(x, "b (h w) c -> b c h w", h=h)
+
         see = (lambda step, t, x: callback(step, t, grid(x))) if callback else None
         x = sampling.denoise(velocity, x, times, see, self.numerics, blend)
         if not self.resident:
             self.transformer.release()
         return grid(x).float()
 
-    def _start(self, noise: Tensor, t: float, given: Conditions) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
+    def _start(
+        self, noise: Tensor, t: float, given: Conditions
+    ) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
         """Tokens (B, L, C) to begin with at time t, and what puts known parts of the picture back at any time."""
-        tokens = lambda grid: rearrange(grid, "b c h w -> b (h w) c").to(self.device)  # noqa: E731
+
+        def tokens(grid):
+            return rearrange(grid, "b c h w -> b (h w) c").to(self.device)
+
         noise = tokens(noise)
         if given.start is None:
             return noise, lambda x, t: x
-        known = lambda t, start=tokens(given.start): sampling.interpolate(start, noise, t)  # noqa: E731
+
+        def known(t, start=tokens(given.start)):
+            return sampling.interpolate(start, noise, t)
+
         if given.mask is None:
             return known(t), lambda x, t: x
         mask = tokens(given.mask)  # (1, L, 1 | C)
         return known(t), lambda x, t: (1 - mask) * known(t) + mask * x
 
-    def _branch(self, transformer: Flux, features: TextFeatures, h: int, w: int, given: Conditions,
-                memories: list[Memory] | None, at: dict[float, tuple[Tensor, Tensor | None]]):  # fmt: skip
+    def _branch(
+        self,
+        transformer: Flux,
+        features: TextFeatures,
+        h: int,
+        w: int,
+        given: Conditions,
+        memories: list[Memory] | None,
+        at: dict[float, tuple[Tensor, Tensor | None]],
+    ):
         """velocity(x, t) for one set of prompts; what x has no part in is computed here. `at`: time -> t and guidance."""
         axes = len(self.spec.transformer.axes_dim)
         txt, pooled = features.to(self.device, self.dtype)
@@ -396,28 +592,43 @@ class Pipeline:
         if references is not None:
             img_ids = torch.cat([img_ids, given.reference_ids])
         rope = transformer.rope(txt_ids, img_ids).to(self.device)
-        references, channels = (None if x is None else x.to(self.device, self.dtype) for x in (references, given.channels))
+        references, channels = (
+            None if x is None else x.to(self.device, self.dtype)
+            for x in (references, given.channels)
+        )
 
         def vec(transformer: Flux, t: float) -> Tensor:
             time, guidance = at[t]
-            return transformer.vec(time, guidance, None if pooled is None else pooled.expand(len(time), -1))
+            return transformer.vec(
+                time, guidance, None if pooled is None else pooled.expand(len(time), -1)
+            )
 
         vecs = [vec(transformer, t) for t in at] if self.tabulated else []
         table = dict(zip(at, transformer.tabulate(vecs)))
 
         def velocity(transformer: Flux, x: Tensor, t: float) -> Tensor:
-            for_all = lambda y: y.expand(len(x), -1, -1)  # noqa: E731
+            def for_all(y):
+                return y.expand(len(x), -1, -1)
+
             mods = table[t] if self.tabulated else transformer.modulations(vec(transformer, t))
-            img = x if channels is None else torch.cat([x, for_all(channels)], dim=-1)  # (B, L, C + C')
-            img = img if references is None else torch.cat([img, for_all(references)], dim=1)  # (B, L + R, C)
+            img = (
+                x if channels is None else torch.cat([x, for_all(channels)], dim=-1)
+            )  # (B, L, C + C')
+            img = (
+                img if references is None else torch.cat([img, for_all(references)], dim=1)
+            )  # (B, L + R, C)
             return transformer.velocity(img, for_all(txt), rope, mods, memories)[:, : x.shape[1]]
 
         return velocity
 
-    def _remember(self, transformer: Flux, given: Conditions, guidance: Tensor | None, batch: int) -> list[Memory]:
+    def _remember(
+        self, transformer: Flux, given: Conditions, guidance: Tensor | None, batch: int
+    ) -> list[Memory]:
         """References, computed once for all steps and all of the batch."""
         rope = transformer.rope(given.reference_ids[:0], given.reference_ids).to(self.device)
-        mods = transformer.modulations(transformer.vec(torch.zeros(1, device=self.device), guidance))
+        mods = transformer.modulations(
+            transformer.vec(torch.zeros(1, device=self.device), guidance)
+        )
         memories = transformer.remember(given.references.to(self.device, self.dtype), rope, mods)
         return [Memory(*(x.expand(batch, -1, -1, -1) for x in memory)) for memory in memories]
 
@@ -425,7 +636,11 @@ class Pipeline:
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) -> pictures, one at a time, so that a batch takes the memory of one."""
         autoencoder, tile = self.autoencoder(), self.economy.tile
-        decode = partial(autoencoder.decode_tiled, tile=tile // 16, overlap=tile // 64) if tile else autoencoder.decode
+        decode = (
+            partial(autoencoder.decode_tiled, tile=tile // 16, overlap=tile // 64)
+            if tile
+            else autoencoder.decode
+        )
         images = [to_images(decode(x.to(self.device, self.dtype)))[0] for x in latents.split(1)]
         if not self.resident:
             self.autoencoder.release()

@@ -24,7 +24,9 @@ def noise(seeds: Sequence[int], channels: int, height: int, width: int, spatial:
     before the 2x2 packing, FLUX.2 after it; the same seed means the same numbers in another order.
     """
     shape = (channels // 4, 2 * height, 2 * width) if spatial else (channels, height, width)
-    drawn = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    drawn = torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
     return pack(drawn) if spatial else drawn
 
 
@@ -88,7 +90,9 @@ def linear_mu(tokens: int, steps: int) -> float:
 def empirical_mu(tokens: int, steps: int) -> float:
     """FLUX.2: BFL's fit at 10 and at 200 steps, interpolated in the steps."""
     at_200 = 0.00016927 * tokens + 0.45666666
-    if tokens > 4300:  # above about one megapixel BFL drops the steps, and mu jumps (2.04 to 1.18 at 50 steps); as published
+    if (
+        tokens > 4300
+    ):  # above about one megapixel BFL drops the steps, and mu jumps (2.04 to 1.18 at 50 steps); as published
         return at_200
     at_10 = 8.73809524e-05 * tokens + 1.89833333
     return at_200 + (at_10 - at_200) * (200 - steps) / 190
@@ -107,11 +111,15 @@ def denoise(
     `callback(step, t', x)` sees every step, counted from 1, after `blend(x, t')`, which may put known parts of the picture
     back. NonFiniteError names the step at which x stopped being finite.
     """
-    for step, (now, after) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True), start=1):
+    for step, (now, after) in enumerate(
+        zip(times[:-1].tolist(), times[1:].tolist(), strict=True), start=1
+    ):
         v = velocity(x, now)
         if numerics.state == "float32":
             x = x + (after - now) * v.float()
-        elif numerics.state == "bfl":  # latents stay in the network's dtype, and every step rounds them
+        elif (
+            numerics.state == "bfl"
+        ):  # latents stay in the network's dtype, and every step rounds them
             x = x.to(v.dtype) + (after - now) * v
         else:  # diffusers rounds the noise, t' - t, its product with v, and the sum; only the addition is in float32
             dt = torch.tensor(after - now, dtype=v.dtype, device=v.device)

@@ -51,11 +51,17 @@ class SigLIP(nn.Module):
         self.config = config
         # 384 is no multiple of 14: there are 27x27 patches, and the last 6 rows and columns of pixels are not seen.
         num_patches = (config.image_size // config.patch_size) ** 2
-        self.embeddings = nn.ModuleDict(dict(
-            patch_embedding=nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size),
-            position_embedding=nn.Embedding(num_patches, config.hidden_size),
-        ))  # fmt: skip
-        self.encoder = nn.ModuleDict(dict(layers=nn.ModuleList(Block(config) for _ in range(config.depth))))
+        self.embeddings = nn.ModuleDict(
+            dict(
+                patch_embedding=nn.Conv2d(
+                    3, config.hidden_size, config.patch_size, stride=config.patch_size
+                ),
+                position_embedding=nn.Embedding(num_patches, config.hidden_size),
+            )
+        )
+        self.encoder = nn.ModuleDict(
+            dict(layers=nn.ModuleList(Block(config) for _ in range(config.depth)))
+        )
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.eps)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -34,14 +34,16 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.encoder = nn.ModuleDict(dict(
-            block=nn.ModuleList(Block(config, first=i == 0) for i in range(config.depth)),
-            final_layer_norm=RMSNorm(config.hidden_size, config.eps),
-        ))
+        self.encoder = nn.ModuleDict(
+            dict(
+                block=nn.ModuleList(Block(config, first=i == 0) for i in range(config.depth)),
+                final_layer_norm=RMSNorm(config.hidden_size, config.eps),
+            )
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
-        bias = self.position_bias(torch.arange(ids.shape[1], device=ids.device))      # (1, H, L, L)
-        x = self.shared(ids)                                                          # (B, L, D)
+        bias = self.position_bias(torch.arange(ids.shape[1], device=ids.device))  # (1, H, L, L)
+        x = self.shared(ids)  # (B, L, D)
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
@@ -49,9 +51,13 @@ class T5(nn.Module):
     def position_bias(self, position: Tensor) -> Tensor:
         """What each head adds to each pair's logits (1, H, L, L): layer 0 owns the table, all layers use it."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        offset = position[None, :] - position[:, None]                                # (L, L), query by key
-        bias = table(relative_bucket(offset, self.config.num_buckets, self.config.max_distance))  # (L, L, H)
-        return rearrange(bias, "query key head -> 1 head query key").contiguous()     # fused kernels read it by rows
+        offset = position[None, :] - position[:, None]  # (L, L), query by key
+        bias = table(
+            relative_bucket(offset, self.config.num_buckets, self.config.max_distance)
+        )  # (L, L, H)
+        return rearrange(
+            bias, "query key head -> 1 head query key"
+        ).contiguous()  # fused kernels read it by rows
 
 
 class Block(nn.Module):
@@ -59,16 +65,22 @@ class Block(nn.Module):
 
     def __init__(self, config: T5Config, first: bool):
         super().__init__()
-        self.layer = nn.ModuleList([
-            nn.ModuleDict(dict(
-                SelfAttention=SelfAttention(config, owns_bias=first),
-                layer_norm=RMSNorm(config.hidden_size, config.eps),
-            )),
-            nn.ModuleDict(dict(
-                DenseReluDense=GatedMLP(config.hidden_size, config.mlp_size),
-                layer_norm=RMSNorm(config.hidden_size, config.eps),
-            )),
-        ])
+        self.layer = nn.ModuleList(
+            [
+                nn.ModuleDict(
+                    dict(
+                        SelfAttention=SelfAttention(config, owns_bias=first),
+                        layer_norm=RMSNorm(config.hidden_size, config.eps),
+                    )
+                ),
+                nn.ModuleDict(
+                    dict(
+                        DenseReluDense=GatedMLP(config.hidden_size, config.mlp_size),
+                        layer_norm=RMSNorm(config.hidden_size, config.eps),
+                    )
+                ),
+            ]
+        )
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attention, mlp = self.layer
@@ -91,9 +103,14 @@ class SelfAttention(nn.Module):
             self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = (rearrange(y, "b l (h d) -> b h l d", h=self.num_heads) for y in (self.q(x), self.k(x), self.v(x)))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)        # T5's weights absorb 1/sqrt(d)
-        return self.o(rearrange(x, "b h l d -> b l (h d)"))                           # (B, L, D)
+        q, k, v = (
+            rearrange(y, "b l (h d) -> b h l d", h=self.num_heads)
+            for y in (self.q(x), self.k(x), self.v(x))
+        )
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, scale=1.0
+        )  # T5's weights absorb 1/sqrt(d)
+        return self.o(rearrange(x, "b h l d -> b l (h d)"))  # (B, L, D)
 
 
 class GatedMLP(nn.Module):
@@ -118,7 +135,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(self.weight.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(
+            self.weight.dtype
+        )
 
 
 def relative_bucket(offset: Tensor, num_buckets: int, max_distance: int) -> Tensor:
@@ -131,6 +150,9 @@ def relative_bucket(offset: Tensor, num_buckets: int, max_distance: int) -> Tens
     exact = half // 2
     wide = half - exact
     # Integer edges, not the usual logarithm: distance 64 lies on an edge, where a device's last bit would move it.
-    edges = [*range(1, exact), *(math.ceil(exact * (max_distance / exact) ** (i / wide)) for i in range(wide))]
+    edges = [
+        *range(1, exact),
+        *(math.ceil(exact * (max_distance / exact) ** (i / wide)) for i in range(wide)),
+    ]
     bucket = torch.bucketize(offset.abs(), torch.tensor(edges, device=offset.device), right=True)
     return bucket + half * (offset > 0)

@@ -54,15 +54,22 @@ class TextEncoder:
 
 
 class FLUX1TextEncoder(TextEncoder):
-    def __init__(self, t5: Network, clip: Network, t5_tokenizer: Path, clip_tokenizer: Path, length: int):
+    def __init__(
+        self, t5: Network, clip: Network, t5_tokenizer: Path, clip_tokenizer: Path, length: int
+    ):
         super().__init__(length)
         self.networks = self.t5, self.clip = t5, clip
-        self.t5_tokenizer, self.clip_tokenizer = T5Tokenizer(t5_tokenizer), CLIPTokenizer(clip_tokenizer)
+        self.t5_tokenizer, self.clip_tokenizer = (
+            T5Tokenizer(t5_tokenizer),
+            CLIPTokenizer(clip_tokenizer),
+        )
 
     def encode_one(self, prompt: str) -> TextFeatures:
         long = self.t5_tokenizer([prompt], self.length)
         short = self.clip_tokenizer([prompt], self.clip.config.max_length)
-        warn_if_cut(long, self.length)  # CLIP's 77 are few, but only set the tone: what T5 read is not lost
+        warn_if_cut(
+            long, self.length
+        )  # CLIP's 77 are few, but only set the tone: what T5 read is not lost
         tokens = self.t5()(long.ids.to(self.t5.device))  # (1, T, D)
         return TextFeatures(tokens, self.clip()(short.ids.to(self.clip.device)))
 
@@ -76,27 +83,51 @@ class FLUX2TextEncoder(TextEncoder):
     def encode_one(self, prompt: str) -> TextFeatures:
         tokens = self.tokenizer([prompt], self.length)
         warn_if_cut(tokens, self.length)
-        return TextFeatures(self.model()(tokens.ids.to(self.model.device), tokens.mask.to(self.model.device)), None)
+        return TextFeatures(
+            self.model()(tokens.ids.to(self.model.device), tokens.mask.to(self.model.device)), None
+        )
 
 
 def warn_if_cut(tokens: Tokens, length: int) -> None:
     for lost in filter(None, tokens.cut):
         shown = lost if len(lost) <= 200 else f"{lost[:200]}..."
-        warnings.warn(f"the prompt is longer than {length} tokens; what did not fit was cut off: {shown!r}", stacklevel=4)
+        warnings.warn(
+            f"the prompt is longer than {length} tokens; what did not fit was cut off: {shown!r}",
+            stacklevel=4,
+        )
 
 
-def text_encoder(text: FLUX1Text | FLUX2Text, files: dict, length: int, device: torch.device, dtype: torch.dtype,
-                 check_finite: bool) -> TextEncoder:  # fmt: skip
+def text_encoder(
+    text: FLUX1Text | FLUX2Text,
+    files: dict,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    check_finite: bool,
+) -> TextEncoder:
     """The text encoder of a row of the table, from the files that `models.locate` found for it."""
     options = dict(device=device, dtype=dtype, check_finite=check_finite)
     if isinstance(text, FLUX1Text):
-        t5 = Network(T5, text.t5, files["t5"], unread=t5_unread, lists=("encoder.block",), **options)
+        t5 = Network(
+            T5, text.t5, files["t5"], unread=t5_unread, lists=("encoder.block",), **options
+        )
         clip = Network(CLIP, text.clip, files["clip"], unread=clip_unread, **options)
         return FLUX1TextEncoder(t5, clip, files["t5_tokenizer"], files["clip_tokenizer"], length)
     last = max(text.model.layers)
     prefixes = ("model.", "language_model.model.", "model.language_model.", "")
-    unread = lambda name: language_model_unread(name, last)  # noqa: E731
-    model = Network(LanguageModel, text.model, files["model"], prefixes=prefixes, unread=unread, lists=("layers",), **options)
+
+    def unread(name):
+        return language_model_unread(name, last)
+
+    model = Network(
+        LanguageModel,
+        text.model,
+        files["model"],
+        prefixes=prefixes,
+        unread=unread,
+        lists=("layers",),
+        **options,
+    )
     return FLUX2TextEncoder(model, files["tokenizer"], length)
 
 
@@ -115,5 +146,11 @@ def language_model_unread(name: str, last: int) -> bool:
     """Everything above the last layer that is read, and what Mistral Small sees pictures with."""
     if layer := re.match(r"layers\.(\d+)\.", name):
         return int(layer[1]) >= last
-    parts = ("norm.", "lm_head.", "language_model.lm_head.", "vision_tower.", "multi_modal_projector.")
+    parts = (
+        "norm.",
+        "lm_head.",
+        "language_model.lm_head.",
+        "vision_tower.",
+        "multi_modal_projector.",
+    )
     return name.removeprefix("model.").startswith(parts)

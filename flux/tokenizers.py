@@ -17,11 +17,13 @@ from torch import Tensor
 
 from flux.errors import UserError
 
-NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates: the debris of a broken decoding
-CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+NOT_TEXT = re.compile(
+    "[\0\ud800-\udfff]"
+)  # NUL and lone surrogates: the debris of a broken decoding
+CLIP_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Tokens(NamedTuple):
@@ -41,7 +43,10 @@ class PromptTokenizer:
     home: str  # the repositories' folder that holds the files, for error messages
     files: tuple[str, ...] = ()  # what to read where there is no tokenizer.json
     frame = "$A"  # special tokens around the ids $A of the text: truncation keeps these
-    before, after = "", ""  # text around the prompt, tokenized with it: truncation cuts this like the prompt
+    before, after = (
+        "",
+        "",
+    )  # text around the prompt, tokenized with it: truncation cuts this like the prompt
     pad: str
     pad_side = "right"
     required: tuple[str, ...] = ()  # special tokens that `before` and `after` need
@@ -54,9 +59,13 @@ class PromptTokenizer:
         special = {name: self.tokenizer.token_to_id(name) for name in names}
         for name, index in special.items():
             if index is None:
-                raise UserError(f"the tokenizer in {folder} has no token {name!r}, so it is not the one of {self.home}")
+                raise UserError(
+                    f"the tokenizer in {folder} has no token {name!r}, so it is not the one of {self.home}"
+                )
         # In place of the file's own, which would add a second <s> to Mistral's template.
-        self.tokenizer.post_processor = TemplateProcessing(single=self.frame, special_tokens=list(special.items()))
+        self.tokenizer.post_processor = TemplateProcessing(
+            single=self.frame, special_tokens=list(special.items())
+        )
         self.pad_id = special[self.pad]
 
     def __call__(self, prompts: list[str], length: int) -> Tokens:
@@ -66,7 +75,9 @@ class PromptTokenizer:
                 where = f"prompt {number} holds {bad[0]!r} at position {bad.start()}"
                 raise UserError(f"{where}, which is not text: remove it")
         self.tokenizer.enable_truncation(length)
-        self.tokenizer.enable_padding(direction=self.pad_side, pad_id=self.pad_id, pad_token=self.pad, length=length)
+        self.tokenizer.enable_padding(
+            direction=self.pad_side, pad_id=self.pad_id, pad_token=self.pad, length=length
+        )
         # Not encode_batch: its threads make every later fork (a data loader's) warn.
         rows = [self.tokenizer.encode(self.before + prompt + self.after) for prompt in prompts]
         ids = torch.tensor([row.ids for row in rows])  # (B, L)
@@ -78,7 +89,11 @@ class PromptTokenizer:
         if not row.overflowing:
             return ""
         lost = row.overflowing[0]
-        start = next(start for (start, _), special in zip(lost.offsets, lost.special_tokens_mask) if not special)
+        start = next(
+            start
+            for (start, _), special in zip(lost.offsets, lost.special_tokens_mask)
+            if not special
+        )
         return prompt[max(0, start - len(self.before)) :]
 
     def _load(self, folder: Path):
@@ -89,10 +104,16 @@ class PromptTokenizer:
             wanted = " or ".join(filter(None, ("tokenizer.json", " with ".join(self.files))))
             raise UserError(f"{folder} lacks its tokenizer, {wanted}: take it from {self.home}")
         try:
-            return Tokenizer.from_file(str(folder / names[0])) if names[0] == "tokenizer.json" else self._build(folder)
+            return (
+                Tokenizer.from_file(str(folder / names[0]))
+                if names[0] == "tokenizer.json"
+                else self._build(folder)
+            )
         except Exception as error:  # the library raises no narrower type
             broken = f"{' with '.join(names)} in {folder}"
-            raise UserError(f"{broken} cannot be read ({error}): take it anew from {self.home}") from error
+            raise UserError(
+                f"{broken} cannot be read ({error}): take it anew from {self.home}"
+            ) from error
 
     def _build(self, folder: Path):
         """The tokenizer that `files` describe; it needs no post-processor."""
@@ -113,8 +134,12 @@ class T5Tokenizer(PromptTokenizer):
 
         pieces, charsmap = _read_sentencepiece((folder / "spiece.model").read_bytes())
         names = [name for name, _ in pieces]
-        extra = [f"<extra_id_{i}>" for i in reversed(range(100))]  # T5's sentinels, which the file leaves out
-        model = models.Unigram([*pieces, *((name, 0.0) for name in extra)], unk_id=names.index("<unk>"))
+        extra = [
+            f"<extra_id_{i}>" for i in reversed(range(100))
+        ]  # T5's sentinels, which the file leaves out
+        model = models.Unigram(
+            [*pieces, *((name, 0.0) for name in extra)], unk_id=names.index("<unk>")
+        )
         tokenizer = Tokenizer(model)
         if charsmap:
             tokenizer.normalizer = normalizers.Precompiled(charsmap)
@@ -136,14 +161,22 @@ class CLIPTokenizer(PromptTokenizer):
         from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
         paths = [str(folder / name) for name in self.files]
-        tokenizer = Tokenizer(models.BPE.from_file(*paths, end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+        tokenizer = Tokenizer(
+            models.BPE.from_file(*paths, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+        )
         # transformers before 5 also mended mojibake here when ftfy was installed, and dropped control characters.
         spaces = normalizers.Replace(Regex(r"\s+"), " ")
-        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), spaces, normalizers.Lowercase()]
+        )
         words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
         # As FLUX.1's tokenizer_config.json has it, the first is found after lower-casing and the second before.
-        tokenizer.add_special_tokens([AddedToken("<|startoftext|>", normalized=True), "<|endoftext|>"])
+        tokenizer.add_special_tokens(
+            [AddedToken("<|startoftext|>", normalized=True), "<|endoftext|>"]
+        )
         return tokenizer
 
 
@@ -155,14 +188,19 @@ class QwenTokenizer(PromptTokenizer):
 
     home = "tokenizer/ of a FLUX.2-klein repository, or Qwen/Qwen3-4B or -8B"
     files = ("vocab.json", "merges.txt", "tokenizer_config.json")
-    before, after = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    before, after = (
+        "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    )
     pad = "<|endoftext|>"
     required = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
     def _build(self, folder: Path):
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-        tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        tokenizer = Tokenizer(
+            models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        )
         tokenizer.normalizer = normalizers.NFC()
         words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -200,7 +238,9 @@ def _add_listed_tokens(tokenizer, config: Path) -> None:
         name = token["content"]
         tokenizer.add_tokens([AddedToken(**token)])
         if tokenizer.token_to_id(name) != int(index):
-            raise ValueError(f"{config.name} gives {name!r} the id {index}, vocab.json {tokenizer.token_to_id(name)}")
+            raise ValueError(
+                f"{config.name} gives {name!r} the id {index}, vocab.json {tokenizer.token_to_id(name)}"
+            )
 
 
 def _read_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:

@@ -27,7 +27,9 @@ from flux.runtime.fast import in_stripes
 class FluxConfig:
     """The four switches `vector_dim`, `bias`, `gated_mlp`, `shared_modulation` tell FLUX.1 from FLUX.2; the rest are sizes."""
 
-    in_channels: int = 128  # 64 latent channels in FLUX.1, and up to 384 where conditions are stacked on them
+    in_channels: int = (
+        128  # 64 latent channels in FLUX.1, and up to 384 where conditions are stacked on them
+    )
     out_channels: int = 128
     context_dim: int = 15360
     hidden_size: int = 6144
@@ -48,10 +50,18 @@ class FluxConfig:
 class Numerics:
     """Where published codes round differently. In float32 only `rope` matters; in bf16 `time` outweighs everything else."""
 
-    time: Literal["float32", "bfl", "diffusers"] = "float32"  # how t·1000 and guidance·1000 are rounded
-    rope: torch.dtype = torch.float64  # dtype of the rotation angles; the tables are kept in float32
-    norm_scale: Literal["before", "after"] = "before"  # QK-norm's scale is multiplied before or after rounding to bf16
-    state: Literal["float32", "bfl", "diffusers"] = "float32"  # how the sampler carries the latents between steps
+    time: Literal["float32", "bfl", "diffusers"] = (
+        "float32"  # how t·1000 and guidance·1000 are rounded
+    )
+    rope: torch.dtype = (
+        torch.float64
+    )  # dtype of the rotation angles; the tables are kept in float32
+    norm_scale: Literal["before", "after"] = (
+        "before"  # QK-norm's scale is multiplied before or after rounding to bf16
+    )
+    state: Literal["float32", "bfl", "diffusers"] = (
+        "float32"  # how the sampler carries the latents between steps
+    )
 
 
 NUMERICS = {
@@ -76,7 +86,9 @@ class Modulations(NamedTuple):
     """All that one time does to the network."""
 
     vec: Tensor  # (B, D), which the final layer makes its own of
-    double: list[tuple[list[Modulation], list[Modulation]]]  # of each block: the image's two, the text's two
+    double: list[
+        tuple[list[Modulation], list[Modulation]]
+    ]  # of each block: the image's two, the text's two
     single: list[Modulation]
 
 
@@ -87,7 +99,10 @@ class Memory(NamedTuple):
     v: Tensor
 
 
-BLOCKS = ("double_blocks", "single_blocks")  # paths of the lists of blocks, in the order of their use
+BLOCKS = (
+    "double_blocks",
+    "single_blocks",
+)  # paths of the lists of blocks, in the order of their use
 
 
 class Flux(nn.Module):
@@ -110,13 +125,29 @@ class Flux(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(c, numerics) for _ in range(c.depth_single))
         self.final_layer = FinalLayer(c)
 
-    def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor,
-                guidance: Tensor | None = None, vector: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        t: Tensor,
+        guidance: Tensor | None = None,
+        vector: Tensor | None = None,
+    ) -> Tensor:
         """Velocity of the image tokens, (B, L, out_channels)."""
-        return self.velocity(img, txt, self.rope(txt_ids, img_ids), self.modulations(self.vec(t, guidance, vector)))
+        return self.velocity(
+            img, txt, self.rope(txt_ids, img_ids), self.modulations(self.vec(t, guidance, vector))
+        )
 
-    def velocity(self, img: Tensor, txt: Tensor, rope: Tensor, mods: Modulations,
-                 memories: Sequence[Memory] | None = None) -> Tensor:  # fmt: skip
+    def velocity(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        rope: Tensor,
+        mods: Modulations,
+        memories: Sequence[Memory] | None = None,
+    ) -> Tensor:
         """The same, given `rope`, the same at every step, and `mods`, the same for every picture at this time.
 
         `memories`, one a block, are what `remember` made of reference pictures.
@@ -150,7 +181,9 @@ class Flux(nn.Module):
         ids = torch.cat([txt_ids, img_ids])
         return rope_table(ids, self.config.axes_dim, self.config.theta, self.numerics.rope)
 
-    def vec(self, t: Tensor, guidance: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+    def vec(
+        self, t: Tensor, guidance: Tensor | None = None, vector: Tensor | None = None
+    ) -> Tensor:
         """Everything that is the same for all tokens, as one (B, D)."""
         dtype = next(self.parameters()).dtype  # of what is never quantised
         vec = self.time_in(sinusoid(scale_time(t, self.numerics.time, dtype)).to(dtype))
@@ -162,7 +195,9 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(sinusoid(scale_time(guidance, rounding, dtype)).to(dtype))
         if self.config.vector_dim is not None:
             if vector is None:
-                raise ValueError("this model reads the pooled text: pass vector, a (B, vector_dim) tensor")
+                raise ValueError(
+                    "this model reads the pooled text: pass vector, a (B, vector_dim) tensor"
+                )
             vec = vec + self.vector_in(vector)
         return vec
 
@@ -174,13 +209,24 @@ class Flux(nn.Module):
         """The `modulations` of several times, in one way through the blocks: they may be streamed."""
         active = [F.silu(vec) for vec in vecs]
         if self.config.shared_modulation:  # FLUX.2: computed once, handed to every block
-            both = [(self.double_stream_modulation_img(a), self.double_stream_modulation_txt(a)) for a in active]
+            both = [
+                (self.double_stream_modulation_img(a), self.double_stream_modulation_txt(a))
+                for a in active
+            ]
             single = [self.single_stream_modulation(a)[0] for a in active]
             depth, depth_single = self.config.depth, self.config.depth_single
-            return [Modulations(vec, [d] * depth, [s] * depth_single) for vec, d, s in zip(vecs, both, single)]
-        double = [[(block.img_mod(a), block.txt_mod(a)) for a in active] for block in self.double_blocks]
+            return [
+                Modulations(vec, [d] * depth, [s] * depth_single)
+                for vec, d, s in zip(vecs, both, single)
+            ]
+        double = [
+            [(block.img_mod(a), block.txt_mod(a)) for a in active] for block in self.double_blocks
+        ]
         single = [[block.modulation(a)[0] for a in active] for block in self.single_blocks]
-        return [Modulations(vec, [d[i] for d in double], [s[i] for s in single]) for i, vec in enumerate(vecs)]
+        return [
+            Modulations(vec, [d[i] for d in double], [s[i] for s in single])
+            for i, vec in enumerate(vecs)
+        ]
 
 
 class DoubleBlock(nn.Module):
@@ -197,8 +243,15 @@ class DoubleBlock(nn.Module):
         self.img_mlp = mlp(c)
         self.txt_mlp = mlp(c)
 
-    def forward(self, img: Tensor, txt: Tensor, rope: Tensor, img_mod: list[Modulation], txt_mod: list[Modulation],
-                memory: Memory | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        rope: Tensor,
+        img_mod: list[Modulation],
+        txt_mod: list[Modulation],
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Tensor]:
         length = txt.shape[1]
         img_qkv = self.img_attn.heads(modulate(img, img_mod[0]))  # (3, B, L, H, d)
         txt_qkv = self.txt_attn.heads(modulate(txt, txt_mod[0]))  # (3, B, T, H, d)
@@ -207,7 +260,9 @@ class DoubleBlock(nn.Module):
         attended = attention(*self.turned(qkv[:2], rope, length), qkv[2], memory)  # (B, T + L, D)
         # contiguous, or in bf16 a Linear with bias would round once more, and a row would depend on the size of its batch;
         # and viewed as if made so, or one without bias would copy its weights: of one picture, a slice keeps a longer stride
-        txt_attended, img_attended = (x.contiguous().view(x.shape) for x in attended.split([length, img.shape[1]], dim=1))
+        txt_attended, img_attended = (
+            x.contiguous().view(x.shape) for x in attended.split([length, img.shape[1]], dim=1)
+        )
         img = residuals(img, img_attended, self.img_attn.proj, self.img_mlp, img_mod)
         return img, residuals(txt, txt_attended, self.txt_attn.proj, self.txt_mlp, txt_mod)
 
@@ -219,7 +274,9 @@ class DoubleBlock(nn.Module):
             parts = self.txt_attn.norm(unit[:, :, :text]), self.img_attn.norm(unit[:, :, text:])
             return rotate(torch.cat(parts, dim=2), rope)
 
-        return in_stripes(some, (qk, 2), (rope, 0), watched=[self.txt_attn.norm, self.img_attn.norm])
+        return in_stripes(
+            some, (qk, 2), (rope, 0), watched=[self.txt_attn.norm, self.img_attn.norm]
+        )
 
     def remember(self, x: Tensor, rope: Tensor, mod: list[Modulation]) -> tuple[Tensor, Memory]:
         """The image stream alone."""
@@ -229,7 +286,9 @@ class DoubleBlock(nn.Module):
         return residuals(x, attended, self.img_attn.proj, self.img_mlp, mod), Memory(k, qkv[2])
 
 
-def residuals(x: Tensor, attended: Tensor, proj: nn.Module, mlp: nn.Module, mod: list[Modulation]) -> Tensor:
+def residuals(
+    x: Tensor, attended: Tensor, proj: nn.Module, mlp: nn.Module, mod: list[Modulation]
+) -> Tensor:
     """The two branches of one stream of a double block, after its attention."""
     x = x + mod[0].gate * proj(attended)
     return x + mod[1].gate * mlp(modulate(x, mod[1]))
@@ -250,9 +309,16 @@ class SingleBlock(nn.Module):
         if not c.shared_modulation:
             self.modulation = Modulator(c.hidden_size, 1, c.bias)
 
-    def forward(self, x: Tensor, rope: Tensor, mod: Modulation, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, mod: Modulation, memory: Memory | None = None
+    ) -> Tensor:
         qkv, hidden = self.project(x, mod)
-        return self.residual(x, attention(*turned(qkv[:2], rope, self.norm, self.numerics), qkv[2], memory), hidden, mod)
+        return self.residual(
+            x,
+            attention(*turned(qkv[:2], rope, self.norm, self.numerics), qkv[2], memory),
+            hidden,
+            mod,
+        )
 
     def remember(self, x: Tensor, rope: Tensor, mod: Modulation) -> tuple[Tensor, Memory]:
         qkv, hidden = self.project(x, mod)
@@ -269,7 +335,10 @@ class SingleBlock(nn.Module):
 
     def joined(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """What `linear2` reads, (B, N, D + mlp): the attention's result, and the MLP's hidden layer activated."""
-        some = lambda _, hidden, attended: torch.cat([attended, self.activation(hidden)], dim=-1)  # noqa: E731
+
+        def some(_, hidden, attended):
+            return torch.cat([attended, self.activation(hidden)], dim=-1)
+
         return in_stripes(some, (hidden, 1), (attended, 1), watched=[self.activation])
 
 
@@ -302,7 +371,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> 
 
 def turned(qk: Tensor, rope: Tensor, norm: "QKNorm", numerics: Numerics) -> Tensor:
     """q and k, (2, B, N, H, d), normed and turned."""
-    some = lambda _, qk, rope: rotate(norm(unit_rms(qk, numerics)), rope)  # noqa: E731
+
+    def some(_, qk, rope):
+        return rotate(norm(unit_rms(qk, numerics)), rope)
+
     return in_stripes(some, (qk, 2), (rope, 0), watched=[norm])
 
 
@@ -310,17 +382,23 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.
     """(N, axes) positions -> (N, sum(axes_dim)/2, 2, 2) float32: a rotation by position · theta^(-2i/dim), axis by axis."""
     angles = []
     for position, dim in zip(ids.unbind(-1), axes_dim, strict=True):
-        frequency = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)  # on the CPU: no float64 on Apple GPUs
+        frequency = 1 / theta ** (
+            torch.arange(0, dim, 2, dtype=dtype) / dim
+        )  # on the CPU: no float64 on Apple GPUs
         angles.append(torch.outer(position.cpu().to(dtype), frequency))  # (N, dim/2)
     angle = torch.cat(angles, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     columns = torch.stack([cos, sin], dim=-1), torch.stack([-sin, cos], dim=-1)
-    return torch.stack(columns).float().to(ids.device).movedim(0, -1)  # in memory a column lies together: see `turn`
+    return (
+        torch.stack(columns).float().to(ids.device).movedim(0, -1)
+    )  # in memory a column lies together: see `turn`
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns neighbouring pairs of channels (x0, x1), in float32: (..., N, H, d) -> the same."""
-    return turn(x.float().contiguous().unflatten(-1, (-1, 2)), rope[:, None]).flatten(-2).to(x.dtype)
+    return (
+        turn(x.float().contiguous().unflatten(-1, (-1, 2)), rope[:, None]).flatten(-2).to(x.dtype)
+    )
 
 
 def turn(pairs: Tensor, rope: Tensor) -> Tensor:
@@ -329,7 +407,9 @@ def turn(pairs: Tensor, rope: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or pairs.is_mps:  # which know little of complex numbers
         return columns[0] * pairs[..., :1] + columns[1] * pairs[..., 1:]
     # (x0 + i·x1) · (cos + i·sin): one kernel, and the same bits
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(columns[0].contiguous()))
+    return torch.view_as_real(
+        torch.view_as_complex(pairs) * torch.view_as_complex(columns[0].contiguous())
+    )
 
 
 class QKNorm(nn.Module):
@@ -363,7 +443,12 @@ class Modulator(nn.Module):
         self.lin = nn.Linear(hidden_size, 3 * branches * hidden_size, bias=bias)
 
     def forward(self, activated: Tensor) -> list[Modulation]:
-        parts = rearrange(self.lin(activated), "b (branch three d) -> branch three b 1 d", three=3, d=activated.shape[-1])
+        parts = rearrange(
+            self.lin(activated),
+            "b (branch three d) -> branch three b 1 d",
+            three=3,
+            d=activated.shape[-1],
+        )
         return [Modulation(shift, 1 + scale, gate) for shift, scale, gate in parts]
 
 
@@ -371,10 +456,14 @@ class FinalLayer(nn.Module):
     def __init__(self, c: FluxConfig):
         super().__init__()
         self.linear = nn.Linear(c.hidden_size, c.out_channels, bias=c.bias)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.hidden_size, 2 * c.hidden_size, bias=c.bias))
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(c.hidden_size, 2 * c.hidden_size, bias=c.bias)
+        )
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)  # diffusers stores scale first, BFL shift
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(
+            2, dim=-1
+        )  # diffusers stores scale first, BFL shift
         return self.linear(modulate(x, Modulation(shift, 1 + scale, gate=None)))
 
 
@@ -409,13 +498,19 @@ def scale_time(t: Tensor, rounding: str, dtype: torch.dtype) -> Tensor:
     """t·1000, float32. Rounding it as the published codes do moves the sinusoids more than all other bf16 arithmetic."""
     if rounding == "float32":
         return 1000 * t.float()
-    if rounding == "diffusers":  # its scheduler hands out t·1000, which is rounded, and undone, before the model redoes it
+    if (
+        rounding == "diffusers"
+    ):  # its scheduler hands out t·1000, which is rounded, and undone, before the model redoes it
         t = (1000 * t.float()).to(dtype) / 1000
     return (1000 * t.to(dtype)).float()
 
 
 def sinusoid(t: Tensor, dim: int = 256, max_period: float = 10_000) -> Tensor:
     """(B,) -> (B, dim) float32: cosines, then sines, of t · max_period^(-i/(dim/2))."""
-    frequency = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    frequency = torch.exp(
+        -math.log(max_period)
+        * torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+        / (dim // 2)
+    )
     angle = t.float()[:, None] * frequency  # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)

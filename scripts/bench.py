@@ -20,16 +20,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]  # tests: their reference.py builds diffusers' side
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "scripts"),
+    str(ROOT / "tests"),
+]  # tests: their reference.py builds diffusers' side
 
-import torch  # noqa: E402
-from benchmarks.rows import Report, Row, check_json, installed  # noqa: E402
-from benchmarks.setting import Setting  # noqa: E402
+import torch
+from benchmarks.rows import Report, Row, check_json, installed
+from benchmarks.setting import Setting
 
-from flux.configs import ModelSpec  # noqa: E402
-from flux.errors import UserError  # noqa: E402
+from flux.configs import ModelSpec
+from flux.errors import UserError
 from flux.runtime.memory import choose_device
-from flux.weights.locate import find_spec  # noqa: E402
+from flux.weights.locate import find_spec
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,19 +58,40 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_argument_group("what (default: what a start costs)")
-    what.add_argument("--against", choices=["diffusers"], help="everything, or with --model that model, against diffusers")
-    what.add_argument("--model", metavar="NAME", help="a model of flux.MODELS at full size, with random weights")
-    what.add_argument("--floor", action="store_true", help="a step over the hardware's floor; a part of --model")
-    what.add_argument("--references", action="store_true", help="reference pictures, with and without a cache")
-    what.add_argument("--lossy", action="store_true", help="the error of each lossy mode against float32")
+    what.add_argument(
+        "--against",
+        choices=["diffusers"],
+        help="everything, or with --model that model, against diffusers",
+    )
+    what.add_argument(
+        "--model", metavar="NAME", help="a model of flux.MODELS at full size, with random weights"
+    )
+    what.add_argument(
+        "--floor", action="store_true", help="a step over the hardware's floor; a part of --model"
+    )
+    what.add_argument(
+        "--references", action="store_true", help="reference pictures, with and without a cache"
+    )
+    what.add_argument(
+        "--lossy", action="store_true", help="the error of each lossy mode against float32"
+    )
     how = parser.add_argument_group("how")
-    how.add_argument("--quick", action="store_true", help="smaller sizes: under three minutes on two cores")
-    how.add_argument("--rounds", type=int, default=3, metavar="N", help="each runs everything twice (default: 3)")
+    how.add_argument(
+        "--quick", action="store_true", help="smaller sizes: under three minutes on two cores"
+    )
+    how.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="each runs everything twice (default: 3)"
+    )
     how.add_argument("--device", help="cuda, mps, cpu (default: the best that is here)")
     how.add_argument(
-        "--json", type=Path, metavar="FILE", help="keep the rows there, with the command, machine, versions and date"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="keep the rows there, with the command, machine, versions and date",
     )
     return parser
 
@@ -76,7 +101,9 @@ def asked(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}: must be at least 1")
     if args.against and not installed("diffusers"):
-        raise UserError("--against diffusers: diffusers is not installed here; install it with pip install -e '.[test]'")
+        raise UserError(
+            "--against diffusers: diffusers is not installed here; install it with pip install -e '.[test]'"
+        )
     if args.json:
         check_json(args.json)
     device = choose_device(args.device)

@@ -24,22 +24,43 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import sample  # noqa: E402  its flags say what to make
-from sample import say  # noqa: E402
+import sample
+from sample import say
 
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 NOT_OURS = (  # of sample.py's flags: about many pictures, and about where they go
-    "help", "num_images", "seed", "remake", "upsample", "upsample_model", "save_control", "output", "save_latents",
+    "help",
+    "num_images",
+    "seed",
+    "remake",
+    "upsample",
+    "upsample_model",
+    "save_control",
+    "output",
+    "save_latents",
     "list_models",
-)  # fmt: skip
+)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_capture, add_compare, add_kit, add_replay, add_bisect, add_budgets, add_report, add_doctor, add_table):
+    for add in (
+        add_capture,
+        add_compare,
+        add_kit,
+        add_replay,
+        add_bisect,
+        add_budgets,
+        add_report,
+        add_doctor,
+        add_table,
+    ):
         add(commands)
     return p
 
@@ -58,7 +79,13 @@ def add_capture(commands) -> None:
     p = command(commands, capture, "capture", "run a model and record its tensors in one file")
     add_request(p)
     add_selection(p)
-    p.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .safetensors file that is not there yet")
+    p.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .safetensors file that is not there yet",
+    )
 
 
 def add_request(p: argparse.ArgumentParser) -> None:
@@ -74,12 +101,35 @@ def add_request(p: argparse.ArgumentParser) -> None:
 
 def add_selection(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("what to record of it")
-    group.add_argument("--only", action="append", default=[], metavar="PATTERN", help="tensors whose name, a part of it, or a "
-                       "module around it fits: 'double_blocks.3.*', '*.img_attn', step.001, out (repeatable)")  # fmt: skip
-    group.add_argument("--steps-of", type=numbers, default=(), metavar="N,N..", help="these steps alone (default: all)")
-    group.add_argument("--keep", choices=("full", "probe", "statistics", "slice"), default="full", help="of each tensor: all "
-                       "of it, 4096 values and each token's norm, a summary, or a corner (default: full)")  # fmt: skip
-    group.add_argument("--limit", type=amount, default=10.0, metavar="GB", help="refuse to record more (default: 10)")
+    group.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors whose name, a part of it, or a "
+        "module around it fits: 'double_blocks.3.*', '*.img_attn', step.001, out (repeatable)",
+    )
+    group.add_argument(
+        "--steps-of",
+        type=numbers,
+        default=(),
+        metavar="N,N..",
+        help="these steps alone (default: all)",
+    )
+    group.add_argument(
+        "--keep",
+        choices=("full", "probe", "statistics", "slice"),
+        default="full",
+        help="of each tensor: all "
+        "of it, 4096 values and each token's norm, a summary, or a corner (default: full)",
+    )
+    group.add_argument(
+        "--limit",
+        type=amount,
+        default=10.0,
+        metavar="GB",
+        help="refuse to record more (default: 10)",
+    )
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -113,11 +163,15 @@ def prepare(args: argparse.Namespace):
 
     prompts = sample.gather_prompts(args)
     if len(prompts) > 1:
-        raise UserError(f"a capture is of one prompt, and {len(prompts)} are given: capture them one by one")
+        raise UserError(
+            f"a capture is of one prompt, and {len(prompts)} are given: capture them one by one"
+        )
     pictures = sample.gather_pictures(args, models.find_spec(args.model, args.transformer))
     pipe = sample.load(args)
     size = args.width, args.height, args.steps, args.guidance
-    return pipe, Request(prompts[0], *size, args.seed, args.negative_prompt, args.cfg_scale, pictures)
+    return pipe, Request(
+        prompts[0], *size, args.seed, args.negative_prompt, args.cfg_scale, pictures
+    )
 
 
 def selection(args: argparse.Namespace):
@@ -130,16 +184,37 @@ def selection(args: argparse.Namespace):
 
 
 def add_compare(commands) -> None:
-    p = command(commands, compare, "compare", "compare two captures, or a live run and a capture, tensor by tensor")
-    p.add_argument("judged", type=Path, metavar="A", help="a capture, or any safetensors file of tensors by the same names")
+    p = command(
+        commands,
+        compare,
+        "compare",
+        "compare two captures, or a live run and a capture, tensor by tensor",
+    )
+    p.add_argument(
+        "judged",
+        type=Path,
+        metavar="A",
+        help="a capture, or any safetensors file of tensors by the same names",
+    )
     p.add_argument("reference", type=Path, nargs="?", metavar="B", help="what A should be")
-    p.add_argument("--against", metavar="X", help="instead of B, what is run live, and should be as A is: "
-                   "`here`, the pipeline, from the prompt on; `diffusers`, its transformer with the same weights, in each "
-                   "recorded pass; MODULE:FUNCTION, as for --call of replay, or one that gives the path of a capture; or the "
-                   "same as B, a file")  # fmt: skip
-    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
-    p.add_argument("--budget", type=amount, metavar="X", help="relative L2 that is allowed (default: what was measured and "
-                   "stored in the reference, else by dtype: 1e-4 in float32, 2e-2 in bfloat16)")  # fmt: skip
+    p.add_argument(
+        "--against",
+        metavar="X",
+        help="instead of B, what is run live, and should be as A is: "
+        "`here`, the pipeline, from the prompt on; `diffusers`, its transformer with the same weights, in each "
+        "recorded pass; MODULE:FUNCTION, as for --call of replay, or one that gives the path of a capture; or the "
+        "same as B, a file",
+    )
+    p.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
+    )
+    p.add_argument(
+        "--budget",
+        type=amount,
+        metavar="X",
+        help="relative L2 that is allowed (default: what was measured and "
+        "stored in the reference, else by dtype: 1e-4 in float32, 2e-2 in bfloat16)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     add_how(p.add_argument_group("how to run, with --against here or diffusers"))
 
@@ -169,7 +244,9 @@ def compare(args: argparse.Namespace) -> int:
         print(within(rows, b, precision))
     for path, lost in zip((args.judged, args.reference), compare.unmatched(a, b)):
         if lost:
-            say(f"note: {len(lost):,} tensors are in {path} alone: {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}")
+            say(
+                f"note: {len(lost):,} tensors are in {path} alone: {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}"
+            )
     return judge(rows, args)
 
 
@@ -191,7 +268,9 @@ def live(args: argparse.Namespace) -> int:
         rows = against.diffusers(capture, pipe, args.only, budget)
     else:
         sys.path.append("")  # a function may be in a file beside one
-        rows = against.adaptor(Capture(args.judged), against.named(args.against), args.only, args.budget)
+        rows = against.adaptor(
+            Capture(args.judged), against.named(args.against), args.only, args.budget
+        )
     print(compare.table(rows))
     return judge(rows, args)
 
@@ -201,7 +280,9 @@ def judge(rows, args: argparse.Namespace) -> int:
     from flux.parity import compare
 
     if args.json:
-        say(f"rows: {write_new(args.json, lambda file: file.write(compare.to_json(rows).encode()))}")
+        say(
+            f"rows: {write_new(args.json, lambda file: file.write(compare.to_json(rows).encode()))}"
+        )
     return int(compare.first_over(rows) is not None)
 
 
@@ -209,16 +290,35 @@ def judge(rows, args: argparse.Namespace) -> int:
 
 
 def add_kit(commands) -> None:
-    p = command(commands, kit, "kit", "write a folder that a port in any language can be tested against")
+    p = command(
+        commands, kit, "kit", "write a folder that a port in any language can be tested against"
+    )
     add_request(p)
     group = p.add_argument_group("the kit")
-    group.add_argument("--random", choices=("flux.1", "flux.2"), help="of a tiny model of this family with random weights, "
-                       "which needs no files, in place of --model")  # fmt: skip
-    group.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="that is not there yet")
-    group.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture; the block that the "
-                       "example reads is always there (repeatable)")  # fmt: skip
-    group.add_argument("--without-weights", action="store_true", help="of a model that is at hand, or too large to copy")
-    group.add_argument("--limit", type=amount, default=1.0, metavar="GB", help="refuse to write more (default: 1)")
+    group.add_argument(
+        "--random",
+        choices=("flux.1", "flux.2"),
+        help="of a tiny model of this family with random weights, "
+        "which needs no files, in place of --model",
+    )
+    group.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="that is not there yet"
+    )
+    group.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="as for capture; the block that the example reads is always there (repeatable)",
+    )
+    group.add_argument(
+        "--without-weights",
+        action="store_true",
+        help="of a model that is at hand, or too large to copy",
+    )
+    group.add_argument(
+        "--limit", type=amount, default=1.0, metavar="GB", help="refuse to write more (default: 1)"
+    )
 
 
 def kit(args: argparse.Namespace) -> int:
@@ -228,7 +328,9 @@ def kit(args: argparse.Namespace) -> int:
     if not args.random:
         return build_kit(args)
     if args.model or args.weights or args.transformer or args.autoencoder:
-        raise UserError("--random makes a model of its own: leave out --model, --weights, --transformer and --autoencoder")
+        raise UserError(
+            "--random makes a model of its own: leave out --model, --weights, --transformer and --autoencoder"
+        )
     with random_model(args.random) as (args.model, args.weights):
         return build_kit(args)
 
@@ -241,38 +343,82 @@ def build_kit(args: argparse.Namespace) -> int:
     args.dtype = args.dtype or "float32"
     pipe, request = prepare(args)
     request = kit.small(pipe.spec, request)
-    kit.build(pipe, request, args.output, args.only, not args.without_weights, args.limit * 1e9, say)
+    kit.build(
+        pipe, request, args.output, args.only, not args.without_weights, args.limit * 1e9, say
+    )
     print(args.output)
     return 0
 
 
 # ---------------------------------------------------------------- replay, bisect, budgets
 
-AGAIN = ("device", "dtype", "numerics", "weights", "transformer", "autoencoder", "lora", "lora_partial")  # of sample.py's flags
+AGAIN = (
+    "device",
+    "dtype",
+    "numerics",
+    "weights",
+    "transformer",
+    "autoencoder",
+    "lora",
+    "lora_partial",
+)  # of sample.py's flags
 
 
 def add_replay(commands) -> None:
-    p = command(commands, replay, "replay", "run modules on the inputs that a capture recorded, so that errors do not add up")
+    p = command(
+        commands,
+        replay,
+        "replay",
+        "run modules on the inputs that a capture recorded, so that errors do not add up",
+    )
     add_again(p)
     add_judgement(p)
-    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
-    p.add_argument("--free", action="store_true", help="the whole loop, from the recorded noise and features on: they add up")
-    p.add_argument("--inside", metavar="NAME", help="one module, step.001/double_blocks.3, or network, step.001, and all in it")
+    p.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
+    )
+    p.add_argument(
+        "--free",
+        action="store_true",
+        help="the whole loop, from the recorded noise and features on: they add up",
+    )
+    p.add_argument(
+        "--inside",
+        metavar="NAME",
+        help="one module, step.001/double_blocks.3, or network, step.001, and all in it",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
 
 
 def add_bisect(commands) -> None:
-    p = command(commands, bisect, "bisect", "find the first step and module that departs from a capture, in few runs")
+    p = command(
+        commands,
+        bisect,
+        "bisect",
+        "find the first step and module that departs from a capture, in few runs",
+    )
     add_again(p)
     add_judgement(p)
 
 
 def add_budgets(commands) -> None:
-    p = command(commands, budgets, "budgets", "measure how far rounding moves each tensor of a capture, and keep that in it")
+    p = command(
+        commands,
+        budgets,
+        "budgets",
+        "measure how far rounding moves each tensor of a capture, and keep that in it",
+    )
     add_again(p)
-    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
-    p.add_argument("--precision", action="append", choices=("bfloat16", "float16", "float8"), metavar="P", help="bfloat16, "
-                   "float16 or float8 (repeatable; default: all); twice the first is what `compare` then allows")  # fmt: skip
+    p.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
+    )
+    p.add_argument(
+        "--precision",
+        action="append",
+        choices=("bfloat16", "float16", "float8"),
+        metavar="P",
+        help="bfloat16, "
+        "float16 or float8 (repeatable; default: all); twice the first is what `compare` then allows",
+    )
 
 
 def add_again(p: argparse.ArgumentParser) -> None:
@@ -291,10 +437,19 @@ def add_how(p: argparse._ActionsContainer) -> None:
 
 
 def add_judgement(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--call", metavar="MODULE:FUNCTION", help="a function to judge in place of the networks here: it is "
-                   "given the name of a module and a list of tensors, and gives a list of tensors")  # fmt: skip
-    p.add_argument("--budget", type=amount, metavar="X", help="relative L2 that is allowed (default: what was measured for "
-                   "this dtype, else by dtype: 1e-5 in float32)")  # fmt: skip
+    p.add_argument(
+        "--call",
+        metavar="MODULE:FUNCTION",
+        help="a function to judge in place of the networks here: it is "
+        "given the name of a module and a list of tensors, and gives a list of tensors",
+    )
+    p.add_argument(
+        "--budget",
+        type=amount,
+        metavar="X",
+        help="relative L2 that is allowed (default: what was measured for "
+        "this dtype, else by dtype: 1e-5 in float32)",
+    )
 
 
 def again(args: argparse.Namespace):
@@ -339,7 +494,11 @@ def replay(args: argparse.Namespace) -> int:
     capture, pipe, request = again(args)
     dtype = str(pipe.dtype).removeprefix("torch.")
     measured = dtype in budgets.stored(capture)
-    budget = budgets.budgets(capture, dtype, not args.free) if measured and args.budget is None else args.budget
+    budget = (
+        budgets.budgets(capture, dtype, not args.free)
+        if measured and args.budget is None
+        else args.budget
+    )
     if args.free:
         rows = replay.free(capture, pipe, request, args.only, budget)
     elif args.inside:
@@ -350,7 +509,9 @@ def replay(args: argparse.Namespace) -> int:
     if measured:
         say(budgets.within(rows, capture, dtype, not args.free))
     if args.json:
-        say(f"rows: {write_new(args.json, lambda file: file.write(compare.to_json(rows).encode()))}")
+        say(
+            f"rows: {write_new(args.json, lambda file: file.write(compare.to_json(rows).encode()))}"
+        )
     return int(compare.first_over(rows) is not None)
 
 
@@ -368,10 +529,14 @@ def budgets(args: argparse.Namespace) -> int:
 
     capture, pipe, request = again(args)
     precisions = args.precision or budgets.PRECISIONS
-    measured = {name: budgets.measure(capture, pipe, request, name, args.only) for name in precisions}
+    measured = {
+        name: budgets.measure(capture, pipe, request, name, args.only) for name in precisions
+    }
     budgets.store(capture.path, measured, precisions[0])
     print(budgets.table(measured))
-    say(f"kept in {capture.path}: `compare` allows {budgets.ALLOWED} times what {precisions[0]} does in a run")
+    say(
+        f"kept in {capture.path}: `compare` allows {budgets.ALLOWED} times what {precisions[0]} does in a run"
+    )
     return 0
 
 
@@ -382,10 +547,20 @@ def add_report(commands) -> None:
     p = command(commands, report, "report", "compare two captures, and write a web page to look at")
     p.add_argument("judged", type=Path, metavar="A", help="as for compare")
     p.add_argument("reference", type=Path, metavar="B", help="what A should be")
-    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
+    p.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
+    )
     p.add_argument("--budget", type=amount, metavar="X", help="as for compare")
-    p.add_argument("--output", type=Path, required=True, metavar="FILE", help="an .html file that needs nothing else")
-    p.add_argument("--png", type=Path, metavar="FOLDER", help="also write its plots and pictures there")
+    p.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="an .html file that needs nothing else",
+    )
+    p.add_argument(
+        "--png", type=Path, metavar="FOLDER", help="also write its plots and pictures there"
+    )
 
 
 def report(args: argparse.Namespace) -> int:
@@ -405,10 +580,19 @@ def report(args: argparse.Namespace) -> int:
 
 
 def add_doctor(commands) -> None:
-    p = command(commands, doctor, "doctor", "try the known mistakes on the first tensor over budget, and name the one it is")
+    p = command(
+        commands,
+        doctor,
+        "doctor",
+        "try the known mistakes on the first tensor over budget, and name the one it is",
+    )
     p.add_argument("judged", type=Path, metavar="PORT", help="as for compare")
-    p.add_argument("reference", type=Path, metavar="REFERENCE", help="a capture with every tensor in full")
-    p.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)")
+    p.add_argument(
+        "reference", type=Path, metavar="REFERENCE", help="a capture with every tensor in full"
+    )
+    p.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
+    )
     p.add_argument("--budget", type=amount, metavar="X", help="as for compare")
     for action in sample.parser()._actions:
         if action.dest in AGAIN:
@@ -437,9 +621,16 @@ def doctor(args: argparse.Namespace) -> int:
 
 def add_table(commands) -> None:
     p = command(
-        commands, table, "table", "measure each network and pipeline against diffusers and transformers, tiny and random"
+        commands,
+        table,
+        "table",
+        "measure each network and pipeline against diffusers and transformers, tiny and random",
     )
-    p.add_argument("--write", action="store_true", help="put the table into README.md as well, in the place of the one there")
+    p.add_argument(
+        "--write",
+        action="store_true",
+        help="put the table into README.md as well, in the place of the one there",
+    )
 
 
 def table(args: argparse.Namespace) -> int:
@@ -454,7 +645,9 @@ def table(args: argparse.Namespace) -> int:
         text = table.markdown(list(measure()), ran_on())
     except ImportError as error:
         lacking = f"table needs diffusers, transformers and what the tests do, and {error.name or error} is missing or too old"
-        raise UserError(f'{lacking}: run `pip install -e ".[test]"` in a clone of the repository') from None
+        raise UserError(
+            f'{lacking}: run `pip install -e ".[test]"` in a clone of the repository'
+        ) from None
     print(text)
     if args.write:
         table.write(root / "README.md", text)
@@ -476,7 +669,9 @@ def main() -> int:
     except NonFiniteError as error:
         return fail(str(error), 1)
     except ModuleNotFoundError as error:
-        return fail(f"the package {error.name!r} is missing: run `pip install -e .` in the repository")
+        return fail(
+            f"the package {error.name!r} is missing: run `pip install -e .` in the repository"
+        )
     except BrokenPipeError:  # `| head` has seen enough
         sample.close_stdout()
         return 1
@@ -485,7 +680,9 @@ def main() -> int:
     except KeyboardInterrupt:
         return fail("stopped, and nothing is kept", 130)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(x in str(error) for x in ("out of memory", "can't allocate memory")):
+        if isinstance(error, RuntimeError) and not any(
+            x in str(error) for x in ("out of memory", "can't allocate memory")
+        ):
             raise
         return fail("out of memory: make the picture smaller, or choose a smaller model")
 

@@ -40,8 +40,14 @@ EDIT = (
 # ---------------------------------------------------------------------------------------------------------- here
 
 
-def upsample_locally(prompt: str, folder: Path, pictures: Sequence[Image.Image] = (), seed: int = 0,
-                     device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:  # fmt: skip
+def upsample_locally(
+    prompt: str,
+    folder: Path,
+    pictures: Sequence[Image.Image] = (),
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> str:
     """The prompt, or with pictures the edit, as Mistral writes it; the model (48 GB in bfloat16) is let go afterwards.
 
     `folder`: a FLUX.2-dev repository with `tokenizer/tokenizer.json` and all of `text_encoder/`. UserError without
@@ -56,19 +62,28 @@ def upsample_locally(prompt: str, folder: Path, pictures: Sequence[Image.Image] 
     tokens = chat([prompt], MAX_TOKENS + 1)
     ids = tokens.ids[tokens.mask][None].to(device)  # (1, L), unpadded
     if ids.shape[1] > MAX_TOKENS:
-        raise UserError(f"the prompt is too long to upsample: with what goes around it, it may have {MAX_TOKENS} tokens")
+        raise UserError(
+            f"the prompt is too long to upsample: with what goes around it, it may have {MAX_TOKENS} tokens"
+        )
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=chat.pad_id, do_sample=True,
-            temperature=TEMPERATURE, max_new_tokens=NEW_TOKENS, **seen,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=chat.pad_id,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            max_new_tokens=NEW_TOKENS,
+            **seen,
+        )
     del model
     gc.collect()
     torch.cuda.empty_cache()
     text = _printable(chat.tokenizer.decode(out[0, ids.shape[1] :].tolist()))
     if not text:
-        raise UserError(f"the model in {folder} answered without text: try another prompt or seed, or do without upsampling")
+        raise UserError(
+            f"the model in {folder} answered without text: try another prompt or seed, or do without upsampling"
+        )
     return text
 
 
@@ -77,9 +92,19 @@ def _load(encoder: Path, device: torch.device, dtype: torch.dtype):
     try:
         from transformers import Mistral3ForConditionalGeneration, PixtralImageProcessorPil  # noqa: F401 (which _see needs)
     except ImportError:
-        raise UserError("prompts are upsampled by transformers: run `pip install -U transformers accelerate`") from None
-    advice = "take all of text_encoder/ from the FLUX.2-dev repository, or upsample through a server"
-    options = dict(dtype=dtype, device_map=device, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        raise UserError(
+            "prompts are upsampled by transformers: run `pip install -U transformers accelerate`"
+        ) from None
+    advice = (
+        "take all of text_encoder/ from the FLUX.2-dev repository, or upsample through a server"
+    )
+    options = dict(
+        dtype=dtype,
+        device_map=device,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
     try:
         model, report = Mistral3ForConditionalGeneration.from_pretrained(encoder, **options)
     except Exception as error:  # missing or damaged files, no accelerate, too little memory
@@ -95,14 +120,18 @@ def _see(pictures: Sequence[Image.Image], model) -> tuple[str, dict]:
     """Pictures, in one row on white -> the tokens that stand for it, and what the model sees of it."""
     from transformers import PixtralImageProcessorPil  # PixtralProcessor would need torchvision
 
-    row = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    row = Image.new(
+        "RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white"
+    )
     left = 0
     for picture in pictures:
         row.paste(picture, (left, (row.height - picture.height) // 2))
         left += picture.width
     eyes = model.config.vision_config
     cell = eyes.patch_size * model.config.spatial_merge_size  # the side of a token, in pixels
-    seen = PixtralImageProcessorPil(patch_size=cell, size={"longest_edge": eyes.image_size})(_capped(row), return_tensors="pt")
+    seen = PixtralImageProcessorPil(patch_size=cell, size={"longest_edge": eyes.image_size})(
+        _capped(row), return_tensors="pt"
+    )
     lines, columns = (seen["image_sizes"][0] // cell).tolist()
     grid = ("[IMG]" * columns + "[IMG_BREAK]") * lines
     return grid.removesuffix("[IMG_BREAK]") + "[IMG_END]", dict(seen.to(model.device, model.dtype))
@@ -111,8 +140,14 @@ def _see(pictures: Sequence[Image.Image], model) -> tuple[str, dict]:
 # ---------------------------------------------------------------------------------------------------------- elsewhere
 
 
-def upsample_remotely(prompt: str, url: str, model: str, key: str | None = None, pictures: Sequence[Image.Image] = (),
-                      timeout: float = 120) -> str:  # fmt: skip
+def upsample_remotely(
+    prompt: str,
+    url: str,
+    model: str,
+    key: str | None = None,
+    pictures: Sequence[Image.Image] = (),
+    timeout: float = 120,
+) -> str:
     """The same from the server at `url`, such as https://api.openai.com or http://localhost:8080/v1.
 
     `/v1` is added where no version stands in the path, and `/chat/completions` always. `key`: else $OPENAI_API_KEY, if set;
@@ -120,22 +155,36 @@ def upsample_remotely(prompt: str, url: str, model: str, key: str | None = None,
     """
     key = (os.environ.get("OPENAI_API_KEY", "") if key is None else key).strip()
     address = _address(url, key)
-    content = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
+    content = [
+        {"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures
+    ]
     messages = [
         {"role": "system", "content": EDIT if pictures else EXPAND},
-        {"role": "user", "content": [*content, {"type": "text", "text": prompt}] if pictures else prompt},
+        {
+            "role": "user",
+            "content": [*content, {"type": "text", "text": prompt}] if pictures else prompt,
+        },
     ]
-    body = {"model": model, "messages": messages, "temperature": TEMPERATURE, "max_tokens": NEW_TOKENS}
+    body = {
+        "model": model,
+        "messages": messages,
+        "temperature": TEMPERATURE,
+        "max_tokens": NEW_TOKENS,
+    }
     answer = _post(address, key, body, timeout)
     try:
         text = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, RecursionError):
-        raise _refusal(address, "answered something that is not JSON: is this a chat model's address?", key) from None
+        raise _refusal(
+            address, "answered something that is not JSON: is this a chat model's address?", key
+        ) from None
     except (LookupError, TypeError):
         raise _refusal(address, f"answered without choices: {_complaint(answer)}", key) from None
     if isinstance(text, str) and (text := _printable(text)):
         return text
-    raise _refusal(address, "answered without text: try another prompt or model, or do without upsampling", key)
+    raise _refusal(
+        address, "answered without text: try another prompt or model, or do without upsampling", key
+    )
 
 
 class AsItIs(HTTPErrorProcessor):
@@ -148,16 +197,27 @@ class AsItIs(HTTPErrorProcessor):
 
 
 def _post(address: str, key: str, body: dict, timeout: float) -> bytes:
-    headers = {"Content-Type": "application/json", "User-Agent": "flux"}  # some servers refuse urllib's own name
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": "flux",
+    }  # some servers refuse urllib's own name
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
     try:
         request = Request(address, json.dumps(body).encode(), headers)
         with build_opener(AsItIs).open(request, timeout=timeout) as response:
-            status, moved, answer = response.status, response.headers.get("Location"), response.read(2**22)
+            status, moved, answer = (
+                response.status,
+                response.headers.get("Location"),
+                response.read(2**22),
+            )
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         late = f"gave no sign of life for {timeout:g} seconds"
-        raise _refusal(address, late if isinstance(reason, TimeoutError) else f"cannot be reached ({reason})", key) from None
+        raise _refusal(
+            address,
+            late if isinstance(reason, TimeoutError) else f"cannot be reached ({reason})",
+            key,
+        ) from None
     if moved:
         raise _refusal(address, f"sends on to {moved}: give the address that is meant", key)
     if status != 200:
@@ -173,12 +233,28 @@ def _address(url: str, key: str) -> str:
     except ValueError:
         host = None
     shown = re.sub("//[^/]*@", "//", re.split("[?#]", url)[0])  # without what may be secret
-    if not host or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query or parts.fragment:
-        raise _refusal(f"{shown} is not", "the plain address of a server: https://, its name, and a path, if it has one", key)
+    if (
+        not host
+        or parts.scheme not in ("http", "https")
+        or "@" in parts.netloc
+        or parts.query
+        or parts.fragment
+    ):
+        raise _refusal(
+            f"{shown} is not",
+            "the plain address of a server: https://, its name, and a path, if it has one",
+            key,
+        )
     if not re.fullmatch("[!-~]*", key):
-        raise _refusal(shown, "cannot be sent this key, which has spaces or other odd characters: check $OPENAI_API_KEY", key)
+        raise _refusal(
+            shown,
+            "cannot be sent this key, which has spaces or other odd characters: check $OPENAI_API_KEY",
+            key,
+        )
     if key and parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-        raise _refusal(shown, "would be sent the key unencrypted: use https, or unset $OPENAI_API_KEY", key)
+        raise _refusal(
+            shown, "would be sent the key unencrypted: use https, or unset $OPENAI_API_KEY", key
+        )
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path if re.search('/v[0-9]', path) else path + '/v1'}/chat/completions"
 

@@ -65,7 +65,9 @@ def main() -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        return fail("out of memory: use --checkpointing, a smaller --batch or --size, or --lora-rank")
+        return fail(
+            "out of memory: use --checkpointing, a smaller --batch or --size, or --lora-rank"
+        )
     finally:
         processes.leave()
 
@@ -74,7 +76,9 @@ def train(args: argparse.Namespace) -> int:
     # 1. what is asked for, and what that takes
     check_numbers(args)
     if args.run.resolve() == args.pictures.resolve():
-        raise UserError(f"{args.run} holds the pictures: name another folder for the run, where it puts pictures of its own")
+        raise UserError(
+            f"{args.run} holds the pictures: name another folder for the run, where it puts pictures of its own"
+        )
     items = dataset.read_folder(args.pictures)
     pipe = load(args)
     settle(args, pipe, items)
@@ -96,18 +100,35 @@ def train(args: argparse.Namespace) -> int:
     teacher, network = begin(args, pipe)
     network = adapted(args, network, pipe.device)
     trainer = training.Trainer(
-        network, args.run / "checkpoint.safetensors", about(args, pipe, examples), steps=args.steps, rate=args.lr,
-        warmup=args.warmup, ema=args.ema, kind=args.optimizer,
-    )  # fmt: skip
+        network,
+        args.run / "checkpoint.safetensors",
+        about(args, pipe, examples),
+        steps=args.steps,
+        rate=args.lr,
+        warmup=args.warmup,
+        ema=args.ema,
+        kind=args.optimizer,
+    )
     count = sum(p.numel() for p in trainer.parameters.values())
-    say(f"{pipe.spec.name}: {count:,} parameters to train, on {pipe.device}, products in {str(pipe.dtype)[6:]}"
-        + (f"; goes on at step {trainer.step}" if trainer.step else ""))  # fmt: skip
+    say(
+        f"{pipe.spec.name}: {count:,} parameters to train, on {pipe.device}, products in {str(pipe.dtype)[6:]}"
+        + (f"; goes on at step {trainer.step}" if trainer.step else "")
+    )
 
     # 4. the steps
-    draws = dataset.Draws(examples, args.batch, args.seed, len(pipe.spec.transformer.axes_dim), empty, args.drop_captions)
+    draws = dataset.Draws(
+        examples,
+        args.batch,
+        args.seed,
+        len(pipe.spec.transformer.axes_dim),
+        empty,
+        args.drop_captions,
+    )
     code = run(args, pipe, network, teacher, trainer, draws, samples)
     if code:
-        return fail(f"stopped at step {trainer.step}, and saved; the same command goes on from there", code)
+        return fail(
+            f"stopped at step {trainer.step}, and saved; the same command goes on from there", code
+        )
 
     # 5. the result
     path = export(args, network, trainer, pipe.dtype)
@@ -118,18 +139,35 @@ def train(args: argparse.Namespace) -> int:
 
 def about(args: argparse.Namespace, pipe: flux.Pipeline, examples) -> dict[str, object]:
     """What a checkpoint belongs to. --steps, --lr and --warmup may be others when a run goes on."""
-    others = lambda e: [file.name for file in (*e.references, e.channels) if file]  # noqa: E731
+
+    def others(e):
+        return [file.name for file in (*e.references, e.channels) if file]
+
     names = [(e.latents.name, e.features.name, others(e)) for e in examples]
-    trained = f"a LoRA of rank {args.lora_rank} on {' '.join(args.targets or ['*'])}" if args.lora_rank else "all weights"
+    trained = (
+        f"a LoRA of rank {args.lora_rank} on {' '.join(args.targets or ['*'])}"
+        if args.lora_rank
+        else "all weights"
+    )
     trained += "" if args.optimizer == "adamw" else f", by {args.optimizer}"
     about = {
-        "model": pipe.spec.name, "transformer": dataset.fingerprint(pipe.files["transformer"]), "training": trained,
-        "pictures": hashlib.sha256(repr(names).encode()).hexdigest(), "--batch": args.batch, "--accumulate": args.accumulate,
-        "--ema": args.ema, "--guidance": args.guidance, "--drop-captions": args.drop_captions, "--seed": args.seed,
+        "model": pipe.spec.name,
+        "transformer": dataset.fingerprint(pipe.files["transformer"]),
+        "training": trained,
+        "pictures": hashlib.sha256(repr(names).encode()).hexdigest(),
+        "--batch": args.batch,
+        "--accumulate": args.accumulate,
+        "--ema": args.ema,
+        "--guidance": args.guidance,
+        "--drop-captions": args.drop_captions,
+        "--seed": args.seed,
         "--dtype": pipe.dtype,
-    }  # fmt: skip
+    }
     if args.distill or args.guided:
-        about |= {"--distill" if args.distill else "--guided": True, "--guidance-range": args.guidance_range}
+        about |= {
+            "--distill" if args.distill else "--guided": True,
+            "--guidance-range": args.guidance_range,
+        }
     if args.distill and args.transformer:  # what is called "transformer" is the teacher
         about["student"] = dataset.fingerprint(shard_files(args.transformer))
     return about
@@ -138,7 +176,9 @@ def about(args: argparse.Namespace, pipe: flux.Pipeline, examples) -> dict[str, 
 # ---------------------------------------------------------------- pictures and captions
 
 
-def encode(args: argparse.Namespace, cache: dataset.Cache, items: list[dataset.Item]) -> list[dataset.Example]:
+def encode(
+    args: argparse.Namespace, cache: dataset.Cache, items: list[dataset.Item]
+) -> list[dataset.Example]:
     examples = []
     for item in tqdm(items, desc="encoding", unit="picture", disable=None):
         try:
@@ -147,12 +187,17 @@ def encode(args: argparse.Namespace, cache: dataset.Cache, items: list[dataset.I
             raise
         except UserError as error:
             if not args.skip_broken:
-                raise UserError(f"{error} (or leave such pictures out, with --skip-broken)") from None
+                raise UserError(
+                    f"{error} (or leave such pictures out, with --skip-broken)"
+                ) from None
             say(f"note: left out: {error}")
     if not examples:
         raise UserError(f"{args.pictures}: none of the {len(items)} pictures can be read")
     sizes = Counter(f"{16 * e.shape[0][2]}x{16 * e.shape[0][1]}" for e in examples)
-    say(f"{len(examples)} pictures: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common()))
+    say(
+        f"{len(examples)} pictures: "
+        + ", ".join(f"{count} of {size}" for size, count in sizes.most_common())
+    )
     return examples
 
 
@@ -161,13 +206,17 @@ class Sample(NamedTuple):
     conditions: Conditions
 
 
-def prepare_samples(args: argparse.Namespace, cache: dataset.Cache, examples: list[dataset.Example]) -> list[Sample]:
+def prepare_samples(
+    args: argparse.Namespace, cache: dataset.Cache, examples: list[dataset.Example]
+) -> list[Sample]:
     """What the sheets show: --prompt, or the first pictures' captions, with the references that they are edits of."""
     axes, side = len(cache.pipe.spec.transformer.axes_dim), args.size // 16
     blank = dataset.Example(Path(), Path(), (), ((0, side, side),))
     if examples[0].channels:  # without a picture such a model makes none
         blank = examples[0]
-    asked = [blank._replace(features=cache.features(prompt)) for prompt in args.prompt or ()] or examples[:SAMPLES]
+    asked = [
+        blank._replace(features=cache.features(prompt)) for prompt in args.prompt or ()
+    ] or examples[:SAMPLES]
     samples = []
     for example in asked:
         height, width = (16 * side for side in example.shape[0][1:])
@@ -186,7 +235,11 @@ def begin(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux | None, F
         return None, pipe.transformer()
     teacher = pipe.transformer()
     device = teacher.img_in.weight.device
-    student = given_student(args, pipe).to(device) if args.transformer else distillation.student_of(teacher)
+    student = (
+        given_student(args, pipe).to(device)
+        if args.transformer
+        else distillation.student_of(teacher)
+    )
     if processes.world() > 1:
         processes.shard(teacher, pipe.device)
     pipe.transformer.module = student  # the samples are its
@@ -208,15 +261,27 @@ def adapted(args: argparse.Namespace, network: Flux, device: torch.device) -> Fl
     return network
 
 
-def loss_of(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teacher: Flux | None, draws: dataset.Draws,
-            number: int) -> torch.Tensor:  # fmt: skip
+def loss_of(
+    args: argparse.Namespace,
+    pipe: flux.Pipeline,
+    network: Flux,
+    teacher: Flux | None,
+    draws: dataset.Draws,
+    number: int,
+) -> torch.Tensor:
     """Of the n-th batch of the run, or of the part of it that is this process's."""
     batch, normal, noise = draws(number)
     times = training.shifted_times(normal, training.mu_of(pipe.spec, noise[0, 0].numel()))  # (B,)
     share = args.batch // processes.world()
     mine = slice(processes.rank() * share, (processes.rank() + 1) * share)
-    batch, t, noise = batch.rows(mine, pipe.device), times[mine].to(pipe.device), noise[mine].to(pipe.device)
-    guidance = distillation.draw_guidance(*args.guidance_range, args.batch, args.seed, number)[mine].to(pipe.device)  # (B,)
+    batch, t, noise = (
+        batch.rows(mine, pipe.device),
+        times[mine].to(pipe.device),
+        noise[mine].to(pipe.device),
+    )
+    guidance = distillation.draw_guidance(*args.guidance_range, args.batch, args.seed, number)[
+        mine
+    ].to(pipe.device)  # (B,)
     velocity, x_t = partial(training.velocity, network, batch, guidance), (batch.latents, t, noise)
     with training.computing(pipe.device, pipe.dtype):
         if not (args.distill or args.guided):
@@ -225,16 +290,27 @@ def loss_of(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teache
         if args.guided:
             uncaptioned = partial(training.velocity, network, blank, 1.0)
             return distillation.guided_flow_loss(velocity, uncaptioned, guidance, *x_t)
-        captioned, uncaptioned = (partial(training.velocity, teacher, given, 1.0) for given in (batch, blank))
-        return distillation.guidance_distillation_loss(velocity, captioned, uncaptioned, guidance, *x_t)
+        captioned, uncaptioned = (
+            partial(training.velocity, teacher, given, 1.0) for given in (batch, blank)
+        )
+        return distillation.guidance_distillation_loss(
+            velocity, captioned, uncaptioned, guidance, *x_t
+        )
 
 
 def empty_features(draws: dataset.Draws) -> TextFeatures:
     return dataset.features_of([draws.examples[0]._replace(features=draws.empty)])
 
 
-def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teacher: Flux | None, trainer: training.Trainer,
-        draws: dataset.Draws, samples: list[Sample]) -> int:  # fmt: skip
+def run(
+    args: argparse.Namespace,
+    pipe: flux.Pipeline,
+    network: Flux,
+    teacher: Flux | None,
+    trainer: training.Trainer,
+    draws: dataset.Draws,
+    samples: list[Sample],
+) -> int:
     """All steps that are left; returns 0, or the exit code for the signal that stopped it."""
     log = Log(args.run / "loss.csv", trainer.step)
     negative = empty_features(draws) if pipe.spec.cfg else None
@@ -245,11 +321,20 @@ def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teacher: F
             started, rate = time.monotonic(), trainer.current_rate
             numbers = range(trainer.step * args.accumulate, (trainer.step + 1) * args.accumulate)
             try:
-                losses = (partial(loss_of, args, pipe, network, teacher, draws, number) for number in numbers)
+                losses = (
+                    partial(loss_of, args, pipe, network, teacher, draws, number)
+                    for number in numbers
+                )
                 value, length = trainer.update(losses)
-            except NonFiniteError as error:  # what led here is no state to go on from: the last checkpoint may be
+            except (
+                NonFiniteError
+            ) as error:  # what led here is no state to go on from: the last checkpoint may be
                 saved = trainer.saved_step()
-                again = f"the same command with a smaller --lr goes on from step {saved}" if saved else "take a smaller --lr"
+                again = (
+                    f"the same command with a smaller --lr goes on from step {saved}"
+                    if saved
+                    else "take a smaller --lr"
+                )
                 raise NonFiniteError(f"{error}: the run was stopped; {again}") from None
             seconds = time.monotonic() - started
             speed = args.batch * args.accumulate / seconds
@@ -266,8 +351,16 @@ def run(args: argparse.Namespace, pipe: flux.Pipeline, network: Flux, teacher: F
             if samples and not halted and (last or trainer.step % args.sample_every == 0):
                 try:
                     with trainer.averaged():
-                        draw_samples(pipe, samples, negative, args.run / "samples" / f"{trainer.step:06}.png", args.seed)
-                except NonFiniteError:  # a few steps of a sampler may overflow where the loss is sound
+                        draw_samples(
+                            pipe,
+                            samples,
+                            negative,
+                            args.run / "samples" / f"{trainer.step:06}.png",
+                            args.seed,
+                        )
+                except (
+                    NonFiniteError
+                ):  # a few steps of a sampler may overflow where the loss is sound
                     say(f"note: no samples of step {trainer.step}: their latents are not finite")
     return 128 + (stopped or [signal.SIGTERM])[0] if halted else 0
 
@@ -292,14 +385,18 @@ def stopping() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def draw_samples(pipe: flux.Pipeline, samples: list[Sample], negative: TextFeatures | None, path: Path, seed: int) -> None:
+def draw_samples(
+    pipe: flux.Pipeline, samples: list[Sample], negative: TextFeatures | None, path: Path, seed: int
+) -> None:
     """One picture of each sample, side by side, each from the same noise every time."""
     made = []
     for features, given in samples:
         with training.computing(pipe.device, pipe.dtype):
             made += pipe.decode(pipe.sample(features, [seed], negative=negative, conditions=given))
     pipe.autoencoder.release()
-    sheet = Image.new("RGB", (sum(image.width for image in made), max(image.height for image in made)), "white")
+    sheet = Image.new(
+        "RGB", (sum(image.width for image in made), max(image.height for image in made)), "white"
+    )
     left = 0
     for image in made:
         sheet.paste(image, (left, 0))
@@ -308,7 +405,9 @@ def draw_samples(pipe: flux.Pipeline, samples: list[Sample], negative: TextFeatu
     sheet.save(path)
 
 
-def export(args: argparse.Namespace, network: Flux, trainer: training.Trainer, dtype: torch.dtype) -> Path:
+def export(
+    args: argparse.Namespace, network: Flux, trainer: training.Trainer, dtype: torch.dtype
+) -> Path:
     """What `--lora` or `--transformer` of sample.py, and other programs, load."""
     with trainer.averaged():
         if args.lora_rank:

@@ -35,7 +35,9 @@ TINY = {
     "flux.2": replace(FLUX2, ch=32),
     "flux.2, small decoder": replace(FLUX2, ch=32, decoder_ch=24, norm_groups=8),
 }
-either_order = pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+either_order = pytest.mark.parametrize(
+    "order", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
 every_model = pytest.mark.parametrize("config", TINY.values(), ids=TINY.keys())
 
 
@@ -44,11 +46,15 @@ def picture(batch: int, height: int, width: int) -> Tensor:
 
 
 def latents(config: AutoEncoderConfig, batch: int, height: int, width: int) -> Tensor:
-    return torch.randn(batch, config.latent_channels, height, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        batch, config.latent_channels, height, width, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def reference(ours: AutoEncoder) -> nn.Module:
-    return loaded(diffusers_autoencoder(ours.config), autoencoder_to_diffusers(ours.state_dict(), ours.config))
+    return loaded(
+        diffusers_autoencoder(ours.config), autoencoder_to_diffusers(ours.state_dict(), ours.config)
+    )
 
 
 @either_order
@@ -117,19 +123,28 @@ def test_running_statistics_are_read_and_never_updated():
     ours = randomise(AutoEncoder(TINY["flux.2"])).train()
     before = {name: buffer.clone() for name, buffer in ours.named_buffers()}
     ours.decode(ours.encode(picture(2, 32, 32)))
-    assert len(before) == 3 and all(torch.equal(buffer, before[name]) for name, buffer in ours.named_buffers())
+    assert len(before) == 3 and all(
+        torch.equal(buffer, before[name]) for name, buffer in ours.named_buffers()
+    )
 
 
 @pytest.mark.parametrize(
     "config, tensors, parameters",
-    [(FLUX1, 244, 83_819_683), (FLUX2, 251, 84_046_115), (replace(FLUX2, decoder_ch=96), 251, 62_373_091)],
+    [
+        (FLUX1, 244, 83_819_683),
+        (FLUX2, 251, 84_046_115),
+        (replace(FLUX2, decoder_ch=96), 251, 62_373_091),
+    ],
     ids=["flux.1", "flux.2", "flux.2, small decoder"],
 )
 def test_full_size_tensors_equal_diffusers(config, tensors, parameters):
     with torch.device("meta"):
         module = AutoEncoder(config)
     ours, theirs = module.state_dict(), diffusers_autoencoder(config).state_dict()
-    assert (len(ours), sum(parameter.numel() for parameter in module.parameters())) == (tensors, parameters)
+    assert (len(ours), sum(parameter.numel() for parameter in module.parameters())) == (
+        tensors,
+        parameters,
+    )
     assert shapes(autoencoder_to_diffusers(ours, config)) == shapes(theirs)
 
 
@@ -142,7 +157,9 @@ def test_every_name_of_diffusers_is_one_of_ours(config):
     assert len(names) == len(theirs)
     attention = {name for name, tensor in ours.items() if ".attn_1." in name and tensor.ndim == 4}
     assert len(attention) == 8
-    assert {name: shape + (1, 1) * (name in attention) for name, shape in names.items()} == shapes(ours)
+    assert {name: shape + (1, 1) * (name in attention) for name, shape in names.items()} == shapes(
+        ours
+    )
 
 
 @torch.no_grad()
@@ -164,14 +181,32 @@ def test_file_that_diffusers_saved_decodes_the_same(tmp_path):
 @torch.enable_grad()
 def test_upsampled_convolution_is_that_of_the_nearest_neighbours(size, order):
     """And so are its gradients; here in float64."""
-    conv = randomise(autoencoder.UpsampledConv(6, 6, 3, padding=1)).double().to(memory_format=order).requires_grad_(True)
-    x = torch.randn(2, 6, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    by_hand = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), conv.weight, conv.bias, padding=1)
+    conv = (
+        randomise(autoencoder.UpsampledConv(6, 6, 3, padding=1))
+        .double()
+        .to(memory_format=order)
+        .requires_grad_(True)
+    )
+    x = torch.randn(
+        2,
+        6,
+        *size,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+        requires_grad=True,
+    )
+    by_hand = F.conv2d(
+        x.repeat_interleave(2, 2).repeat_interleave(2, 3), conv.weight, conv.bias, padding=1
+    )
     assert max_error(conv(x), by_hand) <= 1e-14
-    back = torch.randn(by_hand.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    back = torch.randn(
+        by_hand.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     given = x, conv.weight, conv.bias
     for ours, expected in zip(
-        torch.autograd.grad(conv(x), given, back), torch.autograd.grad(by_hand, given, back), strict=True
+        torch.autograd.grad(conv(x), given, back),
+        torch.autograd.grad(by_hand, given, back),
+        strict=True,
     ):
         assert max_error(ours, expected) <= 1e-14
 
@@ -184,7 +219,11 @@ def measure():
     return script("benchmarks/measure")
 
 
-@pytest.mark.parametrize("config", [FLUX1, FLUX2, replace(FLUX2, decoder_ch=96)], ids=["flux.1", "flux.2", "small decoder"])
+@pytest.mark.parametrize(
+    "config",
+    [FLUX1, FLUX2, replace(FLUX2, decoder_ch=96)],
+    ids=["flux.1", "flux.2", "small decoder"],
+)
 def test_decoding_takes_two_thirds_of_the_memory_of_diffusers(config, measure):
     """At full size and 512x512 in bfloat16, counted without weights. Four pictures take what one does, and their pixels.
 
@@ -207,7 +246,9 @@ def test_stripes_change_nothing(config, order, monkeypatch):
     ours, given = randomise(AutoEncoder(config)).to(memory_format=order), latents(config, 1, 3, 5)
     whole, cut = ours.decode(given), []
     real = autoencoder.striped
-    monkeypatch.setattr(autoencoder, "striped", lambda *args, **named: cut.append(args[3]) or real(*args, **named))
+    monkeypatch.setattr(
+        autoencoder, "striped", lambda *args, **named: cut.append(args[3]) or real(*args, **named)
+    )
     monkeypatch.setattr(autoencoder, "STRIPE", 2**13)
     monkeypatch.setattr(autoencoder, "CACHED", 2**10)
     assert max_error(ours.decode(given), whole) <= 5e-6
@@ -231,8 +272,14 @@ def test_a_hook_sees_whole_tensors(monkeypatch):
         module.register_forward_hook(lambda *_, name=name: seen.append(name))
     with torch.no_grad():
         ours.decode(latents(ours.config, 1, 3, 5))
-    callable_ = [name for name, m in ours.decoder.named_modules() if type(m).forward is not nn.Module.forward]
-    assert sorted(seen) == sorted(callable_) and "up.0.block.0.conv1" in seen and "up.1.upsample.conv" in seen
+    callable_ = [
+        name for name, m in ours.decoder.named_modules() if type(m).forward is not nn.Module.forward
+    ]
+    assert (
+        sorted(seen) == sorted(callable_)
+        and "up.0.block.0.conv1" in seen
+        and "up.1.upsample.conv" in seen
+    )
 
 
 @every_model
@@ -247,15 +294,20 @@ def test_gradients_equal_diffusers(config):
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     translated = autoencoder_to_diffusers(grads, config)
     assert translated.keys() == expected.keys() and len(grads) > 100
-    largest = max(grad.abs().max() for grad in expected.values())  # some are 0 but for rounding: the keys' bias
-    assert all((translated[name] - grad).abs().max() <= 2e-5 * largest for name, grad in expected.items())
+    largest = max(
+        grad.abs().max() for grad in expected.values()
+    )  # some are 0 but for rounding: the keys' bias
+    assert all(
+        (translated[name] - grad).abs().max() <= 2e-5 * largest for name, grad in expected.items()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- tiles
 
 
 @pytest.mark.parametrize(
-    "size, tile, overlap", [(1, 8, 3), (8, 8, 3), (9, 8, 3), (8, 9, 8), (31, 8, 7), (40, 8, 4), (64, 24, 1)]
+    "size, tile, overlap",
+    [(1, 8, 3), (8, 8, 3), (9, 8, 3), (8, 9, 8), (31, 8, 7), (40, 8, 4), (64, 24, 1)],
 )
 def test_tiles_share_what_is_asked_and_their_weights_sum_to_one(size, tile, overlap):
     total, ends = torch.zeros(16 * size), []
@@ -295,11 +347,16 @@ def test_tiles_leave_no_seams():
     y, x = torch.meshgrid(torch.linspace(-1, 1, 384), torch.linspace(-1, 1, 384), indexing="ij")
     pixels = torch.stack([x, y, torch.sin(4 * (x + y))])[None]
     given = ours.encode(pixels)
-    errors = [ours.decode_tiled(given, tile, overlap) - ours.decode(given) for tile, overlap in ((8, 4), (12, 4), (16, 8))]
+    errors = [
+        ours.decode_tiled(given, tile, overlap) - ours.decode(given)
+        for tile, overlap in ((8, 4), (12, 4), (16, 8))
+    ]
     large, medium, small = (error.square().mean().sqrt() for error in errors)
     assert 0.11 > large > medium > small > 0.01
     steps = errors[0].diff(dim=3).abs().mean((0, 1, 2))  # (383,) at each column
-    seams = [16 * n - 1 for start, weights in tiles(24, 8, 4) for n in (start, start + 8) if 0 < n < 24]
+    seams = [
+        16 * n - 1 for start, weights in tiles(24, 8, 4) for n in (start, start + 8) if 0 < n < 24
+    ]
     assert len(seams) >= 8 and steps[seams].mean() <= 1.5 * steps.mean()
 
 
@@ -317,7 +374,9 @@ def test_being_watched_moves_no_bit_of_a_picture_that_is_decoded_in_stripes(dtyp
     """Stripes have the size that they have in use; watched, nothing is cut, so that hooks see whole tensors."""
     model = flux.load(device="cpu", dtype=dtype).autoencoder()
     given, cut, striped = latents(model.config, 1, 40, 33).to(dtype), [], autoencoder.striped
-    monkeypatch.setattr(autoencoder, "striped", lambda *args, **named: cut.append(1) or striped(*args, **named))
+    monkeypatch.setattr(
+        autoencoder, "striped", lambda *args, **named: cut.append(1) or striped(*args, **named)
+    )
     with torch.inference_mode():
         plain, stripes = model.decode(given), len(cut)
         with watching({"": model}, lambda name, tensor: None):

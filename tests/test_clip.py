@@ -8,7 +8,9 @@ from flux.clip import CLIP, CLIPConfig
 from flux.parity.reference import clip_to_transformers, max_error, relative_l2, transformers_clip
 
 # An eps large enough to be missed.
-TINY = CLIPConfig(vocab_size=100, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eos_id=99, eps=1e-3)
+TINY = CLIPConfig(
+    vocab_size=100, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eos_id=99, eps=1e-3
+)
 BOS, EOS = 98, 99
 
 
@@ -57,7 +59,9 @@ def test_float32_equals_transformers(eos_id: int, attention: str):
     theirs = transformers_clip(TINY, eos_id, attention)
     theirs.load_state_dict(clip_to_transformers(state), strict=True)
     expected = theirs(ids)
-    first = torch.stack([hidden[end] for hidden, end in zip(expected.last_hidden_state, (1, 9, 76, 20))])
+    first = torch.stack(
+        [hidden[end] for hidden, end in zip(expected.last_hidden_state, (1, 9, 76, 20))]
+    )
     assert torch.equal(expected.pooler_output, first)
     ours = build(TINY, state)(ids)
     for row in range(len(ids)):
@@ -91,14 +95,18 @@ def test_a_row_does_not_depend_on_its_batch():
     model, ids = build(TINY, random_state(TINY)), prompts()
     batch = model(ids)
     for row in range(len(ids)):
-        assert max_error(batch[row:row + 1], model(ids[row:row + 1])) <= 1e-6
+        assert max_error(batch[row : row + 1], model(ids[row : row + 1])) <= 1e-6
 
 
 def test_full_size_tensors_equal_transformers():
     with torch.device("meta"):
-        ours, theirs = CLIP(CLIPConfig()).state_dict(), transformers_clip(CLIPConfig(), eos_id=2).state_dict()
-    assert {name: tensor.shape for name, tensor in clip_to_transformers(ours).items()} \
-        == {name: tensor.shape for name, tensor in theirs.items()}
+        ours, theirs = (
+            CLIP(CLIPConfig()).state_dict(),
+            transformers_clip(CLIPConfig(), eos_id=2).state_dict(),
+        )
+    assert {name: tensor.shape for name, tensor in clip_to_transformers(ours).items()} == {
+        name: tensor.shape for name, tensor in theirs.items()
+    }
     assert len(ours) == 196
     assert sum(tensor.numel() for tensor in ours.values()) == 123_060_480
     assert all(name.startswith("text_model.") for name in ours)

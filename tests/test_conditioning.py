@@ -37,7 +37,7 @@ from flux.parity.reference import (
     siglip_processor,
     transformers_siglip,
     write_weights,
-)  # fmt: skip
+)
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
 from flux.text_encoder import TextFeatures
 
@@ -67,11 +67,17 @@ class Model:
         home = folder / MODELS[name].repository.split("/")[1]
         flux1 = name.startswith("flux.1")
         last = write_tokenizers(home, "flux.1-dev" if flux1 else name)
-        text = FLUX1Text(TINY_T5, replace(TINY_CLIP, eos_id=last)) if flux1 else FLUX2Text(
-            TINY_MISTRAL if name == "flux.2-dev" else TINY_QWEN
-        )  # fmt: skip
+        text = (
+            FLUX1Text(TINY_T5, replace(TINY_CLIP, eos_id=last))
+            if flux1
+            else FLUX2Text(TINY_MISTRAL if name == "flux.2-dev" else TINY_QWEN)
+        )
         self.spec = replace(
-            MODELS[name], transformer=TRANSFORMERS[name], text=text, text_length=64, autoencoder=TINY_AE1 if flux1 else TINY_AE2
+            MODELS[name],
+            transformer=TRANSFORMERS[name],
+            text=text,
+            text_length=64,
+            autoencoder=TINY_AE1 if flux1 else TINY_AE2,
         )
         patch.setitem(MODELS, name, self.spec)
         self.parts = networks(self.spec)
@@ -97,11 +103,17 @@ class Model:
         """Another of diffusers' pipelines with the same parts, that takes the mean of the posterior."""
         import diffusers
 
-        kind, posterior = getattr(diffusers, family), diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+        kind, posterior = (
+            getattr(diffusers, family),
+            diffusers.models.autoencoders.vae.DiagonalGaussianDistribution,
+        )
         patch.setattr(posterior, "sample", lambda self, generator=None: self.mean)
         takes = inspect.signature(kind).parameters
         distilled = {"is_distilled": not self.spec.cfg} if "Klein" in family else {}
-        pipe = kind(**{part: value for part, value in self.theirs.components.items() if part in takes}, **distilled)
+        pipe = kind(
+            **{part: value for part, value in self.theirs.components.items() if part in takes},
+            **distilled,
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -138,11 +150,22 @@ def painted(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
     return Image.fromarray(mask)
 
 
-def compare(model: Model, theirs, pictures: Pictures, given: dict, conditioned=None, noise_given: bool = True,
-            negative: TextFeatures | None = None, limit: float = WITHIN, **asked):  # fmt: skip
+def compare(
+    model: Model,
+    theirs,
+    pictures: Pictures,
+    given: dict,
+    conditioned=None,
+    noise_given: bool = True,
+    negative: TextFeatures | None = None,
+    limit: float = WITHIN,
+    **asked,
+):
     """Latents after every step, and pictures, ours against those of one of diffusers' pipelines."""
     features, seen = model.features(), []
-    words = dict(prompt_embeds=features.tokens) | ({"pooled_prompt_embeds": features.pooled} if model.flux1 else {})
+    words = dict(prompt_embeds=features.tokens) | (
+        {"pooled_prompt_embeds": features.pooled} if model.flux1 else {}
+    )
     if negative is not None:
         words["negative_prompt_embeds"] = negative.tokens.expand_as(features.tokens)
     if conditioned is not None:
@@ -152,15 +175,24 @@ def compare(model: Model, theirs, pictures: Pictures, given: dict, conditioned=N
     else:
         given |= dict(generator=[torch.Generator().manual_seed(seed) for seed in SEEDS])
     expected = theirs(
-        **words, width=WIDTH, height=HEIGHT, num_inference_steps=STEPS, **given,
+        **words,
+        width=WIDTH,
+        height=HEIGHT,
+        num_inference_steps=STEPS,
+        **given,
         callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
-    ).images  # fmt: skip
+    ).images
     conditions = model.ours.condition(pictures, WIDTH, HEIGHT)
     steps = []
     latents = model.ours.sample(
-        features, SEEDS, steps=STEPS, negative=negative, conditions=conditions,
-        callback=lambda step, t, x: steps.append(x.clone()), **asked,
-    )  # fmt: skip
+        features,
+        SEEDS,
+        steps=STEPS,
+        negative=negative,
+        conditions=conditions,
+        callback=lambda step, t, x: steps.append(x.clone()),
+        **asked,
+    )
     assert len(steps) == len(seen) and torch.equal(steps[-1], latents)
     assert max(max_error(a, grid(b, HEIGHT)) for a, b in zip(steps, seen, strict=True)) <= limit
     assert max(map(levels, model.ours.decode(latents), expected)) <= 1
@@ -176,7 +208,13 @@ def test_fill_equals_diffusers(models, monkeypatch):
     theirs = model.variant("FluxFillPipeline", monkeypatch)
     picture, mask = photo(), painted()
     pictures = Pictures((picture,), mask, mask_threshold=0.5)
-    compare(model, theirs, pictures, dict(image=picture, mask_image=mask, guidance_scale=20.0), guidance=20.0)
+    compare(
+        model,
+        theirs,
+        pictures,
+        dict(image=picture, mask_image=mask, guidance_scale=20.0),
+        guidance=20.0,
+    )
 
 
 def test_control_equals_diffusers(models, monkeypatch):
@@ -236,7 +274,9 @@ def embedded_by_diffusers(model: Model, references: list[Image.Image]) -> Tensor
     missing, unexpected = siglip.load_state_dict(model.siglip.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("head.") for name in missing)
     redux.load_state_dict(model.redux.state_dict())
-    prior = diffusers.FluxPriorReduxPipeline(siglip, siglip_processor(TINY_SIGLIP.image_size), redux)
+    prior = diffusers.FluxPriorReduxPipeline(
+        siglip, siglip_processor(TINY_SIGLIP.image_size), redux
+    )
     with torch.no_grad():
         return prior.image_embedder(prior.encode_image(references, "cpu", 1)).image_embeds
 
@@ -245,7 +285,9 @@ def embedded_by_diffusers(model: Model, references: list[Image.Image]) -> Tensor
 def test_redux_equals_diffusers(models, monkeypatch, weights):
     model = models("flux.1-redux-dev")
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)][: len(weights or [1])]
-    added = torch.einsum("n,ntd->td", torch.tensor(weights or [1.0]), embedded_by_diffusers(model, references))[None]
+    added = torch.einsum(
+        "n,ntd->td", torch.tensor(weights or [1.0]), embedded_by_diffusers(model, references)
+    )[None]
     pictures = Pictures(tuple(references), weights=weights)
     assert max_error(model.ours.condition(pictures).text, added) <= 2e-6
 
@@ -263,7 +305,14 @@ def test_image_to_image_equals_diffusers(models, monkeypatch, strength):
     model = models("flux.1-dev")
     theirs = model.variant("FluxImg2ImgPipeline", monkeypatch)
     given = dict(image=photo(), strength=strength, guidance_scale=3.0)
-    compare(model, theirs, Pictures((photo(),), strength=strength), given, noise_given=False, guidance=3.0)
+    compare(
+        model,
+        theirs,
+        Pictures((photo(),), strength=strength),
+        given,
+        noise_given=False,
+        guidance=3.0,
+    )
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -271,7 +320,14 @@ def test_inpainting_equals_diffusers(models, monkeypatch, strength):
     model = models("flux.1-dev")
     theirs = model.variant("FluxInpaintPipeline", monkeypatch)
     given = dict(image=photo(), mask_image=painted(), strength=strength, guidance_scale=3.0)
-    compare(model, theirs, Pictures((photo(),), painted(), strength=strength), given, noise_given=False, guidance=3.0)
+    compare(
+        model,
+        theirs,
+        Pictures((photo(),), painted(), strength=strength),
+        given,
+        noise_given=False,
+        guidance=3.0,
+    )
 
 
 @pytest.mark.parametrize("name", ["flux.2-klein-4b", "flux.2-klein-base-4b"])
@@ -280,8 +336,13 @@ def test_klein_inpainting_equals_diffusers(models, monkeypatch, name):
     theirs = model.variant("Flux2KleinInpaintPipeline", monkeypatch)
     other = photo(96, 80, seed=3)
     cfg = dict(guidance=3.0, negative=model.features(2, rows=1)) if model.spec.cfg else {}
-    given = dict(image=photo(), mask_image=painted(), image_reference=other, strength=0.6,
-                 guidance_scale=cfg.get("guidance", 1.0))  # fmt: skip
+    given = dict(
+        image=photo(),
+        mask_image=painted(),
+        image_reference=other,
+        strength=0.6,
+        guidance_scale=cfg.get("guidance", 1.0),
+    )
     pictures = Pictures((photo(), other), painted(), strength=0.6, limit=1024)
     compare(model, theirs, pictures, given, noise_given=False, **cfg)
 
@@ -293,7 +354,11 @@ def test_kontext_with_several_references_equals_diffusers_networks(models):
     """Its pipeline takes one; its transformer, called by hand for the one step from 1 to 0, takes them side by side."""
     model = models("flux.1-kontext-dev")
     references, sizes = (photo(80, 96, seed=1), photo(64, 80, seed=2)), ((6, 5), (5, 4))
-    tokens, ids, left = [noise(model, SEEDS)], [[0, row, column] for row in range(4) for column in range(6)], 0
+    tokens, ids, left = (
+        [noise(model, SEEDS)],
+        [[0, row, column] for row in range(4) for column in range(6)],
+        0,
+    )
     for picture, (h, w) in zip(references, sizes, strict=True):
         pixels = torch.from_numpy(np.asarray(picture) / 127.5 - 1).permute(2, 0, 1)[None].float()
         with torch.no_grad():
@@ -303,9 +368,15 @@ def test_kontext_with_several_references_equals_diffusers_networks(models):
         left += w
     features = model.features()
     velocity = diffusers_velocity(
-        model.theirs.transformer, torch.cat(tokens, dim=1), torch.tensor(ids), features.tokens, torch.zeros(7, 3),
-        torch.ones(2), torch.full((2,), 3.0), features.pooled,
-    )  # fmt: skip
+        model.theirs.transformer,
+        torch.cat(tokens, dim=1),
+        torch.tensor(ids),
+        features.tokens,
+        torch.zeros(7, 3),
+        torch.ones(2),
+        torch.full((2,), 3.0),
+        features.pooled,
+    )
     expected = tokens[0] - velocity[:, : tokens[0].shape[1]]
     conditions = model.ours.condition(Pictures(references, keep_size=True), WIDTH, HEIGHT)
     ours = model.ours.sample(features, SEEDS, steps=1, guidance=3.0, conditions=conditions)
@@ -318,4 +389,9 @@ def test_pictures_of_redux_share_one(models, count):
     model = models("flux.1-redux-dev")
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2), photo(64, 64, seed=3)][:count]
     alone = [embedded_by_diffusers(model, [picture]).double() for picture in references]
-    assert max_error(model.ours.condition(Pictures(tuple(references))).text.double(), sum(alone) / count) <= 2e-6
+    assert (
+        max_error(
+            model.ours.condition(Pictures(tuple(references))).text.double(), sum(alone) / count
+        )
+        <= 2e-6
+    )

@@ -18,7 +18,9 @@ from flux.runtime.checks import check_guidance
 from flux.weights import locate as models
 from flux.weights.locate import find_spec, with_transformer
 
-REAL = {name: spec for name, spec in MODELS.items() if not spec.embedded and spec.storage == "bfloat16"}
+REAL = {
+    name: spec for name, spec in MODELS.items() if not spec.embedded and spec.storage == "bfloat16"
+}
 QUANTISED = {name: spec for name, spec in MODELS.items() if spec.storage != "bfloat16"}
 
 # From the cards of FLUX.1-schnell (4 steps, 256 tokens, no guidance), FLUX.1-dev (50 steps, guidance 3.5, 512 tokens) and
@@ -50,22 +52,37 @@ DEFAULTS = {
 PICTURES = {
     "start": {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev", "flux.1-tiny"},
     "fill": {"flux.1-fill-dev"},
-    "control": {"flux.1-canny-dev", "flux.1-depth-dev", "flux.1-canny-dev-lora", "flux.1-depth-dev-lora"},
+    "control": {
+        "flux.1-canny-dev",
+        "flux.1-depth-dev",
+        "flux.1-canny-dev-lora",
+        "flux.1-depth-dev-lora",
+    },
     "redux": {"flux.1-redux-dev"},
     "reference": {
-        "flux.1-kontext-dev", "flux.2-dev", "flux.2-klein-4b", "flux.2-klein-9b", "flux.2-klein-9b-kv",
-        "flux.2-klein-base-4b", "flux.2-klein-base-9b", "flux.2-tiny",
+        "flux.1-kontext-dev",
+        "flux.2-dev",
+        "flux.2-klein-4b",
+        "flux.2-klein-9b",
+        "flux.2-klein-9b-kv",
+        "flux.2-klein-base-4b",
+        "flux.2-klein-base-9b",
+        "flux.2-tiny",
     },
-}  # fmt: skip
+}
 
 # From BFL's `configs` (repositories and files), cli_control.py (`lora_scale`), and diffusers' layout of FLUX.1-Redux-dev, in
 # whose image_encoder/ lies the SigLIP so400m-patch14-384 that BFL's code takes from Google.
 ADAPTERS = {
     "flux.1-canny-dev-lora": Adapter(
-        "black-forest-labs/FLUX.1-Canny-dev-lora", (("lora", "flux1-canny-dev-lora.safetensors"),), 0.85
+        "black-forest-labs/FLUX.1-Canny-dev-lora",
+        (("lora", "flux1-canny-dev-lora.safetensors"),),
+        0.85,
     ),
     "flux.1-depth-dev-lora": Adapter(
-        "black-forest-labs/FLUX.1-Depth-dev-lora", (("lora", "flux1-depth-dev-lora.safetensors"),), 0.85
+        "black-forest-labs/FLUX.1-Depth-dev-lora",
+        (("lora", "flux1-depth-dev-lora.safetensors"),),
+        0.85,
     ),
     "flux.1-redux-dev": Adapter(
         "black-forest-labs/FLUX.1-Redux-dev",
@@ -75,7 +92,10 @@ ADAPTERS = {
 }
 
 # Of BFL's parameter classes: hidden size, heads, double and single blocks, width of the text, axes, theta, guidance embedding.
-FLUX1, KLEIN_4B = (3072, 24, 19, 38, 4096, (16, 56, 56), 10_000), (3072, 24, 5, 20, 7680, (32,) * 4, 2000, False)
+FLUX1, KLEIN_4B = (
+    (3072, 24, 19, 38, 4096, (16, 56, 56), 10_000),
+    (3072, 24, 5, 20, 7680, (32,) * 4, 2000, False),
+)
 KLEIN_9B = (4096, 32, 8, 24, 12288, (32,) * 4, 2000, False)
 NETWORKS = {
     "flux.1-schnell": (*FLUX1, False),
@@ -104,16 +124,33 @@ def test_defaults(name):
     spec = MODELS[name]
     file, *defaults, fixed = DEFAULTS[name]
     assert [spec.schedule, spec.steps, spec.guidance, spec.cfg, spec.text_length] == defaults
-    assert spec.transformer_file == f"{file}.safetensors" and bool(spec.fixed) == fixed and spec.size == 1024
+    assert (
+        spec.transformer_file == f"{file}.safetensors"
+        and bool(spec.fixed) == fixed
+        and spec.size == 1024
+    )
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_networks(name):
     spec, c = MODELS[name], MODELS[name].transformer
-    sizes = (c.hidden_size, c.num_heads, c.depth, c.depth_single, c.context_dim, c.axes_dim, c.theta, c.guidance)
+    sizes = (
+        c.hidden_size,
+        c.num_heads,
+        c.depth,
+        c.depth_single,
+        c.context_dim,
+        c.axes_dim,
+        c.theta,
+        c.guidance,
+    )
     assert sizes == NETWORKS[name] and c.hidden_size // c.num_heads == sum(c.axes_dim) == 128
     kind = (c.out_channels, c.mlp_ratio, c.vector_dim, c.bias, c.gated_mlp, c.shared_modulation)
-    autoencoder = (spec.autoencoder.z_channels, spec.autoencoder.scale_factor, spec.autoencoder.shift_factor)
+    autoencoder = (
+        spec.autoencoder.z_channels,
+        spec.autoencoder.scale_factor,
+        spec.autoencoder.shift_factor,
+    )
     if name.startswith("flux.1"):
         assert kind == (64, 4, 768, True, False, False) and autoencoder == (16, 0.3611, 0.1159)
         assert isinstance(spec.text, FLUX1Text) and spec.text.t5.hidden_size == c.context_dim
@@ -121,7 +158,9 @@ def test_networks(name):
         assert kind == (128, 3, None, False, True, True) and autoencoder == (32, None, None)
         assert isinstance(spec.text, FLUX2Text) and spec.text.model.features == c.context_dim
         assert spec.text.model.layers == ((10, 20, 30) if name == "flux.2-dev" else (9, 18, 27))
-    assert c.in_channels - STACKED.get(name, 0) == c.out_channels == spec.autoencoder.latent_channels
+    assert (
+        c.in_channels - STACKED.get(name, 0) == c.out_channels == spec.autoencoder.latent_channels
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -142,18 +181,34 @@ def test_adapters(name):
         return
     assert spec.adapter == ADAPTERS.get(name)
     if spec.adapter:  # all else is of FLUX.1 [dev]
-        assert (spec.repository, spec.licence, spec.transformer) == (base.repository, base.licence, base.transformer)
-        assert (spec.text, spec.autoencoder, spec.autoencoder_files) == (base.text, base.autoencoder, base.autoencoder_files)
+        assert (spec.repository, spec.licence, spec.transformer) == (
+            base.repository,
+            base.licence,
+            base.transformer,
+        )
+        assert (spec.text, spec.autoencoder, spec.autoencoder_files) == (
+            base.text,
+            base.autoencoder,
+            base.autoencoder_files,
+        )
 
 
 def test_quantised_rows_are_those_of_the_whole_model():
     """Of another file alone: all else, licence included, is the same. The names are those of the repositories."""
     assert {name: spec.adapter.repository.split("/")[1] for name, spec in QUANTISED.items()} == {
-        name.lower(): name for name in (
-            "FLUX.2-dev-NVFP4", "FLUX.2-klein-4b-fp8", "FLUX.2-klein-4b-nvfp4", "FLUX.2-klein-9b-fp8", "FLUX.2-klein-9b-nvfp4",
-            "FLUX.2-klein-9b-kv-fp8", "FLUX.2-klein-base-4b-fp8", "FLUX.2-klein-base-9b-fp8", "FLUX.2-klein-base-9b-nvfp4",
+        name.lower(): name
+        for name in (
+            "FLUX.2-dev-NVFP4",
+            "FLUX.2-klein-4b-fp8",
+            "FLUX.2-klein-4b-nvfp4",
+            "FLUX.2-klein-9b-fp8",
+            "FLUX.2-klein-9b-nvfp4",
+            "FLUX.2-klein-9b-kv-fp8",
+            "FLUX.2-klein-base-4b-fp8",
+            "FLUX.2-klein-base-9b-fp8",
+            "FLUX.2-klein-base-9b-nvfp4",
         )
-    }  # fmt: skip
+    }
     for name, spec in QUANTISED.items():
         whole, _, storage = name.rpartition("-")
         file = dict(transformer_file=spec.transformer_file, adapter=spec.adapter, storage=storage)
@@ -163,24 +218,58 @@ def test_quantised_rows_are_those_of_the_whole_model():
 
 def test_names_and_repositories():
     assert REAL.keys() == DEFAULTS.keys() and flux.MODELS is MODELS
-    homes = {name: spec.adapter.repository if spec.adapter else spec.repository for name, spec in REAL.items()}
+    homes = {
+        name: spec.adapter.repository if spec.adapter else spec.repository
+        for name, spec in REAL.items()
+    }
     assert all(f"black-forest-labs/{name}" == home.lower() for name, home in homes.items())
     assert all(name == spec.name for name, spec in MODELS.items())
     assert {home.split("/")[1] for home in homes.values()} == {
-        "FLUX.1-schnell", "FLUX.1-dev", "FLUX.1-Krea-dev", "FLUX.1-Fill-dev", "FLUX.1-Canny-dev", "FLUX.1-Depth-dev",
-        "FLUX.1-Canny-dev-lora", "FLUX.1-Depth-dev-lora", "FLUX.1-Redux-dev", "FLUX.1-Kontext-dev", "FLUX.2-dev",
-        "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-klein-9b-kv", "FLUX.2-klein-base-4B", "FLUX.2-klein-base-9B",
-    }  # fmt: skip
+        "FLUX.1-schnell",
+        "FLUX.1-dev",
+        "FLUX.1-Krea-dev",
+        "FLUX.1-Fill-dev",
+        "FLUX.1-Canny-dev",
+        "FLUX.1-Depth-dev",
+        "FLUX.1-Canny-dev-lora",
+        "FLUX.1-Depth-dev-lora",
+        "FLUX.1-Redux-dev",
+        "FLUX.1-Kontext-dev",
+        "FLUX.2-dev",
+        "FLUX.2-klein-4B",
+        "FLUX.2-klein-9B",
+        "FLUX.2-klein-9b-kv",
+        "FLUX.2-klein-base-4B",
+        "FLUX.2-klein-base-9B",
+    }
 
 
 def test_licences():
-    free = {name for name, spec in MODELS.items() if spec.licence.commercial and name not in QUANTISED}
-    assert free == {"flux.1-schnell", "flux.2-klein-4b", "flux.2-klein-base-4b", "flux.1-tiny", "flux.2-tiny"}
-    assert all((spec.licence.name == "Apache-2.0") == spec.licence.commercial for spec in MODELS.values())
-    open_to_all = {name for name, spec in MODELS.items() if not spec.licence.gated and name not in QUANTISED}
+    free = {
+        name for name, spec in MODELS.items() if spec.licence.commercial and name not in QUANTISED
+    }
+    assert free == {
+        "flux.1-schnell",
+        "flux.2-klein-4b",
+        "flux.2-klein-base-4b",
+        "flux.1-tiny",
+        "flux.2-tiny",
+    }
+    assert all(
+        (spec.licence.name == "Apache-2.0") == spec.licence.commercial for spec in MODELS.values()
+    )
+    open_to_all = {
+        name for name, spec in MODELS.items() if not spec.licence.gated and name not in QUANTISED
+    }
     assert open_to_all == free - {"flux.1-schnell"}
-    owed = {name: spec.licence.name for name, spec in MODELS.items() if name not in free | QUANTISED.keys()}
-    assert owed == {name: "FLUX.1 [dev] Non-Commercial License" for name in owed if name.startswith("flux.1")} | {
+    owed = {
+        name: spec.licence.name
+        for name, spec in MODELS.items()
+        if name not in free | QUANTISED.keys()
+    }
+    assert owed == {
+        name: "FLUX.1 [dev] Non-Commercial License" for name in owed if name.startswith("flux.1")
+    } | {
         "flux.2-dev": "FLUX.2 [dev] Non-Commercial License",
         "flux.2-klein-9b": "FLUX Non-Commercial License",
         "flux.2-klein-9b-kv": "FLUX Non-Commercial License",
@@ -189,12 +278,21 @@ def test_licences():
 
 
 def test_embedded_models_are_a_klein_base_and_a_flux1_dev():
-    assert [spec.name for spec in MODELS.values() if spec.embedded] == ["flux.1-tiny", "flux.2-tiny"]
+    assert [spec.name for spec in MODELS.values() if spec.embedded] == [
+        "flux.1-tiny",
+        "flux.2-tiny",
+    ]
     for name, large in (("flux.1-tiny", "flux.1-dev"), ("flux.2-tiny", "flux.2-klein-base-4b")):
         toy, large = MODELS[name], MODELS[large]
-        assert (toy.schedule, toy.cfg, toy.picture) == (large.schedule, large.cfg, large.picture) and toy.guidance > 1
+        assert (toy.schedule, toy.cfg, toy.picture) == (
+            large.schedule,
+            large.cfg,
+            large.picture,
+        ) and toy.guidance > 1
         same = ("mlp_ratio", "theta", "guidance", "bias", "gated_mlp", "shared_modulation")
-        assert all(getattr(toy.transformer, name) == getattr(large.transformer, name) for name in same)
+        assert all(
+            getattr(toy.transformer, name) == getattr(large.transformer, name) for name in same
+        )
         assert toy.transformer.in_channels == toy.autoencoder.latent_channels
     text = MODELS["flux.1-tiny"].text
     widths = text.t5.hidden_size, text.clip.hidden_size, MODELS["flux.2-tiny"].text.model.features
@@ -202,10 +300,14 @@ def test_embedded_models_are_a_klein_base_and_a_flux1_dev():
 
 
 @pytest.mark.parametrize("name", ["flux.1-tiny", "flux.2-tiny"])
-def test_files_of_embedded_models_are_in_the_package_or_have_to_be_made(name, tmp_path, monkeypatch):
+def test_files_of_embedded_models_are_in_the_package_or_have_to_be_made(
+    name, tmp_path, monkeypatch
+):
     spec = MODELS[name]
     assert EMBEDDED.parent.name == "flux" and models.is_here(spec)
-    assert sum(file.stat().st_size for file in (EMBEDDED / name).rglob("*") if file.is_file()) < 16e6
+    assert (
+        sum(file.stat().st_size for file in (EMBEDDED / name).rglob("*") if file.is_file()) < 16e6
+    )
     monkeypatch.setattr(models, "EMBEDDED", tmp_path)
     assert not models.is_here(spec)
     assert f"scripts/toy/train.py --model {name}" in refusal(load, name, device="cpu")
@@ -232,11 +334,19 @@ def test_without_a_name_it_is_the_embedded_model():
     assert find_spec(None).embedded
 
 
-@pytest.mark.parametrize("name, told, guidance, cfg", [
-    ("flux.1-dev", True, 3.5, False), ("flux.1-dev", False, None, False), ("flux.1-schnell", True, 3.5, False),
-    ("flux.1-fill-dev", True, 30, False), ("flux.2-klein-4b", True, 4, False), ("flux.2-klein-4b", False, None, False),
-    ("flux.2-klein-base-4b", True, 4, False), ("flux.2-klein-base-4b", False, 4, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, told, guidance, cfg",
+    [
+        ("flux.1-dev", True, 3.5, False),
+        ("flux.1-dev", False, None, False),
+        ("flux.1-schnell", True, 3.5, False),
+        ("flux.1-fill-dev", True, 30, False),
+        ("flux.2-klein-4b", True, 4, False),
+        ("flux.2-klein-4b", False, None, False),
+        ("flux.2-klein-base-4b", True, 4, False),
+        ("flux.2-klein-base-4b", False, 4, True),
+    ],
+)
 def test_another_transformer_is_guided_as_it_can_be(name, told, guidance, cfg):
     """By its own input, where it has one; a row's second pass needs none; and else there is no guidance to ask for."""
     row = MODELS[name]
@@ -247,13 +357,22 @@ def test_another_transformer_is_guided_as_it_can_be(name, told, guidance, cfg):
             check_guidance(spec, 3.0, spec.steps)
 
 
-@pytest.mark.parametrize("wrong, near", [
-    ("flux-dev", "flux.1-dev"), ("FLUX.1-Dev ", "flux.1-dev"), ("flux1-schnell", "flux.1-schnell"),
-    ("klein-4b", "flux.2-klein-4b"), ("flux.2-klein-4b-base", "flux.2-klein-base-4b"), ("flux.3-dev", "flux.2-dev"),
-    ("black-forest-labs/FLUX.2-dev", "flux.2-dev"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, near",
+    [
+        ("flux-dev", "flux.1-dev"),
+        ("FLUX.1-Dev ", "flux.1-dev"),
+        ("flux1-schnell", "flux.1-schnell"),
+        ("klein-4b", "flux.2-klein-4b"),
+        ("flux.2-klein-4b-base", "flux.2-klein-base-4b"),
+        ("flux.3-dev", "flux.2-dev"),
+        ("black-forest-labs/FLUX.2-dev", "flux.2-dev"),
+    ],
+)
 def test_unknown_name_is_told_with_the_nearest(wrong, near):
-    with pytest.raises(UserError, match="there is no such model; did you mean .*The choices are") as told:
+    with pytest.raises(
+        UserError, match="there is no such model; did you mean .*The choices are"
+    ) as told:
         find_spec(wrong)
     assert f"--model {wrong}" in str(told.value)
     assert near in str(told.value).partition("did you mean ")[2].partition("?")[0]

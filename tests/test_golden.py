@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 import flux
 from flux.configs import MODELS
-from flux.parity.reference import fingerprint, golden_networks, max_error, networks, tiny_models, write_weights
+from flux.parity.reference import (
+    fingerprint,
+    golden_networks,
+    max_error,
+    networks,
+    tiny_models,
+    write_weights,
+)
 from flux.weights.files import read_header
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,7 +43,9 @@ def golden(name: str, *modules: nn.Module) -> dict[str, dict[str, Tensor]]:
     names = [tensor for module in modules for tensor in module.state_dict()]
     before, now = tensors.pop("fingerprint"), fingerprint(*modules)
     then = read_header(path)[1]["torch"]
-    drawn = f"torch {torch.__version__} draws other random weights here than {then} did for {path.name}"
+    drawn = (
+        f"torch {torch.__version__} draws other random weights here than {then} did for {path.name}"
+    )
     for tensor, a, b in zip(names, before, now, strict=True):
         assert abs(a - b) <= 1e-5, f"{drawn}, in {tensor}: run scripts/dev/golden.py"
     for key, tensor in tensors.items():
@@ -89,9 +98,17 @@ def test_pipeline(name, tmp_path, monkeypatch):
     """From prompts through files, tokens, features and latents to pictures, of which a pixel may be one level off."""
     path = GOLDEN / f"pipeline-{name}.safetensors"
     files = {key[5:]: tensor for key, tensor in load_file(path).items() if key.startswith("file.")}
-    vocabulary = json.loads(files["tokenizer/vocab.json"].numpy().tobytes()) if "tokenizer/vocab.json" in files else {}
+    vocabulary = (
+        json.loads(files["tokenizer/vocab.json"].numpy().tobytes())
+        if "tokenizer/vocab.json" in files
+        else {}
+    )
     spec = tiny_models(len(vocabulary) - 1)[name]
-    parts, metadata, home = networks(spec), read_header(path)[1], tmp_path / spec.repository.split("/")[1]
+    parts, metadata, home = (
+        networks(spec),
+        read_header(path)[1],
+        tmp_path / spec.repository.split("/")[1],
+    )
     expected = golden(path.stem, *parts.values())["out"]
     for file, content in files.items():
         (home / file).parent.mkdir(parents=True, exist_ok=True)
@@ -105,15 +122,31 @@ def test_pipeline(name, tmp_path, monkeypatch):
     assert max_error(features.tokens, expected["features"]) <= WITHIN
     assert features.pooled is None or max_error(features.pooled, expected["pooled"]) <= WITHIN
     guidance = float(metadata["guidance"]) if "guidance" in metadata else None
-    latents = pipe.sample(features, (5, 6), 96, 64, 4, guidance, pipe.encode([""]) if spec.cfg else None)
+    latents = pipe.sample(
+        features, (5, 6), 96, 64, 4, guidance, pipe.encode([""]) if spec.cfg else None
+    )
     assert max_error(latents, expected["latents"]) <= WITHIN
     pictures = np.stack(pipe.decode(latents)).astype(int)
-    assert pictures.shape == (2, 64, 96, 3) and np.abs(pictures - expected["pictures"].numpy()).max() <= 1
+    assert (
+        pictures.shape == (2, 64, 96, 3)
+        and np.abs(pictures - expected["pictures"].numpy()).max() <= 1
+    )
 
 
 def test_this_passes_without_diffusers_and_transformers():
     """In a process that cannot import them. One pipeline of each family is enough there."""
     block = "import sys, pytest; sys.modules |= dict.fromkeys(('diffusers', 'transformers'))"
-    this = [__file__, "-q", "-p", "no:cacheprovider", "-k", "not without_diffusers and not dev and not base"]
-    ran = subprocess.run([sys.executable, "-c", f"{block}; sys.exit(pytest.main({this}))"], capture_output=True, text=True)
+    this = [
+        __file__,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not without_diffusers and not dev and not base",
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{block}; sys.exit(pytest.main({this}))"],
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr

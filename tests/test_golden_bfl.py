@@ -59,7 +59,10 @@ def one_thread():
 def case(request, one_thread):
     with random_model(request.param) as (name, folder):
         weights = folder / MODELS[name].transformer_file
-        load = lambda numerics: flux.load(name, folder, "cpu", torch.bfloat16, numerics)  # noqa: E731
+
+        def load(numerics):
+            return flux.load(name, folder, "cpu", torch.bfloat16, numerics)
+
         family, golden = golden_bfl.run(load_file(weights))
         assert family == request.param
         yield Case(load, weights, golden)
@@ -70,7 +73,9 @@ def ours(case: Case, numerics: Numerics) -> dict[str, Tensor]:
     seen, pipe = {}, case.load(numerics)
     pipe.text.encode_one = lambda prompt: case.features
     run(pipe, Request("", **ASKED), lambda name, tensor: seen.update({name: tensor.clone()}))
-    return seen | {"rope": seen["rope"][..., 0]}  # of each rotation, the first column: its cosine and its sine
+    return seen | {
+        "rope": seen["rope"][..., 0]
+    }  # of each rotation, the first column: its cosine and its sine
 
 
 def differing(case: Case, seen: dict[str, Tensor]) -> list[str]:
@@ -82,26 +87,39 @@ def test_every_tensor_is_equal_to_the_last_bit(case):
     seen = ours(case, NUMERICS["bfl"])
     assert len(case.golden) - ("text/pooled" in case.golden) == 3 + 4 * (1 + 2 * 6 + 3 * 5 + 2)
     assert [name for name in differing(case, seen) if name != "schedule"] == []
-    assert all(seen[name].dtype == torch.bfloat16 for name in case.golden if name.startswith("step"))
+    assert all(
+        seen[name].dtype == torch.bfloat16 for name in case.golden if name.startswith("step")
+    )
     torch.testing.assert_close(seen["schedule"], case.golden["schedule"], rtol=1.2e-7, atol=0)
     latents = case.load(NUMERICS["bfl"]).sample(case.features, [0], **ASKED)  # not watched
     assert latents.equal(case.golden["step.004/latents"]) and latents.std() > 0.5
 
 
-@pytest.mark.parametrize("choice, first", [
-    ("time", "step.001/vec"), ("rope", "rope"), ("norm_scale", "step.001/double_blocks.0/attention/q"),
-    ("state", "step.001/latents"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "choice, first",
+    [
+        ("time", "step.001/vec"),
+        ("rope", "rope"),
+        ("norm_scale", "step.001/double_blocks.0/attention/q"),
+        ("state", "step.001/latents"),
+    ],
+)
 def test_each_rounding_is_seen_where_it_happens(case, choice, first):
     other = replace(NUMERICS["bfl"], **{choice: getattr(NUMERICS["exact"], choice)})
     differ = [name for name in differing(case, ours(case, other)) if name != "schedule"]
     assert differ[0] == first
-    assert choice == "rope" or "step.004/latents" in differ  # its 3e-8 are less than what bfloat16 shows
+    assert (
+        choice == "rope" or "step.004/latents" in differ
+    )  # its 3e-8 are less than what bfloat16 shows
 
 
 def test_exact_numerics_are_far_away(case):
     seen = ours(case, NUMERICS["exact"])
-    golden = {name: tensor for name, tensor in case.golden.items() if re.search("blocks|vec|/out|step.004/latents", name)}
+    golden = {
+        name: tensor
+        for name, tensor in case.golden.items()
+        if re.search("blocks|vec|/out|step.004/latents", name)
+    }
     found = {name: errors(seen[name], tensor).relative_l2 for name, tensor in golden.items()}
     assert min(found.values()) > 5 * OTHER_SUMS
 
@@ -115,11 +133,15 @@ def test_what_is_stored_is_what_the_script_gives(case, tmp_path, monkeypatch):
     assert now.keys() == then.keys() == set(filter(golden_bfl.kept, case.golden))
     assert all(tensor.float().equal(case.golden[name]) for name, tensor in now.items())
     found = {name: errors(now[name], tensor).relative_l2 for name, tensor in then.items()}
-    assert found["text/features"] < 1e-3, "torch draws other random numbers than it did: run the script again"
+    assert found["text/features"] < 1e-3, (
+        "torch draws other random numbers than it did: run the script again"
+    )
     assert max(found.values()) <= OTHER_SUMS, found
     assert (GOLDEN / file.name).stat().st_size < 150_000
 
 
 def test_the_script_stands_alone():
-    imported = re.findall(r"^\s*(?:import|from) (\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+    imported = re.findall(
+        r"^\s*(?:import|from) (\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert set(imported) == {"math", "sys", "pathlib", "torch", "safetensors"}

@@ -16,21 +16,37 @@ ROOT = Path(__file__).resolve().parents[1]
 def loaded_by(code: str, before: str = "pass") -> set[str]:
     """The modules that `code` adds to those that `before` has loaded."""
     script = f"import sys, json\n{before}\nseen = set(sys.modules)\n{code}\nprint(json.dumps(sorted(set(sys.modules) - seen)))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(json.loads(done.stdout))
 
 
 def test_import_flux_loads_nothing_else():
-    assert {name for name in loaded_by("import flux") if name.split(".")[0] not in sys.stdlib_module_names} == {"flux"}
+    assert {
+        name
+        for name in loaded_by("import flux")
+        if name.split(".")[0] not in sys.stdlib_module_names
+    } == {"flux"}
 
 
 def test_what_flux_offers_needs_little_beyond_torch():
     """No tokenizer, hub, progress bar, compiler of torch or other library before it is used: only small ones."""
-    added = loaded_by("import flux; flux.MODELS; flux.load; flux.Pipeline; flux.UserError", before="import torch")
+    added = loaded_by(
+        "import flux; flux.MODELS; flux.load; flux.Pipeline; flux.UserError", before="import torch"
+    )
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL"}
-    assert "flux.pipeline" in added and not {name for name in added if name.startswith(("torch", "flux.toy"))}
-    optional = {"flux.lora.formats", "benchmarks.lossy", "flux.training.trainer", "prompt_upsampling", "PIL.PngImagePlugin"}
+    assert "flux.pipeline" in added and not {
+        name for name in added if name.startswith(("torch", "flux.toy"))
+    }
+    optional = {
+        "flux.lora.formats",
+        "benchmarks.lossy",
+        "flux.training.trainer",
+        "prompt_upsampling",
+        "PIL.PngImagePlugin",
+    }
     assert not added & optional  # few pictures need them, or only their end does
 
 
@@ -40,8 +56,15 @@ def test_a_first_picture_needs_no_compiler():
     added = loaded_by(picture, before="import torch")
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL", "tokenizers", "torch", "numpy"}
-    assert not {name for name in added if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed"))}
-    assert not {"flux.training.lora", "flux.lora.formats", "benchmarks.lossy", "flux.training.trainer"} & added
+    assert not {
+        name
+        for name in added
+        if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed"))
+    }
+    assert (
+        not {"flux.training.lora", "flux.lora.formats", "benchmarks.lossy", "flux.training.trainer"}
+        & added
+    )
 
 
 def test_blank_modules_have_shapes_and_draw_nothing():
@@ -52,7 +75,9 @@ def test_blank_modules_have_shapes_and_draw_nothing():
 
     before = torch.get_rng_state()
     module = blank(lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm(2)))
-    assert all(p.is_meta for p in module.parameters()) and torch.equal(torch.get_rng_state(), before)
+    assert all(p.is_meta for p in module.parameters()) and torch.equal(
+        torch.get_rng_state(), before
+    )
     assert [tuple(p.shape) for p in module.parameters()] == [(5, 3), (2, 3), (2,), (2,), (2,)]
     assert nn.Embedding(5, 3).weight.abs().sum() > 0  # outside, all is as it was
 
@@ -62,6 +87,9 @@ def test_public_names():
 
     assert set(flux.__all__) == {"MODELS", "Pictures", "Pipeline", "UserError", "load"}
     assert all(map(flux.__getattr__, flux.__all__))
-    assert flux.sampling.schedule("unshifted", 1, 1).tolist() == [1, 0]  # a submodule, without its own import
+    assert flux.sampling.schedule("unshifted", 1, 1).tolist() == [
+        1,
+        0,
+    ]  # a submodule, without its own import
     with pytest.raises(AttributeError, match="nonsense"):
         flux.nonsense  # noqa: B018

@@ -23,7 +23,13 @@ from flux.parity.reference import (
 
 # Heads that do not add up to the hidden size, two query heads to a key head, and layers above the last that is read.
 QWEN = LanguageModelConfig(
-    layers=(2, 4, 6), vocab_size=100, hidden_size=48, mlp_size=80, num_heads=4, num_kv_heads=2, head_dim=16
+    layers=(2, 4, 6),
+    vocab_size=100,
+    hidden_size=48,
+    mlp_size=80,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
 )
 MISTRAL = replace(QWEN, layers=(1, 3, 5), theta=1e9, eps=1e-5, qk_norm=False)
 DEPTH, LENGTH = 8, 20
@@ -31,7 +37,9 @@ either_model = pytest.mark.parametrize("config", [QWEN, MISTRAL], ids=["qwen", "
 
 
 def prompts() -> Tensor:
-    return torch.randint(0, QWEN.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, QWEN.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def mask(side: str) -> Tensor:
@@ -48,10 +56,16 @@ def test_every_row_equals_transformers(config, side, dtype):
     """Padding included, since the FLUX transformer attends to it."""
     ours = randomise(LanguageModel(config)).to(dtype)
     mistral = not config.qk_norm
-    theirs = with_trunk(transformers_language_model(config, DEPTH, mistral), ours.state_dict(), mistral)
+    theirs = with_trunk(
+        transformers_language_model(config, DEPTH, mistral), ours.state_dict(), mistral
+    )
     given = prompts(), mask(side)
     features, expected = ours(*given), transformers_features(theirs, *given, config.layers)
-    assert features.shape == (4, LENGTH, config.features) and features.dtype == dtype and expected.std() > 0.5
+    assert (
+        features.shape == (4, LENGTH, config.features)
+        and features.dtype == dtype
+        and expected.std() > 0.5
+    )
     assert torch.equal(features, expected)
 
 
@@ -84,7 +98,9 @@ def test_padding_on_the_left_attends_to_nothing(config):
     for number, layer in enumerate(ours.layers, start=1):
         x = x + layer.mlp(layer.post_attention_layernorm(x))
         read += [x] if number in config.layers else []
-    assert max_error(ours(prompts(), mask("left"))[padding], torch.cat(read, dim=-1)[padding]) <= 1e-6
+    assert (
+        max_error(ours(prompts(), mask("left"))[padding], torch.cat(read, dim=-1)[padding]) <= 1e-6
+    )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -114,7 +130,13 @@ def test_real_tokens_on_the_left_do_not_see_padding_on_the_right(config):
 QWEN_4B = LanguageModelConfig()
 QWEN_8B = replace(QWEN_4B, hidden_size=4096, mlp_size=12288)
 MISTRAL_SMALL = LanguageModelConfig(
-    layers=(10, 20, 30), vocab_size=131072, hidden_size=5120, mlp_size=32768, theta=1e9, eps=1e-5, qk_norm=False
+    layers=(10, 20, 30),
+    vocab_size=131072,
+    hidden_size=5120,
+    mlp_size=32768,
+    theta=1e9,
+    eps=1e-5,
+    qk_norm=False,
 )
 
 
@@ -131,10 +153,16 @@ def test_full_size_tensors_equal_transformers(config, depth, tied, whole, tensor
     """`whole` is the published size of the language model, final norm and head included."""
     mistral = not config.qk_norm
     with torch.device("meta"):
-        ours, full = (LanguageModel(c).state_dict() for c in (config, replace(config, layers=(depth,))))
+        ours, full = (
+            LanguageModel(c).state_dict() for c in (config, replace(config, layers=(depth,)))
+        )
         theirs = shapes(transformers_language_model(config, depth, mistral).state_dict())
     no_trunk = ("lm_head.", "norm.weight", "vision_tower.", "multi_modal_projector.")
-    trunk = {name: shape for name, shape in theirs.items() if not name.removeprefix("model.").startswith(no_trunk)}
+    trunk = {
+        name: shape
+        for name, shape in theirs.items()
+        if not name.removeprefix("model.").startswith(no_trunk)
+    }
     trunk.pop("model.language_model.norm.weight", None)
     assert shapes(language_model_to_transformers(full, mistral)) == trunk
     assert shapes(ours).items() < shapes(full).items()

@@ -26,7 +26,15 @@ import flux
 from flux import sampling
 from flux.configs import MODELS, ModelSpec
 from flux.errors import NonFiniteError, UserError
-from flux.parity.reference import diffusers_pipeline, diffusers_text, max_error, networks, randomise, tiny_models, write_weights
+from flux.parity.reference import (
+    diffusers_pipeline,
+    diffusers_text,
+    max_error,
+    networks,
+    randomise,
+    tiny_models,
+    write_weights,
+)
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
 from flux.transformer import Flux
@@ -45,8 +53,12 @@ NAMES = [name for name in RUNS if " " not in name]
 every_run = pytest.mark.parametrize("run", RUNS)
 every_model = pytest.mark.parametrize("name", NAMES)
 either_family = pytest.mark.parametrize("name", ["flux.1-dev", "flux.2-klein-4b"])
-pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")  # other numbers of steps, here and there
-FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* was distilled for"
+)  # other numbers of steps, here and there
+FEW = settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @dataclass(repr=False)
@@ -118,14 +130,29 @@ def grid(tokens: Tensor, height: int) -> Tensor:
 
 def noise(model: Model, seeds, width: int = WIDTH, height: int = HEIGHT) -> Tensor:
     """Our noise as diffusers takes it: FLUX.1 as tokens, FLUX.2 as a grid."""
-    drawn = sampling.noise(seeds, model.spec.autoencoder.latent_channels, height // 16, width // 16, spatial=model.flux1)
+    drawn = sampling.noise(
+        seeds,
+        model.spec.autoencoder.latent_channels,
+        height // 16,
+        width // 16,
+        spatial=model.flux1,
+    )
     return rearrange(drawn, "b c h w -> b (h w) c") if model.flux1 else drawn
 
 
 def by_diffusers(
-    theirs, model: Model, features: TextFeatures, negative: TextFeatures | None, width: int = WIDTH, height: int = HEIGHT,
-    steps: int = STEPS, seeds=SEEDS, guidance: float = 1.0, cfg_scale: float = 1.0, output: str = "pil",
-) -> tuple[list[Tensor], list[Image.Image]]:  # fmt: skip
+    theirs,
+    model: Model,
+    features: TextFeatures,
+    negative: TextFeatures | None,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    steps: int = STEPS,
+    seeds=SEEDS,
+    guidance: float = 1.0,
+    cfg_scale: float = 1.0,
+    output: str = "pil",
+) -> tuple[list[Tensor], list[Image.Image]]:
     """The latents after every step, and the pictures."""
     seen, dtype = [], theirs.transformer.dtype
     features = features.to("cpu", dtype)
@@ -135,12 +162,19 @@ def by_diffusers(
     if model.flux1:
         given |= dict(pooled_prompt_embeds=features.pooled, true_cfg_scale=cfg_scale)
         if negative is not None:
-            given["negative_pooled_prompt_embeds"] = negative.pooled.to(dtype).expand_as(features.pooled)
+            given["negative_pooled_prompt_embeds"] = negative.pooled.to(dtype).expand_as(
+                features.pooled
+            )
     pictures = theirs(
-        **given, width=width, height=height, num_inference_steps=steps, guidance_scale=guidance, output_type=output,
+        **given,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type=output,
         latents=noise(model, seeds, width, height).to(dtype),
         callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
-    ).images  # fmt: skip
+    ).images
     return [grid(x, height) for x in seen], pictures
 
 
@@ -148,13 +182,21 @@ def by_us(ours: Pipeline, features: TextFeatures, negative: TextFeatures | None,
     """The latents after every step and the times there, the final latents, and the pictures."""
     seen, times = [], []
     latents = ours.sample(
-        features, SEEDS, WIDTH, HEIGHT, STEPS, negative=negative,
-        callback=lambda step, t, x: (seen.append(x.clone()), times.append((step, t))), **asked,
-    )  # fmt: skip
+        features,
+        SEEDS,
+        WIDTH,
+        HEIGHT,
+        STEPS,
+        negative=negative,
+        callback=lambda step, t, x: (seen.append(x.clone()), times.append((step, t))),
+        **asked,
+    )
     return seen, times, latents, ours.decode(latents)
 
 
-def setting(models: dict[str, Model], run: str) -> tuple[Model, dict, TextFeatures, TextFeatures | None]:
+def setting(
+    models: dict[str, Model], run: str
+) -> tuple[Model, dict, TextFeatures, TextFeatures | None]:
     model, asked = models[run.split()[0]], RUNS[run]
     negative = random_features(model, 1, seed=2) if model.spec.cfg or "cfg_scale" in asked else None
     return model, asked, random_features(model, 2, seed=1), negative
@@ -179,7 +221,9 @@ def test_float32_equals_diffusers(models, run):
     assert times == [(step, pytest.approx(t, rel=3e-7)) for step, t in enumerate(sigmas, start=1)]
     assert len(seen) == STEPS and latents.equal(seen[-1]) and expected[-1].std() > 0.5
     assert max(max_error(x, y) for x, y in zip(seen, expected, strict=True)) <= 5e-6
-    assert max(map(levels, ours, pictures)) <= 1 and all(np.asarray(picture).std() > 30 for picture in ours)
+    assert max(map(levels, ours, pictures)) <= 1 and all(
+        np.asarray(picture).std() > 30 for picture in ours
+    )
 
 
 @every_run
@@ -188,12 +232,21 @@ def test_bfloat16_equals_diffusers_with_its_numerics(models, run):
     model, asked, features, negative = setting(models, run)
     theirs = diffusers_pipeline(model.spec, model.parts).to(torch.bfloat16)
     expected, pictures = by_diffusers(theirs, model, features, negative, **asked)
-    seen, _, latents, ours = by_us(model.load(dtype=torch.bfloat16, numerics="diffusers"), features, negative, **asked)
-    assert all(x.dtype == torch.bfloat16 and torch.equal(x, y) for x, y in zip(seen, expected, strict=True))
+    seen, _, latents, ours = by_us(
+        model.load(dtype=torch.bfloat16, numerics="diffusers"), features, negative, **asked
+    )
+    assert all(
+        x.dtype == torch.bfloat16 and torch.equal(x, y) for x, y in zip(seen, expected, strict=True)
+    )
     truth = model.ours.decode(latents)
 
     def distance(pictures: list[Image.Image]) -> float:
-        return np.mean([np.square(np.subtract(a, b, dtype=float)) for a, b in zip(pictures, truth, strict=True)])
+        return np.mean(
+            [
+                np.square(np.subtract(a, b, dtype=float))
+                for a, b in zip(pictures, truth, strict=True)
+            ]
+        )
 
     assert distance(ours) <= 1.1 * distance(pictures) and max(map(levels, ours, pictures)) <= 16
 
@@ -203,7 +256,9 @@ def test_noise_equals_diffusers(models, name):
     model = models[name]
     channels = model.theirs.transformer.config.in_channels // 4
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    theirs, _ = model.theirs.prepare_latents(2, channels, HEIGHT, WIDTH, torch.float32, "cpu", generators)
+    theirs, _ = model.theirs.prepare_latents(
+        2, channels, HEIGHT, WIDTH, torch.float32, "cpu", generators
+    )
     drawn = noise(model, SEEDS)
     assert torch.equal(drawn if model.flux1 else rearrange(drawn, "b c h w -> b (h w) c"), theirs)
 
@@ -223,16 +278,25 @@ def test_prompt_to_picture_equals_diffusers(models, name):
     assert features.pooled is None or max_error(features.pooled, pooled) <= 1e-6
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     pictures = model.theirs(
-        **words, **limits, width=WIDTH, height=HEIGHT, num_inference_steps=STEPS, generator=generators,
+        **words,
+        **limits,
+        width=WIDTH,
+        height=HEIGHT,
+        num_inference_steps=STEPS,
+        generator=generators,
         guidance_scale=asked.get("guidance", 1.0),
-    ).images  # fmt: skip
+    ).images
     ours = model.ours(PROMPTS, WIDTH, HEIGHT, STEPS, asked.get("guidance"), seed=SEEDS[0])
     assert max(map(levels, ours, pictures)) <= 1 and levels(*pictures) > 30
 
 
 @either_family
 @FEW
-@given(size=st.tuples(st.integers(4, 9), st.integers(4, 9)), steps=st.integers(1, 3), seed=st.integers(0, 2**63 - 1))
+@given(
+    size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
+    steps=st.integers(1, 3),
+    seed=st.integers(0, 2**63 - 1),
+)
 def test_any_size_equals_diffusers(models, name, size, steps, seed):
     """Some times differ by a rounding, 6e-8, of which sinusoids of 1000·t make 6e-5 radians; seen: 0 to 7e-6."""
     model, (width, height) = models[name], (16 * n for n in size)
@@ -241,7 +305,10 @@ def test_any_size_equals_diffusers(models, name, size, steps, seed):
     features = random_features(model, 1, seed=1)
     expected, _ = by_diffusers(model.theirs, model, features, None, **given, output="latent")
     latents = model.ours.sample(features, **given)
-    assert latents.shape[2:] == (height // 16, width // 16) and max_error(latents, expected[-1]) <= 2e-5
+    assert (
+        latents.shape[2:] == (height // 16, width // 16)
+        and max_error(latents, expected[-1]) <= 2e-5
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- properties
@@ -264,8 +331,13 @@ def test_a_picture_is_the_one_that_is_made_alone_with_its_seed(models, name, see
 def test_pictures_of_several_prompts_come_in_their_order(models, name):
     pipe = models[name].ours
     pictures = pipe(PROMPTS, 64, 64, 2, seed=3, num_images=2)
-    alone = [pipe(prompt, 64, 64, 2, seed=3 + k) for k, prompt in enumerate(np.repeat(PROMPTS, 2).tolist())]
-    assert len(pictures) == 4 and all(levels(a, b) <= 1 for a, (b,) in zip(pictures, alone, strict=True))
+    alone = [
+        pipe(prompt, 64, 64, 2, seed=3 + k)
+        for k, prompt in enumerate(np.repeat(PROMPTS, 2).tolist())
+    ]
+    assert len(pictures) == 4 and all(
+        levels(a, b) <= 1 for a, (b,) in zip(pictures, alone, strict=True)
+    )
     assert all(levels(a, b) > 10 for k, a in enumerate(pictures) for b in pictures[:k])
 
 
@@ -274,25 +346,38 @@ def test_the_stages_one_by_one_are_the_call(models, name):
     pipe = models[name].ours
     negative = pipe.encode(["blurred"]) if pipe.spec.cfg else None
     latents = pipe.sample(pipe.encode(PROMPTS), [7, 8], WIDTH, HEIGHT, 2, negative=negative)
-    called = pipe(PROMPTS, WIDTH, HEIGHT, 2, seed=7, negative_prompt="blurred" if pipe.spec.cfg else None)
-    assert [picture.tobytes() for picture in called] == [picture.tobytes() for picture in pipe.decode(latents)]
+    called = pipe(
+        PROMPTS, WIDTH, HEIGHT, 2, seed=7, negative_prompt="blurred" if pipe.spec.cfg else None
+    )
+    assert [picture.tobytes() for picture in called] == [
+        picture.tobytes() for picture in pipe.decode(latents)
+    ]
 
 
 def test_a_stage_that_is_told_nothing_to_keep_away_from_keeps_away_from_nothing(models):
     """As the call: guidance is never left out."""
     pipe = models["flux.2-klein-base-4b"].ours
     latents = pipe.sample(pipe.encode(PROMPTS[0]), [7], 64, 64, 2, guidance=3.0)
-    assert pipe.decode(latents)[0].tobytes() == pipe(PROMPTS[0], 64, 64, 2, guidance=3.0, seed=7)[0].tobytes()
+    assert (
+        pipe.decode(latents)[0].tobytes()
+        == pipe(PROMPTS[0], 64, 64, 2, guidance=3.0, seed=7)[0].tobytes()
+    )
     dev = models["flux.1-dev"].ours
     latents = dev.sample(dev.encode(PROMPTS[0]), [7], 64, 64, 2, cfg_scale=2.0)
-    assert dev.decode(latents)[0].tobytes() == dev(PROMPTS[0], 64, 64, 2, cfg_scale=2.0, seed=7)[0].tobytes()
+    assert (
+        dev.decode(latents)[0].tobytes()
+        == dev(PROMPTS[0], 64, 64, 2, cfg_scale=2.0, seed=7)[0].tobytes()
+    )
 
 
 def test_no_prompt_and_no_pixels_are_told(models):
     pipe = models["flux.2-klein-4b"].ours
     with pytest.raises(UserError, match="there is nothing to encode"):
         pipe.encode([])
-    assert pipe.sample(pipe.encode(PROMPTS[0]), [7], 64, None, 1).shape[2:] == (pipe.spec.size // 16, 4)
+    assert pipe.sample(pipe.encode(PROMPTS[0]), [7], 64, None, 1).shape[2:] == (
+        pipe.spec.size // 16,
+        4,
+    )
     for width, height in ((0, 64), (64, 0)):
         with pytest.raises(UserError, match="0: sizes are multiples of 16"):
             pipe(PROMPTS[0], width, height, 2)
@@ -300,10 +385,14 @@ def test_no_prompt_and_no_pixels_are_told(models):
             pipe.sample(pipe.encode(PROMPTS[0]), [7], width, height, 2)
 
 
-@pytest.mark.parametrize("asked, words", [
-    (dict(width=64.0), "--width 64.0: must be a whole number"), (dict(steps=2.5), "--steps 2.5: must be a whole number"),
-    (dict(seed="7"), "--seed '7': must be a whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        (dict(width=64.0), "--width 64.0: must be a whole number"),
+        (dict(steps=2.5), "--steps 2.5: must be a whole number"),
+        (dict(seed="7"), "--seed '7': must be a whole number"),
+    ],
+)
 def test_what_is_no_whole_number_is_told(models, asked, words):
     with pytest.raises(UserError, match=re.escape(words)):
         models["flux.2-klein-4b"].ours(PROMPTS[0], **(dict(width=64, height=64, steps=2) | asked))
@@ -319,9 +408,16 @@ def test_without_cfg_at_guidance_one(models):
     """The second pass is left out where it would cancel, and its scale is the guidance elsewhere."""
     model = models["flux.2-klein-base-4b"]
     features, negative = random_features(model, 1, seed=1), random_features(model, 1, seed=2)
-    at = lambda guidance, negative: model.ours.sample(features, [0], 64, 64, 2, guidance, negative)  # noqa: E731
+
+    def at(guidance, negative):
+        return model.ours.sample(features, [0], 64, 64, 2, guidance, negative)
+
     assert torch.equal(at(1.0, negative), at(1.0, None))
-    assert max_error(at(1.0 + 1e-6, negative), at(1.0, None)) <= 1e-5 < max_error(at(2.0, negative), at(1.0, None))
+    assert (
+        max_error(at(1.0 + 1e-6, negative), at(1.0, None))
+        <= 1e-5
+        < max_error(at(2.0, negative), at(1.0, None))
+    )
 
 
 def test_latents_that_turn_to_nan_on_the_way_are_told_by_their_step(models):
@@ -342,7 +438,9 @@ def test_nan_in_the_weights_is_told(models, tmp_path):
     save_file(state, bad)
     with pytest.raises(NonFiniteError, match="after step 1 of 4.*--check-weights"):
         model.load(transformer=bad).sample(random_features(model, 1, seed=1), [0], 64, 64)
-    with pytest.raises(UserError, match="bad.safetensors has NaN or infinity in 'single_blocks.1.linear2.weight'"):
+    with pytest.raises(
+        UserError, match="bad.safetensors has NaN or infinity in 'single_blocks.1.linear2.weight'"
+    ):
         model.load(transformer=bad, check_weights=True)
 
 
@@ -375,7 +473,10 @@ def test_transformer_file_of_others_is_used_and_its_row_found(models, tmp_path):
     """With a community prefix, other weights, and a depth that no row has."""
     model, path = models["flux.2-klein-4b"], tmp_path / "other.safetensors"
     other = randomise(Flux(model.spec.transformer), seed=1)
-    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in other.state_dict().items()}, path)
+    save_file(
+        {f"model.diffusion_model.{name}": tensor for name, tensor in other.state_dict().items()},
+        path,
+    )
     features = random_features(model, 1, seed=1)
     with pytest.warns(UserWarning, match="flux.2-klein-4b, which is assumed.*flux.2-klein-base-4b"):
         pipe = flux.load(weights=model.folder, device="cpu", dtype=torch.float32, transformer=path)
@@ -396,10 +497,17 @@ def test_transformer_file_of_others_is_used_and_its_row_found(models, tmp_path):
 def test_files_that_are_given_need_not_be_in_the_repository_too(models, tmp_path, monkeypatch):
     model = models["flux.2-klein-4b"]
     shutil.copytree(model.home, tmp_path / model.home.name)
-    own = {part: tmp_path / model.home.name / name for part, name in (
-        ("transformer", model.spec.transformer_file), ("autoencoder", model.spec.autoencoder_files[0]))}  # fmt: skip
+    own = {
+        part: tmp_path / model.home.name / name
+        for part, name in (
+            ("transformer", model.spec.transformer_file),
+            ("autoencoder", model.spec.autoencoder_files[0]),
+        )
+    }
     files = {part: str(path.rename(tmp_path / f"{part}.safetensors")) for part, path in own.items()}
-    latents = model.load(weights=tmp_path, **files).sample(features := random_features(model, 1, seed=1), [0], 64, 64)
+    latents = model.load(weights=tmp_path, **files).sample(
+        features := random_features(model, 1, seed=1), [0], 64, 64
+    )
     assert torch.equal(latents, model.ours.sample(features, [0], 64, 64))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=model.spec.transformer_file):
@@ -415,6 +523,8 @@ def test_one_file_and_shards_of_a_text_encoder_are_the_same(models, name, tmp_pa
     write_weights(home(tmp_path, name), model.spec, model.parts, sharded=False)
     assert len(list(model.home.glob("text_encoder*/*-of-00002.safetensors"))) == 2
     assert not list(home(tmp_path, name).glob("text_encoder*/*.json"))
-    one, shards = (model.load(weights=folder).encode(PROMPTS) for folder in (tmp_path, model.folder))
+    one, shards = (
+        model.load(weights=folder).encode(PROMPTS) for folder in (tmp_path, model.folder)
+    )
     assert torch.equal(one.tokens, shards.tokens)
     assert one.pooled is None or torch.equal(one.pooled, shards.pooled)

@@ -16,8 +16,17 @@ from flux.errors import NonFiniteError
 from flux.transformer import NUMERICS
 
 ULP = 1.2e-7  # of float32, below 1
-SHIFTED = [("linear", 28, 4096), ("linear", 50, 4080), ("linear", 1, 16), ("empirical", 4, 4096), ("empirical", 50, 4096),
-           ("empirical", 28, 1024), ("empirical", 4, 4300), ("empirical", 4, 4301), ("empirical", 250, 8100)]  # fmt: skip
+SHIFTED = [
+    ("linear", 28, 4096),
+    ("linear", 50, 4080),
+    ("linear", 1, 16),
+    ("empirical", 4, 4096),
+    ("empirical", 50, 4096),
+    ("empirical", 28, 1024),
+    ("empirical", 4, 4300),
+    ("empirical", 4, 4301),
+    ("empirical", 250, 8100),
+]
 steps_, tokens_ = st.integers(1, 1000), st.integers(16, 65536)
 MODERATE = settings(max_examples=50, deadline=None)
 
@@ -25,16 +34,19 @@ MODERATE = settings(max_examples=50, deadline=None)
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 
-@pytest.mark.parametrize("kind, steps, tokens, first, last", [
-    # The sigmas of diffusers 0.42.1's scheduler, configured as the FLUX.1-dev and FLUX.1-schnell repositories do.
-    ("linear", 28, 4096, [1, 0.988408625, 0.976222456, 0.963394403, 0.949872553], 0.104720898),
-    ("linear", 50, 4096, [1], 0.060550276),
-    ("linear", 28, 1024, [1, 0.980655968, 0.960643768], 0.0650196),
-    ("unshifted", 4, 4096, [1, 0.75, 0.5, 0.25], 0.25),
-    # The same scheduler with FLUX.2's mu, which BFL's flux2 repository equals to 1.2e-7.
-    ("empirical", 4, 4096, [1, 0.9673840404, 0.9081439376, 0.7671999335], 0.7671999335),
-    ("empirical", 50, 4096, [1, 0.9973090887, 0.9945213795, 0.9916315675, 0.9886339903], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, steps, tokens, first, last",
+    [
+        # The sigmas of diffusers 0.42.1's scheduler, configured as the FLUX.1-dev and FLUX.1-schnell repositories do.
+        ("linear", 28, 4096, [1, 0.988408625, 0.976222456, 0.963394403, 0.949872553], 0.104720898),
+        ("linear", 50, 4096, [1], 0.060550276),
+        ("linear", 28, 1024, [1, 0.980655968, 0.960643768], 0.0650196),
+        ("unshifted", 4, 4096, [1, 0.75, 0.5, 0.25], 0.25),
+        # The same scheduler with FLUX.2's mu, which BFL's flux2 repository equals to 1.2e-7.
+        ("empirical", 4, 4096, [1, 0.9673840404, 0.9081439376, 0.7671999335], 0.7671999335),
+        ("empirical", 50, 4096, [1, 0.9973090887, 0.9945213795, 0.9916315675, 0.9886339903], None),
+    ],
+)
 def test_schedule_as_published(kind, steps, tokens, first, last):
     times = sampling.schedule(kind, steps, tokens)
     assert times.dtype == torch.float32 and times.shape == (steps + 1,)
@@ -42,28 +54,37 @@ def test_schedule_as_published(kind, steps, tokens, first, last):
     assert last is None or times[-2].item() == pytest.approx(last, rel=1e-6)
 
 
-@pytest.mark.parametrize("width, height, times", [
-    # Four steps of the distilled FLUX.2 [klein], by BFL's get_schedule, to the digits that were printed.
-    (1024, 1024, [1, 0.96738, 0.90814, 0.76720, 0]),
-    (512, 512, [1, 0.95809, 0.88398, 0.71750, 0]),
-    (1360, 768, [1, 0.96734, 0.90803, 0.76696, 0]),
-    (1440, 1440, [1, 0.9491, 0.8615, 0.6746, 0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "width, height, times",
+    [
+        # Four steps of the distilled FLUX.2 [klein], by BFL's get_schedule, to the digits that were printed.
+        (1024, 1024, [1, 0.96738, 0.90814, 0.76720, 0]),
+        (512, 512, [1, 0.95809, 0.88398, 0.71750, 0]),
+        (1360, 768, [1, 0.96734, 0.90803, 0.76696, 0]),
+        (1440, 1440, [1, 0.9491, 0.8615, 0.6746, 0]),
+    ],
+)
 def test_klein_schedule_as_published(width, height, times):
-    assert sampling.schedule("empirical", 4, width // 16 * (height // 16)).tolist() == pytest.approx(times, abs=5.1e-5)
+    assert sampling.schedule(
+        "empirical", 4, width // 16 * (height // 16)
+    ).tolist() == pytest.approx(times, abs=5.1e-5)
 
 
 def test_mu_as_published():
     """By BFL's code: FLUX.1 whatever the steps, FLUX.2 by the steps up to 4300 tokens, where its mu falls off a cliff."""
-    assert [sampling.linear_mu(n, s) for n, s in ((256, 4), (1024, 28), (4080, 50), (4096, 1))] == pytest.approx(
-        [0.5, 0.63, 1.14729166, 1.15], abs=1e-8
-    )
+    assert [
+        sampling.linear_mu(n, s) for n, s in ((256, 4), (1024, 28), (4080, 50), (4096, 1))
+    ] == pytest.approx([0.5, 0.63, 1.14729166, 1.15], abs=1e-8)
     assert sampling.empirical_mu(4096, 4) == pytest.approx(2.291179894115571, rel=1e-14)
     assert sampling.empirical_mu(4096, 50) == pytest.approx(2.0233511571292637, rel=1e-14)
     assert sampling.empirical_mu(4096, 28) == pytest.approx(2.151443161774889, rel=1e-14)
     cliff = [sampling.empirical_mu(n, s) for s in (4, 50) for n in (4300, 4301)]
     assert cliff == pytest.approx([2.3085, 1.1847, 2.0447, 1.1847], abs=5e-5)
-    assert sampling.empirical_mu(8100, 4) == sampling.empirical_mu(8100, 50) == pytest.approx(1.8278, abs=5e-5)
+    assert (
+        sampling.empirical_mu(8100, 4)
+        == sampling.empirical_mu(8100, 50)
+        == pytest.approx(1.8278, abs=5e-5)
+    )
 
 
 def by_diffusers(kind: str, steps: int, tokens: int):
@@ -77,14 +98,26 @@ def by_diffusers(kind: str, steps: int, tokens: int):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
         scheduler.set_timesteps(sigmas=sigmas)
         return scheduler
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
-                                                base_image_seq_len=256, max_image_seq_len=4096)  # fmt: skip
-    mu = calculate_shift(tokens, 256, 4096, 0.5, 1.15) if kind == "linear" else compute_empirical_mu(tokens, steps)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+    mu = (
+        calculate_shift(tokens, 256, 4096, 0.5, 1.15)
+        if kind == "linear"
+        else compute_empirical_mu(tokens, steps)
+    )
     scheduler.set_timesteps(sigmas=sigmas, mu=mu)
     return scheduler
 
 
-@pytest.mark.parametrize("kind, steps, tokens", [*SHIFTED, ("unshifted", 4, 4096), ("unshifted", 7, 100)])
+@pytest.mark.parametrize(
+    "kind, steps, tokens", [*SHIFTED, ("unshifted", 4, 4096), ("unshifted", 7, 100)]
+)
 def test_schedule_equals_diffusers(kind, steps, tokens):
     difference = sampling.schedule(kind, steps, tokens) - by_diffusers(kind, steps, tokens).sigmas
     assert difference.abs().max() <= ULP
@@ -96,7 +129,9 @@ def test_schedule_equals_diffusers(kind, steps, tokens):
 def test_times_fall_from_one_to_zero(kind, steps, tokens):
     times = sampling.schedule(kind, steps, tokens)
     assert times[0] == 1 and times[-1] == 0 and (times.diff() <= 0).all()
-    if tokens <= 16384:  # above, mu outgrows float32: at 4096x4096 the first of very many steps begin at the same time
+    if (
+        tokens <= 16384
+    ):  # above, mu outgrows float32: at 4096x4096 the first of very many steps begin at the same time
         assert (times.diff() < 0).all()
 
 
@@ -120,18 +155,29 @@ def test_ids_equal_diffusers():
     flux1 = FluxPipeline._prepare_latent_image_ids(1, h, w, "cpu", torch.float32)
     latents, text = torch.zeros(1, 8, h, w), torch.zeros(1, length, 4)
     assert sampling.image_ids(h, w, axes=3).tolist() == flux1.tolist()
-    assert torch.equal(sampling.image_ids(h, w, axes=4), Flux2Pipeline._prepare_latent_ids(latents)[0])
+    assert torch.equal(
+        sampling.image_ids(h, w, axes=4), Flux2Pipeline._prepare_latent_ids(latents)[0]
+    )
     assert torch.equal(sampling.text_ids(length, axes=4), Flux2Pipeline._prepare_text_ids(text)[0])
     references = Flux2Pipeline._prepare_image_ids([latents[0][None], torch.zeros(1, 8, w, h)])[0]
-    assert torch.equal(torch.cat([sampling.image_ids(h, w, 4, t=10), sampling.image_ids(w, h, 4, t=20)]), references)
+    assert torch.equal(
+        torch.cat([sampling.image_ids(h, w, 4, t=10), sampling.image_ids(w, h, 4, t=20)]),
+        references,
+    )
 
 
 def test_ids_of_a_small_picture():
-    assert sampling.image_ids(2, 3, axes=3, t=1).tolist() == [[1, r, c] for r in range(2) for c in range(3)]
-    assert sampling.image_ids(2, 3, axes=4).tolist() == [[0, r, c, 0] for r in range(2) for c in range(3)]
+    assert sampling.image_ids(2, 3, axes=3, t=1).tolist() == [
+        [1, r, c] for r in range(2) for c in range(3)
+    ]
+    assert sampling.image_ids(2, 3, axes=4).tolist() == [
+        [0, r, c, 0] for r in range(2) for c in range(3)
+    ]
     assert sampling.text_ids(4, axes=3).tolist() == [[0, 0, 0]] * 4
     assert sampling.text_ids(4, axes=4).tolist() == [[0, 0, 0, k] for k in range(4)]
-    assert sampling.image_ids(2, 3, axes=4).dtype == sampling.text_ids(4, axes=4).dtype == torch.int64
+    assert (
+        sampling.image_ids(2, 3, axes=4).dtype == sampling.text_ids(4, axes=4).dtype == torch.int64
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- noise
@@ -139,11 +185,17 @@ def test_ids_of_a_small_picture():
 
 @pytest.mark.parametrize("spatial", [True, False])
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 2**63 - 4), count=st.integers(1, 3), size=st.tuples(st.integers(4, 9), st.integers(4, 9)))
+@given(
+    seed=st.integers(0, 2**63 - 4),
+    count=st.integers(1, 3),
+    size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
+)
 def test_image_k_of_a_batch_has_the_noise_of_seed_k(spatial, seed, count, size):
     batch = sampling.noise(range(seed, seed + count), 8, *size, spatial)
     assert batch.shape == (count, 8, *size) and batch.dtype == torch.float32
-    assert torch.equal(batch, torch.cat([sampling.noise([seed + k], 8, *size, spatial) for k in range(count)]))
+    assert torch.equal(
+        batch, torch.cat([sampling.noise([seed + k], 8, *size, spatial) for k in range(count)])
+    )
 
 
 def test_flux1_noise_equals_diffusers():
@@ -164,7 +216,9 @@ def test_flux2_noise_is_drawn_as_packed():
 @pytest.mark.parametrize("spatial", [True, False])
 def test_noise_is_standard_normal_and_leaves_the_global_generator_alone(spatial):
     before = torch.get_rng_state()
-    x = sampling.noise([1, 2], 128, 32, 32, spatial).double()  # 262144 numbers: the bounds are five standard errors
+    x = sampling.noise(
+        [1, 2], 128, 32, 32, spatial
+    ).double()  # 262144 numbers: the bounds are five standard errors
     assert torch.equal(torch.get_rng_state(), before)
     assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.007 and abs((x**4).mean() - 3) < 0.1
     assert abs((x[0] * x[1]).mean()) < 0.014 and abs((x[..., 1:] * x[..., :-1]).mean()) < 0.01
@@ -181,8 +235,13 @@ def even(steps: int) -> Tensor:
 @given(steps=st.integers(1, 60), kind=st.sampled_from(["unshifted", "linear", "empirical"]))
 def test_a_straight_line_ends_at_its_picture_in_any_number_of_steps(steps, kind):
     generator = torch.Generator().manual_seed(steps)
-    noise, picture = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
-    made = sampling.denoise(lambda x, t: noise - picture, noise, sampling.schedule(kind, steps, 1024))
+    noise, picture = (
+        torch.randn(2, 3, 5, generator=generator),
+        torch.randn(2, 3, 5, generator=generator),
+    )
+    made = sampling.denoise(
+        lambda x, t: noise - picture, noise, sampling.schedule(kind, steps, 1024)
+    )
     assert (made - picture).abs().max() <= 1e-5
 
 
@@ -211,12 +270,21 @@ def test_velocity_sees_each_time_and_state_and_the_callback_what_comes_of_it():
     assert torch.equal(made, states[-1]) and made.tolist() == pytest.approx([-1, -1])
 
 
-def bfloat16_run(numerics: str, steps: int = 12) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
+def bfloat16_run(
+    numerics: str, steps: int = 12
+) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
     """Velocities in bfloat16 that depend on nothing, the noise, the states after each step, and the times."""
-    generator, times, states = torch.Generator().manual_seed(3), sampling.schedule("linear", steps, 1024), []
+    generator, times, states = (
+        torch.Generator().manual_seed(3),
+        sampling.schedule("linear", steps, 1024),
+        [],
+    )
     velocities = [torch.randn(64, generator=generator).bfloat16() for _ in range(steps)]
     noise, left = torch.randn(64, generator=generator), iter(velocities)
-    note = lambda step, t, x: states.append(x)  # noqa: E731
+
+    def note(step, t, x):
+        return states.append(x)
+
     sampling.denoise(lambda x, t: next(left), noise, times, note, NUMERICS[numerics])
     return velocities, noise, states, times
 
@@ -242,7 +310,9 @@ def test_bfloat16_state_of_bfl_is_rounded_at_every_step():
 
 def test_exact_state_is_float32_and_the_numerics_do_differ():
     velocities, noise, states, times = bfloat16_run("exact")
-    truth = noise.double() + sum((b - a) * v.double() for a, b, v in zip(times, times[1:], velocities, strict=False))
+    truth = noise.double() + sum(
+        (b - a) * v.double() for a, b, v in zip(times, times[1:], velocities, strict=False)
+    )
     assert states[-1].dtype == torch.float32 and (states[-1] - truth).abs().max() <= 2e-6
     ends = {name: bfloat16_run(name)[2][-1].double() for name in ("bfl", "diffusers")}
     assert all(1e-4 < (end - truth).abs().max() < 0.1 for end in ends.values())
@@ -255,7 +325,9 @@ def test_state_that_is_not_finite_is_told_by_its_step(value):
     def velocity(x: Tensor, t: float) -> Tensor:
         return torch.where(torch.arange(4) == 2, value, 0.0) if t < 0.5 else torch.zeros(4)
 
-    with pytest.raises(NonFiniteError, match=r"step 4 of 5 \(t = 0.2000\).*--check-weights.*--dtype float32"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 4 of 5 \(t = 0.2000\).*--check-weights.*--dtype float32"
+    ):
         sampling.denoise(velocity, torch.zeros(4), even(5), lambda step, t, x: told.append(step))
     assert told == [1, 2, 3]
 
@@ -286,7 +358,9 @@ def test_strength_leaves_the_steps_that_diffusers_leaves(steps, strength):
 
 
 def test_a_picture_is_mixed_with_noise_on_the_straight_line():
-    assert sampling.interpolate(torch.tensor(3.0), torch.tensor(-1.0), 0.25) == 2  # a quarter of the way to the noise
+    assert (
+        sampling.interpolate(torch.tensor(3.0), torch.tensor(-1.0), 0.25) == 2
+    )  # a quarter of the way to the noise
     assert sampling.interpolate(3.0, -1.0, 0) == 3 and sampling.interpolate(3.0, -1.0, 1) == -1
 
 
@@ -299,7 +373,12 @@ def test_values_over_the_steps():
 def test_known_parts_are_put_back_after_every_step():
     """Before the callback sees it; here the second number is always what `blend` says."""
     seen = []
-    blend = lambda x, t: torch.stack([x[0], torch.tensor(100 * t)])  # noqa: E731
-    see = lambda step, t, x: seen.append(x.tolist())  # noqa: E731
+
+    def blend(x, t):
+        return torch.stack([x[0], torch.tensor(100 * t)])
+
+    def see(step, t, x):
+        return seen.append(x.tolist())
+
     x = sampling.denoise(lambda x, t: torch.ones(2), torch.zeros(2), even(4), see, blend=blend)
     assert seen == [[-0.25, 75], [-0.5, 50], [-0.75, 25], [-1, 0]] and x.tolist() == [-1, 0]

@@ -35,16 +35,23 @@ def build(kind: type[nn.Module], config, theirs: nn.Module) -> nn.Module:
     """Ours with the reference's weights, made as the loader makes it."""
     with torch.device("meta"):
         module = kind(config)
-    return loaded(module, {name: tensor for name, tensor in theirs.state_dict().items() if not siglip_unread(name)})
+    return loaded(
+        module,
+        {name: tensor for name, tensor in theirs.state_dict().items() if not siglip_unread(name)},
+    )
 
 
 def random_pixels(batch: int, config: SigLIPConfig = TINY, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(batch, 3, config.image_size, config.image_size).uniform_(-1, 1, generator=generator)
+    return torch.empty(batch, 3, config.image_size, config.image_size).uniform_(
+        -1, 1, generator=generator
+    )
 
 
 def random_picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    noise = torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randint(
+        256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     return Image.fromarray(noise.numpy())
 
 
@@ -96,7 +103,11 @@ def test_preprocessing_equals_transformers(width: int, height: int, seed: int):
 
 
 def test_every_level_equals_transformers():
-    levels = torch.arange(256, dtype=torch.uint8).repeat_interleave(3 * 384 * 384 // 256).reshape(384, 384, 3)
+    levels = (
+        torch.arange(256, dtype=torch.uint8)
+        .repeat_interleave(3 * 384 * 384 // 256)
+        .reshape(384, 384, 3)
+    )
     picture = Image.fromarray(levels.numpy())
     pixels = to_siglip(picture)
     assert pixels.unique().numel() == 256 and (pixels.min(), pixels.max()) == (-1, 1)
@@ -111,7 +122,9 @@ def test_a_picture_becomes_the_text_tokens_of_diffusers():
     pipe = FluxPriorReduxPipeline(siglip, siglip_processor(60), redux)
     picture = random_picture(130, 47)
     expected = pipe.image_embedder(pipe.encode_image(picture, "cpu", 1)).image_embeds
-    ours = build(Redux, TINY_REDUX, redux)(build(SigLIP, TINY, siglip)(to_siglip(picture, TINY.image_size)))
+    ours = build(Redux, TINY_REDUX, redux)(
+        build(SigLIP, TINY, siglip)(to_siglip(picture, TINY.image_size))
+    )
     assert ours.shape == (1, 16, 40) and torch.equal(ours, expected)
 
 
@@ -126,8 +139,16 @@ def layouts() -> dict[str, dict[str, Tensor]]:
     """
     import transformers
 
-    text = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
-    config = transformers.SiglipConfig(text_config=text, vision_config=siglip_config(TINY).to_dict())
+    text = dict(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+    )
+    config = transformers.SiglipConfig(
+        text_config=text, vision_config=siglip_config(TINY).to_dict()
+    )
     whole = dict(randomise(transformers.SiglipModel(config)).state_dict())
     released = {name: tensor for name, tensor in whole.items() if name.startswith("vision_model.")}
     return {
@@ -140,7 +161,15 @@ def layouts() -> dict[str, dict[str, Tensor]]:
 
 def network(state: dict[str, Tensor], path: Path, dtype: torch.dtype = torch.float32) -> Network:
     save_file(state, path)
-    return Network(SigLIP, TINY, [path], prefixes=PREFIXES, unread=siglip_unread, device=torch.device("cpu"), dtype=dtype)
+    return Network(
+        SigLIP,
+        TINY,
+        [path],
+        prefixes=PREFIXES,
+        unread=siglip_unread,
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
 
 
 @pytest.mark.parametrize("layout", ["released", "whole", "bare", "early"])
@@ -166,7 +195,11 @@ def test_siglip_is_loaded_strictly(tmp_path, name: str):
     with pytest.raises(UserError, match="1 misshapen"):
         network(state | {"vision_model." + name: tensor[1:].clone()}, path)
     with pytest.raises(UserError, match=r"1 unknown \('vision_model.post_layernorm.scale'\)"):
-        network(state | {"vision_model." + name: tensor, "vision_model.post_layernorm.scale": torch.ones(1)}, path)
+        network(
+            state
+            | {"vision_model." + name: tensor, "vision_model.post_layernorm.scale": torch.ones(1)},
+            path,
+        )
 
 
 def test_redux_loads_from_a_file(tmp_path):
@@ -174,7 +207,10 @@ def test_redux_loads_from_a_file(tmp_path):
     save_file(theirs.state_dict(), tmp_path / "redux.safetensors")
     options = dict(device=torch.device("cpu"), dtype=torch.bfloat16)
     ours = Network(Redux, TINY_REDUX, [tmp_path / "redux.safetensors"], **options)()
-    assert all(torch.equal(tensor, theirs.state_dict()[name].bfloat16()) for name, tensor in ours.state_dict().items())
+    assert all(
+        torch.equal(tensor, theirs.state_dict()[name].bfloat16())
+        for name, tensor in ours.state_dict().items()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- full size
@@ -187,9 +223,14 @@ def test_full_size_siglip_equals_transformers():
     bfloat16 they fill the 857 MB of the released `image_encoder/model.safetensors`.
     """
     with torch.device("meta"):
-        ours, theirs = SigLIP(SigLIPConfig()).state_dict(), transformers_siglip(SigLIPConfig()).state_dict()
+        ours, theirs = (
+            SigLIP(SigLIPConfig()).state_dict(),
+            transformers_siglip(SigLIPConfig()).state_dict(),
+        )
     head = {name: tensor for name, tensor in theirs.items() if siglip_unread(name)}
-    assert shapes(ours) == shapes({name: tensor for name, tensor in theirs.items() if name not in head})
+    assert shapes(ours) == shapes(
+        {name: tensor for name, tensor in theirs.items() if name not in head}
+    )
     assert all(name.startswith("head.") for name in head)
     assert len(ours) + len(head) == 448
     assert sum(tensor.numel() for tensor in (*ours.values(), *head.values())) == 428_225_600
@@ -198,7 +239,10 @@ def test_full_size_siglip_equals_transformers():
 def test_full_size_redux_equals_diffusers():
     """The released file, in bfloat16, is listed at 129 MB."""
     with torch.device("meta"):
-        ours, theirs = Redux(ReduxConfig()).state_dict(), diffusers_redux(ReduxConfig()).state_dict()
+        ours, theirs = (
+            Redux(ReduxConfig()).state_dict(),
+            diffusers_redux(ReduxConfig()).state_dict(),
+        )
     assert shapes(ours) == shapes(theirs)
     assert set(ours) == {"redux_up.weight", "redux_up.bias", "redux_down.weight", "redux_down.bias"}
     assert round(2e-6 * sum(tensor.numel() for tensor in ours.values())) == 129

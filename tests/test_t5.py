@@ -9,7 +9,9 @@ from flux.parity.reference import max_error, relative_l2, t5_to_transformers, tr
 from flux.t5 import T5, T5Config, relative_bucket
 
 # Heads that do not add up to the hidden size, and an eps large enough to be missed.
-TINY = T5Config(vocab_size=100, hidden_size=48, head_dim=8, num_heads=4, mlp_size=80, depth=3, eps=1e-3)
+TINY = T5Config(
+    vocab_size=100, hidden_size=48, head_dim=8, num_heads=4, mlp_size=80, depth=3, eps=1e-3
+)
 PAD, EOS = 0, 1
 
 
@@ -25,7 +27,7 @@ def random_state(config: T5Config, seed: int = 0) -> dict[str, Tensor]:
         elif tensor.ndim == 2 and "shared" not in name and "bias" not in name:
             tensor.mul_(tensor.shape[1] ** -0.5)
         if name.endswith("SelfAttention.q.weight"):
-            tensor.mul_(2 * config.head_dim ** -0.5)
+            tensor.mul_(2 * config.head_dim**-0.5)
     return state
 
 
@@ -39,10 +41,12 @@ def build(config: T5Config, state: dict[str, Tensor]) -> T5:
 
 def prompts(batch: int, length: int, seed: int = 1) -> Tensor:
     """Rows of random tokens, an end of text and pads; row k is shorter than row k-1, and the first is full."""
-    ids = torch.randint(2, TINY.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        2, TINY.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
     for row in range(batch):
         end = max(length - 1 - row * length // 3, 0)
-        ids[row, end], ids[row, end + 1:] = EOS, PAD
+        ids[row, end], ids[row, end + 1 :] = EOS, PAD
     return ids
 
 
@@ -75,21 +79,26 @@ def test_a_row_does_not_depend_on_its_batch():
     model, ids = build(TINY, random_state(TINY)), prompts(3, 64)
     batch = model(ids)
     for row in range(len(ids)):
-        assert max_error(batch[row:row + 1], model(ids[row:row + 1])) <= 1e-6
+        assert max_error(batch[row : row + 1], model(ids[row : row + 1])) <= 1e-6
 
 
-@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (32, 256), (16, 128), (8, 20), (14, 50)])
+@pytest.mark.parametrize(
+    "num_buckets, max_distance", [(32, 128), (32, 256), (16, 128), (8, 20), (14, 50)]
+)
 def test_relative_buckets_equal_transformers(num_buckets: int, max_distance: int):
     offset = torch.arange(-600, 601)
-    expected = T5Attention._relative_position_bucket(offset, num_buckets=num_buckets, max_distance=max_distance)
+    expected = T5Attention._relative_position_bucket(
+        offset, num_buckets=num_buckets, max_distance=max_distance
+    )
     assert torch.equal(relative_bucket(offset, num_buckets, max_distance), expected)
 
 
 def test_full_size_tensors_equal_transformers():
     with torch.device("meta"):
         ours, theirs = T5(T5Config()).state_dict(), transformers_t5(T5Config()).state_dict()
-    assert {name: tensor.shape for name, tensor in t5_to_transformers(ours).items()} \
-        == {name: tensor.shape for name, tensor in theirs.items()}
+    assert {name: tensor.shape for name, tensor in t5_to_transformers(ours).items()} == {
+        name: tensor.shape for name, tensor in theirs.items()
+    }
     assert len(ours) == 219
     assert sum(tensor.numel() for tensor in ours.values()) == 4_762_310_656
 
@@ -97,4 +106,9 @@ def test_full_size_tensors_equal_transformers():
 def test_defaults_that_no_shape_shows():
     """From config.json of google/t5-v1_1-xxl."""
     config = T5Config()
-    assert (config.num_heads, config.head_dim, config.max_distance, config.eps) == (64, 64, 128, 1e-6)
+    assert (config.num_heads, config.head_dim, config.max_distance, config.eps) == (
+        64,
+        64,
+        128,
+        1e-6,
+    )

@@ -22,7 +22,13 @@ from flux.weights.load import load_module
 CLIP_TINY = CLIPConfig(vocab_size=50, hidden_size=16, num_heads=2, mlp_size=32, depth=2, eos_id=49)
 T5_TINY = T5Config(vocab_size=50, hidden_size=16, head_dim=8, num_heads=2, mlp_size=32, depth=2)
 LM_TINY = LanguageModelConfig(
-    layers=(1, 2), vocab_size=50, hidden_size=16, mlp_size=32, num_heads=2, num_kv_heads=1, head_dim=8
+    layers=(1, 2),
+    vocab_size=50,
+    hidden_size=16,
+    mlp_size=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
 )
 
 
@@ -34,16 +40,34 @@ def reload(tmp_path, kind, config, others, prefix="", **options):
     with torch.device("meta"):
         loaded = kind(config)
     load_module(loaded, [tmp_path / "model.safetensors"], **options)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 def test_whole_clip(tmp_path):
-    others = ["vision_model.embeddings.class_embedding", "visual_projection.weight", "text_projection.weight", "logit_scale"]
-    reload(tmp_path, CLIP, CLIP_TINY, [*others, "text_model.embeddings.position_ids"], unread=clip_unread)
+    others = [
+        "vision_model.embeddings.class_embedding",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "logit_scale",
+    ]
+    reload(
+        tmp_path,
+        CLIP,
+        CLIP_TINY,
+        [*others, "text_model.embeddings.position_ids"],
+        unread=clip_unread,
+    )
 
 
 def test_whole_t5(tmp_path):
-    others = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.block.0.layer.0.layer_norm.weight"]
+    others = [
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        "decoder.block.0.layer.0.layer_norm.weight",
+    ]
     reload(tmp_path, T5, T5_TINY, [*others, "lm_head.weight"], unread=t5_unread)
 
 
@@ -67,11 +91,17 @@ def test_language_model(tmp_path, prefix, head):
     options = dict(prefixes=("model.", "language_model.model.", "model.language_model.", ""))
     for qk_norm in (True, False):
         config = replace(LM_TINY, qk_norm=qk_norm)
-        unread = lambda name: language_model_unread(name, 2)  # noqa: E731
+
+        def unread(name):
+            return language_model_unread(name, 2)
+
         reload(tmp_path, LanguageModel, config, [*vision, *above], prefix, unread=unread, **options)
 
 
 def test_what_is_not_known_is_still_refused(tmp_path):
     with pytest.raises(UserError, match="layers.0.extra"):
-        unread = lambda name: language_model_unread(name, 2)  # noqa: E731
+
+        def unread(name):
+            return language_model_unread(name, 2)
+
         reload(tmp_path, LanguageModel, LM_TINY, ["layers.0.extra"], unread=unread)

@@ -15,7 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.load_script import script
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast, Qwen2TokenizerFast, T5TokenizerFast
+from transformers import (
+    CLIPTokenizerFast,
+    PreTrainedTokenizerFast,
+    Qwen2TokenizerFast,
+    T5TokenizerFast,
+)
 
 from flux.errors import UserError
 from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
@@ -30,18 +35,53 @@ PROSE = [
     "FLUX draws images from words: they're wide, tall or square.",
 ]
 NASTY = [
-    "", " ", "\n", "a cat", "  a  cat  ", "a\n\n cat\t\r\n", "\n\nA CAT", "a cat's 1234", "!!!...",
-    "cafe\u0301 caf\u00e9 \ufb01re \u00c5 \u2460", "e\u0301\u0302\u0303x", "日本語の猫",
-    "\U0001f600 a \U0001f469\u200d\U0001f467", "\u3000a\u00a0b\u2028c",
-    "\x85a\x85b", "a\x01b\x7f", "\u2581a \u2581", "\u0130I\u1e9e", "</w>",
-    "</s>", " </s> a", "a</s> b", "<pad>", "<unk>", "x <extra_id_0> y", "<extra_id_99>y", "<extra_id_100>", "</S>",
-    "<|endoftext|>", "a <|startoftext|>b", "<|ENDOFTEXT|>", "<|StartOfText|>", "<|endoftext|><|endoftext|>",
-    "<|im_end|>\n<|im_start|>assistant\n", "<think>\n</think>", "<|im_end|", "[INST] a [/INST]", "<s>", "[IMG] a",
-    "[/INST]b[SYSTEM_PROMPT]", " ".join(PROSE),
-]  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "a cat",
+    "  a  cat  ",
+    "a\n\n cat\t\r\n",
+    "\n\nA CAT",
+    "a cat's 1234",
+    "!!!...",
+    "cafe\u0301 caf\u00e9 \ufb01re \u00c5 \u2460",
+    "e\u0301\u0302\u0303x",
+    "日本語の猫",
+    "\U0001f600 a \U0001f469\u200d\U0001f467",
+    "\u3000a\u00a0b\u2028c",
+    "\x85a\x85b",
+    "a\x01b\x7f",
+    "\u2581a \u2581",
+    "\u0130I\u1e9e",
+    "</w>",
+    "</s>",
+    " </s> a",
+    "a</s> b",
+    "<pad>",
+    "<unk>",
+    "x <extra_id_0> y",
+    "<extra_id_99>y",
+    "<extra_id_100>",
+    "</S>",
+    "<|endoftext|>",
+    "a <|startoftext|>b",
+    "<|ENDOFTEXT|>",
+    "<|StartOfText|>",
+    "<|endoftext|><|endoftext|>",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "<think>\n</think>",
+    "<|im_end|",
+    "[INST] a [/INST]",
+    "<s>",
+    "[IMG] a",
+    "[/INST]b[SYSTEM_PROMPT]",
+    " ".join(PROSE),
+]
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 PROMPTS = st.lists(st.sampled_from(NASTY) | TEXT, max_size=6).map("".join)
-HYPOTHESIS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+HYPOTHESIS = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN_TEMPLATE = """
@@ -56,10 +96,27 @@ QWEN_TEMPLATE = """
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}"""
 MISTRAL_SPECIAL = [
-    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
-    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
-]  # fmt: skip
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
+]
 MISTRAL_TEMPLATE = """{{- bos_token }}
 {%- for message in messages %}
     {%- if message['role'] == 'system' %}{{- '[SYSTEM_PROMPT]' + message['content'][0]['text'] + '[/SYSTEM_PROMPT]' }}
@@ -81,9 +138,17 @@ def make_t5(folder: Path) -> None:
 
     with open(folder / "spiece.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(PROSE * 20), model_writer=file, vocab_size=130, hard_vocab_limit=False,
-            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(PROSE * 20),
+            model_writer=file,
+            vocab_size=130,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece="<pad>",
+            minloglevel=2,
+        )
 
 
 def make_clip(folder: Path) -> None:
@@ -104,11 +169,23 @@ def make_clip(folder: Path) -> None:
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "special": True}
     first, last = len(vocabulary) - 2, len(vocabulary) - 1
     added = {
-        first: {"content": special[0], "normalized": True, **flags},  # as in the released file: one True, one False
+        first: {
+            "content": special[0],
+            "normalized": True,
+            **flags,
+        },  # as in the released file: one True, one False
         last: {"content": special[1], "normalized": False, **flags},
     }
-    names = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[1], "unk_token": special[1]}
-    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added, "model_max_length": 77, **names})
+    names = {
+        "bos_token": special[0],
+        "eos_token": special[1],
+        "pad_token": special[1],
+        "unk_token": special[1],
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        {"added_tokens_decoder": added, "model_max_length": 77, **names},
+    )
 
 
 def make_qwen(folder: Path) -> None:
@@ -116,9 +193,20 @@ def make_qwen(folder: Path) -> None:
     tokenizer = train_byte_level_bpe(PROSE, 400, folder / "tokenizer.json")
     tokenizer.model.save(str(folder))
     flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
-    added = {i: {flag: getattr(t, flag) for flag in flags} for i, t in tokenizer.get_added_tokens_decoder().items()}
-    config = {"added_tokens_decoder": added, "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "bos_token": None}
-    write_json(folder / "tokenizer_config.json", config | {"chat_template": QWEN_TEMPLATE, "model_max_length": 131072})
+    added = {
+        i: {flag: getattr(t, flag) for flag in flags}
+        for i, t in tokenizer.get_added_tokens_decoder().items()
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "bos_token": None,
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        config | {"chat_template": QWEN_TEMPLATE, "model_max_length": 131072},
+    )
 
 
 def make_mistral(folder: Path) -> None:
@@ -130,10 +218,15 @@ def make_mistral(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=MISTRAL_SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=MISTRAL_SPECIAL,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(PROSE, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -154,7 +247,9 @@ def plain(tokenizer):
     """The released call of FLUX.1's two tokenizers."""
 
     def ask(prompts, length):
-        both = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        both = tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         return both.input_ids, both.attention_mask.bool()
 
     return ask
@@ -211,7 +306,10 @@ def cases(folders):
     tekken = str(folders["mistral"] / "tokenizer.json")
     mistral = PreTrainedTokenizerFast(tokenizer_file=tekken, padding_side="left", **names)
     mistral.chat_template = MISTRAL_TEMPLATE
-    klein, dev = Flux2KleinPipeline._get_qwen3_prompt_embeds, Flux2Pipeline._get_mistral_3_small_prompt_embeds
+    klein, dev = (
+        Flux2KleinPipeline._get_qwen3_prompt_embeds,
+        Flux2Pipeline._get_mistral_3_small_prompt_embeds,
+    )
     return {
         "t5": Case(T5Tokenizer(folders["t5"]), plain(t5), t5, 1),
         "t5-json": Case(T5Tokenizer(folders["t5-json"]), plain(t5), t5, 1),
@@ -234,7 +332,10 @@ def check(case: Case, prompts: list[str], length: int) -> None:
     assert tokens.ids.dtype == torch.int64 and tokens.mask.dtype == torch.bool
     assert torch.equal(tokens.ids, ids) and torch.equal(tokens.mask, mask)
     for prompt, cut in zip(prompts, tokens.cut, strict=True):
-        before, prompt = case.ours.before, prompt.replace("[IMG]", "") if "[INST]" in case.ours.before else prompt
+        before, prompt = (
+            case.ours.before,
+            prompt.replace("[IMG]", "") if "[INST]" in case.ours.before else prompt,
+        )
         starts = case.body(before + prompt + case.ours.after)[1]
         room = length - case.frame
         assert cut == ("" if len(starts) <= room else prompt[max(0, starts[room] - len(before)) :])
@@ -272,9 +373,18 @@ def test_special_ids_and_padding(cases):
     end = cases["clip"].raw.eos_token_id
     assert clip.ids[1].tolist() == [end - 1] + [end] * 79 and clip.mask[1].sum() == 2
     pad, start, *_ = cases["qwen"].raw.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>"])
-    assert qwen.ids[0, 0] == start and (qwen.ids == pad).equal(~qwen.mask) and not qwen.mask[:, -1].any()
+    assert (
+        qwen.ids[0, 0] == start
+        and (qwen.ids == pad).equal(~qwen.mask)
+        and not qwen.mask[:, -1].any()
+    )
     row = mistral.ids[0].tolist()
-    assert row[0] == 11 and row[-1] == 4 and row.count(1) == 1 and (mistral.ids == 11).equal(~mistral.mask)
+    assert (
+        row[0] == 11
+        and row[-1] == 4
+        and row.count(1) == 1
+        and (mistral.ids == 11).equal(~mistral.mask)
+    )
     assert cases["mistral"].ours(["a [IMG]cat"], 400).ids[0].equal(mistral.ids[0])
 
 
@@ -285,7 +395,9 @@ def test_cut_of_a_character_split_in_bytes_keeps_the_character(cases):
     for extra in (0, 1, 2, 3):
         assert case.ours(["ab\U0001f600!"], room + extra).cut == ["\U0001f600!"]
     assert case.ours(["ab\U0001f600!"], room + 4).cut == ["!"]
-    assert case.ours(["ab\U0001f600!"], room + 5).cut == [""]  # the template's tail is lost, the prompt is whole
+    assert case.ours(["ab\U0001f600!"], room + 5).cut == [
+        ""
+    ]  # the template's tail is lost, the prompt is whole
 
 
 def test_t5_from_either_generation_of_tokenizer_json(folders, tmp_path):
@@ -294,7 +406,10 @@ def test_t5_from_either_generation_of_tokenizer_json(folders, tmp_path):
     content = json.loads((folders["t5-json"] / "tokenizer.json").read_text(encoding="utf-8"))
     spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
     strip = {"type": "Strip", "strip_left": False, "strip_right": True}
-    content["normalizer"] = {"type": "Sequence", "normalizers": [content["normalizer"], strip, spaces]}
+    content["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [content["normalizer"], strip, spaces],
+    }
     content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]
     write_json(tmp_path / "tokenizer.json", content)
     older = T5Tokenizer(tmp_path)
@@ -304,14 +419,19 @@ def test_t5_from_either_generation_of_tokenizer_json(folders, tmp_path):
 
 
 def test_what_is_not_text_is_refused(case):
-    for bad, named in [("a\ud83d cat", r"'\\ud83d' at position 1"), ("cat\0", r"'\\x00' at position 3")]:
+    for bad, named in [
+        ("a\ud83d cat", r"'\\ud83d' at position 1"),
+        ("cat\0", r"'\\x00' at position 3"),
+    ]:
         with pytest.raises(UserError, match="prompt 2 holds " + named):
             case.ours(["fine", bad], 20)
 
 
 @pytest.mark.parametrize("kind", [T5Tokenizer, CLIPTokenizer, QwenTokenizer, MistralTokenizer])
 def test_missing_and_broken_files_are_named(kind, tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}/nowhere lacks its tokenizer, tokenizer.json.*FLUX"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/nowhere lacks its tokenizer, tokenizer.json.*FLUX"
+    ):
         kind(tmp_path / "nowhere")
     for content in ("", "not json", "{}", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'):
         (tmp_path / "tokenizer.json").write_text(content)
@@ -326,11 +446,15 @@ def test_another_models_vocabulary_is_refused(folders):
         T5Tokenizer(folders["qwen"])
 
 
-@pytest.mark.parametrize("kind, name", [(T5Tokenizer, "t5"), (CLIPTokenizer, "clip"), (QwenTokenizer, "qwen-old")])
+@pytest.mark.parametrize(
+    "kind, name", [(T5Tokenizer, "t5"), (CLIPTokenizer, "clip"), (QwenTokenizer, "qwen-old")]
+)
 def test_broken_older_files_are_named(kind, name, folders, tmp_path):
     for broken in kind.files:
         whole = (folders[name] / broken).read_bytes()
-        halves = [b"", whole[: len(whole) // 2]] if broken != "merges.txt" else []  # fewer merges are a valid file
+        halves = (
+            [b"", whole[: len(whole) // 2]] if broken != "merges.txt" else []
+        )  # fewer merges are a valid file
         for content in [b"\xff\xfe\x00garbage", *halves]:
             shutil.copytree(folders[name], tmp_path, dirs_exist_ok=True)
             (tmp_path / broken).write_bytes(content)
@@ -352,6 +476,8 @@ def test_ids_that_disagree_with_the_vocabulary_are_refused(folders, tmp_path):
 @given(st.data())
 def test_a_truncated_spiece_model_is_refused(folders, tmp_path, data):
     whole = (folders["t5"] / "spiece.model").read_bytes()
-    (tmp_path / "spiece.model").write_bytes(whole[: data.draw(st.integers(0, len(whole) * 9 // 10))])
+    (tmp_path / "spiece.model").write_bytes(
+        whole[: data.draw(st.integers(0, len(whole) * 9 // 10))]
+    )
     with pytest.raises(UserError, match="spiece.model in .* cannot be read"):
         T5Tokenizer(tmp_path)

@@ -28,7 +28,17 @@ from flux.parity.reference import (
     transformer_to_diffusers,
 )
 from flux.runtime import fast as stripes
-from flux.transformer import NUMERICS, Flux, FluxConfig, Numerics, QKNorm, rope_table, scale_time, sinusoid, unit_rms
+from flux.transformer import (
+    NUMERICS,
+    Flux,
+    FluxConfig,
+    Numerics,
+    QKNorm,
+    rope_table,
+    scale_time,
+    sinusoid,
+    unit_rms,
+)
 
 TINY = {
     "flux.1-dev": FLUX1_TINY,
@@ -39,7 +49,9 @@ TINY = {
     "flux.2-klein": KLEIN_TINY,
 }
 every_model = pytest.mark.parametrize("config", TINY.values(), ids=TINY.keys())
-either_family = pytest.mark.parametrize("config", [FLUX1_TINY, FLUX2_TINY], ids=["flux.1", "flux.2"])
+either_family = pytest.mark.parametrize(
+    "config", [FLUX1_TINY, FLUX2_TINY], ids=["flux.1", "flux.2"]
+)
 
 
 def grid(t: int, rows: int, columns: int) -> Tensor:
@@ -51,7 +63,10 @@ def inputs(config: FluxConfig, dtype: torch.dtype = torch.float32) -> dict[str, 
 
     The times are steps of released schedules at which diffusers and Black Forest Labs round t·1000 apart.
     """
-    img_ids, txt_ids = torch.cat([grid(0, 3, 5), grid(1, 2, 4)]), torch.zeros(7, 3, dtype=torch.long)
+    img_ids, txt_ids = (
+        torch.cat([grid(0, 3, 5), grid(1, 2, 4)]),
+        torch.zeros(7, 3, dtype=torch.long),
+    )
     if config.shared_modulation:
         img_ids = pad(torch.cat([grid(0, 3, 5), grid(10, 2, 4), grid(20, 4, 2)]), (0, 1))
         txt_ids = pad(torch.arange(7)[:, None], (3, 0))
@@ -75,7 +90,9 @@ def model(config: FluxConfig, numerics: Numerics = NUMERICS["exact"]) -> Flux:
 
 
 def reference(ours: Flux) -> nn.Module:
-    return loaded(diffusers_transformer(ours.config), transformer_to_diffusers(ours.state_dict(), ours.config))
+    return loaded(
+        diffusers_transformer(ours.config), transformer_to_diffusers(ours.state_dict(), ours.config)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- parity
@@ -86,7 +103,9 @@ def reference(ours: Flux) -> nn.Module:
 def test_float32_equals_diffusers(config):
     ours, given = model(config), inputs(config)
     velocity, expected = ours(**given), diffusers_velocity(reference(ours), **given)
-    assert velocity.shape == given["img"].shape[:2] + (config.out_channels,) and expected.std() > 0.5
+    assert (
+        velocity.shape == given["img"].shape[:2] + (config.out_channels,) and expected.std() > 0.5
+    )
     assert torch.equal(velocity, expected)
 
 
@@ -105,7 +124,9 @@ def test_exact_numerics_are_nearest_to_float32(config):
     Seen: exact 0.007 to 0.009; diffusers 0.32 to 0.34 where there is guidance, else 0.07; BFL 0.43 to 0.46, else 0.3.
     """
     given, errors = inputs(config, torch.bfloat16), {}
-    wide = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+    wide = {
+        name: value.float() if value.is_floating_point() else value for name, value in given.items()
+    }
     truth = model(config).bfloat16().float()(**wide)
     for name, numerics in NUMERICS.items():
         velocity = model(config, numerics).bfloat16()(**given)
@@ -121,12 +142,23 @@ def test_exact_numerics_are_nearest_to_float32(config):
 def test_thousandfold_is_rounded_as_published():
     """Literals from running both codes: guidance is rounded alike, the time of some steps is not."""
     guidance, t = torch.tensor([2.5, 3.5, 4, 7, 10, 30]), torch.tensor([0.90453, 0.7672])
-    assert scale_time(guidance, "bfl", torch.bfloat16).tolist() == [2496, 3504, 4000, 7008, 9984, 29952]
+    assert scale_time(guidance, "bfl", torch.bfloat16).tolist() == [
+        2496,
+        3504,
+        4000,
+        7008,
+        9984,
+        29952,
+    ]
     assert scale_time(t, "bfl", torch.bfloat16).tolist() == [908, 764]
     assert scale_time(t, "diffusers", torch.bfloat16).tolist() == [904, 768]
     for rounding in ("float32", "bfl", "diffusers"):
-        assert scale_time(t, rounding, torch.float32).tolist() == pytest.approx([904.53, 767.2], rel=1e-7)
-    assert scale_time(t, "float32", torch.bfloat16).tolist() == pytest.approx([904.53, 767.2], rel=1e-7)
+        assert scale_time(t, rounding, torch.float32).tolist() == pytest.approx(
+            [904.53, 767.2], rel=1e-7
+        )
+    assert scale_time(t, "float32", torch.bfloat16).tolist() == pytest.approx(
+        [904.53, 767.2], rel=1e-7
+    )
 
 
 @either_family
@@ -136,13 +168,18 @@ def test_guidance_is_rounded_by_both_published_codes_and_not_by_exact(config):
     given = inputs(config, torch.bfloat16)
     for name in NUMERICS:
         ours = model(config, NUMERICS[name]).bfloat16()
-        a, b = (ours.vec(given["t"], torch.full((2,), g), given.get("vector")) for g in (2.5, 2.496))
+        a, b = (
+            ours.vec(given["t"], torch.full((2,), g), given.get("vector")) for g in (2.5, 2.496)
+        )
         assert torch.equal(a, b) == (name != "exact"), name
 
 
 def test_rope_of_bfl_is_computed_in_float32():
     """Their formula, 1 / theta^(i/dim), in the dtype of the ids; it strays from the float64 table by less than 3e-5."""
-    ids, frequency = torch.arange(513)[:, None], 1.0 / 2000 ** (torch.arange(0, 32, 2, dtype=torch.float32) / 32)
+    ids, frequency = (
+        torch.arange(513)[:, None],
+        1.0 / 2000 ** (torch.arange(0, 32, 2, dtype=torch.float32) / 32),
+    )
     angle = torch.outer(torch.arange(513.0), frequency)
     narrow, wide = (rope_table(ids, (32,), 2000, dtype) for dtype in (torch.float32, torch.float64))
     assert narrow.dtype == wide.dtype == torch.float32 and narrow.shape == (513, 16, 2, 2)
@@ -182,7 +219,10 @@ def test_a_row_does_not_depend_on_its_batch(config):
     ours, given = model(config), inputs(config)
     both = ours(**given)
     for row in range(2):
-        one = {name: value if name.endswith("ids") else value[row : row + 1] for name, value in given.items()}
+        one = {
+            name: value if name.endswith("ids") else value[row : row + 1]
+            for name, value in given.items()
+        }
         assert max_error(ours(**one), both[row : row + 1]) <= 1e-6
 
 
@@ -190,7 +230,10 @@ def test_a_row_does_not_depend_on_its_batch(config):
 @torch.no_grad()
 def test_order_of_the_image_tokens_is_told_by_their_ids_alone(config):
     ours, given = model(config), inputs(config)
-    velocity, order = ours(**given), torch.randperm(len(given["img_ids"]), generator=torch.Generator().manual_seed(1))
+    velocity, order = (
+        ours(**given),
+        torch.randperm(len(given["img_ids"]), generator=torch.Generator().manual_seed(1)),
+    )
     moved = given | {"img": given["img"][:, order], "img_ids": given["img_ids"][order]}
     assert max_error(ours(**moved), velocity[:, order]) <= 2e-6
     assert max_error(ours(**moved | {"img_ids": given["img_ids"]}), velocity[:, order]) > 0.01
@@ -266,7 +309,9 @@ def test_whoever_watches_sees_whole_tensors(config, monkeypatch):
         with watching({"": ours}, lambda name, tensor: seen.setdefault(name, tensor.shape)):
             assert torch.equal(ours(**given), plain)
     tokens = len(given["txt_ids"]) + len(given["img_ids"])
-    assert seen["single_blocks.0.norm/out"][2] == seen["single_blocks.0.activation/out"][1] == tokens
+    assert (
+        seen["single_blocks.0.norm/out"][2] == seen["single_blocks.0.activation/out"][1] == tokens
+    )
     ours(**given | {"img": given["img"].requires_grad_()}).sum().backward()
     assert len(counts) == striped > 0
 
@@ -275,14 +320,25 @@ def test_whoever_watches_sees_whole_tensors(config, monkeypatch):
 def test_a_step_on_a_cpu_takes_less_memory_than_diffusers(config, monkeypatch):
     """With 1,024 and 512 tokens, at a fourth of the width, so that a stripe, too, has a fourth of its elements."""
     monkeypatch.setattr(stripes, "STRIPE", stripes.STRIPE // 4)
-    config = replace(config, hidden_size=768, num_heads=6, axes_dim=(16, 56, 56) if config.vector_dim else (32, 32, 32, 32))
+    config = replace(
+        config,
+        hidden_size=768,
+        num_heads=6,
+        axes_dim=(16, 56, 56) if config.vector_dim else (32, 32, 32, 32),
+    )
     ours, given = model(config).bfloat16(), inputs(config, torch.bfloat16)
     axes = len(config.axes_dim)
-    given |= dict(img=torch.randn(1, 1024, config.in_channels).bfloat16(), img_ids=torch.ones(1024, axes),
-                  txt=torch.randn(1, 512, config.context_dim).bfloat16(), txt_ids=torch.ones(512, axes))  # fmt: skip
+    given |= dict(
+        img=torch.randn(1, 1024, config.in_channels).bfloat16(),
+        img_ids=torch.ones(1024, axes),
+        txt=torch.randn(1, 512, config.context_dim).bfloat16(),
+        txt_ids=torch.ones(512, axes),
+    )
     given = {name: x if name.endswith("ids") else x[:1] for name, x in given.items()}
     theirs, measure = reference(ours), script("benchmarks/measure")
-    assert measure.peak_bytes(lambda: ours(**given)) < measure.peak_bytes(lambda: diffusers_velocity(theirs, **given))
+    assert measure.peak_bytes(lambda: ours(**given)) < measure.peak_bytes(
+        lambda: diffusers_velocity(theirs, **given)
+    )
 
 
 @either_family
@@ -297,13 +353,40 @@ def test_a_step_of_one_picture_copies_no_weights(config):
 # ---------------------------------------------------------------------------------------------------------- full size
 
 FLUX1 = FluxConfig(
-    in_channels=64, out_channels=64, context_dim=4096, hidden_size=3072, num_heads=24, depth=19, depth_single=38,
-    mlp_ratio=4.0, axes_dim=(16, 56, 56), theta=10_000, vector_dim=768, bias=True, gated_mlp=False,
+    in_channels=64,
+    out_channels=64,
+    context_dim=4096,
+    hidden_size=3072,
+    num_heads=24,
+    depth=19,
+    depth_single=38,
+    mlp_ratio=4.0,
+    axes_dim=(16, 56, 56),
+    theta=10_000,
+    vector_dim=768,
+    bias=True,
+    gated_mlp=False,
     shared_modulation=False,
-)  # fmt: skip
+)
 FLUX2 = FluxConfig()
-KLEIN_4B = replace(FLUX2, context_dim=7680, hidden_size=3072, num_heads=24, depth=5, depth_single=20, guidance=False)
-KLEIN_9B = replace(FLUX2, context_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single=24, guidance=False)
+KLEIN_4B = replace(
+    FLUX2,
+    context_dim=7680,
+    hidden_size=3072,
+    num_heads=24,
+    depth=5,
+    depth_single=20,
+    guidance=False,
+)
+KLEIN_9B = replace(
+    FLUX2,
+    context_dim=12288,
+    hidden_size=4096,
+    num_heads=32,
+    depth=8,
+    depth_single=24,
+    guidance=False,
+)
 RELEASED = {  # the file: its configuration, number of tensors, number of parameters
     "flux1-dev": (FLUX1, 780, 11_901_408_320),
     "flux1-schnell": (replace(FLUX1, guidance=False), 776, 11_891_178_560),
@@ -320,4 +403,6 @@ def test_full_size_tensors_equal_diffusers(config, tensors, parameters):
     with torch.device("meta"):
         ours = Flux(config).state_dict()
     assert (len(ours), sum(tensor.numel() for tensor in ours.values())) == (tensors, parameters)
-    assert shapes(transformer_to_diffusers(ours, config)) == shapes(diffusers_transformer(config).state_dict())
+    assert shapes(transformer_to_diffusers(ours, config)) == shapes(
+        diffusers_transformer(config).state_dict()
+    )

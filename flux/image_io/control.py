@@ -36,17 +36,23 @@ def canny(picture: Image.Image) -> Image.Image:
 
 
 @torch.inference_mode()
-def depth(picture: Image.Image, model: str = DEPTH_MODEL, device: torch.device | str = "cpu") -> Tensor:
+def depth(
+    picture: Image.Image, model: str = DEPTH_MODEL, device: torch.device | str = "cpu"
+) -> Tensor:
     """An RGB picture -> its inverse depth as pixels (1, 3, H, W), float32; near is bright. `model`: a repository or a folder.
 
     They are to be used as they are, on the network's own scale, neither normalised nor rounded, nor bound to [-1, 1]; the
     picture that `to_images` makes of them is to look at.
     """
     processor, network = _depth_anything(model)
-    inputs = processor(picture, return_tensors="pt")["pixel_values"].to(device)  # (1, 3, 14·h, 14·w)
+    inputs = processor(picture, return_tensors="pt")["pixel_values"].to(
+        device
+    )  # (1, 3, 14·h, 14·w)
     predicted = repeat(network.to(device)(inputs).predicted_depth, "1 h w -> 1 3 h w")
     size = picture.height, picture.width
-    return F.interpolate(predicted, size, mode="bicubic", antialias=True) / 127.5 - 1  # (1, 3, H, W)
+    return (
+        F.interpolate(predicted, size, mode="bicubic", antialias=True) / 127.5 - 1
+    )  # (1, 3, H, W)
 
 
 def _depth_anything(model: str):
@@ -67,5 +73,7 @@ def _depth_anything(model: str):
         ) from None
     if report["missing_keys"]:  # transformers would leave these random
         lacks = f"{len(report['missing_keys'])} tensors, {min(report['missing_keys'])} among them"
-        raise UserError(f"the depth model {model} lacks {lacks}: it is not a Depth Anything model, or damaged")
+        raise UserError(
+            f"the depth model {model} lacks {lacks}: it is not a Depth Anything model, or damaged"
+        )
     return processor, network.eval()

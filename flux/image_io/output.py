@@ -25,9 +25,15 @@ JPEG_ROOM = 65_504  # bytes: a segment of 65,535, less its length (2) and the na
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """(B, 3, H, W), nominally in [-1, 1] -> pictures. Rounded to the nearest level; BFL's code truncates, which darkens."""
-    if not torch.stack(pixels.aminmax()).isfinite().all():  # NaN is the least and the greatest, if there is one
-        raise NonFiniteError("the decoded pixels are not finite: decode in float32 with --dtype float32")
-    levels = pixels.permute(0, 2, 3, 1).float().clamp(-1, 1)  # (B, H, W, 3); on a GPU too: bytes are less to copy
+    if (
+        not torch.stack(pixels.aminmax()).isfinite().all()
+    ):  # NaN is the least and the greatest, if there is one
+        raise NonFiniteError(
+            "the decoded pixels are not finite: decode in float32 with --dtype float32"
+        )
+    levels = (
+        pixels.permute(0, 2, 3, 1).float().clamp(-1, 1)
+    )  # (B, H, W, 3); on a GPU too: bytes are less to copy
     levels = levels.div_(2).add_(0.5).mul_(255).round_().byte().contiguous()
     return [Image.fromarray(picture) for picture in levels.cpu().numpy()]
 
@@ -45,14 +51,18 @@ def to_mask(mask: Image.Image) -> Tensor:
 def check_output(path: Path, texts: Iterable[str] = (), flag: str = "--output") -> None:
     """Refuse, before any work is done, an output that could not be written, or could not hold one of these texts."""
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{flag} {path}: {path.suffix or 'no suffix'} is not a picture format; use {', '.join(FORMATS)}")
+        raise UserError(
+            f"{flag} {path}: {path.suffix or 'no suffix'} is not a picture format; use {', '.join(FORMATS)}"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unused(path)  # raises if the name is too long for the file system
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written there ({error.strerror}); choose another folder or name") from None
+        raise UserError(
+            f"{flag} {path}: cannot be written there ({error.strerror}); choose another folder or name"
+        ) from None
     for text in texts:
         check_room(path, {"prompt": text}, flag)
 
@@ -60,11 +70,15 @@ def check_output(path: Path, texts: Iterable[str] = (), flag: str = "--output") 
 def check_room(path: Path, metadata: dict, flag: str = "--output") -> None:
     """Refuse parameters that a picture could not hold, before it is made: a JPEG keeps them in one segment."""
     if FORMATS[path.suffix.lower()] == "JPEG" and len(_xmp(metadata)) > JPEG_ROOM:
-        raise UserError(f"{flag} {path}: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp")
+        raise UserError(
+            f"{flag} {path}: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp"
+        )
 
 
 def _xmp(metadata: dict) -> bytes:
-    return XMP.format(json.dumps(metadata).replace("]]>", "]]\\u003e")).encode()  # CDATA may not hold its own end
+    return XMP.format(
+        json.dumps(metadata).replace("]]>", "]]\\u003e")
+    ).encode()  # CDATA may not hold its own end
 
 
 def unused(path: Path, beside: Sequence[str] = ()) -> Path:
@@ -84,7 +98,9 @@ def save(image: Image.Image, path: Path, metadata: dict, beside: Sequence[str] =
 
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt(KEY, json.dumps(metadata))
-        options["compress_type"] = zlib.Z_RLE  # after PNG's filters, faster than zlib's level 1, and smaller than its usual 6
+        options["compress_type"] = (
+            zlib.Z_RLE
+        )  # after PNG's filters, faster than zlib's level 1, and smaller than its usual 6
     else:
         options |= {"quality": 95, "xmp": _xmp(metadata)}
     if options["format"] == "JPEG":
@@ -101,7 +117,9 @@ def write_new(path: Path, write: Callable[[BinaryIO], object], beside: Sequence[
         while True:
             target = unused(path, beside)
             try:
-                os.link(part, target)  # fails, where a rename would overwrite, if the name was taken meanwhile
+                os.link(
+                    part, target
+                )  # fails, where a rename would overwrite, if the name was taken meanwhile
                 return target
             except FileExistsError:
                 continue

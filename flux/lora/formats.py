@@ -40,8 +40,15 @@ ROLES = (  # how a key ends, and what its tensor is
     (r"(?:lora_B|lora_B\.default|lora_up)\.bias", "up_bias"),
     (r"alpha", "alpha"),
     (r"dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?", "magnitude"),
-    *((rf"{factor}(?:\.weight)?", factor) for factor in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
-    *((rf"{factor}(?:\.weight)?", factor) for w in ("lokr_w1", "lokr_w2") for factor in (w, f"{w}_a", f"{w}_b")),
+    *(
+        (rf"{factor}(?:\.weight)?", factor)
+        for factor in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    ),
+    *(
+        (rf"{factor}(?:\.weight)?", factor)
+        for w in ("lokr_w1", "lokr_w2")
+        for factor in (w, f"{w}_a", f"{w}_b")
+    ),
     (r"diff", "diff"),
     (r"diff_b", "diff_bias"),
     (r"scale|weight", "value"),  # of a norm, whole: Black Forest Labs' control LoRAs bring new ones
@@ -57,7 +64,11 @@ NAMES = {  # blocks as we and diffusers say; our layer, its rows, what others (d
         ("vector_in.in_layer", ALL, "time_text_embed.text_embedder.linear_1"),
         ("vector_in.out_layer", ALL, "time_text_embed.text_embedder.linear_2"),
         *(
-            (f"{ours}_in.{layer}_layer", ALL, f"time_{family}_embed.{theirs}_embedder.linear_{number}")
+            (
+                f"{ours}_in.{layer}_layer",
+                ALL,
+                f"time_{family}_embed.{theirs}_embedder.linear_{number}",
+            )
             for ours, theirs in (("time", "timestep"), ("guidance", "guidance"))
             for layer, number in (("in", 1), ("out", 2))
             for family in ("text", "guidance")
@@ -69,33 +80,55 @@ NAMES = {  # blocks as we and diffusers say; our layer, its rows, what others (d
         ("final_layer.adaLN_modulation.1", SWAPPED, "norm_out.linear"),
     ),
     ("double_blocks.N.", "transformer_blocks.N."): (
-        ("img_mod.lin", ALL, "norm1.linear"), ("txt_mod.lin", ALL, "norm1_context.linear"),
-        ("img_attn.qkv", Q, "attn.to_q"), ("img_attn.qkv", K, "attn.to_k"), ("img_attn.qkv", V, "attn.to_v"),
-        ("txt_attn.qkv", Q, "attn.add_q_proj"), ("txt_attn.qkv", K, "attn.add_k_proj"), ("txt_attn.qkv", V, "attn.add_v_proj"),
+        ("img_mod.lin", ALL, "norm1.linear"),
+        ("txt_mod.lin", ALL, "norm1_context.linear"),
+        ("img_attn.qkv", Q, "attn.to_q"),
+        ("img_attn.qkv", K, "attn.to_k"),
+        ("img_attn.qkv", V, "attn.to_v"),
+        ("txt_attn.qkv", Q, "attn.add_q_proj"),
+        ("txt_attn.qkv", K, "attn.add_k_proj"),
+        ("txt_attn.qkv", V, "attn.add_v_proj"),
         ("img_attn.qkv", ALL, "attn.to_qkv", "processor.qkv_lora1"),
         ("txt_attn.qkv", ALL, "attn.to_added_qkv", "processor.qkv_lora2"),
         ("img_attn.proj", ALL, "attn.to_out.0", "processor.proj_lora1"),
         ("txt_attn.proj", ALL, "attn.to_add_out", "processor.proj_lora2"),
-        ("img_attn.norm.query_norm", ALL, "attn.norm_q"), ("img_attn.norm.key_norm", ALL, "attn.norm_k"),
-        ("txt_attn.norm.query_norm", ALL, "attn.norm_added_q"), ("txt_attn.norm.key_norm", ALL, "attn.norm_added_k"),
-        ("img_mlp.0", ALL, "ff.net.0.proj", "ff.linear_in"), ("img_mlp.2", ALL, "ff.net.2", "ff.linear_out"),
+        ("img_attn.norm.query_norm", ALL, "attn.norm_q"),
+        ("img_attn.norm.key_norm", ALL, "attn.norm_k"),
+        ("txt_attn.norm.query_norm", ALL, "attn.norm_added_q"),
+        ("txt_attn.norm.key_norm", ALL, "attn.norm_added_k"),
+        ("img_mlp.0", ALL, "ff.net.0.proj", "ff.linear_in"),
+        ("img_mlp.2", ALL, "ff.net.2", "ff.linear_out"),
         ("txt_mlp.0", ALL, "ff_context.net.0.proj", "ff_context.linear_in"),
         ("txt_mlp.2", ALL, "ff_context.net.2", "ff_context.linear_out"),
     ),
     ("single_blocks.N.", "single_transformer_blocks.N."): (
         ("modulation.lin", ALL, "norm.linear"),
-        ("linear1", Q, "attn.to_q"), ("linear1", K, "attn.to_k"), ("linear1", V, "attn.to_v"), ("linear1", MLP, "proj_mlp"),
-        ("linear1", QKV, "processor.qkv_lora"), ("linear1", ALL, "attn.to_qkv_mlp_proj"),
+        ("linear1", Q, "attn.to_q"),
+        ("linear1", K, "attn.to_k"),
+        ("linear1", V, "attn.to_v"),
+        ("linear1", MLP, "proj_mlp"),
+        ("linear1", QKV, "processor.qkv_lora"),
+        ("linear1", ALL, "attn.to_qkv_mlp_proj"),
         ("linear2", ALL, "proj_out", "attn.to_out", "processor.proj_lora"),
-        ("norm.query_norm", ALL, "attn.norm_q"), ("norm.key_norm", ALL, "attn.norm_k"),
+        ("norm.query_norm", ALL, "attn.norm_q"),
+        ("norm.key_norm", ALL, "attn.norm_k"),
     ),
-}  # fmt: skip
-TEXT_PARTS = (("clip", r"text_model_|encoder_layers_"), ("t5", r"encoder_block_|encoder_final_layer_norm|shared"))
+}
+TEXT_PARTS = (
+    ("clip", r"text_model_|encoder_layers_"),
+    ("t5", r"encoder_block_|encoder_final_layer_norm|shared"),
+)
 FORMATS = (  # marks in the keys, and what to call such a file; the first one found counts
-    (r"processor\.(qkv|proj)_lora", "XLabs"), (r"query_norm\.scale$", "BFL control"), (r"^lora_transformer_", "OneTrainer"),
-    (r"^lora_", "kohya"), (r"^lycoris_", "LyCORIS"), (r"^base_model\.", "PEFT"), (r"^diffusion_model\.", "ComfyUI"),
-    (r"transformer_blocks\.", "diffusers"), (r"", "BFL"),
-)  # fmt: skip
+    (r"processor\.(qkv|proj)_lora", "XLabs"),
+    (r"query_norm\.scale$", "BFL control"),
+    (r"^lora_transformer_", "OneTrainer"),
+    (r"^lora_", "kohya"),
+    (r"^lycoris_", "LyCORIS"),
+    (r"^base_model\.", "PEFT"),
+    (r"^diffusion_model\.", "ComfyUI"),
+    (r"transformer_blocks\.", "diffusers"),
+    (r"", "BFL"),
+)
 
 
 class Place(NamedTuple):
@@ -112,8 +145,12 @@ def known_names(modules: Mapping[str, nn.Module | None]) -> dict[str, Place]:
     for part, module in modules.items():
         for path, layer in module.named_modules() if module is not None else ():
             if (weight := getattr(layer, _weight_name(layer), None)) is not None:
-                aliases = _aliases(path, len(weight), weight.shape[-1]) if part == "transformer" else {}
-                aliases[path] = aliases[path.removeprefix("text_model.")] = ((0, len(weight)),)  # newer transformers omit it
+                aliases = (
+                    _aliases(path, len(weight), weight.shape[-1]) if part == "transformer" else {}
+                )
+                aliases[path] = aliases[path.removeprefix("text_model.")] = (
+                    (0, len(weight)),
+                )  # newer transformers omit it
                 names |= {_flat(alias): Place(part, path, rows) for alias, rows in aliases.items()}
     return names
 
@@ -125,18 +162,28 @@ def _aliases(path: str, outputs: int, hidden_size: int) -> dict[str, tuple[tuple
     for prefixes, table in NAMES.items():
         for ours, spans, *theirs in table if prefixes[0] == (block and f"{block}N.") else ():
             if ours == layer:
-                rows = tuple((a * hidden_size, outputs if b is None else b * hidden_size) for a, b in spans)
-                found |= {(prefix + name).replace("N", number): rows for prefix in prefixes for name in theirs}
+                rows = tuple(
+                    (a * hidden_size, outputs if b is None else b * hidden_size) for a, b in spans
+                )
+                found |= {
+                    (prefix + name).replace("N", number): rows
+                    for prefix in prefixes
+                    for name in theirs
+                }
     return found
 
 
 def address(key: str, names: Mapping[str, Place]) -> tuple[Place, str] | None:
     """Where a tensor of a file belongs, and its role there; None if the end of its key tells no role."""
-    for dot in (i for i, letter in enumerate(key) if letter == "."):  # the longest end that is a role
+    for dot in (
+        i for i, letter in enumerate(key) if letter == "."
+    ):  # the longest end that is a role
         role = next((role for end, role in ROLES if re.fullmatch(end, key[dot + 1 :])), None)
         if role:
             name = _flat(PREFIXES.sub("", key[:dot], count=1))
-            part = next((part for part, start in TEXT_PARTS if re.match(start, name)), "transformer")
+            part = next(
+                (part for part, start in TEXT_PARTS if re.match(start, name)), "transformer"
+            )
             return names.get(name, Place(part, None)), role
     return None
 
@@ -165,7 +212,9 @@ class Lora:
         return UserError(f"{self.path} ({self.format} LoRA) {fault}.")
 
     def show(self, *keys: str) -> str:
-        return " and ".join(f"{key!r:.120} of shape {tuple(self.tensors[key].shape)}" for key in keys)
+        return " and ".join(
+            f"{key!r:.120} of shape {tuple(self.tensors[key].shape)}" for key in keys
+        )
 
 
 def read(path: Path) -> Lora:
@@ -173,8 +222,10 @@ def read(path: Path) -> Lora:
     infos, metadata = read_header(path)
     if not any(found and found[1] != "value" for found in (address(key, {}) for key in infos)):
         some = ", ".join(f"{key!r:.120}" for key in list(infos)[:3])
-        raise UserError(f"{path} is not a LoRA: none of its {len(infos)} tensors ({some}) is named as one; "
-                        "a whole transformer goes to --transformer.")  # fmt: skip
+        raise UserError(
+            f"{path} is not a LoRA: none of its {len(infos)} tensors ({some}) is named as one; "
+            "a whole transformer goes to --transformer."
+        )
     config = _configuration(path, infos, metadata)
     try:
         with safe_open(path, framework="pt", device="cpu") as mapped:
@@ -187,19 +238,32 @@ def read(path: Path) -> Lora:
 
 def _configuration(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict:
     """What is said of alpha, if anything is: by the file itself, or, where PEFT wrote it, by adapter_config.json beside it."""
-    inside, beside = "lora_adapter_metadata" in metadata, Path(path).with_name("adapter_config.json")
+    inside, beside = (
+        "lora_adapter_metadata" in metadata,
+        Path(path).with_name("adapter_config.json"),
+    )
     if not inside and not (any(key.startswith("base_model.") for key in keys) and beside.is_file()):
         return {}
-    damaged = f"{path} has a damaged lora_adapter_metadata" if inside else f"{beside}, which belongs to {path}, is damaged"
+    damaged = (
+        f"{path} has a damaged lora_adapter_metadata"
+        if inside
+        else f"{beside}, which belongs to {path}, is damaged"
+    )
     try:
-        config = json.loads(metadata["lora_adapter_metadata"] if inside else beside.read_text(encoding="utf-8"))
+        config = json.loads(
+            metadata["lora_adapter_metadata"] if inside else beside.read_text(encoding="utf-8")
+        )
         if not isinstance(config, dict) or not all(
-            isinstance(config[name] or {}, dict) for name in config if name.endswith("alpha_pattern")
+            isinstance(config[name] or {}, dict)
+            for name in config
+            if name.endswith("alpha_pattern")
         ):
             raise ValueError("not a table")
         return config
     except OSError as error:
-        raise UserError(f"{beside}, which belongs to {path}, cannot be read: {error.strerror}.") from error
+        raise UserError(
+            f"{beside}, which belongs to {path}, cannot be read: {error.strerror}."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{damaged} ({error!s:.80}); download it again.") from error
 
@@ -207,10 +271,15 @@ def _configuration(path: Path, keys: Iterable[str], metadata: Mapping[str, str])
 # ---------------------------------------------------------------------------------------------------------- placing
 
 PRODUCTS = (  # sets of factors that make a change of a weight, each complete
-    {"down", "up"}, {"diff"}, {"value"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"lokr_w1", "lokr_w2"},
-    {"lokr_w1_a", "lokr_w1_b", "lokr_w2"}, {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
+    {"down", "up"},
+    {"diff"},
+    {"value"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"lokr_w1", "lokr_w2"},
+    {"lokr_w1_a", "lokr_w1_b", "lokr_w2"},
+    {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
     {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
-)  # fmt: skip
+)
 BESIDE = {"alpha", "magnitude", "up_bias", "diff_bias"}
 
 
@@ -231,11 +300,19 @@ class Patch:
         """
         factors = {role: factor.to(weight) for role, factor in self.factors.items()}
         made, before = product(factors), weight[..., : self.columns]
-        difference = self.scaling * made if self.factors.keys() & {"diff", "value"} else made.mul_(self.scaling)
+        difference = (
+            self.scaling * made
+            if self.factors.keys() & {"diff", "value"}
+            else made.mul_(self.scaling)
+        )
         if "magnitude" not in factors:
             return difference
         # DoRA (Liu et al. 2024, arXiv:2402.09353): rows are given these lengths; where there is one number a column, columns
-        magnitude = factors["magnitude"] if factors["magnitude"].ndim == 2 else factors["magnitude"][:, None]
+        magnitude = (
+            factors["magnitude"]
+            if factors["magnitude"].ndim == 2
+            else factors["magnitude"][:, None]
+        )
         changed = difference.add_(before)
         length = changed.norm(dim=0 if len(magnitude) == 1 else 1, keepdim=True)
         return changed.mul_(magnitude).div_(length).sub_(before)
@@ -246,14 +323,21 @@ def product(factors: Mapping[str, Tensor]) -> Tensor:
     if "down" in factors:
         return factors["up"] @ factors["down"]
     if "hada_w1_a" in factors:
-        return (factors["hada_w1_a"] @ factors["hada_w1_b"]).mul_(factors["hada_w2_a"] @ factors["hada_w2_b"])
+        return (factors["hada_w1_a"] @ factors["hada_w1_b"]).mul_(
+            factors["hada_w2_a"] @ factors["hada_w2_b"]
+        )
     if "diff" in factors or "value" in factors:
         return factors["diff" if "diff" in factors else "value"]
-    w1, w2 = (factors[w] if w in factors else factors[f"{w}_a"] @ factors[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
+    w1, w2 = (
+        factors[w] if w in factors else factors[f"{w}_a"] @ factors[f"{w}_b"]
+        for w in ("lokr_w1", "lokr_w2")
+    )
     return torch.kron(w1, w2)
 
 
-def place(lora: Lora, modules: Mapping[str, nn.Module | None], partial: bool = False) -> list[Patch]:
+def place(
+    lora: Lora, modules: Mapping[str, nn.Module | None], partial: bool = False
+) -> list[Patch]:
     """One patch for each layer that the file changes; `modules` by part, "transformer", "clip", "t5", on any device or meta.
 
     Tensors of a part that is None are left out. UserError, with keys and shapes, for any other tensor that has no place
@@ -271,12 +355,20 @@ def place(lora: Lora, modules: Mapping[str, nn.Module | None], partial: bool = F
         else:
             found[where][role] = key
     if unplaced and not partial:
-        kinds = " or ".join(type(module).__name__ for module in modules.values() if module is not None)
-        some = ", ".join(f"{key!r:.120}" for key in unplaced[:3]) + (", ..." if len(unplaced) > 3 else "")
-        raise lora.refuse(f"has {len(unplaced)} tensors, of {len(lora.tensors)}, that have no place in {kinds}: {some}; "
-                          "partial=True (--lora-partial) leaves them out")  # fmt: skip
+        kinds = " or ".join(
+            type(module).__name__ for module in modules.values() if module is not None
+        )
+        some = ", ".join(f"{key!r:.120}" for key in unplaced[:3]) + (
+            ", ..." if len(unplaced) > 3 else ""
+        )
+        raise lora.refuse(
+            f"has {len(unplaced)} tensors, of {len(lora.tensors)}, that have no place in {kinds}: {some}; "
+            "partial=True (--lora-partial) leaves them out"
+        )
     if not found:
-        raise lora.refuse(f"changes nothing: none of its {len(lora.tensors)} tensors belongs to what is loaded")
+        raise lora.refuse(
+            f"changes nothing: none of its {len(lora.tensors)} tensors belongs to what is loaded"
+        )
     return [_patch(lora, where, keys, modules[where.part]) for where, keys in found.items()]
 
 
@@ -285,30 +377,51 @@ def _patch(lora: Lora, where: Place, keys: dict[str, str], module: nn.Module) ->
     factors = {role: lora.tensors[key] for role, key in keys.items()}
     for role, tensor in factors.items():
         if tensor.numel() == 0 or not (tensor.is_floating_point() or role == "alpha"):
-            raise lora.refuse(f"has {lora.show(keys[role])} and {tensor.dtype}, which is no matrix of floats")
+            raise lora.refuse(
+                f"has {lora.show(keys[role])} and {tensor.dtype}, which is no matrix of floats"
+            )
         if not tensor.float().isfinite().all():
             raise lora.refuse(f"has NaN or infinity in {keys[role]!r:.120}; get it again")
     core = factors.keys() - BESIDE
     if core not in PRODUCTS and factors.keys() != {"diff_bias"}:
         missing = min((whole - core for whole in PRODUCTS if whole > core), key=len, default=())
-        lacks = f"without its {' and '.join(sorted(missing))}" if missing else "which do not belong together"
+        lacks = (
+            f"without its {' and '.join(sorted(missing))}"
+            if missing
+            else "which do not belong together"
+        )
         raise lora.refuse(f"has {lora.show(*keys.values())}, {lacks}")
     columns = _check_fit(lora, where, keys, module)
     scaling = _scaling(lora, where.part, next(iter(keys.values())), factors)
-    return Patch(where, {role: tensor for role, tensor in factors.items() if role != "alpha"}, scaling, columns, lora.path)
+    return Patch(
+        where,
+        {role: tensor for role, tensor in factors.items() if role != "alpha"},
+        scaling,
+        columns,
+        lora.path,
+    )
 
 
 def _check_fit(lora: Lora, where: Place, keys: dict[str, str], module: nn.Module) -> int:
     """The columns of the change; UserError unless it and all beside it have the shapes of these rows of the layer."""
     layer, core = module.get_submodule(where.path), [role for role in keys if role not in BESIDE]
-    weight, rows = getattr(layer, _weight_name(layer)), sum(stop - start for start, stop in where.rows)
+    weight, rows = (
+        getattr(layer, _weight_name(layer)),
+        sum(stop - start for start, stop in where.rows),
+    )
     wanted = shape = (rows, *weight.shape[1:])
     factors = {role: lora.tensors[key].to("meta", torch.float32) for role, key in keys.items()}
     try:
         shape = tuple(product(factors).shape) if core else wanted
     except RuntimeError:  # on the meta device a product is of shapes only
-        raise lora.refuse(f"has {lora.show(*(keys[role] for role in core))}, which cannot be multiplied") from None
-    widened = where.path == "img_in" and len(shape) == 2 and 0 in (shape[1] % wanted[1], wanted[1] % shape[1])
+        raise lora.refuse(
+            f"has {lora.show(*(keys[role] for role in core))}, which cannot be multiplied"
+        ) from None
+    widened = (
+        where.path == "img_in"
+        and len(shape) == 2
+        and 0 in (shape[1] % wanted[1], wanted[1] % shape[1])
+    )
     bias = (rows,) if getattr(layer, "bias", None) is not None else None
     for roles, has, allowed in (
         (core, shape, (wanted, (rows, shape[-1]) if widened else wanted)),
@@ -317,24 +430,38 @@ def _check_fit(lora: Lora, where: Place, keys: dict[str, str], module: nn.Module
         (["diff_bias"], None, (bias,)),
         (["alpha"], None, ((), (1,))),
     ):
-        if all(role in factors for role in roles) and (tuple(factors[roles[0]].shape) if has is None else has) not in allowed:
+        if (
+            all(role in factors for role in roles)
+            and (tuple(factors[roles[0]].shape) if has is None else has) not in allowed
+        ):
             shown = lora.show(*(keys[role] for role in roles))
             takes = "no bias" if allowed[0] is None else allowed[0]
-            raise lora.refuse(f"does not fit {type(module).__name__}: {shown}, but {where.path} takes {takes}")
+            raise lora.refuse(
+                f"does not fit {type(module).__name__}: {shown}, but {where.path} takes {takes}"
+            )
     return shape[-1]
 
 
 def _scaling(lora: Lora, part: str, key: str, factors: Mapping[str, Tensor]) -> float:
     """alpha/rank; alpha is the file's, or the configuration's, which has another name for it in PEFT's LoHa, or the rank."""
-    ranks = [factors[role].shape[0] for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if role in factors]
-    if not ranks:  # a product of whole matrices has no rank, and LyCORIS leaves a placeholder for its alpha
+    ranks = [
+        factors[role].shape[0]
+        for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+        if role in factors
+    ]
+    if (
+        not ranks
+    ):  # a product of whole matrices has no rank, and LyCORIS leaves a placeholder for its alpha
         return 1.0
     if "alpha" in factors:
         return factors["alpha"].item() / ranks[0]
     prefix = dict(transformer="transformer.", clip="text_encoder.", t5="text_encoder_2.")[part]
     config = {name.removeprefix(prefix): value for name, value in lora.config.items()}
     name = "." + re.sub(r"\.lora_.*", "", key)
-    layers = {"." + layer.lstrip("^"): alpha for layer, alpha in (config.get("alpha_pattern") or {}).items()}
+    layers = {
+        "." + layer.lstrip("^"): alpha
+        for layer, alpha in (config.get("alpha_pattern") or {}).items()
+    }
     default = config.get("lora_alpha", config.get("alpha", ranks[0]))
     alpha = next((layers[layer] for layer in layers if name.endswith(layer)), default)
     if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
@@ -346,7 +473,11 @@ def _scaling(lora: Lora, part: str, key: str, factors: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]], each: Callable[[str], None] = lambda path: None) -> None:
+def merge(
+    module: nn.Module,
+    patches: Sequence[tuple[Patch, float]],
+    each: Callable[[str], None] = lambda path: None,
+) -> None:
     """W + sum of scale · change, in float32, rounded once to the dtype of W (float8 too): all files in one call.
 
     A change is alpha/rank · BA, or all that DoRA does to W, so that a scale of 0 leaves W, and 1 makes what PEFT makes.
@@ -358,9 +489,13 @@ def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]], each: Calla
     layers = defaultdict(list)
     for patch, scale in patches:
         if not math.isfinite(scale):
-            raise UserError(f"{patch.source} cannot be merged at scale {scale}: give a finite number.")
+            raise UserError(
+                f"{patch.source} cannot be merged at scale {scale}: give a finite number."
+            )
         layers[patch.place.path].append((patch, scale))
-    dtype = next(module.parameters()).dtype  # that it computes in: what is quantised is no parameter
+    dtype = next(
+        module.parameters()
+    ).dtype  # that it computes in: what is quantised is no parameter
     for path, group in layers.items():
         layer = module.get_submodule(path)
         changed = dict(_merged(layer, path, group, dtype))
@@ -368,19 +503,24 @@ def merge(module: nn.Module, patches: Sequence[tuple[Patch, float]], each: Calla
             layer = layer.plain(changed["weight"])
             module.set_submodule(path, layer)
         for name, tensor in changed.items():
-            setattr(layer, name, nn.Parameter(tensor, requires_grad=getattr(layer, name).requires_grad))
+            setattr(
+                layer, name, nn.Parameter(tensor, requires_grad=getattr(layer, name).requires_grad)
+            )
             if path == "img_in" and name == "weight":  # which may have become wider
                 layer.in_features = tensor.shape[1]
                 module.config = replace(module.config, in_channels=tensor.shape[1])
         each(path)
 
 
-def _merged(layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]],
-            dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+def _merged(
+    layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """The new weight and bias of a layer, as far as patches change them. `dtype`: of the weight, where it was quantised."""
     new = [patch for patch, _ in group if "value" in patch.factors]
     if len(new) > 1:
-        raise UserError(f"{new[0].source} and {new[1].source} cannot be merged together: both replace {path}.")
+        raise UserError(
+            f"{new[0].source} and {new[1].source} cannot be merged together: both replace {path}."
+        )
     name, width = _weight_name(layer), max(patch.columns for patch, _ in group)
     changing = [(patch, scale) for patch, scale in group if patch.factors.keys() - BESIDE]
     if changing:
@@ -388,24 +528,45 @@ def _merged(layer: nn.Module, path: str, group: Sequence[tuple[Patch, float]],
         old = layer.dequantize() if quantised else getattr(layer, name)
         wide = (new[0].factors["value"] if new else old).to(old.device, _wide(old))
         wide = F.pad(wide, (0, max(0, width - wide.shape[-1])))
-        own = (quantised or wide.dtype != old.dtype) and not new  # nobody else's memory; and only DoRA needs what was there
-        total = wide if own and not any("magnitude" in patch.factors for patch, _ in changing) else wide.clone()
+        own = (
+            quantised or wide.dtype != old.dtype
+        ) and not new  # nobody else's memory; and only DoRA needs what was there
+        total = (
+            wide
+            if own and not any("magnitude" in patch.factors for patch, _ in changing)
+            else wide.clone()
+        )
         for patch, scale in changing:
             if patch not in new:
                 spans = [wide[a:b] for a, b in patch.place.rows]
-                _add(total, patch, patch.change(spans[0] if len(spans) == 1 else torch.cat(spans)).mul_(scale))
+                _add(
+                    total,
+                    patch,
+                    patch.change(spans[0] if len(spans) == 1 else torch.cat(spans)).mul_(scale),
+                )
         yield name, _rounded(total, dtype if quantised else old.dtype, path)
-    biases = [(patch, scale, role) for patch, scale in group for role in ("up_bias", "diff_bias") if role in patch.factors]
+    biases = [
+        (patch, scale, role)
+        for patch, scale in group
+        for role in ("up_bias", "diff_bias")
+        if role in patch.factors
+    ]
     if biases:
         total = layer.bias.to(_wide(layer.bias), copy=True)
         for patch, scale, role in biases:
-            _add(total, patch, scale * (patch.scaling if role == "up_bias" else 1) * patch.factors[role].to(total))
+            _add(
+                total,
+                patch,
+                scale * (patch.scaling if role == "up_bias" else 1) * patch.factors[role].to(total),
+            )
         yield "bias", _rounded(total, layer.bias.dtype, path)
 
 
 def _add(total: Tensor, patch: Patch, difference: Tensor) -> None:
     spans = patch.place.rows
-    for (start, stop), piece in zip(spans, difference.split([b - a for a, b in spans]), strict=True):
+    for (start, stop), piece in zip(
+        spans, difference.split([b - a for a, b in spans]), strict=True
+    ):
         total[start:stop][..., : piece.shape[-1]] += piece  # the first columns, if there are more
 
 
@@ -417,6 +578,8 @@ def _rounded(total: Tensor, dtype: torch.dtype, path: str) -> Tensor:
     limit = torch.finfo(dtype).max
     lowest, highest = total.aminmax()
     if not (highest <= limit and lowest >= -limit):
-        raise UserError(f"the LoRAs do not fit {path}: their sum exceeds {limit:g}, the most that {dtype} holds; "
-                        "give smaller scales.")  # fmt: skip
+        raise UserError(
+            f"the LoRAs do not fit {path}: their sum exceeds {limit:g}, the most that {dtype} holds; "
+            "give smaller scales."
+        )
     return total.to(dtype)

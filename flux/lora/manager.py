@@ -18,10 +18,23 @@ class MergedLoras:
     by the names that `flux.lora.formats` has for them. `changed` is called whenever they have changed.
     """
 
-    def __init__(self, spec: ModelSpec, own: Sequence[Path], networks: dict[str, Network], changed: Callable[[], None]):
-        self.spec, self.networks, self.changed, self.own = spec, networks, changed, {path.resolve() for path in own}
+    def __init__(
+        self,
+        spec: ModelSpec,
+        own: Sequence[Path],
+        networks: dict[str, Network],
+        changed: Callable[[], None],
+    ):
+        self.spec, self.networks, self.changed, self.own = (
+            spec,
+            networks,
+            changed,
+            {path.resolve() for path in own},
+        )
         part = {"transformer": networks["transformer"]}
-        self.files: dict[Path, tuple[list, float]] = {path: (_read(path, part), spec.adapter.scale) for path in self.own}
+        self.files: dict[Path, tuple[list, float]] = {
+            path: (_read(path, part), spec.adapter.scale) for path in self.own
+        }
         self._merge()
 
     def add(self, path: Path, scale: float, partial: bool) -> None:
@@ -29,7 +42,9 @@ class MergedLoras:
         if path in self.own:
             return self.set_scale(path, scale)
         if path in self.files:
-            raise UserError(f"{path} is loaded already: give it once, or change its scale with set_lora_scale")
+            raise UserError(
+                f"{path} is loaded already: give it once, or change its scale with set_lora_scale"
+            )
         patches = _read(path, self.networks, partial)
         self._check(path, patches, scale)
         self.files[path] = patches, scale
@@ -38,7 +53,9 @@ class MergedLoras:
     def set_scale(self, path: Path, scale: float) -> None:
         path = _resolved(path)
         if path not in self.files:
-            raise UserError(f"{path} is not loaded; loaded are: {', '.join(map(str, self.files)) or 'none'}")
+            raise UserError(
+                f"{path} is not loaded; loaded are: {', '.join(map(str, self.files)) or 'none'}"
+            )
         self._check(path, (), scale)
         self.files[path] = self.files[path][0], scale
         self._merge()
@@ -54,20 +71,33 @@ class MergedLoras:
             raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
         spec, c = self.spec, self.spec.transformer
         control = 2 * c.out_channels if spec.control and spec.adapter else c.in_channels
-        widths = {patch.columns for patch in patches if patch.place.part == "transformer" and patch.place.path == "img_in"}
+        widths = {
+            patch.columns
+            for patch in patches
+            if patch.place.part == "transformer" and patch.place.path == "img_in"
+        }
         if strange := widths - {c.out_channels, c.in_channels, control}:
             able = ", ".join(s.name for s in MODELS.values() if s.control and s.adapter)
-            raise UserError(f"{path} is for an input of {max(strange)} channels, which {spec.name} does not have; if it is a "
-                            f"control LoRA, use {able}")  # fmt: skip
+            raise UserError(
+                f"{path} is for an input of {max(strange)} channels, which {spec.name} does not have; if it is a "
+                f"control LoRA, use {able}"
+            )
         replaced = {patch.place for patch in patches if "value" in patch.factors}
         for other, (known, _) in self.files.items():
             if any(patch.place in replaced and "value" in patch.factors for patch in known):
-                raise UserError(f"{path} and {other} replace the same weights, so they cannot be used together: leave one out")
+                raise UserError(
+                    f"{path} and {other} replace the same weights, so they cannot be used together: leave one out"
+                )
 
     def _merge(self) -> None:
         """From the weights as they are in the files, so that they are rounded once."""
         for part, network in self.networks.items():
-            patches = [(p, scale) for patches, scale in self.files.values() for p in patches if p.place.part == part]
+            patches = [
+                (p, scale)
+                for patches, scale in self.files.values()
+                for p in patches
+                if p.place.part == part
+            ]
             paths = {patch.place.path for patch, _ in patches}
             network.alter(bound(_merge_into, patches=patches) if patches else None, paths)
         self.changed()
@@ -82,9 +112,14 @@ def _resolved(path: Path) -> Path:
 
 def _read(path: Path, networks: dict[str, Network], partial: bool = False) -> list:
     """Its patches of these networks."""
-    from flux.lora.formats import place, read  # not above: a picture without LoRAs need not wait for it
+    from flux.lora.formats import (
+        place,
+        read,
+    )  # not above: a picture without LoRAs need not wait for it
 
-    return place(read(path), {part: network.on_meta() for part, network in networks.items()}, partial)
+    return place(
+        read(path), {part: network.on_meta() for part, network in networks.items()}, partial
+    )
 
 
 def _merge_into(module: nn.Module, patches: list, **options) -> None:

@@ -26,7 +26,17 @@ from flux.parity.capture_file import DTYPES, Capture
 from flux.parity.compare import BUDGETS, Row, first_over
 from flux.parity.hooks import replaced
 from flux.parity.modules import PLACE, Call, Modules
-from flux.parity.replay import Recorded, asked, from_recorded, inputs_of, inside, judged, local, passes, recorded
+from flux.parity.replay import (
+    Recorded,
+    asked,
+    from_recorded,
+    inputs_of,
+    inside,
+    judged,
+    local,
+    passes,
+    recorded,
+)
 from flux.pipeline import Pipeline
 from flux.runtime.checks import check_cfg, check_steps
 from flux.transformer import Modulations
@@ -46,14 +56,29 @@ class Departure:
 
     def __str__(self) -> str:
         errors, where = self.row.errors, self.block or f"step {self.step}, outside the blocks"
-        error = self.row.fault if errors is None else f"relative L2 {errors.relative_l2:.2g} of {self.row.budget:.2g}"
-        what = "the first to depart is" if self.row.over else "errors add up, and no module alone is over budget; nearest is"
+        error = (
+            self.row.fault
+            if errors is None
+            else f"relative L2 {errors.relative_l2:.2g} of {self.row.budget:.2g}"
+        )
+        what = (
+            "the first to depart is"
+            if self.row.over
+            else "errors add up, and no module alone is over budget; nearest is"
+        )
         found = f"found in {self.runs['stretches']} stretches: {self.runs['network']} runs of the network"
-        return f"{what} {self.row.name}, in {where}: {error}\n{found}, {self.runs['block']} of a block"
+        return (
+            f"{what} {self.row.name}, in {where}: {error}\n{found}, {self.runs['block']} of a block"
+        )
 
 
-def bisect(capture: Capture, pipe: Pipeline, request: Request, call: Call | None = None,
-           budget: float | None = None) -> Departure | None:  # fmt: skip
+def bisect(
+    capture: Capture,
+    pipe: Pipeline,
+    request: Request,
+    call: Call | None = None,
+    budget: float | None = None,
+) -> Departure | None:
     """The first departure from a capture of a whole run; None if nothing is over budget.
 
     `pipe` has the schedule, the guidance and the sampler; `call` the networks, if they are not its own. A fault that the rest
@@ -69,9 +94,16 @@ def bisect(capture: Capture, pipe: Pipeline, request: Request, call: Call | None
         step = found + 1
         for where in passes(capture, step):
             blocks = _blocks(capture, where)
-            at = call.first(len(blocks), lambda start, end: _departs(capture, call, blocks[start:end], budget))
+            at = call.first(
+                len(blocks), lambda start, end: _departs(capture, call, blocks[start:end], budget)
+            )
             if at is not None:
-                return Departure(step, blocks[at].name, _look_into(capture, call.call, blocks[at], budget), call.runs)
+                return Departure(
+                    step,
+                    blocks[at].name,
+                    _look_into(capture, call.call, blocks[at], budget),
+                    call.runs,
+                )
         row = _outside_blocks(capture, call, step, budget) or loop.row(found, step, budget)
         return Departure(step, None, row, call.runs)
 
@@ -98,7 +130,9 @@ class _Counted:
 
     def __call__(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
         path = PLACE.fullmatch(name)[4]
-        self.runs["network" if path is None else "block" if BLOCK.fullmatch(path) else "module"] += 1
+        self.runs[
+            "network" if path is None else "block" if BLOCK.fullmatch(path) else "module"
+        ] += 1
         return asked(self.call, name, inputs)
 
     def first(self, number: int, departs: Callable[[int, int], bool]) -> int | None:
@@ -117,12 +151,20 @@ class _Loop:
 
     def __init__(self, capture: Capture, pipe: Pipeline, request: Request, call: Call):
         self.capture, self.pipe, self.request, self.call, r = capture, pipe, request, call, request
-        self.steps = len([name for name in capture.names if re.fullmatch(r"step\.\d+/latents", name)])
-        if not self.steps or not all(f"step.{n:03}/latents" in capture.tensors for n in range(1, self.steps + 1)):
-            raise UserError(f"{capture.path} lacks latents, from which to go on: capture it without --steps-of and --only")
+        self.steps = len(
+            [name for name in capture.names if re.fullmatch(r"step\.\d+/latents", name)]
+        )
+        if not self.steps or not all(
+            f"step.{n:03}/latents" in capture.tensors for n in range(1, self.steps + 1)
+        ):
+            raise UserError(
+                f"{capture.path} lacks latents, from which to go on: capture it without --steps-of and --only"
+            )
         self.conditions = r.pictures and pipe.condition(r.pictures, r.width, r.height)
         self.features, self.negative = pipe.encode([r.prompt]), None
-        if check_cfg(pipe.spec, r.guidance, r.negative_prompt, r.cfg_scale, check_steps(pipe.spec, r.steps)):
+        if check_cfg(
+            pipe.spec, r.guidance, r.negative_prompt, r.cfg_scale, check_steps(pipe.spec, r.steps)
+        ):
             self.negative = pipe.encode([r.negative_prompt or ""])
 
     def row(self, start: int, end: int, budget: float) -> Row:
@@ -132,16 +174,26 @@ class _Loop:
             velocity, latents = self.run(start, end)
         except NonFiniteError as error:
             return Row(
-                f"{last}/latents", self.capture.records[f"{last}/latents"].shape, "F32", "full", budget, None, str(error)
+                f"{last}/latents",
+                self.capture.records[f"{last}/latents"].shape,
+                "F32",
+                "full",
+                budget,
+                None,
+                str(error),
             )
         tensors = {f"{last}/velocity": velocity, f"{last}/latents": latents}
-        rows = judged(self.capture, {n: x for n, x in tensors.items() if n in self.capture.records}, budget)
+        rows = judged(
+            self.capture, {n: x for n, x in tensors.items() if n in self.capture.records}, budget
+        )
         return first_over(rows) or rows[-1]
 
     def run(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         numbers, coming, velocities = count(start + 1), [], []
 
-        def denoise(original: Callable, velocity: Callable, x: Tensor, times: Tensor, *rest) -> Tensor:
+        def denoise(
+            original: Callable, velocity: Callable, x: Tensor, times: Tensor, *rest
+        ) -> Tensor:
             def step(x: Tensor, t: float) -> Tensor:
                 where = f"step.{next(numbers):03}"
                 coming[:] = [where, f"{where}/negative"]
@@ -153,18 +205,32 @@ class _Loop:
                 x = rearrange(before, "b c h w -> b (h w) c").to(x.device)
             return original(step, x, times[start : end + 1], *rest)
 
-        def velocity(img: Tensor, txt: Tensor, rope: Tensor, mods: Modulations, memories=None) -> Tensor:
-            return self.call(coming.pop(0), [img, txt, rope, mods.vec, *tree_leaves(memories or [])])[0].to(img.device)
+        def velocity(
+            img: Tensor, txt: Tensor, rope: Tensor, mods: Modulations, memories=None
+        ) -> Tensor:
+            return self.call(
+                coming.pop(0), [img, txt, rope, mods.vec, *tree_leaves(memories or [])]
+            )[0].to(img.device)
 
         r, pipe = self.request, copy.copy(self.pipe)
         pipe.tabulated = False  # `velocity` is all there is of the transformer
         pipe.transformer = copy.copy(self.pipe.transformer)
-        pipe.transformer.module = copy.copy(self.pipe.transformer())  # with the same weights, in which `call` may run
+        pipe.transformer.module = copy.copy(
+            self.pipe.transformer()
+        )  # with the same weights, in which `call` may run
         pipe.transformer.module.velocity = velocity
         size = (None, None) if self.conditions else (r.width, r.height)
         with replaced(sampling, "denoise", lambda original: partial(denoise, original)):
-            latents = pipe.sample(self.features, [r.seed], *size, r.steps, r.guidance, self.negative, r.cfg_scale,
-                                  conditions=self.conditions)  # fmt: skip
+            latents = pipe.sample(
+                self.features,
+                [r.seed],
+                *size,
+                r.steps,
+                r.guidance,
+                self.negative,
+                r.cfg_scale,
+                conditions=self.conditions,
+            )
         return velocities[0], latents
 
 
@@ -173,11 +239,19 @@ class _Loop:
 
 def _blocks(capture: Capture, where: str) -> list[Recorded]:
     """All blocks of a pass, in a row."""
-    blocks = [each for each in recorded(capture) if PLACE.fullmatch(each.name)[1] == where and _is_block(each)]
+    blocks = [
+        each
+        for each in recorded(capture)
+        if PLACE.fullmatch(each.name)[1] == where and _is_block(each)
+    ]
     places = [BLOCK.fullmatch(PLACE.fullmatch(each.name)[4]) for each in blocks]
-    kinds = [[int(place[2]) for place in places if place[1] == kind] for kind in ("double", "single")]
+    kinds = [
+        [int(place[2]) for place in places if place[1] == kind] for kind in ("double", "single")
+    ]
     if not blocks or any(numbers != list(range(len(numbers))) for numbers in kinds):
-        raise UserError(f"{where} departs, but {capture.path} lacks blocks of it in full: capture it without --only and --keep")
+        raise UserError(
+            f"{where} departs, but {capture.path} lacks blocks of it in full: capture it without --only and --keep"
+        )
     return blocks
 
 
@@ -190,7 +264,9 @@ def _departs(capture: Capture, call: Call, blocks: list[Recorded], budget: float
     streams: list[Tensor] = []
     for each in blocks:
         inputs = inputs_of(capture, each)
-        if "single_blocks" in each.name and len(streams) == 2:  # image and text become one sequence, text first
+        if (
+            "single_blocks" in each.name and len(streams) == 2
+        ):  # image and text become one sequence, text first
             streams = [torch.cat(streams[::-1], dim=1)]
         inputs[: len(streams)] = streams
         streams = call(each.name, inputs)[: len(each.outputs)]
@@ -203,7 +279,11 @@ def _look_into(capture: Capture, call: Call, block: Recorded, budget: float) -> 
     if isinstance(call, Modules):
         rows = inside(capture, call, block.name, budget=budget)
     else:  # of a function, its modules one by one
-        parts = [each for each in recorded(capture) if re.match(rf"{re.escape(block.name)}(?![^./])", each.name)]
+        parts = [
+            each
+            for each in recorded(capture)
+            if re.match(rf"{re.escape(block.name)}(?![^./])", each.name)
+        ]
         rows = [row for each in parts for row in local(capture, call, each, budget)]
     return first_over(rows) or max(rows, key=lambda row: row.ratio)
 
@@ -211,5 +291,9 @@ def _look_into(capture: Capture, call: Call, block: Recorded, budget: float) -> 
 def _outside_blocks(capture: Capture, call: Call, step: int, budget: float) -> Row | None:
     """The first over budget of all modules of a step whose blocks are well: an embedder, a modulation, the final layer."""
     places = (*passes(capture, step), "references")
-    parts = [each for each in recorded(capture) if PLACE.fullmatch(each.name)[1] in places and not each.whole]
+    parts = [
+        each
+        for each in recorded(capture)
+        if PLACE.fullmatch(each.name)[1] in places and not each.whole
+    ]
     return first_over([row for each in parts for row in local(capture, call, each, budget)])

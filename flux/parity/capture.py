@@ -41,7 +41,18 @@ from flux.runtime.lazy_module import Network
 from flux.text_encoder import TextFeatures
 from flux.transformer import NUMERICS
 
-__all__ = ["Capture", "Kind", "Plan", "Request", "Selection", "Writer", "capture", "plan", "run", "without_weights"]
+__all__ = [
+    "Capture",
+    "Kind",
+    "Plan",
+    "Request",
+    "Selection",
+    "Writer",
+    "capture",
+    "plan",
+    "run",
+    "without_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,18 @@ class Selection:
 
     def __contains__(self, name: str) -> bool:
         step = re.match(r"step\.(\d+)", name)
-        return matches(name, self.only) and (not self.steps or step is None or int(step[1]) in self.steps)
+        return matches(name, self.only) and (
+            not self.steps or step is None or int(step[1]) in self.steps
+        )
 
 
-def capture(pipe: Pipeline, request: Request, path: str | Path, selection: Selection = Selection(),
-            tell: Callable[[str], None] = lambda text: None) -> Capture:  # fmt: skip
+def capture(
+    pipe: Pipeline,
+    request: Request,
+    path: str | Path,
+    selection: Selection = Selection(),
+    tell: Callable[[str], None] = lambda text: None,
+) -> Capture:
     """Make the picture, and record what is selected; `tell` hears the size in advance.
 
     Where latents or pixels stop being finite, what came before is kept, and the recipe says under "stopped" what happened.
@@ -84,12 +102,18 @@ def capture(pipe: Pipeline, request: Request, path: str | Path, selection: Selec
     expected = plan(pipe, request, selection)
     free = shutil.disk_usage(path.parent).free
     if expected.bytes > min(free, selection.limit):
-        most = f"{readable(free)} are free on its disk" if free < selection.limit else f"--limit is {selection.limit / 1e9:g}"
+        most = (
+            f"{readable(free)} are free on its disk"
+            if free < selection.limit
+            else f"--limit is {selection.limit / 1e9:g}"
+        )
         raise UserError(
             f"{path} would hold up to {readable(expected.bytes)} in {expected.count:,} tensors, and {most}: choose with --only "
             "or --steps-of, or keep less with --keep probe"
         )
-    tell(f"recording {expected.count:,} of {len(expected.names):,} tensors, up to {readable(expected.bytes)}")
+    tell(
+        f"recording {expected.count:,} of {len(expected.names):,} tensors, up to {readable(expected.bytes)}"
+    )
     recipe = describe(pipe, request)
     with Writer(path, recipe, selection.limit, reserve=800 * expected.count) as writer:
 
@@ -116,8 +140,12 @@ def run(pipe: Pipeline, request: Request, see: See) -> Image.Image:
     with ExitStack() as stack:
         stages.show(stack, pipe, "condition", "sample", "decode")
         stages.show(stack, pipe.text, "encode_one")
-        stack.enter_context(replaced(pipe, "tabulated", lambda _: False))  # what a step is given is then seen in that step
-        stack.enter_context(replaced(pipe.text, "known", lambda known: {}))  # or a prompt of before would not be encoded
+        stack.enter_context(
+            replaced(pipe, "tabulated", lambda _: False)
+        )  # what a step is given is then seen in that step
+        stack.enter_context(
+            replaced(pipe.text, "known", lambda known: {})
+        )  # or a prompt of before would not be encoded
         asked = (r.width, r.height, r.steps, r.guidance, r.seed, 1, r.negative_prompt, r.cfg_scale)
         (image,) = pipe(r.prompt, *asked, stages.after_step, r.pictures)
     see("picture", torch.from_numpy(np.array(image)))  # (H, W, 3) uint8
@@ -135,7 +163,9 @@ class _Stages:
     def show(self, stack: ExitStack, owner: object, *names: str) -> None:
         for name in names:
             method = getattr(self, name)
-            stack.enter_context(replaced(owner, name, lambda original, method=method: partial(method, original)))
+            stack.enter_context(
+                replaced(owner, name, lambda original, method=method: partial(method, original))
+            )
 
     def shown(self, name: str, tensor: Tensor) -> Tensor:
         self.see(name, tensor)
@@ -153,7 +183,10 @@ class _Stages:
             self.inside("pixels", pixels)
             return self.shown(f"{self.where}/latents", encode(pixels))
 
-        with watching({"": encoder}, self.inside), replaced(encoder, "encode", lambda f: partial(next_picture, f)):
+        with (
+            watching({"": encoder}, self.inside),
+            replaced(encoder, "encode", lambda f: partial(next_picture, f)),
+        ):
             conditions = original(*args)
         for name in ("references", "reference_ids", "channels", "text", "start", "mask"):
             if (tensor := getattr(conditions, name)) is not None:
@@ -174,7 +207,9 @@ class _Stages:
 
     def sample(self, original: Callable, *args) -> Tensor:
         transformer = self.pipe.transformer()
-        self.ropes = iter([*["references"] * self.memories, "", "negative"])  # in the order in which they are made
+        self.ropes = iter(
+            [*["references"] * self.memories, "", "negative"]
+        )  # in the order in which they are made
         with ExitStack() as stack:
             stack.enter_context(watching({"": transformer}, self.inside))
             self.show(stack, sampling, "noise", "denoise")
@@ -190,7 +225,9 @@ class _Stages:
         self.inside("ids/img", img_ids)
         return self.shown(joined(self.where, "rope"), original(txt_ids, img_ids))
 
-    def denoise(self, original: Callable, velocity: Callable, x: Tensor, times: Tensor, *args) -> Tensor:
+    def denoise(
+        self, original: Callable, velocity: Callable, x: Tensor, times: Tensor, *args
+    ) -> Tensor:
         def step(x: Tensor, t: float) -> Tensor:
             self.step, self.passes = self.step + 1, 0
             return self.shown(f"step.{self.step:03}/velocity", velocity(x, t))
@@ -200,7 +237,9 @@ class _Stages:
 
     def vec(self, original: Callable, *args) -> Tensor:
         """The first thing that a pass computes: the prompt's, then the negative prompt's; of references, before step 1."""
-        self.where = f"step.{self.step:03}{'/negative' * self.passes}" if self.step else "references"
+        self.where = (
+            f"step.{self.step:03}{'/negative' * self.passes}" if self.step else "references"
+        )
         self.passes += 1
         return self.shown(f"{self.where}/vec", original(*args))
 
@@ -213,7 +252,10 @@ class _Stages:
 
     def decode(self, original: Callable, latents: Tensor) -> list[Image.Image]:
         autoencoder = self.pipe.autoencoder()
-        show = lambda decode: lambda latents: self.shown("pixels", decode(latents))  # noqa: E731
+
+        def show(decode):
+            return lambda latents: self.shown("pixels", decode(latents))
+
         with watching({"decoder": autoencoder}, self.see), replaced(autoencoder, "decode", show):
             return original(latents)
 
@@ -221,7 +263,9 @@ class _Stages:
 # ---------------------------------------------------------------- in advance
 
 
-IN_PLACE = re.compile(r"coder\S*\.(conv1|conv2|conv_out)/in$|coder\S*\.block[._]\d/out$")  # SiLU, and the residual sum
+IN_PLACE = re.compile(
+    r"coder\S*\.(conv1|conv2|conv_out)/in$|coder\S*\.block[._]\d/out$"
+)  # SiLU, and the residual sum
 
 
 @dataclass
@@ -272,12 +316,17 @@ def without_weights(pipe: Pipeline) -> Pipeline:
 def _hollow(network: Network) -> Network:
     """Its module on the meta device; what the pipeline calls of it takes real tensors, and gives real ones, of zeros."""
     twin = copy.copy(network)
-    twin.device, twin.module = torch.device("cpu"), network.on_meta().to(network.dtype).eval().requires_grad_(False)
+    twin.device, twin.module = (
+        torch.device("cpu"),
+        network.on_meta().to(network.dtype).eval().requires_grad_(False),
+    )
     to_meta = partial(tree_map_only, Tensor, lambda x: x.to("meta"))
     to_zeros = partial(tree_map_only, Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype))
     for name in ("forward", "vec", "modulations", "velocity", "remember", "encode", "decode"):
         if method := getattr(twin.module, name, None):
-            setattr(twin.module, name, lambda *args, method=method: to_zeros(method(*to_meta(args))))
+            setattr(
+                twin.module, name, lambda *args, method=method: to_zeros(method(*to_meta(args)))
+            )
     return twin
 
 
@@ -289,18 +338,40 @@ def describe(pipe: Pipeline, request: Request) -> dict:
     r, spec = request, pipe.spec
     width, height = conditioning.size_of(spec, r.pictures, r.width, r.height)
     steps = check_steps(spec, r.steps)
-    files = {part: [_file(path) for path in paths] for part, paths in pipe.files.items() if isinstance(paths, list)}
+    files = {
+        part: [_file(path) for path in paths]
+        for part, paths in pipe.files.items()
+        if isinstance(paths, list)
+    }
     kernels = ("flash", "mem_efficient", "math", "cudnn")
     return dict(
-        model=spec.name, mode=spec.picture if r.pictures else "text", prompt=r.prompt, negative_prompt=r.negative_prompt,
-        width=width, height=height, steps=steps, guidance=check_guidance(spec, r.guidance, steps), cfg_scale=r.cfg_scale,
-        seed=r.seed, pictures=r.pictures and _pictures(r.pictures), dtype=str(pipe.dtype).removeprefix("torch."),
-        numerics=next((name for name, preset in NUMERICS.items() if preset == pipe.numerics), str(pipe.numerics)),
-        device=pipe.device.type, threads=torch.get_num_threads(),
-        attention=[kernel for kernel in kernels if getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()],
-        versions=dict(flux=flux.__version__, torch=torch.__version__, python=platform.python_version()),
-        files=files, loras=[_file(path) | {"scale": scale} for path, (_, scale) in pipe.loras.items()],
-    )  # fmt: skip
+        model=spec.name,
+        mode=spec.picture if r.pictures else "text",
+        prompt=r.prompt,
+        negative_prompt=r.negative_prompt,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance=check_guidance(spec, r.guidance, steps),
+        cfg_scale=r.cfg_scale,
+        seed=r.seed,
+        pictures=r.pictures and _pictures(r.pictures),
+        dtype=str(pipe.dtype).removeprefix("torch."),
+        numerics=next(
+            (name for name, preset in NUMERICS.items() if preset == pipe.numerics),
+            str(pipe.numerics),
+        ),
+        device=pipe.device.type,
+        threads=torch.get_num_threads(),
+        attention=[
+            kernel for kernel in kernels if getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
+        ],
+        versions=dict(
+            flux=flux.__version__, torch=torch.__version__, python=platform.python_version()
+        ),
+        files=files,
+        loras=[_file(path) | {"scale": scale} for path, (_, scale) in pipe.loras.items()],
+    )
 
 
 def _file(path: Path) -> dict:
@@ -308,11 +379,18 @@ def _file(path: Path) -> dict:
     if re.fullmatch("[0-9a-f]{64}", real.name):  # the Hugging Face cache names files by their hash
         return {"file": path.name, "size": real.stat().st_size, "sha256": real.name}
     with real.open("rb") as file:
-        return {"file": path.name, "size": real.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "file": path.name,
+            "size": real.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def _pictures(pictures: Pictures) -> dict:
     """Hashes of the pixels, and the options that are not left at their defaults."""
     images = {"images": pictures.images, "mask": (pictures.mask,) if pictures.mask else ()}
-    hashes = {key: [hashlib.sha256(image.tobytes()).hexdigest() for image in some] for key, some in images.items()}
+    hashes = {
+        key: [hashlib.sha256(image.tobytes()).hexdigest() for image in some]
+        for key, some in images.items()
+    }
     return {option: getattr(pictures, option) for option in conditioning.asked(pictures)} | hashes

@@ -38,10 +38,19 @@ Kind = Literal["full", "slice", "probe", "statistics"]
 KEY, SCHEMA = "flux.parity", 1
 PROBE, SLICE, BINS = 4096, 16, 32
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,9 @@ def statistics(tensor: Tensor) -> dict:
     if not len(finite):
         return out
     low, high = finite.min().item(), finite.max().item()
-    moments = dict(min=low, max=high, mean=finite.mean().item(), std=finite.std(correction=0).item())
+    moments = dict(
+        min=low, max=high, mean=finite.mean().item(), std=finite.std(correction=0).item()
+    )
     histogram = torch.histc(finite, BINS, low, high).long().tolist()
     return out | moments | {"l2": finite.norm().item(), "histogram": histogram}
 
@@ -121,7 +132,9 @@ def stored_as(tensor: Tensor, kind: Kind) -> int:
         return PROBE * tensor.itemsize + 4 * token_norms(tensor).numel()
     if kind == "statistics":
         return 0
-    return tensor.itemsize * math.prod(min(n, SLICE) if kind == "slice" else n for n in tensor.shape)
+    return tensor.itemsize * math.prod(
+        min(n, SLICE) if kind == "slice" else n for n in tensor.shape
+    )
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -140,7 +153,9 @@ class Writer:
     `limit` bytes, or if the disk is full.
     """
 
-    def __init__(self, path: str | Path, recipe: dict, limit: float = math.inf, reserve: int = 2**16):
+    def __init__(
+        self, path: str | Path, recipe: dict, limit: float = math.inf, reserve: int = 2**16
+    ):
         self.path, self.recipe, self.limit = Path(path), recipe, limit
         self.records: dict[str, Record] = {}
         self.entries: dict[str, dict] = {}  # the header of the file
@@ -162,8 +177,14 @@ class Writer:
         bytes_of = DTYPES[x.dtype], tuple(x.shape), hashlib.sha256(raw(x)).hexdigest()
         first = self._first.setdefault(bytes_of, name)
         known = self.records[first].statistics if first != name else statistics(x)
-        same = first if first != name and self.records[first].kind == kind_of(x, kind) == "full" else None
-        record = self.records[name] = Record(len(self.records), kind_of(x, kind), *bytes_of, known, same)
+        same = (
+            first
+            if first != name and self.records[first].kind == kind_of(x, kind) == "full"
+            else None
+        )
+        record = self.records[name] = Record(
+            len(self.records), kind_of(x, kind), *bytes_of, known, same
+        )
         if record.kind != "statistics" and record.same is None:
             self._put(name, reduce(name, x, record.kind))
         if record.kind == "probe":
@@ -172,8 +193,12 @@ class Writer:
     def _put(self, name: str, tensor: Tensor) -> None:
         data = raw(tensor)
         if self.size + len(data) > self.limit:
-            fault = f"{self.path} would be larger than its limit of {readable(self.limit)} at {name}"
-            raise UserError(f"{fault}: choose tensors with --only, keep less with --keep probe, or raise --limit")
+            fault = (
+                f"{self.path} would be larger than its limit of {readable(self.limit)} at {name}"
+            )
+            raise UserError(
+                f"{fault}: choose tensors with --only, keep less with --keep probe, or raise --limit"
+            )
         if len(data) % 8 == 0:
             self._append(name, tensor, data)
         else:  # later, so that all others begin at multiples of 8
@@ -185,7 +210,11 @@ class Writer:
         except OSError as error:
             raise cannot_write(self.path, error) from error
         offsets = [self.size, self.size + len(data)]
-        self.entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        self.entries[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
         self.size += len(data)
 
     def __enter__(self) -> "Writer":
@@ -203,10 +232,18 @@ class Writer:
     def _finish(self) -> None:
         for name, tensor in sorted(self._odd, key=lambda item: -item[1].itemsize):
             self._append(name, tensor, raw(tensor))
-        tensors = {name: {k: v for k, v in asdict(r).items() if v is not None} for name, r in self.records.items()}
+        tensors = {
+            name: {k: v for k, v in asdict(r).items() if v is not None}
+            for name, r in self.records.items()
+        }
         try:
             self._file.close()
-            seal(self._part, self.start, self.entries, {"schema": SCHEMA, "recipe": self.recipe, "tensors": tensors})
+            seal(
+                self._part,
+                self.start,
+                self.entries,
+                {"schema": SCHEMA, "recipe": self.recipe, "tensors": tensors},
+            )
             os.replace(self._part, self.path)
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -214,9 +251,13 @@ class Writer:
 
 def seal(path: Path, start: int, entries: dict, document: dict) -> None:
     """Give a file, whose data begin at `start`, its header; where that finds too little room, the data move up."""
-    text = json.dumps({"__metadata__": {KEY: json.dumps(document, separators=(",", ":"))}, **entries}).encode()
+    text = json.dumps(
+        {"__metadata__": {KEY: json.dumps(document, separators=(",", ":"))}, **entries}
+    ).encode()
     if len(text) > MAX_HEADER:
-        raise UserError(f"{len(document['tensors']):,} tensors are more than one file can name: choose with --only")
+        raise UserError(
+            f"{len(document['tensors']):,} tensors are more than one file can name: choose with --only"
+        )
     length = max(start - 8, -(-len(text) // 8) * 8)
     header = length.to_bytes(8, "little") + text.ljust(length)
     if len(header) == start:
@@ -239,7 +280,9 @@ def check_new(path: Path) -> None:
     if path.suffix != ".safetensors":
         raise UserError(f"--output {path}: a capture is a .safetensors file; give it that suffix")
     if path.exists():
-        raise UserError(f"--output {path}: the file exists, and captures are never overwritten; delete it, or choose another")
+        raise UserError(
+            f"--output {path}: the file exists, and captures are never overwritten; delete it, or choose another"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent):
@@ -250,12 +293,20 @@ def check_new(path: Path) -> None:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fault = "the disk is full: make room, or keep less with --only or --keep" if full else error.strerror
+    fault = (
+        "the disk is full: make room, or keep less with --only or --keep"
+        if full
+        else error.strerror
+    )
     return UserError(f"{path} cannot be written: {fault}")
 
 
 def readable(size: float) -> str:
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (0, "bytes")) if size >= unit)
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (0, "bytes"))
+        if size >= unit
+    )
     return f"{size / (unit or 1):.3g} {name}"
 
 
@@ -275,8 +326,13 @@ class Capture:
             infos, metadata = read_header(self.path)
         except UserError as error:
             raise UserError(str(error).replace("download it", "capture it")) from None
-        plain = {name: Record(ordinal, "full", info.dtype, info.shape) for ordinal, (name, info) in enumerate(infos.items())}
-        self.recipe, self.records = self._read(metadata[KEY], infos) if KEY in metadata else ({}, plain)
+        plain = {
+            name: Record(ordinal, "full", info.dtype, info.shape)
+            for ordinal, (name, info) in enumerate(infos.items())
+        }
+        self.recipe, self.records = (
+            self._read(metadata[KEY], infos) if KEY in metadata else ({}, plain)
+        )
         self.names = sorted(self.records, key=lambda name: self.records[name].ordinal)
         self._file = safe_open(self.path, framework="pt")
 
@@ -284,8 +340,13 @@ class Capture:
         try:
             document = json.loads(text)
             if document["schema"] != SCHEMA:
-                raise UserError(f"{self.path} is a capture of schema {document['schema']!s:.20}, and this reads {SCHEMA}.")
-            records = {name: Record(**entry | {"shape": tuple(entry["shape"])}) for name, entry in document["tensors"].items()}
+                raise UserError(
+                    f"{self.path} is a capture of schema {document['schema']!s:.20}, and this reads {SCHEMA}."
+                )
+            records = {
+                name: Record(**entry | {"shape": tuple(entry["shape"])})
+                for name, entry in document["tensors"].items()
+            }
             for name, record in records.items():
                 if record.kind != "statistics" and (record.same or name) not in stored:
                     raise KeyError(name)
@@ -293,7 +354,9 @@ class Capture:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self.path} is a damaged capture ({error!s:.80}); capture it again.") from None
+            raise UserError(
+                f"{self.path} is a damaged capture ({error!s:.80}); capture it again."
+            ) from None
 
     @cached_property
     def tensors(self) -> "Tensors":
@@ -347,7 +410,9 @@ def amend(path: Path, change: Callable[[dict], None]) -> None:
             entries = json.loads(file.read(length))
         metadata = entries.pop("__metadata__", {})
         if KEY not in metadata:
-            raise UserError(f"{path} is a plain file, without a place for budgets: capture it with parity.py")
+            raise UserError(
+                f"{path} is a plain file, without a place for budgets: capture it with parity.py"
+            )
         document = json.loads(metadata[KEY])
         change(document)
         seal(part, 8 + length, entries, document)

@@ -11,7 +11,19 @@ from itertools import groupby
 import numpy as np
 
 from flux.parity.compare import Row, first_over
-from flux.parity.plots import EDGES, SHADES, WITHIN, Box, Diamond, Dots, Drawing, Label, Line, LogScale, shade
+from flux.parity.plots import (
+    EDGES,
+    SHADES,
+    WITHIN,
+    Box,
+    Diamond,
+    Dots,
+    Drawing,
+    Label,
+    Line,
+    LogScale,
+    shade,
+)
 
 WIDTH, LEFT, RIGHT = 1080, 62, 16
 STEP = re.compile(r"step\.(\d+)/")
@@ -44,21 +56,29 @@ def block_of(name: str) -> str:
 
 def shown(row: Row) -> float:
     """What a chart shows: the relative L2, and no number where that would not say it all."""
-    told = row.errors is not None and not row.errors.misplaced and math.isfinite(row.errors.relative_l2)
+    told = (
+        row.errors is not None
+        and not row.errors.misplaced
+        and math.isfinite(row.errors.relative_l2)
+    )
     return row.errors.relative_l2 if told else math.inf
 
 
 def described(row: Row) -> str:
     if row.errors is None:
         return f"{row.name}: {row.fault}"
-    wrong = f", {row.errors.misplaced:,} NaN or infinities misplaced" if row.errors.misplaced else ""
+    wrong = (
+        f", {row.errors.misplaced:,} NaN or infinities misplaced" if row.errors.misplaced else ""
+    )
     return f"{row.name}: {row.errors.relative_l2:.2e}, {row.ratio:.2g} of its budget{wrong}"
 
 
 # ---------------------------------------------------------------- the frame of a chart
 
 
-def frame(title: str, rows: Sequence[Row], height: float, top: float, low: float) -> tuple[Drawing, LogScale]:
+def frame(
+    title: str, rows: Sequence[Row], height: float, top: float, low: float
+) -> tuple[Drawing, LogScale]:
     """The axis of relative L2, wide enough for all errors and budgets, and its two rails where they are needed."""
     out, errors = Drawing(title, WIDTH, height), [shown(row) for row in rows]
     y = LogScale.around([*errors, *(row.budget for row in rows)], top, height - low)
@@ -73,17 +93,27 @@ def frame(title: str, rows: Sequence[Row], height: float, top: float, low: float
 
 def power(value: float) -> str:
     """1e-4; 1 and 10 as they are."""
-    return f"{value:g}" if 1 <= value <= 100 else re.sub(r"e([+-])0*", r"e\1", f"{value:.0e}").replace("+", "")
+    return (
+        f"{value:g}"
+        if 1 <= value <= 100
+        else re.sub(r"e([+-])0*", r"e\1", f"{value:.0e}").replace("+", "")
+    )
 
 
-def budget_line(rows: Sequence[Row], x: Callable[[Row], float], half: float, y: LogScale) -> list[Line]:
+def budget_line(
+    rows: Sequence[Row], x: Callable[[Row], float], half: float, y: LogScale
+) -> list[Line]:
     """Level along each tensor; nothing for those that are allowed nothing. Corners only, since most budgets are alike."""
     lines = []
     for allowed, run in groupby(rows, key=lambda row: row.budget > 0):
-        points = [(x(row) + side * half, y(row.budget)) for row in run if allowed for side in (-1, 1)]
+        points = [
+            (x(row) + side * half, y(row.budget)) for row in run if allowed for side in (-1, 1)
+        ]
         inner = zip(points, points[1:], points[2:])
         corners = [b for a, b, c in inner if not a[1] == b[1] == c[1]]
-        lines += [Line([points[0], *corners, points[-1]], "ink", 1.2, dashed=True)] if points else []
+        lines += (
+            [Line([points[0], *corners, points[-1]], "ink", 1.2, dashed=True)] if points else []
+        )
     return lines
 
 
@@ -126,21 +156,41 @@ def depth(rows: Sequence[Row]) -> Drawing:
     out.shapes += sections(places, half, 60, y.bottom + 26)
     for step, colour in colours.items():
         mine = [row for row in rows if step_of(row) == step]
-        spine = [row for row in mine if step and re.search(r"/[^/.]+\.\d+/out(\.0)?$", row.name) and 0 < shown(row) < math.inf]
-        out.shapes += [Dots([(xs[place_of(row)], y(shown(row))) for row in mine if not row.over], colour, 2.6)]
-        out.shapes += [Line([(xs[place_of(row)], y(shown(row))) for row in spine], colour, 1.6)] if len(spine) > 1 else []
+        spine = [
+            row
+            for row in mine
+            if step
+            and re.search(r"/[^/.]+\.\d+/out(\.0)?$", row.name)
+            and 0 < shown(row) < math.inf
+        ]
+        out.shapes += [
+            Dots([(xs[place_of(row)], y(shown(row))) for row in mine if not row.over], colour, 2.6)
+        ]
+        out.shapes += (
+            [Line([(xs[place_of(row)], y(shown(row))) for row in spine], colour, 1.6)]
+            if len(spine) > 1
+            else []
+        )
     earliest = {place_of(row): row for row in reversed(rows)}
-    out.shapes += budget_line([earliest[place] for place in places], lambda row: xs[place_of(row)], half, y)
+    out.shapes += budget_line(
+        [earliest[place] for place in places], lambda row: xs[place_of(row)], half, y
+    )
     for row in filter(lambda row: row.over, rows):
         hollow = colours[step_of(row)] != "first"
-        out.shapes += [Diamond(xs[place_of(row)], y(shown(row)), described(row), 3 if hollow else 4, hollow)]
+        out.shapes += [
+            Diamond(xs[place_of(row)], y(shown(row)), described(row), 3 if hollow else 4, hollow)
+        ]
     if first:
         x = xs[place_of(first)]
         out.shapes += [Line([(x, 62), (x, y.bottom)], "over", 1)]
         side, anchor = (6, "start") if x < WIDTH / 2 else (-6, "end")
         out.shapes += [Label(x + side, 40, f"first over budget: {first.name}", "over", 12, anchor)]
-    names = [(colours[step], f"step {step}") for step in sorted(filter(None, colours))] or [("first", "tensors")]
-    over = [("over", f"over budget{', hollow in later steps' * (len(names) > 1)}")] * (first is not None)
+    names = [(colours[step], f"step {step}") for step in sorted(filter(None, colours))] or [
+        ("first", "tensors")
+    ]
+    over = [("over", f"over budget{', hollow in later steps' * (len(names) > 1)}")] * (
+        first is not None
+    )
     out.shapes += legend([*names, *over, ("budget", "budget")], 14)
     return out
 
@@ -154,12 +204,16 @@ def sections(places: Sequence[str], half: float, top: float, bottom: float) -> l
         shapes += [Line([(left, top), (left, bottom - 26)], "grid", 1)] if at else []
         shapes += fitting({"step": "each step"}.get(name, name), left, width, top - 4, "ink")
         inside = 0
-        for block, tensors in groupby(group, key=lambda place: block_of(place.removeprefix("step/"))):
+        for block, tensors in groupby(
+            group, key=lambda place: block_of(place.removeprefix("step/"))
+        ):
             count = len(list(tensors))
             if name == "step" and re.search(r"\.\d+$", block):
                 start = left + 2 * half * inside
                 shapes += [Line([(start, bottom - 26), (start, bottom - 20)], "muted", 1)]
-                shapes += fitting(block.rpartition(".")[2], start, 2 * half * count, bottom + 10, "muted")
+                shapes += fitting(
+                    block.rpartition(".")[2], start, 2 * half * count, bottom + 10, "muted"
+                )
             inside += count
         shapes += kinds(group, left, half, bottom + 26) if name == "step" else []
         at += len(group)
@@ -169,14 +223,24 @@ def sections(places: Sequence[str], half: float, top: float, bottom: float) -> l
 def kinds(group: Sequence[str], left: float, half: float, y: float) -> list[Label]:
     """Below the numbers of blocks, what they are: `double_blocks`, `single_blocks`."""
     labels = []
-    for kind in dict.fromkeys(block_of(place.removeprefix("step/")).rpartition(".")[0] for place in group):
+    for kind in dict.fromkeys(
+        block_of(place.removeprefix("step/")).rpartition(".")[0] for place in group
+    ):
         at = [i for i, place in enumerate(group) if kind and place.startswith(f"step/{kind}.")]
-        labels += fitting(kind, left + 2 * half * at[0], 2 * half * (at[-1] + 1 - at[0]), y, "muted") if at else []
+        labels += (
+            fitting(kind, left + 2 * half * at[0], 2 * half * (at[-1] + 1 - at[0]), y, "muted")
+            if at
+            else []
+        )
     return labels
 
 
 def fitting(text: str, left: float, width: float, y: float, colour: str) -> list[Label]:
-    return [Label(left + width / 2, y, text, colour, anchor="middle")] if width > 6.2 * len(text) + 4 else []
+    return (
+        [Label(left + width / 2, y, text, colour, anchor="middle")]
+        if width > 6.2 * len(text) + 4
+        else []
+    )
 
 
 # ---------------------------------------------------------------- error against step
@@ -199,19 +263,34 @@ def over_steps(rows: Sequence[Row]) -> Drawing | None:
     out, y = frame("Relative L2 of what each step computes", rows, 330, 60, 62)
     end = WIDTH - 150
     apiece = (end - LEFT - 24) / max(steps[-1] - steps[0], 1)
-    x = lambda row: LEFT + 24 + (step_of(row) - steps[0]) * apiece  # noqa: E731
+
+    def x(row):
+        return LEFT + 24 + (step_of(row) - steps[0]) * apiece
+
     for step in steps[:: math.ceil(len(steps) / 25)]:
-        out.shapes += [Label(LEFT + 24 + (step - steps[0]) * apiece, y.bottom + 40, str(step), anchor="middle")]
+        out.shapes += [
+            Label(LEFT + 24 + (step - steps[0]) * apiece, y.bottom + 40, str(step), anchor="middle")
+        ]
     out.shapes += [Label((LEFT + end) / 2, y.bottom + 58, "step", anchor="middle")]
     colours = dict(zip(("largest of all", *SERIES), ("muted", "first", "last")))
     ends = []
     for name, curve in curves.items():
         finite = [row for row in curve if 0 < shown(row) < math.inf]
-        out.shapes += [Line([(x(row), y(shown(row))) for row in finite], colours[name], 1.8)] if len(finite) > 1 else []
-        out.shapes += [Dots([(x(row), y(shown(row))) for row in curve if not row.over], colours[name], 6)]
-        out.shapes += [Diamond(x(row), y(shown(row)), described(row), 5) for row in curve if row.over]
+        out.shapes += (
+            [Line([(x(row), y(shown(row))) for row in finite], colours[name], 1.8)]
+            if len(finite) > 1
+            else []
+        )
+        out.shapes += [
+            Dots([(x(row), y(shown(row))) for row in curve if not row.over], colours[name], 6)
+        ]
+        out.shapes += [
+            Diamond(x(row), y(shown(row)), described(row), 5) for row in curve if row.over
+        ]
         ends.append((y(shown(curve[-1])) + 4, x(curve[-1]) + 12, name, colours[name]))
-    out.shapes += [Label(left, height, name, colour, 12) for height, left, name, colour in apart(ends)]
+    out.shapes += [
+        Label(left, height, name, colour, 12) for height, left, name, colour in apart(ends)
+    ]
     allowed = next(name for name in (*SERIES, *curves) if name in curves)
     out.shapes += budget_line(curves[allowed], x, min(apiece / 2, 24), y)
     over = [("over", "over budget")] * any(row.over for row in rows)
@@ -238,34 +317,61 @@ def blocks(rows: Sequence[Row]) -> Drawing | None:
             cells.setdefault((block_of(row.name), step), []).append(row)
     if not cells:
         return None
-    names, steps = list(dict.fromkeys(name for name, _ in cells)), sorted({step for _, step in cells})
+    names, steps = (
+        list(dict.fromkeys(name for name, _ in cells)),
+        sorted({step for _, step in cells}),
+    )
     left, height = 12 + 6.4 * max(map(len, names)), 18 if len(names) <= 40 else 13
     width = min((WIDTH - RIGHT - left) / len(steps), 110)
     out = Drawing("Blocks over steps", WIDTH, 74 + height * len(names) + 8)
     out.shapes += scale_of_shades(left)
     for step in steps[:: math.ceil(len(steps) * 20 / (WIDTH - left)) or 1]:
-        out.shapes += [Label(left + width * (steps.index(step) + 0.5), 68, str(step), anchor="middle")]
+        out.shapes += [
+            Label(left + width * (steps.index(step) + 0.5), 68, str(step), anchor="middle")
+        ]
     out.shapes += [Label(left - 8, 68, "step", anchor="end")]
     for line, name in enumerate(names):
-        out.shapes += [Label(left - 8, 74 + height * (line + 0.5) + 4, name, "ink", min(11, height - 2), "end")]
+        out.shapes += [
+            Label(left - 8, 74 + height * (line + 0.5) + 4, name, "ink", min(11, height - 2), "end")
+        ]
     for (name, step), inside in cells.items():
         worst = max(inside, key=lambda row: (row.over, math.isinf(shown(row)), row.ratio))
         x, y = left + width * steps.index(step), 74 + height * names.index(name)
         colour = shade(math.inf if math.isinf(shown(worst)) else worst.ratio, worst.over)
         out.shapes += [Box(x, y, width - 1, height - 1, colour, described(worst))]
         if worst.over:
-            out.shapes += [Diamond(x + (width - 1) / 2, y + (height - 1) / 2, described(worst), min(width, height) / 4)]
+            out.shapes += [
+                Diamond(
+                    x + (width - 1) / 2,
+                    y + (height - 1) / 2,
+                    described(worst),
+                    min(width, height) / 4,
+                )
+            ]
     return out
 
 
 def scale_of_shades(left: float) -> list:
     """Colours, from equal to a thousandfold of the budget."""
-    entries = [("equal", "equal"), *((shade(edge), f"{edge:g}") for edge in EDGES), (shade(math.inf), "more")]
+    entries = [
+        ("equal", "equal"),
+        *((shade(edge), f"{edge:g}") for edge in EDGES),
+        (shade(math.inf), "more"),
+    ]
     width = 42
-    shapes: list = [Label(left, 12, "largest relative L2 in a block, as a multiple of its budget; over budget with a diamond")]
+    shapes: list = [
+        Label(
+            left,
+            12,
+            "largest relative L2 in a block, as a multiple of its budget; over budget with a diamond",
+        )
+    ]
     for index, (colour, text) in enumerate(entries):
         x = left + width * index + (10 if index > WITHIN else 0)
-        shapes += [Box(x, 20, width - 1, 12, colour), Label(x + (width - 1) / 2, 45, text, size=10, anchor="middle")]
+        shapes += [
+            Box(x, 20, width - 1, 12, colour),
+            Label(x + (width - 1) / 2, 45, text, size=10, anchor="middle"),
+        ]
         shapes += [Diamond(x + (width - 1) / 2, 26, "", 3.5)] if index > WITHIN else []
     return shapes
 
@@ -279,16 +385,29 @@ def tokens(errors: np.ndarray) -> Drawing:
     cell = min(36.0, 480 / max(rows, columns))
     finite = errors[np.isfinite(errors) & (errors > 0)]
     high = math.log10(finite.max()) if finite.size else 0.0
-    span = max(high - math.log10(finite.min()), math.log10(2)) if finite.size else 1.0  # what is alike shall look alike
-    index = lambda value: round((1 - (high - math.log10(value)) / span) * (SHADES - 1))  # noqa: E731
+    span = (
+        max(high - math.log10(finite.min()), math.log10(2)) if finite.size else 1.0
+    )  # what is alike shall look alike
+
+    def index(value):
+        return round((1 - (high - math.log10(value)) / span) * (SHADES - 1))
+
     out = Drawing("Relative L2 of each token", max(columns * cell + 2, 480), rows * cell + 62)
     gap = 1 if cell > 8 else 0
     for (row, column), value in np.ndenumerate(errors):
-        colour = "over" if not math.isfinite(value) else "equal" if value == 0 else f"t{index(value)}"
+        colour = (
+            "over" if not math.isfinite(value) else "equal" if value == 0 else f"t{index(value)}"
+        )
         title = f"row {row}, column {column}: {value:.2e}"
-        out.shapes += [Box(1 + column * cell, 1 + row * cell, cell - gap, cell - gap, colour, title)]
-    row, column = (int(i) for i in np.unravel_index(np.nan_to_num(errors, nan=math.inf).argmax(), errors.shape))
-    out.shapes += [Box(1 + column * cell, 1 + row * cell, cell - gap, cell - gap, "over", outline=True)]
+        out.shapes += [
+            Box(1 + column * cell, 1 + row * cell, cell - gap, cell - gap, colour, title)
+        ]
+    row, column = (
+        int(i) for i in np.unravel_index(np.nan_to_num(errors, nan=math.inf).argmax(), errors.shape)
+    )
+    out.shapes += [
+        Box(1 + column * cell, 1 + row * cell, cell - gap, cell - gap, "over", outline=True)
+    ]
     below, width = rows * cell + 22, 30
     for i in range(SHADES):
         out.shapes += [Box(1 + i * width, below, width - 1, 12, f"t{i}")]

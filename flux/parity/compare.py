@@ -14,13 +14,54 @@ import torch
 from torch import Tensor
 
 from flux.errors import UserError
-from flux.parity.capture_file import DTYPES, Capture, Kind, positions, reduce, statistics, token_norms
+from flux.parity.capture_file import (
+    DTYPES,
+    Capture,
+    Kind,
+    positions,
+    reduce,
+    statistics,
+    token_norms,
+)
 from flux.parity.hooks import check_patterns, matches
 
-BUDGETS = {"F64": 1e-12, "F32": 1e-4, "F16": 3e-3, "BF16": 2e-2, "F8_E4M3": 0.1, "F8_E5M2": 0.2, "U8": 1 / 128}  # else 0
+BUDGETS = {
+    "F64": 1e-12,
+    "F32": 1e-4,
+    "F16": 3e-3,
+    "BF16": 2e-2,
+    "F8_E4M3": 0.1,
+    "F8_E5M2": 0.2,
+    "U8": 1 / 128,
+}  # else 0
 GUARD = 10  # a token may err ten times as much as the whole
-AGREE = ("model", "mode", "prompt", "negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "pictures")
-COARSEST_FIRST = ("BOOL", "I8", "U8", "F8_E5M2", "F8_E4M3", "BF16", "F16", "I16", "I32", "F32", "I64", "F64")
+AGREE = (
+    "model",
+    "mode",
+    "prompt",
+    "negative_prompt",
+    "width",
+    "height",
+    "steps",
+    "guidance",
+    "cfg_scale",
+    "seed",
+    "pictures",
+)
+COARSEST_FIRST = (
+    "BOOL",
+    "I8",
+    "U8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "BF16",
+    "F16",
+    "I16",
+    "I32",
+    "F32",
+    "I64",
+    "F64",
+)
 LEAST_FIRST = ("statistics", "slice", "probe", "full")
 
 
@@ -66,7 +107,13 @@ class Row:
         """Relative L2 to the budget."""
         if self.errors is None:
             return math.inf
-        return self.errors.relative_l2 / self.budget if self.budget else math.inf if self.errors.relative_l2 else 0.0
+        return (
+            self.errors.relative_l2 / self.budget
+            if self.budget
+            else math.inf
+            if self.errors.relative_l2
+            else 0.0
+        )
 
 
 # ---------------------------------------------------------------- two tensors
@@ -127,9 +174,13 @@ def _place(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 def _ulp(a: Tensor, b: Tensor) -> tuple[int, int, int]:
     """How many numbers of the coarser dtype lie between, p50, p99 and at most; float64 is counted in float32."""
-    dtype = min(a.dtype, b.dtype, torch.float32 if b.is_floating_point() else torch.int64, key=_fineness)
+    dtype = min(
+        a.dtype, b.dtype, torch.float32 if b.is_floating_point() else torch.int64, key=_fineness
+    )
     steps = (_ordered(a.to(dtype)) - _ordered(b.to(dtype))).abs().sort().values
-    return tuple(int(steps[int((len(steps) - 1) * share)]) if len(steps) else 0 for share in (0.5, 0.99, 1.0))
+    return tuple(
+        int(steps[int((len(steps) - 1) * share)]) if len(steps) else 0 for share in (0.5, 0.99, 1.0)
+    )
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -148,7 +199,12 @@ def _fineness(dtype: torch.dtype) -> int:
 # ---------------------------------------------------------------- two captures
 
 
-def compare(a: Capture, b: Capture, budget: float | Mapping[str, float] | None = None, only: Sequence[str] = ()) -> list[Row]:
+def compare(
+    a: Capture,
+    b: Capture,
+    budget: float | Mapping[str, float] | None = None,
+    only: Sequence[str] = (),
+) -> list[Row]:
     """Every tensor that both have, in the order of `b`, the reference.
 
     `budget`: of all, or by name; else what was measured and stored with `b`; else BUDGETS of the coarser dtype.
@@ -158,17 +214,27 @@ def compare(a: Capture, b: Capture, budget: float | Mapping[str, float] | None =
     names = [name for name in b.names if name in a.records]
     if not names:
         few = [", ".join(x.names[:3]) for x in (a, b)]
-        raise UserError(f"{a.path} ({few[0]}, ...) and {b.path} ({few[1]}, ...) have no tensor in common")
+        raise UserError(
+            f"{a.path} ({few[0]}, ...) and {b.path} ({few[1]}, ...) have no tensor in common"
+        )
     check_patterns(only, names)
     return [_row(name, a, b, budget) for name in names if matches(name, only)]
 
 
 def check_alike(a: Capture, b: Capture) -> None:
     """Both recipes say the same of what was made, as far as they say anything."""
-    differ = [key for key in AGREE if key in a.recipe and key in b.recipe and a.recipe[key] != b.recipe[key]]
+    differ = [
+        key
+        for key in AGREE
+        if key in a.recipe and key in b.recipe and a.recipe[key] != b.recipe[key]
+    ]
     if differ:
-        what = "; ".join(f"{key} is {a.recipe[key]!r:.60} and {b.recipe[key]!r:.60}" for key in differ)
-        raise UserError(f"{a.path} and {b.path} were not made of the same: {what}. Capture both with the same flags")
+        what = "; ".join(
+            f"{key} is {a.recipe[key]!r:.60} and {b.recipe[key]!r:.60}" for key in differ
+        )
+        raise UserError(
+            f"{a.path} and {b.path} were not made of the same: {what}. Capture both with the same flags"
+        )
 
 
 def unmatched(a: Capture, b: Capture) -> tuple[list[str], list[str]]:
@@ -186,13 +252,17 @@ def _row(name: str, a: Capture, b: Capture, budget: float | Mapping[str, float] 
     kinds = {ours.kind, theirs.kind}
     kind = "statistics" if kinds == {"slice", "probe"} else min(kinds, key=LEAST_FIRST.index)
     given = budget.get(name) if isinstance(budget, Mapping) else budget
-    allowed = next((x for x in (given, theirs.budget, _default_budget(dtype, a, b)) if x is not None), 0.0)
+    allowed = next(
+        (x for x in (given, theirs.budget, _default_budget(dtype, a, b)) if x is not None), 0.0
+    )
     row = Row(name, theirs.shape, dtype, kind, allowed, None)
     if ours.shape != theirs.shape:
         return replace(row, fault=f"is {ours.shape} and should be {theirs.shape}")
     if ours.sha256 and (ours.sha256, ours.dtype) == (theirs.sha256, theirs.dtype):
         nonfinite = theirs.statistics["nan"] + theirs.statistics["inf"]
-        return replace(row, errors=Errors(0.0, 0.0, (), 1.0, 0.0, (), 1.0, 1.0, (0, 0, 0), nonfinite, 0))
+        return replace(
+            row, errors=Errors(0.0, 0.0, (), 1.0, 0.0, (), 1.0, 1.0, (0, 0, 0), nonfinite, 0)
+        )
     if kind == "statistics":
         return replace(row, errors=_of_statistics(*(_statistics(x, name) for x in (a, b))))
     if kind == "probe":
@@ -202,8 +272,14 @@ def _row(name: str, a: Capture, b: Capture, budget: float | Mapping[str, float] 
 
 def _default_budget(dtype: str, *captures: Capture) -> float | None:
     """Of the coarser dtype: latents are float32 in a run in bfloat16 too, and no better for it."""
-    runs = [DTYPES[getattr(torch, capture.recipe["dtype"])] for capture in captures if "dtype" in capture.recipe]
-    return BUDGETS.get(min([dtype, *runs], key=COARSEST_FIRST.index) if dtype.startswith(("F", "BF")) else dtype)
+    runs = [
+        DTYPES[getattr(torch, capture.recipe["dtype"])]
+        for capture in captures
+        if "dtype" in capture.recipe
+    ]
+    return BUDGETS.get(
+        min([dtype, *runs], key=COARSEST_FIRST.index) if dtype.startswith(("F", "BF")) else dtype
+    )
 
 
 def _kept(capture: Capture, name: str, kind: Kind) -> Tensor:
@@ -214,17 +290,22 @@ def _kept(capture: Capture, name: str, kind: Kind) -> Tensor:
 def _of_probes(name: str, a: Capture, b: Capture) -> Errors:
     """Of 4096 values, where the relative L2 is an estimate, and of all tokens' norms, of which the others follow."""
     found = errors(*(_kept(capture, name, "probe") for capture in (a, b)))
-    x, y = (c.tokens(name) if c.kind(name) == "probe" else token_norms(c.tensors[name]) for c in (a, b))
+    x, y = (
+        c.tokens(name) if c.kind(name) == "probe" else token_norms(c.tensors[name]) for c in (a, b)
+    )
     finite = x.isfinite() & y.isfinite()
     torn = int((x.isfinite() != y.isfinite()).sum())
     x, y = x.where(finite, 0), y.where(finite, 0)
     worst_token, token = _worst_token((x - y).abs(), y)
     (flat,), shape = found.worst_index, b.records[name].shape
     return replace(
-        found, worst_token=worst_token, worst_token_at=token, misplaced=max(found.misplaced, torn),
+        found,
+        worst_token=worst_token,
+        worst_token_at=token,
+        misplaced=max(found.misplaced, torn),
         norm_ratio=_norm_ratio(x.double().norm().item(), y.double().norm().item()),
         worst_index=_place(int(positions(name, math.prod(shape))[flat]), shape),
-    )  # fmt: skip
+    )
 
 
 def _statistics(capture: Capture, name: str) -> dict:
@@ -237,7 +318,9 @@ def _of_statistics(a: dict, b: dict) -> Errors:
     least = _relative(abs(norms[0] - norms[1]), norms[1])
     misplaced = abs(a["nan"] - b["nan"]) + abs(a["inf"] - b["inf"])
     nonfinite = b["nan"] + b["inf"]
-    return Errors(least, least, (), _norm_ratio(*norms), nan, (), nan, nan, (0, 0, 0), nonfinite, misplaced)
+    return Errors(
+        least, least, (), _norm_ratio(*norms), nan, (), nan, nan, (0, 0, 0), nonfinite, misplaced
+    )
 
 
 # ---------------------------------------------------------------- to read
@@ -275,7 +358,11 @@ def _line(row: Row) -> str:
     name = f"{row.name} {'x'.join(map(str, row.shape))} {row.dtype}{kept}"
     if e is None:
         return f"{mark:4} {row.name} {row.fault}"
-    torn = f" {e.nonfinite:,} NaN or infinite, {e.misplaced:,} misplaced" if e.nonfinite or e.misplaced else ""
+    torn = (
+        f" {e.nonfinite:,} NaN or infinite, {e.misplaced:,} misplaced"
+        if e.nonfinite or e.misplaced
+        else ""
+    )
     ulp = "/".join(f"{n:,}" if n < 10_000 else f"{n:.0e}" for n in e.ulp)
     numbers = f"{e.relative_l2:8.1e} {row.budget:8.1e} {e.worst_token:8.1e} {e.norm_ratio - 1:9.1e} {e.max_abs:8.1e}"
     return f"{mark:4} {numbers} {1 - e.pcc:8.1e} {ulp:>19}  {name}{torn}"
@@ -283,8 +370,13 @@ def _line(row: Row) -> str:
 
 def to_json(rows: Sequence[Row]) -> str:
     """A list of objects, fields as in `Row` and `Errors`; what is not a number is null."""
-    finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x  # noqa: E731
+
+    def finite(x):
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
     objects = [asdict(row) | {"over": row.over} for row in rows]
     for row in objects:
-        row["errors"] = row["errors"] and {key: finite(value) for key, value in row["errors"].items()}
+        row["errors"] = row["errors"] and {
+            key: finite(value) for key, value in row["errors"].items()
+        }
     return json.dumps(objects, indent=1, allow_nan=False)

@@ -24,7 +24,16 @@ from flux.parity.compare import Row, compare
 from flux.parity.hooks import check_patterns, joined, matches, watching
 from flux.parity.modules import Call, guarded
 from flux.parity.name_map import gathering, matches_of
-from flux.parity.replay import PASS, Budget, Recorded, asked, check_model, inputs_of, judged, recorded
+from flux.parity.replay import (
+    PASS,
+    Budget,
+    Recorded,
+    asked,
+    check_model,
+    inputs_of,
+    judged,
+    recorded,
+)
 from flux.parity.tolerances import budgets, stored
 from flux.pipeline import Pipeline
 from flux.sampling import ramp
@@ -33,7 +42,9 @@ from flux.transformer import Flux, FluxConfig
 REFERENCE = Path(__file__).with_name("reference.py")
 
 
-def allowed(capture: Capture, precision: str | None, given: float | None, alone: bool = False) -> Budget:
+def allowed(
+    capture: Capture, precision: str | None, given: float | None, alone: bool = False
+) -> Budget:
     """What was given, else what was measured for this precision, if anything was."""
     measured = given is None and precision in stored(capture)
     return budgets(capture, precision, alone) if measured else given
@@ -45,14 +56,18 @@ def allowed(capture: Capture, precision: str | None, given: float | None, alone:
 def named(text: str) -> Call:
     """The function that `--against module:function` names."""
     if ":" not in text:
-        raise UserError(f"--against {text}: give here, diffusers, a .safetensors file, or MODULE:FUNCTION")
+        raise UserError(
+            f"--against {text}: give here, diffusers, a .safetensors file, or MODULE:FUNCTION"
+        )
     try:
         return modules.named(text)
     except UserError as error:
         raise UserError(str(error).replace("--call", "--against")) from None
 
 
-def adaptor(capture: Capture, call: Call, only: Sequence[str] = (), budget: float | None = None) -> list[Row]:
+def adaptor(
+    capture: Capture, call: Call, only: Sequence[str] = (), budget: float | None = None
+) -> list[Row]:
     """Every recorded module of which an output fits `only`; or the capture of which the adaptor gives the path.
 
     UserError where it fails, or gives anything but as many tensors as were recorded, of their shapes.
@@ -60,12 +75,16 @@ def adaptor(capture: Capture, call: Call, only: Sequence[str] = (), budget: floa
     check_patterns(only, capture.names)
     precision, rows, call = capture.recipe.get("dtype"), [], guarded(call)
     alone = allowed(capture, precision, budget, alone=True)
-    for each in recorded(capture, only) or recorded(capture)[:1]:  # a capture has more than what modules give
+    for each in (
+        recorded(capture, only) or recorded(capture)[:1]
+    ):  # a capture has more than what modules give
         answer = call(each.name, inputs_of(capture, each))
         if isinstance(answer, str | os.PathLike):
             return compare(Capture(answer), capture, allowed(capture, precision, budget), only)
         if not rows:
-            check_patterns(only, [name for each in recorded(capture) for name in each.outputs.values()])
+            check_patterns(
+                only, [name for each in recorded(capture) for name in each.outputs.values()]
+            )
         rows += judged(capture, _checked(capture, each, answer), alone, whole=each.whole)
     return rows
 
@@ -74,31 +93,49 @@ def _checked(capture: Capture, each: Recorded, answer) -> dict[str, Tensor]:
     """Tensors by their names in the capture."""
     tensors = asked(lambda name, inputs: answer, each.name, [])
     expected = 1 + max(each.outputs)
-    numbered = any(re.search(r"/out\.\d", name) for name in each.outputs.values())  # then not all need have been recorded
+    numbered = any(
+        re.search(r"/out\.\d", name) for name in each.outputs.values()
+    )  # then not all need have been recorded
     if len(tensors) < expected or (len(tensors) > expected and not numbered):
-        raise UserError(f"the adaptor gave {len(tensors)} tensors for {each.name}, and should give {expected}")
+        raise UserError(
+            f"the adaptor gave {len(tensors)} tensors for {each.name}, and should give {expected}"
+        )
     for number, name in each.outputs.items():
         given, wanted = tensors[number], capture.records[name].shape
         if tuple(given.shape) != wanted or given.dtype not in DTYPES:
             sizes = ["x".join(map(str, shape)) for shape in (given.shape, wanted)]
-            raise UserError(f"the adaptor gave {given.dtype} of {sizes[0]} for {name}, which should be {sizes[1]}")
+            raise UserError(
+                f"the adaptor gave {given.dtype} of {sizes[0]} for {name}, which should be {sizes[1]}"
+            )
     return {name: tensors[number] for number, name in each.outputs.items()}
 
 
 # ---------------------------------------------------------------- diffusers
 
 
-def diffusers(capture: Capture, pipe: Pipeline, only: Sequence[str] = (), budget: Budget = None) -> list[Row]:
+def diffusers(
+    capture: Capture, pipe: Pipeline, only: Sequence[str] = (), budget: Budget = None
+) -> list[Row]:
     """Its transformer in every recorded pass: rows of the tensors that both have, in the order of our execution."""
     check_model(capture, pipe)
     places = passes(capture, pipe.spec.transformer)
     reference, ours = the_reference(), pipe.transformer()
     matching, theirs, rows = matches_of(reference, ours), with_weights_of(reference, ours, pipe), []
-    have = {place: {n: m for n, m in matching.items() if joined(place, n) in capture.records} for place in places}
+    have = {
+        place: {n: m for n, m in matching.items() if joined(place, n) in capture.records}
+        for place in places
+    }
     check_patterns(only, [joined(place, name) for place in places for name in have[place]])
     for place in places:
-        wanted = {joined(place, name): match for name, match in have[place].items() if matches(joined(place, name), only)}
-        judge = lambda name, tensor: rows.extend(judged(capture, {name: tensor}, budget, whole=True))  # noqa: E731
+        wanted = {
+            joined(place, name): match
+            for name, match in have[place].items()
+            if matches(joined(place, name), only)
+        }
+
+        def judge(name, tensor):
+            return rows.extend(judged(capture, {name: tensor}, budget, whole=True))
+
         with torch.inference_mode(), watching({"": theirs}, gathering(wanted, judge)):
             reference.diffusers_velocity(theirs, **_inputs(capture, place, pipe))
     return sorted(rows, key=lambda row: capture.records[row.name].ordinal)
@@ -106,7 +143,9 @@ def diffusers(capture: Capture, pipe: Pipeline, only: Sequence[str] = (), budget
 
 def the_reference() -> ModuleType:
     if not REFERENCE.is_file():
-        raise UserError("--against diffusers needs flux/parity/reference.py: run scripts/parity.py in a clone of the repository")
+        raise UserError(
+            "--against diffusers needs flux/parity/reference.py: run scripts/parity.py in a clone of the repository"
+        )
     spec = importlib.util.spec_from_file_location("flux_reference", REFERENCE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -121,16 +160,30 @@ def with_weights_of(reference: ModuleType, ours: Flux, pipe: Pipeline) -> nn.Mod
     except ImportError as error:
         fault = f"--against diffusers: it is not installed, or too old ({error!s:.120})"
         raise UserError(f"{fault}; run `pip install --upgrade diffusers`") from None
-    return reference.loaded(theirs, reference.transformer_to_diffusers(state, ours.config)).to(pipe.device)
+    return reference.loaded(theirs, reference.transformer_to_diffusers(state, ours.config)).to(
+        pipe.device
+    )
 
 
 def passes(capture: Capture, config: FluxConfig) -> list[str]:
     """The runs of the transformer that were recorded with all that diffusers' takes; UserError if there are none."""
     if any(name.startswith("references/") for name in capture.names):
-        raise UserError(f"--against diffusers is for runs without --kv-cache, which {capture.path} is not: give --against here")
-    places = [name.removesuffix("/in") for name in capture.names if PASS.fullmatch(name.removesuffix("/in"))] or ["step.001"]
-    full = lambda name: name in capture.records and capture.kind(name) == "full"  # noqa: E731
-    lacking = {place: [name for name in _taken(place, config).values() if not full(name)] for place in places}
+        raise UserError(
+            f"--against diffusers is for runs without --kv-cache, which {capture.path} is not: give --against here"
+        )
+    places = [
+        name.removesuffix("/in")
+        for name in capture.names
+        if PASS.fullmatch(name.removesuffix("/in"))
+    ] or ["step.001"]
+
+    def full(name):
+        return name in capture.records and capture.kind(name) == "full"
+
+    lacking = {
+        place: [name for name in _taken(place, config).values() if not full(name)]
+        for place in places
+    }
     if all(lacking.values()):
         fault = f"{capture.path} lacks {lacking[places[0]][0]} in full, which diffusers takes"
         raise UserError(f"{fault}: capture it with --keep full, and without --only")
@@ -140,16 +193,28 @@ def passes(capture: Capture, config: FluxConfig) -> list[str]:
 def _taken(place: str, config: FluxConfig) -> dict[str, str]:
     """What a pass took, by the arguments of `reference.diffusers_velocity`."""
     ids = "negative/ids" if place.endswith("/negative") else "ids"
-    taken = dict(img=f"{place}/in", txt=f"{place}/txt_in/in", img_ids=f"{ids}/img", txt_ids=f"{ids}/txt")
+    taken = dict(
+        img=f"{place}/in", txt=f"{place}/txt_in/in", img_ids=f"{ids}/img", txt_ids=f"{ids}/txt"
+    )
     return taken | ({} if config.vector_dim is None else {"vector": f"{place}/vector_in/in"})
 
 
 def _inputs(capture: Capture, place: str, pipe: Pipeline) -> dict[str, Tensor]:
     recipe, step, config = capture.recipe, int(re.search(r"\d+", place)[0]), pipe.spec.transformer
     taken = {key: capture.tensors[name] for key, name in _taken(place, config).items()}
-    out = {key: x.to(pipe.device, pipe.dtype if x.is_floating_point() else None) for key, x in taken.items()}
-    batch = lambda value: torch.full((len(out["img"]),), value, device=pipe.device)  # noqa: E731
+    out = {
+        key: x.to(pipe.device, pipe.dtype if x.is_floating_point() else None)
+        for key, x in taken.items()
+    }
+
+    def batch(value):
+        return torch.full((len(out["img"]),), value, device=pipe.device)
+
     out["t"] = batch(recipe["schedule"][step - 1])
-    if config.guidance:  # counted from the end: a run that starts from a picture leaves out the first steps
-        out["guidance"] = batch(ramp(recipe["guidance"], recipe["steps"])[step - len(recipe["schedule"])])
+    if (
+        config.guidance
+    ):  # counted from the end: a run that starts from a picture leaves out the first steps
+        out["guidance"] = batch(
+            ramp(recipe["guidance"], recipe["steps"])[step - len(recipe["schedule"])]
+        )
     return out

@@ -30,15 +30,21 @@ class Trial:
 class Diagnosis:
     rows: Sequence[Row]
     row: Row  # of the first tensor over budget
-    trials: list[Trial]  # what fits first, then the nearest; one for each mistake that could be made there
-    unsound: float | None  # relative L2 to the reference of what we compute without a mistake, where that is over budget
+    trials: list[
+        Trial
+    ]  # what fits first, then the nearest; one for each mistake that could be made there
+    unsound: (
+        float | None
+    )  # relative L2 to the reference of what we compute without a mistake, where that is over budget
 
     @property
     def cause(self) -> Mistake | None:
         return self.trials[0].mistake if self.trials and self.trials[0].fits else None
 
 
-def diagnose(rows: Sequence[Row], port: Capture, reference: Capture, pipe: Pipeline) -> Diagnosis | None:
+def diagnose(
+    rows: Sequence[Row], port: Capture, reference: Capture, pipe: Pipeline
+) -> Diagnosis | None:
     """What is wrong with the first tensor over budget of a comparison; None if there is none.
 
     `pipe` has the weights that the reference was captured with. A mistake fits if the port is within budget of what it
@@ -97,10 +103,14 @@ def told(diagnosis: Diagnosis) -> str:
         against = f"relative L2 {trials[0].residual:.1e} to that, and {row.errors.relative_l2:.1e} to what it should be"
         lines += [f"cause: {cause.name}: {cause.sentence} ({against})"]
     else:
-        lines += [f"none of the {len(MISTAKES)} known mistakes explains it" + unexplained(diagnosis)]
+        lines += [
+            f"none of the {len(MISTAKES)} known mistakes explains it" + unexplained(diagnosis)
+        ]
     if diagnosis.unsound is not None:
-        lines += [f"note: without any mistake, these weights give {row.name} with relative L2 {diagnosis.unsound:.1e} to the "
-                  "reference: they are not what it was captured with"]  # fmt: skip
+        lines += [
+            f"note: without any mistake, these weights give {row.name} with relative L2 {diagnosis.unsound:.1e} to the "
+            "reference: they are not what it was captured with"
+        ]
     if trials:
         lines += ["", f"tried {len(trials)}; relative L2 of the port to each:"]
     return "\n".join([*lines, *map(line, trials[:SHOWN])])

@@ -21,22 +21,37 @@ def double_block(w, img, txt, rope, vec, check):
     flux2 = "double_stream_modulation_img.lin.weight" in w
     tokens, mods, heads = {"img": img, "txt": txt}, {}, {}
     for stream, x in tokens.items():
-        name = f"double_stream_modulation_{stream}" if flux2 else f"double_blocks.0.{stream}_mod"  # of all blocks, or its own
+        name = (
+            f"double_stream_modulation_{stream}" if flux2 else f"double_blocks.0.{stream}_mod"
+        )  # of all blocks, or its own
         parts = np.split(linear(w, f"{name}.lin", silu(vec))[:, None], 6, axis=-1)  # 6 of (1, 1, D)
         parts[1], parts[4] = 1 + parts[1], 1 + parts[4]  # the scales
-        mods[stream] = shift, scale, *_ = [check(f"{name}/out.{i}", part) for i, part in enumerate(parts)]
+        mods[stream] = shift, scale, *_ = [
+            check(f"{name}/out.{i}", part) for i, part in enumerate(parts)
+        ]
         attn = f"double_blocks.0.{stream}_attn"
         x = check(f"{attn}.qkv/in", modulate(x, shift, scale))
-        qkv = linear(w, f"{attn}.qkv", x).reshape(*x.shape[:2], 3, -1, 2 * len(rope[0]))  # (1, N, 3, H, d)
+        qkv = linear(w, f"{attn}.qkv", x).reshape(
+            *x.shape[:2], 3, -1, 2 * len(rope[0])
+        )  # (1, N, 3, H, d)
         *qk, v = qkv.transpose(2, 0, 1, 3, 4)  # each (1, N, H, d)
-        qk = [rms_norm(x) * w[f"{attn}.norm.{name}_norm.scale"] for x, name in zip(qk, ("query", "key"))]
+        qk = [
+            rms_norm(x) * w[f"{attn}.norm.{name}_norm.scale"]
+            for x, name in zip(qk, ("query", "key"))
+        ]
         heads[stream] = *check(f"{attn}.norm/out", np.stack(qk)), v
 
     # text first; each is now (1, H, T + L, d)
-    q, k, v = (np.concatenate(pair, axis=1).swapaxes(1, 2) for pair in zip(heads["txt"], heads["img"]))
+    q, k, v = (
+        np.concatenate(pair, axis=1).swapaxes(1, 2) for pair in zip(heads["txt"], heads["img"])
+    )
     turned = zip("qkv", (rotate(q, rope), rotate(k, rope), v))
     q, k, v = (check(f"double_blocks.0/attention/{tap}", x) for tap, x in turned)
-    out = check("double_blocks.0/attention/out", attention(q, k, v)).swapaxes(1, 2).reshape(1, -1, img.shape[2])
+    out = (
+        check("double_blocks.0/attention/out", attention(q, k, v))
+        .swapaxes(1, 2)
+        .reshape(1, -1, img.shape[2])
+    )
     attended = {"img": out[:, txt.shape[1] :], "txt": out[:, : txt.shape[1]]}
 
     for number, (stream, x) in enumerate(tokens.items()):
@@ -56,7 +71,9 @@ def rms_norm(x):
 
 
 def modulate(x, shift, scale):
-    return scale * rms_norm(x - x.mean(axis=-1, keepdims=True)) + shift  # LayerNorm is the RMS norm of what has no mean
+    return (
+        scale * rms_norm(x - x.mean(axis=-1, keepdims=True)) + shift
+    )  # LayerNorm is the RMS norm of what has no mean
 
 
 def rotate(x, rope):
@@ -65,7 +82,9 @@ def rotate(x, rope):
 
 
 def attention(q, k, v):
-    weights = np.exp(q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]))  # no overflow: q and k are normalised. No mask
+    weights = np.exp(
+        q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+    )  # no overflow: q and k are normalised. No mask
     return weights @ v / weights.sum(axis=-1, keepdims=True)
 
 
@@ -91,7 +110,10 @@ def read(path):
             data = raw[start:][slice(*entry["data_offsets"])]
             if entry["dtype"] == "BF16":  # the upper half of a float32
                 data = data.view("<u2").astype("<u4") << 16
-            yield name.removeprefix("step.001/"), data.view("<f4").reshape(entry["shape"]).astype(np.float64)
+            yield (
+                name.removeprefix("step.001/"),
+                data.view("<f4").reshape(entry["shape"]).astype(np.float64),
+            )
 
 
 def main(folder=Path(__file__).parent, weights=None):
@@ -100,12 +122,18 @@ def main(folder=Path(__file__).parent, weights=None):
 
     def check(name, ours):
         theirs = kit[name]
-        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) if ours.shape == theirs.shape else np.inf
+        error = (
+            np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+            if ours.shape == theirs.shape
+            else np.inf
+        )
         off.extend([] if error <= TOLERANCE else [name])  # NaN is off, too
         print("OFF" if name in off else "ok ", f"{error:.1e}  {name} {theirs.shape}")
         return theirs
 
-    double_block(w, *(kit[f"double_blocks.0/in.{number}"] for number in range(3)), kit["vec"], check)
+    double_block(
+        w, *(kit[f"double_blocks.0/in.{number}"] for number in range(3)), kit["vec"], check
+    )
     print(f"off by more than {TOLERANCE}: {', '.join(off)}" if off else f"all agree to {TOLERANCE}")
     return len(off) > 0
 

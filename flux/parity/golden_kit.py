@@ -37,19 +37,36 @@ from flux.weights.files import read_header
 
 PROMPT = "a small yellow star above a large blue ring on a white background"
 STEPS = 4
-CONSUMED = r"step\.001/(vec$|double_blocks\.0[./]|double_stream_modulation)"  # what the example reads
+CONSUMED = (
+    r"step\.001/(vec$|double_blocks\.0[./]|double_stream_modulation)"  # what the example reads
+)
 
 
 def small(spec: ModelSpec, request: Request) -> Request:
     """What is not asked for, as a kit has it: few steps, and a picture that is not square, or rows could pass for columns."""
     width, height = (None, None) if request.pictures else (spec.size * 3 // 4, spec.size // 2)
     steps = min(spec.steps, STEPS) if request.steps is None else request.steps
-    given = lambda asked, usual: usual if asked is None else asked  # noqa: E731
-    return replace(request, width=given(request.width, width), height=given(request.height, height), steps=steps)
+
+    def given(asked, usual):
+        return usual if asked is None else asked
+
+    return replace(
+        request,
+        width=given(request.width, width),
+        height=given(request.height, height),
+        steps=steps,
+    )
 
 
-def build(pipe: Pipeline, request: Request, folder: str | Path, only: Sequence[str] = (), weights: bool = True,
-          limit: float = 1e9, tell: Callable[[str], None] = lambda text: None) -> None:  # fmt: skip
+def build(
+    pipe: Pipeline,
+    request: Request,
+    folder: str | Path,
+    only: Sequence[str] = (),
+    weights: bool = True,
+    limit: float = 1e9,
+    tell: Callable[[str], None] = lambda text: None,
+) -> None:
     """Run the pipeline, which is in float32, and write the kit; `tell` hears its size in advance.
 
     `only`: patterns, as for a capture; what the example reads is there in any case. UserError, and no folder, if the kit would
@@ -84,12 +101,16 @@ def build(pipe: Pipeline, request: Request, folder: str | Path, only: Sequence[s
 
 def check_possible(pipe: Pipeline, request: Request, folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"--output {folder}: is there already, and a kit is never written over; delete it, or choose another")
+        raise UserError(
+            f"--output {folder}: is there already, and a kit is never written over; delete it, or choose another"
+        )
     if pipe.dtype != torch.float32:
         raise UserError("a kit is made in float32, in which a port is judged: leave --dtype out")
     pictures = request.pictures
     if pictures and (pipe.spec.cached if pictures.cached is None else pictures.cached):
-        raise UserError("references that are computed once are no part of a kit: give --no-kv-cache")
+        raise UserError(
+            "references that are computed once are no part of a kit: give --no-kv-cache"
+        )
 
 
 def networks_of(pipe: Pipeline) -> dict[str, Network]:
@@ -108,8 +129,15 @@ def kept(name: str, only: Sequence[str]) -> bool:
     return matches(name, only) and not (inside_autoencoder and re.search(r"/in(\.\d+)?$", name))
 
 
-def check_size(pipe: Pipeline, request: Request, only: Sequence[str], networks: Mapping[str, Network], folder: Path,
-               limit: float, tell: Callable[[str], None]) -> None:  # fmt: skip
+def check_size(
+    pipe: Pipeline,
+    request: Request,
+    only: Sequence[str],
+    networks: Mapping[str, Network],
+    folder: Path,
+    limit: float,
+    tell: Callable[[str], None],
+) -> None:
     """How much it will be is found by a run on networks without weights."""
     names, sizes = [], []
 
@@ -121,9 +149,17 @@ def check_size(pipe: Pipeline, request: Request, only: Sequence[str], networks: 
     with warnings.catch_warnings(action="ignore"):  # they come again in the run itself
         run(without_weights(pipe), request, see)
     check_patterns(only, names)
-    size, held, free = sum(sizes), sum(network.bytes for network in networks.values()), shutil.disk_usage(folder.parent).free
+    size, held, free = (
+        sum(sizes),
+        sum(network.bytes for network in networks.values()),
+        shutil.disk_usage(folder.parent).free,
+    )
     if 2 * size + held > free or size + held > limit:  # the tensors are there twice for a while
-        most = f"--limit is {limit / 1e9:g} GB" if size + held > limit else f"{readable(free)} are free on its disk"
+        most = (
+            f"--limit is {limit / 1e9:g} GB"
+            if size + held > limit
+            else f"{readable(free)} are free on its disk"
+        )
         raise UserError(
             f"{folder} would hold {readable(size)} of tensors and {readable(held)} of weights, and {most}: make a smaller "
             "picture with --width and --height, choose layers with --only, or leave the weights out with --without-weights"
@@ -155,9 +191,14 @@ def write_run(pipe: Pipeline, request: Request, only: Sequence[str], folder: Pat
     writer.path.unlink()
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """A .safetensors file, whose header keeps the order of `tensors`, and whose data are aligned: the widest come first."""
-    header, end = {name: {"dtype": DTYPES[x.dtype], "shape": list(x.shape)} for name, x in tensors.items()}, 0
+    header, end = (
+        {name: {"dtype": DTYPES[x.dtype], "shape": list(x.shape)} for name, x in tensors.items()},
+        0,
+    )
     by_width = sorted(tensors, key=lambda name: -tensors[name].itemsize)
     for name in by_width:
         begin, end = end, end + tensors[name].nbytes
@@ -173,8 +214,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
 
 def listing(expected: Capture) -> str:
     """A line a tensor, in the order of execution."""
-    shape = lambda name: "x".join(map(str, expected.records[name].shape))  # noqa: E731
-    return "".join(f"{name} {shape(name)} {expected.records[name].dtype}\n" for name in expected.names)
+
+    def shape(name):
+        return "x".join(map(str, expected.records[name].shape))
+
+    return "".join(
+        f"{name} {shape(name)} {expected.records[name].dtype}\n" for name in expected.names
+    )
 
 
 # ---------------------------------------------------------------- to read
@@ -183,23 +229,56 @@ def listing(expected: Capture) -> str:
 def readme(pipe: Pipeline, expected: Capture, weights: bool) -> str:
     """README.md: `README` and the family's parts of it, of this model and run."""
     spec, recipe, c = pipe.spec, expected.recipe, pipe.spec.transformer
-    told = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "numerics")
+    told = (
+        "model",
+        "prompt",
+        "negative_prompt",
+        "width",
+        "height",
+        "steps",
+        "guidance",
+        "cfg_scale",
+        "seed",
+        "numerics",
+    )
     held = ", ".join(f"`{name}`" for name in networks_of(pipe))
-    files = "; ".join(f"{file['file']}, sha256 {file['sha256']}" for some in recipe["files"].values() for file in some)
+    files = "; ".join(
+        f"{file['file']}, sha256 {file['sha256']}"
+        for some in recipe["files"].values()
+        for file in some
+    )
     rows, columns = recipe["height"] // 16, recipe["width"] // 16
     head_dim = c.hidden_size // c.num_heads
     values = dict(
-        model=spec.name, count=f"{len(expected.names):,}", steps=recipe["steps"], last=f"step.{recipe['steps']:03}",
-        run="\n".join(f"| {key.replace('_', ' ')} | {_shown(recipe[key])} |" for key in told if recipe[key] is not None),
-        weights=f"| `weights/` | of {held}: every weight, float32, by the released files' names |" if weights else
-                f"| | the weights are left out: {files}. `python consumer.py . FILE` reads the transformer's |",
-        axes=", ".join(map(str, c.axes_dim)), theta=c.theta, pairs=head_dim // 2, heads=c.num_heads, d=head_dim,
-        D=c.hidden_size, text_length=spec.text_length, rows=rows, columns=columns, groups=spec.autoencoder.norm_groups,
+        model=spec.name,
+        count=f"{len(expected.names):,}",
+        steps=recipe["steps"],
+        last=f"step.{recipe['steps']:03}",
+        run="\n".join(
+            f"| {key.replace('_', ' ')} | {_shown(recipe[key])} |"
+            for key in told
+            if recipe[key] is not None
+        ),
+        weights=f"| `weights/` | of {held}: every weight, float32, by the released files' names |"
+        if weights
+        else f"| | the weights are left out: {files}. `python consumer.py . FILE` reads the transformer's |",
+        axes=", ".join(map(str, c.axes_dim)),
+        theta=c.theta,
+        pairs=head_dim // 2,
+        heads=c.num_heads,
+        d=head_dim,
+        D=c.hidden_size,
+        text_length=spec.text_length,
+        rows=rows,
+        columns=columns,
+        groups=spec.autoencoder.norm_groups,
         schedule=SCHEDULES[spec.schedule].format(mu=mu_of(spec, rows * columns, recipe["steps"])),
-        guidance=GUIDANCE if c.guidance else "", guided=GUIDED if "step.001/negative/out" in expected.records else "",
-        scale=spec.autoencoder.scale_factor, shift=spec.autoencoder.shift_factor,
+        guidance=GUIDANCE if c.guidance else "",
+        guided=GUIDED if "step.001/negative/out" in expected.records else "",
+        scale=spec.autoencoder.scale_factor,
+        shift=spec.autoencoder.shift_factor,
         layers=None if spec.flux1 else ", ".join(map(str, spec.text.model.layers)),
-    )  # fmt: skip
+    )
     parts = {name: text.format(**values) for name, text in (FLUX1 if spec.flux1 else FLUX2).items()}
     return README.format(**values, **parts)
 
@@ -212,7 +291,9 @@ def mu_of(spec: ModelSpec, tokens: int, steps: int) -> float:
     """How far the schedule is shifted."""
     if spec.schedule == "unshifted":
         return 0.0
-    return {"linear": sampling.linear_mu, "empirical": sampling.empirical_mu}[spec.schedule](tokens, steps)
+    return {"linear": sampling.linear_mu, "empirical": sampling.empirical_mu}[spec.schedule](
+        tokens, steps
+    )
 
 
 README = """# A golden kit of {model}
@@ -302,7 +383,9 @@ in.0, in.1. The first step is there layer by layer, the later ones by what they 
 """
 
 EVEN = "t falls evenly from 1 to 0"
-SHIFTED = f"{EVEN}, then t -> e^mu / (e^mu + 1/t - 1), here with mu = {{mu:.9g}}. Of L image tokens,\n   "
+SHIFTED = (
+    f"{EVEN}, then t -> e^mu / (e^mu + 1/t - 1), here with mu = {{mu:.9g}}. Of L image tokens,\n   "
+)
 SCHEDULES = {
     "unshifted": EVEN,
     "linear": f"{SHIFTED}mu = 0.5 + 0.65 · (L - 256) / 3840",

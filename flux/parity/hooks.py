@@ -21,11 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 from flux.errors import UserError
 
-See = Callable[[str, Tensor], None]  # a name, and the tensor, which may be overwritten later: copy what is to be kept
+See = Callable[
+    [str, Tensor], None
+]  # a name, and the tensor, which may be overwritten later: copy what is to be kept
 
 
 @contextmanager
-def watching(networks: Mapping[str, nn.Module], see: See, only: Sequence[str] = ()) -> Iterator[None]:
+def watching(
+    networks: Mapping[str, nn.Module], see: See, only: Sequence[str] = ()
+) -> Iterator[None]:
     """Within, `see(name, tensor)` is called for each tensor that matches `only`, in the order of execution.
 
     `networks`: where -> network; with "" for where, names begin with the module. On leaving, all hooks are gone.
@@ -37,7 +41,9 @@ def watching(networks: Mapping[str, nn.Module], see: See, only: Sequence[str] = 
         for number, tensor in enumerate(tensors):
             name = joined(place, tap if len(tensors) == 1 else f"{tap}.{number}")
             if matches(name, only):
-                with torch._C.DisableTorchFunction():  # or each operation in `see` would be looked at, too
+                with (
+                    torch._C.DisableTorchFunction()
+                ):  # or each operation in `see` would be looked at, too
                     see(name, tensor)
 
     def enter(place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -72,7 +78,9 @@ def watching(networks: Mapping[str, nn.Module], see: See, only: Sequence[str] = 
                     module.register_forward_hook(partial(leave, place)),
                 ):
                     stack.callback(handle.remove)
-                if hasattr(module, "remember"):  # how references are computed once: another way through the blocks
+                if hasattr(
+                    module, "remember"
+                ):  # how references are computed once: another way through the blocks
                     stack.enter_context(replaced(module, "remember", partial(entering, place)))
         stack.enter_context(_AttentionCalls(attended))
         yield
@@ -115,7 +123,9 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
     `*.img_attn` selects `step.001/double_blocks.3.img_attn.qkv/out`; so do `step.001`, `double_blocks.3`, `*.qkv`, `out`.
     """
-    return not patterns or any(fnmatchcase(place, pattern) for place in places(name) for pattern in patterns)
+    return not patterns or any(
+        fnmatchcase(place, pattern) for place in places(name) for pattern in patterns
+    )
 
 
 def places(name: str) -> list[str]:

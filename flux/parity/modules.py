@@ -22,7 +22,9 @@ from flux.runtime.memory import free_memory
 from flux.transformer import DoubleBlock, Flux, Memory, Modulation, SingleBlock
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]
-PLACE = re.compile(r"((step|references|encoder|decoder|text)(?:\.\d+)?(?:/negative)?(?:/(t5|clip|model))?)(?:/(.+))?")
+PLACE = re.compile(
+    r"((step|references|encoder|decoder|text)(?:\.\d+)?(?:/negative)?(?:/(t5|clip|model))?)(?:/(.+))?"
+)
 
 
 class Modules:
@@ -38,13 +40,18 @@ class Modules:
     def network(self, name: str) -> nn.Module:
         where = PLACE.fullmatch(name)
         if where is None or (where[3] or where[2]) not in self.networks:
-            raise UserError(f"{name} is of no network here: names begin with step.001, decoder, text/t5, and so on")
+            raise UserError(
+                f"{name} is of no network here: names begin with step.001, decoder, text/t5, and so on"
+            )
         return self.networks[where[3] or where[2]]()
 
     def __call__(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
         network, path = self.network(name), PLACE.fullmatch(name)[4] or ""
         like = next(network.parameters())
-        cast = lambda x: x.to(like.device, like.dtype if x.is_floating_point() else None)  # noqa: E731
+
+        def cast(x):
+            return x.to(like.device, like.dtype if x.is_floating_point() else None)
+
         try:
             with torch.inference_mode():
                 return tree_leaves(_run(network, name, path, inputs, cast))
@@ -52,10 +59,14 @@ class Modules:
             raise
         except (RuntimeError, ValueError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, x.shape)) for x in inputs)
-            raise UserError(f"{name} does not take what was recorded, {shapes} ({error!s:.120})") from error
+            raise UserError(
+                f"{name} does not take what was recorded, {shapes} ({error!s:.120})"
+            ) from error
 
 
-def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: Callable[[Tensor], Tensor]):
+def _run(
+    network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: Callable[[Tensor], Tensor]
+):
     if path.endswith("/attention"):
         return F.scaled_dot_product_attention(*map(cast, inputs))
     if path == "" and isinstance(network, Flux | AutoEncoder):
@@ -65,8 +76,13 @@ def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: C
     except AttributeError:
         fault = f"{type(network).__name__} has no module {path!r}"
         raise UserError(f"{name}: {fault}; is the capture of another model?") from None
-    if isinstance(network, AutoEncoder):  # its tensors lie channels last; a file does not keep how they lay
-        cast = lambda x, cast=cast: cast(x).to(memory_format=torch.channels_last) if x.ndim == 4 else cast(x)  # noqa: E731
+    if isinstance(
+        network, AutoEncoder
+    ):  # its tensors lie channels last; a file does not keep how they lay
+
+        def cast(x, cast=cast):
+            return cast(x).to(memory_format=torch.channels_last) if x.ndim == 4 else cast(x)
+
     remembering = name.startswith("references") and hasattr(module, "remember")
     return (module.remember if remembering else module)(*_arguments(module, inputs, cast))
 
@@ -78,7 +94,9 @@ def _network(network: nn.Module, name: str, inputs: list[Tensor], cast: Callable
         return network.encode(x) if name.startswith("encoder") else network.decode(x)
     if name.startswith("references"):
         references, rope, vec, *_ = inputs  # the rest is made of vec
-        return network.remember(cast(references), rope.to(vec.device), network.modulations(cast(vec)))
+        return network.remember(
+            cast(references), rope.to(vec.device), network.modulations(cast(vec))
+        )
     img, txt, rope, vec, *rest = inputs
     memories = [Memory(cast(k), cast(v)) for k, v in zip(rest[::2], rest[1::2], strict=True)]
     mods = network.modulations(cast(vec))
@@ -90,9 +108,15 @@ def _arguments(module: nn.Module, inputs: list[Tensor], cast: Callable[[Tensor],
     if not isinstance(module, DoubleBlock | SingleBlock):
         return [cast(x) for x in inputs]
     double = isinstance(module, DoubleBlock)
-    streams = 2 if double and len(inputs) > 8 else 1  # 1: its image stream alone remembers references
+    streams = (
+        2 if double and len(inputs) > 8 else 1
+    )  # 1: its image stream alone remembers references
     branches = 2 * streams if double else 1
-    x, rope, rest = [cast(x) for x in inputs[:streams]], inputs[streams], [cast(x) for x in inputs[streams + 1 :]]
+    x, rope, rest = (
+        [cast(x) for x in inputs[:streams]],
+        inputs[streams],
+        [cast(x) for x in inputs[streams + 1 :]],
+    )
     mods = [Modulation(*rest[i : i + 3]) for i in range(0, 3 * branches, 3)]
     memory = [Memory(*rest[3 * branches :])] if len(rest) > 3 * branches else []
     pairs = [mods[i : i + 2] for i in range(0, branches, 2)] if double else mods
@@ -101,7 +125,12 @@ def _arguments(module: nn.Module, inputs: list[Tensor], cast: Callable[[Tensor],
 
 def networks_of(pipe: Pipeline) -> dict[str, Network]:
     text = {part: getattr(pipe.text, part) for part in pipe.spec.text.networks}
-    return text | dict(step=pipe.transformer, references=pipe.transformer, decoder=pipe.autoencoder, encoder=pipe.encoder)
+    return text | dict(
+        step=pipe.transformer,
+        references=pipe.transformer,
+        decoder=pipe.autoencoder,
+        encoder=pipe.encoder,
+    )
 
 
 def named(text: str) -> Call:
@@ -110,9 +139,13 @@ def named(text: str) -> Call:
     try:
         call = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--call {text}: there is no such function ({error!s:.120}); write MODULE:FUNCTION") from None
+        raise UserError(
+            f"--call {text}: there is no such function ({error!s:.120}); write MODULE:FUNCTION"
+        ) from None
     if not callable(call):
-        raise UserError(f"--call {text} is no function; it should take a name and a list of tensors")
+        raise UserError(
+            f"--call {text} is no function; it should take a name and a list of tensors"
+        )
     return call
 
 
@@ -125,7 +158,9 @@ def guarded(call: Call) -> Call:
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise UserError(f"the adaptor failed at {name} with {type(error).__name__}: {error!s:.160}") from error
+            raise UserError(
+                f"the adaptor failed at {name} with {type(error).__name__}: {error!s:.160}"
+            ) from error
 
     return answer
 
@@ -133,14 +168,20 @@ def guarded(call: Call) -> Call:
 # ---------------------------------------------------------------- in another precision
 
 
-def in_dtype(pipe: Pipeline, dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None) -> Pipeline:
+def in_dtype(
+    pipe: Pipeline, dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None
+) -> Pipeline:
     """The same pipeline, loaded anew in another dtype; `change` is made to the matrices in its blocks.
 
     If the networks do not fit in memory together, their blocks stay mapped, and a matrix is cast when it is multiplied with.
     """
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
     twin.dtype, twin.text.known = dtype, {}
-    for owner, part in [(twin, "transformer"), (twin, "autoencoder"), *((twin.text, part) for part in pipe.spec.text.networks)]:
+    for owner, part in [
+        (twin, "transformer"),
+        (twin, "autoencoder"),
+        *((twin.text, part) for part in pipe.spec.text.networks),
+    ]:
         network = copy.copy(getattr(owner, part))
         network.dtype, network.module = dtype, None
         setattr(owner, part, network)
@@ -163,12 +204,16 @@ def lend(network: Network, change: Callable[[Tensor], Tensor]) -> None:
     module, to = file(), dict(device=network.device, dtype=network.dtype)
 
     def linear(part: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, change(part.weight.to(**to)), None if part.bias is None else part.bias.to(**to))
+        return F.linear(
+            x, change(part.weight.to(**to)), None if part.bias is None else part.bias.to(**to)
+        )
 
     for path, part in module.named_modules():
         if type(part) is nn.Linear and re.search(r"\.\d+\.", path):
             part.forward = lambda x, part=part: linear(part, x)
         else:
             for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-                tensor.data = tensor.data.to(network.device, network.dtype if tensor.is_floating_point() else None)
+                tensor.data = tensor.data.to(
+                    network.device, network.dtype if tensor.is_floating_point() else None
+                )
     network.module = module

@@ -32,32 +32,53 @@ def matches_of(reference: ModuleType, ours: Flux) -> dict[str, Match]:
     Each row of our matrices is given a number, and the map of the weights tells where it goes: so the parts of a matrix
     that is split, and the order of its rows, come from there too.
     """
-    lengths = {name: len(tensor) for name, tensor in ours.state_dict().items() if not name.endswith(".bias")}
+    lengths = {
+        name: len(tensor)
+        for name, tensor in ours.state_dict().items()
+        if not name.endswith(".bias")
+    }
     weights = list(lengths)
     numbered = {name: k * 2**32 + torch.arange(lengths[name]) for k, name in enumerate(weights)}
     parts, out = defaultdict(list), {"out": Match(("out",))}
     for name, rows in reference.transformer_to_diffusers(numbered, ours.config).items():
         parts[_module(weights[rows[0] >> 32])].append((_module(name), rows % 2**32))
     for module, pieces in parts.items():
-        if module.endswith("_norm"):  # ours takes q and k together, when they are of length one; theirs one by one, raw
+        if module.endswith(
+            "_norm"
+        ):  # ours takes q and k together, when they are of length one; theirs one by one, raw
             continue
         theirs, rows = zip(*pieces, strict=True)
         out[f"{module}/in"] = Match((f"{theirs[0]}/in",))
         inverse = torch.cat(rows).argsort()
-        rejoin = lambda xs, inverse=inverse: torch.cat(xs, -1)[..., inverse.to(xs[0].device)]  # noqa: E731
+
+        def rejoin(xs, inverse=inverse):
+            return torch.cat(xs, -1)[..., inverse.to(xs[0].device)]
+
         out[f"{module}/out"] = Match(tuple(f"{name}/out" for name in theirs), rejoin)
-    for norm in (module.removesuffix(".query_norm") for module in parts if module.endswith(".query_norm")):
+    for norm in (
+        module.removesuffix(".query_norm") for module in parts if module.endswith(".query_norm")
+    ):
         q, k = (parts[f"{norm}.{kind}_norm"][0][0] for kind in ("query", "key"))
         out[f"{norm}/out"] = Match((f"{q}/out", f"{k}/out"), torch.stack)
         block = re.match(r"\w+\.\d+", norm)[0]  # theirs lies in the attention itself
-        out |= {f"{block}/attention/{tap}": Match((f"{_module(q)}/attention/{tap}",)) for tap in TAPS}
+        out |= {
+            f"{block}/attention/{tap}": Match((f"{_module(q)}/attention/{tap}",)) for tap in TAPS
+        }
+
     # theirs give text first, and FLUX.1's single blocks text and picture apart
-    whole = lambda block, tap: f"{reference.renamed(f'{block}.', reference.FLUX_NAMES)[:-1]}/{tap}"  # noqa: E731
+    def whole(block, tap):
+        return f"{reference.renamed(f'{block}.', reference.FLUX_NAMES)[:-1]}/{tap}"
+
     for block in (f"double_blocks.{i}" for i in range(ours.config.depth)):
-        out |= {f"{block}/out.0": Match((whole(block, "out.1"),)), f"{block}/out.1": Match((whole(block, "out.0"),))}
+        out |= {
+            f"{block}/out.0": Match((whole(block, "out.1"),)),
+            f"{block}/out.1": Match((whole(block, "out.0"),)),
+        }
     for block in (f"single_blocks.{i}" for i in range(ours.config.depth_single)):
         taps = ("out",) if ours.config.shared_modulation else ("out.0", "out.1")
-        out[f"{block}/out"] = Match(tuple(whole(block, tap) for tap in taps), lambda xs: torch.cat(xs, 1))
+        out[f"{block}/out"] = Match(
+            tuple(whole(block, tap) for tap in taps), lambda xs: torch.cat(xs, 1)
+        )
     return out
 
 

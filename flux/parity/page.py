@@ -12,7 +12,9 @@ from flux.parity.plots import DARK, LIGHT, Drawing
 
 def said(value: object) -> str:
     """Text as XML may hold it: no markup, and no control characters or halves of surrogate pairs, which a prompt may have."""
-    return escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(value)))
+    return escape(
+        re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(value))
+    )
 
 
 def number(value: float, form: str = ".2e") -> str:
@@ -36,14 +38,21 @@ def figure(title: str, text: str, drawing: Drawing | None) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    return '<dl class="facts">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs) + "</dl>"
+    return (
+        '<dl class="facts">'
+        + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs)
+        + "</dl>"
+    )
 
 
 # ---------------------------------------------------------------- the page
 
 
 def style() -> str:
-    light, dark = (";".join(f"--{name}:{colour}" for name, colour in colours.items()) for colours in (LIGHT, DARK))
+    light, dark = (
+        ";".join(f"--{name}:{colour}" for name, colour in colours.items())
+        for colours in (LIGHT, DARK)
+    )
     return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}"
 
 

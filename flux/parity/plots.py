@@ -15,10 +15,26 @@ from html import escape
 from PIL import Image, ImageDraw, ImageFont
 
 Point = tuple[float, float]
-EDGES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1000)  # of the shades of an error over its budget
+EDGES = (
+    1e-3,
+    3e-3,
+    0.01,
+    0.03,
+    0.1,
+    0.3,
+    1,
+    3,
+    10,
+    30,
+    100,
+    1000,
+)  # of the shades of an error over its budget
 WITHIN = EDGES.index(1) + 1  # that many shades are for tensors within budget
 SHADES = 9  # of values that have no budget
-SCALE, SUPERSAMPLED = 2, 2  # a PNG has twice the pixels, and is drawn with twice as many again: Pillow's lines are jagged
+SCALE, SUPERSAMPLED = (
+    2,
+    2,
+)  # a PNG has twice the pixels, and is drawn with twice as many again: Pillow's lines are jagged
 
 # ---------------------------------------------------------------- colours
 
@@ -29,23 +45,69 @@ def mix(a: str, b: str, share: float) -> str:
     return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in pairs)
 
 
-def palette(page: str, surface: str, ink: str, muted: str, grid: str, first: str, middle: str, last: str, over: str,
-            mild: str, severe: str, deep: str) -> dict[str, str]:  # fmt: skip
+def palette(
+    page: str,
+    surface: str,
+    ink: str,
+    muted: str,
+    grid: str,
+    first: str,
+    middle: str,
+    last: str,
+    over: str,
+    mild: str,
+    severe: str,
+    deep: str,
+) -> dict[str, str]:
     """Every colour by its name: those given, and shades w* within budget, o* over it, t* of other values."""
     out = dict(
-        page=page, surface=surface, ink=ink, muted=muted, grid=grid, first=first, middle=middle, last=last, over=over,
+        page=page,
+        surface=surface,
+        ink=ink,
+        muted=muted,
+        grid=grid,
+        first=first,
+        middle=middle,
+        last=last,
+        over=over,
         equal=mix(surface, grid, 0.5),
-    )  # fmt: skip
+    )
     beyond = len(EDGES) - WITHIN
     out |= {f"w{i}": mix(surface, first, 0.1 + 0.6 * i / (WITHIN - 1)) for i in range(WITHIN)}
     out |= {f"o{i}": mix(mild, severe, i / beyond) for i in range(beyond + 1)}
-    return out | {f"t{i}": mix(surface, deep, 0.04 + 0.96 * i / (SHADES - 1)) for i in range(SHADES)}
+    return out | {
+        f"t{i}": mix(surface, deep, 0.04 + 0.96 * i / (SHADES - 1)) for i in range(SHADES)
+    }
 
 
-LIGHT = palette("#f5f6f8", "#ffffff", "#1a1e24", "#5b6470", "#e1e5ea", "#0072b2", "#009e73", "#b05a8c", "#d55e00",
-                "#f4ab62", "#701c00", "#3f1d6b")  # fmt: skip
-DARK = palette("#0f1115", "#171a20", "#e9ebee", "#9ba5b2", "#2c323b", "#56b4e9", "#35c39a", "#e093bd", "#ff8d3f",
-               "#b4560d", "#ffe3c4", "#d9bdff")  # fmt: skip
+LIGHT = palette(
+    "#f5f6f8",
+    "#ffffff",
+    "#1a1e24",
+    "#5b6470",
+    "#e1e5ea",
+    "#0072b2",
+    "#009e73",
+    "#b05a8c",
+    "#d55e00",
+    "#f4ab62",
+    "#701c00",
+    "#3f1d6b",
+)
+DARK = palette(
+    "#0f1115",
+    "#171a20",
+    "#e9ebee",
+    "#9ba5b2",
+    "#2c323b",
+    "#56b4e9",
+    "#35c39a",
+    "#e093bd",
+    "#ff8d3f",
+    "#b4560d",
+    "#ffe3c4",
+    "#d9bdff",
+)
 
 
 def shade(ratio: float, over: bool = False) -> str:
@@ -65,7 +127,9 @@ class Canvas:
 
     def __init__(self, width: float, height: float, colours: dict[str, str] = LIGHT):
         self.zoom, self.colours = SCALE * SUPERSAMPLED, colours
-        self.image = Image.new("RGB", (round(width * self.zoom), round(height * self.zoom)), colours["surface"])
+        self.image = Image.new(
+            "RGB", (round(width * self.zoom), round(height * self.zoom)), colours["surface"]
+        )
         self.draw = ImageDraw.Draw(self.image)
 
     def at(self, points: Iterable[Point]) -> list[Point]:
@@ -82,7 +146,9 @@ class Line:
     def svg(self) -> str:
         dashes = ' stroke-dasharray="5 4"' * self.dashed
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
-        look = f'stroke="var(--{self.colour})" stroke-width="{self.width:g}" stroke-linejoin="round"'
+        look = (
+            f'stroke="var(--{self.colour})" stroke-width="{self.width:g}" stroke-linejoin="round"'
+        )
         return f'<polyline points="{path}" fill="none" {look}{dashes}/>'
 
     def paint(self, on: Canvas) -> None:
@@ -148,16 +214,26 @@ class Box:
     outline: bool = False  # that alone
 
     def svg(self) -> str:
-        place = f'x="{self.x:.1f}" y="{self.y:.1f}" width="{self.width:.1f}" height="{self.height:.1f}"'
-        look = f'fill="none" stroke="var(--{self.colour})" stroke-width="2"' if self.outline else f'fill="var(--{self.colour})"'
+        place = (
+            f'x="{self.x:.1f}" y="{self.y:.1f}" width="{self.width:.1f}" height="{self.height:.1f}"'
+        )
+        look = (
+            f'fill="none" stroke="var(--{self.colour})" stroke-width="2"'
+            if self.outline
+            else f'fill="var(--{self.colour})"'
+        )
         return f"<rect {place} {look}>{titled(self.title)}</rect>"
 
     def paint(self, on: Canvas) -> None:
-        (left, top), (right, bottom) = on.at([(self.x, self.y), (self.x + self.width, self.y + self.height)])
+        (left, top), (right, bottom) = on.at(
+            [(self.x, self.y), (self.x + self.width, self.y + self.height)]
+        )
         colour = on.colours[self.colour]
         if self.outline:
             half = on.zoom
-            on.draw.rectangle((left - half, top - half, right + half, bottom + half), None, colour, 2 * half)
+            on.draw.rectangle(
+                (left - half, top - half, right + half, bottom + half), None, colour, 2 * half
+            )
         else:
             on.draw.rectangle((left, top, right - 1, bottom - 1), colour)
 
@@ -245,7 +321,9 @@ class LogScale:
             return self.bottom + 18
         if not math.isfinite(value):
             return self.top - 18
-        return self.bottom - (math.log10(value) - self.low) / (self.high - self.low) * (self.bottom - self.top)
+        return self.bottom - (math.log10(value) - self.low) / (self.high - self.low) * (
+            self.bottom - self.top
+        )
 
     def ticks(self) -> list[float]:
         """Powers of ten, eight at most."""

@@ -10,7 +10,17 @@ from flux.configs import MODELS
 from flux.parity.compare_live import the_reference
 
 TOKENIZER = ("tokenizer/tokenizer.json",)
-SPECIAL = ("<pad>", "</s>", "<unk>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SPECIAL = (
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+)
 CHARACTERS = ("\n", *map(chr, range(32, 127)))
 
 
@@ -22,7 +32,10 @@ def random_model(family: str) -> Iterator[tuple[str, Path]]:
     """
     reference, name = the_reference(), f"{family}-random"
     tiny = reference.tiny_models(clip_eos=SPECIAL.index("<|endoftext|>"))
-    spec, text = tiny[f"{family}-dev"], tiny["flux.2-klein-4b"].text  # whose template is shorter than that of FLUX.2 [dev]
+    spec, text = (
+        tiny[f"{family}-dev"],
+        tiny["flux.2-klein-4b"].text,
+    )  # whose template is shorter than that of FLUX.2 [dev]
     if spec.flux1:
         text = replace(spec.text, t5_tokenizer=TOKENIZER, clip_tokenizer=TOKENIZER)
     spec = replace(spec, name=name, repository=name, text=text, text_length=96, size=128)

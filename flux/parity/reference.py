@@ -27,15 +27,32 @@ from flux.t5 import T5, T5Config
 from flux.transformer import Flux, FluxConfig
 
 FLUX1_TINY = FluxConfig(
-    in_channels=64, out_channels=64, context_dim=40, hidden_size=128, num_heads=4, depth=2, depth_single=3,
-    mlp_ratio=4.0, axes_dim=(8, 12, 12), theta=10_000, vector_dim=24, bias=True, gated_mlp=False,
+    in_channels=64,
+    out_channels=64,
+    context_dim=40,
+    hidden_size=128,
+    num_heads=4,
+    depth=2,
+    depth_single=3,
+    mlp_ratio=4.0,
+    axes_dim=(8, 12, 12),
+    theta=10_000,
+    vector_dim=24,
+    bias=True,
+    gated_mlp=False,
     shared_modulation=False,
-)  # fmt: skip
+)
 SCHNELL_TINY = replace(FLUX1_TINY, guidance=False)
 FLUX2_TINY = FluxConfig(
-    in_channels=16, out_channels=16, context_dim=40, hidden_size=128, num_heads=4, depth=2, depth_single=3,
+    in_channels=16,
+    out_channels=16,
+    context_dim=40,
+    hidden_size=128,
+    num_heads=4,
+    depth=2,
+    depth_single=3,
     axes_dim=(8, 8, 8, 8),
-)  # fmt: skip
+)
 KLEIN_TINY = replace(FLUX2_TINY, guidance=False)
 
 # -------------------------------------------------------------------------------------------------------- metrics
@@ -167,27 +184,47 @@ def diffusers_transformer(config: FluxConfig) -> nn.Module:
 
     head_dim = config.hidden_size // config.num_heads
     common = dict(
-        in_channels=config.in_channels, out_channels=config.out_channels, num_layers=config.depth,
-        num_single_layers=config.depth_single, attention_head_dim=head_dim, num_attention_heads=config.num_heads,
-        joint_attention_dim=config.context_dim, guidance_embeds=config.guidance, axes_dims_rope=config.axes_dim,
-    )  # fmt: skip
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        num_single_layers=config.depth_single,
+        attention_head_dim=head_dim,
+        num_attention_heads=config.num_heads,
+        joint_attention_dim=config.context_dim,
+        guidance_embeds=config.guidance,
+        axes_dims_rope=config.axes_dim,
+    )
     with torch.device("meta"):
         if config.shared_modulation:
-            return Flux2Transformer2DModel(**common, mlp_ratio=config.mlp_ratio, rope_theta=config.theta)
+            return Flux2Transformer2DModel(
+                **common, mlp_ratio=config.mlp_ratio, rope_theta=config.theta
+            )
         return FluxTransformer2DModel(**common, pooled_projection_dim=config.vector_dim)
 
 
 def diffusers_velocity(
-    model: nn.Module, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor,
-    guidance: Tensor | None = None, vector: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    img: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    t: Tensor,
+    guidance: Tensor | None = None,
+    vector: Tensor | None = None,
+) -> Tensor:
     """Called as its pipelines do: they round the scheduler's t·1000 to the latents' dtype, and divide after that."""
     pooled = {} if vector is None else {"pooled_projections": vector}
     timestep = (1000 * t).to(img.dtype) / 1000
     return model(
-        hidden_states=img, encoder_hidden_states=txt, timestep=timestep, img_ids=img_ids, txt_ids=txt_ids,
-        guidance=guidance, return_dict=False, **pooled,
-    )[0]  # fmt: skip
+        hidden_states=img,
+        encoder_hidden_states=txt,
+        timestep=timestep,
+        img_ids=img_ids,
+        txt_ids=txt_ids,
+        guidance=guidance,
+        return_dict=False,
+        **pooled,
+    )[0]
 
 
 # -------------------------------------------------------------------------------------------------------- autoencoder
@@ -209,11 +246,15 @@ AUTOENCODER_NAMES = (
 )
 
 
-def autoencoder_to_diffusers(state: dict[str, Tensor], config: AutoEncoderConfig) -> dict[str, Tensor]:
+def autoencoder_to_diffusers(
+    state: dict[str, Tensor], config: AutoEncoderConfig
+) -> dict[str, Tensor]:
     """diffusers counts the decoder's levels from the coarsest, and attends with Linears."""
     out = {}
     for name, tensor in state.items():
-        name = re.sub(r"\.up\.(\d+)", lambda found: f".up.{len(config.ch_mult) - 1 - int(found[1])}", name)
+        name = re.sub(
+            r"\.up\.(\d+)", lambda found: f".up.{len(config.ch_mult) - 1 - int(found[1])}", name
+        )
         if ".attn_1." in name and tensor.ndim == 4:
             tensor = tensor[:, :, 0, 0].contiguous()
         out[renamed(name, AUTOENCODER_NAMES)] = tensor
@@ -226,18 +267,24 @@ def diffusers_autoencoder(config: AutoEncoderConfig) -> nn.Module:
 
     levels = len(config.ch_mult)
     common = dict(
-        block_out_channels=tuple(config.ch * m for m in config.ch_mult), layers_per_block=config.num_res_blocks,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=config.z_channels, norm_num_groups=config.norm_groups,
-    )  # fmt: skip
+        block_out_channels=tuple(config.ch * m for m in config.ch_mult),
+        layers_per_block=config.num_res_blocks,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=config.z_channels,
+        norm_num_groups=config.norm_groups,
+    )
     with torch.device("meta"):
         if config.scale_factor is None:
             narrow = config.decoder_ch and tuple(config.decoder_ch * m for m in config.ch_mult)
             return AutoencoderKLFlux2(**common, decoder_block_out_channels=narrow)
         return AutoencoderKL(
-            **common, scaling_factor=config.scale_factor, shift_factor=config.shift_factor, use_quant_conv=False,
+            **common,
+            scaling_factor=config.scale_factor,
+            shift_factor=config.shift_factor,
+            use_quant_conv=False,
             use_post_quant_conv=False,
-        )  # fmt: skip
+        )
 
 
 def diffusers_encode(vae: nn.Module, pixels: Tensor) -> Tensor:
@@ -277,7 +324,9 @@ def language_model_to_transformers(state: dict[str, Tensor], mistral: bool) -> d
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def transformers_language_model(config: LanguageModelConfig, depth: int, mistral: bool) -> nn.Module:
+def transformers_language_model(
+    config: LanguageModelConfig, depth: int, mistral: bool
+) -> nn.Module:
     """Qwen3 or Mistral Small with all that we leave out: `depth` layers, final norm, head and, in Mistral, eyes.
 
     `depth` must exceed the last layer that is read: transformers hands out its last hidden state normalised.
@@ -285,17 +334,33 @@ def transformers_language_model(config: LanguageModelConfig, depth: int, mistral
     import transformers
 
     common = dict(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.mlp_size,
-        num_hidden_layers=depth, num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim, rms_norm_eps=config.eps, sliding_window=None, tie_word_embeddings=False,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=depth,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.eps,
+        sliding_window=None,
+        tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": config.theta},
-    )  # fmt: skip
-    if not mistral:
-        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, attention_bias=False))
-    eyes = transformers.PixtralVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=56
     )
-    both = transformers.Mistral3Config(text_config=transformers.MistralConfig(**common), vision_config=eyes)
+    if not mistral:
+        return transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(**common, attention_bias=False)
+        )
+    eyes = transformers.PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        patch_size=14,
+        image_size=56,
+    )
+    both = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**common), vision_config=eyes
+    )
     return transformers.Mistral3ForConditionalGeneration(both)
 
 
@@ -305,16 +370,27 @@ def with_trunk(theirs: nn.Module, state: dict[str, Tensor], mistral: bool) -> nn
     All take our dtype but the frequencies of RoPE, which are no weights: transformers, too, loads around them.
     """
     dtype, ours = state["embed_tokens.weight"].dtype, language_model_to_transformers(state, mistral)
-    others = {name: value.to(dtype) for name, value in randomise(theirs, 1).state_dict().items() if name not in ours}
+    others = {
+        name: value.to(dtype)
+        for name, value in randomise(theirs, 1).state_dict().items()
+        if name not in ours
+    }
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-    trunk = [re.match(r"model\.(?:language_model\.)?(?:embed_tokens|layers\.(\d+))\.", name) for name in others]
+    trunk = [
+        re.match(r"model\.(?:language_model\.)?(?:embed_tokens|layers\.(\d+))\.", name)
+        for name in others
+    ]
     assert all(int(found[1] or 0) >= depth for found in trunk if found)
     return loaded(theirs, others | ours)
 
 
-def transformers_features(theirs: nn.Module, ids: Tensor, mask: Tensor, layers: tuple[int, ...]) -> Tensor:
+def transformers_features(
+    theirs: nn.Module, ids: Tensor, mask: Tensor, layers: tuple[int, ...]
+) -> Tensor:
     """(B, L, len(layers)·D), read as diffusers' FLUX.2 pipelines read it."""
-    hidden = theirs(ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False).hidden_states
+    hidden = theirs(
+        ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
+    ).hidden_states
     stacked = torch.stack([hidden[layer] for layer in layers], dim=1)
     return rearrange(stacked, "b n l d -> b l (n d)")
 
@@ -328,12 +404,23 @@ def transformers_t5(config: T5Config, attention: str = "sdpa") -> nn.Module:
     """transformers' encoder at our config's sizes."""
     import transformers
 
-    return transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=config.vocab_size, d_model=config.hidden_size, d_kv=config.head_dim, num_heads=config.num_heads,
-        d_ff=config.mlp_size, num_layers=config.depth, relative_attention_num_buckets=config.num_buckets,
-        relative_attention_max_distance=config.max_distance, layer_norm_epsilon=config.eps,
-        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, attn_implementation=attention,
-    )).eval()  # fmt: skip
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=config.vocab_size,
+            d_model=config.hidden_size,
+            d_kv=config.head_dim,
+            num_heads=config.num_heads,
+            d_ff=config.mlp_size,
+            num_layers=config.depth,
+            relative_attention_num_buckets=config.num_buckets,
+            relative_attention_max_distance=config.max_distance,
+            layer_norm_epsilon=config.eps,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            attn_implementation=attention,
+        )
+    ).eval()
 
 
 def clip_to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -345,12 +432,22 @@ def transformers_clip(config: CLIPConfig, eos_id: int, attention: str = "sdpa") 
     """transformers' encoder at our config's sizes; `eos_id` 2, as released, makes it pool at the largest id."""
     import transformers
 
-    return transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_attention_heads=config.num_heads,
-        intermediate_size=config.mlp_size, num_hidden_layers=config.depth, projection_dim=config.hidden_size,
-        max_position_embeddings=config.max_length, layer_norm_eps=config.eps, hidden_act="quick_gelu",
-        bos_token_id=0, eos_token_id=eos_id, attn_implementation=attention,
-    )).eval()  # fmt: skip
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_heads,
+            intermediate_size=config.mlp_size,
+            num_hidden_layers=config.depth,
+            projection_dim=config.hidden_size,
+            max_position_embeddings=config.max_length,
+            layer_norm_eps=config.eps,
+            hidden_act="quick_gelu",
+            bos_token_id=0,
+            eos_token_id=eos_id,
+            attn_implementation=attention,
+        )
+    ).eval()
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -361,10 +458,16 @@ def siglip_config(config: SigLIPConfig, attention: str = "sdpa"):
     import transformers
 
     return transformers.SiglipVisionConfig(
-        image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads, intermediate_size=config.mlp_size, num_hidden_layers=config.depth,
-        layer_norm_eps=config.eps, hidden_act="gelu_pytorch_tanh", attn_implementation=attention,
-    )  # fmt: skip
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=config.depth,
+        layer_norm_eps=config.eps,
+        hidden_act="gelu_pytorch_tanh",
+        attn_implementation=attention,
+    )
 
 
 def transformers_siglip(config: SigLIPConfig, attention: str = "sdpa") -> nn.Module:
@@ -387,9 +490,15 @@ def siglip_processor(size: int):
     from transformers import SiglipImageProcessorPil
 
     return SiglipImageProcessorPil(
-        size={"height": size, "width": size}, resample=Image.Resampling.BICUBIC, rescale_factor=0.00392156862745098,
-        image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], do_resize=True, do_rescale=True, do_normalize=True,
-    )  # fmt: skip
+        size={"height": size, "width": size},
+        resample=Image.Resampling.BICUBIC,
+        rescale_factor=0.00392156862745098,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+        do_resize=True,
+        do_rescale=True,
+        do_normalize=True,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- whole models
@@ -397,7 +506,13 @@ def siglip_processor(size: int):
 TINY_T5 = T5Config(vocab_size=256, hidden_size=40, head_dim=8, num_heads=4, mlp_size=64, depth=2)
 TINY_CLIP = CLIPConfig(vocab_size=1000, hidden_size=24, num_heads=4, mlp_size=48, depth=2)
 TINY_QWEN = LanguageModelConfig(
-    layers=(1, 2, 4), vocab_size=400, hidden_size=48, mlp_size=80, num_heads=4, num_kv_heads=2, head_dim=16
+    layers=(1, 2, 4),
+    vocab_size=400,
+    hidden_size=48,
+    mlp_size=80,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
 )
 TINY_MISTRAL = replace(TINY_QWEN, theta=1e9, eps=1e-5, qk_norm=False)
 TINY_AE1 = AutoEncoderConfig(ch=16, norm_groups=16)
@@ -418,7 +533,13 @@ def tiny_models(clip_eos: int) -> dict[str, ModelSpec]:
         "flux.2-klein-base-4b": (klein, qwen, 64, TINY_AE2),
     }
     return {
-        name: replace(MODELS[name], transformer=transformer, text=text, text_length=length, autoencoder=autoencoder)
+        name: replace(
+            MODELS[name],
+            transformer=transformer,
+            text=text,
+            text_length=length,
+            autoencoder=autoencoder,
+        )
         for name, (transformer, text, length, autoencoder) in tiny.items()
     }
 
@@ -437,22 +558,33 @@ def released_names(state: dict[str, Tensor], mistral: bool) -> dict[str, Tensor]
     """From transformers' names of a language model to those in the released files, which Mistral Small keeps apart."""
     if not mistral:
         return state
-    moves = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."), ("model.", ""))
-    return {next((new + n[len(old) :] for old, new in moves if n.startswith(old)), n): x for n, x in state.items()}
+    moves = (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.", ""),
+    )
+    return {
+        next((new + n[len(old) :] for old, new in moves if n.startswith(old)), n): x
+        for n, x in state.items()
+    }
 
 
 def save_sharded(state: dict[str, Tensor], index: Path) -> None:
     """Two files, and the index that names the one in which each tensor lies."""
     shards: dict[str, dict[str, Tensor]] = {}
     for number, (name, tensor) in enumerate(state.items()):
-        shards.setdefault(f"model-0000{1 + number % 2}-of-00002.safetensors", {})[name] = tensor.clone()
+        shards.setdefault(f"model-0000{1 + number % 2}-of-00002.safetensors", {})[name] = (
+            tensor.clone()
+        )
     for file, part in shards.items():
         save_file(part, index.parent / file)
     weight_map = {name: file for file, part in shards.items() for name in part}
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def write_weights(home: Path, spec: ModelSpec, parts: dict[str, nn.Module], sharded: bool = True) -> None:
+def write_weights(
+    home: Path, spec: ModelSpec, parts: dict[str, nn.Module], sharded: bool = True
+) -> None:
     """The files of a repository, as released: the klein's autoencoder in diffusers' layout, text encoders in shards."""
     states = {part: module.state_dict() for part, module in parts.items()}
     for folder in ("vae", "text_encoder", "text_encoder_2"):
@@ -476,15 +608,39 @@ def diffusers_pipeline(spec: ModelSpec, parts: dict[str, nn.Module], text: dict 
     """diffusers' pipeline for a row, with our weights; `text`: its tokenizers and text encoders, else it takes features."""
     import diffusers
 
-    distilled = {"is_distilled": not spec.cfg} if not spec.transformer.guidance and spec.transformer.shared_modulation else {}
-    family = "FluxPipeline" if isinstance(spec.text, FLUX1Text) else "Flux2KleinPipeline" if distilled else "Flux2Pipeline"
-    encoders = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if family == "FluxPipeline" else ()))
+    distilled = (
+        {"is_distilled": not spec.cfg}
+        if not spec.transformer.guidance and spec.transformer.shared_modulation
+        else {}
+    )
+    family = (
+        "FluxPipeline"
+        if isinstance(spec.text, FLUX1Text)
+        else "Flux2KleinPipeline"
+        if distilled
+        else "Flux2Pipeline"
+    )
+    encoders = (
+        "text_encoder",
+        "tokenizer",
+        *(("text_encoder_2", "tokenizer_2") if family == "FluxPipeline" else ()),
+    )
     transformer, autoencoder = parts["transformer"].state_dict(), parts["autoencoder"].state_dict()
-    shift = dict(shift=1.0) if spec.schedule == "unshifted" else dict(shift=3.0, use_dynamic_shifting=True)
+    shift = (
+        dict(shift=1.0)
+        if spec.schedule == "unshifted"
+        else dict(shift=3.0, use_dynamic_shifting=True)
+    )
     pipe = getattr(diffusers, family)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
-        transformer=loaded(diffusers_transformer(spec.transformer), transformer_to_diffusers(transformer, spec.transformer)),
-        vae=loaded(diffusers_autoencoder(spec.autoencoder), autoencoder_to_diffusers(autoencoder, spec.autoencoder)),
+        transformer=loaded(
+            diffusers_transformer(spec.transformer),
+            transformer_to_diffusers(transformer, spec.transformer),
+        ),
+        vae=loaded(
+            diffusers_autoencoder(spec.autoencoder),
+            autoencoder_to_diffusers(autoencoder, spec.autoencoder),
+        ),
         **dict.fromkeys(encoders) | (text or {}),
         **distilled,
     )
@@ -492,7 +648,9 @@ def diffusers_pipeline(spec: ModelSpec, parts: dict[str, nn.Module], text: dict 
     return pipe
 
 
-def diffusers_text(spec: ModelSpec, parts: dict[str, nn.Module], home: Path, mistral_template: str) -> dict:
+def diffusers_text(
+    spec: ModelSpec, parts: dict[str, nn.Module], home: Path, mistral_template: str
+) -> dict:
     """The text encoders of transformers with our weights, and its tokenizers from a repository's files."""
     import transformers
 
@@ -508,10 +666,14 @@ def diffusers_text(spec: ModelSpec, parts: dict[str, nn.Module], home: Path, mis
     theirs = transformers_language_model(spec.text.model, DEPTH, mistral)
     encoder = {"text_encoder": with_trunk(theirs, parts["model"].state_dict(), mistral)}
     if not mistral:
-        return encoder | {"tokenizer": transformers.Qwen2TokenizerFast.from_pretrained(home / "tokenizer")}
+        return encoder | {
+            "tokenizer": transformers.Qwen2TokenizerFast.from_pretrained(home / "tokenizer")
+        }
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     tekken = str(home / "tokenizer/tokenizer.json")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=tekken, padding_side="left", **names)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=tekken, padding_side="left", **names
+    )
     tokenizer.chat_template = mistral_template
     return encoder | {"tokenizer": tokenizer}
 
@@ -542,5 +704,9 @@ def fingerprint(*modules: nn.Module) -> Tensor:
     The weights are drawn anew and not kept. torch promises no equal draws between its versions or between processors,
     though the generator of the CPU has kept them so far, to a rounding: a change must be told from a fault of ours.
     """
-    tensors = [tensor.double().flatten() for module in modules for tensor in module.state_dict().values()]
-    return torch.stack([x @ torch.linspace(1, 2, len(x), dtype=torch.float64) / len(x) ** 0.5 for x in tensors])
+    tensors = [
+        tensor.double().flatten() for module in modules for tensor in module.state_dict().values()
+    ]
+    return torch.stack(
+        [x @ torch.linspace(1, 2, len(x), dtype=torch.float64) / len(x) ** 0.5 for x in tensors]
+    )

@@ -32,11 +32,19 @@ from flux.parity.modules import PLACE, Call, Modules, in_dtype
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
 
-Budget = float | Mapping[str, float] | None  # relative L2 that is allowed: of all tensors, or by name
-LOCAL = {"F32": 1e-5, "F16": 8e-4, "BF16": 6e-3}  # of one module on given inputs; of a whole network, compare.BUDGETS
+Budget = (
+    float | Mapping[str, float] | None
+)  # relative L2 that is allowed: of all tensors, or by name
+LOCAL = {
+    "F32": 1e-5,
+    "F16": 8e-4,
+    "BF16": 6e-3,
+}  # of one module on given inputs; of a whole network, compare.BUDGETS
 
 TAP = re.compile(r"(.+)/(in|out)(?:\.(\d+))?(~\d+)?")
-ATTENTION = re.compile(r"((?!text/).+/attention)/(q|k|v|out)()(~\d+)?")  # a text encoder's needs a mask, which is no input
+ATTENTION = re.compile(
+    r"((?!text/).+/attention)/(q|k|v|out)()(~\d+)?"
+)  # a text encoder's needs a mask, which is no input
 PASS = re.compile(r"step\.\d+(/negative)?")
 
 
@@ -63,14 +71,19 @@ def recorded(capture: Capture, only: Sequence[str] = ()) -> list[Recorded]:
     `only`: patterns that an output fits. UserError if there are none.
     """
     runs = [Recorded(name, *tensors) for name, *tensors in _taken_and_given(capture)]
-    usable = [each for each in runs if _kept_in_full(capture, each.inputs) and PLACE.fullmatch(each.name)]
+    usable = [
+        each for each in runs if _kept_in_full(capture, each.inputs) and PLACE.fullmatch(each.name)
+    ]
     if not usable:
         raise UserError(
             f"{capture.path} holds no module with all of its inputs and an output in full: capture it with --keep full, "
             "and choose whole modules, such as --only 'double_blocks.3'"
         )
     chosen = [each for each in usable if any(matches(name, only) for name in each.outputs.values())]
-    return sorted(chosen, key=lambda each: min(capture.records[name].ordinal for name in each.outputs.values()))
+    return sorted(
+        chosen,
+        key=lambda each: min(capture.records[name].ordinal for name in each.outputs.values()),
+    )
 
 
 def _taken_and_given(capture: Capture) -> Iterator[tuple[str, tuple[str, ...], dict[int, str]]]:
@@ -121,13 +134,18 @@ def _part(capture: Capture, names: Iterable[str]) -> Capture:
 def passes(capture: Capture, step: int) -> list[str]:
     """The runs of the transformer in a step: the prompt's, then the negative prompt's if there is one."""
     negative = f"step.{step:03}/negative"
-    return [f"step.{step:03}", *[negative] * any(name.startswith(f"{negative}/") for name in capture.names)]
+    return [
+        f"step.{step:03}",
+        *[negative] * any(name.startswith(f"{negative}/") for name in capture.names),
+    ]
 
 
 # ---------------------------------------------------------------- replaying
 
 
-def forced(capture: Capture, call: Call, only: Sequence[str] = (), budget: Budget = None) -> list[Row]:
+def forced(
+    capture: Capture, call: Call, only: Sequence[str] = (), budget: Budget = None
+) -> list[Row]:
     """Every recorded module, of which an output fits `only`, alone, on its recorded inputs. Rows in the order of execution."""
     check_patterns(only, [name for each in recorded(capture) for name in each.outputs.values()])
     return [row for each in recorded(capture, only) for row in local(capture, call, each, budget)]
@@ -137,8 +155,15 @@ def local(capture: Capture, call: Call, each: Recorded, budget: Budget = None) -
     """One module on its recorded inputs -> a row an output."""
     answers = asked(call, each.name, inputs_of(capture, each))
     if len(answers) <= max(each.outputs):
-        raise UserError(f"{each.name} gave {len(answers)} tensors, and {1 + max(each.outputs)} were recorded")
-    return judged(capture, {name: answers[number] for number, name in each.outputs.items()}, budget, whole=each.whole)
+        raise UserError(
+            f"{each.name} gave {len(answers)} tensors, and {1 + max(each.outputs)} were recorded"
+        )
+    return judged(
+        capture,
+        {name: answers[number] for number, name in each.outputs.items()},
+        budget,
+        whole=each.whole,
+    )
 
 
 def asked(call: Call, name: str, inputs: list[Tensor]) -> list[Tensor]:
@@ -146,17 +171,25 @@ def asked(call: Call, name: str, inputs: list[Tensor]) -> list[Tensor]:
     answers = call(name, inputs)
     if isinstance(answers, Tensor):
         return [answers]
-    if not isinstance(answers, Sequence) or not all(isinstance(answer, Tensor) for answer in answers):
-        raise UserError(f"the function that was called for {name} gave {type(answers).__name__}, and not a list of tensors")
+    if not isinstance(answers, Sequence) or not all(
+        isinstance(answer, Tensor) for answer in answers
+    ):
+        raise UserError(
+            f"the function that was called for {name} gave {type(answers).__name__}, and not a list of tensors"
+        )
     return list(answers)
 
 
-def inside(capture: Capture, modules: Modules, name: str, only: Sequence[str] = (), budget: Budget = None) -> list[Row]:
+def inside(
+    capture: Capture, modules: Modules, name: str, only: Sequence[str] = (), budget: Budget = None
+) -> list[Row]:
     """The module or network of this name on its recorded inputs, and each tensor in it that was recorded and fits `only`."""
     runs = {each.name: each for each in recorded(capture)}
     if name not in runs:
         near = get_close_matches(name, runs, n=3, cutoff=0) or list(runs)
-        raise UserError(f"--inside {name}: it has no recorded inputs; the nearest that have are {', '.join(near)}")
+        raise UserError(
+            f"--inside {name}: it has no recorded inputs; the nearest that have are {', '.join(near)}"
+        )
     rows, see = _rows(capture, only, lambda tensors: judged(capture, tensors, budget, whole=True))
     with watching({PLACE.fullmatch(name)[1]: modules.network(name)}, see):
         outputs = asked(modules, name, inputs_of(capture, runs[name]))
@@ -166,17 +199,33 @@ def inside(capture: Capture, modules: Modules, name: str, only: Sequence[str] = 
     return rows
 
 
-def free(capture: Capture, pipe: Pipeline, request: Request, only: Sequence[str] = (), budget: Budget = None) -> list[Row]:
+def free(
+    capture: Capture,
+    pipe: Pipeline,
+    request: Request,
+    only: Sequence[str] = (),
+    budget: Budget = None,
+) -> list[Row]:
     """The whole loop, from the noise and text features of the capture, as far as it has them, on."""
     with from_recorded(capture, pipe) as twin:
         return against(capture, twin, request, only, budget)
 
 
-def against(capture: Capture, pipe: Pipeline, request: Request, only: Sequence[str] = (), budget: Budget = None) -> list[Row]:
+def against(
+    capture: Capture,
+    pipe: Pipeline,
+    request: Request,
+    only: Sequence[str] = (),
+    budget: Budget = None,
+) -> list[Row]:
     """A run here, compared while it runs: a row for each of its tensors that the capture has."""
     check_patterns(only, capture.names)
     recipe = {"dtype": str(pipe.dtype).removeprefix("torch.")}
-    rows, see = _rows(capture, only, lambda tensors: compare(Live(tensors, recipe), _part(capture, tensors), budget))
+    rows, see = _rows(
+        capture,
+        only,
+        lambda tensors: compare(Live(tensors, recipe), _part(capture, tensors), budget),
+    )
     run(pipe, request, see)
     return rows
 
@@ -194,7 +243,9 @@ def _rows(capture: Capture, only: Sequence[str], judge: Callable[[dict[str, Tens
     return rows, see
 
 
-def judged(capture: Capture, tensors: Mapping[str, Tensor], budget: Budget = None, whole: bool = False) -> list[Row]:
+def judged(
+    capture: Capture, tensors: Mapping[str, Tensor], budget: Budget = None, whole: bool = False
+) -> list[Row]:
     """What came of recorded inputs against what was recorded; `whole`: of a network, in which errors add up."""
     usual, allowed = BUDGETS if whole else BUDGETS | LOCAL, {}
     for name, tensor in tensors.items():
@@ -208,12 +259,19 @@ class Live:
     """Tensors in memory, in the place of a capture."""
 
     def __init__(self, tensors: Mapping[str, Tensor], recipe: dict | None = None):
-        self.path, self.tensors, self.names, self.recipe = "the replay", tensors, list(tensors), recipe or {}
+        self.path, self.tensors, self.names, self.recipe = (
+            "the replay",
+            tensors,
+            list(tensors),
+            recipe or {},
+        )
         self.records = {name: self._record(tensor) for name, tensor in tensors.items()}
 
     def _record(self, tensor: Tensor) -> Record:
         """With a hash, by which what is the same to the bit is known at once."""
-        return Record(0, "full", DTYPES[tensor.dtype], tuple(tensor.shape), sha256(raw(tensor)).hexdigest())
+        return Record(
+            0, "full", DTYPES[tensor.dtype], tuple(tensor.shape), sha256(raw(tensor)).hexdigest()
+        )
 
     def kind(self, name: str) -> Kind:
         return "full"
@@ -224,34 +282,57 @@ def from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
     """A copy of the pipeline that knows the recorded text features; meanwhile, noise is the recorded noise."""
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
     twin.text.known = {}
-    kept = [where for where in ("text", "text/negative") if _kept_in_full(capture, [f"{where}/features"])]
+    kept = [
+        where
+        for where in ("text", "text/negative")
+        if _kept_in_full(capture, [f"{where}/features"])
+    ]
     known = [features(capture, where) for where in kept]
     if known:
         twin.text.encode_one = lambda prompt, known=iter(known): next(known)
         for part in pipe.spec.text.networks:
-            setattr(twin.text, part, nn.Identity)  # a module in which there is nothing to watch, and nothing to load
+            setattr(
+                twin.text, part, nn.Identity
+            )  # a module in which there is nothing to watch, and nothing to load
     noise = capture.tensors["noise"] if _kept_in_full(capture, ["noise"]) else None
-    with replaced(sampling, "noise", lambda draw: draw if noise is None else lambda *args, **kwargs: noise.clone()):
+    with replaced(
+        sampling,
+        "noise",
+        lambda draw: draw if noise is None else lambda *args, **kwargs: noise.clone(),
+    ):
         yield twin
 
 
 def features(capture: Capture, where: str) -> TextFeatures:
     pooled = f"{where}/pooled"
-    return TextFeatures(capture.tensors[f"{where}/features"], capture.tensors[pooled] if pooled in capture.tensors else None)
+    return TextFeatures(
+        capture.tensors[f"{where}/features"],
+        capture.tensors[pooled] if pooled in capture.tensors else None,
+    )
 
 
 # ---------------------------------------------------------------- the pipeline of a capture
 
 
-def load(capture: Capture, weights: Path | None = None, device: str | None = None, dtype: torch.dtype | None = None,
-         numerics: str | None = None, transformer: Path | None = None, autoencoder: Path | None = None,
-         loras: Sequence[tuple[Path, float]] = (), partial: bool = False) -> Pipeline:  # fmt: skip
+def load(
+    capture: Capture,
+    weights: Path | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    numerics: str | None = None,
+    transformer: Path | None = None,
+    autoencoder: Path | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    partial: bool = False,
+) -> Pipeline:
     """The pipeline that the recipe names, in its dtype and numerics if not in others; it need not fit in memory."""
     recipe = recipe_of(capture)
     if lost := [lora["file"] for lora in recipe.get("loras", ())][len(loras) :]:
         raise UserError(f"{capture.path} was made with the LoRA {lost[0]}: give it with --lora")
     dtype, numerics = dtype or getattr(torch, recipe["dtype"]), numerics or recipe["numerics"]
-    pipe = pipeline.load(recipe["model"], weights, device, dtype, numerics, transformer, autoencoder)
+    pipe = pipeline.load(
+        recipe["model"], weights, device, dtype, numerics, transformer, autoencoder
+    )
     for path, scale in loras:
         pipe.load_lora(path, scale, partial)
     return in_dtype(pipe, dtype)
@@ -261,17 +342,32 @@ def request_of(capture: Capture, pictures: Pictures | None = None) -> Request:
     """What was asked for, by the recipe. Of pictures a capture keeps but hashes: they are given again."""
     recipe = recipe_of(capture)
     if recipe["pictures"] and pictures is None:
-        raise UserError(f"{capture.path} was made of pictures: give the same --image, and what else was given with it")
-    asked = ("prompt", "width", "height", "steps", "guidance", "seed", "negative_prompt", "cfg_scale")
+        raise UserError(
+            f"{capture.path} was made of pictures: give the same --image, and what else was given with it"
+        )
+    asked = (
+        "prompt",
+        "width",
+        "height",
+        "steps",
+        "guidance",
+        "seed",
+        "negative_prompt",
+        "cfg_scale",
+    )
     return Request(**{key: recipe[key] for key in asked}, pictures=pictures)
 
 
 def recipe_of(capture: Capture) -> dict:
     if "model" not in capture.recipe:
-        raise UserError(f"{capture.path} is a plain file, which does not say how it was made: capture it with parity.py")
+        raise UserError(
+            f"{capture.path} is a plain file, which does not say how it was made: capture it with parity.py"
+        )
     return capture.recipe
 
 
 def check_model(capture: Capture, pipe: Pipeline) -> None:
     if recipe_of(capture)["model"] != pipe.spec.name:
-        raise UserError(f"{capture.path} is of {capture.recipe['model']}, and the pipeline here is {pipe.spec.name}")
+        raise UserError(
+            f"{capture.path} is of {capture.recipe['model']}, and the pipeline here is {pipe.spec.name}"
+        )

@@ -30,7 +30,9 @@ from flux.parity.plots import Drawing, shade
 OPEN = 200  # rows that are all shown at once; of more, only the part with the first one over budget
 
 
-def write(a: Capture, b: Capture, rows: Sequence[Row], path: str | Path, png: str | Path | None = None) -> list[Path]:
+def write(
+    a: Capture, b: Capture, rows: Sequence[Row], path: str | Path, png: str | Path | None = None
+) -> list[Path]:
     """Write the page, and the plots and pictures into the folder `png`; returns the files, none of which was there before.
 
     `rows` are `compare(a, b)`. UserError if there are none, or where nothing can be written.
@@ -38,13 +40,18 @@ def write(a: Capture, b: Capture, rows: Sequence[Row], path: str | Path, png: st
     path, folder = Path(path), png and Path(png)
     check_output(path, folder)
     if not rows:
-        raise UserError(f"{a.path} and {b.path}: no tensor was compared, so that there is nothing to report")
+        raise UserError(
+            f"{a.path} and {b.path}: no tensor was compared, so that there is nothing to report"
+        )
     text, drawings, pictures = page(a, b, rows)
     files = {path: text.encode()}
     if folder:
         files |= {folder / f"{name}.png": drawing.png() for name, drawing in drawings.items()}
         files |= {folder / f"{name}.png": png_of(picture) for name, picture in pictures.items()}
-    return [images.write_new(target, lambda file, data=data: file.write(data)) for target, data in files.items()]
+    return [
+        images.write_new(target, lambda file, data=data: file.write(data))
+        for target, data in files.items()
+    ]
 
 
 def check_output(path: Path, folder: Path | None) -> None:
@@ -58,10 +65,14 @@ def check_output(path: Path, folder: Path | None) -> None:
                 with tempfile.NamedTemporaryFile(dir=place):
                     pass
         except OSError as error:
-            raise UserError(f"{flag} {place}: cannot be written there ({error.strerror}); choose another folder") from None
+            raise UserError(
+                f"{flag} {place}: cannot be written there ({error.strerror}); choose another folder"
+            ) from None
 
 
-def page(a: Capture, b: Capture, rows: Sequence[Row]) -> tuple[str, dict[str, Drawing], dict[str, Image.Image]]:
+def page(
+    a: Capture, b: Capture, rows: Sequence[Row]
+) -> tuple[str, dict[str, Drawing], dict[str, Image.Image]]:
     """The HTML, the drawings and the pictures in it."""
     first = first_over(rows)
     found = token_errors(a, b, first) if first and first.errors else None
@@ -84,7 +95,11 @@ def page(a: Capture, b: Capture, rows: Sequence[Row]) -> tuple[str, dict[str, Dr
         listing(rows),
     ]
     body = "\n".join(filter(None, parts))
-    return PAGE.format(title=f"parity: {said(a.path.name)}", style=style(), body=body), drawings, pictures
+    return (
+        PAGE.format(title=f"parity: {said(a.path.name)}", style=style(), body=body),
+        drawings,
+        pictures,
+    )
 
 
 DEPTH = (
@@ -100,17 +115,36 @@ STEPS = "How far rounding, or a fault, has grown from step to step. The largest 
 def heading(a: Capture, b: Capture, rows: Sequence[Row]) -> str:
     """The verdict, the figures behind it, and what the reader should know before believing them."""
     first, over = first_over(rows), sum(row.over for row in rows)
-    equal = sum(row.errors is not None and row.errors.ulp == (0, 0, 0) and row.ratio == 0 for row in rows)
+    equal = sum(
+        row.errors is not None and row.errors.ulp == (0, 0, 0) and row.ratio == 0 for row in rows
+    )
     text = verdict(rows)
     sign, word = ("over", "Over budget") if first else ("fine", "Within budget")
     nearest = max(rows, key=lambda row: row.ratio)
-    largest = "–" if math.isinf(nearest.ratio) and nearest.errors is None else number(nearest.ratio, ".3g") + "×"
-    tiles = [("tensors compared", f"{len(rows):,}"), ("over budget", f"{over:,}"), ("equal", f"{equal:,}")]
+    largest = (
+        "–"
+        if math.isinf(nearest.ratio) and nearest.errors is None
+        else number(nearest.ratio, ".3g") + "×"
+    )
+    tiles = [
+        ("tensors compared", f"{len(rows):,}"),
+        ("over budget", f"{over:,}"),
+        ("equal", f"{equal:,}"),
+    ]
     tiles += [("largest multiple of a budget", largest)]
-    stopped = [f"{said(x.path)} stopped early: {said(x.recipe['stopped'])}" for x in (a, b) if x.recipe.get("stopped")]
+    stopped = [
+        f"{said(x.path)} stopped early: {said(x.recipe['stopped'])}"
+        for x in (a, b)
+        if x.recipe.get("stopped")
+    ]
     lost = [(x.path, names) for x, names in zip((a, b), unmatched(a, b)) if names]
-    few = lambda names: said(", ".join(names[:3])) + " …" * (len(names) > 3)  # noqa: E731
-    notes = [f"{many(len(names), 'tensor')} in {said(path)} alone: {few(names)}" for path, names in lost]
+
+    def few(names):
+        return said(", ".join(names[:3])) + " …" * (len(names) > 3)
+
+    notes = [
+        f"{many(len(names), 'tensor')} in {said(path)} alone: {few(names)}" for path, names in lost
+    ]
     where = (
         f'<p class="where"><span>first over budget</span><a href="#first"><code>{said(first.name)}</code></a></p>'
         if first
@@ -129,19 +163,28 @@ def failing(row: Row | None, drawing: Drawing | None) -> str:
     """All that is known of the first tensor over budget."""
     if row is None:
         return ""
-    shape = [("shape", "×".join(map(str, row.shape)) or "one number"), ("dtype", row.dtype), ("kept", row.kind)]
+    shape = [
+        ("shape", "×".join(map(str, row.shape)) or "one number"),
+        ("dtype", row.dtype),
+        ("kept", row.kind),
+    ]
     if row.errors is None:
         body = f'<div class="card">{facts(shape)}<p>It {said(row.fault)}.</p></div>'
         return section("The first tensor over budget", body, f"<code>{said(row.name)}</code>")
     e = row.errors
     values = [
-        ("relative L2", number(e.relative_l2)), ("budget", number(row.budget)),
+        ("relative L2", number(e.relative_l2)),
+        ("budget", number(row.budget)),
         ("multiple of it", number(row.ratio, ".3g")),
-        ("worst token", f"{number(e.worst_token)} at {e.worst_token_at}"), ("|a| / |b|", number(e.norm_ratio, ".6g")),
-        ("largest |a − b|", f"{number(e.max_abs)} at {e.worst_index}"), ("cosine", number(e.cosine, ".9f")),
-        ("1 − PCC", number(1 - e.pcc)), ("ULP p50, p99, max", ", ".join(f"{n:,}" for n in e.ulp)),
-        ("NaN or infinite", f"{e.nonfinite:,}, misplaced {e.misplaced:,}"), *shape,
-    ]  # fmt: skip
+        ("worst token", f"{number(e.worst_token)} at {e.worst_token_at}"),
+        ("|a| / |b|", number(e.norm_ratio, ".6g")),
+        ("largest |a − b|", f"{number(e.max_abs)} at {e.worst_index}"),
+        ("cosine", number(e.cosine, ".9f")),
+        ("1 − PCC", number(1 - e.pcc)),
+        ("ULP p50, p99, max", ", ".join(f"{n:,}" for n in e.ulp)),
+        ("NaN or infinite", f"{e.nonfinite:,}, misplaced {e.misplaced:,}"),
+        *shape,
+    ]
     map_of_it = "<p>Its tokens do not lie on the latent grid, or were not kept.</p>"
     if drawing:
         caption = "Relative L2 of each token on the picture's latent grid, on a logarithmic scale of its own."
@@ -155,7 +198,10 @@ def token_errors(a: Capture, b: Capture, row: Row) -> np.ndarray | None:
 
     Of a decoder's (B, C, H, W), of each pixel, and where they are many the worst of neighbours. Of a batch, the worst.
     """
-    name, ids = row.name, next((x.tensors["ids/img"] for x in (b, a) if "ids/img" in x.tensors.names), None)
+    name, ids = (
+        row.name,
+        next((x.tensors["ids/img"] for x in (b, a) if "ids/img" in x.tensors.names), None),
+    )
     if row.kind in ("slice", "statistics"):
         return None
     if spatial(name, row.shape):
@@ -169,7 +215,10 @@ def token_errors(a: Capture, b: Capture, row: Row) -> np.ndarray | None:
         x, y = (c.tensors[name].double() for c in (a, b))
         found = relative(token_norms(x - y), token_norms(y))
     else:
-        x, y = (c.tokens(name) if c.kind(name) == "probe" else token_norms(c.tensors[name]) for c in (a, b))
+        x, y = (
+            c.tokens(name) if c.kind(name) == "probe" else token_norms(c.tensors[name])
+            for c in (a, b)
+        )
         found = relative((x - y).abs(), y)
     return on_grid(found, name, ids)
 
@@ -190,10 +239,17 @@ def spatial(name: str, shape: Sequence[int]) -> bool:
 
 def on_grid(found: Tensor, name: str, ids: Tensor | None) -> np.ndarray | None:
     """(B, N) tokens, with text before them or references after them or neither -> (rows, columns) of the picture's own."""
-    text = name.startswith("text/") or "txt" in name or re.search(r"double_blocks\.\d+/(in|out)\.1$", name)
+    text = (
+        name.startswith("text/")
+        or "txt" in name
+        or re.search(r"double_blocks\.\d+/(in|out)\.1$", name)
+    )
     if text or found.ndim != 2 or ids is None or ids.ndim != 2 or ids.shape[1] < 3:
         return None
-    own, count = ids[ids[:, 0] == 0].long(), found.shape[1]  # (t, row, column): t of the picture that is made is 0
+    own, count = (
+        ids[ids[:, 0] == 0].long(),
+        found.shape[1],
+    )  # (t, row, column): t of the picture that is made is 0
     joined = count > len(ids) and ("single_blocks" in name or "/attention/" in name)
     if not len(own) or not (joined or count in (len(own), len(ids))):
         return None
@@ -215,16 +271,30 @@ def pictures_of(a: Capture, b: Capture) -> tuple[dict[str, Image.Image], str]:
     arrays = {}
     for side, capture in (("a", a), ("b", b)):
         record = capture.records.get("picture")
-        if record and record.kind == "full" and record.dtype == "U8" and len(record.shape) == 3 and record.shape[2] == 3:
+        if (
+            record
+            and record.kind == "full"
+            and record.dtype == "U8"
+            and len(record.shape) == 3
+            and record.shape[2] == 3
+        ):
             arrays[f"picture-{side}"] = capture.tensors["picture"].numpy()
     pictures = {name: Image.fromarray(array) for name, array in arrays.items()}
     if len(arrays) < 2:
-        missing = [str(x.path) for side, x in (("a", a), ("b", b)) if f"picture-{side}" not in arrays]
-        return pictures, f"No whole picture is in {' or in '.join(missing)}: capture it with --keep full."
+        missing = [
+            str(x.path) for side, x in (("a", a), ("b", b)) if f"picture-{side}" not in arrays
+        ]
+        return (
+            pictures,
+            f"No whole picture is in {' or in '.join(missing)}: capture it with --keep full.",
+        )
     x, y = (array.astype(np.int64) for array in arrays.values())
     if x.shape != y.shape:
         sizes = " and ".join(f"{w}×{h}" for h, w, _ in (x.shape, y.shape))
-        return pictures, f"The pictures are {sizes} pixels: pictures of different size have no difference to show."
+        return (
+            pictures,
+            f"The pictures are {sizes} pixels: pictures of different size have no difference to show.",
+        )
     distance = np.abs(x - y)
     most = int(distance.max(initial=0))
     if not most:
@@ -232,18 +302,26 @@ def pictures_of(a: Capture, b: Capture) -> tuple[dict[str, Image.Image], str]:
     times = 255 // most
     pictures["difference"] = Image.fromarray((distance * times).astype(np.uint8))
     share, psnr = (distance > 0).mean(), 10 * math.log10(255**2 / (distance**2).mean())
-    levels = f"{many(most, 'level')} of 255 at most, in {share:.2g} of the values; PSNR {psnr:.1f} dB"
+    levels = (
+        f"{many(most, 'level')} of 255 at most, in {share:.2g} of the values; PSNR {psnr:.1f} dB"
+    )
     return pictures, f"They differ by {levels}. The difference is |A − B|, {times} times as bright."
 
 
 def gallery(pictures: dict[str, Image.Image], about: str) -> str:
-    names = {"picture-a": "A, judged", "picture-b": "B, the reference", "difference": "their difference, amplified"}
+    names = {
+        "picture-a": "A, judged",
+        "picture-b": "B, the reference",
+        "difference": "their difference, amplified",
+    }
     shown = "".join(
         f'<figure><img src="data:image/png;base64,{base64.b64encode(png_of(picture)).decode()}" alt="{names[name]}" '
         f'width="{picture.width}" height="{picture.height}"/><figcaption>{names[name]}</figcaption></figure>'
         for name, picture in pictures.items()
     )
-    return section("The pictures", f'<div class="card pictures">{shown}</div>' if shown else "", said(about))
+    return section(
+        "The pictures", f'<div class="card pictures">{shown}</div>' if shown else "", said(about)
+    )
 
 
 def png_of(picture: Image.Image) -> bytes:
@@ -260,24 +338,38 @@ def recipes(a: Capture, b: Capture) -> str:
     ours, theirs = (dict(flat(x.recipe)) for x in (a, b))
     keys = list(dict.fromkeys([*theirs, *ours]))
     if not keys:
-        return section("The recipes", "", "Neither file has a recipe: they were not written by parity.py.")
+        return section(
+            "The recipes", "", "Neither file has a recipe: they were not written by parity.py."
+        )
     lines = []
     for key in keys:
         values = [side.get(key, "–") for side in (ours, theirs)]
         differ = values[0] != values[1]
         cells = "".join(f"<td>{said(value)}</td>" for value in values)
         start, mark = ('<tr class="differs">', "≠") if differ else ("<tr>", "")
-        lines.append(f'{start}<td class="mark">{mark}</td><th scope="row">{said(key)}</th>{cells}</tr>')
+        lines.append(
+            f'{start}<td class="mark">{mark}</td><th scope="row">{said(key)}</th>{cells}</tr>'
+        )
     count = sum(line.startswith('<tr class="differs">') for line in lines)
-    names = "".join(f'<th scope="col">{name}</th>' for name in ("what", "A, judged", "B, the reference"))
-    text = f"Lines that differ, marked with ≠: {count} of {len(lines)}." if count else "They are the same in every line."
+    names = "".join(
+        f'<th scope="col">{name}</th>' for name in ("what", "A, judged", "B, the reference")
+    )
+    text = (
+        f"Lines that differ, marked with ≠: {count} of {len(lines)}."
+        if count
+        else "They are the same in every line."
+    )
     table = f'<table class="recipe"><thead><tr><th></th>{names}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return section("The recipes", f'<div class="card scroll">{table}</div>', text)
 
 
 def flat(value: object, key: str = "") -> Iterable[tuple[str, str]]:
     """A recipe as lines: `versions.torch`, `files.transformer.0.sha256`."""
-    if isinstance(value, dict) or isinstance(value, list) and any(isinstance(item, dict) for item in value):
+    if (
+        isinstance(value, dict)
+        or isinstance(value, list)
+        and any(isinstance(item, dict) for item in value)
+    ):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from flat(item, f"{key}.{name}" if key else str(name))
     else:
@@ -304,10 +396,23 @@ def listing(rows: Sequence[Row]) -> str:
     return section("All tensors", f'<div class="card list">{"".join(parts)}</div>', text)
 
 
-HEAD = "<thead><tr><th></th><th scope='col'>tensor</th><th scope='col'>shape</th>" + "".join(
-    f"<th scope='col' class='n'>{name}</th>"
-    for name in ("rel. L2", "budget", "× budget", "worst token", "|a|/|b| − 1", "max |a − b|", "1 − PCC", "ULP")
-) + "</tr></thead>"  # fmt: skip
+HEAD = (
+    "<thead><tr><th></th><th scope='col'>tensor</th><th scope='col'>shape</th>"
+    + "".join(
+        f"<th scope='col' class='n'>{name}</th>"
+        for name in (
+            "rel. L2",
+            "budget",
+            "× budget",
+            "worst token",
+            "|a|/|b| − 1",
+            "max |a − b|",
+            "1 − PCC",
+            "ULP",
+        )
+    )
+    + "</tr></thead>"
+)
 
 
 def line(row: Row, first: bool) -> str:
@@ -319,9 +424,18 @@ def line(row: Row, first: bool) -> str:
     if row.errors is None:
         return f'{start}<td colspan="8">{said(row.fault)}</td></tr>'
     e = row.errors
-    broken = f"<br/>{e.nonfinite:,} NaN or infinite, {e.misplaced:,} misplaced" if e.nonfinite or e.misplaced else ""
+    broken = (
+        f"<br/>{e.nonfinite:,} NaN or infinite, {e.misplaced:,} misplaced"
+        if e.nonfinite or e.misplaced
+        else ""
+    )
     swatch = f'<i style="background:var(--{shade(row.ratio, row.over)})"></i>'
-    values = (number(e.worst_token), number(e.norm_ratio - 1, "+.1e"), number(e.max_abs), number(1 - e.pcc))
+    values = (
+        number(e.worst_token),
+        number(e.norm_ratio - 1, "+.1e"),
+        number(e.max_abs),
+        number(1 - e.pcc),
+    )
     ulp = " / ".join(f"{n:,}" if n < 10_000 else f"{n:.0e}" for n in e.ulp)
     cells = "".join(f"<td>{value}</td>" for value in (*values, ulp + broken))
     numbers = f"<td>{number(e.relative_l2)}</td><td>{number(row.budget)}</td><td>{swatch}{number(row.ratio, '.2g')}</td>"

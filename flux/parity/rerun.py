@@ -22,7 +22,9 @@ from flux.parity.replay import recorded
 from flux.pipeline import Pipeline
 
 LOOP = re.compile(r"step\.\d+/(velocity|latents)")  # what no network makes
-Change = tuple[object, str, Callable]  # owner, attribute, and what is called in its place: wrong(original, *args)
+Change = tuple[
+    object, str, Callable
+]  # owner, attribute, and what is called in its place: wrong(original, *args)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Case:
             acting |= name == self.before
 
         def switched(wrong: Callable, original: Callable) -> Callable:
-            return lambda *args, **kwargs: wrong(original, *args, **kwargs) if acting else original(*args, **kwargs)
+            return lambda *args, **kwargs: (
+                wrong(original, *args, **kwargs) if acting else original(*args, **kwargs)
+            )
 
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
@@ -76,21 +80,33 @@ class Case:
                 return found.args[0].clone()
         if self.made_as not in self.run.outputs.values():
             raise LookupError(self.name)  # this run does not come by
-        return next(answers[number] for number, name in self.run.outputs.items() if name == self.made_as)
+        return next(
+            answers[number] for number, name in self.run.outputs.items() if name == self.made_as
+        )
 
     # runs
 
     def runs(self) -> Iterator[Run]:
         """All that may come by the tensor: what is around it, the smallest first, and what is no module."""
         try:
-            around = [each for each in recorded(self.reference) if self.lies_in(each.name) and each.name != "decoder"]
+            around = [
+                each
+                for each in recorded(self.reference)
+                if self.lies_in(each.name) and each.name != "decoder"
+            ]
         except UserError:  # no module has all of its inputs
             around = []
         modules = Modules(self.pipe)
         for each in sorted(around, key=lambda each: -len(each.name)):
-            yield Run(lambda each=each: modules(each.name, [*map(self.given, each.inputs)]), each.outputs, each.whole)
+            yield Run(
+                lambda each=each: modules(each.name, [*map(self.given, each.inputs)]),
+                each.outputs,
+                each.whole,
+            )
         if self.where == "decoder":
-            yield Run(lambda: modules("decoder", [self.latents(len(self.times) - 1)]), {0: "pixels"}, True)
+            yield Run(
+                lambda: modules("decoder", [self.latents(len(self.times) - 1)]), {0: "pixels"}, True
+            )
         if self.name.endswith("rope"):
             yield Run(lambda: [self.network.rope(*self.ids)], {0: self.name}, True)
         if self.where.startswith("step"):
@@ -100,7 +116,12 @@ class Case:
         """A module makes neither its own inputs nor what other networks make."""
         around = self.made_as.startswith((f"{place}/", f"{place}.")) or place == self.where
         taken = re.fullmatch(rf"{re.escape(place)}/in(\.\d+)?", self.name)
-        return around and not taken and PLACE.fullmatch(place)[1] == self.where and not place.endswith("/attention")
+        return (
+            around
+            and not taken
+            and PLACE.fullmatch(place)[1] == self.where
+            and not place.endswith("/attention")
+        )
 
     # what the name says
 
@@ -168,7 +189,12 @@ class Case:
     @property
     def moment(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the time's vector is made of: t, guidance, pooled text."""
-        spec, t, guidance, pooled = self.pipe.spec, self.times[self.step - 1 : self.step], None, None
+        spec, t, guidance, pooled = (
+            self.pipe.spec,
+            self.times[self.step - 1 : self.step],
+            None,
+            None,
+        )
         if spec.transformer.guidance:
             guidance = torch.full_like(t, self.at_step(self.reference.recipe["guidance"]))
         if spec.transformer.vector_dim is not None:
@@ -178,7 +204,9 @@ class Case:
     @property
     def cfg_scale(self) -> float:
         """Of classifier-free guidance, at this step."""
-        return self.at_step(self.reference.recipe["guidance" if self.pipe.spec.cfg else "cfg_scale"])
+        return self.at_step(
+            self.reference.recipe["guidance" if self.pipe.spec.cfg else "cfg_scale"]
+        )
 
     def at_step(self, values: float | Sequence[float]) -> float:
         values = [values] if isinstance(values, float | int) else values

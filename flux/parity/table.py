@@ -19,11 +19,37 @@ from torch import Tensor
 from flux.errors import UserError
 from flux.parity.compare import errors
 
-BEGIN, END = "<!-- written by: python scripts/parity.py table --write -->", "<!-- end of what is written -->"
-SINGLE = ("float32", "against", "max abs", "relative L2", "PCC", "golden: max abs", "golden: relative L2", "golden: PCC")
-HALF = ("bfloat16", "against", "numerics", "max abs", "relative L2", "PCC", "ours to float32", "theirs to float32")
+BEGIN, END = (
+    "<!-- written by: python scripts/parity.py table --write -->",
+    "<!-- end of what is written -->",
+)
+SINGLE = (
+    "float32",
+    "against",
+    "max abs",
+    "relative L2",
+    "PCC",
+    "golden: max abs",
+    "golden: relative L2",
+    "golden: PCC",
+)
+HALF = (
+    "bfloat16",
+    "against",
+    "numerics",
+    "max abs",
+    "relative L2",
+    "PCC",
+    "ours to float32",
+    "theirs to float32",
+)
 FACTORS = {"float32": 5, "bfloat16": 3}
-ROUNDING = {"PCC": 2e-6, "golden: max abs": 1e-4, "golden: relative L2": 1e-5, "golden: PCC": 2e-6}  # agrees with 0
+ROUNDING = {
+    "PCC": 2e-6,
+    "golden: max abs": 1e-4,
+    "golden: relative L2": 1e-5,
+    "golden: PCC": 2e-6,
+}  # agrees with 0
 
 
 class Figures(NamedTuple):
@@ -43,7 +69,12 @@ class Single:
 
     @property
     def cells(self) -> list[str]:
-        return [self.what, self.against, *shown(self.live), *(shown(self.golden) if self.golden else ["–"] * 3)]
+        return [
+            self.what,
+            self.against,
+            *shown(self.live),
+            *(shown(self.golden) if self.golden else ["–"] * 3),
+        ]
 
 
 @dataclass(frozen=True)
@@ -59,15 +90,26 @@ class Half:
 
     @property
     def cells(self) -> list[str]:
-        return [self.what, self.against, self.numerics or "–", *shown(self.live), number(self.ours), number(self.theirs)]
+        return [
+            self.what,
+            self.against,
+            self.numerics or "–",
+            *shown(self.live),
+            number(self.ours),
+            number(self.theirs),
+        ]
 
 
 def figures(what: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Figures:
     """The worst of several tensors, each ours and the reference's; UserError if any has NaN or infinities."""
     found = [errors(ours, reference) for ours, reference in pairs]
     if any(e.nonfinite or e.misplaced for e in found):
-        raise UserError(f"{what} gives NaN or infinity, here or in the reference: there is nothing to compare")
-    return Figures(max(e.max_abs for e in found), max(e.relative_l2 for e in found), min(e.pcc for e in found))
+        raise UserError(
+            f"{what} gives NaN or infinity, here or in the reference: there is nothing to compare"
+        )
+    return Figures(
+        max(e.max_abs for e in found), max(e.relative_l2 for e in found), min(e.pcc for e in found)
+    )
 
 
 # ---------------------------------------------------------------- to read
@@ -76,8 +118,14 @@ def figures(what: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Figures:
 def markdown(lines: Sequence[Single | Half], ran_on: str) -> str:
     """Two tables, one a precision, and what they were measured on."""
     kinds = ((SINGLE, Single), (HALF, Half))
-    tables = [[head, ["---"] * len(head), *(x.cells for x in lines if isinstance(x, kind))] for head, kind in kinds]
-    return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables] + [f"({ran_on}.)"])
+    tables = [
+        [head, ["---"] * len(head), *(x.cells for x in lines if isinstance(x, kind))]
+        for head, kind in kinds
+    ]
+    return "\n\n".join(
+        ["\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables]
+        + [f"({ran_on}.)"]
+    )
 
 
 def shown(found: Figures) -> list[str]:
@@ -105,7 +153,13 @@ def differences(shown: str, measured: str) -> list[str]:
     a, b = cells(shown), cells(measured)
     lost = [f"{row}, {column}: is in one table only" for row, column in a.keys() ^ b.keys()]
     apart = [place for place in a.keys() & b.keys() if not agree(*place, a[place], b[place])]
-    return sorted(lost + [f"{row}, {column}: {a[row, column]} is shown, and {b[row, column]} found" for row, column in apart])
+    return sorted(
+        lost
+        + [
+            f"{row}, {column}: {a[row, column]} is shown, and {b[row, column]} found"
+            for row, column in apart
+        ]
+    )
 
 
 def agree(row: str, column: str, a: str, b: str) -> bool:
@@ -122,13 +176,23 @@ def cells(text: str) -> dict[tuple[str, str], str]:
     """(row, column) -> cell, of all tables; a row is called by its table, what it is of, and its numerics."""
     out, head = {}, None
     for line in text.splitlines():
-        row = [cell.strip() for cell in line.strip("| ").split(" | ")] if line.startswith("| ") else None
+        row = (
+            [cell.strip() for cell in line.strip("| ").split(" | ")]
+            if line.startswith("| ")
+            else None
+        )
         if row is None:
             head = None
         elif head is None:
             head = row
         elif set(row) != {"---"}:
-            name = " ".join([head[0], row[0], *(cell for column, cell in zip(head, row) if column == "numerics")])
+            name = " ".join(
+                [
+                    head[0],
+                    row[0],
+                    *(cell for column, cell in zip(head, row) if column == "numerics"),
+                ]
+            )
             out |= {(name, column): cell for column, cell in zip(head, row, strict=True)}
     return out
 
@@ -141,7 +205,9 @@ def find(readme: Path) -> tuple[str, str, str]:
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     table, end, after = rest.partition(END)
     if not (begin and end):
-        raise UserError(f"{readme} has no place for the table: put the lines {BEGIN} and {END} where it belongs")
+        raise UserError(
+            f"{readme} has no place for the table: put the lines {BEGIN} and {END} where it belongs"
+        )
     return before + begin, table.strip("\n"), end + after
 
 

@@ -53,7 +53,9 @@ def measure(
     check_patterns(only, capture.names)
     twin = rounded(pipe, precision)
     modules = Modules(twin)
-    alone = _relative(row for each in recorded(capture, only) for row in local(capture, modules, each))
+    alone = _relative(
+        row for each in recorded(capture, only) for row in local(capture, modules, each)
+    )
     accumulated: dict[str, float | None] = {}
     try:
         accumulated = _relative(against(capture, twin, request, only))
@@ -64,7 +66,9 @@ def measure(
 
 
 def _relative(rows: Iterable[Row]) -> dict[str, float | None]:
-    usable = lambda e: e is not None and not e.misplaced and math.isfinite(e.relative_l2)  # noqa: E731
+    def usable(e):
+        return e is not None and not e.misplaced and math.isfinite(e.relative_l2)
+
     return {row.name: row.errors.relative_l2 if usable(row.errors) else None for row in rows}
 
 
@@ -104,15 +108,22 @@ def stored(capture: Capture) -> dict[str, dict[str, Rounding]]:
     """What `store` kept: precision -> name -> rounding."""
     _, metadata = read_header(capture.path)
     kept = json.loads(metadata.get(KEY, "{}")).get("rounding", {})
-    return {precision: {name: Rounding(*pair) for name, pair in tensors.items()} for precision, tensors in kept.items()}
+    return {
+        precision: {name: Rounding(*pair) for name, pair in tensors.items()}
+        for precision, tensors in kept.items()
+    }
 
 
 def budgets(capture: Capture, precision: str, alone: bool = False) -> dict[str, float]:
     """ALLOWED times the rounding that was measured, by name, for `compare` or, `alone`, for `replay.forced`."""
     found = stored(capture).get(precision)
     if not found:
-        raise UserError(f"{capture.path} knows no rounding in {precision}: measure it with `parity.py budgets`")
-    pairs = {name: rounding.local if alone else rounding.accumulated for name, rounding in found.items()}
+        raise UserError(
+            f"{capture.path} knows no rounding in {precision}: measure it with `parity.py budgets`"
+        )
+    pairs = {
+        name: rounding.local if alone else rounding.accumulated for name, rounding in found.items()
+    }
     return {name: ALLOWED * value for name, value in pairs.items() if value is not None}
 
 
@@ -125,8 +136,11 @@ def within(rows: Sequence[Row], capture: Capture, precision: str, alone: bool = 
     Tensors that do not round, such as ids and noise, are left out.
     """
     allowed = budgets(capture, precision, alone)
-    times = [(ALLOWED * row.errors.relative_l2 / allowed[row.name], row.name) for row in rows
-             if row.errors and allowed.get(row.name)]  # fmt: skip
+    times = [
+        (ALLOWED * row.errors.relative_l2 / allowed[row.name], row.name)
+        for row in rows
+        if row.errors and allowed.get(row.name)
+    ]
     if not times:
         return f"nothing here rounds in {precision}"
     most, name = max(times)
@@ -136,10 +150,15 @@ def within(rows: Sequence[Row], capture: Capture, precision: str, alone: bool = 
 def table(measured: Mapping[str, Mapping[str, Rounding]]) -> str:
     """A line a tensor: local and accumulated relative L2 in each precision."""
     names = list(dict.fromkeys(name for tensors in measured.values() for name in tensors))
-    shown = lambda value: "" if value is None else f"{value:.1e}"  # noqa: E731
+
+    def shown(value):
+        return "" if value is None else f"{value:.1e}"
+
     head = "".join(f"{precision:>10} {'in a run':>9}" for precision in measured)
     lines = [head + "  name"]
     for name in names:
         pairs = [tensors.get(name, Rounding(None, None)) for tensors in measured.values()]
-        lines.append("".join(f"{shown(p.local):>10} {shown(p.accumulated):>9}" for p in pairs) + f"  {name}")
+        lines.append(
+            "".join(f"{shown(p.local):>10} {shown(p.accumulated):>9}" for p in pairs) + f"  {name}"
+        )
     return "\n".join(lines)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 STRIPE = 2**20  # elements: q and k of 170 tokens of 24 heads
 
 
-def in_stripes(function: Callable[..., Tensor], *cut: tuple[Tensor, int], watched: Sequence[nn.Module] = ()) -> Tensor:
+def in_stripes(
+    function: Callable[..., Tensor], *cut: tuple[Tensor, int], watched: Sequence[nn.Module] = ()
+) -> Tensor:
     """What `function` makes of these tensors, each with the dimension of its rows: some rows after others, on a CPU.
 
     It is given the number of rows that went before, and of each tensor those whose turn it is; the rows of what it returns are

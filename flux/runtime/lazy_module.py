@@ -28,9 +28,25 @@ class Network:
     bytes of them stay there.
     """
 
-    def __init__(self, kind: Callable[..., nn.Module], config, files: Sequence[Path], *, device: torch.device,
-                 dtype: torch.dtype, lists: Sequence[str] = (), check_finite: bool = False, **options):  # fmt: skip
-        self.kind, self.config, self.files, self.lists, self.options = kind, config, files, lists, options
+    def __init__(
+        self,
+        kind: Callable[..., nn.Module],
+        config,
+        files: Sequence[Path],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        lists: Sequence[str] = (),
+        check_finite: bool = False,
+        **options,
+    ):
+        self.kind, self.config, self.files, self.lists, self.options = (
+            kind,
+            config,
+            files,
+            lists,
+            options,
+        )
         self.device, self.dtype, self.module = device, dtype, None
         self.change: Callable[[nn.Module], None] | None = None
         self.changed: frozenset[str] = frozenset()
@@ -38,9 +54,15 @@ class Network:
         self.native_fp8 = self.compiled = False
         self.resident: int | None = None
         self.missing: list[str] = []  # paths of what `without` took away
-        checked = self._load(CPU, None, check_finite)  # maps the files and refuses what is wrong with them
-        if device.type == "mps" and any(tensor.dtype in FP8.values() for tensor in tensors_of(checked)):
-            raise UserError(f"{files[0]} is in float8, which Apple's GPUs do not have: use a GGUF file, or --device cpu")
+        checked = self._load(
+            CPU, None, check_finite
+        )  # maps the files and refuses what is wrong with them
+        if device.type == "mps" and any(
+            tensor.dtype in FP8.values() for tensor in tensors_of(checked)
+        ):
+            raise UserError(
+                f"{files[0]} is in float8, which Apple's GPUs do not have: use a GGUF file, or --device cpu"
+            )
         self.shapes = checked.to("meta")  # and types, quantised as in the files
 
     def __call__(self) -> nn.Module:
@@ -108,7 +130,9 @@ class Network:
         """Bytes of the device's memory that its weights take now; of a streamed network, which no stage leaves there, 0."""
         if self.module is None or self.resident is not None:
             return 0
-        pages = mapped_bytes(self.shapes, self.dtype, self._anew) if self.device.type == "cpu" else 0
+        pages = (
+            mapped_bytes(self.shapes, self.dtype, self._anew) if self.device.type == "cpu" else 0
+        )
         return max(0, sum(tensor.nbytes for tensor in tensors_of(self.module)) - pages)
 
     @property
@@ -120,7 +144,14 @@ class Network:
     def _merging(self) -> int:
         """Bytes that it takes to change the largest of the matrices: three like it in float32, with DoRA, and the result."""
         layers = [self.shapes.get_submodule(path) for path in self.changed]
-        largest = max((layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features")), default=0)
+        largest = max(
+            (
+                layer.in_features * layer.out_features
+                for layer in layers
+                if hasattr(layer, "in_features")
+            ),
+            default=0,
+        )
         return largest * (3 * 4 + self.dtype.itemsize)
 
     def _ready(self) -> nn.Module:
@@ -130,7 +161,12 @@ class Network:
         dtype = None if self.compression and not self.change else self.dtype
         module = self._load(CPU if streamed or self.compression else self.device, dtype)
         if self.compression:
-            compress(module, self.compression, device=CPU if streamed else self.device, change=self.change)
+            compress(
+                module,
+                self.compression,
+                device=CPU if streamed else self.device,
+                change=self.change,
+            )
             module.to(dtype=self.dtype)
         elif self.change:
             self.change(module)
@@ -138,19 +174,34 @@ class Network:
             use_native_fp8(module, self.device)
         if self.compiled:
             compile_blocks(module, self.lists)
-        return stream(module, self.lists, self.device, resident=self.resident) if streamed else module.to(self.device)
+        return (
+            stream(module, self.lists, self.device, resident=self.resident)
+            if streamed
+            else module.to(self.device)
+        )
 
     def _bring_back(self) -> None:
-        if self.change or self.resident is not None:  # a part of a merge, or of a ring, is not made alone
+        if (
+            self.change or self.resident is not None
+        ):  # a part of a merge, or of a ring, is not made alone
             return self.release()
         mapped = self._load(CPU, None)
         for path in self.missing:
             self.module.set_submodule(path, mapped.get_submodule(path).to(self.device, self.dtype))
         self.missing = []
 
-    def _load(self, device: torch.device, dtype: torch.dtype | None, check_finite: bool = False) -> nn.Module:
+    def _load(
+        self, device: torch.device, dtype: torch.dtype | None, check_finite: bool = False
+    ) -> nn.Module:
         module = self.on_meta()
-        load_module(module, self.files, device=device, dtype=dtype, check_finite=check_finite, **self.options)
+        load_module(
+            module,
+            self.files,
+            device=device,
+            dtype=dtype,
+            check_finite=check_finite,
+            **self.options,
+        )
         return module
 
 

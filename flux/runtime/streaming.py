@@ -20,26 +20,44 @@ from torch import Tensor, nn
 
 from flux.errors import UserError
 
-ALIGNMENT = 256  # bytes; where CUDA's own allocator lets tensors begin, and more than any kernel asks for
-SMALL = 1 << 16  # bytes; what is smaller (norms, biases, T5's table of distances) stays: its copy would cost more than its room
+ALIGNMENT = (
+    256  # bytes; where CUDA's own allocator lets tensors begin, and more than any kernel asks for
+)
+SMALL = (
+    1 << 16
+)  # bytes; what is smaller (norms, biases, T5's table of distances) stays: its copy would cost more than its room
 
 
-def stream(module: nn.Module, lists: Sequence[str], device: torch.device | str, slots: int = 2, resident: int = 0) -> nn.Module:
+def stream(
+    module: nn.Module,
+    lists: Sequence[str],
+    device: torch.device | str,
+    slots: int = 2,
+    resident: int = 0,
+) -> nn.Module:
     """Has a network's blocks streamed to `device`, where the rest of it goes at once; returns the network.
 
     `lists`: paths of its lists of blocks, in the order of their use ("double_blocks", "single_blocks"). `slots`: for how many
     blocks there is room at a time, 2 or more. `resident`: how many bytes of blocks stay. The network must be frozen.
     """
     if slots < 2:
-        raise UserError(f"streaming needs at least 2 slots, not {slots}: one block is used while the next one comes")
+        raise UserError(
+            f"streaming needs at least 2 slots, not {slots}: one block is used while the next one comes"
+        )
     if any(parameter.requires_grad for parameter in module.parameters()):
-        raise UserError("a streamed network cannot be trained: freeze it, with requires_grad_(False), or do not stream it")
+        raise UserError(
+            "a streamed network cannot be trained: freeze it, with requires_grad_(False), or do not stream it"
+        )
     blocks = [block for path in lists for block in module.get_submodule(path)]
-    stays = spread([sum(tensor.nbytes for tensor in large_tensors(block)) for block in blocks], resident)
+    stays = spread(
+        [sum(tensor.nbytes for tensor in large_tensors(block)) for block in blocks], resident
+    )
     away = [block for block, stay in zip(blocks, stays, strict=True) if not stay]
     ring = Ring(blocks, away, torch.device(device), slots)
     streamed = {id(tensor) for block in away for tensor in large_tensors(block)}
-    ring.moved = [(tensor, tensor.data) for tensor in tensors_of(module) if id(tensor) not in streamed]
+    ring.moved = [
+        (tensor, tensor.data) for tensor in tensors_of(module) if id(tensor) not in streamed
+    ]
     with torch.inference_mode():
         for tensor, host in ring.moved:
             tensor.data = host.to(device)
@@ -98,7 +116,11 @@ class Piece(NamedTuple):
 
     def within(self, memory: Tensor) -> Tensor:
         """Its place in a slot's bytes, in its own type and shape."""
-        return memory[self.start : self.start + self.host.nbytes].view(self.host.dtype).view(self.host.shape)
+        return (
+            memory[self.start : self.start + self.host.nbytes]
+            .view(self.host.dtype)
+            .view(self.host.shape)
+        )
 
 
 class Slot:
@@ -115,25 +137,41 @@ class Slot:
 class Ring:
     """The slots, shared by all lists of a network. Its blocks are used in one order, again and again: so it knows the next."""
 
-    def __init__(self, blocks: Sequence[nn.Module], away: Sequence[nn.Module], device: torch.device, slots: int):
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        away: Sequence[nn.Module],
+        device: torch.device,
+        slots: int,
+    ):
         self.device, self.streams = device, device_streams(device)
-        self.moved: list[tuple[Tensor, Tensor]] = []  # what else went to the device, and what it was on the host
-        with torch.inference_mode():  # else blocks that were loaded in that mode could not use what is in a slot
+        self.moved: list[
+            tuple[Tensor, Tensor]
+        ] = []  # what else went to the device, and what it was on the host
+        with (
+            torch.inference_mode()
+        ):  # else blocks that were loaded in that mode could not use what is in a slot
             self.pieces = {block: lay_out(large_tensors(block)) for block in away}
             size = max((place_after(pieces) for pieces in self.pieces.values()), default=0)
             self.slots = [
                 Slot(size, device, self.streams) for _ in range(slots if away else 0)
             ]  # the one that was filled first is first
-        self.next: dict[nn.Module, nn.Module] = {}  # after any block, the first one that is streamed
+        self.next: dict[
+            nn.Module, nn.Module
+        ] = {}  # after any block, the first one that is streamed
         following = away[0] if away else None
         for block in reversed(blocks):
             self.next[block] = following
             following = block if block in self.pieces else following
         self.copies = self.streams.Stream(device)
         for slot in self.slots:
-            slot.free.record(self.streams.current_stream(self.device))  # what had this memory before may still be in use
+            slot.free.record(
+                self.streams.current_stream(self.device)
+            )  # what had this memory before may still be in use
             if device.type == "cuda":
-                slot.memory.record_stream(self.copies)  # nor is it given away before the last copy ended
+                slot.memory.record_stream(
+                    self.copies
+                )  # nor is it given away before the last copy ended
 
     @contextmanager
     def holding(self, block: nn.Module) -> Iterator[None]:

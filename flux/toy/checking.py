@@ -53,30 +53,52 @@ def score(pictures: Iterable[np.ndarray], scenes: Iterable[Scene]) -> dict[str, 
     """
     pairs = list(zip(pictures, scenes, strict=True))
     shares = _shares([check(picture, scene) for picture, scene in pairs])
-    words = [(picture, thing) for picture, scene in pairs for thing in scene.objects if isinstance(thing, Word)]
+    words = [
+        (picture, thing)
+        for picture, scene in pairs
+        for thing in scene.objects
+        if isinstance(thing, Word)
+    ]
     if words:
-        shares["each letter"] = sum(letters_right(*pair) for pair in words) / sum(len(word.letters) for _, word in words)
+        shares["each letter"] = sum(letters_right(*pair) for pair in words) / sum(
+            len(word.letters) for _, word in words
+        )
     return shares
 
 
 def score_edits(pictures: Iterable[np.ndarray], edits: Iterable[Edit]) -> dict[str, float]:
     """The share of pictures that are right, attribute by attribute, and in all."""
-    return _shares([check_edit(picture, edit) for picture, edit in zip(pictures, edits, strict=True)])
+    return _shares(
+        [check_edit(picture, edit) for picture, edit in zip(pictures, edits, strict=True)]
+    )
 
 
 def _shares(verdicts: list[dict[str, bool]]) -> dict[str, float]:
-    columns = {name: [verdict[name] for verdict in verdicts if name in verdict] for name in (*ATTRIBUTES, "all")}
+    columns = {
+        name: [verdict[name] for verdict in verdicts if name in verdict]
+        for name in (*ATTRIBUTES, "all")
+    }
     return {name: float(np.mean(column)) for name, column in columns.items() if column}
 
 
-def _compare(layout: Layout, things: Sequence[Object | Word], background: str | None) -> dict[str, bool]:
+def _compare(
+    layout: Layout, things: Sequence[Object | Word], background: str | None
+) -> dict[str, bool]:
     """Background, colours, and what things say of themselves, which are told by their colours. None asks for nothing."""
     right = {"background": layout.background == background} if background else {}
-    right["colour"] = sorted(item.thing.colour for item in layout.items) == sorted(thing.colour for thing in things)
+    right["colour"] = sorted(item.thing.colour for item in layout.items) == sorted(
+        thing.colour for thing in things
+    )
     seen = _of(things, layout)
     for name in ("shape", "pattern", "size", "place", "letters"):
-        said = [(getattr(thing, name, None), item) for thing, item in zip(things, seen, strict=True)]
-        named = [item is not None and getattr(item.thing, name, None) == value for value, item in said if value is not None]
+        said = [
+            (getattr(thing, name, None), item) for thing, item in zip(things, seen, strict=True)
+        ]
+        named = [
+            item is not None and getattr(item.thing, name, None) == value
+            for value, item in said
+            if value is not None
+        ]
         if named:
             right[name] = all(named)
     return right
@@ -93,7 +115,11 @@ def _related(picture: np.ndarray, first: Item | None, second: Item | None, relat
     if first is None or second is None:
         return False
     height, width = picture.shape[:2]
-    (dx, dy), x, y = RELATIONS[relation], (first.x - second.x) * width, (first.y - second.y) * height
+    (dx, dy), x, y = (
+        RELATIONS[relation],
+        (first.x - second.x) * width,
+        (first.y - second.y) * height,
+    )
     return bool(x * dx + y * dy > 1.3 * abs(x * dy + y * dx))
 
 
@@ -101,4 +127,6 @@ def _close(picture: np.ndarray, wanted: Item, seen: Item | None) -> bool:
     """A thing is seen where an item is drawn, within NEAR."""
     height, width = picture.shape[:2]
     x, y, _ = place(wanted, width, height)
-    return seen is not None and bool(np.hypot(seen.x * width - x, seen.y * height - y) <= NEAR * min(width, height))
+    return seen is not None and bool(
+        np.hypot(seen.x * width - x, seen.y * height - y) <= NEAR * min(width, height)
+    )

@@ -17,11 +17,18 @@ Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # at x, y: negative i
 TOKEN = 16  # pixels
 PERIOD = 1 / 16  # of a pattern, over the shorter side
 RIM = 1 / 64  # of a patterned object, plain, so that its shape is seen
-FRAME = (150, 95, 45), 1 / 32  # the colour of wood, which no thing has; its width, over the shorter side
-UNIT = 1 / 32  # side of the squares of a letter, 5 x 7 of them and 1 to the next letter, over the shorter side
+FRAME = (
+    (150, 95, 45),
+    1 / 32,
+)  # the colour of wood, which no thing has; its width, over the shorter side
+UNIT = (
+    1 / 32
+)  # side of the squares of a letter, 5 x 7 of them and 1 to the next letter, over the shorter side
 
 
-def draw(scene: Scene | Layout, width: int, height: int, rng: np.random.Generator | None = None) -> np.ndarray:
+def draw(
+    scene: Scene | Layout, width: int, height: int, rng: np.random.Generator | None = None
+) -> np.ndarray:
     """A picture of a scene or layout, (H, W, 3) uint8; what a scene leaves open is drawn from `rng`."""
     layout = arrange(scene, rng) if isinstance(scene, Scene) else scene
     picture = np.broadcast_to(np.float32(COLOURS[layout.background]), (height, width, 3))
@@ -54,7 +61,10 @@ def place(item: Item, width: int, height: int) -> tuple[int, int, float]:
     """The centre, on the grid, and the radius of an object in pixels; its points stay inside the picture."""
     grid, radius = grid_of(width, height), item.radius * min(width, height)
     least = math.ceil(1.2 * radius / grid)
-    x, y = (grid * int(np.clip(round(c * n / grid), least, n // grid - least)) for c, n in ((item.x, width), (item.y, height)))
+    x, y = (
+        grid * int(np.clip(round(c * n / grid), least, n // grid - least))
+        for c, n in ((item.x, width), (item.y, height))
+    )
     return x, y, radius
 
 
@@ -86,14 +96,20 @@ def polygon(*points: tuple[float, float]) -> Distance:
 def wheel(count: int, *radii: float) -> list[tuple[float, float]]:
     """`count` corners at equal angles from the top, with the given radii in turn."""
     turns = 2 * np.pi * np.arange(count) / count
-    return [(radii[i % len(radii)] * np.sin(a), -radii[i % len(radii)] * np.cos(a)) for i, a in enumerate(turns)]
+    return [
+        (radii[i % len(radii)] * np.sin(a), -radii[i % len(radii)] * np.cos(a))
+        for i, a in enumerate(turns)
+    ]
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Two discs over a triangle, whose sides touch them."""
     x, y = np.abs(x), y + 0.08
     lobes = np.hypot(x - 0.46, y + 0.36) - 0.55
-    side, tip = np.float32((0.7071, 0.7071)), 1.05  # the line from the tip that touches the right disc
+    side, tip = (
+        np.float32((0.7071, 0.7071)),
+        1.05,
+    )  # the line from the tip that touches the right disc
     below = np.maximum.reduce([x * side[0] + (y - tip) * side[1], -(y + 0.36), x - 1.0])
     return np.minimum(lobes, below)
 
@@ -112,13 +128,21 @@ DISTANCES = {  # signed, in units of the radius, with the centre of mass near th
     "triangle": polygon(*wheel(3, 1.2)),
     "star": polygon(*wheel(10, 1.2, 0.55)),
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.74) - 0.26,
-    "cross": polygon(*[(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in _QUARTER]),
+    "cross": polygon(
+        *[
+            (x * c - y * s, x * s + y * c)
+            for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))
+            for x, y in _QUARTER
+        ]
+    ),
     "heart": _heart,
     "moon": _moon,
 }
 
 
-def coverage(shape: str, x: float, y: float, radius: float, width: int, height: int, pattern: str = "") -> np.ndarray:
+def coverage(
+    shape: str, x: float, y: float, radius: float, width: int, height: int, pattern: str = ""
+) -> np.ndarray:
     """How much of each pixel a shape covers, (H, W) in [0, 1]: a one-pixel ramp across the edge.
 
     A pattern stands still in the picture: an object is a window on it.
@@ -132,7 +156,10 @@ def coverage(shape: str, x: float, y: float, radius: float, width: int, height: 
         distance = DISTANCES[shape]((xs - x) / radius, (ys - y) / radius) * radius
         if pattern:
             short = min(width, height)
-            distance = np.maximum(distance, np.minimum(PATTERN[pattern](xs, ys, PERIOD * short), -distance - RIM * short))
+            distance = np.maximum(
+                distance,
+                np.minimum(PATTERN[pattern](xs, ys, PERIOD * short), -distance - RIM * short),
+            )
         covered[top:bottom, left:right] = np.clip(0.5 - distance, 0, 1)
     return covered
 
@@ -188,8 +215,16 @@ _ALPHABET = """
 #...# #...# #.... #..#. #..#. ....# ..#.. #...# .#.#. ##.## #...# ..#.. #....
 #...# .###. #.... .##.# #...# ####. ..#.. .###. ..#.. #...# #...# ..#.. #####
 """
-_LINES = [[line.split() for line in half.split("\n")] for half in _ALPHABET.strip().split("\n\n")]  # (2, 7, 13) of five squares
-_BITS = np.array([[[square == "#" for square in row] for row in rows] for half in _LINES for rows in zip(*half, strict=True)])
+_LINES = [
+    [line.split() for line in half.split("\n")] for half in _ALPHABET.strip().split("\n\n")
+]  # (2, 7, 13) of five squares
+_BITS = np.array(
+    [
+        [[square == "#" for square in row] for row in rows]
+        for half in _LINES
+        for rows in zip(*half, strict=True)
+    ]
+)
 GLYPHS = dict(zip(LETTERS, _BITS.astype(np.float32), strict=True))  # (7, 5) each
 
 
@@ -197,9 +232,14 @@ def spelled(letters: str, y: float, width: int, height: int) -> list[np.ndarray]
     """Letters in a line whose middle is near y, across the middle of the picture: one page each, (H, W) of 0 and 1."""
     grid, unit = grid_of(width, height), max(1, round(UNIT * min(width, height)))
     middles, sizes = (width / 2, y), ((6 * len(letters) - 1) * unit, 7 * unit)
-    left, top = (grid * round((middle - size / 2) / grid) for middle, size in zip(middles, sizes, strict=True))
+    left, top = (
+        grid * round((middle - size / 2) / grid)
+        for middle, size in zip(middles, sizes, strict=True)
+    )
     pages = []
     for x, letter in zip(itertools.count(left, 6 * unit), letters):
         pages.append(np.zeros((height, width), np.float32))
-        pages[-1][top : top + 7 * unit, x : x + 5 * unit] = GLYPHS[letter].repeat(unit, 0).repeat(unit, 1)
+        pages[-1][top : top + 7 * unit, x : x + 5 * unit] = (
+            GLYPHS[letter].repeat(unit, 0).repeat(unit, 1)
+        )
     return pages

@@ -25,7 +25,11 @@ def look(picture: np.ndarray) -> Layout:
     labels = nearness.argmax(-1)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     background = np.bincount(border).argmax()
-    found = [n for n in range(len(names)) if n != background and _fills_squares(labels == n, min(labels.shape))]
+    found = [
+        n
+        for n in range(len(names))
+        if n != background and _fills_squares(labels == n, min(labels.shape))
+    ]
     labels = nearness[..., [background, *found]].argmax(-1)
     items = [_thing(_tidy(labels == number), names[n]) for number, n in enumerate(found, 1)]
     return Layout(tuple(items), names[background])
@@ -72,7 +76,9 @@ def _fit(mask: np.ndarray) -> tuple[str, str, float, float, float]:
         guesses.append((shape, x - mx * radius, y - my * radius, radius))
     fits = []
     for shape, fx, fy, radius in sorted(guesses, key=lambda guess: _likeness(outline, *guess))[-2:]:
-        for _ in range(2):  # brings centre of mass and area together, which closing has moved a little
+        for _ in range(
+            2
+        ):  # brings centre of mass and area together, which closing has moved a little
             tx, ty, covered = _moments(_closed(drawn(shape, fx, fy, radius), short))
             fx, fy, radius = fx + x - tx, fy + y - ty, radius * np.sqrt(area / covered)
         template = _closed(drawn(shape, fx, fy, radius), short)
@@ -89,7 +95,9 @@ def _fit(mask: np.ndarray) -> tuple[str, str, float, float, float]:
 
 
 _STEP = 1 / 25  # of a stencil, in radii
-_POINTS = np.float32((np.arange(64) - 31.5) * _STEP)  # of a stencil along one axis: from -1.26 to 1.26, around any shape
+_POINTS = np.float32(
+    (np.arange(64) - 31.5) * _STEP
+)  # of a stencil along one axis: from -1.26 to 1.26, around any shape
 
 
 @cache
@@ -102,13 +110,18 @@ def _stencil(shape: str) -> tuple[np.ndarray, float, float, float]:
 
 def _likeness(outline: np.ndarray, shape: str, x: float, y: float, radius: float) -> float:
     """How well an outline, seen at the points of a shape's stencil, overlaps it."""
-    pixels = ((at + _POINTS * radius).astype(int).clip(0, n - 1) for at, n in zip((y, x), outline.shape, strict=True))
+    pixels = (
+        (at + _POINTS * radius).astype(int).clip(0, n - 1)
+        for at, n in zip((y, x), outline.shape, strict=True)
+    )
     return _overlap(outline[np.ix_(*pixels)], _stencil(shape)[0])
 
 
 # ---------------------------------------------------------------- letters
 
-_CELLS = np.pad(np.stack(list(GLYPHS.values())), ((0, 0), (0, 0), (0, 1)))  # (26, 7, 6): each with the gap behind it
+_CELLS = np.pad(
+    np.stack(list(GLYPHS.values())), ((0, 0), (0, 0), (0, 1))
+)  # (26, 7, 6): each with the gap behind it
 _AMISS = 3.5  # of the 42 squares of a cell: a letter with as many wrong is none
 
 
@@ -117,7 +130,9 @@ def _read(mask: np.ndarray) -> tuple[str, float, float] | None:
     unit = max(1, round(UNIT * min(mask.shape)))
     rows, columns = _window(mask, 0)
     high, wide = (side.stop - side.start for side in (rows, columns))
-    count = int(np.ceil((wide / unit + 1) / 6 - 0.2))  # the outermost letters may leave up to three columns free
+    count = int(
+        np.ceil((wide / unit + 1) / 6 - 0.2)
+    )  # the outermost letters may leave up to three columns free
     if not (6 < high / unit < 8 and 1 <= count <= 4):
         return None
     page = np.pad(mask, 4 * unit).astype(np.float32)  # wherever the line begins, it is on the page
@@ -126,11 +141,19 @@ def _read(mask: np.ndarray) -> tuple[str, float, float] | None:
         for x in range(columns.start - 3 * unit, columns.start + unit // 2 + 1):
             line = page[y + 4 * unit :, x + 4 * unit :][: 7 * unit, : 6 * count * unit]
             if line.shape == (7 * unit, 6 * count * unit):
-                squares = line.reshape(7, unit, count, 6, unit).mean((1, 4)).transpose(1, 0, 2)  # (count, 7, 6)
+                squares = (
+                    line.reshape(7, unit, count, 6, unit).mean((1, 4)).transpose(1, 0, 2)
+                )  # (count, 7, 6)
                 reads.append((np.abs(squares[:, None] - _CELLS).sum((2, 3)), x, y))  # (count, 26)
     amiss, x, y = min(reads, key=lambda read: read[0].min(1).sum())
-    letters = "".join(list(GLYPHS)[row.argmin()] if row.min() < _AMISS else UNKNOWN for row in amiss)
-    return None if letters == UNKNOWN * count else (letters, x + (6 * count - 1) * unit / 2, y + 3.5 * unit)
+    letters = "".join(
+        list(GLYPHS)[row.argmin()] if row.min() < _AMISS else UNKNOWN for row in amiss
+    )
+    return (
+        None
+        if letters == UNKNOWN * count
+        else (letters, x + (6 * count - 1) * unit / 2, y + 3.5 * unit)
+    )
 
 
 # ---------------------------------------------------------------- masks (H, W)
@@ -189,5 +212,10 @@ def _near(mask: np.ndarray, side: int) -> np.ndarray:
 
 def _count(mask: np.ndarray, side: int) -> np.ndarray:
     """How much of the mask a square around each pixel holds."""
-    sums = np.pad(mask, ((side // 2 + 1, side - side // 2 - 1),) * 2).astype(np.int32).cumsum(0).cumsum(1)
+    sums = (
+        np.pad(mask, ((side // 2 + 1, side - side // 2 - 1),) * 2)
+        .astype(np.int32)
+        .cumsum(0)
+        .cumsum(1)
+    )
     return sums[side:, side:] - sums[side:, :-side] - sums[:-side, side:] + sums[:-side, :-side]

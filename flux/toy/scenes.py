@@ -25,16 +25,35 @@ from functools import partial
 import numpy as np
 
 COLOURS = {
-    "red": (215, 35, 35), "orange": (250, 140, 20), "yellow": (250, 225, 50), "green": (40, 150, 60), "blue": (35, 75, 215),
-    "purple": (125, 45, 165), "pink": (250, 150, 190), "white": (250, 250, 250), "gray": (130, 130, 130), "black": (15, 15, 15),
-}  # fmt: skip
+    "red": (215, 35, 35),
+    "orange": (250, 140, 20),
+    "yellow": (250, 225, 50),
+    "green": (40, 150, 60),
+    "blue": (35, 75, 215),
+    "purple": (125, 45, 165),
+    "pink": (250, 150, 190),
+    "white": (250, 250, 250),
+    "gray": (130, 130, 130),
+    "black": (15, 15, 15),
+}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
 PATTERNS = ("striped", "hatched", "dotted", "checkered")
-SIZES = {"small": 0.105, "medium": 0.147, "large": 0.206}  # radius over the shorter side of the picture
+SIZES = {
+    "small": 0.105,
+    "medium": 0.147,
+    "large": 0.206,
+}  # radius over the shorter side of the picture
 ROWS = {"top": 0.25, "": 0.5, "bottom": 0.75}  # centres, over the height
 COLUMNS = {"left": 0.25, "": 0.5, "right": 0.75}  # centres, over the width
-PLACES = {f"{row} {column}".strip(): (row, column) for row in ROWS for column in COLUMNS}  # "" is the centre
-RELATIONS = {"above": (0, -1), "below": (0, 1), "to the left of": (-1, 0), "to the right of": (1, 0)}  # first minus second
+PLACES = {
+    f"{row} {column}".strip(): (row, column) for row in ROWS for column in COLUMNS
+}  # "" is the centre
+RELATIONS = {
+    "above": (0, -1),
+    "below": (0, 1),
+    "to the left of": (-1, 0),
+    "to the right of": (1, 0),
+}  # first minus second
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -92,17 +111,31 @@ def at(place: str | None) -> str:
 
 def random_scene(rng: np.random.Generator, complete: bool = False) -> Scene:
     """A scene from the grammar. `complete`: every attribute is named."""
-    said = lambda chance: complete or rng.random() < chance  # noqa: E731
+
+    def said(chance):
+        return complete or rng.random() < chance
+
     kind = rng.choice(["single", "pair", "word"], p=[0.35, 0.45, 0.2])
     *colours, background = _pick(rng, COLOURS, 3)
     background = background if said(0.9) else None
     if kind == "word":
         letters = "".join(_pick(rng, LETTERS) for _ in range(rng.integers(1, 5)))
-        return Scene((Word(letters, colours[0], _pick(rng, ("top", "", "bottom")) if said(0.75) else None),), None, background)
+        return Scene(
+            (Word(letters, colours[0], _pick(rng, ("top", "", "bottom")) if said(0.75) else None),),
+            None,
+            background,
+        )
     objects = []
     for colour in colours[: 2 if kind == "pair" else 1]:
         pattern = _pick(rng, PATTERNS) if rng.random() < 0.5 else ""
-        objects.append(Object(_pick(rng, SHAPES), colour, _pick(rng, sizes(pattern)) if said(0.7) else None, pattern))
+        objects.append(
+            Object(
+                _pick(rng, SHAPES),
+                colour,
+                _pick(rng, sizes(pattern)) if said(0.7) else None,
+                pattern,
+            )
+        )
     if kind == "single" and said(0.75):
         objects = [replace(objects[0], place=_pick(rng, PLACES))]
     return Scene(tuple(objects), _pick(rng, RELATIONS) if kind == "pair" else None, background)
@@ -124,7 +157,10 @@ def held_out(scene: Scene) -> bool:
 
 def _held(thing: Object | Word, background: str | None) -> bool:
     if isinstance(thing, Word):
-        return len(thing.letters) > 1 and sum(n * LETTERS.index(c) for n, c in enumerate(thing.letters, 1)) % 12 == 0
+        return (
+            len(thing.letters) > 1
+            and sum(n * LETTERS.index(c) for n, c in enumerate(thing.letters, 1)) % 12 == 0
+        )
     colours = list(COLOURS)
     number = colours.index(thing.colour) + 3 * SHAPES.index(thing.shape)
     return background is not None and (number + 7 * colours.index(background)) % 12 == 0
@@ -142,7 +178,11 @@ def scenes(seed: int, held: bool | None, complete: bool = False) -> Iterator[Sce
 def _pick(rng: np.random.Generator, some: Iterable, count: int | None = None):
     """One of some, or `count` different ones."""
     some = list(some)
-    return some[rng.integers(len(some))] if count is None else [some[i] for i in rng.permutation(len(some))[:count]]
+    return (
+        some[rng.integers(len(some))]
+        if count is None
+        else [some[i] for i in rng.permutation(len(some))[:count]]
+    )
 
 
 # ---------------------------------------------------------------- layouts: nothing is left open
@@ -224,7 +264,11 @@ def edits(seed: int, held: bool | None) -> Iterator[Edit]:
     rng = np.random.default_rng(seed)
     while True:
         edit = random_edit(rng)
-        shown = shows_held_out(edit.after) if held else any(map(shows_held_out, (edit.after, *edit.before)))
+        shown = (
+            shows_held_out(edit.after)
+            if held
+            else any(map(shows_held_out, (edit.after, *edit.before)))
+        )
         if held is None or shown == held:
             yield edit
 
@@ -241,7 +285,10 @@ def families(seed: int) -> Iterator[list[Edit]]:
             for attribute, choices in _CHOICES.items():
                 if values := choices(layout, item.thing):
                     there = _changed(layout, number, attribute, _pick(rng, values))
-                    family += [there, _changed(there.after, number, attribute, getattr(item.thing, attribute))]
+                    family += [
+                        there,
+                        _changed(there.after, number, attribute, getattr(item.thing, attribute)),
+                    ]
             family.append(_removed(layout, number))
         yield family
 
@@ -253,7 +300,9 @@ def _some_layout(rng: np.random.Generator, pair: bool | None = None) -> Layout:
     """
     while True:
         scene = random_scene(rng)
-        if isinstance(scene.objects[0], Word) or (pair is not None and pair != (len(scene.objects) == 2)):
+        if isinstance(scene.objects[0], Word) or (
+            pair is not None and pair != (len(scene.objects) == 2)
+        ):
             continue
         if len({thing.shape for thing in scene.objects}) == len(scene.objects):
             return arrange(scene, rng)
@@ -268,8 +317,12 @@ def _free_colours(layout: Layout) -> list[str]:
 _CHOICES: dict[str, Callable[[Layout, Object], list[str]]] = {
     "colour": lambda layout, thing: _free_colours(layout),
     "size": lambda layout, thing: [size for size in sizes(thing.pattern) if size != thing.size],
-    "pattern": lambda layout, thing: [p for p in ("", *PATTERNS) if p != thing.pattern and thing.size in sizes(p)],
-    "shape": lambda layout, thing: [s for s in SHAPES if s not in {item.thing.shape for item in layout.items}],
+    "pattern": lambda layout, thing: [
+        p for p in ("", *PATTERNS) if p != thing.pattern and thing.size in sizes(p)
+    ],
+    "shape": lambda layout, thing: [
+        s for s in SHAPES if s not in {item.thing.shape for item in layout.items}
+    ],
 }
 
 
@@ -289,7 +342,11 @@ def _changed(layout: Layout, number: int, attribute: str, value: str) -> Edit:
     changed = replace(item, thing=thing, radius=SIZES[thing.size])
     items = layout.items[:number] + (changed,) + layout.items[number + 1 :]
     shape = item.thing.shape
-    text = f"turn the {shape} into {a(value)}" if attribute == "shape" else f"make the {shape} {value or 'plain'}"
+    text = (
+        f"turn the {shape} into {a(value)}"
+        if attribute == "shape"
+        else f"make the {shape} {value or 'plain'}"
+    )
     return Edit(text, (layout,), replace(layout, items=items), attribute)
 
 
@@ -311,7 +368,9 @@ def _add(rng: np.random.Generator) -> Edit:
     text = f"put {new} {scene.relation} {_pick(rng, ['it', f'the {old.shape}'])}"
     first, second = layout.items
     said = replace(first, thing=replace(first.thing, size=new.size))
-    return Edit(text, (replace(layout, items=(second,)),), replace(layout, items=(said, second)), "add")
+    return Edit(
+        text, (replace(layout, items=(second,)),), replace(layout, items=(said, second)), "add"
+    )
 
 
 def _remove(rng: np.random.Generator) -> Edit:
@@ -319,14 +378,20 @@ def _remove(rng: np.random.Generator) -> Edit:
 
 
 def _removed(layout: Layout, number: int) -> Edit:
-    return Edit(f"remove the {layout.items[number].thing.shape}", (layout,), replace(layout, items=(layout.items[1 - number],)),
-                "remove")  # fmt: skip
+    return Edit(
+        f"remove the {layout.items[number].thing.shape}",
+        (layout,),
+        replace(layout, items=(layout.items[1 - number],)),
+        "remove",
+    )
 
 
 _ORDER = ("first", "second")
 
 
-def _two_pictures(rng: np.random.Generator, colour: Callable[[Layout], str]) -> tuple[tuple[Layout, Layout], int]:
+def _two_pictures(
+    rng: np.random.Generator, colour: Callable[[Layout], str]
+) -> tuple[tuple[Layout, Layout], int]:
     """Layouts of one thing each, in different shapes; and the number of the one that is to take the other's `colour`."""
     while True:
         layouts = (_some_layout(rng, pair=False), _some_layout(rng, pair=False))
@@ -362,7 +427,11 @@ def _described(rng: np.random.Generator) -> Edit:
     layout = arrange(scene, rng)
     number = int(rng.integers(len(layout.items)))
     item, colour = layout.items[number], _pick(rng, _free_colours(layout))
-    others = [replace(item.thing, colour=colour), replace(item.thing, colour=colour, shape=_pick(rng, SHAPES)), None]
+    others = [
+        replace(item.thing, colour=colour),
+        replace(item.thing, colour=colour, shape=_pick(rng, SHAPES)),
+        None,
+    ]
     other = _pick(rng, others[: 1 + len(layout.items)])  # something is left
     items = () if other is None else (replace(item, thing=other),)
     before = replace(layout, items=layout.items[:number] + items + layout.items[number + 1 :])
@@ -370,9 +439,17 @@ def _described(rng: np.random.Generator) -> Edit:
 
 
 EDITS = (  # a new background, a new object and a whole description are twice as frequent as each of the others
-    *(partial(_change, attribute=attribute) for attribute in _CHOICES), _new_background, _new_background, _add, _add,
-    _described, _described, _remove, _onto, _painted,
-)  # fmt: skip
+    *(partial(_change, attribute=attribute) for attribute in _CHOICES),
+    _new_background,
+    _new_background,
+    _add,
+    _add,
+    _described,
+    _described,
+    _remove,
+    _onto,
+    _painted,
+)
 
 _NAMES = [*SHAPES, *COLOURS, *SIZES, *PATTERNS, *PLACES, *RELATIONS]
 _OTHER = "a an the at in of on it and into center background word make plain put remove turn color picture first second"
@@ -382,5 +459,8 @@ WORDS = set(" ".join([*_NAMES, _OTHER]).split())
 def unknown_words(prompt: str) -> list[str]:
     """The words of a prompt that the grammar lacks, in order; one to four capitals are known."""
     words = (w.strip(".,;:!?\"'()") for w in prompt.split())
-    known = lambda w: w.lower() in WORDS or (len(w) <= 4 and all(c in LETTERS for c in w))  # noqa: E731
+
+    def known(w):
+        return w.lower() in WORDS or (len(w) <= 4 and all(c in LETTERS for c in w))
+
     return list(dict.fromkeys(w.lower() for w in words if w and not known(w)))

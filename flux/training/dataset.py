@@ -39,7 +39,9 @@ class Item:
     caption: str
     references: tuple[Path, ...] = ()  # of which the picture is an edit
     control: Path | None = None  # for Canny and Depth, if it is not to be made from the picture
-    mask: Path | None = None  # for Fill, white where the picture is to be filled in; without, a rectangle is drawn
+    mask: Path | None = (
+        None  # for Fill, white where the picture is to be filled in; without, a rectangle is drawn
+    )
 
 
 def read_folder(folder: Path) -> list[Item]:
@@ -50,11 +52,15 @@ def read_folder(folder: Path) -> list[Item]:
         return _listed(folder / "metadata.jsonl")
     pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not pictures:
-        raise UserError(f"{folder} has no pictures ({', '.join(SUFFIXES)}) and no metadata.jsonl that lists any")
+        raise UserError(
+            f"{folder} has no pictures ({', '.join(SUFFIXES)}) and no metadata.jsonl that lists any"
+        )
     captions = {path: _text(path.with_suffix(".txt")) for path in pictures}
     if without := [path.name for path, caption in captions.items() if not caption]:
-        raise UserError(f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({some(without)}): put it in "
-                        f"{Path(without[0]).stem}.txt beside it, or list all in metadata.jsonl")  # fmt: skip
+        raise UserError(
+            f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({some(without)}): put it in "
+            f"{Path(without[0]).stem}.txt beside it, or list all in metadata.jsonl"
+        )
     return [Item(path, caption) for path, caption in captions.items()]
 
 
@@ -62,7 +68,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its name and its rights") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check its name and its rights"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text in UTF-8 ({error}): save it as UTF-8") from None
 
@@ -72,20 +80,32 @@ def _listed(path: Path) -> list[Item]:
     of references, "control" or "mask" may name a picture."""
     items = []
     text = _text(path)
-    for number, line in enumerate(text.split("\n") if text else (), start=1):  # not at what else Unicode has for a new line
+    for number, line in enumerate(
+        text.split("\n") if text else (), start=1
+    ):  # not at what else Unicode has for a new line
         try:
             entry = json.loads(line)
-            image, caption, references = entry["image"], entry["caption"].strip(), entry.get("references", [])
+            image, caption, references = (
+                entry["image"],
+                entry["caption"].strip(),
+                entry.get("references", []),
+            )
             files = [path.parent / name for name in (image, *references)]
-            others = {kind: path.parent / entry[kind] for kind in ("control", "mask") if kind in entry}
+            others = {
+                kind: path.parent / entry[kind] for kind in ("control", "mask") if kind in entry
+            }
             if not caption or not isinstance(references, list):
                 raise ValueError
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UserError(f'{path}, line {number}, is not {{"image": FILE, "caption": TEXT}}, with "references": [FILE, ...] '
-                            f'for an edit, "control": FILE or "mask": FILE: {line!r:.120}') from None  # fmt: skip
+            raise UserError(
+                f'{path}, line {number}, is not {{"image": FILE, "caption": TEXT}}, with "references": [FILE, ...] '
+                f'for an edit, "control": FILE or "mask": FILE: {line!r:.120}'
+            ) from None
         if strange := entry.keys() - KEYS:
-            raise UserError(f"{path}, line {number}, has {some(sorted(map(repr, strange)))}, which means nothing here: the "
-                            f"names are {', '.join(sorted(KEYS))}")  # fmt: skip
+            raise UserError(
+                f"{path}, line {number}, has {some(sorted(map(repr, strange)))}, which means nothing here: the "
+                f"names are {', '.join(sorted(KEYS))}"
+            )
         if missing := [str(file) for file in (*files, *others.values()) if not file.is_file()]:
             raise UserError(f"{path}, line {number}, names {some(missing)}, where there is no file")
         items.append(Item(files[0], caption, tuple(files[1:]), **others))
@@ -141,9 +161,15 @@ class Cache:
 
     def __init__(self, folder: Path, pipe: Pipeline, size: int):
         self.folder, self.pipe, self.size = folder, pipe, size
-        self.content_of = cache(content_of)  # a picture is read beside its mask too, and may be before several edits
+        self.content_of = cache(
+            content_of
+        )  # a picture is read beside its mask too, and may be before several edits
         self.pixels_by = fingerprint(pipe.encoder.files)
-        self.text_by = *(fingerprint(network.files) for network in pipe.text.networks), pipe.spec.text_length, pipe.text.dtype
+        self.text_by = (
+            *(fingerprint(network.files) for network in pipe.text.networks),
+            pipe.spec.text_length,
+            pipe.text.dtype,
+        )
         folder.mkdir(parents=True, exist_ok=True)
 
     def example(self, item: Item) -> Example:
@@ -152,7 +178,9 @@ class Cache:
         references = tuple(self.latents(path, reference=True) for path in item.references)
         shape = tuple(read_header(file)[0]["latents"].shape for file in (latents, *references))
         channels = self.channels(item) if self.pipe.spec.picture in ("control", "fill") else None
-        return Example(latents, self.features(item.caption, item.picture.name), references, shape, channels)
+        return Example(
+            latents, self.features(item.caption, item.picture.name), references, shape, channels
+        )
 
     def latents(self, path: Path, reference: bool = False) -> Path:
         """Of a picture, (C, h, w), float32."""
@@ -160,13 +188,22 @@ class Cache:
         if not sound(file):
             picture = inputs.read_picture(path)
             if max(picture.size) > LONGEST * min(picture.size):
-                raise UserError(f"{path} is {picture.width}x{picture.height}: one side may be at most {LONGEST} times the "
-                                "other; crop it")  # fmt: skip
+                raise UserError(
+                    f"{path} is {picture.width}x{picture.height}: one side may be at most {LONGEST} times the "
+                    "other; crop it"
+                )
             if reference and not self.pipe.spec.flux1:
                 inputs.check_reference(picture, str(path))
             if not reference and 4 * picture.width * picture.height < self.size**2:
-                warnings.warn(f"{path} is {picture.width}x{picture.height}, and enlarged for --size {self.size}", stacklevel=2)
-            fitted = fit_reference(self.pipe.spec, picture, self.size) if reference else fit(picture, self.size)
+                warnings.warn(
+                    f"{path} is {picture.width}x{picture.height}, and enlarged for --size {self.size}",
+                    stacklevel=2,
+                )
+            fitted = (
+                fit_reference(self.pipe.spec, picture, self.size)
+                if reference
+                else fit(picture, self.size)
+            )
             write(file, {"latents": self._encode(to_pixels(fitted))[0]})
         return file
 
@@ -174,24 +211,36 @@ class Cache:
         """What Fill, Canny and Depth read beside the latents, (L, C'), float32; UserError if it is of another size."""
         other, spec = item.control or item.mask, self.pipe.spec
         contents = [self.content_of(path) for path in (item.picture, other) if path]
-        file = self._file("channels", contents, spec.picture, spec.control, self.size, self.pixels_by)
+        file = self._file(
+            "channels", contents, spec.picture, spec.control, self.size, self.pixels_by
+        )
         if not sound(file):
             picture = beside = inputs.read_picture(item.picture)
             if spec.picture == "fill":
-                beside = inputs.read_mask(item.mask) if item.mask else a_mask(picture.size, contents[0])
+                beside = (
+                    inputs.read_mask(item.mask) if item.mask else a_mask(picture.size, contents[0])
+                )
             elif item.control:
                 beside = inputs.read_picture(item.control)
             if beside.size != picture.size:
-                raise UserError(f"{other} is {beside.width}x{beside.height}, and {item.picture} {picture.width}x"
-                                f"{picture.height}: make them of one size")  # fmt: skip
+                raise UserError(
+                    f"{other} is {beside.width}x{beside.height}, and {item.picture} {picture.width}x"
+                    f"{picture.height}: make them of one size"
+                )
             if spec.picture == "fill":
                 inputs.check_mask(beside, str(item.mask))
             picture, beside = fit(picture, self.size), fit(beside, self.size)
             if spec.picture == "fill":
                 mask = to_mask(beside)
-                channels = conditioning.fill_channels(self._encode(to_pixels(picture) * (1 - mask)), mask)
+                channels = conditioning.fill_channels(
+                    self._encode(to_pixels(picture) * (1 - mask)), mask
+                )
             else:
-                pixels = to_pixels(beside) if item.control else conditioning.control_pixels(spec.control, picture)
+                pixels = (
+                    to_pixels(beside)
+                    if item.control
+                    else conditioning.control_pixels(spec.control, picture)
+                )
                 channels = rearrange(self._encode(pixels), "1 c h w -> 1 (h w) c")
             write(file, {"channels": channels[0]})
         return file
@@ -217,7 +266,10 @@ class Cache:
         return file
 
     def _file(self, kind: str, *parts) -> Path:
-        return self.folder / f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"
+        return (
+            self.folder
+            / f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"
+        )
 
 
 def sound(file: Path) -> bool:
@@ -233,7 +285,9 @@ def content_of(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its name and its rights") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check its name and its rights"
+        ) from None
 
 
 def a_mask(size: tuple[int, int], content: str) -> Image.Image:
@@ -266,9 +320,15 @@ def fingerprint(files: Sequence[Path]) -> str:
 def batch_of(examples: Sequence[Example], axes: int) -> Batch:
     """Examples of one shape, from the cache."""
     latents = torch.stack([load(e.latents)["latents"] for e in examples])
-    batch, references = Batch(latents, features_of(examples)), [references_of(e, axes) for e in examples]
+    batch, references = (
+        Batch(latents, features_of(examples)),
+        [references_of(e, axes) for e in examples],
+    )
     if references[0]:
-        batch = batch._replace(references=torch.cat([tokens for tokens, _ in references]), reference_ids=references[0][1])
+        batch = batch._replace(
+            references=torch.cat([tokens for tokens, _ in references]),
+            reference_ids=references[0][1],
+        )
     return batch._replace(channels=channels_of(examples))
 
 
@@ -280,7 +340,11 @@ def features_of(examples: Sequence[Example]) -> TextFeatures:
 
 def channels_of(examples: Sequence[Example]) -> Tensor | None:
     """(B, L, C'), if the model reads any beside the latents."""
-    return torch.stack([load(e.channels)["channels"] for e in examples]) if examples[0].channels else None
+    return (
+        torch.stack([load(e.channels)["channels"] for e in examples])
+        if examples[0].channels
+        else None
+    )
 
 
 def references_of(example: Example, axes: int) -> tuple[Tensor, Tensor] | None:
@@ -297,7 +361,10 @@ def order(shapes: Sequence[Hashable], size: int, seed: int, epoch: int) -> list[
     draw, members = generator(seed, epoch), defaultdict(list)
     for number in torch.randperm(len(shapes), generator=draw).tolist():
         members[shapes[number]].append(number)
-    filled = lambda each, start: [each[(start + k) % len(each)] for k in range(size)]  # noqa: E731
+
+    def filled(each, start):
+        return [each[(start + k) % len(each)] for k in range(size)]
+
     made = [filled(each, start) for each in members.values() for start in range(0, len(each), size)]
     return [made[number] for number in torch.randperm(len(made), generator=draw).tolist()]
 
@@ -311,7 +378,9 @@ class Draws:
     seed: int
     axes: int  # of coordinates
     empty: Path  # features of the empty caption
-    dropped: float = 0.0  # the share of captions that it takes the place of, for classifier-free guidance
+    dropped: float = (
+        0.0  # the share of captions that it takes the place of, for classifier-free guidance
+    )
     known: tuple[int, list[list[int]]] = (-1, [])  # the last epoch, and its order
 
     def __call__(self, number: int) -> tuple[Batch, Tensor, Tensor]:
@@ -320,9 +389,16 @@ class Draws:
         chosen = [self.examples[row] for row in self._order(epoch)[place]]
         draw = generator(self.seed, number, 0)
         dropped = (torch.rand(self.size, generator=draw) < self.dropped).tolist()
-        chosen = [e._replace(features=self.empty) if drop else e for e, drop in zip(chosen, dropped, strict=True)]
+        chosen = [
+            e._replace(features=self.empty) if drop else e
+            for e, drop in zip(chosen, dropped, strict=True)
+        ]
         batch = batch_of(chosen, self.axes)
-        return batch, torch.randn(self.size, generator=draw), torch.randn(batch.latents.shape, generator=draw)
+        return (
+            batch,
+            torch.randn(self.size, generator=draw),
+            torch.randn(batch.latents.shape, generator=draw),
+        )
 
     @cached_property
     def count(self) -> int:

@@ -23,8 +23,15 @@ from flux.weights.load import blank
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
-def guidance_distillation_loss(student: Velocity, teacher: Velocity, uncaptioned: Velocity, guidance: Tensor,
-                               latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:  # fmt: skip
+def guidance_distillation_loss(
+    student: Velocity,
+    teacher: Velocity,
+    uncaptioned: Velocity,
+    guidance: Tensor,
+    latents: Tensor,
+    t: Tensor,
+    noise: Tensor,
+) -> Tensor:
     """|v(x_t, t, g) - (u + g · (c - u))|², the mean of it all.
 
     v: the student, which is told g, `guidance` (B,). c: its teacher. u: the same, `uncaptioned`.
@@ -35,8 +42,14 @@ def guidance_distillation_loss(student: Velocity, teacher: Velocity, uncaptioned
     return F.mse_loss(student(x, t).float(), target)
 
 
-def guided_flow_loss(network: Velocity, uncaptioned: Velocity, guidance: Tensor, latents: Tensor, t: Tensor,
-                     noise: Tensor) -> Tensor:  # fmt: skip
+def guided_flow_loss(
+    network: Velocity,
+    uncaptioned: Velocity,
+    guidance: Tensor,
+    latents: Tensor,
+    t: Tensor,
+    noise: Tensor,
+) -> Tensor:
     """|u + (v(x_t, t, g) - u) / g - (noise - latents)|², the mean of it all: trains at the guidance of use, and keeps it.
 
     Published, by Krea of FLUX.1 Krea [dev] (https://www.krea.ai/blog/flux-krea-open-source-release), are words and no equation:
@@ -63,7 +76,14 @@ def draw_guidance(low: float, high: float, count: int, seed: int, number: int) -
 
 def without_captions(batch: Batch, empty: TextFeatures) -> Batch:
     """`empty`: features of the empty caption, a batch of one."""
-    expand = lambda x: None if x is None else x.to(batch.latents.device).expand(len(batch.latents), *x.shape[1:])  # noqa: E731
+
+    def expand(x):
+        return (
+            None
+            if x is None
+            else x.to(batch.latents.device).expand(len(batch.latents), *x.shape[1:])
+        )
+
     return batch._replace(features=TextFeatures(*map(expand, empty)))
 
 
@@ -75,10 +95,14 @@ def teacher_of(student: Flux) -> Flux:
     UserError if there is no such bias, as in FLUX.2.
     """
     if not (student.config.guidance and student.config.bias):
-        raise UserError("only a model of FLUX.1 that is told its guidance can be made one that is not")
+        raise UserError(
+            "only a model of FLUX.1 that is told its guidance can be made one that is not"
+        )
     tensors = {name: x.to(torch.float32, copy=True) for name, x in student.state_dict().items()}
     bias = tensors["time_in.out_layer.bias"]
-    bias += student.guidance_in(sinusoid(torch.tensor([1000.0])).to(student.time_in.out_layer.bias))[0].float()
+    bias += student.guidance_in(
+        sinusoid(torch.tensor([1000.0])).to(student.time_in.out_layer.bias)
+    )[0].float()
     tensors = {name: x for name, x in tensors.items() if not name.startswith("guidance_in.")}
     teacher = blank(lambda: Flux(replace(student.config, guidance=False), student.numerics))
     teacher.load_state_dict(tensors, assign=True)
@@ -92,11 +116,15 @@ def student_of(teacher: Flux) -> Flux:
     Its last layer for guidance is zero, and its first that for time, which knows such sinusoids.
     """
     if teacher.config.guidance:
-        raise UserError("a teacher that is told its guidance was distilled already: choose one with classifier-free guidance")
+        raise UserError(
+            "a teacher that is told its guidance was distilled already: choose one with classifier-free guidance"
+        )
     student = blank(lambda: Flux(replace(teacher.config, guidance=True), teacher.numerics))
     tensors = teacher.state_dict()
     for name in [name for name in tensors if name.startswith("time_in.")]:
         like = tensors[name] if ".in_layer." in name else torch.zeros_like(tensors[name])
         tensors[name.replace("time_in.", "guidance_in.")] = like
-    student.load_state_dict({name: x.to(torch.float32, copy=True) for name, x in tensors.items()}, assign=True)
+    student.load_state_dict(
+        {name: x.to(torch.float32, copy=True) for name, x in tensors.items()}, assign=True
+    )
     return student.requires_grad_(True)

@@ -28,7 +28,9 @@ def join(device: str | None) -> str | None:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device is not None and choose_device(device).type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device and device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group(
+        "nccl" if device and device.startswith("cuda") else "gloo", timeout=timedelta(days=1)
+    )
     return device
 
 
@@ -97,4 +99,6 @@ def own(x: Tensor) -> Tensor:
 def part(x: Tensor, like: Tensor) -> Tensor:
     """A whole tensor -> on the device of another, and in parts if that is."""
     x = x.to(like.device)
-    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+    return (
+        distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+    )

@@ -20,7 +20,11 @@ def say(text: str) -> None:
 
 def _is_of_a_step(row: list[str]) -> bool:
     try:
-        return len(row) == len(Log.NAMES) and row[0].isdecimal() and all(math.isfinite(float(cell)) for cell in row)
+        return (
+            len(row) == len(Log.NAMES)
+            and row[0].isdecimal()
+            and all(math.isfinite(float(cell)) for cell in row)
+        )
     except ValueError:
         return False
 
@@ -52,10 +56,17 @@ class Log:
         losses = [float(row[1]) for row in self.rows]
         means = [fmean(losses[max(0, i - 49) : i + 1]) for i in range(len(losses))]
         scale = LogScale.around(losses, 30, 260)
-        x = lambda i: 60 + 560 * i / max(1, len(losses) - 1)  # noqa: E731
+
+        def x(i):
+            return 60 + 560 * i / max(1, len(losses) - 1)
+
         shapes = [Line([(60, scale(tick)), (620, scale(tick))], "grid") for tick in scale.ticks()]
         shapes += [Label(54, scale(tick) + 4, f"{tick:g}", anchor="end") for tick in scale.ticks()]
         for values, colour, width in ((losses, "w3", 1), (means, "first", 2)):
-            shapes.append(Line([(x(i), scale(value)) for i, value in enumerate(values)], colour, width))
-        shapes.append(Label(620, 285, f"step {self.rows[-1][0]}, mean loss {means[-1]:.4f}", anchor="end"))
+            shapes.append(
+                Line([(x(i), scale(value)) for i, value in enumerate(values)], colour, width)
+            )
+        shapes.append(
+            Label(620, 285, f"step {self.rows[-1][0]}, mean loss {means[-1]:.4f}", anchor="end")
+        )
         self.path.with_suffix(".png").write_bytes(Drawing("loss", 640, 300, shapes).png())

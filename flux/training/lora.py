@@ -20,7 +20,10 @@ LAYERS = {  # of a block -> what diffusers calls its parts, in the order of its 
     "img_attn.proj": ("attn.to_out.0", "attn.to_out.0"),
     "img_mlp.0": ("ff.net.0.proj", "ff.linear_in"),
     "img_mlp.2": ("ff.net.2", "ff.linear_out"),
-    "txt_attn.qkv": ("attn.add_q_proj attn.add_k_proj attn.add_v_proj", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
+    "txt_attn.qkv": (
+        "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+        "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    ),
     "txt_attn.proj": ("attn.to_add_out", "attn.to_add_out"),
     "txt_mlp.0": ("ff_context.net.0.proj", "ff_context.linear_in"),
     "txt_mlp.2": ("ff_context.net.2", "ff_context.linear_out"),
@@ -50,12 +53,18 @@ class LoRALinear(nn.Module):
 def add_lora(network: Flux, rank: int, targets: Sequence[str] = ("*",)) -> list[str]:
     """Freeze the network, and put a LoRALinear in place of each Linear of attention and MLP that a pattern names: the paths."""
     network.requires_grad_(False)
-    linears = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear | QuantizedLinear)]
+    linears = [
+        path
+        for path, layer in network.named_modules()
+        if isinstance(layer, nn.Linear | QuantizedLinear)
+    ]
     able = [path for path in linears if _layer(path) in LAYERS]
     for pattern in targets:
         if not any(fnmatchcase(path, pattern) for path in able):
-            raise UserError(f"--targets {pattern}: none of the {len(able)} layers to train ({some(able)}) has such "
-                            "a name; use * for any part of one")  # fmt: skip
+            raise UserError(
+                f"--targets {pattern}: none of the {len(able)} layers to train ({some(able)}) has such "
+                "a name; use * for any part of one"
+            )
     paths = [path for path in able if any(fnmatchcase(path, pattern) for pattern in targets)]
     for path in paths:
         network.set_submodule(path, LoRALinear(network.get_submodule(path), rank))
@@ -81,6 +90,8 @@ def lora_tensors(network: Flux) -> dict[str, Tensor]:
             a, b = whole(layer.lora_A.weight), whole(layer.lora_B.weight)
             before = f"transformer.{'single_' if blocks == 'single_blocks' else ''}transformer_blocks.{number}"
             for name, rows_of_b in zip(theirs, b.split([*rows, len(b) - sum(rows)]), strict=True):
-                tensors[f"{before}.{name}.lora_A.weight"] = a.clone()  # no two names in a file may share memory
+                tensors[f"{before}.{name}.lora_A.weight"] = (
+                    a.clone()
+                )  # no two names in a file may share memory
                 tensors[f"{before}.{name}.lora_B.weight"] = rows_of_b.clone()
     return tensors

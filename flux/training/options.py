@@ -26,51 +26,137 @@ QUANTISED = "is quantised, and weights are trained in float32 or beside bfloat16
 
 def parser(description: str) -> argparse.ArgumentParser:
     as_written = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=description, formatter_class=as_written, allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=as_written, allow_abbrev=False
+    )
     p.add_argument("pictures", type=Path, help="folder of pictures and captions")
-    p.add_argument("run", type=Path, help="folder for all that is made; a run that it holds goes on")
+    p.add_argument(
+        "run", type=Path, help="folder for all that is made; a run that it holds goes on"
+    )
     p.add_argument("--model", metavar="NAME", help="default: flux.2-tiny, an embedded toy")
-    p.add_argument("--weights", type=Path, metavar="DIR", help="where the models' files are, as for sample.py")
-    p.add_argument("--transformer", type=Path, metavar="FILE", help="begin with another one in BFL's layout")
+    p.add_argument(
+        "--weights", type=Path, metavar="DIR", help="where the models' files are, as for sample.py"
+    )
+    p.add_argument(
+        "--transformer", type=Path, metavar="FILE", help="begin with another one in BFL's layout"
+    )
     p.add_argument("--device", help="default: the best there is")
     p.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="of matrix products (default: bfloat16; float32 for the toy)"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of matrix products (default: bfloat16; float32 for the toy)",
     )
     what = p.add_argument_group("what is trained")
-    what.add_argument("--lora-rank", type=int, metavar="R", help="a LoRA of this rank (default: all weights, in float32)")
-    what.add_argument("--targets", action="append", metavar="PATTERN", help="layers that the LoRA changes, such as "
-                      "'*attn.qkv' (repeatable; default: those of attention and MLP)")  # fmt: skip
-    what.add_argument("--ema", type=float, metavar="D", help="keep an average of the weights, with this decay, and export that")
-    what.add_argument("--distill", metavar="TEACHER", help="a student that is told its guidance, to give in one pass what this "
-                      "model, or this transformer FILE, gives in two (begins as its teacher, or --transformer)")  # fmt: skip
+    what.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="a LoRA of this rank (default: all weights, in float32)",
+    )
+    what.add_argument(
+        "--targets",
+        action="append",
+        metavar="PATTERN",
+        help="layers that the LoRA changes, such as "
+        "'*attn.qkv' (repeatable; default: those of attention and MLP)",
+    )
+    what.add_argument(
+        "--ema",
+        type=float,
+        metavar="D",
+        help="keep an average of the weights, with this decay, and export that",
+    )
+    what.add_argument(
+        "--distill",
+        metavar="TEACHER",
+        help="a student that is told its guidance, to give in one pass what this "
+        "model, or this transformer FILE, gives in two (begins as its teacher, or --transformer)",
+    )
     how = p.add_argument_group("how")
     how.add_argument("--steps", type=int, default=1000, help="default: 1000")
-    how.add_argument("--lr", type=float, help="after warm-up; falls as a cosine (default: 1e-4 for a LoRA, else 1e-5)")
-    how.add_argument("--optimizer", choices=training.OPTIMIZERS, default="adamw", help="default: adamw; adamw8bit keeps its "
-                     "moments in a quarter of the memory, and needs bitsandbytes")  # fmt: skip
-    how.add_argument("--warmup", type=int, default=50, metavar="STEPS", help="default: 50")
-    how.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
-    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)")
-    how.add_argument("--checkpointing", action="store_true", help="compute blocks again instead of keeping what is in them")
-    how.add_argument("--size", type=int, metavar="PIXELS", help="pictures are scaled to PIXELS² in their shape (default: the "
-                     "model's)")  # fmt: skip
     how.add_argument(
-        "--guidance", type=float, metavar="G", help="what a guidance-distilled model is told (default: 1, see README)"
+        "--lr",
+        type=float,
+        help="after warm-up; falls as a cosine (default: 1e-4 for a LoRA, else 1e-5)",
     )
-    how.add_argument("--guidance-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="drawn for each picture, with "
-                     "--distill (default: 1 5) or --guided")  # fmt: skip
-    how.add_argument("--guided", action="store_true", help="train a guidance-distilled model at its guidance of use "
-                     "(--guidance; default: the model's), so that it stays distilled, see README")  # fmt: skip
-    how.add_argument("--drop-captions", type=float, metavar="P", help="the share of captions left out, for classifier-free "
-                     "guidance (default: 0.1 for models that use it, and for --distill, else 0)")  # fmt: skip
+    how.add_argument(
+        "--optimizer",
+        choices=training.OPTIMIZERS,
+        default="adamw",
+        help="default: adamw; adamw8bit keeps its "
+        "moments in a quarter of the memory, and needs bitsandbytes",
+    )
+    how.add_argument("--warmup", type=int, default=50, metavar="STEPS", help="default: 50")
+    how.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="pictures at a time (default: 1)"
+    )
+    how.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="batches a step (default: 1)"
+    )
+    how.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute blocks again instead of keeping what is in them",
+    )
+    how.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="pictures are scaled to PIXELS² in their shape (default: the model's)",
+    )
+    how.add_argument(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="what a guidance-distilled model is told (default: 1, see README)",
+    )
+    how.add_argument(
+        "--guidance-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="drawn for each picture, with --distill (default: 1 5) or --guided",
+    )
+    how.add_argument(
+        "--guided",
+        action="store_true",
+        help="train a guidance-distilled model at its guidance of use "
+        "(--guidance; default: the model's), so that it stays distilled, see README",
+    )
+    how.add_argument(
+        "--drop-captions",
+        type=float,
+        metavar="P",
+        help="the share of captions left out, for classifier-free "
+        "guidance (default: 0.1 for models that use it, and for --distill, else 0)",
+    )
     how.add_argument("--seed", type=int, default=0)
     files = p.add_argument_group("files")
-    files.add_argument("--cache", type=Path, metavar="DIR", help="for latents and text features (default: RUN/cache)")
-    files.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
-    files.add_argument("--save-every", type=int, default=250, metavar="STEPS", help="a checkpoint (default: 250)")
-    files.add_argument("--sample-every", type=int, default=250, metavar="STEPS", help="sample pictures; 0: none (default: 250)")
-    files.add_argument("--prompt", action="append", metavar="TEXT", help="of the samples (repeatable; default: the first "
-                       "captions)")  # fmt: skip
+    files.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="for latents and text features (default: RUN/cache)",
+    )
+    files.add_argument(
+        "--skip-broken", action="store_true", help="leave out pictures that cannot be read"
+    )
+    files.add_argument(
+        "--save-every", type=int, default=250, metavar="STEPS", help="a checkpoint (default: 250)"
+    )
+    files.add_argument(
+        "--sample-every",
+        type=int,
+        default=250,
+        metavar="STEPS",
+        help="sample pictures; 0: none (default: 250)",
+    )
+    files.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="of the samples (repeatable; default: the first captions)",
+    )
     return p
 
 
@@ -81,11 +167,15 @@ def load(args: argparse.Namespace) -> flux.Pipeline:
         return flux.load(args.model, args.weights, device, dtype, transformer=args.transformer)
     if args.distill.lower() in flux.MODELS:
         if args.model:
-            raise UserError(f"--distill {args.distill} says which model it is: leave --model {args.model} out")
+            raise UserError(
+                f"--distill {args.distill} says which model it is: leave --model {args.model} out"
+            )
         return flux.load(args.distill, args.weights, device, dtype)
     if not Path(args.distill).exists():
-        raise UserError(f"--distill {args.distill}: there is no such file, and no such model; the models are "
-                        + ", ".join(flux.MODELS))  # fmt: skip
+        raise UserError(
+            f"--distill {args.distill}: there is no such file, and no such model; the models are "
+            + ", ".join(flux.MODELS)
+        )
     try:
         return flux.load(args.model, args.weights, device, dtype, transformer=args.distill)
     except UserError as error:
@@ -96,14 +186,27 @@ def check_numbers(args: argparse.Namespace) -> None:
     for flag in ("steps", "batch", "accumulate", "save_every", "lora_rank"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
-    for flag in ("steps", "batch", "accumulate", "save_every", "lora_rank", "warmup", "sample_every", "seed"):
+    for flag in (
+        "steps",
+        "batch",
+        "accumulate",
+        "save_every",
+        "lora_rank",
+        "warmup",
+        "sample_every",
+        "seed",
+    ):
         if (getattr(args, flag) or 0) >= 2**63:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at most 2^63 - 1")
+            raise UserError(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at most 2^63 - 1"
+            )
     for flag in ("warmup", "sample_every", "seed"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 0")
     if args.targets and not args.lora_rank:
-        raise UserError("--targets says which layers a LoRA changes: give --lora-rank too, or leave it out")
+        raise UserError(
+            "--targets says which layers a LoRA changes: give --lora-rank too, or leave it out"
+        )
     if args.ema is not None and not 0 < args.ema < 1:
         raise UserError(f"--ema {args.ema:g}: must be between 0 and 1, such as 0.999")
     if args.lr is not None and not 0 < args.lr < 1:
@@ -119,19 +222,27 @@ def check_numbers(args: argparse.Namespace) -> None:
 def check_guidance(args: argparse.Namespace) -> None:
     low, high = args.guidance_range or (1, 1)
     if not 1 <= low <= high <= 100:
-        raise UserError(f"--guidance-range {low:g} {high:g}: must be the lowest and the highest, from 1 to 100")
+        raise UserError(
+            f"--guidance-range {low:g} {high:g}: must be the lowest and the highest, from 1 to 100"
+        )
     if args.guidance_range and not (args.distill or args.guided):
-        raise UserError("--guidance-range is for --distill and --guided: add one of them, or leave it out")
+        raise UserError(
+            "--guidance-range is for --distill and --guided: add one of them, or leave it out"
+        )
     if args.guidance is not None and not 0 <= args.guidance <= 100:
         raise UserError(f"--guidance {args.guidance:g}: must be from 0 to 100")
     if args.guidance is not None and (args.guidance_range or args.distill):
-        raise UserError("--guidance is one value, where a range is drawn from: leave it out, or give --guidance-range G G")
+        raise UserError(
+            "--guidance is one value, where a range is drawn from: leave it out, or give --guidance-range G G"
+        )
     if args.distill and (args.guided or args.lora_rank):
         other = "--guided" if args.guided else "--lora-rank"
         raise UserError(f"--distill trains all weights, by a loss of its own: leave {other} out")
     if args.guided and args.drop_captions:
-        raise UserError("--guided compares with what the model makes of no caption, and does not train that: leave "
-                        "--drop-captions out")  # fmt: skip
+        raise UserError(
+            "--guided compares with what the model makes of no caption, and does not train that: leave "
+            "--drop-captions out"
+        )
 
 
 def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.Item]) -> None:
@@ -141,32 +252,52 @@ def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.It
             other = "" if args.distill else ", or train a LoRA, with --lora-rank"
             raise UserError(f"{pipe.files['transformer'][0]} {QUANTISED}{other}")
         if processes.world() > 1:
-            raise UserError(f"{pipe.files['transformer'][0]} is quantised, and trained by one process only: leave torchrun out")
+            raise UserError(
+                f"{pipe.files['transformer'][0]} is quantised, and trained by one process only: leave torchrun out"
+            )
     settle_guidance(args, pipe)
     spec = pipe.spec
     if spec.picture in ("control", "redux") and spec.adapter:
         of = "an image encoder" if spec.picture == "redux" else "a LoRA"
-        raise UserError(f"{spec.name} is flux.1-dev with {of} beside it, which is not trained here: choose another")
+        raise UserError(
+            f"{spec.name} is flux.1-dev with {of} beside it, which is not trained here: choose another"
+        )
     for kind, use in (("control", "control"), ("mask", "fill")):
         if any(getattr(item, kind) for item in items) and spec.picture != use:
-            able = ", ".join(s.name for s in flux.MODELS.values() if s.picture == use and not s.adapter)
-            raise UserError(f"{args.pictures} has items with a {kind}, which means nothing to {spec.name}; choose from {able}")
+            able = ", ".join(
+                s.name for s in flux.MODELS.values() if s.picture == use and not s.adapter
+            )
+            raise UserError(
+                f"{args.pictures} has items with a {kind}, which means nothing to {spec.name}; choose from {able}"
+            )
     if spec.picture == "control" and not all(item.control for item in items):
         control.check(spec.control)
     if any(item.references for item in items) and (spec.picture != "reference" or spec.cached):
-        able = ", ".join(s.name for s in flux.MODELS.values() if s.picture == "reference" and not s.cached)
-        raise UserError(f"{args.pictures} has references, and {spec.name} takes none in training; choose from {able}")
+        able = ", ".join(
+            s.name for s in flux.MODELS.values() if s.picture == "reference" and not s.cached
+        )
+        raise UserError(
+            f"{args.pictures} has references, and {spec.name} takes none in training; choose from {able}"
+        )
     if spec.flux1 and any(len(item.references) > 1 for item in items):
-        raise UserError(f"{args.pictures} has items with several references, and {spec.name} takes one")
+        raise UserError(
+            f"{args.pictures} has items with several references, and {spec.name} takes one"
+        )
     if spec.fixed:
-        say(f"note: {spec.name}: {spec.fixed}, which this loss does not preserve; a base or dev model is made to be trained")
+        say(
+            f"note: {spec.name}: {spec.fixed}, which this loss does not preserve; a base or dev model is made to be trained"
+        )
     if args.batch % processes.world():
-        raise UserError(f"--batch {args.batch}: cannot be shared among {processes.world()} processes; give a multiple of that")
+        raise UserError(
+            f"--batch {args.batch}: cannot be shared among {processes.world()} processes; give a multiple of that"
+        )
     if processes.world() > 1:
         if args.optimizer != "adamw":
             raise UserError(f"--optimizer {args.optimizer} is for one process: leave it out")
         args.sample_every = 0
-        say("note: several processes make no sample pictures, for which each would need all weights")
+        say(
+            "note: several processes make no sample pictures, for which each would need all weights"
+        )
         pipe.transformer.device = torch.device("cpu")  # from where each process takes its part
     if not args.lora_rank and not args.distill:
         pipe.transformer.dtype = torch.float32  # the master weights
@@ -181,22 +312,32 @@ def settle_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
     spec = pipe.spec
     if args.distill:
         if spec.transformer.guidance:
-            raise UserError(f"--distill {args.distill}: it is told its guidance, which was distilled already; choose a teacher "
-                            "with classifier-free guidance")  # fmt: skip
+            raise UserError(
+                f"--distill {args.distill}: it is told its guidance, which was distilled already; choose a teacher "
+                "with classifier-free guidance"
+            )
         args.guidance_range = args.guidance_range or (1.0, 5.0)
         meant = spec.guidance or sum(args.guidance_range) / 2
-        pipe.spec = with_transformer(replace(spec, guidance=meant), replace(spec.transformer, guidance=True))
+        pipe.spec = with_transformer(
+            replace(spec, guidance=meant), replace(spec.transformer, guidance=True)
+        )
         if args.transformer:
             given_student(args, pipe)
     elif not spec.transformer.guidance and (args.guided or args.guidance is not None):
-        raise UserError(f"{'--guided' if args.guided else f'--guidance {args.guidance:g}'}: {spec.name} has no such input; "
-                        "leave it out")  # fmt: skip
+        raise UserError(
+            f"{'--guided' if args.guided else f'--guidance {args.guidance:g}'}: {spec.name} has no such input; "
+            "leave it out"
+        )
     # At guidance 1 a distilled model gives the plain velocity of the data, which is what the plain loss compares with: at the
     # guidance of use, it would be taught to ignore it.
-    args.guidance = (spec.guidance if args.guided else 1.0) if args.guidance is None else args.guidance
+    args.guidance = (
+        (spec.guidance if args.guided else 1.0) if args.guidance is None else args.guidance
+    )
     args.guidance_range = tuple(args.guidance_range or (args.guidance, args.guidance))
     if args.guided and not (args.guidance or 0) >= 1:
-        raise UserError(f"--guided --guidance {args.guidance or 0:g}: must be at least 1, such as 3.5")
+        raise UserError(
+            f"--guided --guidance {args.guidance or 0:g}: must be at least 1, such as 3.5"
+        )
 
 
 def given_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
@@ -204,10 +345,17 @@ def given_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
     config = infer_config(args.transformer)
     if config != pipe.spec.transformer:
         fault = "has another shape" if config.guidance else "has no input for guidance"
-        raise UserError(f"--transformer {args.transformer} is no student of {args.distill}: it {fault}; leave it out, to begin "
-                        "as the teacher")  # fmt: skip
+        raise UserError(
+            f"--transformer {args.transformer} is no student of {args.distill}: it {fault}; leave it out, to begin "
+            "as the teacher"
+        )
     student = blank(lambda: Flux(config))
-    load_module(student, shard_files(args.transformer), dtype=torch.float32, prefixes=("", "model.diffusion_model."))
+    load_module(
+        student,
+        shard_files(args.transformer),
+        dtype=torch.float32,
+        prefixes=("", "model.diffusion_model."),
+    )
     if is_quantised(student):
         raise UserError(f"{args.transformer} {QUANTISED}")
     return student
@@ -220,23 +368,44 @@ def is_quantised(module: torch.nn.Module) -> bool:
 def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.Item]) -> None:
     """UserError if it is more than there is."""
     dtype = pipe.transformer.dtype if args.lora_rank else torch.float32
-    make = partial(training.untrained, pipe.spec.transformer, dtype, args.lora_rank, args.targets or ["*"])
-    tokens, world = (args.size // 16) ** 2 * (1 + max(len(item.references) for item in items)), processes.world()
+    make = partial(
+        training.untrained, pipe.spec.transformer, dtype, args.lora_rank, args.targets or ["*"]
+    )
+    tokens, world = (
+        (args.size // 16) ** 2 * (1 + max(len(item.references) for item in items)),
+        processes.world(),
+    )
     need = training.memory(
-        pipe.spec, make, tokens, args.batch // world, pipe.device, pipe.dtype, args.ema is not None, args.checkpointing,
+        pipe.spec,
+        make,
+        tokens,
+        args.batch // world,
+        pipe.device,
+        pipe.dtype,
+        args.ema is not None,
+        args.checkpointing,
         args.optimizer,
-    )  # fmt: skip
+    )
     if is_quantised(pipe.transformer.shapes):
         need = need._replace(weights=pipe.transformer.bytes)
     teacher = pipe.transformer.bytes if args.distill else 0
     need = need._replace(weights=(need.weights + teacher) // world, states=need.states // world)
     room = room_on(pipe.device).device
-    gb = lambda size: f"{size / 1e9:.3g}"  # noqa: E731
+
+    def gb(size):
+        return f"{size / 1e9:.3g}"
+
     listed = f"weights {gb(need.weights)}, gradients and the optimizer {gb(need.states)}, activations {gb(need.activations)}"
     say(f"memory: {listed}: at least {gb(need.total)} GB of {gb(room)}")
     if need.total > room:
-        advice = {"--checkpointing": not args.checkpointing, "a smaller --size": True, "a smaller --batch": args.batch > 1,
-                  "--lora-rank": not args.lora_rank,
-                  "--optimizer adamw8bit": args.optimizer == "adamw" and world == 1}  # fmt: skip
-        raise UserError(f"training {pipe.spec.name} so takes at least {gb(need.total)} GB, and {gb(room)} GB are free: use "
-                        f"{' or '.join(words for words, helps in advice.items() if helps)}")  # fmt: skip
+        advice = {
+            "--checkpointing": not args.checkpointing,
+            "a smaller --size": True,
+            "a smaller --batch": args.batch > 1,
+            "--lora-rank": not args.lora_rank,
+            "--optimizer adamw8bit": args.optimizer == "adamw" and world == 1,
+        }
+        raise UserError(
+            f"training {pipe.spec.name} so takes at least {gb(need.total)} GB, and {gb(room)} GB are free: use "
+            f"{' or '.join(words for words, helps in advice.items() if helps)}"
+        )

@@ -41,7 +41,9 @@ from flux.weights.files import read_header
 # ---------------------------------------------------------------------------------------------------------- the loss
 
 
-def rectified_flow_loss(velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def rectified_flow_loss(
+    velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
     """|v(x_t, t) - (noise - latents)|², the mean of it all. Latents and noise (B, C, h, w), t (B,)."""
     x = sampling.interpolate(latents, noise, rearrange(t, "b -> b 1 1 1"))
     return F.mse_loss(velocity(x, t).float(), noise - latents)
@@ -72,14 +74,23 @@ class Batch(NamedTuple):
 
     def rows(self, rows: slice, device: torch.device) -> "Batch":
         """Some of the pictures, on a device."""
-        of = lambda x: None if x is None else x[rows].to(device)  # noqa: E731
+
+        def of(x):
+            return None if x is None else x[rows].to(device)
+
         ids = None if self.reference_ids is None else self.reference_ids.to(device)
         features = TextFeatures(*map(of, self.features))
         return Batch(of(self.latents), features, of(self.references), ids, of(self.channels))
 
 
-def velocity(network: Flux, batch: Batch, guidance: float | Tensor, x: Tensor, t: Tensor,
-             corner: tuple[int, int] = (0, 0)) -> Tensor:  # fmt: skip
+def velocity(
+    network: Flux,
+    batch: Batch,
+    guidance: float | Tensor,
+    x: Tensor,
+    t: Tensor,
+    corner: tuple[int, int] = (0, 0),
+) -> Tensor:
     """Of latents x (B, C, h, w) at times t (B,), with all else that the batch has; guidance for all, or (B,).
 
     `corner`: row and column of the first tokens, if the latents are a window of the pictures, and the references too.
@@ -89,7 +100,10 @@ def velocity(network: Flux, batch: Batch, guidance: float | Tensor, x: Tensor, t
     if batch.channels is not None:
         img = torch.cat([img, batch.channels], dim=2)
     if batch.references is not None:
-        img, img_ids = torch.cat([img, batch.references], dim=1), torch.cat([img_ids, batch.reference_ids])
+        img, img_ids = (
+            torch.cat([img, batch.references], dim=1),
+            torch.cat([img_ids, batch.reference_ids]),
+        )
     img_ids[:, 1:3] += torch.tensor(corner, device=x.device)
     txt_ids = sampling.text_ids(txt.shape[1], axes).to(x.device)
     given = torch.as_tensor(guidance).to(t).expand_as(t) if network.config.guidance else None
@@ -135,8 +149,10 @@ def optimizer_of(kind: str) -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise UserError("--optimizer adamw8bit is that of bitsandbytes: run `pip install -e '.[adamw8bit]'`, or leave it "
-                        "out") from None  # fmt: skip
+        raise UserError(
+            "--optimizer adamw8bit is that of bitsandbytes: run `pip install -e '.[adamw8bit]'`, or leave it "
+            "out"
+        ) from None
     return AdamW8bit
 
 
@@ -144,7 +160,9 @@ def moments(kind: str, p: Tensor) -> int:
     """The bytes of what it keeps of a parameter."""
     if kind == "adamw" or p.numel() < 4096:  # bitsandbytes keeps small ones as they are
         return 2 * p.nbytes
-    return 2 * (p.numel() + 4 * math.ceil(p.numel() / 256))  # a byte each, and a float32 scale of every 256
+    return 2 * (
+        p.numel() + 4 * math.ceil(p.numel() / 256)
+    )  # a byte each, and a float32 scale of every 256
 
 
 class Trainer:
@@ -153,14 +171,35 @@ class Trainer:
     `about`: what the run is, by name. A checkpoint is restored only where all of that is the same. `kind`: of OPTIMIZERS.
     """
 
-    def __init__(self, module: nn.Module, path: Path, about: Mapping[str, object], *, steps: int, rate: float, warmup: int = 0,
-                 weight_decay: float = 0.01, ema: float | None = None, kind: str = "adamw"):  # fmt: skip
-        self.module, self.path, self.about = module, path, {name: str(value) for name, value in about.items()}
+    def __init__(
+        self,
+        module: nn.Module,
+        path: Path,
+        about: Mapping[str, object],
+        *,
+        steps: int,
+        rate: float,
+        warmup: int = 0,
+        weight_decay: float = 0.01,
+        ema: float | None = None,
+        kind: str = "adamw",
+    ):
+        self.module, self.path, self.about = (
+            module,
+            path,
+            {name: str(value) for name, value in about.items()},
+        )
         self.steps, self.rate, self.warmup, self.decay, self.step = steps, rate, warmup, ema, 0
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = optimizer_of(kind)(self.parameters.values(), rate, (0.9, 0.99), weight_decay=weight_decay)
-        self.average = {} if ema is None else {name: p.detach().clone() for name, p in self.parameters.items()}
-        for left in path.parent.glob(".*.safetensors.*.part"):  # by a run that was killed while it wrote
+        self.optimizer = optimizer_of(kind)(
+            self.parameters.values(), rate, (0.9, 0.99), weight_decay=weight_decay
+        )
+        self.average = (
+            {} if ema is None else {name: p.detach().clone() for name, p in self.parameters.items()}
+        )
+        for left in path.parent.glob(
+            ".*.safetensors.*.part"
+        ):  # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
         if path.exists():
             self.restore()
@@ -182,12 +221,18 @@ class Trainer:
             value.backward()
             mean += value.item()
         mean = mean_of_all(mean)
-        length = whole(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
+        length = whole(
+            nn.utils.get_total_norm(
+                [p.grad for p in self.parameters.values() if p.grad is not None]
+            )
+        )
         nn.utils.clip_grads_with_norm_(self.parameters.values(), 1.0, length)
         length = length.item()
         if not math.isfinite(mean + length):
             self.optimizer.zero_grad()
-            raise NonFiniteError(f"at step {self.step + 1} the loss is {mean:g}, and its gradient {length:g} long")
+            raise NonFiniteError(
+                f"at step {self.step + 1} the loss is {mean:g}, and its gradient {length:g} long"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.current_rate
         self.optimizer.step()
@@ -228,21 +273,30 @@ class Trainer:
         try:
             step, about = int(metadata["step"]), json.loads(metadata["about"])
         except (KeyError, ValueError):
-            raise UserError(f"{self.path} is not a checkpoint of a training run: give another folder for this one") from None
+            raise UserError(
+                f"{self.path} is not a checkpoint of a training run: give another folder for this one"
+            ) from None
         for name in about | self.about:
             before, now = about.get(name), self.about.get(name)
             if before != now:
-                raise UserError(f"{self.path} is of another run: its {name} is {before!s:.80}, and now it is {now!s:.80}; give "
-                                "the same as then, or another folder")  # fmt: skip
+                raise UserError(
+                    f"{self.path} is of another run: its {name} is {before!s:.80}, and now it is {now!s:.80}; give "
+                    "the same as then, or another folder"
+                )
         tensors = load(self.path)
         self._put(take(tensors, "model."))
-        self.average = {name: part(value, self.parameters[name]) for name, value in take(tensors, "average.").items()}
+        self.average = {
+            name: part(value, self.parameters[name])
+            for name, value in take(tensors, "average.").items()
+        }
         restore_optimizer(self.optimizer, take(tensors, "optimizer."))
         self.step = step
 
 
 @torch.no_grad()
-def follow(average: Mapping[str, Tensor], values: Mapping[str, Tensor], decay: float, step: int) -> None:
+def follow(
+    average: Mapping[str, Tensor], values: Mapping[str, Tensor], decay: float, step: int
+) -> None:
     """Move an exponential average one step towards these values, with a short memory at first, or it would keep the noise."""
     for name, value in average.items():
         if value.is_floating_point():
@@ -254,8 +308,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
     tensors = {}
     for number, p in enumerate(parameters_of(optimizer)):
         for name, value in optimizer.state.get(p, {}).items():
-            shared = name.startswith("qmap")  # bitsandbytes' parameters have one; no two names in a file may share memory
-            tensors[f"{prefix}{number}.{name}"] = value.clone() if shared else torch.as_tensor(value)
+            shared = name.startswith(
+                "qmap"
+            )  # bitsandbytes' parameters have one; no two names in a file may share memory
+            tensors[f"{prefix}{number}.{name}"] = (
+                value.clone() if shared else torch.as_tensor(value)
+            )
     return tensors
 
 
@@ -289,10 +347,16 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Atomically: whatever happens, there is the old file or the new one. WriteError if the disk is full, or may not be
     written to."""
     if rank() > 0:
@@ -303,7 +367,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
     unfinished = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         unfinished.touch()
-        mode = unfinished.stat().st_mode  # as the user's other files; save_file's are for one's own eyes
+        mode = (
+            unfinished.stat().st_mode
+        )  # as the user's other files; save_file's are for one's own eyes
         save_file(tensors, unfinished, metadata)
         unfinished.chmod(mode)
         with unfinished.open("rb") as file:
@@ -312,7 +378,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
     except (OSError, SafetensorError) as error:
         forbidden = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError)
         help = "check the folder and its rights" if forbidden else "make room on its disk"
-        raise WriteError(f"{path} could not be written ({error}), and is as it was before: {help}") from None
+        raise WriteError(
+            f"{path} could not be written ({error}), and is as it was before: {help}"
+        ) from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -323,12 +391,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | 
 def recompute_blocks(network: Flux) -> None:
     """Of each block only its input is kept for the backward pass, which computes the rest again (gradient checkpointing)."""
     device = network.img_in.weight.device
-    contexts = lambda: (nullcontext(), attention_on(device))  # of the first time, and of the second  # noqa: E731
+
+    def contexts():
+        return (nullcontext(), attention_on(device))  # of the first time, and of the second
+
     for block in (*network.double_blocks, *network.single_blocks):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
-def untrained(config: FluxConfig, dtype: torch.dtype, rank: int | None = None, targets: Sequence[str] = ("*",)) -> Flux:
+def untrained(
+    config: FluxConfig, dtype: torch.dtype, rank: int | None = None, targets: Sequence[str] = ("*",)
+) -> Flux:
     """A network as it will be trained, whatever its values: what `memory` asks for. With a rank, of a LoRA beside it."""
     network = Flux(config)
     for parameter in network.parameters():
@@ -350,15 +423,26 @@ class Need(NamedTuple):
         return sum(self)
 
 
-def memory(spec: ModelSpec, make: Callable[[], Flux], tokens: int, batch: int, device: torch.device, dtype: torch.dtype,
-           ema: bool, recompute: bool, kind: str = "adamw") -> Need:  # fmt: skip
+def memory(
+    spec: ModelSpec,
+    make: Callable[[], Flux],
+    tokens: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    ema: bool,
+    recompute: bool,
+    kind: str = "adamw",
+) -> Need:
     """What a step takes, counted in a forward pass of fake tensors, which have shapes and no memory.
 
     `make`: the network as it will be trained. `tokens`: of a picture and its references. With `recompute`, there are the
     inputs of all blocks, and the rest of one. `kind`: of OPTIMIZERS.
     """
     c, kept, blocks, streams = spec.transformer, {}, [], []
-    size = lambda: sum(storage.nbytes() for storage in kept.values())  # noqa: E731
+
+    def size():
+        return sum(storage.nbytes() for storage in kept.values())
 
     def keep(x: Tensor) -> Tensor:
         if (storage := x.untyped_storage())._cdata not in weights:
@@ -379,11 +463,15 @@ def memory(spec: ModelSpec, make: Callable[[], Flux], tokens: int, batch: int, d
         features = TextFeatures(torch.zeros(batch, spec.text_length, c.context_dim), vector)
         latents, t = torch.zeros(batch, c.out_channels, 1, tokens), torch.zeros(batch)
         beside = c.in_channels - c.out_channels
-        given = Batch(latents, features, channels=torch.zeros(batch, tokens, beside) if beside else None)
+        given = Batch(
+            latents, features, channels=torch.zeros(batch, tokens, beside) if beside else None
+        )
         attention = SDPBackend.MATH if device.type == "cpu" else SDPBackend.FLASH_ATTENTION
         with saved_tensors_hooks(keep, lambda x: x), sdpa_kernel(attention), autocast("cpu", dtype):
             rectified_flow_loss(partial(velocity, network, given, 1.0), latents, t, latents)
         activations = size() - (sum(blocks) - max(blocks) - sum(streams) if recompute else 0)
         held = sum(p.nbytes for p in network.parameters())
-        states = sum((1 + ema) * p.nbytes + moments(kind, p) for p in network.parameters() if p.requires_grad)
+        states = sum(
+            (1 + ema) * p.nbytes + moments(kind, p) for p in network.parameters() if p.requires_grad
+        )
     return Need(held, states, activations)

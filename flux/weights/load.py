@@ -21,7 +21,12 @@ from flux.weights import quantization
 from flux.weights.files import FLOATS, TensorInfo, read_header, shard_files, some
 from flux.weights.quantization import QuantizedLinear, gguf
 
-TYPES = {torch.int64: ("I64",), torch.uint8: ("U8",), torch.float8_e4m3fn: ("F8_E4M3",), torch.float8_e5m2: ("F8_E5M2",)}
+TYPES = {
+    torch.int64: ("I64",),
+    torch.uint8: ("U8",),
+    torch.float8_e4m3fn: ("F8_E4M3",),
+    torch.float8_e5m2: ("F8_E5M2",),
+}
 
 # ---------------------------------------------------------------------------------------------------------- loading
 
@@ -63,8 +68,16 @@ def load_module(
     infos, metadata = _merged_headers(files)
     sources = _sources(infos, module.state_dict(), prefixes, unread, rename)
     layers = _quantised_layers(module, sources, metadata)
-    kept = {f"{path}.{name}": buffer for path, layer in layers.items() for name, buffer in layer.named_buffers()}
-    wanted = {name: tensor for name, tensor in module.state_dict().items() if name.removesuffix(".weight") not in layers} | kept
+    kept = {
+        f"{path}.{name}": buffer
+        for path, layer in layers.items()
+        for name, buffer in layer.named_buffers()
+    }
+    wanted = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if name.removesuffix(".weight") not in layers
+    } | kept
     sources = {name: info for name, info in sources.items() if not quantization.is_note(name)}
     _check_fit(type(module).__name__, files, wanted, sources, renamed=rename is not None)
     tensors = {}
@@ -73,14 +86,18 @@ def load_module(
             file, source = sources[name].file, sources[name].name
             raise UserError(f"{file} has NaN or infinity in {source!r:.120}; download it again.")
         cast = tensor.is_floating_point() and name not in kept
-        tensors[name] = tensor.view(wanted[name].shape).to(device=device, dtype=dtype if cast else None)
+        tensors[name] = tensor.view(wanted[name].shape).to(
+            device=device, dtype=dtype if cast else None
+        )
     for path, layer in layers.items():
         module.set_submodule(path, layer)
     module.requires_grad_(False).load_state_dict(tensors, strict=True, assign=True)
     for path, layer in layers.items() if check_finite else ():  # scales may be inside of bytes
         if not layer.dequantize().isfinite().all():
             source = sources[f"{path}.weight"]
-            raise UserError(f"{source.file} has NaN or infinity in {source.name!r:.120}; download it again.")
+            raise UserError(
+                f"{source.file} has NaN or infinity in {source.name!r:.120}; download it again."
+            )
     module.eval()
 
 
@@ -88,13 +105,16 @@ def _quantised_layers(
     module: nn.Module, sources: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> dict[str, QuantizedLinear]:
     """What to put in place of Linears, by their paths; without weights yet."""
-    linears = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    linears = {
+        path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
+    }
     stored = quantization.find(sources, metadata, linears)
     with torch.device("meta"):
         return {
             path: stored[path].make(layer.in_features, layer.out_features, layer.bias is not None)
-            for path, layer in linears.items() if path in stored
-        }  # fmt: skip
+            for path, layer in linears.items()
+            if path in stored
+        }
 
 
 def _mapped(sources: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -118,7 +138,9 @@ def _merged_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict[
     for file in files:
         infos, metadata = gguf.read_header(file) if _is_gguf(file) else read_header(file)
         for name in merged.keys() & infos.keys():
-            raise UserError(f"{merged[name].file} and {file} do not belong together: both hold {name!r:.120}.")
+            raise UserError(
+                f"{merged[name].file} and {file} do not belong together: both hold {name!r:.120}."
+            )
         merged |= infos
         notes |= metadata
     return merged, notes
@@ -144,14 +166,24 @@ def _sources(
     """Name in the module -> tensor in the files, for every one that is not `unread`."""
 
     def without(prefix: str) -> dict[str, str]:
-        names = {source: _canonical(source.removeprefix(prefix)) for source in infos if not _of_another(source, prefix)}
-        return {source: rename(name) if rename else name for source, name in names.items() if not unread(name)}
+        names = {
+            source: _canonical(source.removeprefix(prefix))
+            for source in infos
+            if not _of_another(source, prefix)
+        }
+        return {
+            source: rename(name) if rename else name
+            for source, name in names.items()
+            if not unread(name)
+        }
 
     names = max(map(without, prefixes), key=lambda names: len(set(wanted) & set(names.values())))
     sources: dict[str, TensorInfo] = {}
     for source, name in names.items():
         if name in sources:
-            raise UserError(f"{infos[source].file} has {name!r:.120} twice: {sources[name].name!r:.120}, {source!r:.120}.")
+            raise UserError(
+                f"{infos[source].file} has {name!r:.120} twice: {sources[name].name!r:.120}, {source!r:.120}."
+            )
         sources[name] = infos[source]
     return sources
 
@@ -167,10 +199,17 @@ def _canonical(name: str) -> str:
     return re.sub(r"\b(query|key)_norm\.weight$", r"\1_norm.scale", quantization.canonical(name))
 
 
-def _check_fit(module: str, files: Sequence[Path], wanted: Mapping[str, torch.Tensor], sources: Mapping[str, TensorInfo],
-               renamed: bool) -> None:  # fmt: skip
+def _check_fit(
+    module: str,
+    files: Sequence[Path],
+    wanted: Mapping[str, torch.Tensor],
+    sources: Mapping[str, TensorInfo],
+    renamed: bool,
+) -> None:
     """UserError unless there is a tensor of the right shape and type for every wanted one, and no other."""
-    faults: dict[str, list[str]] = {"missing": [repr(name) for name in wanted if name not in sources]}
+    faults: dict[str, list[str]] = {
+        "missing": [repr(name) for name in wanted if name not in sources]
+    }
     for name, info in sources.items():
         tensor = wanted.get(name)
         shown = f"{info.name!r:.120}" + (f" in {info.file.name}" if len(files) > 1 else "")
@@ -181,13 +220,22 @@ def _check_fit(module: str, files: Sequence[Path], wanted: Mapping[str, torch.Te
             info = info._replace(dtype="U8", shape=gguf.stored_shape(info.dtype, info.shape))
         # diffusers keeps the 1x1 convolutions of an autoencoder as Linear: (C, C) for our (C, C, 1, 1)
         if tensor.shape not in (info.shape, (*info.shape, 1, 1) if renamed else info.shape):
-            faults.setdefault("misshapen", []).append(f"{shown} is {info.shape!s:.120} and not {tuple(tensor.shape)}")
+            faults.setdefault("misshapen", []).append(
+                f"{shown} is {info.shape!s:.120} and not {tuple(tensor.shape)}"
+            )
         if info.dtype not in (types := TYPES.get(tensor.dtype, (*FLOATS, "F8_E4M3", "F8_E5M2"))):
-            faults.setdefault("of a wrong type", []).append(f"{shown} is {info.dtype} and not {'/'.join(types)}")
+            faults.setdefault("of a wrong type", []).append(
+                f"{shown} is {info.dtype} and not {'/'.join(types)}"
+            )
     if not any(faults.values()):
         return
-    listed = "; ".join(f"{len(names)} {fault} ({some(names)})" for fault, names in faults.items() if names)
-    kind, right = _looks_like(sources), _looks_like(wanted)  # in the module's names: less prefix, and renamed
+    listed = "; ".join(
+        f"{len(names)} {fault} ({some(names)})" for fault, names in faults.items() if names
+    )
+    kind, right = (
+        _looks_like(sources),
+        _looks_like(wanted),
+    )  # in the module's names: less prefix, and renamed
     if kind != right:
         listed += f"; the file looks like {kind}, and {right} is wanted"
     elif faults["missing"] and "unknown" in faults:
@@ -213,17 +261,26 @@ KINDS = (  # marks in the names of tensors, and what they are the marks of; the 
 
 def _looks_like(names: Iterable[str]) -> str:
     names = list(names)
-    return next((kind for mark, kind in KINDS if any(re.search(mark, name) for name in names)), "something else")
+    return next(
+        (kind for mark, kind in KINDS if any(re.search(mark, name) for name in names)),
+        "something else",
+    )
 
 
 def infer_config(path: Path) -> FluxConfig:
     """The configuration of a transformer in BFL's layout, from the names and shapes in its file (or index)."""
     infos, metadata = _merged_headers(shard_files(path))
     prefix = "model.diffusion_model."
-    names = {_canonical(name.removeprefix(prefix)): info for name, info in infos.items() if not _of_another(name, prefix)}
+    names = {
+        _canonical(name.removeprefix(prefix)): info
+        for name, info in infos.items()
+        if not _of_another(name, prefix)
+    }
     layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     stored = quantization.find(names, metadata, layers)
-    shapes = {name: info.shape for name, info in names.items()} | {f"{layer}.weight": stored[layer].shape for layer in stored}
+    shapes = {name: info.shape for name, info in names.items()} | {
+        f"{layer}.weight": stored[layer].shape for layer in stored
+    }
 
     def shape(name: str, dimensions: int = 2) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != dimensions or 0 in shapes[name]:
@@ -237,11 +294,22 @@ def infer_config(path: Path) -> FluxConfig:
 
     hidden_size, in_channels = shape("img_in.weight")
     (head_dim,) = shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)
-    mlp_rows, mlp_size = shape("double_blocks.0.img_mlp.0.weight")[0], shape("double_blocks.0.img_mlp.2.weight")[1]
+    mlp_rows, mlp_size = (
+        shape("double_blocks.0.img_mlp.0.weight")[0],
+        shape("double_blocks.0.img_mlp.2.weight")[1],
+    )
     flux2 = "double_stream_modulation_img.lin.weight" in names
-    shares = (1, 1, 1, 1) if flux2 else (2, 7, 7)  # no tensor tells the axes or theta; each family has one choice
-    if hidden_size % head_dim or head_dim % (2 * sum(shares)) or mlp_rows not in (mlp_size, 2 * mlp_size):
-        sizes = f"hidden size {hidden_size}, heads of {head_dim}, an MLP of {mlp_rows} and {mlp_size}"
+    shares = (
+        (1, 1, 1, 1) if flux2 else (2, 7, 7)
+    )  # no tensor tells the axes or theta; each family has one choice
+    if (
+        hidden_size % head_dim
+        or head_dim % (2 * sum(shares))
+        or mlp_rows not in (mlp_size, 2 * mlp_size)
+    ):
+        sizes = (
+            f"hidden size {hidden_size}, heads of {head_dim}, an MLP of {mlp_rows} and {mlp_size}"
+        )
         raise UserError(f"{path} has sizes of no FLUX transformer: {sizes}.")
     return FluxConfig(
         in_channels=in_channels,
@@ -254,7 +322,9 @@ def infer_config(path: Path) -> FluxConfig:
         mlp_ratio=mlp_size / hidden_size,
         axes_dim=tuple(head_dim * share // sum(shares) for share in shares),
         theta=2000 if flux2 else 10000,
-        vector_dim=shape("vector_in.in_layer.weight")[1] if "vector_in.in_layer.weight" in names else None,
+        vector_dim=shape("vector_in.in_layer.weight")[1]
+        if "vector_in.in_layer.weight" in names
+        else None,
         guidance="guidance_in.in_layer.weight" in names,
         bias="img_in.bias" in names,
         gated_mlp=mlp_rows == 2 * mlp_size,

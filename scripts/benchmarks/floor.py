@@ -21,14 +21,18 @@ from flux.runtime.memory import can_compile
 from flux.transformer import BLOCKS, Flux, FluxConfig
 
 HEAVY = (F.linear, F.scaled_dot_product_attention, F.conv2d)
-Operation = tuple[Callable, tuple, tuple]  # function, its arguments, those that have names; tensors as their (shape, dtype)
+Operation = tuple[
+    Callable, tuple, tuple
+]  # function, its arguments, those that have names; tensors as their (shape, dtype)
 
 
 def floor_rows(setting: Setting) -> Iterator[Row]:
     for name, config in FAMILIES.items():
         config = setting.cut(config)
         for side in setting.sides:
-            case = f"step, {name}, 1 + 2 blocks of width {config.hidden_size}, {side}x{side}, bfloat16"
+            case = (
+                f"step, {name}, 1 + 2 blocks of width {config.hidden_size}, {side}x{side}, bfloat16"
+            )
             yield from over_floor(case, config, side, setting)
 
 
@@ -61,7 +65,13 @@ def operations(function: Callable[[], object]) -> list[Operation]:
         def __torch_function__(self, called, types, args=(), kwargs=None):
             if called in HEAVY:
                 kwargs = kwargs or {}
-                found.append((called, tuple(map(described, args)), tuple((k, described(v)) for k, v in kwargs.items())))
+                found.append(
+                    (
+                        called,
+                        tuple(map(described, args)),
+                        tuple((k, described(v)) for k, v in kwargs.items()),
+                    )
+                )
             return called(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():
@@ -88,7 +98,10 @@ def replay(operations: list[Operation], device: torch.device) -> Callable[[], No
 def filled(operation: Operation, device: torch.device) -> tuple[list, dict]:
     """Random tensors for those that are described."""
     _, args, named = operation
-    make = lambda x: random(*x, device) if isinstance(x, tuple) and isinstance(x[0], torch.Size) else x  # noqa: E731
+
+    def make(x):
+        return random(*x, device) if isinstance(x, tuple) and isinstance(x[0], torch.Size) else x
+
     return [make(x) for x in args], {name: make(x) for name, x in named}
 
 

@@ -30,7 +30,13 @@ from flux.weights.quantization.fp8 import LARGEST, use_native_fp8
 from flux.weights.quantization.nvfp4 import e2m1
 
 E4M3 = torch.float8_e4m3fn
-GGUF = {"Q8_0": 1.0625, "Q5_1": 0.75, "Q5_0": 0.6875, "Q4_1": 0.625, "Q4_0": 0.5625}  # bytes a weight
+GGUF = {
+    "Q8_0": 1.0625,
+    "Q5_1": 0.75,
+    "Q5_0": 0.6875,
+    "Q4_1": 0.625,
+    "Q4_0": 0.5625,
+}  # bytes a weight
 
 
 class Loss(NamedTuple):
@@ -54,8 +60,13 @@ def losses(prompts: int = 24, config: FluxConfig = KLEIN_4B) -> Iterator[Loss]:
     scenes = list(itertools.islice(shapes.scenes(3_000_000, held=True), prompts))
     pipe, texts = flux.load(device="cpu"), [str(scene) for scene in scenes]
     features = pipe.encode(texts[:1]).tokens
-    block = randomised(Flux(replace(config, depth=1, depth_single=1, guidance=False, vector_dim=None)))
-    state, txt = block.state_dict(), torch.randn(1, 16, config.context_dim, generator=torch.Generator().manual_seed(0))
+    block = randomised(
+        Flux(replace(config, depth=1, depth_single=1, guidance=False, vector_dim=None))
+    )
+    state, txt = (
+        block.state_dict(),
+        torch.randn(1, 16, config.context_dim, generator=torch.Generator().manual_seed(0)),
+    )
     right = None
     for mode in modes():
         pipe.transformer.alter(mode.change)
@@ -66,8 +77,19 @@ def losses(prompts: int = 24, config: FluxConfig = KLEIN_4B) -> Iterator[Loss]:
         mode.change(block)
         made = velocity(pipe.transformer(), features), pictures, velocity(block, txt)
         right = right or made
-        errors = relative_l2(made[0], right[0]), np.median(list(map(psnr, pictures, right[1]))), relative_l2(made[2], right[2])
-        yield Loss(mode.name, mode.bytes, errors[0], float(errors[1]), shapes.score(pictures, scenes)["all"], errors[2])
+        errors = (
+            relative_l2(made[0], right[0]),
+            np.median(list(map(psnr, pictures, right[1]))),
+            relative_l2(made[2], right[2]),
+        )
+        yield Loss(
+            mode.name,
+            mode.bytes,
+            errors[0],
+            float(errors[1]),
+            shapes.score(pictures, scenes)["all"],
+            errors[2],
+        )
 
 
 def modes() -> list[Mode]:
@@ -77,17 +99,28 @@ def modes() -> list[Mode]:
         Mode("float32", 4, lambda network: None),
         Mode("bfloat16 weights", 2, rounding(lambda weight: weight.bfloat16().float())),
         Mode("--quantize fp8", 1, kinds["fp8"]),
-        Mode("--quantize fp8, products in float8", 1, lambda network: (compress(network, "fp8"), use_native_fp8(network))),
+        Mode(
+            "--quantize fp8, products in float8",
+            1,
+            lambda network: (compress(network, "fp8"), use_native_fp8(network)),
+        ),
         Mode("--quantize int8", 1, kinds["int8"]),
         Mode("--quantize int4", 0.5625, kinds["int4"]),
         Mode("FP8, one scale for all", 1, rounding(fp8)),
-        Mode("FP8, cast", 1, rounding(lambda weight: weight.clamp(-LARGEST, LARGEST).to(E4M3).float())),
+        Mode(
+            "FP8, cast",
+            1,
+            rounding(lambda weight: weight.clamp(-LARGEST, LARGEST).to(E4M3).float()),
+        ),
         Mode("FP8, blocks of 128x128", 1, rounding(fp8_blocks)),
         Mode("NVFP4", 0.5625, rounding(nvfp4)),
         Mode("NF4", 0.5625, rounding(nf4)),
     ]
     if find_spec("gguf"):
-        found += [Mode(f"GGUF {kind}", size, rounding(partial(gguf, kind=kind))) for kind, size in GGUF.items()]
+        found += [
+            Mode(f"GGUF {kind}", size, rounding(partial(gguf, kind=kind)))
+            for kind, size in GGUF.items()
+        ]
     return found
 
 
@@ -133,7 +166,10 @@ def nf4(weight: Tensor) -> Tensor:
 def nf4_values() -> Tensor:
     """(16,): 7 quantiles of the normal distribution below 0, 0, and 8 above; from -1 to 1 (arXiv:2305.14314, section 3)."""
     outermost = (1 - 1 / 30 + 1 - 1 / 32) / 2
-    halves = (torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64)[:-1]) for n in (8, 9))
+    halves = (
+        torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64)[:-1])
+        for n in (8, 9)
+    )
     below, above = (half / half[0] for half in halves)
     return torch.cat([-below, below.new_zeros(1), above.flip(0)]).float()
 

@@ -73,7 +73,9 @@ def proc(name: str) -> dict[str, int]:
 class _LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.others: dict[int, StorageWeakRef] = {}  # made elsewhere; a storage's address is not used again while it is here
+        self.others: dict[
+            int, StorageWeakRef
+        ] = {}  # made elsewhere; a storage's address is not used again while it is here
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
@@ -85,7 +87,9 @@ class _LiveBytes(TorchDispatchMode):
         for key, ref, size in _storages(out):
             if key not in self.others:
                 self.made[key] = ref, size
-        self.made = {key: (ref, size) for key, (ref, size) in self.made.items() if not ref.expired()}
+        self.made = {
+            key: (ref, size) for key, (ref, size) in self.made.items() if not ref.expired()
+        }
         self.peak = max(self.peak, sum(size for _, size in self.made.values()))
         return out
 
@@ -97,7 +101,11 @@ def _storages(values) -> list[tuple[int, StorageWeakRef, int]]:
 
 
 class _Kernels(TorchDispatchMode):
-    FREE = {"aten::_unsafe_view", "aten::lift_fresh", "aten::empty.memory_format"}  # no views, but they move nothing either
+    FREE = {
+        "aten::_unsafe_view",
+        "aten::lift_fresh",
+        "aten::empty.memory_format",
+    }  # no views, but they move nothing either
 
     def __init__(self):
         super().__init__()

@@ -26,7 +26,10 @@ PROMPT, SIDE, STEPS = "a photo of a cat", 256, 4
 
 def pipeline_rows(setting: Setting) -> Iterator[Row]:
     for name in NAMES:
-        with TemporaryDirectory() as folder, pipelines(name, Path(folder), setting.device) as (ours, theirs):
+        with (
+            TemporaryDirectory() as folder,
+            pipelines(name, Path(folder), setting.device) as (ours, theirs),
+        ):
             yield from prompt_rows(name, ours, theirs, Path(folder), setting)
 
 
@@ -57,9 +60,18 @@ def prompt_rows(name: str, ours: Pipeline, theirs, folder: Path, setting: Settin
 
     def other() -> None:
         generator = torch.Generator().manual_seed(0)
-        made = theirs(prompt=PROMPT, width=SIDE, height=SIDE, num_inference_steps=STEPS, generator=generator, **limits)
+        made = theirs(
+            prompt=PROMPT,
+            width=SIDE,
+            height=SIDE,
+            num_inference_steps=STEPS,
+            generator=generator,
+            **limits,
+        )
         made.images[0].save(folder / "theirs.png")
 
     case = f"prompt to PNG, {name}, tiny networks, {STEPS} steps, {SIDE}x{SIDE}"
-    yield Row(case, "s", *by_turns([mine, other], setting.rounds, setting.enough), runs=2 * setting.rounds)
+    yield Row(
+        case, "s", *by_turns([mine, other], setting.rounds, setting.enough), runs=2 * setting.rounds
+    )
     yield Row(f"{case}, peak of activations", "B", peak_bytes(mine), peak_bytes(other))

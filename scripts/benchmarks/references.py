@@ -22,10 +22,14 @@ def reference_rows(setting: Setting) -> Iterator[Row]:
     config, side = replace(setting.cut(KLEIN_9B), depth_single=1), setting.sides[-1]
     model = random_weights(lambda: Flux(config), setting.device, torch.bfloat16)
     for count in (1, 2, 4):
-        functions = [partial(generate, model, side // 16, count, cached) for cached in (True, False)]
+        functions = [
+            partial(generate, model, side // 16, count, cached) for cached in (True, False)
+        ]
         with torch.no_grad():
             seconds = by_turns(functions, setting.rounds, setting.enough)
-        due, whole = (1 / flop_gain(*case, count) for case in ((config, side // 16), (KLEIN_9B, 64)))
+        due, whole = (
+            1 / flop_gain(*case, count) for case in ((config, side // 16), (KLEIN_9B, 64))
+        )
         case = f"references, {count}, klein 9B, 4 steps"
         small = f"{case}, 1 + 1 blocks of width {config.hidden_size}, {side}x{side}"
         yield Row(small, "s", *seconds, EVERY, goal=due / 0.9, runs=2 * setting.rounds)
@@ -48,13 +52,21 @@ def flop_gain(config: FluxConfig, side: int, count: int) -> float:
 def generate(model: Flux, side: int, count: int, cached: bool, steps: int = 4) -> None:
     """Four steps of side² image tokens with 512 of text and `count` references of the same size; values do not matter."""
     weight, axes = model.img_in.weight, len(model.config.axes_dim)
-    random = lambda n, width: torch.randn(1, n, width, dtype=weight.dtype, device=weight.device)  # noqa: E731
+
+    def random(n, width):
+        return torch.randn(1, n, width, dtype=weight.dtype, device=weight.device)
+
     img, txt = random(side**2, model.config.in_channels), random(512, model.config.context_dim)
     references = random(count * side**2, model.config.in_channels)
     img_ids, txt_ids = sampling.image_ids(side, side, axes), sampling.text_ids(512, axes)
     ids = torch.cat([sampling.image_ids(side, side, axes, t=10 * k) for k in range(1, count + 1)])
-    turned = lambda *ids: model.rope(*ids).to(weight.device)  # noqa: E731
-    mods = lambda t: model.modulations(model.vec(torch.full((1,), t, device=weight.device)))  # noqa: E731
+
+    def turned(*ids):
+        return model.rope(*ids).to(weight.device)
+
+    def mods(t):
+        return model.modulations(model.vec(torch.full((1,), t, device=weight.device)))
+
     memories = model.remember(references, turned(ids[:0], ids), mods(0.0)) if cached else None
     rope = turned(txt_ids, img_ids if cached else torch.cat([img_ids, ids]))
     for step in range(steps):

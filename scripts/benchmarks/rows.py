@@ -59,7 +59,13 @@ class Row:
         theirs = "" if self.theirs is None else f"{self.against} {shown(self.theirs, self.unit)}"
         goal = "" if self.goal is None else f"≤ {self.goal:.2f}"
         goal = goal if self.limit is None else f"≤ {shown(self.limit, self.unit)}"
-        ratio = "" if self.ratio is None else f"{self.ratio:.3f}" if self.ratio < 0.1 else f"{self.ratio:.2f}"
+        ratio = (
+            ""
+            if self.ratio is None
+            else f"{self.ratio:.3f}"
+            if self.ratio < 0.1
+            else f"{self.ratio:.2f}"
+        )
         if not self.comparable:
             goal = f"not comparable, the results are {self.difference:.2g} apart"
         elif self.reached is False:
@@ -71,7 +77,9 @@ def shown(value: float, unit: str) -> str:
     """With three digits, in the multiple of its unit that suits it."""
     if unit not in SCALES:
         return f"{value:,.0f} {unit}".strip() if value >= 100 else f"{value:.3g} {unit}".strip()
-    scale, name = next(((scale, name) for scale, name in SCALES[unit] if value >= scale), SCALES[unit][-1])
+    scale, name = next(
+        ((scale, name) for scale, name in SCALES[unit] if value >= scale), SCALES[unit][-1]
+    )
     return f"{value / scale:.0f} {name}" if value >= 100 * scale else f"{value / scale:.3g} {name}"
 
 
@@ -89,16 +97,26 @@ class Report:
 
     def print_heading(self) -> None:
         named = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        print(f"`{self.command}` · {self.date} · {self.device} · {self.machine['processor']}, {self.machine['cores']} cores, "
-              f"{self.machine['threads']} threads · {named}")  # fmt: skip
+        print(
+            f"`{self.command}` · {self.date} · {self.device} · {self.machine['processor']}, {self.machine['cores']} cores, "
+            f"{self.machine['threads']} threads · {named}"
+        )
 
     def print_losses(self, losses: Iterable[NamedTuple]) -> None:
         """A line a mode, as soon as it is there."""
         for loss in losses:
             if not self.losses:
                 print(f"\n| {' | '.join(loss._fields)} |\n|{'---|' * len(loss)}")
-            self.losses.append({name: None if value == math.inf else value for name, value in loss._asdict().items()})
-            print(f"| {' | '.join(f'{value:.3g}' if isinstance(value, float) else str(value) for value in loss)} |", flush=True)
+            self.losses.append(
+                {
+                    name: None if value == math.inf else value
+                    for name, value in loss._asdict().items()
+                }
+            )
+            print(
+                f"| {' | '.join(f'{value:.3g}' if isinstance(value, float) else str(value) for value in loss)} |",
+                flush=True,
+            )
 
     def print_rows(self, rows: Iterable[Row]) -> None:
         """Each as soon as it is there, and the goals that were missed."""
@@ -109,7 +127,10 @@ class Report:
         missed = [f"{row.name}, against {row.against}" for row in self.rows if row.reached is False]
         aims = sum(row.reached is not None for row in self.rows)
         if aims:
-            print(f"\n{aims - len(missed)} of {aims} goals reached" + "".join(f"\n- missed: {name}" for name in missed))
+            print(
+                f"\n{aims - len(missed)} of {aims} goals reached"
+                + "".join(f"\n- missed: {name}" for name in missed)
+            )
 
     def save(self, path: Path) -> Path:
         """Under a new name, whole or not at all."""
@@ -125,7 +146,9 @@ def check_json(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written there ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"--json {path}: cannot be written there ({error.strerror}); choose another folder"
+        ) from None
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--json {path}: that folder cannot be written to; choose another")
 
@@ -133,11 +156,18 @@ def check_json(path: Path) -> None:
 def machine() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     system = f"{platform.system()} {platform.machine()}"
-    return {"processor": processor(), "cores": cores, "threads": torch.get_num_threads(), "system": system}
+    return {
+        "processor": processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "system": system,
+    }
 
 
 def versions() -> dict[str, str]:
-    return {"Python": platform.python_version()} | {name: v for name in LIBRARIES if (v := installed(name))}
+    return {"Python": platform.python_version()} | {
+        name: v for name in LIBRARIES if (v := installed(name))
+    }
 
 
 def installed(library: str) -> str | None:
@@ -151,4 +181,7 @@ def installed(library: str) -> str | None:
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

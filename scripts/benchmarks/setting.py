@@ -29,9 +29,17 @@ class Setting:
     def quick(self) -> "Setting":
         """Everything within three minutes on two cores."""
         return replace(
-            self, enough=0.1, width=1536, sides=(256,), text=128, shrink=16, decoded=128, compiled=False, replayed=0.2,
+            self,
+            enough=0.1,
+            width=1536,
+            sides=(256,),
+            text=128,
+            shrink=16,
+            decoded=128,
+            compiled=False,
+            replayed=0.2,
             prompts=4,
-        )  # fmt: skip
+        )
 
     def cut(self, config: FluxConfig) -> FluxConfig:
         """One double and two single blocks of a model."""
@@ -43,5 +51,13 @@ def narrowed(config: FluxConfig, width: int) -> FluxConfig:
     """A transformer of the same depth and the same number of operations, with heads of 16 channels."""
     axes = (4, 6, 6) if len(config.axes_dim) == 3 else (4, 4, 4, 4)
     vector = None if config.vector_dim is None else 32
-    return replace(config, in_channels=16, out_channels=16, context_dim=64, vector_dim=vector, hidden_size=width,
-                   num_heads=width // 16, axes_dim=axes)  # fmt: skip
+    return replace(
+        config,
+        in_channels=16,
+        out_channels=16,
+        context_dim=64,
+        vector_dim=vector,
+        hidden_size=width,
+        num_heads=width // 16,
+        axes_dim=axes,
+    )

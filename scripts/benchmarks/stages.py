@@ -35,33 +35,53 @@ def text_rows(setting: Setting) -> Iterator[Row]:
         yield from encode_rows(name, config, depth, setting)
 
 
-def text_bytes(name: str, config: LanguageModelConfig, depth: int, own_head: bool, share: float) -> Row:
+def text_bytes(
+    name: str, config: LanguageModelConfig, depth: int, own_head: bool, share: float
+) -> Row:
     """Weights of the language model at full size; without Mistral's eyes, which only theirs has."""
     mistral = not config.qk_norm
     with torch.device("meta"):
-        ours, theirs = LanguageModel(config), reference.transformers_language_model(config, depth, mistral)
+        ours, theirs = (
+            LanguageModel(config),
+            reference.transformers_language_model(config, depth, mistral),
+        )
     (prefix,) = reference.language_model_to_transformers({"": None}, mistral)
     trunk = sum(p.numel() for key, p in theirs.named_parameters() if key.startswith(prefix))
     head = own_head * config.vocab_size * config.hidden_size
     return Row(f"text, {name}, weights", "B", weight_bytes(ours), 2 * (trunk + head), goal=share)
 
 
-def encode_rows(name: str, config: LanguageModelConfig, depth: int, setting: Setting) -> Iterator[Row]:
+def encode_rows(
+    name: str, config: LanguageModelConfig, depth: int, setting: Setting
+) -> Iterator[Row]:
     """All layers, narrowed in every dimension, so that layers and head keep their shares of the work."""
     n, mistral = setting.shrink, not config.qk_norm
     config = replace(
-        config, vocab_size=config.vocab_size // n, hidden_size=config.hidden_size // n, mlp_size=config.mlp_size // n,
-        num_heads=max(1, config.num_heads // n), num_kv_heads=max(1, config.num_kv_heads // n),
-    )  # fmt: skip
+        config,
+        vocab_size=config.vocab_size // n,
+        hidden_size=config.hidden_size // n,
+        mlp_size=config.mlp_size // n,
+        num_heads=max(1, config.num_heads // n),
+        num_kv_heads=max(1, config.num_kv_heads // n),
+    )
     ours = random_weights(lambda: LanguageModel(config), setting.device, torch.bfloat16)
     state = {key: tensor.cpu() for key, tensor in ours.state_dict().items()}
-    theirs = reference.with_trunk(reference.transformers_language_model(config, depth, mistral), state, mistral)
+    theirs = reference.with_trunk(
+        reference.transformers_language_model(config, depth, mistral), state, mistral
+    )
     theirs = theirs.to(setting.device)
-    ids = torch.randint(1, config.vocab_size - 1, (1, setting.text), generator=torch.Generator().manual_seed(0))
-    real = torch.arange(setting.text)[None] < max(1, setting.text // 8)  # a prompt of usual length, and padding
+    ids = torch.randint(
+        1, config.vocab_size - 1, (1, setting.text), generator=torch.Generator().manual_seed(0)
+    )
+    real = torch.arange(setting.text)[None] < max(
+        1, setting.text // 8
+    )  # a prompt of usual length, and padding
     ids, real = ids.to(setting.device), (real.flip(1) if mistral else real).to(setting.device)
     mine = lambda: ours(ids, real)[real]  # noqa: E731  what padding becomes has no meaning to compare
-    other = lambda: reference.transformers_features(theirs, ids, real, config.layers)[real]  # noqa: E731
+
+    def other():
+        return reference.transformers_features(theirs, ids, real, config.layers)[real]
+
     case = f"text, {name}, {len(ours.layers)} of {depth} layers, 1/{n} width, bfloat16"
     with torch.no_grad():
         yield pair(case, mine, other, setting, goal=0.75)
@@ -75,22 +95,44 @@ def autoencoder_rows(setting: Setting) -> Iterator[Row]:
         theirs = their_autoencoder(ours)
         side = setting.decoded // 16
         generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(4, config.latent_channels, side, side, generator=generator).to(setting.device, torch.bfloat16)
-        pixels = torch.rand(1, 3, 16 * side, 16 * side, generator=generator).to(setting.device, torch.bfloat16) * 2 - 1
+        latents = torch.randn(4, config.latent_channels, side, side, generator=generator).to(
+            setting.device, torch.bfloat16
+        )
+        pixels = (
+            torch.rand(1, 3, 16 * side, 16 * side, generator=generator).to(
+                setting.device, torch.bfloat16
+            )
+            * 2
+            - 1
+        )
         case = f"{name}, {setting.decoded}x{setting.decoded}, bfloat16"
         with torch.no_grad():
-            yield from coding_rows(f"decode, {case}", ours.decode, lambda x: reference.diffusers_decode(theirs, x),
-                                   latents[:1], setting, goal=0.75, peak=0.70)  # fmt: skip
+            yield from coding_rows(
+                f"decode, {case}",
+                ours.decode,
+                lambda x: reference.diffusers_decode(theirs, x),
+                latents[:1],
+                setting,
+                goal=0.75,
+                peak=0.70,
+            )
             yield batch_row(f"decode, {case}", ours, theirs, latents)
-            yield from coding_rows(f"encode, {case}", ours.encode, lambda x: reference.diffusers_encode(theirs, x),
-                                   pixels, setting)  # fmt: skip
+            yield from coding_rows(
+                f"encode, {case}",
+                ours.encode,
+                lambda x: reference.diffusers_encode(theirs, x),
+                pixels,
+                setting,
+            )
 
 
 def our_autoencoder(config: AutoEncoderConfig, device: torch.device) -> AutoEncoder:
     """From a file, and in the order of memory that the pipeline gives to convolutions: it decides how fast they are."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "ae.safetensors")
-        save_file(random_weights(lambda: AutoEncoder(config), "cpu", torch.bfloat16).state_dict(), path)
+        save_file(
+            random_weights(lambda: AutoEncoder(config), "cpu", torch.bfloat16).state_dict(), path
+        )
         network = Network(AutoEncoder, config, [path], device=device, dtype=torch.bfloat16)
         network.alter(channels_last)
         return network()
@@ -100,11 +142,14 @@ def their_autoencoder(ours: AutoEncoder) -> nn.Module:
     """diffusers', with the same weights in the order in which its loader leaves them, whatever ours is in."""
     state = {name: tensor.contiguous() for name, tensor in ours.state_dict().items()}
     return reference.loaded(
-        reference.diffusers_autoencoder(ours.config), reference.autoencoder_to_diffusers(state, ours.config)
+        reference.diffusers_autoencoder(ours.config),
+        reference.autoencoder_to_diffusers(state, ours.config),
     )
 
 
-def coding_rows(case: str, ours, theirs, x: Tensor, setting: Setting, goal=None, peak=None) -> Iterator[Row]:
+def coding_rows(
+    case: str, ours, theirs, x: Tensor, setting: Setting, goal=None, peak=None
+) -> Iterator[Row]:
     """Time, and the peak of activations a pixel of the picture."""
     mine, other = lambda: ours(x), lambda: theirs(x)
     yield pair(case, mine, other, setting, goal=goal)
@@ -114,7 +159,10 @@ def coding_rows(case: str, ours, theirs, x: Tensor, setting: Setting, goal=None,
 
 def batch_row(case: str, ours: AutoEncoder, theirs: nn.Module, latents: Tensor) -> Row:
     """How much more memory four pictures take than one."""
-    growth = lambda decode: peak_bytes(lambda: decode(latents)) / peak_bytes(lambda: decode(latents[:1]))  # noqa: E731
+
+    def growth(decode):
+        return peak_bytes(lambda: decode(latents)) / peak_bytes(lambda: decode(latents[:1]))
+
     ratios = growth(ours.decode), growth(lambda x: reference.diffusers_decode(theirs, x))
     return Row(f"{case}, peak of a batch of 4 over that of 1", "", *ratios, limit=1.2)
 
@@ -123,7 +171,11 @@ def saving_row(setting: Setting) -> Row:
     """Decoded pixels -> the bytes of a PNG on disk."""
     pixels = picture(setting.saved, setting.device)
     with TemporaryDirectory() as folder:
-        seconds = by_turns([save_ours(pixels, Path(folder)), save_theirs(pixels, Path(folder))], setting.rounds, setting.enough)
+        seconds = by_turns(
+            [save_ours(pixels, Path(folder)), save_theirs(pixels, Path(folder))],
+            setting.rounds,
+            setting.enough,
+        )
     case = f"saving, {setting.saved}x{setting.saved}, pixels to PNG"
     return Row(case, "s", *seconds, goal=0.45, runs=2 * setting.rounds)
 
@@ -133,7 +185,9 @@ def picture(side: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 3, 32, 32, generator=generator)
     smooth = F.interpolate(coarse, size=(side, side), mode="bicubic") / 2
-    return (smooth + torch.randn(smooth.shape, generator=generator) / 100).to(device, torch.bfloat16)
+    return (smooth + torch.randn(smooth.shape, generator=generator) / 100).to(
+        device, torch.bfloat16
+    )
 
 
 def save_ours(pixels: Tensor, folder: Path) -> Callable[[], None]:

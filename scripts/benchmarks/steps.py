@@ -19,13 +19,23 @@ from benchmarks.setting import Setting, narrowed
 from benchmarks.timing import pair, random_weights
 from flux import sampling
 from flux.configs import FLUX1, KLEIN_4B
-from flux.parity.reference import diffusers_transformer, diffusers_velocity, loaded, transformer_to_diffusers
+from flux.parity.reference import (
+    diffusers_transformer,
+    diffusers_velocity,
+    loaded,
+    transformer_to_diffusers,
+)
 from flux.runtime.lazy_module import compile_blocks
 from flux.runtime.memory import can_compile
 from flux.transformer import BLOCKS, Flux, FluxConfig
 
 FAMILIES = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B}
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 Step = Callable[[], Tensor]
 
 
@@ -37,9 +47,13 @@ def step_rows(setting: Setting) -> Iterator[Row]:
     for name, config in FAMILIES.items():
         config = setting.cut(config)
         for side in setting.sides:
-            case = f"step, {name}, 1 + 2 blocks of width {config.hidden_size}, {side}x{side}, bfloat16"
+            case = (
+                f"step, {name}, 1 + 2 blocks of width {config.hidden_size}, {side}x{side}, bfloat16"
+            )
             goals = ({256: 0.97, 512: 0.94}.get(side), None) if cpu else (0.85, 0.95)
-            yield from timed_rows(case, config, side, setting, *(goals if setting.width is None else (None, None)))
+            yield from timed_rows(
+                case, config, side, setting, *(goals if setting.width is None else (None, None))
+            )
 
 
 def kernel_row(name: str) -> Row:
@@ -75,7 +89,9 @@ def read_bytes(model: nn.Module, step: Step) -> int:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             leaves = tree_leaves((args, kwargs))
-            seen.update(leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor))
+            seen.update(
+                leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)
+            )
             return function(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():
@@ -83,8 +99,14 @@ def read_bytes(model: nn.Module, step: Step) -> int:
     return sum(p.nbytes for p in model.parameters() if p.untyped_storage()._cdata in seen)
 
 
-def timed_rows(case: str, config: FluxConfig, side: int, setting: Setting, eager: float | None,
-               compiled: float | None) -> Iterator[Row]:  # fmt: skip
+def timed_rows(
+    case: str,
+    config: FluxConfig,
+    side: int,
+    setting: Setting,
+    eager: float | None,
+    compiled: float | None,
+) -> Iterator[Row]:
     """Eager, its peak of activations, and compiled; the two floats are the goals."""
     ours, theirs = both(config, setting.device, torch.bfloat16)
     given = inputs(config, side, setting.text, setting.device, torch.bfloat16)
@@ -99,22 +121,33 @@ def timed_rows(case: str, config: FluxConfig, side: int, setting: Setting, eager
     torch._dynamo.reset()
 
 
-def both(config: FluxConfig, device: torch.device | str, dtype: torch.dtype) -> tuple[Flux, nn.Module]:
+def both(
+    config: FluxConfig, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Flux, nn.Module]:
     """Ours and diffusers' transformer, which share their weights."""
     ours = random_weights(lambda: Flux(config), device, dtype)
-    return ours, loaded(diffusers_transformer(config), transformer_to_diffusers(ours.state_dict(), config))
+    return ours, loaded(
+        diffusers_transformer(config), transformer_to_diffusers(ours.state_dict(), config)
+    )
 
 
-def inputs(config: FluxConfig, side: int, text: int, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+def inputs(
+    config: FluxConfig, side: int, text: int, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """For a picture of `side` pixels, in the middle of its generation; ids are on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)  # noqa: E731
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
     tokens, axes = side // 16, len(config.axes_dim)
     given = dict(
-        img=random(1, tokens**2, config.in_channels), img_ids=sampling.image_ids(tokens, tokens, axes),
-        txt=random(1, text, config.context_dim), txt_ids=sampling.text_ids(text, axes),
+        img=random(1, tokens**2, config.in_channels),
+        img_ids=sampling.image_ids(tokens, tokens, axes),
+        txt=random(1, text, config.context_dim),
+        txt_ids=sampling.text_ids(text, axes),
         t=torch.full((1,), 0.5, device=device),
-    )  # fmt: skip
+    )
     if config.guidance:
         given["guidance"] = torch.full((1,), 4.0, device=device)
     if config.vector_dim is not None:
@@ -123,8 +156,14 @@ def inputs(config: FluxConfig, side: int, text: int, device: torch.device | str,
 
 
 def our_step(model: Flux, given: dict[str, Tensor]) -> Step:
-    img, txt, rope = given["img"], given["txt"], model.rope(given["txt_ids"], given["img_ids"]).to(given["img"].device)
-    mods = model.modulations(model.vec(**{name: given[name] for name in ("t", "guidance", "vector") if name in given}))
+    img, txt, rope = (
+        given["img"],
+        given["txt"],
+        model.rope(given["txt_ids"], given["img_ids"]).to(given["img"].device),
+    )
+    mods = model.modulations(
+        model.vec(**{name: given[name] for name in ("t", "guidance", "vector") if name in given})
+    )
     return lambda: model.velocity(img, txt, rope, mods)
 
 

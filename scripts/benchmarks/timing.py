@@ -13,7 +13,9 @@ from benchmarks.setting import Setting
 from flux.parity.reference import relative_l2
 
 
-def pair(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], setting: Setting, **row) -> Row:
+def pair(
+    name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], setting: Setting, **row
+) -> Row:
     """Two functions that should have the same result, as a row of seconds."""
     difference = relative_l2(ours(), theirs().float())
     seconds = by_turns([ours, theirs], setting.rounds, setting.enough)
@@ -23,7 +25,10 @@ def pair(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], se
 def by_turns(functions: list[Callable[[], object]], rounds: int, enough: float) -> list[float]:
     """Median seconds of each, of two timings a round, after a warm-up; what takes less than `enough` is repeated."""
     first = [timed(function) for function in functions]
-    usual = max(timed(function) if seconds < enough else seconds for function, seconds in zip(functions, first))
+    usual = max(
+        timed(function) if seconds < enough else seconds
+        for function, seconds in zip(functions, first)
+    )
     calls = math.ceil(enough / usual)  # the same number of each
     seconds = [[] for _ in functions]
     for _ in range(rounds):
@@ -49,7 +54,9 @@ def synchronise() -> None:
         torch.mps.synchronize()
 
 
-def random_weights(build: Callable[[], nn.Module], device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def random_weights(
+    build: Callable[[], nn.Module], device: torch.device | str, dtype: torch.dtype
+) -> nn.Module:
     """A network whose weights are drawn where they will be used, so that the largest is ready in seconds.
 
     Matrices keep the size of what they multiply. Never zeros: multiplying those is faster than any real model.
@@ -64,7 +71,9 @@ def random_weights(build: Callable[[], nn.Module], device: torch.device | str, d
         elif name.endswith("running_var"):
             tensor.uniform_(0.5, 2, generator=generator)
         elif tensor.ndim == 1:  # a bias or a mean about 0, the scale of a norm about 1
-            tensor.normal_(0.0 if name.endswith(("bias", "running_mean")) else 1.0, 0.1, generator=generator)
+            tensor.normal_(
+                0.0 if name.endswith(("bias", "running_mean")) else 1.0, 0.1, generator=generator
+            )
         else:
             tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
     return module

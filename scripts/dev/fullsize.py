@@ -31,27 +31,40 @@ from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from benchmarks.measure import proc  # noqa: E402
+from benchmarks.measure import proc
 
-from flux import sampling  # noqa: E402
-from flux.configs import ModelSpec  # noqa: E402
-from flux.errors import NonFiniteError, UserError  # noqa: E402
-from flux.text_encoder import TextFeatures  # noqa: E402
+from flux import sampling
+from flux.configs import ModelSpec
+from flux.errors import NonFiniteError, UserError
+from flux.text_encoder import TextFeatures
 from flux.training import lora as adapters
 from flux.training import trainer as training
-from flux.transformer import Flux  # noqa: E402
-from flux.weights.load import blank, load_module  # noqa: E402
-from flux.weights.locate import find_spec  # noqa: E402
+from flux.transformer import Flux
+from flux.weights.load import blank, load_module
+from flux.weights.locate import find_spec
 
 SIDE = 256 // 16  # tokens
 CPU = torch.device("cpu")
 
 
 def main() -> int:
-    what = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what.add_argument("--model", default="flux.2-klein-base-4b", help="of flux.MODELS (default: flux.2-klein-base-4b)")
-    what.add_argument("--lora-rank", type=int, metavar="R", help="train a LoRA of this rank, for two steps")
-    what.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "flux-fullsize", help="for the file")
+    what = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what.add_argument(
+        "--model",
+        default="flux.2-klein-base-4b",
+        help="of flux.MODELS (default: flux.2-klein-base-4b)",
+    )
+    what.add_argument(
+        "--lora-rank", type=int, metavar="R", help="train a LoRA of this rank, for two steps"
+    )
+    what.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "flux-fullsize",
+        help="for the file",
+    )
     args = what.parse_args()
     try:
         if args.lora_rank is not None and args.lora_rank < 1:
@@ -65,7 +78,12 @@ def main() -> int:
     except (UserError, NonFiniteError, OSError) as error:
         print(f"fullsize.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, NonFiniteError) else 2
-    rows = [("what", f"{spec.name}, {path.stat().st_size / 1e9:.3f} GB"), *machine(), ("written", written), *measured]
+    rows = [
+        ("what", f"{spec.name}, {path.stat().st_size / 1e9:.3f} GB"),
+        *machine(),
+        ("written", written),
+        *measured,
+    ]
     print("| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows))
     return 0 if good else 1
 
@@ -82,13 +100,21 @@ def write(path: Path, module: nn.Module) -> str:
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned, as in released files
     path.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(path.parent).free) < end + 10**9:
-        raise UserError(f"{path.parent} has {free / 1e9:.1f} GB free and {end / 1e9 + 1:.1f} are needed: give another --folder")
-    start, generator, partial = perf_counter(), torch.Generator().manual_seed(0), path.with_suffix(".partial")
+        raise UserError(
+            f"{path.parent} has {free / 1e9:.1f} GB free and {end / 1e9 + 1:.1f} are needed: give another --folder"
+        )
+    start, generator, partial = (
+        perf_counter(),
+        torch.Generator().manual_seed(0),
+        path.with_suffix(".partial"),
+    )
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for like in module.state_dict().values():
             mean = 1.0 if like.ndim == 1 else 0.0  # scales of norms, and biases
-            tensor = torch.empty(like.shape, dtype=torch.bfloat16).normal_(mean, 0.02, generator=generator)
+            tensor = torch.empty(like.shape, dtype=torch.bfloat16).normal_(
+                mean, 0.02, generator=generator
+            )
             file.write(tensor.view(torch.uint8).numpy())
     partial.replace(path)
     return f"in {perf_counter() - start:.1f} s"
@@ -101,12 +127,22 @@ def measure(spec: ModelSpec, path: Path) -> tuple[list[tuple[str, str]], bool]:
     model = blank(lambda: Flux(config))
     load_module(model, [path])
     seconds, after = perf_counter() - start, resident("RssAnon")
-    growth = f"{(after - before) / 1e6:.1f} MB, {(after - before) / path.stat().st_size:.2%} of the file"
+    growth = (
+        f"{(after - before) / 1e6:.1f} MB, {(after - before) / path.stat().st_size:.2%} of the file"
+    )
 
-    random = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()  # noqa: E731
+    def random(*shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
     axes = len(config.axes_dim)
-    img, txt = random(1, SIDE**2, config.in_channels), random(1, spec.text_length, config.context_dim)
-    ids = dict(img_ids=sampling.image_ids(SIDE, SIDE, axes), txt_ids=sampling.text_ids(spec.text_length, axes))
+    img, txt = (
+        random(1, SIDE**2, config.in_channels),
+        random(1, spec.text_length, config.context_dim),
+    )
+    ids = dict(
+        img_ids=sampling.image_ids(SIDE, SIDE, axes),
+        txt_ids=sampling.text_ids(spec.text_length, axes),
+    )
     guidance = torch.tensor([4.0]) if config.guidance else None
     vector = random(1, config.vector_dim) if config.vector_dim else None
     start = perf_counter()
@@ -115,9 +151,18 @@ def measure(spec: ModelSpec, path: Path) -> tuple[list[tuple[str, str]], bool]:
     rows = [
         ("loaded", f"in {seconds:.2f} s"),
         ("anonymous memory that loading took", growth),
-        ("one step", f"in {step:.2f} s, {SIDE**2} image and {spec.text_length} text tokens, bfloat16"),
-        ("anonymous memory after it", f"{(resident('RssAnon') - before) / 1e6:.1f} MB more than before loading"),
-        ("velocity", f"{'finite' if finite else 'NOT FINITE'}, standard deviation {velocity.float().std():.3f}"),
+        (
+            "one step",
+            f"in {step:.2f} s, {SIDE**2} image and {spec.text_length} text tokens, bfloat16",
+        ),
+        (
+            "anonymous memory after it",
+            f"{(resident('RssAnon') - before) / 1e6:.1f} MB more than before loading",
+        ),
+        (
+            "velocity",
+            f"{'finite' if finite else 'NOT FINITE'}, standard deviation {velocity.float().std():.3f}",
+        ),
     ]
     return rows, finite
 
@@ -137,16 +182,27 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
         for number in range(2):
             start = perf_counter()
             loss, length = trainer.update([partial(loss_of, spec, network, number)])
-            steps.append(f"in {perf_counter() - start:.1f} s: loss {loss:.4f}, gradient {length:.4g} long")
-    gb = lambda size: f"{size / 1e9:.3g}"  # noqa: E731
+            steps.append(
+                f"in {perf_counter() - start:.1f} s: loss {loss:.4f}, gradient {length:.4g} long"
+            )
+
+    def gb(size):
+        return f"{size / 1e9:.3g}"
+
     peak = f"{gb(resident('VmHWM'))} GB resident, {gb(max(held))} GB of it anonymous; the rest is files' pages"
     rows = [
-        ("to train", f"{sum(p.numel() for p in trainer.parameters.values()):,} parameters: a LoRA of rank {rank}"),
-        ("memory, told in advance", f"at least {gb(told.total)} GB: weights {gb(told.weights)}, gradients and the optimizer "
-         f"{gb(told.states)}, activations {gb(told.activations)}"),
+        (
+            "to train",
+            f"{sum(p.numel() for p in trainer.parameters.values()):,} parameters: a LoRA of rank {rank}",
+        ),
+        (
+            "memory, told in advance",
+            f"at least {gb(told.total)} GB: weights {gb(told.weights)}, gradients and the optimizer "
+            f"{gb(told.states)}, activations {gb(told.activations)}",
+        ),
         ("memory at its peak", peak),
         *zip(("first step", "second step"), steps, strict=True),
-    ]  # fmt: skip
+    ]
     found, good = result(network, path)
     return rows + found, good
 
@@ -155,7 +211,11 @@ def result(network: Flux, path: Path) -> tuple[list[tuple[str, str]], bool]:
     """The rows on what training has changed, and on the file of it."""
     layers = [layer for layer in network.modules() if isinstance(layer, adapters.LoRALinear)]
     moved = sum(layer.lora_B.weight.any().item() for layer in layers)  # they were 0
-    kept = {name.replace(".base.", "."): p for name, p in network.named_parameters() if not p.requires_grad}
+    kept = {
+        name.replace(".base.", "."): p
+        for name, p in network.named_parameters()
+        if not p.requires_grad
+    }
     same = sum(torch.equal(tensor, kept[name]) for name, tensor in training.load(path).items())
     file = path.with_name("lora.safetensors")
     training.write(file, adapters.lora_tensors(network), {"format": "pt"})
@@ -170,7 +230,10 @@ def result(network: Flux, path: Path) -> tuple[list[tuple[str, str]], bool]:
 def loss_of(spec: ModelSpec, network: Flux, number: int) -> Tensor:
     """Of the n-th drawn picture and caption: in training, both come from the cache, and what has made them is not in memory."""
     config, draw = spec.transformer, training.generator(0, number)
-    random = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw)
+
     vector = random(1, config.vector_dim) if config.vector_dim else None
     features = TextFeatures(random(1, spec.text_length, config.context_dim), vector)
     latents, noise = random(2, 1, config.out_channels, SIDE, SIDE)
@@ -207,7 +270,10 @@ def resident(field: str) -> int:
 
 def machine() -> list[tuple[str, str]]:
     info = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.split(":")[1].strip() for line in info if line.startswith("model name")),
+        platform.machine(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hardware = f"{name}, {os.cpu_count()} cores ({torch.get_num_threads()} used), {memory / 1e9:.0f} GB of memory"
     return [("machine", hardware), ("torch", torch.__version__), ("date", date.today().isoformat())]

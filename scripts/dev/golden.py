@@ -21,23 +21,33 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.parity_rows import reference_of  # noqa: E402
-from test_pipeline import PROMPTS, home, write_tokenizers  # noqa: E402
-from test_tokenizers import MISTRAL_TEMPLATE  # noqa: E402
-from test_transformer import inputs  # noqa: E402
+from support.parity_rows import reference_of
+from test_pipeline import PROMPTS, home, write_tokenizers
+from test_tokenizers import MISTRAL_TEMPLATE
+from test_transformer import inputs
 
-from flux.configs import FLUX1Text  # noqa: E402
-from flux.parity import reference  # noqa: E402
+from flux.configs import FLUX1Text
+from flux.parity import reference
 
 GOLDEN = ROOT / "tests/golden"
 VERSIONS = {library.__name__: library.__version__ for library in (diffusers, transformers, torch)}
-RUNS = {"flux.1-dev": 3.0, "flux.1-schnell": None, "flux.2-dev": 3.0, "flux.2-klein-4b": None, "flux.2-klein-base-4b": 3.0}
+RUNS = {
+    "flux.1-dev": 3.0,
+    "flux.1-schnell": None,
+    "flux.2-dev": 3.0,
+    "flux.2-klein-4b": None,
+    "flux.2-klein-base-4b": 3.0,
+}
 
 
 def answer(name: str, ours) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs, and the outputs of the reference with the weights of `ours`."""
     given, (_, theirs) = asked(name, ours.config), reference_of(name, ours)
-    names = ["encoded", "decoded"] if name.endswith("autoencoder") else ["velocity" if name.startswith("flux") else "features"]
+    names = (
+        ["encoded", "decoded"]
+        if name.endswith("autoencoder")
+        else ["velocity" if name.startswith("flux") else "features"]
+    )
     return given, dict(zip(names, theirs(given), strict=True))
 
 
@@ -46,7 +56,10 @@ def asked(name: str, config) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     if name.endswith("autoencoder"):
         pixels = torch.rand(2, 3, 32, 48, generator=generator) * 2 - 1
-        return {"pixels": pixels, "latents": torch.randn(2, config.latent_channels, 2, 3, generator=generator)}
+        return {
+            "pixels": pixels,
+            "latents": torch.randn(2, config.latent_channels, 2, 3, generator=generator),
+        }
     if name.startswith("flux"):
         return inputs(config)
     length, real = 24, torch.tensor([24, 17, 1])[:, None]
@@ -65,20 +78,34 @@ def picture(name: str, guidance: float | None, folder: Path) -> tuple[list, dict
     repository, seen = home(folder, name), []
     spec = reference.tiny_models(write_tokenizers(repository, name))[name]
     parts, flux1 = reference.networks(spec), isinstance(spec.text, FLUX1Text)
-    theirs = reference.diffusers_pipeline(spec, parts, reference.diffusers_text(spec, parts, repository, MISTRAL_TEMPLATE))
+    theirs = reference.diffusers_pipeline(
+        spec, parts, reference.diffusers_text(spec, parts, repository, MISTRAL_TEMPLATE)
+    )
     words = dict(prompt=PROMPTS, max_sequence_length=spec.text_length)
     words |= {"prompt_2": None} if flux1 else {"text_encoder_out_layers": spec.text.model.layers}
     features, pooled, *_ = theirs.encode_prompt(**words)
     images = theirs(
-        **words, width=96, height=64, num_inference_steps=4, guidance_scale=guidance or 1.0,
+        **words,
+        width=96,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=guidance or 1.0,
         generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
         callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
-    ).images  # fmt: skip
-    tensors = {"out.features": features, "out.latents": rearrange(seen[-1], "b (h w) c -> b c h w", h=4)}
-    tensors["out.pictures"] = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, H, W, 3)
+    ).images
+    tensors = {
+        "out.features": features,
+        "out.latents": rearrange(seen[-1], "b (h w) c -> b c h w", h=4),
+    }
+    tensors["out.pictures"] = torch.from_numpy(
+        np.stack([np.asarray(image) for image in images])
+    )  # (B, H, W, 3)
     tensors |= {"out.pooled": pooled} if flux1 else {}
     names = spec.text.t5_tokenizer + spec.text.clip_tokenizer if flux1 else spec.text.tokenizer
-    files = {f"file.{n}": torch.frombuffer(bytearray((repository / n).read_bytes()), dtype=torch.uint8) for n in names}
+    files = {
+        f"file.{n}": torch.frombuffer(bytearray((repository / n).read_bytes()), dtype=torch.uint8)
+        for n in names
+    }
     return list(parts.values()), tensors | files
 
 
@@ -92,12 +119,16 @@ def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     for name, ours in reference.golden_networks().items():
         given, expected = answer(name, ours)
-        tensors = {f"in.{k}": x for k, x in given.items()} | {f"out.{k}": x for k, x in expected.items()}
+        tensors = {f"in.{k}": x for k, x in given.items()} | {
+            f"out.{k}": x for k, x in expected.items()
+        }
         save(name, tensors | {"fingerprint": reference.fingerprint(ours)}, {})
     for name, guidance in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             modules, tensors = picture(name, guidance, Path(folder))
-        asked = {"prompts": "\n".join(PROMPTS)} | ({} if guidance is None else {"guidance": str(guidance)})
+        asked = {"prompts": "\n".join(PROMPTS)} | (
+            {} if guidance is None else {"guidance": str(guidance)}
+        )
         save(f"pipeline-{name}", tensors | {"fingerprint": reference.fingerprint(*modules)}, asked)
 
 

@@ -36,7 +36,10 @@ from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests/golden_bfl"
 STEPS, GUIDANCE, SEED, TEXT, ROWS, COLUMNS = 4, 3.5, 0, 24, 4, 6
-AXES, THETA = {"flux.1": (8, 12, 12), "flux.2": (8, 8, 8, 8)}, {"flux.1": 10_000, "flux.2": 2000}  # as flux/parity/reference.py has
+AXES, THETA = (
+    {"flux.1": (8, 12, 12), "flux.2": (8, 8, 8, 8)},
+    {"flux.1": 10_000, "flux.2": 2000},
+)  # as flux/parity/reference.py has
 
 
 def r(x):
@@ -59,16 +62,22 @@ def run(w):
     w = {name: r(x) for name, x in w.items()}
     family = "flux.2" if is_flux2(w) else "flux.1"
     out, generator = {}, torch.Generator().manual_seed(1)
-    txt = out["text/features"] = r(torch.randn(1, TEXT, w["txt_in.weight"].shape[1], generator=generator))
+    txt = out["text/features"] = r(
+        torch.randn(1, TEXT, w["txt_in.weight"].shape[1], generator=generator)
+    )
     pooled = None
     if family == "flux.1":
-        pooled = out["text/pooled"] = r(torch.randn(1, w["vector_in.in_layer.weight"].shape[1], generator=generator))
+        pooled = out["text/pooled"] = r(
+            torch.randn(1, w["vector_in.in_layer.weight"].shape[1], generator=generator)
+        )
     rope = out["rope"] = rope_table(family)
     x, times = noise(family, w["img_in.weight"].shape[1]), schedule(family)
     out["schedule"] = torch.tensor(times)
     for step, (now, after) in enumerate(zip(times, times[1:]), start=1):
         at = f"step.{step:03}"
-        velocity = network(w, x, txt, pooled, rope, now, lambda name, value: out.update({f"{at}/{name}": value}))  # noqa: B023
+        velocity = network(
+            w, x, txt, pooled, rope, now, lambda name, value: out.update({f"{at}/{name}": value})
+        )
         x = r(x + r(torch.tensor(after - now) * velocity))  # R11
         out[f"{at}/latents"] = x.transpose(1, 2).reshape(1, -1, ROWS, COLUMNS)
     return family, out
@@ -92,7 +101,10 @@ def schedule(family):
     if family == "flux.1":
         mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
     else:
-        few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666  # at 10 and at 200 steps
+        few, many = (
+            8.73809524e-05 * tokens + 1.89833333,
+            0.00016927 * tokens + 0.45666666,
+        )  # at 10 and at 200 steps
         mu = few + (many - few) * (STEPS - 10) / 190
     t = torch.linspace(1, 0, STEPS + 1)
     return (math.exp(mu) / (math.exp(mu) + (1 / t - 1))).tolist()
@@ -105,7 +117,10 @@ def rope_table(family):
         places[:TEXT, 3] = torch.arange(TEXT)
     places[TEXT:, 1] = torch.arange(ROWS).repeat_interleave(COLUMNS)
     places[TEXT:, 2] = torch.arange(COLUMNS).repeat(ROWS)
-    omegas = [1.0 / THETA[family] ** (torch.arange(0, n, 2, dtype=torch.float32) / n) for n in AXES[family]]
+    omegas = [
+        1.0 / THETA[family] ** (torch.arange(0, n, 2, dtype=torch.float32) / n)
+        for n in AXES[family]
+    ]
     angle = torch.cat([places[:, axis, None] * omega for axis, omega in enumerate(omegas)], dim=1)
     return torch.stack([angle.cos(), angle.sin()], dim=2)
 
@@ -115,13 +130,19 @@ def rope_table(family):
 
 def network(w, x, txt, pooled, rope, t, see):
     """Velocity of the tokens x. FLUX.2 has one modulation for all blocks of a kind, and FLUX.1 one in each."""
-    blocks = lambda kind: sorted({".".join(name.split(".")[:2]) for name in w if name.startswith(kind)})  # noqa: E731
+
+    def blocks(kind):
+        return sorted({".".join(name.split(".")[:2]) for name in w if name.startswith(kind)})
+
     vec = embedder(w, "time_in", sinusoid(t))
     vec = r(vec + embedder(w, "guidance_in", sinusoid(GUIDANCE)))  # R4
     if pooled is not None:
         vec = r(vec + embedder(w, "vector_in", pooled))
     see("vec", vec)
-    modulation = lambda name, n: linear(w, f"{name}.lin", whole(F.silu, vec))[:, None].chunk(n, dim=-1)  # noqa: E731
+
+    def modulation(name, n):
+        return linear(w, f"{name}.lin", whole(F.silu, vec))[:, None].chunk(n, dim=-1)
+
     img, txt = linear(w, "img_in", x), linear(w, "txt_in", txt)
     for block in blocks("double_blocks"):
         shared = "double_stream_modulation_img", "double_stream_modulation_txt"
@@ -131,7 +152,9 @@ def network(w, x, txt, pooled, rope, t, see):
     for block in blocks("single_blocks"):
         name = "single_stream_modulation" if is_flux2(w) else f"{block}.modulation"
         joint = single(w, block, joint, rope, modulation(name, 3), see)
-    shift, scale = linear(w, "final_layer.adaLN_modulation.1", whole(F.silu, vec))[:, None].chunk(2, dim=-1)
+    shift, scale = linear(w, "final_layer.adaLN_modulation.1", whole(F.silu, vec))[:, None].chunk(
+        2, dim=-1
+    )
     velocity = linear(w, "final_layer.linear", modulated(joint[:, TEXT:], shift, scale))
     see("out", velocity)
     return velocity
@@ -145,7 +168,10 @@ def double(w, block, img, txt, rope, img_mod, txt_mod, see):
     q, k, v = (torch.cat(pair, dim=2) for pair in zip(*parts))
     attended = attention(block, q, k, v, rope, see)
     out = []
-    for stream, x, y, mod in (("img", img, attended[:, TEXT:], img_mod), ("txt", txt, attended[:, :TEXT], txt_mod)):
+    for stream, x, y, mod in (
+        ("img", img, attended[:, TEXT:], img_mod),
+        ("txt", txt, attended[:, :TEXT], txt_mod),
+    ):
         _, _, gate, shift, scale, mlp_gate = mod
         x = r(x + r(gate * linear(w, f"{block}.{stream}_attn.proj", y)))  # R9
         hidden = activation(w, linear(w, f"{block}.{stream}_mlp.0", modulated(x, shift, scale)))
@@ -167,7 +193,9 @@ def single(w, block, x, rope, mod, see):
 
 def heads(w, norm, qkv):
     """(1, N, 3 H d) -> q, k and v, each (1, H, N, d), q and k normalised."""
-    q, k, v = qkv.reshape(1, qkv.shape[1], 3, -1, len(w[f"{norm}.query_norm.scale"])).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.reshape(1, qkv.shape[1], 3, -1, len(w[f"{norm}.query_norm.scale"])).permute(
+        2, 0, 3, 1, 4
+    )
     scaled = lambda x, scale: r(r(x * torch.rsqrt((x**2).mean(-1, keepdim=True) + 1e-6)) * scale)  # noqa: E731  R6
     return scaled(q, w[f"{norm}.query_norm.scale"]), scaled(k, w[f"{norm}.key_norm.scale"]), v
 
@@ -188,7 +216,9 @@ def turned(x, rope):
 
 def modulated(x, shift, scale):
     """R8"""
-    return r(r(r(1 + scale) * whole(F.layer_norm, x, normalized_shape=x.shape[-1:], eps=1e-6)) + shift)
+    return r(
+        r(r(1 + scale) * whole(F.layer_norm, x, normalized_shape=x.shape[-1:], eps=1e-6)) + shift
+    )
 
 
 def activation(w, hidden):
@@ -201,7 +231,9 @@ def activation(w, hidden):
 def sinusoid(value):
     """R3, and R2: 256 of t or of guidance."""
     thousandfold = r(1000 * r(torch.tensor([value])))
-    angle = thousandfold[:, None] * torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)
+    angle = thousandfold[:, None] * torch.exp(
+        -math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128
+    )
     return r(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 
@@ -228,9 +260,16 @@ def main():
     for path in sys.argv[1:]:
         family, tensors = run(load_file(path))
         exact = ("rope", "schedule")  # float32 with them, too
-        tensors = {name: x.contiguous() if name in exact else x.bfloat16().contiguous() for name, x in tensors.items()}
+        tensors = {
+            name: x.contiguous() if name in exact else x.bfloat16().contiguous()
+            for name, x in tensors.items()
+        }
         found = {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability()}
-        save_file({name: x for name, x in tensors.items() if kept(name)}, GOLDEN / f"{family}.safetensors", metadata=found)
+        save_file(
+            {name: x for name, x in tensors.items() if kept(name)},
+            GOLDEN / f"{family}.safetensors",
+            metadata=found,
+        )
 
 
 if __name__ == "__main__":

@@ -24,18 +24,18 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from flux import configs  # noqa: E402
-from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers  # noqa: E402
-from flux.clip import CLIP, CLIPConfig  # noqa: E402
-from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec  # noqa: E402
-from flux.errors import UserError  # noqa: E402
-from flux.language_model import LanguageModel, LanguageModelConfig  # noqa: E402
-from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig  # noqa: E402
-from flux.t5 import T5, T5Config  # noqa: E402
-from flux.text_encoder import clip_unread, language_model_unread, t5_unread  # noqa: E402
-from flux.transformer import Flux, FluxConfig  # noqa: E402
-from flux.weights.files import BITS, find_all, is_local, read_header, shard_files  # noqa: E402
-from flux.weights.locate import find_spec  # noqa: E402
+from flux import configs
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers
+from flux.clip import CLIP, CLIPConfig
+from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
+from flux.errors import UserError
+from flux.language_model import LanguageModel, LanguageModelConfig
+from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
+from flux.t5 import T5, T5Config
+from flux.text_encoder import clip_unread, language_model_unread, t5_unread
+from flux.transformer import Flux, FluxConfig
+from flux.weights.files import BITS, find_all, is_local, read_header, shard_files
+from flux.weights.locate import find_spec
 
 FOLDER = ROOT / "tests" / "manifests"
 CONTROL = replace(configs.FLUX1, in_channels=128)  # a control picture's channels beside the noise's
@@ -93,17 +93,31 @@ MANIFESTS = {
 FLOAT32 = ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder")  # all else was released in bfloat16
 QWEN3_DEPTH = 36  # layers in the released files, of which 27 are read
 
-NetworkConfig = FluxConfig | AutoEncoderConfig | T5Config | CLIPConfig | LanguageModelConfig | SigLIPConfig | ReduxConfig
+NetworkConfig = (
+    FluxConfig
+    | AutoEncoderConfig
+    | T5Config
+    | CLIPConfig
+    | LanguageModelConfig
+    | SigLIPConfig
+    | ReduxConfig
+)
 Config = NetworkConfig | ControlLoraConfig | QuantisedConfig
 Manifest = dict[str, tuple[str, tuple[int, ...]]]  # name -> type as safetensors spells it, shape
 
 
 def main() -> int:
-    what = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what.add_argument("files", nargs="*", type=Path, metavar="FILE", help="of one network")
     what.add_argument("--check", metavar="MODEL", help="a name of flux.MODELS")
-    what.add_argument("--weights", type=Path, metavar="DIR",
-                      help="where they are (else $FLUX_WEIGHTS, or the Hugging Face cache)")  # fmt: skip
+    what.add_argument(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="where they are (else $FLUX_WEIGHTS, or the Hugging Face cache)",
+    )
     what.add_argument("--markdown", action="store_true", help="print the tables of weights.md")
     what.add_argument("--rebuild", action="store_true", help="write tests/manifests/*.json")
     args = what.parse_args()
@@ -141,7 +155,9 @@ def from_json(name: str) -> Manifest:
 
 def dumps(manifest: Manifest) -> str:
     """JSON with a tensor a line."""
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in manifest.items())
+    lines = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in manifest.items()
+    )
     return f'{{"count": {len(manifest)}, "bytes": {size(manifest)}, "tensors": {{\n{lines}\n}}}}\n'
 
 
@@ -155,9 +171,14 @@ def name_of(config: Config) -> str:
 
 
 KINDS = {
-    FluxConfig: Flux, AutoEncoderConfig: AutoEncoder, T5Config: T5, CLIPConfig: CLIP, LanguageModelConfig: LanguageModel,
-    SigLIPConfig: SigLIP, ReduxConfig: Redux,
-}  # fmt: skip
+    FluxConfig: Flux,
+    AutoEncoderConfig: AutoEncoder,
+    T5Config: T5,
+    CLIPConfig: CLIP,
+    LanguageModelConfig: LanguageModel,
+    SigLIPConfig: SigLIP,
+    ReduxConfig: Redux,
+}
 
 
 def on_meta(config: NetworkConfig) -> nn.Module:
@@ -182,11 +203,19 @@ def from_reference(config: Config) -> Manifest:
         return listed(text_encoder(config), "BF16")
     ours = on_meta(config).state_dict()
     if isinstance(config, FluxConfig):
-        translated, theirs = reference.transformer_to_diffusers(ours, config), reference.diffusers_transformer(config)
+        translated, theirs = (
+            reference.transformer_to_diffusers(ours, config),
+            reference.diffusers_transformer(config),
+        )
     else:
-        translated, theirs = reference.autoencoder_to_diffusers(ours, config), reference.diffusers_autoencoder(config)
+        translated, theirs = (
+            reference.autoencoder_to_diffusers(ours, config),
+            reference.diffusers_autoencoder(config),
+        )
     # Translated, ours are exactly theirs: it is they who vouch for the released names and shapes.
-    assert reference.shapes(translated) == reference.shapes(theirs.state_dict()), f"{name_of(config)} is not diffusers'"
+    assert reference.shapes(translated) == reference.shapes(theirs.state_dict()), (
+        f"{name_of(config)} is not diffusers'"
+    )
     return listed(ours, "F32" if name_of(config) in FLOAT32 else "BF16")
 
 
@@ -203,11 +232,17 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
             state = reference.transformers_clip(config, eos_id=2).state_dict()
             return {f"text_model.{name}": tensor for name, tensor in state.items()}
         depth = QWEN3_DEPTH if whole else 1 + max(config.layers)
-        state = reference.transformers_language_model(config, depth, mistral=not config.qk_norm).state_dict()
+        state = reference.transformers_language_model(
+            config, depth, mistral=not config.qk_norm
+        ).state_dict()
     if config == configs.QWEN3_4B:
         del state["lm_head.weight"]  # tied to the embedding
     if not whole:
-        state = {name: t for name, t in state.items() if not language_model_unread(bare(name), max(config.layers))}
+        state = {
+            name: t
+            for name, t in state.items()
+            if not language_model_unread(bare(name), max(config.layers))
+        }
     return {bare(name): t for name, t in state.items()} if config == configs.MISTRAL else state
 
 
@@ -218,7 +253,10 @@ def adapter(config: SigLIPConfig | ReduxConfig) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         if isinstance(config, ReduxConfig):
             return reference.diffusers_redux(config).state_dict()
-        return {f"vision_model.{name}": tensor for name, tensor in reference.transformers_siglip(config).state_dict().items()}
+        return {
+            f"vision_model.{name}": tensor
+            for name, tensor in reference.transformers_siglip(config).state_dict().items()
+        }
 
 
 def lora_of(transformer: Manifest, rank: int) -> Manifest:
@@ -251,14 +289,20 @@ def quantised(transformer: Manifest, config: QuantisedConfig) -> Manifest:
             found[f"{layer}.weight_scale"] = "F32", ()
         else:
             found[name] = "U8", (rows, columns // 2)
-            found[f"{layer}.weight_scale"] = "F8_E4M3", (rows, columns // 16)  # whole tiles of 128x4, at all these sizes
+            found[f"{layer}.weight_scale"] = (
+                "F8_E4M3",
+                (rows, columns // 16),
+            )  # whole tiles of 128x4, at all these sizes
             found[f"{layer}.weight_scale_2"] = "F32", ()
         found[f"{layer}.input_scale"] = "F32", ()
     return found
 
 
 def listed(state: dict[str, torch.Tensor], dtype: str) -> Manifest:
-    return {name: (dtype if t.is_floating_point() else "I64", tuple(t.shape)) for name, t in state.items()}
+    return {
+        name: (dtype if t.is_floating_point() else "I64", tuple(t.shape))
+        for name, t in state.items()
+    }
 
 
 def bare(name: str) -> str:
@@ -275,7 +319,11 @@ class Part(NamedTuple):
     files: tuple[str, ...]  # any of which will do
 
 
-ADAPTERS = {"lora": ("LoRA", ControlLoraConfig()), "redux": ("Redux", ReduxConfig()), "siglip": ("SigLIP", SigLIPConfig())}
+ADAPTERS = {
+    "lora": ("LoRA", ControlLoraConfig()),
+    "redux": ("Redux", ReduxConfig()),
+    "siglip": ("SigLIP", SigLIPConfig()),
+}
 
 
 def parts(spec: ModelSpec) -> dict[str, Part]:
@@ -287,7 +335,9 @@ def parts(spec: ModelSpec) -> dict[str, Part]:
         networks = {"text encoder": (text.model, text.files)}
     networks |= {"transformer": (transformer_of(spec), (spec.transformer_file,))}
     networks |= {"autoencoder": (spec.autoencoder, spec.autoencoder_files)}
-    found = {part: Part(config, spec.repository, files) for part, (config, files) in networks.items()}
+    found = {
+        part: Part(config, spec.repository, files) for part, (config, files) in networks.items()
+    }
     for name, file in spec.adapter.files if spec.adapter else ():
         part, config = ADAPTERS.get(name, (name, transformer_of(spec)))
         found[part] = Part(config, spec.adapter.repository, (file,))
@@ -295,7 +345,11 @@ def parts(spec: ModelSpec) -> dict[str, Part]:
 
 
 def transformer_of(spec: ModelSpec) -> Config:
-    alike = (c for c in MANIFESTS.values() if isinstance(c, QuantisedConfig) and c.transformer == spec.transformer)
+    alike = (
+        c
+        for c in MANIFESTS.values()
+        if isinstance(c, QuantisedConfig) and c.transformer == spec.transformer
+    )
     return next((config for config in alike if config.storage == spec.storage), spec.transformer)
 
 
@@ -321,19 +375,32 @@ def comparable(manifest: Manifest, config: Config) -> Manifest:
     """A file's manifest, less the ways in which files of the same network may rightly differ."""
     match config:
         case AutoEncoderConfig():  # diffusers' names, and Linears for 1x1 convolutions
-            wanted = {name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+            wanted = {
+                name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()
+            }
             named = {from_diffusers(name): entry for name, entry in manifest.items()}
-            return {n: (d, (*s, 1, 1) if (*s, 1, 1) == wanted.get(n) else s) for n, (d, s) in named.items()}
+            return {
+                n: (d, (*s, 1, 1) if (*s, 1, 1) == wanted.get(n) else s)
+                for n, (d, s) in named.items()
+            }
         case T5Config():
             return {name: entry for name, entry in manifest.items() if not t5_unread(name)}
         case CLIPConfig():
             return {name: entry for name, entry in manifest.items() if not clip_unread(name)}
         case SigLIPConfig():  # Google's file has a text half too, and early versions of transformers count the positions
-            seen = {name: entry for name, entry in manifest.items() if name.startswith("vision_model.")}
-            return {name: entry for name, entry in seen.items() if not name.endswith(".position_ids")}
+            seen = {
+                name: entry for name, entry in manifest.items() if name.startswith("vision_model.")
+            }
+            return {
+                name: entry for name, entry in seen.items() if not name.endswith(".position_ids")
+            }
         case LanguageModelConfig(qk_norm=False):
             named = {bare(name): entry for name, entry in manifest.items()}
-            return {name: entry for name, entry in named.items() if not language_model_unread(name, max(config.layers))}
+            return {
+                name: entry
+                for name, entry in named.items()
+                if not language_model_unread(name, max(config.layers))
+            }
     return manifest
 
 
@@ -350,8 +417,12 @@ def differences(found: Manifest, expected: Manifest) -> list[str]:
     for kind, names in kinds.items():
         if names:
             first = min(names)
-            seen, due = ("{} {}".format(*m[first]) if first in m else "nothing" for m in (found, expected))
-            lines.append(f"{len(names)} of {len(expected)} {kind}, first {first} ({seen} in place of {due})")
+            seen, due = (
+                "{} {}".format(*m[first]) if first in m else "nothing" for m in (found, expected)
+            )
+            lines.append(
+                f"{len(names)} of {len(expected)} {kind}, first {first} ({seen} in place of {due})"
+            )
     return lines
 
 
@@ -369,9 +440,19 @@ def models_table() -> str:
         repositories = [spec.repository, *([spec.adapter.repository] if spec.adapter else [])]
         links = [f"[{name.split('/')[-1]}](https://huggingface.co/{name})" for name in repositories]
         home = "part of the package" if spec.embedded else " and ".join(links)
-        guidance = "none" if spec.guidance is None else f"{spec.guidance:g}" + ", by two passes" * spec.cfg
-        picture = spec.picture + f", {spec.control}" * bool(spec.control) + ", computed once" * spec.cached
-        terms = (spec.licence.name, "yes" if spec.licence.commercial else "no", "yes" if spec.licence.gated else "no")
+        guidance = (
+            "none" if spec.guidance is None else f"{spec.guidance:g}" + ", by two passes" * spec.cfg
+        )
+        picture = (
+            spec.picture
+            + f", {spec.control}" * bool(spec.control)
+            + ", computed once" * spec.cached
+        )
+        terms = (
+            spec.licence.name,
+            "yes" if spec.licence.commercial else "no",
+            "yes" if spec.licence.gated else "no",
+        )
         sizes = (f"{spec.size}x{spec.size}", spec.text_length)
         rows.append((f"`{spec.name}`", home, *terms, picture, spec.steps, guidance, *sizes))
     titles = "model, repository, licence, commercial use, gated, picture, steps, guidance, size, text tokens"
@@ -382,14 +463,20 @@ def files_table() -> str:
     used: dict[tuple[str, str], list[str]] = {}
     for spec in MODELS.values():
         for config, _, files in parts(spec).values():
-            used.setdefault((name_of(config), " or ".join(f"`{file}`" for file in files)), []).append(f"`{spec.name}`")
+            used.setdefault(
+                (name_of(config), " or ".join(f"`{file}`" for file in files)), []
+            ).append(f"`{spec.name}`")
     used["ae-flux2-small-decoder", "`full_encoder_small_decoder.safetensors`"] = ["none; optional"]
     rows = []
-    for (name, files), models in sorted(used.items(), key=lambda item: list(MANIFESTS).index(item[0][0])):
+    for (name, files), models in sorted(
+        used.items(), key=lambda item: list(MANIFESTS).index(item[0][0])
+    ):
         manifest = from_json(name)
         elements = sum(prod(shape) for _, shape in manifest.values())
         link = f"[{name}](tests/manifests/{name}.json)"
-        rows.append((link, files, ", ".join(models), len(manifest), f"{elements:,}", f"{size(manifest):,}"))
+        rows.append(
+            (link, files, ", ".join(models), len(manifest), f"{elements:,}", f"{size(manifest):,}")
+        )
     return table("manifest", "file", "models", "tensors", "elements", "bytes", rows=rows)
 
 
@@ -397,14 +484,25 @@ def memory_table() -> str:
     rows = []
     for spec in MODELS.values():
         width = 4 if spec.embedded else 2
-        networks = {part: config for part, (config, *_) in parts(spec).items() if part != "LoRA"}  # which is merged
+        networks = {
+            part: config for part, (config, *_) in parts(spec).items() if part != "LoRA"
+        }  # which is merged
         sizes = {part: memory(config, width) for part, config in networks.items()}
         transformer, autoencoder = sizes.pop("transformer"), sizes.pop("autoencoder")
         redux = sizes.pop("SigLIP", 0) + sizes.pop("Redux", 0)
         stages = (sum(sizes.values()), transformer, autoencoder, redux)
         columns = (*stages, max(stages), sum(stages))
         rows.append((f"`{spec.name}`", *(f"{n / 1e9:.3g}" if n else "none" for n in columns)))
-    return table("model", "text encoder", "transformer", "autoencoder", "adapter", "largest stage", "all", rows=rows)
+    return table(
+        "model",
+        "text encoder",
+        "transformer",
+        "autoencoder",
+        "adapter",
+        "largest stage",
+        "all",
+        rows=rows,
+    )
 
 
 def memory(config: Config, width: int) -> int:
@@ -415,7 +513,9 @@ def memory(config: Config, width: int) -> int:
 
 
 def table(*titles: str, rows: Sequence[Sequence]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (titles, ["---"] * len(titles), *rows))
+    return "\n".join(
+        f"| {' | '.join(map(str, row))} |" for row in (titles, ["---"] * len(titles), *rows)
+    )
 
 
 if __name__ == "__main__":

@@ -33,30 +33,52 @@ def draw_all(args: argparse.Namespace) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
     style = shapes.framed if args.framed else lambda picture: picture
-    draw = lambda what: Image.fromarray(style(shapes.draw(what, args.size, args.size, rng)))  # noqa: E731
+
+    def draw(what):
+        return Image.fromarray(style(shapes.draw(what, args.size, args.size, rng)))
+
     if args.edits:
         lines = []
-        for number, edit in enumerate(itertools.islice(shapes.edits(args.seed, held=False), args.pictures)):
+        for number, edit in enumerate(
+            itertools.islice(shapes.edits(args.seed, held=False), args.pictures)
+        ):
             before = [f"{number:04d}-before-{k}.png" for k in range(1, len(edit.before) + 1)]
-            for name, layout in zip([f"{number:04d}.png", *before], [edit.after, *edit.before], strict=True):
+            for name, layout in zip(
+                [f"{number:04d}.png", *before], [edit.after, *edit.before], strict=True
+            ):
                 draw(layout).save(args.folder / name)
-            lines.append(json.dumps({"image": f"{number:04d}.png", "caption": str(edit), "references": before}))
+            lines.append(
+                json.dumps(
+                    {"image": f"{number:04d}.png", "caption": str(edit), "references": before}
+                )
+            )
         (args.folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
         return
-    for number, scene in enumerate(itertools.islice(shapes.scenes(args.seed, held=False, complete=True), args.pictures)):
+    for number, scene in enumerate(
+        itertools.islice(shapes.scenes(args.seed, held=False, complete=True), args.pictures)
+    ):
         draw(scene).save(args.folder / f"{number:04d}.png")
         (args.folder / f"{number:04d}.txt").write_text(f"{scene}\n")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="it is made, or must be empty")
     parser.add_argument("--pictures", type=int, default=64, metavar="N")
     parser.add_argument("--size", type=int, default=256, metavar="PIXELS")
-    parser.add_argument("--seed", type=int, default=5_000_000, help="of what is drawn (default: one that nothing else uses)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=5_000_000,
+        help="of what is drawn (default: one that nothing else uses)",
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--framed", action="store_true", help="a frame around each: a style to learn")
-    kind.add_argument("--edits", action="store_true", help="of one picture or two, with metadata.jsonl")
+    kind.add_argument(
+        "--edits", action="store_true", help="of one picture or two, with metadata.jsonl"
+    )
     args = parser.parse_args()
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         parser.error(f"{args.folder} has something in it: name a folder that is new or empty")

@@ -63,7 +63,9 @@ class Row(NamedTuple):
 
 def main() -> int:
     args = arguments()
-    torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
+    torch.set_flush_denormal(
+        True
+    )  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     try:
         pipe = flux.load(args.model)
     except UserError as error:
@@ -72,25 +74,47 @@ def main() -> int:
     if args.sheets:
         write_sheets(pipe, args.sheets, args.seed)
         return 0
-    print(f"{pipe.spec.name}: {pipe.spec.steps} steps, guidance {pipe.spec.guidance}; torch {torch.__version__}, "
-          f"{platform.machine()} {pipe.device.type.upper()}, {date.today()}\n")  # fmt: skip
+    print(
+        f"{pipe.spec.name}: {pipe.spec.steps} steps, guidance {pipe.spec.guidance}; torch {torch.__version__}, "
+        f"{platform.machine()} {pipe.device.type.upper()}, {date.today()}\n"
+    )
     print("| pictures | number | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
-    for name, count, shares in rows(pipe, args.only or parts_of(pipe.spec), args.prompts, args.edits, args.seed):
+    for name, count, shares in rows(
+        pipe, args.only or parts_of(pipe.spec), args.prompts, args.edits, args.seed
+    ):
         cells = (f"{shares[column]:.1%}" if column in shares else "" for column in COLUMNS)
         print(f"| {name} | {count} | " + " | ".join(cells) + " |", flush=True)
     return 0
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     embedded = [spec for spec in flux.MODELS.values() if spec.embedded]
     parser.add_argument("--model", choices=[spec.name for spec in embedded], default="flux.2-tiny")
-    parser.add_argument("--only", type=lambda text: text.split(","), metavar="PART[,PART]", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--prompts", type=int, default=500, metavar="N", help="of text to image; fewer for other rows")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="PART[,PART]",
+        help=f"of {', '.join(PARTS)}",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=500,
+        metavar="N",
+        help="of text to image; fewer for other rows",
+    )
     parser.add_argument("--edits", type=int, default=300, metavar="N", help="of one picture or two")
     parser.add_argument("--seed", type=int, default=0, help="of what is asked for and of the noise")
-    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="write contact sheets there, and score nothing")
+    parser.add_argument(
+        "--sheets",
+        type=Path,
+        metavar="FOLDER",
+        help="write contact sheets there, and score nothing",
+    )
     args = parser.parse_args()
     known = parts_of(flux.MODELS[args.model])
     if strange := [part for part in args.only or () if part not in known]:
@@ -100,8 +124,9 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def rows(pipe: flux.Pipeline, parts: Sequence[str], prompts: int, edits: int,
-         seed: int) -> Iterator[tuple[str, int, dict[str, float]]]:  # fmt: skip
+def rows(
+    pipe: flux.Pipeline, parts: Sequence[str], prompts: int, edits: int, seed: int
+) -> Iterator[tuple[str, int, dict[str, float]]]:
     """Name, number of pictures and score of each row."""
     scenes = first(shapes.scenes(SCENES + seed, held=True, complete=True), prompts)
     few = scenes[: -(-prompts // 5)]
@@ -109,8 +134,14 @@ def rows(pipe: flux.Pipeline, parts: Sequence[str], prompts: int, edits: int,
     if "text" in parts:
         drawn = [shapes.draw(scene, size, size, rng) for scene in scenes]
         yield "drawn", len(scenes), shapes.score(drawn, scenes)
-        yield "drawn, through the autoencoder", len(scenes), shapes.score(through(pipe, drawn), scenes)
-    for row in itertools.chain.from_iterable(PARTS[part](pipe, scenes, few, edits, seed) for part in parts):
+        yield (
+            "drawn, through the autoencoder",
+            len(scenes),
+            shapes.score(through(pipe, drawn), scenes),
+        )
+    for row in itertools.chain.from_iterable(
+        PARTS[part](pipe, scenes, few, edits, seed) for part in parts
+    ):
         pictures, asked = made(pipe, row, seed), [task.asked for task in row.tasks]
         yield row.name, len(asked), row.score(pictures, asked)
         for name, belongs in row.groups.items():
@@ -118,20 +149,36 @@ def rows(pipe: flux.Pipeline, parts: Sequence[str], prompts: int, edits: int,
                 yield name, len(some), row.score(*zip(*some, strict=True))
 
 
-def text_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int) -> Iterator[Row]:
+def text_rows(
+    pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int
+) -> Iterator[Row]:
     tasks = [Task(str(scene), scene) for scene in scenes]
     trained = first(shapes.scenes(SCENES + seed, held=False, complete=True), len(few))
     sparse = first(shapes.scenes(SCENES + seed, held=True), len(few))
     yield Row("text to image", tasks, {}, shapes.score)
     yield Row("the same in 4 steps", tasks, {"steps": 4}, shapes.score)
     yield Row("the same with guidance 1", tasks[: len(few)], {"guidance": 1.0}, shapes.score)
-    yield Row("combinations that it was trained on", [Task(str(scene), scene) for scene in trained], {}, shapes.score)
-    yield Row("prompts that leave something open", [Task(str(scene), scene) for scene in sparse], {}, shapes.score)
+    yield Row(
+        "combinations that it was trained on",
+        [Task(str(scene), scene) for scene in trained],
+        {},
+        shapes.score,
+    )
+    yield Row(
+        "prompts that leave something open",
+        [Task(str(scene), scene) for scene in sparse],
+        {},
+        shapes.score,
+    )
     for width, height in ((320, 192), (192, 320)):
-        yield Row(f"{width}x{height}", tasks[: len(few)], {"width": width, "height": height}, shapes.score)
+        yield Row(
+            f"{width}x{height}", tasks[: len(few)], {"width": width, "height": height}, shapes.score
+        )
 
 
-def edit_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], count: int, seed: int) -> Iterator[Row]:
+def edit_rows(
+    pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], count: int, seed: int
+) -> Iterator[Row]:
     """Instructions, and pictures before that are freshly drawn."""
     size, rng = pipe.spec.size, np.random.default_rng(seed)
     asked = first(shapes.edits(EDITS + seed, held=True), count)
@@ -143,15 +190,34 @@ def edit_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], count:
     yield Row("edits", tasks, {}, shapes.score_edits, groups)
 
 
-def mode_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int) -> Iterator[Row]:
+def mode_rows(
+    pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int
+) -> Iterator[Row]:
     """What else it does with pictures, and what it is told not to do; of any scenes, held out or not."""
     size, rng, count = pipe.spec.size, np.random.default_rng(seed), len(few)
     some = shapes.scenes(OTHERS + seed, held=None, complete=True)
-    singles = first((s for s in some if s.relation is None and isinstance(s.objects[0], Object)), count)
+    singles = first(
+        (s for s in some if s.relation is None and isinstance(s.objects[0], Object)), count
+    )
     pairs = first((s for s in some if s.relation in ("to the left of", "to the right of")), count)
-    yield Row("image to image: another colour", [recoloured(scene, size, rng) for scene in singles], {}, shapes.score_edits)
-    yield Row("inpainting: another thing", [half(scene, size, rng, another(scene)) for scene in pairs], {}, shapes.score)
-    yield Row("outpainting: the other half", [half(scene, size, rng, None) for scene in pairs], {}, shapes.score)
+    yield Row(
+        "image to image: another colour",
+        [recoloured(scene, size, rng) for scene in singles],
+        {},
+        shapes.score_edits,
+    )
+    yield Row(
+        "inpainting: another thing",
+        [half(scene, size, rng, another(scene)) for scene in pairs],
+        {},
+        shapes.score,
+    )
+    yield Row(
+        "outpainting: the other half",
+        [half(scene, size, rng, None) for scene in pairs],
+        {},
+        shapes.score,
+    )
     open_ = [replace(s, objects=(replace(s.objects[0], size=None, pattern=""),)) for s in singles]
     tasks = [Task(str(scene), scene) for scene in open_]
     negative = "a large circle"
@@ -162,7 +228,9 @@ def mode_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits:
     yield Row(f'the same, negative prompt "{negative}"', tasks, options, not_large)
 
 
-def quantised_rows(pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int) -> Iterator[Row]:
+def quantised_rows(
+    pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int
+) -> Iterator[Row]:
     """The transformer is in a row's mode until the next row is asked for; half as many pictures as in others, of many rows."""
     tasks = [Task(str(scene), scene) for scene in few[: -(-len(few) // 2)]]
     for mode in modes():
@@ -190,7 +258,11 @@ def recoloured(scene: Scene, size: int, rng: np.random.Generator) -> Task:
     (item,) = before.items
     after = replace(before, items=(replace(item, thing=replace(item.thing, colour=thing.colour)),))
     caption = str(replace(scene, objects=(thing,)))
-    return Task(caption, Edit(caption, (before,), after, "recolour"), drawings([before], size, rng, strength=STRENGTH))
+    return Task(
+        caption,
+        Edit(caption, (before,), after, "recolour"),
+        drawings([before], size, rng, strength=STRENGTH),
+    )
 
 
 def half(scene: Scene, size: int, rng: np.random.Generator, other: Object | None) -> Task:
@@ -204,7 +276,9 @@ def half(scene: Scene, size: int, rng: np.random.Generator, other: Object | None
     mask = np.zeros((size, size), np.uint8)
     mask[:, : size // 2] = 255 * left
     mask[:, size // 2 :] = 255 * (not left)
-    items = (kept,) if other is None else (kept, Item(other, gone.x, gone.y, shapes.SIZES[other.size]))
+    items = (
+        (kept,) if other is None else (kept, Item(other, gone.x, gone.y, shapes.SIZES[other.size]))
+    )
     picture = shapes.draw(Layout(items, layout.background), size, size, rng)
     if other is None:
         picture[mask == 255] = 128  # canvas
@@ -216,7 +290,9 @@ def another(scene: Scene) -> Object:
     """A thing that the scene does not have."""
     used = {thing.colour for thing in scene.objects} | {scene.background}
     colour = next(colour for colour in shapes.COLOURS if colour not in used)
-    shape = next(shape for shape in shapes.SHAPES if shape not in {thing.shape for thing in scene.objects})
+    shape = next(
+        shape for shape in shapes.SHAPES if shape not in {thing.shape for thing in scene.objects}
+    )
     return Object(shape, colour, "medium")
 
 
@@ -225,12 +301,19 @@ def not_large(pictures: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[s
 
     def right(picture: np.ndarray, scene: Scene) -> bool:
         things = [replace(item.thing, place=None) for item in shapes.look(picture).items]
-        return any(replace(scene.objects[0], place=None, size=size) in things for size in ("small", "medium"))
+        return any(
+            replace(scene.objects[0], place=None, size=size) in things
+            for size in ("small", "medium")
+        )
 
-    return shapes.score(pictures, scenes) | {"size": float(np.mean(list(map(right, pictures, scenes))))}
+    return shapes.score(pictures, scenes) | {
+        "size": float(np.mean(list(map(right, pictures, scenes))))
+    }
 
 
-def drawings(layouts: Iterable[Layout], size: int, rng: np.random.Generator, strength: float | None = None) -> flux.Pictures:
+def drawings(
+    layouts: Iterable[Layout], size: int, rng: np.random.Generator, strength: float | None = None
+) -> flux.Pictures:
     drawn = [Image.fromarray(shapes.draw(layout, size, size, rng)) for layout in layouts]
     return flux.Pictures(tuple(drawn), strength=strength)
 
@@ -241,7 +324,9 @@ def made(pipe: flux.Pipeline, row: Row, seed: int) -> list[np.ndarray]:
     for start in tqdm(range(0, len(row.tasks), BATCH), row.name, disable=None, leave=False):
         tasks = row.tasks[start : start + BATCH]
         pictures = [task.pictures for task in tasks] if tasks[0].pictures else None
-        result += pipe([task.prompt for task in tasks], seed=seed + start, pictures=pictures, **row.options)
+        result += pipe(
+            [task.prompt for task in tasks], seed=seed + start, pictures=pictures, **row.options
+        )
     return [np.asarray(image) for image in result]
 
 
@@ -250,7 +335,9 @@ def through(pipe: flux.Pipeline, drawn: list[np.ndarray]) -> list[np.ndarray]:
     encoder, result = pipe.encoder(), []
     for picture in drawn:
         with torch.inference_mode():
-            result += pipe.decode(encoder.encode(flux.image_io.output.to_pixels(picture).to(pipe.device)))
+            result += pipe.decode(
+                encoder.encode(flux.image_io.output.to_pixels(picture).to(pipe.device))
+            )
     return [np.asarray(image) for image in result]
 
 

@@ -24,12 +24,20 @@ def write_sheets(pipe: flux.Pipeline, folder: Path, seed: int) -> None:
     scenes = list(itertools.islice(shapes.scenes(SEED + seed, held=True, complete=True), 24))
     prompts = [str(scene) for scene in scenes]
     made = pipe(prompts, seed=seed)
-    sheets = {"text": sheet([([picture], prompt) for picture, prompt in zip(made, prompts, strict=True)], 8)}
+    sheets = {
+        "text": sheet(
+            [([picture], prompt) for picture, prompt in zip(made, prompts, strict=True)], 8
+        )
+    }
     few = prompts[:3]
     for name, values in (("guidance", GUIDANCE), ("steps", STEPS)):
         columns = [pipe(few, seed=seed, **{name: value}) for value in values]
         pairs = list(zip(values, columns, strict=True))
-        cells = [([column[row]], f"{name} {value:g}") for row in range(len(few)) for value, column in pairs]
+        cells = [
+            ([column[row]], f"{name} {value:g}")
+            for row in range(len(few))
+            for value, column in pairs
+        ]
         sheets[name] = sheet(cells, len(values))
     if pipe.spec.picture == "reference":
         sheets["edits"] = edits_sheet(pipe, seed)
@@ -46,7 +54,12 @@ def edits_sheet(pipe: flux.Pipeline, seed: int) -> Image.Image:
     cells: list[Cell] = []
     for edit in [edit for some in kinds.values() for edit in some[:2]]:
         before = [Image.fromarray(shapes.draw(layout, size, size, rng)) for layout in edit.before]
-        cells.append(([*before, *pipe(str(edit), seed=seed, pictures=flux.Pictures(tuple(before)))], str(edit)))
+        cells.append(
+            (
+                [*before, *pipe(str(edit), seed=seed, pictures=flux.Pictures(tuple(before)))],
+                str(edit),
+            )
+        )
     return sheet(sorted(cells, key=lambda cell: len(cell[0])), 4)
 
 
@@ -54,12 +67,16 @@ def sheet(cells: Sequence[Cell], columns: int) -> Image.Image:
     """Cells in rows of so many, all as wide as the widest; pictures are square, and a text has up to five lines."""
     font, below = ImageFont.load_default(11), 5 * LINE + GAP
     width = max(len(pictures) for pictures, _ in cells) * (SIDE + 2) + GAP
-    page = Image.new("RGB", (columns * width - GAP, -(-len(cells) // columns) * (SIDE + below)), "white")
+    page = Image.new(
+        "RGB", (columns * width - GAP, -(-len(cells) // columns) * (SIDE + below)), "white"
+    )
     write = ImageDraw.Draw(page)
     for number, (pictures, text) in enumerate(cells):
         x, y = number % columns * width, number // columns * (SIDE + below)
         for place, picture in enumerate(pictures):
-            page.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x + place * (SIDE + 2), y))
+            page.paste(
+                picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x + place * (SIDE + 2), y)
+            )
         lines = textwrap.fill(text, len(pictures) * SIDE // 6)
         write.multiline_text((x, y + SIDE + 3), lines, fill="black", font=font, spacing=1)
     return page

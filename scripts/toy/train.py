@@ -42,12 +42,16 @@ from flux.training.distillation import teacher_of
 from flux.training.trainer import load, take, write
 from flux.transformer import Flux
 
-PREFIX = {"model": "model."}  # of the tensors' names in the files of a text encoder, as the released ones have it
+PREFIX = {
+    "model": "model."
+}  # of the tensors' names in the files of a text encoder, as the released ones have it
 
 
 def main() -> int:
     args = arguments()
-    torch.set_flush_denormal(True)  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
+    torch.set_flush_denormal(
+        True
+    )  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     try:
         make(args, MODELS[args.model])
     except (UserError, NonFiniteError, OSError) as error:
@@ -63,14 +67,20 @@ def make(args: argparse.Namespace, spec: ModelSpec) -> None:
     """All stages in turn, each in the run's folder."""
     run, start, device = args.run, args.start_from, choose_device(args.device)
     if args.compile and not can_compile(device):
-        raise UserError("--compile needs a C++ compiler, or Triton on a GPU, which is not here: leave --compile out")
+        raise UserError(
+            "--compile needs a C++ compiler, or Triton on a GPU, which is not here: leave --compile out"
+        )
     run.mkdir(parents=True, exist_ok=True)
     if start:
         copy_tokenizers(start, run, spec)
     train_tokenizers(run, spec.text)
     tokenizer = Tokenizer(run, spec)
-    autoencoder = train_autoencoder(run, spec.autoencoder, args.autoencoder_minutes, device, args.autoencoder)
-    encode_all(run, autoencoder.requires_grad_(False), tokenizer, edited=spec.picture == "reference")
+    autoencoder = train_autoencoder(
+        run, spec.autoencoder, args.autoencoder_minutes, device, args.autoencoder
+    )
+    encode_all(
+        run, autoencoder.requires_grad_(False), tokenizer, edited=spec.picture == "reference"
+    )
     networks, sampler = begin(spec, start).to(device), Sampler(spec, autoencoder, tokenizer)
     cooling = 1.0 if start else COOLING  # weights that were trained stay near to what they are
     if networks.text.near:
@@ -86,19 +96,51 @@ def make(args: argparse.Namespace, spec: ModelSpec) -> None:
 
 def arguments() -> argparse.Namespace:
     embedded = [name for name, spec in MODELS.items() if spec.embedded]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
     parser.add_argument("--model", choices=embedded, default="flux.2-tiny")
-    parser.add_argument("--autoencoder-minutes", type=float, help="default: 40, or 0 where there is one to begin with")
-    parser.add_argument("--text-minutes", type=float, default=4, help="on T5 alone, for flux.1-tiny, if it is new")
+    parser.add_argument(
+        "--autoencoder-minutes",
+        type=float,
+        help="default: 40, or 0 where there is one to begin with",
+    )
+    parser.add_argument(
+        "--text-minutes", type=float, default=4, help="on T5 alone, for flux.1-tiny, if it is new"
+    )
     parser.add_argument("--transformer-minutes", type=float, default=400)
-    parser.add_argument("--student-minutes", type=float, default=40, help="on the distillation of guidance, for flux.1-tiny")
-    parser.add_argument("--decoder-minutes", type=float, default=15, help="on the autoencoder's decoder alone, at the end")
+    parser.add_argument(
+        "--student-minutes",
+        type=float,
+        default=40,
+        help="on the distillation of guidance, for flux.1-tiny",
+    )
+    parser.add_argument(
+        "--decoder-minutes",
+        type=float,
+        default=15,
+        help="on the autoencoder's decoder alone, at the end",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler")
-    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="weights to begin with, as --export wrote them")
-    parser.add_argument("--autoencoder", type=Path, metavar="FILE", help="an autoencoder to begin with, of either family")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="where the finished model goes")
+    parser.add_argument(
+        "--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler"
+    )
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        metavar="FOLDER",
+        help="weights to begin with, as --export wrote them",
+    )
+    parser.add_argument(
+        "--autoencoder",
+        type=Path,
+        metavar="FILE",
+        help="an autoencoder to begin with, of either family",
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="where the finished model goes"
+    )
     args = parser.parse_args()
     if args.autoencoder_minutes is None:
         args.autoencoder_minutes = 0 if args.autoencoder or args.start_from else 40
@@ -107,21 +149,32 @@ def arguments() -> argparse.Namespace:
         if not 0 <= minutes < math.inf:
             parser.error(f"--{part}-minutes {minutes}: must be 0 or more")
     if args.start_from:
-        lacking = [name for name in files_of(MODELS[args.model]) if not (args.start_from / name).is_file()]
+        lacking = [
+            name for name in files_of(MODELS[args.model]) if not (args.start_from / name).is_file()
+        ]
         if lacking:
-            parser.error(f"--start-from {args.start_from}: {lacking[0]} is not there; give a folder that --export wrote")
+            parser.error(
+                f"--start-from {args.start_from}: {lacking[0]} is not there; give a folder that --export wrote"
+            )
         args.autoencoder = args.autoencoder or args.start_from / AE
     if args.autoencoder and not args.autoencoder.is_file():
         parser.error(f"--autoencoder {args.autoencoder}: there is no such file")
     if not (args.autoencoder_minutes or args.autoencoder or (args.run / AE).exists()):
-        parser.error("--autoencoder-minutes 0 keeps an autoencoder as it is: say which, with --autoencoder FILE")
+        parser.error(
+            "--autoencoder-minutes 0 keeps an autoencoder as it is: say which, with --autoencoder FILE"
+        )
     return args
 
 
 def files_of(spec: ModelSpec) -> list[str]:
     """What `export` writes."""
     tokenizers = itertools.chain.from_iterable(spec.text.tokenizers.values())
-    return [AE, spec.transformer_file, *(choices[0] for choices in spec.text.networks.values()), *tokenizers]
+    return [
+        AE,
+        spec.transformer_file,
+        *(choices[0] for choices in spec.text.networks.values()),
+        *tokenizers,
+    ]
 
 
 def copy_tokenizers(source: Path, target: Path, spec: ModelSpec) -> None:
@@ -143,18 +196,33 @@ def begin(spec: ModelSpec, start: Path | None) -> Networks:
         networks.transformer.load_state_dict(teacher.state_dict())
         networks.text.near = None  # a T5 that was trained knows them
         for part, (name, *_) in spec.text.networks.items():
-            getattr(networks.text, part).load_state_dict(take(load(start / name), PREFIX.get(part, "")))
+            getattr(networks.text, part).load_state_dict(
+                take(load(start / name), PREFIX.get(part, ""))
+            )
     return networks
 
 
-def export(target: Path, run: Path, spec: ModelSpec, autoencoder: AutoEncoder, transformer: Flux, text: TextEncoder) -> None:
+def export(
+    target: Path,
+    run: Path,
+    spec: ModelSpec,
+    autoencoder: AutoEncoder,
+    transformer: Flux,
+    text: TextEncoder,
+) -> None:
     """The files of an embedded model, bfloat16, in the layout of its family's repositories."""
     files = {spec.transformer_file: transformer.state_dict(), AE: autoencoder.state_dict()}
     for part, (name, *_) in spec.text.networks.items():
-        files[name] = {PREFIX.get(part, "") + key: x for key, x in getattr(text, part).state_dict().items()}
+        files[name] = {
+            PREFIX.get(part, "") + key: x for key, x in getattr(text, part).state_dict().items()
+        }
     for name, tensors in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        write(target / name, {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}, {"format": "pt"})
+        write(
+            target / name,
+            {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()},
+            {"format": "pt"},
+        )
     copy_tokenizers(run, target, spec)
 
 

@@ -49,25 +49,40 @@ def test_peak_does_not_add_up_over_rounds(measure):
 
 def test_peak_on_the_meta_device_is_that_of_the_cpu(measure):
     x, w = torch.ones(1, 8, 16, 16), torch.ones(4, 8, 3, 3)
-    function = lambda x, w: F.silu(F.conv2d(x, w)) + 1  # noqa: E731
+
+    def function(x, w):
+        return F.silu(F.conv2d(x, w)) + 1
+
     on_meta = x.to("meta"), w.to("meta")
     expected = 2 * 4 * 4 * 14 * 14  # two pictures of 4 channels
-    assert measure.peak_bytes(lambda: function(x, w)) == measure.peak_bytes(lambda: function(*on_meta)) == expected
+    assert (
+        measure.peak_bytes(lambda: function(x, w))
+        == measure.peak_bytes(lambda: function(*on_meta))
+        == expected
+    )
 
 
 def test_kernels_are_counted_without_views(measure):
     x = torch.ones(4, 6)
 
-    counted = measure.kernels(lambda: F.linear(x, x).relu_().chunk(2)[0].transpose(0, 1).contiguous())
+    counted = measure.kernels(
+        lambda: F.linear(x, x).relu_().chunk(2)[0].transpose(0, 1).contiguous()
+    )
     assert counted == {"aten::mm": 1, "aten::relu_": 1, "aten::clone": 1} and counted.total() == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resident_memory_grows_with_what_is_written(measure):
-    private = lambda size: mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # never what malloc kept  # noqa: E731
-    written = lambda size: torch.frombuffer(private(size), dtype=torch.uint8).fill_(1)  # noqa: E731
+    def private(size):
+        return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # never what malloc kept
+
+    def written(size):
+        return torch.frombuffer(private(size), dtype=torch.uint8).fill_(1)
+
     before = measure.resident()
     kept = written(2**26)
     after = measure.resident()
-    assert kept.numel() <= after.anonymous - before.anonymous + 2**20 and after.all >= after.anonymous
+    assert (
+        kept.numel() <= after.anonymous - before.anonymous + 2**20 and after.all >= after.anonymous
+    )
     assert measure.peak_memory(lambda: written(2**27)) >= 0.95 * 2**27

@@ -34,7 +34,10 @@ from flux.parity.reference import randomise
 PROMPT = "a cat [IMG]holding a sign that says 'hello  world'"
 KEY = "sk-secret/0123"
 NOISE = np.random.default_rng(0).integers(0, 256, (640, 700, 3), dtype=np.uint8)
-PICTURES = [Image.fromarray(NOISE), Image.fromarray(NOISE[:333, :301])]  # beside each other, more than 768² pixels
+PICTURES = [
+    Image.fromarray(NOISE),
+    Image.fromarray(NOISE[:333, :301]),
+]  # beside each other, more than 768² pixels
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +47,24 @@ def folder(tmp_path_factory):
     (home / "tokenizer").mkdir()
     make_mistral(home / "tokenizer")
     tokenizer = json.loads((home / "tokenizer/tokenizer.json").read_text())
-    tokenizer["decoder"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer["decoder"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
     (home / "tokenizer/tokenizer.json").write_text(json.dumps(tokenizer))
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    text = transformers.MistralConfig(**sizes, vocab_size=400, num_key_value_heads=2, sliding_window=None)
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8
+    )
+    text = transformers.MistralConfig(
+        **sizes, vocab_size=400, num_key_value_heads=2, sliding_window=None
+    )
     eyes = transformers.PixtralVisionConfig(**sizes, patch_size=4, image_size=64)
     config = transformers.Mistral3Config(text_config=text, vision_config=eyes)
-    randomise(transformers.Mistral3ForConditionalGeneration(config)).save_pretrained(home / "text_encoder")
+    randomise(transformers.Mistral3ForConditionalGeneration(config)).save_pretrained(
+        home / "text_encoder"
+    )
     return home
 
 
@@ -58,33 +72,57 @@ class Processor:
     """transformers' PixtralProcessor, put together from parts, since it needs torchvision itself."""
 
     def __init__(self, folder):
-        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        names = {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+        }
         file = str(folder / "tokenizer/tokenizer.json")
-        self.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, padding_side="left", **names)
+        self.tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=file, padding_side="left", **names
+        )
         self.tokenizer.chat_template = MISTRAL_TEMPLATE
 
-    def apply_chat_template(self, conversations, tokenize, return_dict, add_generation_prompt, **options):
+    def apply_chat_template(
+        self, conversations, tokenize, return_dict, add_generation_prompt, **options
+    ):
         text, seen = self.tokenizer.apply_chat_template(conversations[0], tokenize=False), {}
         blocks = [block for message in conversations[0] for block in message["content"]]
         if pictures := [block["image"] for block in blocks if block["type"] == "image"]:
-            processor = transformers.PixtralImageProcessorPil(patch_size=8, size={"longest_edge": 64})
+            processor = transformers.PixtralImageProcessorPil(
+                patch_size=8, size={"longest_edge": 64}
+            )
             seen = processor(pictures, return_tensors="pt")
             h, w = (seen["image_sizes"][0] // 8).tolist()
             text = text.replace("[IMG]", "[IMG_BREAK]".join(["[IMG]" * w] * h) + "[IMG_END]")
-        return {**self.tokenizer(text, add_special_tokens=False, return_token_type_ids=False, **options), **seen}
+        return {
+            **self.tokenizer(
+                text, add_special_tokens=False, return_token_type_ids=False, **options
+            ),
+            **seen,
+        }
 
 
 def theirs(folder, pictures, seed):
     """The text of diffusers' pipeline, with our instructions."""
-    model = transformers.Mistral3ForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    pipe = SimpleNamespace(text_encoder=model, tokenizer=Processor(folder), image_processor=Flux2ImageProcessor(),
-                           upsampling_max_image_size=pipeline_flux2.UPSAMPLING_MAX_IMAGE_SIZE)  # fmt: skip
+    model = transformers.Mistral3ForConditionalGeneration.from_pretrained(
+        folder / "text_encoder", dtype=torch.float32
+    )
+    pipe = SimpleNamespace(
+        text_encoder=model,
+        tokenizer=Processor(folder),
+        image_processor=Flux2ImageProcessor(),
+        upsampling_max_image_size=pipeline_flux2.UPSAMPLING_MAX_IMAGE_SIZE,
+    )
     torch.manual_seed(seed)
     return Flux2Pipeline.upsample_prompt(pipe, PROMPT, [pictures] if pictures else None)[0]
 
 
 def printable(text):
-    return "".join(c for c in text if c in "\t\n\v\f\r" or not (c < " " or "\x7f" <= c <= "\x9f")).strip()
+    return "".join(
+        c for c in text if c in "\t\n\v\f\r" or not (c < " " or "\x7f" <= c <= "\x9f")
+    ).strip()
 
 
 @pytest.fixture
@@ -108,16 +146,22 @@ def test_local_inputs_and_text_are_those_of_diffusers(folder, asked, monkeypatch
     text = theirs(folder, PICTURES[:count], seed)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert upsample_locally(PROMPT, folder, PICTURES[:count], seed, dtype=torch.float32) == printable(text)
+    assert upsample_locally(
+        PROMPT, folder, PICTURES[:count], seed, dtype=torch.float32
+    ) == printable(text)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's
     for name in {*asked[0], *asked[1]} - {"attention_mask", "use_cache", "pad_token_id"}:
         assert np.array_equal(asked[0][name], asked[1][name]), name
-    assert upsample_locally(PROMPT, folder, PICTURES[:count], seed + 9, dtype=torch.float32) != printable(text)
+    assert upsample_locally(
+        PROMPT, folder, PICTURES[:count], seed + 9, dtype=torch.float32
+    ) != printable(text)
 
 
 def test_the_model_is_let_go(folder):
     upsample_locally(PROMPT, folder)
-    assert not [x for x in gc.get_objects() if type(x) is transformers.Mistral3ForConditionalGeneration]
+    assert not [
+        x for x in gc.get_objects() if type(x) is transformers.Mistral3ForConditionalGeneration
+    ]
 
 
 def test_what_local_upsampling_refuses(folder, tmp_path, monkeypatch):
@@ -129,16 +173,24 @@ def test_what_local_upsampling_refuses(folder, tmp_path, monkeypatch):
     weights = load_file(broken / "text_encoder/model.safetensors")
     name, _ = weights.popitem()
     save_file(weights, broken / "text_encoder/model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=f"text_encoder lacks 1 tensors, .*{re.escape(name)} among them"):
+    with pytest.raises(
+        UserError, match=f"text_encoder lacks 1 tensors, .*{re.escape(name)} among them"
+    ):
         upsample_locally(PROMPT, broken)
     (broken / "text_encoder/model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="text_encoder cannot be loaded"):
         upsample_locally(PROMPT, broken)
     (broken / "text_encoder/model.safetensors").unlink()
-    torch.save(load_file(folder / "text_encoder/model.safetensors"), broken / "text_encoder/pytorch_model.bin")  # a pickle
+    torch.save(
+        load_file(folder / "text_encoder/model.safetensors"),
+        broken / "text_encoder/pytorch_model.bin",
+    )  # a pickle
     with pytest.raises(UserError, match="text_encoder cannot be loaded"):
         upsample_locally(PROMPT, broken)
-    silent = lambda model, input_ids, **_: torch.cat([input_ids, torch.tensor([[2]])], dim=1)  # noqa: E731
+
+    def silent(model, input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([[2]])], dim=1)
+
     monkeypatch.setattr(transformers.Mistral3ForConditionalGeneration, "generate", silent)
     with pytest.raises(UserError, match="answered without text"):
         upsample_locally(PROMPT, folder)
@@ -170,7 +222,9 @@ def server(monkeypatch):
             self.wfile.write(content)
 
         do_GET = lambda self: ours.asked.append((self.path, self.headers, None))  # noqa: E731 (a redirect that is followed)
-        log_message = lambda *_: None  # noqa: E731
+
+        def log_message(*_):
+            return None
 
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -182,27 +236,51 @@ def server(monkeypatch):
 
 
 def said(content):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
+    return json.dumps(
+        {"choices": [{"message": {"role": "assistant", "content": content}}]}
+    ).encode()
 
 
-@pytest.mark.parametrize("path, asked", [
-    ("", "/v1"), ("/", "/v1"), ("/v1", "/v1"), ("/v1/", "/v1"), ("/api", "/api/v1"), ("/v1beta/openai/", "/v1beta/openai"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, asked",
+    [
+        ("", "/v1"),
+        ("/", "/v1"),
+        ("/v1", "/v1"),
+        ("/v1/", "/v1"),
+        ("/api", "/api/v1"),
+        ("/v1beta/openai/", "/v1beta/openai"),
+    ],
+)
 def test_remote_request(server, monkeypatch, path, asked):
     server.reply = 200, {}, said(" a fluffy\ncat \x1b[31m\U0001f431\ud83d\n")
-    assert upsample_remotely(PROMPT, server.url + path, "some/model") == "a fluffy\ncat [31m\U0001f431"
+    assert (
+        upsample_remotely(PROMPT, server.url + path, "some/model") == "a fluffy\ncat [31m\U0001f431"
+    )
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
     upsample_remotely(PROMPT, server.url + path, "some/model", pictures=PICTURES[1:])
     upsample_remotely(PROMPT, server.url + path, "some/model", key="other")
     upsample_remotely(PROMPT, server.url + path, "some/model", key="")
     assert [address for address, _, _ in server.asked] == [asked + "/chat/completions"] * 4
-    assert [headers["Authorization"] for _, headers, _ in server.asked] == [None, f"Bearer {KEY}", "Bearer other", None]
+    assert [headers["Authorization"] for _, headers, _ in server.asked] == [
+        None,
+        f"Bearer {KEY}",
+        "Bearer other",
+        None,
+    ]
     recipe = {"model": "some/model", "temperature": 0.15, "max_tokens": 512}
-    system, user = ({"role": role, "content": text} for role, text in (("system", EXPAND), ("user", PROMPT)))
+    system, user = (
+        {"role": role, "content": text} for role, text in (("system", EXPAND), ("user", PROMPT))
+    )
     assert server.asked[0][2] == server.asked[2][2] == recipe | {"messages": [system, user]}
     picture, text = server.asked[1][2]["messages"][1].pop("content")
-    assert server.asked[1][2] == recipe | {"messages": [{"role": "system", "content": EDIT}, {"role": "user"}]}
-    assert text == {"type": "text", "text": PROMPT} and picture.keys() == {"type", "image_url"} == {picture["type"], "type"}
+    assert server.asked[1][2] == recipe | {
+        "messages": [{"role": "system", "content": EDIT}, {"role": "user"}]
+    }
+    assert text == {"type": "text", "text": PROMPT} and picture.keys() == {"type", "image_url"} == {
+        picture["type"],
+        "type",
+    }
     start, _, data = picture["image_url"].pop("url").partition(",")
     assert start == "data:image/png;base64" and not picture["image_url"]
     assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), PICTURES[1])
@@ -210,57 +288,94 @@ def test_remote_request(server, monkeypatch, path, asked):
 
 def test_large_pictures_are_sent_smaller(server):
     server.reply = 200, {}, said("x")
-    upsample_remotely(PROMPT, server.url, "m", pictures=[Image.new("RGB", (1600, 900)), Image.new("RGB", (768, 768))])
+    upsample_remotely(
+        PROMPT,
+        server.url,
+        "m",
+        pictures=[Image.new("RGB", (1600, 900)), Image.new("RGB", (768, 768))],
+    )
     urls = [part["image_url"]["url"] for part in server.asked[0][2]["messages"][1]["content"][:2]]
     sizes = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in urls]
     assert sizes == [(1024, 576), (768, 768)]  # 1024·576 = 768²
 
 
-@pytest.mark.parametrize("reply, fault", [
-    ((401, {}, json.dumps({"error": {"message": f"wrong key {KEY}"}}).encode()), r"answered 401: wrong key \*\*\*"),
-    ((401, {}, json.dumps({"error": "x" * 395 + KEY + "y" * 999}).encode()), r"answered 401: x+"),
-    ((500, {}, f"<html>\x1b\n{KEY}\xff".encode("latin-1")), r"answered 500: <html> \*\*\*"),
-    ((302, {"Location": f"/elsewhere?{KEY}"}, b""), r"sends on to /elsewhere\?\*\*\*"),
-    ((307, {"Location": "ftp://a/b"}, b""), r"sends on to ftp://a/b"),
-    ((200, {}, b"<html>"), "answered something that is not JSON"),
-    ((200, {}, b"\xff"), "answered something that is not JSON"),
-    ((200, {}, b"[" * 100_000), "answered something that is not JSON"),
-    ((200, {}, b"[]"), "answered without choices"),
-    ((200, {}, b'{"choices": []}'), "answered without choices"),
-    ((200, {}, b'{"error": {"message": "no credits"}}'), "answered without choices: no credits"),
-    ((200, {}, said(None)), "answered without text"),
-    ((200, {}, said(" \x1b\n")), "answered without text"),
-    (b"", "cannot be reached"),
-    (b"220 mail.example\r\n", "cannot be reached"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, fault",
+    [
+        (
+            (401, {}, json.dumps({"error": {"message": f"wrong key {KEY}"}}).encode()),
+            r"answered 401: wrong key \*\*\*",
+        ),
+        (
+            (401, {}, json.dumps({"error": "x" * 395 + KEY + "y" * 999}).encode()),
+            r"answered 401: x+",
+        ),
+        ((500, {}, f"<html>\x1b\n{KEY}\xff".encode("latin-1")), r"answered 500: <html> \*\*\*"),
+        ((302, {"Location": f"/elsewhere?{KEY}"}, b""), r"sends on to /elsewhere\?\*\*\*"),
+        ((307, {"Location": "ftp://a/b"}, b""), r"sends on to ftp://a/b"),
+        ((200, {}, b"<html>"), "answered something that is not JSON"),
+        ((200, {}, b"\xff"), "answered something that is not JSON"),
+        ((200, {}, b"[" * 100_000), "answered something that is not JSON"),
+        ((200, {}, b"[]"), "answered without choices"),
+        ((200, {}, b'{"choices": []}'), "answered without choices"),
+        (
+            (200, {}, b'{"error": {"message": "no credits"}}'),
+            "answered without choices: no credits",
+        ),
+        ((200, {}, said(None)), "answered without text"),
+        ((200, {}, said(" \x1b\n")), "answered without text"),
+        (b"", "cannot be reached"),
+        (b"220 mail.example\r\n", "cannot be reached"),
+    ],
+)
 def test_what_servers_do_wrong_is_said_without_the_key(server, reply, fault):
     server.reply = reply
     with pytest.raises(UserError) as error:
         upsample_remotely(PROMPT, server.url, "m", KEY)
-    assert re.fullmatch(re.escape(server.url + "/v1/chat/completions ") + fault + ".*", str(error.value))
-    assert KEY[:4] not in str(error.value) and error.value.__suppress_context__ | (error.value.__context__ is None)
+    assert re.fullmatch(
+        re.escape(server.url + "/v1/chat/completions ") + fault + ".*", str(error.value)
+    )
+    assert KEY[:4] not in str(error.value) and error.value.__suppress_context__ | (
+        error.value.__context__ is None
+    )
     assert len(server.asked) == 1 and len(str(error.value)) < 500
 
 
 def test_servers_that_are_slow_or_away(server):
     server.delay = 0.6
-    with pytest.raises(UserError, match=f"{server.url}/v1/chat/completions gave no sign of life for 0.2 seconds"):
+    with pytest.raises(
+        UserError, match=f"{server.url}/v1/chat/completions gave no sign of life for 0.2 seconds"
+    ):
         upsample_remotely(PROMPT, server.url, "m", KEY, timeout=0.2)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(UserError, match=f"{url}/v1/chat/completions cannot be reached .*refused"):
+        with pytest.raises(
+            UserError, match=f"{url}/v1/chat/completions cannot be reached .*refused"
+        ):
             upsample_remotely(PROMPT, url, "m", KEY)
 
 
-@pytest.mark.parametrize("url, key, shown", [
-    ("ftp://host", "", "ftp://host"), ("file:///etc/passwd", "", "file:///etc/passwd"), ("", "", ""),
-    ("host:80", "", "host:80"), ("http://[", "", "http://["), ("http://host:port", "", "http://host:port"), ("https://", "", "https://"),
-    ("https://me:secret@host/v1", "", "https://host/v1"), ("https://host?key=secret", "", "https://host"),
-    ("https://host/#secret", "", "https://host/"), ("http://host/v1", "secret", "http://host/v1"),
-    ("http://127.0.0.1.host", "secret", "http://127.0.0.1.host"), ("https://host", "secret\nHost: x", "https://host"),
-    ("https://host", "sécret", "https://host"), ("http://local/secret", "secret", "http://local/***"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "url, key, shown",
+    [
+        ("ftp://host", "", "ftp://host"),
+        ("file:///etc/passwd", "", "file:///etc/passwd"),
+        ("", "", ""),
+        ("host:80", "", "host:80"),
+        ("http://[", "", "http://["),
+        ("http://host:port", "", "http://host:port"),
+        ("https://", "", "https://"),
+        ("https://me:secret@host/v1", "", "https://host/v1"),
+        ("https://host?key=secret", "", "https://host"),
+        ("https://host/#secret", "", "https://host/"),
+        ("http://host/v1", "secret", "http://host/v1"),
+        ("http://127.0.0.1.host", "secret", "http://127.0.0.1.host"),
+        ("https://host", "secret\nHost: x", "https://host"),
+        ("https://host", "sécret", "https://host"),
+        ("http://local/secret", "secret", "http://local/***"),
+    ],
+)
 def test_addresses_and_keys_that_are_not_used(server, url, key, shown):
     with pytest.raises(UserError, match=f"^{re.escape(shown)} ") as error:
         upsample_remotely(PROMPT, url, "m", key)

@@ -12,14 +12,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessorPil
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTImageProcessorPil,
+)
 
 from flux.errors import UserError
 from flux.image_io import control
 from flux.image_io.output import to_images
 from flux.parity.reference import max_error, randomise
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the released preprocessor_config.json
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # of ImageNet, as in the released preprocessor_config.json
 
 
 def drawing(width: int = 256, height: int = 192) -> Image.Image:
@@ -41,7 +49,9 @@ def test_edges_are_those_of_opencv():
     assert expected.any() and np.array_equal(made, np.stack([expected] * 3, 2))
 
 
-@pytest.mark.parametrize("upper, lower, found", [(50, 50, False), (51, 51, True), (51, 13, True), (51, 12, False)])
+@pytest.mark.parametrize(
+    "upper, lower, found", [(50, 50, False), (51, 51, True), (51, 13, True), (51, 12, False)]
+)
 def test_literal_thresholds(upper, lower, found):
     """A step of s levels has Sobel's gradient 4s. An edge begins above 200 and goes on, downwards here, above 50."""
     pytest.importorskip("cv2")
@@ -53,7 +63,8 @@ def test_literal_thresholds(upper, lower, found):
 def test_edges_need_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(
-        UserError, match=r"OpenCV, which is not installed: run `pip install -e '.\[control\]'`, or give a ready"
+        UserError,
+        match=r"OpenCV, which is not installed: run `pip install -e '.\[control\]'`, or give a ready",
     ):
         control.canny(drawing())
 
@@ -65,13 +76,22 @@ def test_edges_need_opencv(monkeypatch):
 def folder(tmp_path_factory):
     """A Depth Anything of 40 thousand parameters, all random, saved as the released one is."""
     backbone = Dinov2Config(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2,
-        out_indices=[1, 2, 3, 4], reshape_hidden_states=False,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        mlp_ratio=2,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+    )
     config = DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=16,
+        backbone_config=backbone,
+        reassemble_hidden_size=32,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=16,
         head_hidden_size=8,
-    )  # fmt: skip
+    )
     model = randomise(DepthAnythingForDepthEstimation(config))
     with torch.no_grad():
         model.head.conv3.weight.mul_(300)  # a depth of hundreds, so that values lie beyond 1 too
@@ -79,7 +99,12 @@ def folder(tmp_path_factory):
     model.save_pretrained(path := tmp_path_factory.mktemp("depth"))
     size = {"height": 56, "width": 56}
     DPTImageProcessorPil(
-        size=size, keep_aspect_ratio=True, ensure_multiple_of=14, image_mean=list(MEAN), image_std=list(STD), resample=3
+        size=size,
+        keep_aspect_ratio=True,
+        ensure_multiple_of=14,
+        image_mean=list(MEAN),
+        image_std=list(STD),
+        resample=3,
     ).save_pretrained(path)
     return path
 
@@ -95,13 +120,17 @@ def by_hand(folder, picture: Image.Image, seen: tuple[int, int]) -> torch.Tensor
     return scaled.expand(-1, 3, -1, -1) / 127.5 - 1
 
 
-@pytest.mark.parametrize("size, seen", [((96, 64), (84, 56)), ((48, 112), (56, 126)), ((56, 56), (56, 56))])
+@pytest.mark.parametrize(
+    "size, seen", [((96, 64), (84, 56)), ((48, 112), (56, 126)), ((56, 56), (56, 56))]
+)
 def test_depth_is_that_of_transformers(folder, size, seen):
     """The shorter side is brought to 56 here (518 in the released model), the other with it, to a multiple of 14."""
     made = control.depth(drawing(*size), str(folder))
     expected = by_hand(folder, drawing(*size), seen)
     assert made.shape == (1, 3, size[1], size[0]) and made.dtype == torch.float32
-    assert expected.std() > 0.1 and expected.max() > 1 and expected.min() < 0  # neither flat nor bound to [-1, 1]
+    assert (
+        expected.std() > 0.1 and expected.max() > 1 and expected.min() < 0
+    )  # neither flat nor bound to [-1, 1]
     assert max_error(made, expected) < 2e-6  # the inputs' normalisation is in float64 there
     assert to_images(made)[0].size == size
 
@@ -109,13 +138,17 @@ def test_depth_is_that_of_transformers(folder, size, seen):
 def test_depth_needs_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
-        UserError, match=r"transformers, which is not installed: run `pip install -e '.\[control\]'`, or give a"
+        UserError,
+        match=r"transformers, which is not installed: run `pip install -e '.\[control\]'`, or give a",
     ):
         control.depth(drawing())
 
 
 def test_depth_model_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(UserError, match="the depth model .*none cannot be loaded .*: name another, or give a ready map"):
+    with pytest.raises(
+        UserError,
+        match="the depth model .*none cannot be loaded .*: name another, or give a ready map",
+    ):
         control.depth(drawing(), str(tmp_path / "none"))
 
 
@@ -130,7 +163,10 @@ def test_depth_model_that_lacks_weights_is_told(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["head.conv2.bias"]
     copy(folder, tmp_path, weights)
-    with pytest.raises(UserError, match="lacks 1 tensors, head.conv2.bias among them: it is not a Depth Anything model"):
+    with pytest.raises(
+        UserError,
+        match="lacks 1 tensors, head.conv2.bias among them: it is not a Depth Anything model",
+    ):
         control.depth(drawing(), str(tmp_path))
 
 

@@ -24,7 +24,9 @@ from flux.errors import UserError
 from flux.image_io import input as inputs
 from flux.image_io.output import to_pixels
 
-FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 QUIET = pytest.mark.filterwarnings("error")
 both = pytest.mark.parametrize("read", [inputs.read_picture, inputs.read_mask])
 RED, GREY = (200, 30, 10), (90, 90, 90)
@@ -51,12 +53,16 @@ def levels(image: Image.Image) -> list:
 
 
 @QUIET
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm", "tga", "gif", "jp2", "qoi"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "bmp", "tiff", "webp", "ppm", "tga", "gif", "jp2", "qoi"]
+)
 def test_lossless_formats_come_back_exactly(tmp_path, suffix):
     given_ = picture(24, 16)
     if suffix == "gif":
         given_ = given_.quantize(256).convert("RGB")
-    given_.save(path := tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    given_.save(
+        path := tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {})
+    )
     made = inputs.read_picture(path)
     assert made.mode == "RGB" and np.array_equal(made, given_)
 
@@ -97,20 +103,26 @@ def test_16_bit_grey_in_other_modes(tmp_path):
 @pytest.mark.parametrize("value", [65536, -1])
 def test_32_bit_grey_of_unknown_range_is_told(tmp_path, value):
     Image.fromarray(np.array([[0, value]], np.int32)).save(path := tmp_path / "a.tiff")
-    with pytest.raises(UserError, match=r"a.tiff has values from .*, where 0 to 65535 is understood: scale"):
+    with pytest.raises(
+        UserError, match=r"a.tiff has values from .*, where 0 to 65535 is understood: scale"
+    ):
         inputs.read_picture(path)
 
 
 @QUIET
 def test_floats_from_0_to_1_are_scaled(tmp_path):
-    Image.fromarray(np.array([[0, 0.2, 0.5, 0.999, 1]], np.float32)).save(path := tmp_path / "a.tiff")
+    Image.fromarray(np.array([[0, 0.2, 0.5, 0.999, 1]], np.float32)).save(
+        path := tmp_path / "a.tiff"
+    )
     assert levels(inputs.read_mask(path)) == [0, 51, 128, 255, 255]  # 127.5 goes to the even level
 
 
 @pytest.mark.parametrize("value", [1.01, -0.01, 255, math.nan, math.inf])
 def test_floats_of_another_range_are_told(tmp_path, value):
     Image.fromarray(np.array([[0.5, value]], np.float32)).save(path := tmp_path / "a.tiff")
-    with pytest.raises(UserError, match=r"a.tiff has values from .*, where 0 to 1 is understood: scale"):
+    with pytest.raises(
+        UserError, match=r"a.tiff has values from .*, where 0 to 1 is understood: scale"
+    ):
         inputs.read_mask(path)
 
 
@@ -128,7 +140,10 @@ def test_16_bit_rgb_is_read(tmp_path, suffix):
 def test_modes_without_transparency(tmp_path):
     grey = Image.fromarray(noise(4, 8))
     cases = {"L": grey, "1": grey.convert("1"), "P": picture(8, 4).quantize(16)}
-    cases |= {"LA": grey.convert("LA"), "RGBA": picture(8, 4).convert("RGBA")}  # with a channel, but opaque
+    cases |= {
+        "LA": grey.convert("LA"),
+        "RGBA": picture(8, 4).convert("RGBA"),
+    }  # with a channel, but opaque
     for mode, given_ in cases.items():
         given_.save(path := tmp_path / f"{mode}.png")
         with Image.open(path) as image:
@@ -142,16 +157,19 @@ def test_modes_without_transparency(tmp_path):
 
 def test_a_colour_profile_that_is_not_applied_is_noted(tmp_path):
     """But not sRGB, which is what a picture without one is taken for; nor what is no profile."""
-    lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(kind)).tobytes() for kind in ("LAB", "sRGB"))
+    lab, srgb = (
+        ImageCms.ImageCmsProfile(ImageCms.createProfile(kind)).tobytes() for kind in ("LAB", "sRGB")
+    )
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", icc_profile=lab)
-    with pytest.warns(UserWarning, match="a.png has the colour profile '.*Lab.*', which is not applied"):
+    with pytest.warns(
+        UserWarning, match="a.png has the colour profile '.*Lab.*', which is not applied"
+    ):
         assert inputs.read_picture(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
     for data in (srgb, b"no profile"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", icc_profile=data)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             inputs.read_picture(tmp_path / "a.png")
-
 
 
 def test_cmyk_is_read_with_a_warning(tmp_path):
@@ -177,7 +195,9 @@ def transparent(mode: str) -> tuple[Image.Image, dict]:
         image.putpalette([*RED, *RED, 0, 0, 255])
         return image, dict(transparency=bytes([255, 51, 0]))
     if mode == "RGB":
-        return Image.fromarray(np.array([[RED, RED, (0, 0, 255)]], np.uint8)), dict(transparency=(0, 0, 255))
+        return Image.fromarray(np.array([[RED, RED, (0, 0, 255)]], np.uint8)), dict(
+            transparency=(0, 0, 255)
+        )
     if mode == "LA":
         return Image.fromarray(np.array([[[90, 255], [90, 51], [0, 0]]], np.uint8)), {}
     return rgba, {}
@@ -201,16 +221,22 @@ def test_what_is_transparent_is_white(tmp_path, mode):
 def test_a_transparent_mask_is_told(tmp_path, mode):
     image, options = transparent(mode)
     image.save(path := tmp_path / "a.png", **options)
-    with pytest.raises(UserError, match="a.png has transparent parts, which a mask may not: save it opaque"):
+    with pytest.raises(
+        UserError, match="a.png has transparent parts, which a mask may not: save it opaque"
+    ):
         inputs.read_mask(path)
 
 
 @QUIET
 def test_a_mask_in_colours_is_told(tmp_path):
     Image.fromarray(np.array([[RED, GREY]], np.uint8)).save(path := tmp_path / "a.png")
-    with pytest.raises(UserError, match="a.png has colours, which a mask may not: paint it black and white"):
+    with pytest.raises(
+        UserError, match="a.png has colours, which a mask may not: paint it black and white"
+    ):
         inputs.read_mask(path)
-    black_and_white = Image.fromarray(np.where(noise(32, 32, 1) > 127, 255, 0).repeat(3, 2).astype(np.uint8))
+    black_and_white = Image.fromarray(
+        np.where(noise(32, 32, 1) > 127, 255, 0).repeat(3, 2).astype(np.uint8)
+    )
     black_and_white.save(path := tmp_path / "a.jpg", quality=75)
     assert inputs.read_mask(path).mode == "L"
     black_and_white.save(path := tmp_path / "b.png")
@@ -227,9 +253,15 @@ def test_exif_orientation_is_undone(tmp_path, read, orientation):
     """Where the picture's first row and column lie in the file: the TIFF 6.0 specification, Orientation."""
     upright = noise(3, 5)
     stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.T, 6: upright.T[::-1], 7: upright.T[::-1, ::-1], 8: upright.T[:, ::-1],
-    }[orientation]  # fmt: skip
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: upright.T[::-1],
+        7: upright.T[::-1, ::-1],
+        8: upright.T[:, ::-1],
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(path := tmp_path / "a.png", exif=exif)
@@ -260,17 +292,29 @@ def test_file_without_rights_is_told(tmp_path, read, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(UserError, match=r"a.png cannot be read \(Permission denied\): check its name and its rights"):
+    with pytest.raises(
+        UserError,
+        match=r"a.png cannot be read \(Permission denied\): check its name and its rights",
+    ):
         read(path)
 
 
 @both
 @pytest.mark.parametrize(
-    "content", [b"", b"a cat", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"%PDF-1.7"]
+    "content",
+    [
+        b"",
+        b"a cat",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+        b"%PDF-1.7",
+    ],
 )
 def test_what_is_no_picture_is_told(tmp_path, read, content):
     (path := tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(UserError, match="a.png is not a picture of a kind that can be read: save it as PNG"):
+    with pytest.raises(
+        UserError, match="a.png is not a picture of a kind that can be read: save it as PNG"
+    ):
         read(path)
 
 
@@ -291,7 +335,9 @@ def test_truncated_file_is_told(tmp_path, read, suffix):
         read(path)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff", "jp2", "avif", "tga", "qoi", "ppm"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff", "jp2", "avif", "tga", "qoi", "ppm"]
+)
 @FEW
 @given(seed=st.integers(0, 2**32))
 @pytest.mark.filterwarnings("ignore")
@@ -313,7 +359,9 @@ def test_damaged_file_is_read_or_told(tmp_path, suffix, seed):
 
 @both
 @QUIET
-@pytest.mark.parametrize("over", [1, 2])  # at once too many pixels Pillow only warns, at twice as many it refuses
+@pytest.mark.parametrize(
+    "over", [1, 2]
+)  # at once too many pixels Pillow only warns, at twice as many it refuses
 def test_decompression_bomb_is_told(tmp_path, monkeypatch, read, over):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     Image.new("1", (101 * over, 100)).save(path := tmp_path / "a.png")
@@ -326,15 +374,25 @@ def test_decompression_bomb_is_told(tmp_path, monkeypatch, read, over):
 @both
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
 def test_several_frames_are_told(tmp_path, read, suffix):
-    flat(8, 8).save(path := tmp_path / f"a.{suffix}", save_all=True, append_images=[flat(8, 8, "L")])
-    with pytest.raises(UserError, match=f"a.{suffix} holds 2 pictures: save the one that you mean as a PNG"):
+    flat(8, 8).save(
+        path := tmp_path / f"a.{suffix}", save_all=True, append_images=[flat(8, 8, "L")]
+    )
+    with pytest.raises(
+        UserError, match=f"a.{suffix} holds 2 pictures: save the one that you mean as a PNG"
+    ):
         read(path)
 
 
 @QUIET
 def test_photo_with_a_preview_is_read(tmp_path):
     """Many phones and cameras write two pictures in a JPEG; the first is the photo."""
-    flat(8, 8).save(path := tmp_path / "a.jpg", "MPO", save_all=True, append_images=[flat(4, 4, "L")], quality=95)
+    flat(8, 8).save(
+        path := tmp_path / "a.jpg",
+        "MPO",
+        save_all=True,
+        append_images=[flat(4, 4, "L")],
+        quality=95,
+    )
     with Image.open(path) as image:
         assert (image.format, image.n_frames) == ("MPO", 2)
     made = inputs.read_picture(path)
@@ -369,7 +427,9 @@ def test_fitting_a_reference_is_diffusers(width, height, limit):
     given_ = picture(width, height)
     theirs = Flux2ImageProcessor._resize_if_exceeds_area(given_, limit)
     size = dict(width=theirs.width // 16 * 16, height=theirs.height // 16 * 16)
-    expected = Flux2ImageProcessor(vae_scale_factor=16).preprocess(theirs, **size, resize_mode="crop")
+    expected = Flux2ImageProcessor(vae_scale_factor=16).preprocess(
+        theirs, **size, resize_mode="crop"
+    )
     assert torch.equal(to_pixels(inputs.fit_reference(given_, limit)), expected)
 
 
@@ -429,7 +489,10 @@ def test_padding_repeats_the_edge_and_is_undone(width, height, mode):
     assert made.size == (math.ceil(width / 16) * 16, math.ceil(height / 16) * 16)
     before, after = np.asarray(given_), np.asarray(made)
     assert np.array_equal(after[:height, :width], before)
-    rows, columns = np.arange(after.shape[0]).clip(max=height - 1), np.arange(after.shape[1]).clip(max=width - 1)
+    rows, columns = (
+        np.arange(after.shape[0]).clip(max=height - 1),
+        np.arange(after.shape[1]).clip(max=width - 1),
+    )
     assert np.array_equal(after, before[rows][:, columns])
 
 
@@ -444,20 +507,29 @@ def test_expanding():
     new = np.ones((9, 9), bool)
     new[2:5, 1:6] = False
     assert np.array_equal(mask, np.where(new, 255, 0))
-    rows, columns = np.clip(np.arange(-2, 7), 0, 2), np.clip(np.arange(-1, 8), 0, 4)  # beyond an edge, what is on it
+    rows, columns = (
+        np.clip(np.arange(-2, 7), 0, 2),
+        np.clip(np.arange(-1, 8), 0, 4),
+    )  # beyond an edge, what is on it
     assert np.array_equal(canvas, np.asarray(given_)[rows][:, columns])
     assert inputs.expand(given_, 0, 0, 1, 0)[0].size == (6, 3)
 
 
 @pytest.mark.parametrize("margins", [(0, 0, 0, 0), (-1, 0, 5, 0), (16, 0, 0, -16)])
 def test_expanding_by_nothing_or_less_is_told(margins):
-    with pytest.raises(UserError, match=f"margins of {', '.join(map(str, margins))} .*give numbers of pixels from 0"):
+    with pytest.raises(
+        UserError,
+        match=f"margins of {', '.join(map(str, margins))} .*give numbers of pixels from 0",
+    ):
         inputs.expand(flat(8, 8), *margins)
 
 
 def test_expanding_too_far_is_told():
     """Before the canvas is made, which would be of 3 TB. 16.8 megapixels is the most that a pipeline makes."""
-    with pytest.raises(UserError, match="1000064x1000064, which is 1000128 megapixels, and at most 16.8 are possible"):
+    with pytest.raises(
+        UserError,
+        match="1000064x1000064, which is 1000128 megapixels, and at most 16.8 are possible",
+    ):
         inputs.expand(flat(64, 64), 10**6, 10**6, 0, 0)
     assert inputs.expand(flat(4096, 16), 0, 4080, 0, 0)[0].size == (4096, 4096)
     with pytest.raises(UserError, match="megapixels"):
@@ -475,15 +547,25 @@ def test_a_mask_of_the_same_shape_is_resized(size):
     """Its black and its white half stay so, and nothing overshoots: only about the border is there grey."""
     mask = Image.new("L", size)
     mask.paste(255, (size[0] // 2, 0, *size))
-    with pytest.warns(UserWarning, match=f"the mask is {size[0]}x{size[1]} and the picture 64x48: the mask was resized"):
+    with pytest.warns(
+        UserWarning,
+        match=f"the mask is {size[0]}x{size[1]} and the picture 64x48: the mask was resized",
+    ):
         made = np.asarray(inputs.reconcile(flat(64, 48), mask), int)
     assert made.shape == (48, 64)
-    assert (made[:, :16] == 0).all() and (made[:, 48:] == 255).all() and (np.diff(made, axis=1) >= 0).all()
+    assert (
+        (made[:, :16] == 0).all()
+        and (made[:, 48:] == 255).all()
+        and (np.diff(made, axis=1) >= 0).all()
+    )
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 64), (128, 100), (64, 46), (32, 26)])
 def test_a_mask_of_another_shape_is_told(size):
-    with pytest.raises(UserError, match=f"the mask is {size[0]}x{size[1]} and the picture 64x48, which is another shape"):
+    with pytest.raises(
+        UserError,
+        match=f"the mask is {size[0]}x{size[1]} and the picture 64x48, which is another shape",
+    ):
         inputs.reconcile(flat(64, 48), flat(*size, "L"))
 
 
@@ -503,7 +585,9 @@ def test_any_rounding_of_a_scaled_mask_is_of_the_same_shape(width, height, scale
 @pytest.mark.parametrize("size", [(64, 48), (32, 24)])
 @pytest.mark.filterwarnings("ignore:.*resized")
 def test_a_mask_that_marks_nothing_is_told(size):
-    with pytest.raises(UserError, match="black all over, so that nothing would change: paint white"):
+    with pytest.raises(
+        UserError, match="black all over, so that nothing would change: paint white"
+    ):
         inputs.reconcile(flat(64, 48), Image.new("L", size))
 
 
@@ -525,7 +609,9 @@ def test_a_mask_that_marks_everything_is_noted():
 def test_what_is_not_masked_keeps_its_bytes(seed, feather):
     """And, deep in the mask, the result its own. Masks: rectangles, specks and every grey, one over the other."""
     fate = np.random.default_rng(seed)
-    values = np.where(fate.random((40, 50)) < 0.02, fate.integers(0, 256, (40, 50)), 0).astype(np.uint8)
+    values = np.where(fate.random((40, 50)) < 0.02, fate.integers(0, 256, (40, 50)), 0).astype(
+        np.uint8
+    )
     for _ in range(3):
         (y, x), (h, w) = fate.integers(0, 40, 2), fate.integers(1, 30, 2)
         values[y : y + h, x : x + w] = fate.choice([0, 255])
@@ -548,9 +634,10 @@ def test_the_seam_lies_inside_the_mask():
     assert levels(made) == [[v] * 3 for v in [0] * 5 + [51, 102, 153, 204] + [255] * 4]
 
 
-@pytest.mark.parametrize("width, weights", [
-    (1, [1]), (2, [1, 1]), (3, [1 / 2, 1, 1 / 2]), (5, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "width, weights",
+    [(1, [1]), (2, [1, 1]), (3, [1 / 2, 1, 1 / 2]), (5, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])],
+)
 def test_the_middle_of_a_narrow_mask_is_the_results(width, weights):
     mask = Image.fromarray(np.array([[0] * 6 + [255] * width + [0] * 6] * 3, np.uint8))
     made = inputs.composite(Image.new("RGB", mask.size, "white"), Image.new("RGB", mask.size), mask)
@@ -563,18 +650,25 @@ def test_outpainting_leaves_no_seam_of_another_colour():
     assert made.getextrema() == ((255, 255),) * 3
 
 
-@pytest.mark.parametrize("threshold, first_white", [(0.5, 128), (0.25, 64), (1.0, 255), (51 / 255, 51)])
+@pytest.mark.parametrize(
+    "threshold, first_white", [(0.5, 128), (0.25, 64), (1.0, 255), (51 / 255, 51)]
+)
 def test_hardened_masks(threshold, first_white):
     mask = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     hard = np.asarray(inputs.harden(mask, threshold))
     assert np.array_equal(hard.flatten(), np.where(np.arange(256) >= first_white, 255, 0))
     if threshold == 0.5:
-        options = dict(do_resize=False, do_normalize=False, do_convert_grayscale=True, do_binarize=True)
+        options = dict(
+            do_resize=False, do_normalize=False, do_convert_grayscale=True, do_binarize=True
+        )
         assert np.array_equal(hard / 255, VaeImageProcessor(**options).preprocess(mask)[0, 0])
 
 
 def test_masks_with_nothing_left_are_told():
-    with pytest.raises(UserError, match="the mask is dark all over .its lightest grey is 100 of 255.*paint white what"):
+    with pytest.raises(
+        UserError,
+        match="the mask is dark all over .its lightest grey is 100 of 255.*paint white what",
+    ):
         inputs.harden(Image.new("L", (8, 8), 100), 0.5)
 
 
@@ -587,7 +681,9 @@ def test_soft_masks_blend():
     assert np.abs(made - exact).max() <= 0.5001  # to the nearest level, but for halves
     even = Image.new("L", (256, 2), 51)
     exact = np.asarray(original) * 0.8 + np.asarray(result) * 0.2
-    assert np.abs(np.asarray(inputs.composite(result, original, even)) - exact).max() <= 0.5001  # no seam in an even grey
+    assert (
+        np.abs(np.asarray(inputs.composite(result, original, even)) - exact).max() <= 0.5001
+    )  # no seam in an even grey
 
 
 # ---------------------------------------------------------------------------------------------------------- in memory

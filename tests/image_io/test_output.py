@@ -79,7 +79,9 @@ def test_pixels_are_diffusers_and_give_back_the_picture(width, height, seed):
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     noise[0, :256, 0] = np.arange(min(width, 256))
     pixels = images.to_pixels(Image.fromarray(noise))
-    assert torch.equal(pixels, VaeImageProcessor(do_resize=False).preprocess(Image.fromarray(noise)))
+    assert torch.equal(
+        pixels, VaeImageProcessor(do_resize=False).preprocess(Image.fromarray(noise))
+    )
     (made,) = images.to_images(pixels)
     assert np.array_equal(made, noise)
 
@@ -95,7 +97,9 @@ def test_masks_are_soft():
     soft = images.to_mask(Image.fromarray(values))
     assert soft.shape == (1, 1, 2, 256) and soft.dtype == torch.float32
     assert torch.equal(soft[0, 0], torch.arange(256).div(255).expand(2, 256))
-    options = dict(do_resize=False, do_normalize=False, do_convert_grayscale=True, do_binarize=False)
+    options = dict(
+        do_resize=False, do_normalize=False, do_convert_grayscale=True, do_binarize=False
+    )
     assert torch.equal(soft, VaeImageProcessor(**options).preprocess(Image.fromarray(values)))
 
 
@@ -204,8 +208,13 @@ NASTY = [
 
 
 @every_format
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(max_size=60), number=st.one_of(st.none(), st.integers(0, 2**63), st.floats(allow_nan=False)))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    text=st.text(max_size=60),
+    number=st.one_of(st.none(), st.integers(0, 2**63), st.floats(allow_nan=False)),
+)
 @example(text=" ".join(NASTY), number=2**63 - 1)
 def test_metadata_comes_back(tmp_path, suffix, text, number):
     given_ = {"prompt": text, "number": number, text: [text]}
@@ -225,7 +234,9 @@ def test_png_is_lossless_and_jpeg_keeps_its_colours(tmp_path):
     assert np.array_equal(np.asarray(Image.open(path)), noise)
     path = images.save(Image.fromarray(noise), tmp_path / "a.jpg", {})
     with Image.open(path) as made:
-        assert [component[1:3] for component in made.layer] == [(1, 1)] * 3  # colours at full resolution
+        assert [component[1:3] for component in made.layer] == [
+            (1, 1)
+        ] * 3  # colours at full resolution
 
 
 def test_png_is_smaller_than_by_default():
@@ -280,7 +291,9 @@ def test_picture_that_is_too_large_to_open_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.bmp", "a.gif", "a", ".png", "a.png.tar", "a.safetensors"])
 def test_unknown_suffix_is_told_before_the_work(tmp_path, name):
-    with pytest.raises(UserError, match=r"--output .*is not a picture format; use .png, .jpg, .jpeg, .webp"):
+    with pytest.raises(
+        UserError, match=r"--output .*is not a picture format; use .png, .jpg, .jpeg, .webp"
+    ):
         images.check_output(tmp_path / name)
 
 
@@ -293,7 +306,11 @@ def test_suffix_may_be_in_capitals_and_the_folder_new(tmp_path):
 
 def test_output_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "file" / "a.png", tmp_path / "file" / "below" / "a.png", tmp_path / ("a" * 300 + ".png")):
+    for path in (
+        tmp_path / "file" / "a.png",
+        tmp_path / "file" / "below" / "a.png",
+        tmp_path / ("a" * 300 + ".png"),
+    ):
         with pytest.raises(UserError, match="--output .*cannot be written there.*choose another"):
             images.check_output(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -309,16 +326,23 @@ def test_prompt_that_a_jpeg_cannot_hold_is_told_before_the_work(tmp_path):
                     images.check_output(path, ["short", text])
             else:
                 images.check_output(path, ["short", text])
-                assert images.read_metadata(images.save(picture(), path, {"prompt": text})) == {"prompt": text}
+                assert images.read_metadata(images.save(picture(), path, {"prompt": text})) == {
+                    "prompt": text
+                }
 
 
 def test_the_room_of_a_jpeg_is_known_to_the_byte(tmp_path):
     path, metadata = tmp_path / "a.jpg", {"prompt": "", "seed": 7}
-    metadata["prompt"] = "a" * (65_533 - len(b"http://ns.adobe.com/xap/1.0/\0") - len(images._xmp(metadata)))
+    metadata["prompt"] = "a" * (
+        65_533 - len(b"http://ns.adobe.com/xap/1.0/\0") - len(images._xmp(metadata))
+    )
     images.check_room(path, metadata)
     assert images.read_metadata(images.save(picture(), path, metadata)) == metadata
     metadata["prompt"] += "a"
-    with pytest.raises(UserError, match="a.jpg: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp"):
+    with pytest.raises(
+        UserError,
+        match="a.jpg: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp",
+    ):
         images.check_room(path, metadata)
     with pytest.raises(ValueError, match="too long"):  # Pillow's, when the picture is there
         images.save(picture(), path, metadata)

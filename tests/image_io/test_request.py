@@ -32,7 +32,9 @@ from flux.transformer import Flux, Memory
 RELEASED = dict(MODELS)  # before tiny rows take the place of some
 CANNY, CANNY_LORA, DEV = "flux.1-canny-dev", "flux.1-canny-dev-lora", "flux.1-dev"
 WIDTH, HEIGHT, SEEDS = 96, 80, (5, 6)
-HALF = Image.fromarray(np.repeat(np.uint8([0, 255]), WIDTH // 2)[None].repeat(HEIGHT, 0))  # black, then white
+HALF = Image.fromarray(
+    np.repeat(np.uint8([0, 255]), WIDTH // 2)[None].repeat(HEIGHT, 0)
+)  # black, then white
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* was distilled for"),
     pytest.mark.filterwarnings("ignore:.* was not trained with --(no-)?kv-cache"),
@@ -79,8 +81,14 @@ def refusal(call, *arguments, **options) -> str:
 def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
     """Bit for bit, with guidance built in, and in both passes of classifier-free guidance: no time passes for them."""
     pipe = zoo.pipe(name)
-    model, features, negative = pipe.transformer(), random_features(pipe), random_features(pipe, 1, seed=2)
-    given = pipe.condition(Pictures((photo(80, 97, seed=1), photo(150, 70, seed=2)), cached=True), WIDTH, HEIGHT)
+    model, features, negative = (
+        pipe.transformer(),
+        random_features(pipe),
+        random_features(pipe, 1, seed=2),
+    )
+    given = pipe.condition(
+        Pictures((photo(80, 97, seed=1), photo(150, 70, seed=2)), cached=True), WIDTH, HEIGHT
+    )
     scales = dict(guidance=3.0) if pipe.spec.guidance else {}
     cfg = dict(negative=negative) if pipe.spec.cfg else {}
     once = pipe.sample(features, SEEDS, steps=4, conditions=given, **scales, **cfg)
@@ -91,8 +99,12 @@ def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
     remembered = []
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        still = model.modulations(model.vec(torch.zeros(1), None if guidance is None else guidance[:1]))
-        memories = model.remember(given.references, model.rope(given.reference_ids[:0], given.reference_ids), still)
+        still = model.modulations(
+            model.vec(torch.zeros(1), None if guidance is None else guidance[:1])
+        )
+        memories = model.remember(
+            given.references, model.rope(given.reference_ids[:0], given.reference_ids), still
+        )
         remembered.append(memories[-1].k)
         memories = [Memory(*(y.expand(2, -1, -1, -1) for y in memory)) for memory in memories]
         now = model.modulations(model.vec(torch.full((2,), t), guidance))
@@ -104,11 +116,21 @@ def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
 
     drawn = sampling.noise(SEEDS, pipe.spec.autoencoder.latent_channels, h, w, spatial=False)
     with torch.inference_mode():
-        x = sampling.denoise(velocity, drawn.flatten(2).mT.contiguous(), sampling.schedule("empirical", 4, h * w))
+        x = sampling.denoise(
+            velocity, drawn.flatten(2).mT.contiguous(), sampling.schedule("empirical", 4, h * w)
+        )
     assert len(remembered) == 4 and torch.equal(x.mT.reshape_as(once), once)
 
 
-def dense(model: Flux, references: Tensor, txt: Tensor, img: Tensor, ids: Tensor, still: Tensor, now: Tensor) -> Tensor:
+def dense(
+    model: Flux,
+    references: Tensor,
+    txt: Tensor,
+    img: Tensor,
+    ids: Tensor,
+    still: Tensor,
+    now: Tensor,
+) -> Tensor:
     """Velocity (L, C) in float64, of one sequence: references (R, C), text (T, D), image (L, C), all of them in every block.
 
     After black-forest-labs/flux2, forward_kv_extract: each token is modulated for its own time, which is `still` (D,), the
@@ -120,37 +142,75 @@ def dense(model: Flux, references: Tensor, txt: Tensor, img: Tensor, ids: Tensor
     is_text[r : r + len(txt)] = True
     hidden_from = torch.zeros(n, n, dtype=torch.bool)
     hidden_from[:r, r:] = True
-    linear = lambda x, name: x @ w[f"{name}.weight"].T  # noqa: E731
-    either = lambda a, b: torch.where(is_text, a, b)  # noqa: E731
-    norm = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()  # noqa: E731
-    rms = lambda x, scale: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale  # noqa: E731
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T
+
+    def either(a, b):
+        return torch.where(is_text, a, b)
+
+    def norm(x):
+        return (x - x.mean(-1, keepdim=True)) / (
+            x.var(-1, keepdim=True, correction=0) + 1e-6
+        ).sqrt()
+
+    def rms(x, scale):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale
 
     times = F.silu(torch.stack([still if number < r else now for number in range(n)]))  # (N, D)
-    spans = [ids[:, [axis]] * c.theta ** (-torch.arange(0, d, 2).double() / d) for axis, d in enumerate(c.axes_dim)]
+    spans = [
+        ids[:, [axis]] * c.theta ** (-torch.arange(0, d, 2).double() / d)
+        for axis, d in enumerate(c.axes_dim)
+    ]
     turn = torch.polar(torch.ones(()).double(), torch.cat(spans, dim=-1))  # (N, d/2)
 
     def attended(qkv: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        q, k, v = (x.reshape(n, c.num_heads, -1).transpose(0, 1) for x in qkv.chunk(3, dim=-1))  # (H, N, d)
-        q, k = (torch.view_as_complex(rms(x, s).unflatten(-1, (-1, 2))) * turn for x, s in ((q, query), (k, key)))
-        scores = (q @ k.mH).real / (c.hidden_size // c.num_heads) ** 0.5  # the turned pairs' dot products
-        return (scores.masked_fill(hidden_from, -math.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
+        q, k, v = (
+            x.reshape(n, c.num_heads, -1).transpose(0, 1) for x in qkv.chunk(3, dim=-1)
+        )  # (H, N, d)
+        q, k = (
+            torch.view_as_complex(rms(x, s).unflatten(-1, (-1, 2))) * turn
+            for x, s in ((q, query), (k, key))
+        )
+        scores = (q @ k.mH).real / (
+            c.hidden_size // c.num_heads
+        ) ** 0.5  # the turned pairs' dot products
+        return (
+            (scores.masked_fill(hidden_from, -math.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
+        )
 
     def gated(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    x = torch.cat([linear(references, "img_in"), linear(txt, "txt_in"), linear(img, "img_in")])  # (N, D)
-    mods = either(*(linear(times, f"double_stream_modulation_{stream}.lin") for stream in ("txt", "img"))).chunk(6, dim=-1)
+    x = torch.cat(
+        [linear(references, "img_in"), linear(txt, "txt_in"), linear(img, "img_in")]
+    )  # (N, D)
+    mods = either(
+        *(linear(times, f"double_stream_modulation_{stream}.lin") for stream in ("txt", "img"))
+    ).chunk(6, dim=-1)
     for block in (f"double_blocks.{i}." for i in range(c.depth)):
-        both = lambda x, name: either(*(linear(x, f"{block}{stream}_{name}") for stream in ("txt", "img")))  # noqa: B023, E731
-        scales = [either(*(w[f"{block}{s}_attn.norm.{part}_norm.scale"] for s in ("txt", "img"))) for part in ("query", "key")]
-        x = x + mods[2] * both(attended(both(norm(x) * (1 + mods[1]) + mods[0], "attn.qkv"), *scales), "attn.proj")
+        both = lambda x, name: either(
+            *(linear(x, f"{block}{stream}_{name}") for stream in ("txt", "img"))
+        )
+        scales = [
+            either(*(w[f"{block}{s}_attn.norm.{part}_norm.scale"] for s in ("txt", "img")))
+            for part in ("query", "key")
+        ]
+        x = x + mods[2] * both(
+            attended(both(norm(x) * (1 + mods[1]) + mods[0], "attn.qkv"), *scales), "attn.proj"
+        )
         x = x + mods[5] * both(gated(both(norm(x) * (1 + mods[4]) + mods[3], "mlp.0")), "mlp.2")
     shift, scale, gate = linear(times, "single_stream_modulation.lin").chunk(3, dim=-1)
     for block in (f"single_blocks.{i}." for i in range(c.depth_single)):
         inner = linear(norm(x) * (1 + scale) + shift, f"{block}linear1")
-        seen = attended(inner[:, : 3 * c.hidden_size], *(w[f"{block}norm.{part}_norm.scale"] for part in ("query", "key")))
-        x = x + gate * linear(torch.cat([seen, gated(inner[:, 3 * c.hidden_size :])], dim=-1), f"{block}linear2")
+        seen = attended(
+            inner[:, : 3 * c.hidden_size],
+            *(w[f"{block}norm.{part}_norm.scale"] for part in ("query", "key")),
+        )
+        x = x + gate * linear(
+            torch.cat([seen, gated(inner[:, 3 * c.hidden_size :])], dim=-1), f"{block}linear2"
+        )
     shift, scale = linear(F.silu(now), "final_layer.adaLN_modulation.1").chunk(2)
     return linear(norm(x[-len(img) :]) * (1 + scale) + shift, "final_layer.linear")
 
@@ -160,7 +220,11 @@ def dense(model: Flux, references: Tensor, txt: Tensor, img: Tensor, ids: Tensor
 def test_memories_are_one_sequence_with_a_mask(depth, depth_single):
     """Two blocks at least: the first reads references as they came, whatever they see."""
     model = randomise(Flux(replace(FLUX2_TINY, depth=depth, depth_single=depth_single)))
-    references, txt, img = random(2, 10, 16, seed=1), random(2, 5, 40, seed=2), random(2, 12, 16, seed=3)
+    references, txt, img = (
+        random(2, 10, 16, seed=1),
+        random(2, 5, 40, seed=2),
+        random(2, 12, 16, seed=3),
+    )
     ids = [sampling.image_ids(2, 5, 4, t=10), sampling.text_ids(5, 4), sampling.image_ids(3, 4, 4)]
     t, guidance = torch.tensor([0.8, 0.3]), torch.tensor([3.5, 2.0])
     still, now = model.vec(torch.zeros(2), guidance), model.vec(t, guidance)
@@ -169,7 +233,9 @@ def test_memories_are_one_sequence_with_a_mask(depth, depth_single):
     for row in range(2):
         *tokens, before, after = (x[row].double() for x in (references, txt, img, still, now))
         expected = dense(model, *tokens, torch.cat(ids), before, after)
-        assert max_error(ours[row].double(), expected) <= 1e-6  # float32 against float64; seen: up to 5e-7
+        assert (
+            max_error(ours[row].double(), expected) <= 1e-6
+        )  # float32 against float64; seen: up to 5e-7
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts
@@ -178,16 +244,52 @@ def test_memories_are_one_sequence_with_a_mask(depth, depth_single):
 def test_ids_and_order_of_references():
     """Kontext: all at t = 1, side by side. FLUX.2: t = 10 + 10·k, each from the same corner. Row by row, as given."""
     sizes = ((2, 3), (1, 2), (3, 1))
-    latents = [torch.arange(4.0 * h * w).reshape(1, 4, h, w) + 100 * k for k, (h, w) in enumerate(sizes)]
+    latents = [
+        torch.arange(4.0 * h * w).reshape(1, 4, h, w) + 100 * k for k, (h, w) in enumerate(sizes)
+    ]
     tokens, ids = conditioning.reference_tokens(latents, 3)
-    first, second = ([1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 1, 0], [1, 1, 1], [1, 1, 2]), ([1, 0, 3], [1, 0, 4])
+    first, second = (
+        ([1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 1, 0], [1, 1, 1], [1, 1, 2]),
+        ([1, 0, 3], [1, 0, 4]),
+    )
     assert ids.tolist() == [*first, *second, [1, 0, 5], [1, 1, 5], [1, 2, 5]]
-    assert tokens.shape == (1, 11, 4) and tokens[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5, 100, 101, 200, 201, 202]
-    assert tokens[0, 4].tolist() == [4, 10, 16, 22] and tokens[0, 7].tolist() == [101, 103, 105, 107]
+    assert tokens.shape == (1, 11, 4) and tokens[0, :, 0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        100,
+        101,
+        200,
+        201,
+        202,
+    ]
+    assert tokens[0, 4].tolist() == [4, 10, 16, 22] and tokens[0, 7].tolist() == [
+        101,
+        103,
+        105,
+        107,
+    ]
 
     same, ids = conditioning.reference_tokens(latents, 4)
-    first = [[10, 0, 0, 0], [10, 0, 1, 0], [10, 0, 2, 0], [10, 1, 0, 0], [10, 1, 1, 0], [10, 1, 2, 0]]
-    assert ids.tolist() == [*first, [20, 0, 0, 0], [20, 0, 1, 0], [30, 0, 0, 0], [30, 1, 0, 0], [30, 2, 0, 0]]
+    first = [
+        [10, 0, 0, 0],
+        [10, 0, 1, 0],
+        [10, 0, 2, 0],
+        [10, 1, 0, 0],
+        [10, 1, 1, 0],
+        [10, 1, 2, 0],
+    ]
+    assert ids.tolist() == [
+        *first,
+        [20, 0, 0, 0],
+        [20, 0, 1, 0],
+        [30, 0, 0, 0],
+        [30, 1, 0, 0],
+        [30, 2, 0, 0],
+    ]
     assert torch.equal(same, tokens)
     _, ids = conditioning.reference_tokens([latents[2]] * 10, 4)
     assert ids[::3, 0].tolist() == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
@@ -203,7 +305,9 @@ def test_fill_sees_noise_masked_picture_and_soft_mask(zoo):
     picture = photo(WIDTH, HEIGHT)
     values = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH)).astype(np.uint8)
     given = pipe.condition(Pictures((picture,), Image.fromarray(values)))
-    hook = pipe.transformer().img_in.register_forward_pre_hook(lambda module, received: seen.append(received[0].clone()))
+    hook = pipe.transformer().img_in.register_forward_pre_hook(
+        lambda module, received: seen.append(received[0].clone())
+    )
     pipe.sample(random_features(pipe), SEEDS, steps=2, conditions=given)
     hook.remove()
 
@@ -219,7 +323,9 @@ def test_fill_sees_noise_masked_picture_and_soft_mask(zoo):
     assert [x.shape for x in seen] == [(2, 30, 384)] * 2 and len(np.unique(packed)) == 256
     assert torch.equal(seen[0][..., :64], drawn.flatten(2).mT)
     for x in (*seen[0], *seen[1]):  # of both steps and both pictures
-        assert max_error(x[:, 64:128], latents[0].flatten(1).T) <= 3e-6  # masked in float32 and in float64
+        assert (
+            max_error(x[:, 64:128], latents[0].flatten(1).T) <= 3e-6
+        )  # masked in float32 and in float64
         assert np.array_equal(x[:, 128:], packed)
 
 
@@ -234,18 +340,31 @@ LARGE, MIDDLE, SMALL = (3000, 2000), (1000, 700), (500, 300)
 INSIDE = dict(mask=HALF.resize(MIDDLE))
 
 
-@pytest.mark.parametrize("name, sizes, options, expected", [
-    ("flux.2-dev", [LARGE], {}, [(2464, 1648)]),  # 2024² pixels: 2478x1652, cropped to multiples of 16
-    ("flux.2-dev", [LARGE, SMALL], {}, [(1248, 832), (496, 288)]),  # 1024² each: 1254x836
-    ("flux.2-dev", [LARGE], dict(limit=1024), [(1248, 832)]),  # as diffusers has it
-    (KLEIN, [LARGE, LARGE], dict(limit=512), [(624, 416)] * 2),  # 627x418
-    (KLEIN, [LARGE, LARGE], dict(limit=2024), [(2464, 1648)] * 2),
-    (KLEIN, [(2024, 2024)], {}, [(2016, 2016)]),
-    (KLEIN, [(2048, 2048), SMALL], {}, [(1024, 1024), (496, 288)]),
-    (KONTEXT, [MIDDLE], {}, [(1248, 832)]),  # 1.43, between 1184x880 = 1.35 and 1248x832 = 1.5
-    (KONTEXT, [(600, 1000), (64, 64), (1600, 200)], {}, [(800, 1328), (1024, 1024), (1568, 672)]),
-    (KONTEXT, [MIDDLE, (64, 79)], dict(keep_size=True), [(992, 688), (64, 64)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, sizes, options, expected",
+    [
+        (
+            "flux.2-dev",
+            [LARGE],
+            {},
+            [(2464, 1648)],
+        ),  # 2024² pixels: 2478x1652, cropped to multiples of 16
+        ("flux.2-dev", [LARGE, SMALL], {}, [(1248, 832), (496, 288)]),  # 1024² each: 1254x836
+        ("flux.2-dev", [LARGE], dict(limit=1024), [(1248, 832)]),  # as diffusers has it
+        (KLEIN, [LARGE, LARGE], dict(limit=512), [(624, 416)] * 2),  # 627x418
+        (KLEIN, [LARGE, LARGE], dict(limit=2024), [(2464, 1648)] * 2),
+        (KLEIN, [(2024, 2024)], {}, [(2016, 2016)]),
+        (KLEIN, [(2048, 2048), SMALL], {}, [(1024, 1024), (496, 288)]),
+        (KONTEXT, [MIDDLE], {}, [(1248, 832)]),  # 1.43, between 1184x880 = 1.35 and 1248x832 = 1.5
+        (
+            KONTEXT,
+            [(600, 1000), (64, 64), (1600, 200)],
+            {},
+            [(800, 1328), (1024, 1024), (1568, 672)],
+        ),
+        (KONTEXT, [MIDDLE, (64, 79)], dict(keep_size=True), [(992, 688), (64, 64)]),
+    ],
+)
 def test_sizes_in_which_references_are_taken(name, sizes, options, expected):
     fitted = conditioning.fitted(RELEASED[name], Pictures(blank(*sizes), **options))
     assert [picture.size for picture in fitted] == expected
@@ -262,7 +381,11 @@ def test_references_of_kontext_are_stretched_and_those_of_flux2_cropped():
 @pytest.mark.parametrize(
     "name, options, shapes",
     [
-        (KLEIN, {}, [(80, 96), (832, 1248)]),  # of the two, one is left to be capped, but two are seen
+        (
+            KLEIN,
+            {},
+            [(80, 96), (832, 1248)],
+        ),  # of the two, one is left to be capped, but two are seen
         (KLEIN, dict(limit=512), [(80, 96), (416, 624)]),
         (KONTEXT, {}, [(80, 96), (832, 1248)]),
     ],
@@ -281,36 +404,57 @@ def test_sizes_of_what_is_seen_beside_a_start(name, options, shapes):
     assert given.references.shape == (1, sum(h * w // 256 for h, w in shapes), 4)
 
 
-@pytest.mark.parametrize("name, sizes, options, asked, expected", [
-    (DEV, None, {}, (None, None), (1024, 1024)),  # without a picture
-    ("flux.2-tiny", None, {}, (64, None), (64, 256)),
-    (REDUX, [LARGE], {}, (None, None), (1024, 1024)),  # which looks at pictures from afar
-    (REDUX, [LARGE], {}, (None, 512), (1024, 512)),
-    (DEV, [MIDDLE], {}, (None, None), (1008, 704)),  # its own, rounded up, to be cropped in the end
-    (DEV, [MIDDLE], INSIDE, (None, None), (1008, 704)),
-    (DEV, [MIDDLE], {}, (512, None), (512, 352)),  # 704·512/1008 = 357.6
-    (DEV, [MIDDLE], {}, (None, 512), (736, 512)),  # 1008·512/704 = 733.1
-    (DEV, [MIDDLE], {}, (512, 512), (512, 512)),
-    (DEV, [(2048, 1024)], {}, (None, None), (2048, 1024)),  # twice 1024² at most
-    (FILL, [MIDDLE], INSIDE, (None, None), (1008, 704)),
-    (FILL, [MIDDLE], dict(expand=(10, 20, 30, 40)), (None, None), (1040, 768)),  # 1040x760
-    (CANNY, [(1001, 700)], {}, (None, None), (1008, 704)),  # stretched to the nearest
-    (CANNY, [(999, 695)], {}, (None, None), (992, 688)),
-    (CANNY_LORA, [(999, 695)], {}, (None, 688), (992, 688)),
-    (KONTEXT, [MIDDLE], {}, (None, None), (1248, 832)),
-    (KONTEXT, [LARGE, MIDDLE], {}, (624, None), (624, 416)),
-    (KONTEXT, [MIDDLE], dict(keep_size=True), (None, None), (992, 688)),
-    (KONTEXT, [MIDDLE], dict(strength=0.5), (None, None), (1008, 704)),
-    (KONTEXT, [SMALL, LARGE], dict(match=2), (None, None), (2992, 2000)),  # its own size, rounded down
-    ("flux.2-dev", [LARGE], {}, (None, None), (1248, 832)),  # 1024² pixels, though one reference is seen at 2024²
-    ("flux.2-dev", [LARGE], dict(limit=2024), (None, None), (1248, 832)),
-    ("flux.2-dev", [LARGE], dict(limit=512), (None, None), (624, 416)),
-    (KLEIN, [SMALL, LARGE], {}, (None, None), (496, 288)),  # the first's
-    (KLEIN, [SMALL, LARGE], dict(match=2), (None, None), (2992, 2000)),
-    (KLEIN, [SMALL, LARGE], dict(match=2), (None, 512), (768, 512)),  # 2992·512/2000 = 766.0
-    (KLEIN, [LARGE], {}, (512, None), (512, 336)),  # 832·512/1248 = 341.3
-    (KLEIN, [MIDDLE, LARGE], INSIDE, (None, None), (1008, 704)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, sizes, options, asked, expected",
+    [
+        (DEV, None, {}, (None, None), (1024, 1024)),  # without a picture
+        ("flux.2-tiny", None, {}, (64, None), (64, 256)),
+        (REDUX, [LARGE], {}, (None, None), (1024, 1024)),  # which looks at pictures from afar
+        (REDUX, [LARGE], {}, (None, 512), (1024, 512)),
+        (
+            DEV,
+            [MIDDLE],
+            {},
+            (None, None),
+            (1008, 704),
+        ),  # its own, rounded up, to be cropped in the end
+        (DEV, [MIDDLE], INSIDE, (None, None), (1008, 704)),
+        (DEV, [MIDDLE], {}, (512, None), (512, 352)),  # 704·512/1008 = 357.6
+        (DEV, [MIDDLE], {}, (None, 512), (736, 512)),  # 1008·512/704 = 733.1
+        (DEV, [MIDDLE], {}, (512, 512), (512, 512)),
+        (DEV, [(2048, 1024)], {}, (None, None), (2048, 1024)),  # twice 1024² at most
+        (FILL, [MIDDLE], INSIDE, (None, None), (1008, 704)),
+        (FILL, [MIDDLE], dict(expand=(10, 20, 30, 40)), (None, None), (1040, 768)),  # 1040x760
+        (CANNY, [(1001, 700)], {}, (None, None), (1008, 704)),  # stretched to the nearest
+        (CANNY, [(999, 695)], {}, (None, None), (992, 688)),
+        (CANNY_LORA, [(999, 695)], {}, (None, 688), (992, 688)),
+        (KONTEXT, [MIDDLE], {}, (None, None), (1248, 832)),
+        (KONTEXT, [LARGE, MIDDLE], {}, (624, None), (624, 416)),
+        (KONTEXT, [MIDDLE], dict(keep_size=True), (None, None), (992, 688)),
+        (KONTEXT, [MIDDLE], dict(strength=0.5), (None, None), (1008, 704)),
+        (
+            KONTEXT,
+            [SMALL, LARGE],
+            dict(match=2),
+            (None, None),
+            (2992, 2000),
+        ),  # its own size, rounded down
+        (
+            "flux.2-dev",
+            [LARGE],
+            {},
+            (None, None),
+            (1248, 832),
+        ),  # 1024² pixels, though one reference is seen at 2024²
+        ("flux.2-dev", [LARGE], dict(limit=2024), (None, None), (1248, 832)),
+        ("flux.2-dev", [LARGE], dict(limit=512), (None, None), (624, 416)),
+        (KLEIN, [SMALL, LARGE], {}, (None, None), (496, 288)),  # the first's
+        (KLEIN, [SMALL, LARGE], dict(match=2), (None, None), (2992, 2000)),
+        (KLEIN, [SMALL, LARGE], dict(match=2), (None, 512), (768, 512)),  # 2992·512/2000 = 766.0
+        (KLEIN, [LARGE], {}, (512, None), (512, 336)),  # 832·512/1248 = 341.3
+        (KLEIN, [MIDDLE, LARGE], INSIDE, (None, None), (1008, 704)),
+    ],
+)
 def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -318,14 +462,29 @@ def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
         assert conditioning.size_of(RELEASED[name], pictures, *asked) == expected
 
 
-@pytest.mark.parametrize("name, size, options, own, expected", [
-    (DEV, LARGE, {}, (3008, 2000), (1760, 1168)),  # times sqrt(2·1024²/(3008·2000)): 1776.0 by 1180.8
-    (DEV, (2049, 1024), {}, (2064, 1024), (2048, 1008)),  # 2056.0 by 1020.0
-    (FILL, LARGE, dict(expand=(8, 0, 0, 0)), (3008, 2000), (1760, 1168)),
-    (CANNY, LARGE, {}, (3008, 2000), (1760, 1168)),
-    (KLEIN, LARGE, dict(strength=0.5), (3008, 2000), (1760, 1168)),
-    ("flux.2-tiny", (640, 480), dict(strength=0.5), (640, 480), (416, 304)),  # of 2·256² pixels: 418.0 by 313.5
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, size, options, own, expected",
+    [
+        (
+            DEV,
+            LARGE,
+            {},
+            (3008, 2000),
+            (1760, 1168),
+        ),  # times sqrt(2·1024²/(3008·2000)): 1776.0 by 1180.8
+        (DEV, (2049, 1024), {}, (2064, 1024), (2048, 1008)),  # 2056.0 by 1020.0
+        (FILL, LARGE, dict(expand=(8, 0, 0, 0)), (3008, 2000), (1760, 1168)),
+        (CANNY, LARGE, {}, (3008, 2000), (1760, 1168)),
+        (KLEIN, LARGE, dict(strength=0.5), (3008, 2000), (1760, 1168)),
+        (
+            "flux.2-tiny",
+            (640, 480),
+            dict(strength=0.5),
+            (640, 480),
+            (416, 304),
+        ),  # of 2·256² pixels: 418.0 by 313.5
+    ],
+)
 def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, expected):
     spec, pictures = RELEASED[name], Pictures(blank(size), **options)
     words = f"{own[0]}x{own[1]} would be large for {name}: {expected[0]}x{expected[1]} is made"
@@ -340,20 +499,31 @@ def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, 
 # ---------------------------------------------------------------------------------------------------------- in the pipeline
 
 
-@pytest.mark.parametrize("name, options", [
-    (KLEIN, {}), (KONTEXT, dict(keep_size=True)), (DEV, dict(strength=0.5)), (FILL, dict(expand=(6, 10, 0, 0))),
-    (CANNY_LORA, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        (KLEIN, {}),
+        (KONTEXT, dict(keep_size=True)),
+        (DEV, dict(strength=0.5)),
+        (FILL, dict(expand=(6, 10, 0, 0))),
+        (CANNY_LORA, {}),
+    ],
+)
 def test_pictures_are_encoded_in_float32_whatever_the_dtype(zoo, name, options):
     """In bfloat16, latents would be off by some per cent."""
     pictures = Pictures((photo(90, 70),), **options)
     exact = zoo.pipe(name).condition(pictures).tensors
     rounded = loaded_anew(zoo, name, torch.bfloat16).condition(pictures).tensors
     assert exact.keys() == rounded.keys() and len(exact) >= 1
-    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, rounded[part]) for part, tensor in exact.items())
+    assert all(
+        tensor.dtype == torch.float32 and torch.equal(tensor, rounded[part])
+        for part, tensor in exact.items()
+    )
 
 
-@pytest.mark.parametrize("name, hard", [("flux.2-tiny", True), (DEV, True), (KLEIN, True), (FILL, False)])
+@pytest.mark.parametrize(
+    "name, hard", [("flux.2-tiny", True), (DEV, True), (KLEIN, True), (FILL, False)]
+)
 def test_composite_with_a_soft_mask(zoo, name, hard):
     """Inpainting changes a place or does not, and so the composite has no greys either; only Fill knows them.
 
@@ -362,16 +532,31 @@ def test_composite_with_a_soft_mask(zoo, name, hard):
     picture, level = photo(WIDTH, HEIGHT), np.rint(np.linspace(0, 255, WIDTH)).astype(np.uint8)
     pictures = Pictures((picture,), Image.fromarray(level[None].repeat(HEIGHT, 0)))
     made, raw = (
-        np.asarray(zoo.pipe(name)("a cat", steps=2, seed=5, pictures=replace(pictures, composite=composite))[0], float)
+        np.asarray(
+            zoo.pipe(name)(
+                "a cat", steps=2, seed=5, pictures=replace(pictures, composite=composite)
+            )[0],
+            float,
+        )
         for composite in (True, False)
     )
     white = level >= 128 if hard else level > 0
-    weight = np.clip((np.arange(WIDTH) - white.argmax() + 1) / 5, 0, 1) * (1 if hard else level / 255)
+    weight = np.clip((np.arange(WIDTH) - white.argmax() + 1) / 5, 0, 1) * (
+        1 if hard else level / 255
+    )
     own, inside = np.asarray(picture, float), weight == 1
-    assert inside.sum() > (40 if hard else 0) and (raw != own)[:, inside].mean() > 0.9 and (raw != own)[:, ~white].any()
-    assert np.array_equal(made[:, inside], raw[:, inside]) and np.array_equal(made[:, ~white], own[:, ~white])
+    assert (
+        inside.sum() > (40 if hard else 0)
+        and (raw != own)[:, inside].mean() > 0.9
+        and (raw != own)[:, ~white].any()
+    )
+    assert np.array_equal(made[:, inside], raw[:, inside]) and np.array_equal(
+        made[:, ~white], own[:, ~white]
+    )
     weight = weight[None, :, None]
-    assert np.abs(made - (own * (1 - weight) + raw * weight)).max() <= 0.5001  # to the nearest level
+    assert (
+        np.abs(made - (own * (1 - weight) + raw * weight)).max() <= 0.5001
+    )  # to the nearest level
 
 
 # ---------------------------------------------------------------------------------------------------------- misuse
@@ -382,7 +567,10 @@ ON_WHITE = Image.composite(photo(WIDTH, HEIGHT), Image.new("RGB", (WIDTH, HEIGHT
 SHOWN = {  # a picture, and what it shows
     "grey": (GREY, GREY.convert("RGB")),
     "16-bit grey": (DEEP, GREY.convert("RGB")),
-    "palette": (photo(WIDTH, HEIGHT).quantize(32), photo(WIDTH, HEIGHT).quantize(32).convert("RGB")),
+    "palette": (
+        photo(WIDTH, HEIGHT).quantize(32),
+        photo(WIDTH, HEIGHT).quantize(32).convert("RGB"),
+    ),
     "transparent": (Image.merge("RGBA", (*photo(WIDTH, HEIGHT).split(), HALF)), ON_WHITE),
 }
 
@@ -396,7 +584,9 @@ def test_pictures_in_any_mode_are_what_they_show(zoo, name, kind):
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         given = zoo.pipe(name).condition(Pictures((picture,))).tensors
-    assert given.keys() == expected.keys() and all(torch.equal(given[part], expected[part]) for part in given)
+    assert given.keys() == expected.keys() and all(
+        torch.equal(given[part], expected[part]) for part in given
+    )
     told = ["transparent parts, which were put on white" in str(note.message) for note in notes]
     assert told == [True] * (kind == "transparent")
 
@@ -405,19 +595,29 @@ def test_masks_in_any_mode_are_what_they_show(zoo):
     pipe, mask = zoo.pipe(FILL), GREY
     expected = pipe.condition(Pictures((photo(WIDTH, HEIGHT),), mask)).channels
     for other in (mask.convert("RGB"), mask.convert("RGBA"), DEEP, mask.convert("P")):
-        assert torch.equal(pipe.condition(Pictures((photo(WIDTH, HEIGHT),), other)).channels, expected), other.mode
+        assert torch.equal(
+            pipe.condition(Pictures((photo(WIDTH, HEIGHT),), other)).channels, expected
+        ), other.mode
 
 
-@pytest.mark.parametrize("mask, words", [
-    (photo(WIDTH, HEIGHT), "the mask has colours, which a mask may not"),
-    (SHOWN["transparent"][0], "the mask has transparent parts, which a mask may not"),
-    (Image.new("L", (HEIGHT, WIDTH), 255), "the mask is 80x96 and the picture 96x80, which is another shape"),
-    (Image.new("L", (WIDTH, HEIGHT)), "the mask is black all over"),
-    (Image.new("LAB", (WIDTH, HEIGHT)), "the mask is in the LAB colour space"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mask, words",
+    [
+        (photo(WIDTH, HEIGHT), "the mask has colours, which a mask may not"),
+        (SHOWN["transparent"][0], "the mask has transparent parts, which a mask may not"),
+        (
+            Image.new("L", (HEIGHT, WIDTH), 255),
+            "the mask is 80x96 and the picture 96x80, which is another shape",
+        ),
+        (Image.new("L", (WIDTH, HEIGHT)), "the mask is black all over"),
+        (Image.new("LAB", (WIDTH, HEIGHT)), "the mask is in the LAB colour space"),
+    ],
+)
 @pytest.mark.parametrize("name", [DEV, FILL])
 def test_masks_that_may_not_be_are_told(zoo, name, mask, words):
-    assert words in refusal(zoo.pipe(name), "a cat", pictures=Pictures((photo(WIDTH, HEIGHT),), mask))
+    assert words in refusal(
+        zoo.pipe(name), "a cat", pictures=Pictures((photo(WIDTH, HEIGHT),), mask)
+    )
 
 
 @pytest.mark.parametrize("name", [DEV, KLEIN])
@@ -432,7 +632,9 @@ def test_a_mask_that_no_latent_sees_is_told(zoo, name):
 
 def test_a_picture_that_is_stretched_is_noted(zoo):
     given = Pictures((photo(WIDTH, HEIGHT),), strength=0.5)
-    with pytest.warns(UserWarning, match=f"the picture is {WIDTH}x{HEIGHT}, and stretched to 64x128: leave"):
+    with pytest.warns(
+        UserWarning, match=f"the picture is {WIDTH}x{HEIGHT}, and stretched to 64x128: leave"
+    ):
         zoo.pipe(DEV).condition(given, 64, 128)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -450,7 +652,12 @@ def test_models_that_need_a_picture_say_so(zoo, name):
 def test_conditions_have_their_size(zoo, name):
     pipe, pictures = zoo.pipe(name), Pictures((photo(WIDTH, HEIGHT),))
     given = pipe.condition(pictures, 96, 80)
-    for asked in (dict(width=64), dict(height=64), dict(width=64, height=64), dict(width=80, height=96)):
+    for asked in (
+        dict(width=64),
+        dict(height=64),
+        dict(width=64, height=64),
+        dict(width=80, height=96),
+    ):
         told = refusal(pipe, "a cat", pictures=given, **asked)
         assert told == "the pictures were made ready for 96x80: leave --width and --height out"
     (one,) = pipe("a cat", pictures=given, steps=1, width=96, height=80)
@@ -460,9 +667,16 @@ def test_conditions_have_their_size(zoo, name):
 
 def test_pictures_for_another_number_of_prompts_are_told(zoo):
     pipe, one = zoo.pipe(KLEIN), Pictures((photo(WIDTH, HEIGHT),))
-    for prompts, pictures in (("a cat", [one, one]), (["a cat"], ()), (["a cat", "a dog"], [one]), (["a cat"] * 2, (one,) * 3)):
+    for prompts, pictures in (
+        ("a cat", [one, one]),
+        (["a cat"], ()),
+        (["a cat", "a dog"], [one]),
+        (["a cat"] * 2, (one,) * 3),
+    ):
         count = 1 if isinstance(prompts, str) else len(prompts)
-        words = f"there are {count} prompts, and pictures for {len(pictures)}: give Pictures for each"
+        words = (
+            f"there are {count} prompts, and pictures for {len(pictures)}: give Pictures for each"
+        )
         assert refusal(pipe, prompts, num_images=2, pictures=pictures) == words
 
 
@@ -472,7 +686,10 @@ LAYER = "double_blocks.0.img_mlp.0"
 
 
 def lora(path: Path, seed: int = 0) -> Path:
-    tensors = {f"{LAYER}.lora_A.weight": random(4, 128, seed=seed), f"{LAYER}.lora_B.weight": random(512, 4, seed=seed + 1) / 9}
+    tensors = {
+        f"{LAYER}.lora_A.weight": random(4, 128, seed=seed),
+        f"{LAYER}.lora_B.weight": random(512, 4, seed=seed + 1) / 9,
+    }
     save_file(tensors, path)
     return path
 
@@ -490,7 +707,9 @@ def added(before: Tensor, *files: tuple[Path, float]) -> Tensor:
     total = before.double()
     for path, scale in files:
         tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
-        total = total + scale * tensors[f"{LAYER}.lora_B.weight"] @ tensors[f"{LAYER}.lora_A.weight"]
+        total = (
+            total + scale * tensors[f"{LAYER}.lora_B.weight"] @ tensors[f"{LAYER}.lora_A.weight"]
+        )
     return total
 
 
@@ -502,10 +721,17 @@ def test_same_lora_twice_is_told(zoo, tmp_path):
     assert refusal(pipe.load_lora, str(file), 0.7) == told
     now = weights(pipe)
     assert list(pipe.loras) == [file]
-    assert max_error(now[f"{LAYER}.weight"].double(), added(before[f"{LAYER}.weight"], (file, 0.5))) < 1e-6
-    assert same(*({n: x for n, x in state.items() if n != f"{LAYER}.weight"} for state in (before, now)))
+    assert (
+        max_error(now[f"{LAYER}.weight"].double(), added(before[f"{LAYER}.weight"], (file, 0.5)))
+        < 1e-6
+    )
+    assert same(
+        *({n: x for n, x in state.items() if n != f"{LAYER}.weight"} for state in (before, now))
+    )
     nowhere = tmp_path / "b.safetensors"
-    assert refusal(pipe.set_lora_scale, nowhere, 1.0) == f"{nowhere} is not loaded; loaded are: {file}"
+    assert (
+        refusal(pipe.set_lora_scale, nowhere, 1.0) == f"{nowhere} is not loaded; loaded are: {file}"
+    )
     pipe.unload_loras()
     assert same(weights(pipe), before)
     assert refusal(pipe.set_lora_scale, file, 1.0) == f"{file} is not loaded; loaded are: none"
@@ -514,13 +740,20 @@ def test_same_lora_twice_is_told(zoo, tmp_path):
 def test_control_lora_is_for_its_own_rows(zoo):
     """It would widen the input of a model that is then given no picture."""
     zoo(CANNY_LORA)
-    pipe, file = loaded_anew(zoo, DEV), zoo.folder / "FLUX.1-Canny-dev-lora/flux1-canny-dev-lora.safetensors"
+    pipe, file = (
+        loaded_anew(zoo, DEV),
+        zoo.folder / "FLUX.1-Canny-dev-lora/flux1-canny-dev-lora.safetensors",
+    )
     before = weights(pipe)
     told = refusal(pipe.load_lora, file, 0.85)
-    assert told.startswith(f"{file} is for an input of 128 channels, which {DEV} does not have; if it is a control LoRA, use")
+    assert told.startswith(
+        f"{file} is for an input of 128 channels, which {DEV} does not have; if it is a control LoRA, use"
+    )
     assert told.endswith(" flux.1-canny-dev-lora, flux.1-depth-dev-lora")
     fill = loaded_anew(zoo, "flux.1-fill-dev")  # whose 384 channels begin with other things
-    assert "which flux.1-fill-dev does not have" in refusal(fill.load_lora, file) and fill.loras == {}
+    assert (
+        "which flux.1-fill-dev does not have" in refusal(fill.load_lora, file) and fill.loras == {}
+    )
     assert pipe.loras == {} and same(weights(pipe), before)
 
 
@@ -550,10 +783,17 @@ def test_lora_of_the_row_is_given_another_scale_and_not_loaded_twice(zoo, tmp_pa
     assert max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (own, 0.85))) < 1e-6
     link = tmp_path / "linked.safetensors"
     link.symlink_to(own)
-    for path, scale in ((own, 0.3), (str(own), -0.5), (own.parent / ".." / own.parent.name / own.name, 0.6), (link, 0.0)):
+    for path, scale in (
+        (own, 0.3),
+        (str(own), -0.5),
+        (own.parent / ".." / own.parent.name / own.name, 0.6),
+        (link, 0.0),
+    ):
         pipe.load_lora(path, scale)
         assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(own, scale)]
-        assert max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (own, scale))) < 1e-6
+        assert (
+            max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (own, scale))) < 1e-6
+        )
 
 
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
@@ -561,5 +801,10 @@ def test_scale_that_is_not_finite_changes_nothing(zoo, tmp_path, scale):
     pipe, other = loaded_anew(zoo, CANNY_LORA), lora(tmp_path / "a.safetensors", seed=2)
     (own,), before = pipe.loras, weights(pipe)
     for call, path in ((pipe.set_lora_scale, own), (pipe.load_lora, own), (pipe.load_lora, other)):
-        assert refusal(call, path, scale) == f"--lora {path}:{scale}: the scale must be a finite number"
-        assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(own, 0.85)] and same(weights(pipe), before)
+        assert (
+            refusal(call, path, scale)
+            == f"--lora {path}:{scale}: the scale must be a finite number"
+        )
+        assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(own, 0.85)] and same(
+            weights(pipe), before
+        )

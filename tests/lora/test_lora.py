@@ -63,7 +63,9 @@ def random(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
 
 
 def our_layers(module: nn.Module) -> Layers:
-    linears = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    linears = {
+        path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
+    }
     return {path: (path, torch.arange(layer.out_features)) for path, layer in linears.items()}
 
 
@@ -72,7 +74,10 @@ def diffusers_layers(network: Flux) -> Layers:
     layers = list(our_layers(network).values())
     numbered = {f"{path}.weight": 1_000_000 * i + rows for i, (path, rows) in enumerate(layers)}
     theirs = transformer_to_diffusers(numbered, network.config)
-    return {name.removesuffix(".weight"): (layers[rows[0] // 1_000_000][0], rows % 1_000_000) for name, rows in theirs.items()}
+    return {
+        name.removesuffix(".weight"): (layers[rows[0] // 1_000_000][0], rows % 1_000_000)
+        for name, rows in theirs.items()
+    }
 
 
 def xlabs_layers(network: Flux) -> Layers:
@@ -80,11 +85,23 @@ def xlabs_layers(network: Flux) -> Layers:
     d, out = network.config.hidden_size, {}
     for n in range(network.config.depth):
         for number, stream in ((1, "img"), (2, "txt")):
-            out[f"double_blocks.{n}.processor.qkv_lora{number}"] = (f"double_blocks.{n}.{stream}_attn.qkv", torch.arange(3 * d))
-            out[f"double_blocks.{n}.processor.proj_lora{number}"] = (f"double_blocks.{n}.{stream}_attn.proj", torch.arange(d))
+            out[f"double_blocks.{n}.processor.qkv_lora{number}"] = (
+                f"double_blocks.{n}.{stream}_attn.qkv",
+                torch.arange(3 * d),
+            )
+            out[f"double_blocks.{n}.processor.proj_lora{number}"] = (
+                f"double_blocks.{n}.{stream}_attn.proj",
+                torch.arange(d),
+            )
     for n in range(network.config.depth_single):
-        out[f"single_blocks.{n}.processor.qkv_lora"] = (f"single_blocks.{n}.linear1", torch.arange(3 * d))
-        out[f"single_blocks.{n}.processor.proj_lora"] = (f"single_blocks.{n}.linear2", torch.arange(d))
+        out[f"single_blocks.{n}.processor.qkv_lora"] = (
+            f"single_blocks.{n}.linear1",
+            torch.arange(3 * d),
+        )
+        out[f"single_blocks.{n}.processor.proj_lora"] = (
+            f"single_blocks.{n}.linear2",
+            torch.arange(d),
+        )
     return out
 
 
@@ -95,15 +112,39 @@ def flat(layers: Layers) -> Layers:
 FORMATS = {  # names of layers, what is before them, what is after them, whether there is an alpha, what read() calls it
     "diffusers": (diffusers_layers, "transformer.", AB, False, "diffusers"),
     "diffusers, alpha": (diffusers_layers, "transformer.", AB, True, "diffusers"),
-    "diffusers, old": (diffusers_layers, "transformer.", ("lora.down.weight", "lora.up.weight"), True, "diffusers"),
+    "diffusers, old": (
+        diffusers_layers,
+        "transformer.",
+        ("lora.down.weight", "lora.up.weight"),
+        True,
+        "diffusers",
+    ),
     "diffusers, down": (diffusers_layers, "transformer.", DOWN_UP, True, "diffusers"),
     "diffusers, bare": (diffusers_layers, "", AB, False, "diffusers"),
     "diffusers, comfy": (diffusers_layers, "diffusion_model.", AB, True, "ComfyUI"),
     "PEFT": (our_layers, "base_model.model.", AB, False, "PEFT"),
-    "PEFT, adapter": (our_layers, "base_model.model.", ("lora_A.default.weight", "lora_B.default.weight"), False, "PEFT"),
+    "PEFT, adapter": (
+        our_layers,
+        "base_model.model.",
+        ("lora_A.default.weight", "lora_B.default.weight"),
+        False,
+        "PEFT",
+    ),
     "kohya": (lambda network: flat(our_layers(network)), "lora_unet_", DOWN_UP, True, "kohya"),
-    "OneTrainer": (lambda network: flat(diffusers_layers(network)), "lora_transformer_", DOWN_UP, True, "OneTrainer"),
-    "LyCORIS": (lambda network: flat(diffusers_layers(network)), "lycoris_", DOWN_UP, True, "LyCORIS"),
+    "OneTrainer": (
+        lambda network: flat(diffusers_layers(network)),
+        "lora_transformer_",
+        DOWN_UP,
+        True,
+        "OneTrainer",
+    ),
+    "LyCORIS": (
+        lambda network: flat(diffusers_layers(network)),
+        "lycoris_",
+        DOWN_UP,
+        True,
+        "LyCORIS",
+    ),
     "ai-toolkit": (our_layers, "diffusion_model.", AB, False, "ComfyUI"),
     "ai-toolkit, transformer": (our_layers, "transformer.", AB, False, "BFL"),
     "ComfyUI": (our_layers, "diffusion_model.", DOWN_UP, True, "ComfyUI"),
@@ -111,18 +152,29 @@ FORMATS = {  # names of layers, what is before them, what is after them, whether
     "BFL": (our_layers, "", AB, False, "BFL"),
     "XLabs": (xlabs_layers, "", ("down.weight", "up.weight"), False, "XLabs"),
 }
-every_layout = pytest.mark.parametrize("network, name", [
-    (family, name) for family in CONFIGS for name in FORMATS if (family, name) != ("flux.2", "XLabs")  # it wrote for FLUX.1
-], indirect=["network"])  # fmt: skip
+every_layout = pytest.mark.parametrize(
+    "network, name",
+    [
+        (family, name)
+        for family in CONFIGS
+        for name in FORMATS
+        if (family, name) != ("flux.2", "XLabs")  # it wrote for FLUX.1
+    ],
+    indirect=["network"],
+)
 
 
 def factors(module: nn.Module, path: str, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """A (rank, columns) and B (rows, rank), as large together as the weight is."""
     columns = module.get_submodule(path).weight.shape[1]
-    return random(RANK, columns, seed=seed), random(len(rows), RANK, seed=seed + 1, size=0.5 / columns**0.5)
+    return random(RANK, columns, seed=seed), random(
+        len(rows), RANK, seed=seed + 1, size=0.5 / columns**0.5
+    )
 
 
-def lora_file(path: Path, module: nn.Module, name: str, seed: int = 0, only: Layers | None = None) -> Path:
+def lora_file(
+    path: Path, module: nn.Module, name: str, seed: int = 0, only: Layers | None = None
+) -> Path:
     layers, prefix, (down, up), alpha, _ = FORMATS[name]
     tensors = {}
     for i, (layer, where) in enumerate((only if only is not None else layers(module)).items()):
@@ -143,7 +195,10 @@ def by_hand(module: nn.Module, layers: Layers, scaling: float, seed: int = 0) ->
 
 
 def merged(module: nn.Module, *files: tuple[Path, float], part: str = "transformer"):
-    return merge(module, [(patch, scale) for path, scale in files for patch in place(read(path), {part: module})])
+    return merge(
+        module,
+        [(patch, scale) for path, scale in files for patch in place(read(path), {part: module})],
+    )
 
 
 @every_layout
@@ -169,16 +224,22 @@ def test_layers_that_other_loaders_drop_or_swap_are_changed(tmp_path, network):
     ours = copy.deepcopy(network)
     merged(ours, (lora_file(tmp_path / "kohya.safetensors", network, "kohya"), 1.0))
     for path in lost:
-        assert max_error(ours.get_submodule(path).weight, network.get_submodule(path).weight) > 0.1, path
+        assert (
+            max_error(ours.get_submodule(path).weight, network.get_submodule(path).weight) > 0.1
+        ), path
 
     # the same update, told by diffusers' name, has its halves the other way round
     path, d = "final_layer.adaLN_modulation.1", network.config.hidden_size
     a, b = factors(network, path, torch.arange(2 * d), seed=0)
     scale_first = torch.cat([b[d:], b[:d]])
     states = []
-    for number, (name, up) in enumerate((("lora_unet_final_layer_adaLN_modulation_1", b), ("norm_out.linear", scale_first))):
+    for number, (name, up) in enumerate(
+        (("lora_unet_final_layer_adaLN_modulation_1", b), ("norm_out.linear", scale_first))
+    ):
         keys = DOWN_UP if number == 0 else AB
-        file = saved(tmp_path / f"{number}.safetensors", {f"{name}.{keys[0]}": a, f"{name}.{keys[1]}": up})
+        file = saved(
+            tmp_path / f"{number}.safetensors", {f"{name}.{keys[0]}": a, f"{name}.{keys[1]}": up}
+        )
         changed = copy.deepcopy(network)
         merged(changed, (file, 1.0))
         states.append(changed.get_submodule(path).weight)
@@ -189,9 +250,15 @@ def test_block_diagonal_factors_are_three_loras(tmp_path, network):
     """sd-scripts may train q, k, v apart and store them as one: A stacked, B block-diagonal, alpha of the whole rank."""
     path, d = "double_blocks.1.txt_attn.qkv", network.config.hidden_size
     parts = [factors(network, path, torch.arange(d), seed) for seed in (1, 11, 21)]
-    stacked = {"lora_down.weight": torch.cat([a for a, _ in parts]), "lora_up.weight": torch.block_diag(*(b for _, b in parts)),
-               "alpha": torch.tensor(3 * ALPHA)}  # fmt: skip
-    file = saved(tmp_path / "x.safetensors", {f"lora_unet_{path.replace('.', '_')}.{end}": x for end, x in stacked.items()})
+    stacked = {
+        "lora_down.weight": torch.cat([a for a, _ in parts]),
+        "lora_up.weight": torch.block_diag(*(b for _, b in parts)),
+        "alpha": torch.tensor(3 * ALPHA),
+    }
+    file = saved(
+        tmp_path / "x.safetensors",
+        {f"lora_unet_{path.replace('.', '_')}.{end}": x for end, x in stacked.items()},
+    )
     expected = network.get_submodule(path).weight.double() + ALPHA / RANK * torch.cat(
         [b.double() @ a.double() for a, b in parts]
     )
@@ -202,26 +269,43 @@ def test_block_diagonal_factors_are_three_loras(tmp_path, network):
 # ---------------------------------------------------------------------------------------------------------- text encoders
 
 TEXT = {  # part, our path, keys without their end: sd-scripts (FLUX.1: te1 is CLIP; SD3's count: te3 is T5), ComfyUI, diffusers
-    "clip": ("text_model.encoder.layers.1.self_attn.q_proj", (
-        "lora_te1_text_model_encoder_layers_1_self_attn_q_proj", "lora_te_text_model_encoder_layers_1_self_attn_q_proj",
-        "text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj",
-        "text_encoder.text_model.encoder.layers.1.self_attn.q_proj", "text_encoder.encoder.layers.1.self_attn.q_proj",
-    )),
-    "t5": ("encoder.block.1.layer.1.DenseReluDense.wi_0", (
-        "lora_te2_encoder_block_1_layer_1_DenseReluDense_wi_0", "lora_te3_encoder_block_1_layer_1_DenseReluDense_wi_0",
-        "text_encoders.t5xxl.transformer.encoder.block.1.layer.1.DenseReluDense.wi_0",
-        "text_encoder_2.encoder.block.1.layer.1.DenseReluDense.wi_0",
-    )),
-}  # fmt: skip
+    "clip": (
+        "text_model.encoder.layers.1.self_attn.q_proj",
+        (
+            "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
+            "lora_te_text_model_encoder_layers_1_self_attn_q_proj",
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj",
+            "text_encoder.text_model.encoder.layers.1.self_attn.q_proj",
+            "text_encoder.encoder.layers.1.self_attn.q_proj",
+        ),
+    ),
+    "t5": (
+        "encoder.block.1.layer.1.DenseReluDense.wi_0",
+        (
+            "lora_te2_encoder_block_1_layer_1_DenseReluDense_wi_0",
+            "lora_te3_encoder_block_1_layer_1_DenseReluDense_wi_0",
+            "text_encoders.t5xxl.transformer.encoder.block.1.layer.1.DenseReluDense.wi_0",
+            "text_encoder_2.encoder.block.1.layer.1.DenseReluDense.wi_0",
+        ),
+    ),
+}
 TEXT_KEYS = [(part, path, key) for part, (path, keys) in TEXT.items() for key in keys]
 
 
 @pytest.mark.parametrize("part, path, key", TEXT_KEYS)
 def test_text_encoders(tmp_path, part, path, key):
-    modules = {"transformer": Flux(FLUX1_TINY), "clip": randomise(CLIP(TINY_CLIP)), "t5": randomise(T5(TINY_T5))}
+    modules = {
+        "transformer": Flux(FLUX1_TINY),
+        "clip": randomise(CLIP(TINY_CLIP)),
+        "t5": randomise(T5(TINY_T5)),
+    }
     weight = modules[part].get_submodule(path).weight
     a, b = factors(modules[part], path, torch.arange(len(weight)), seed=3)
-    tensors = {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(ALPHA)}
+    tensors = {
+        f"{key}.lora_down.weight": a,
+        f"{key}.lora_up.weight": b,
+        f"{key}.alpha": torch.tensor(ALPHA),
+    }
     lora = read(saved(tmp_path / "x.safetensors", tensors))
     (patch,) = place(lora, modules)
     assert patch.place == (part, path, ((0, len(weight)),))
@@ -230,7 +314,9 @@ def test_text_encoders(tmp_path, part, path, key):
     assert max_error(modules[part].get_submodule(path).weight.double(), expected) < TOLERANCE
     # known to belong to a part that is not there: left out if the caller says so, and only then
     assert "changes nothing" in refusal(place, lora, modules | {part: None})
-    assert f"{key}.alpha" in refusal(place, lora, {name: module for name, module in modules.items() if name != part})
+    assert f"{key}.alpha" in refusal(
+        place, lora, {name: module for name, module in modules.items() if name != part}
+    )
 
 
 def test_parts_that_are_none_are_left_out(tmp_path):
@@ -238,9 +324,14 @@ def test_parts_that_are_none_are_left_out(tmp_path):
     file = lora_file(tmp_path / "x.safetensors", network, "kohya")
     tensors = dict(read(file).tensors)
     for _, _, key in TEXT_KEYS:
-        tensors |= {f"{key}.lora_down.weight": random(RANK, 8), f"{key}.lora_up.weight": random(8, RANK)}
+        tensors |= {
+            f"{key}.lora_down.weight": random(RANK, 8),
+            f"{key}.lora_up.weight": random(8, RANK),
+        }
     lora = read(saved(tmp_path / "y.safetensors", tensors))
-    assert len(place(lora, {"transformer": network, "clip": None, "t5": None})) == len(our_layers(network))
+    assert len(place(lora, {"transformer": network, "clip": None, "t5": None})) == len(
+        our_layers(network)
+    )
     assert "10 tensors" in refusal(place, lora, {"transformer": network, "t5": None})
 
 
@@ -250,34 +341,72 @@ def test_parts_that_are_none_are_left_out(tmp_path):
 def inputs(config: FluxConfig) -> dict[str, Tensor]:
     axes = len(config.axes_dim)
     return dict(
-        img=random(2, 12, config.in_channels), img_ids=sampling.image_ids(3, 4, axes), txt=random(2, 7, config.context_dim),
-        txt_ids=sampling.text_ids(7, axes), t=torch.tensor([0.3, 0.8]),
+        img=random(2, 12, config.in_channels),
+        img_ids=sampling.image_ids(3, 4, axes),
+        txt=random(2, 7, config.context_dim),
+        txt_ids=sampling.text_ids(7, axes),
+        t=torch.tensor([0.3, 0.8]),
         guidance=torch.tensor([2.0, 3.5]) if config.guidance else None,
         vector=random(2, config.vector_dim) if config.vector_dim else None,
-    )  # fmt: skip
+    )
 
 
 def blocks_only(layers: Layers) -> Layers:
     """What diffusers' converter of kohya files can do: not linear1, whose width it takes for 3072, nor what is lost."""
-    return {name: where for name, where in layers.items() if "blocks" in name and "linear1" not in name}
+    return {
+        name: where for name, where in layers.items() if "blocks" in name and "linear1" not in name
+    }
 
 
 THEIRS = {  # model, format, the layers that diffusers loads rightly, metadata
     "flux.1 diffusers": ("flux.1-dev", "diffusers", None, {}),
     "flux.1 diffusers, alpha": ("flux.1-dev", "diffusers, alpha", None, {}),
-    "flux.1 diffusers, metadata": ("flux.1-dev", "diffusers", None, dict(r=RANK, lora_alpha=2 * RANK)),
-    "flux.1 diffusers, rslora": ("flux.1-dev", "diffusers", None, dict(
-        r=RANK, lora_alpha=3, use_rslora=True, alpha_pattern={"transformer_blocks.1.attn.to_k": 9, "^x_embedder": 5})),
+    "flux.1 diffusers, metadata": (
+        "flux.1-dev",
+        "diffusers",
+        None,
+        dict(r=RANK, lora_alpha=2 * RANK),
+    ),
+    "flux.1 diffusers, rslora": (
+        "flux.1-dev",
+        "diffusers",
+        None,
+        dict(
+            r=RANK,
+            lora_alpha=3,
+            use_rslora=True,
+            alpha_pattern={"transformer_blocks.1.attn.to_k": 9, "^x_embedder": 5},
+        ),
+    ),
     "flux.1 XLabs": ("flux.1-dev", "XLabs", None, {}),
     "flux.1 kohya": ("flux.1-dev", "kohya", blocks_only, {}),
     "flux.2 diffusers": ("flux.2-klein-4b", "diffusers", None, {}),
     "flux.2 diffusers, dev": ("flux.2-dev", "diffusers", None, {}),
-    "flux.2 diffusers, metadata": ("flux.2-dev", "diffusers", None, dict(r=RANK, lora_alpha=2 * RANK)),
-    "flux.2 kohya": ("flux.2-klein-4b", "kohya", lambda layers: {n: w for n, w in layers.items() if "blocks" in n}, {}),
-    "flux.2 ai-toolkit": ("flux.2-klein-4b", "ai-toolkit", lambda layers: {n: w for n, w in layers.items() if "adaLN" not in n},
-                          {}),
-    "flux.2 PEFT": ("flux.2-klein-4b", "PEFT", lambda layers: {n: w for n, w in layers.items() if "adaLN" not in n}, {}),
-}  # fmt: skip
+    "flux.2 diffusers, metadata": (
+        "flux.2-dev",
+        "diffusers",
+        None,
+        dict(r=RANK, lora_alpha=2 * RANK),
+    ),
+    "flux.2 kohya": (
+        "flux.2-klein-4b",
+        "kohya",
+        lambda layers: {n: w for n, w in layers.items() if "blocks" in n},
+        {},
+    ),
+    "flux.2 ai-toolkit": (
+        "flux.2-klein-4b",
+        "ai-toolkit",
+        lambda layers: {n: w for n, w in layers.items() if "adaLN" not in n},
+        {},
+    ),
+    "flux.2 PEFT": (
+        "flux.2-klein-4b",
+        "PEFT",
+        lambda layers: {n: w for n, w in layers.items() if "adaLN" not in n},
+        {},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", THEIRS)
@@ -288,7 +417,10 @@ def test_velocity_is_that_of_diffusers_with_its_own_loader(tmp_path, case):
     network, layers = parts["transformer"], FORMATS[name][0](parts["transformer"])
     file = lora_file(tmp_path / "x.safetensors", network, name, only=some(layers) if some else None)
     if config:
-        config = {f"transformer.{key}": value for key, value in (config | {"target_modules": list(layers)}).items()}
+        config = {
+            f"transformer.{key}": value
+            for key, value in (config | {"target_modules": list(layers)}).items()
+        }
         saved(file, dict(read(file).tensors), format="pt", lora_adapter_metadata=json.dumps(config))
     pipe, given = diffusers_pipeline(spec, parts), inputs(spec.transformer)
     without = diffusers_velocity(pipe.transformer, **given)
@@ -308,14 +440,18 @@ def test_velocity_is_that_of_diffusers_with_its_own_loader(tmp_path, case):
 def adapters() -> dict[str, object]:
     import peft
 
-    targets = dict(target_modules=r".*(_blocks\.\d+\..*(qkv|proj|lin|linear[12]|mlp\.[02])|img_in|adaLN_modulation\.1)")
+    targets = dict(
+        target_modules=r".*(_blocks\.\d+\..*(qkv|proj|lin|linear[12]|mlp\.[02])|img_in|adaLN_modulation\.1)"
+    )
     return {
         "LoRA": peft.LoraConfig(r=RANK, lora_alpha=3, **targets),
         "LoRA with bias": peft.LoraConfig(r=RANK, lora_alpha=3, lora_bias=True, **targets),
         "DoRA": peft.LoraConfig(r=RANK, lora_alpha=3, use_dora=True, **targets),
         "LoHa": peft.LoHaConfig(r=RANK, alpha=RANK, **targets),
         "LoKr": peft.LoKrConfig(r=RANK, alpha=RANK, decompose_factor=4, **targets),
-        "LoKr, both decomposed": peft.LoKrConfig(r=2, alpha=2, decompose_both=True, decompose_factor=8, **targets),
+        "LoKr, both decomposed": peft.LoKrConfig(
+            r=2, alpha=2, decompose_both=True, decompose_factor=8, **targets
+        ),
     }
 
 
@@ -325,17 +461,24 @@ KINDS = ("LoRA", "LoRA with bias", "DoRA", "LoHa", "LoKr", "LoKr, both decompose
 PATTERN = {"double_blocks.0.img_attn.qkv": 9, "img_in": 6}
 
 
-@pytest.mark.parametrize("kind, options", [
-    ("Lora", dict(lora_alpha=16)), ("Lora", dict(lora_alpha=6, use_rslora=True)), ("LoHa", dict(alpha=6)),
-    ("Lora", dict(lora_alpha=3, alpha_pattern=PATTERN)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("Lora", dict(lora_alpha=16)),
+        ("Lora", dict(lora_alpha=6, use_rslora=True)),
+        ("LoHa", dict(alpha=6)),
+        ("Lora", dict(lora_alpha=3, alpha_pattern=PATTERN)),
+    ],
+)
 def test_a_folder_that_peft_saved_has_its_strength(tmp_path, kind, options):
     """Which is in a file of its own, adapter_config.json."""
     import peft
 
     network = randomise(Flux(FLUX1_TINY))
     given = inputs(network.config)
-    config = getattr(peft, f"{kind}Config")(r=RANK, target_modules=["img_in", "qkv", "linear1"], **options)
+    config = getattr(peft, f"{kind}Config")(
+        r=RANK, target_modules=["img_in", "qkv", "linear1"], **options
+    )
     theirs = peft.get_peft_model(copy.deepcopy(network), config).eval()
     for i, (name, weight) in enumerate(theirs.named_parameters()):
         if "lora_" in name or "hada_" in name:
@@ -349,30 +492,53 @@ def test_a_folder_that_peft_saved_has_its_strength(tmp_path, kind, options):
         assert max_error(network(**given), expected) < 1e-5
 
 
-@pytest.mark.parametrize("damaged", [b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', b'{"lora_alpha": 1%s}' % (400 * b"0")])
+@pytest.mark.parametrize(
+    "damaged",
+    [b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', b'{"lora_alpha": 1%s}' % (400 * b"0")],
+)
 def test_damaged_configuration_of_peft_is_told(tmp_path, damaged):
-    file = saved(tmp_path / "x.safetensors", {f"base_model.model.{name.partition('.')[2]}": x for name, x in GOOD.items()})
+    file = saved(
+        tmp_path / "x.safetensors",
+        {f"base_model.model.{name.partition('.')[2]}": x for name, x in GOOD.items()},
+    )
     (tmp_path / "adapter_config.json").write_bytes(damaged)
     sentence = refusal(lambda: place(read(file), {"transformer": Flux(FLUX1_TINY)}))
     assert "adapter_config.json" in sentence or "lora_alpha in its configuration" in sentence
 
 
-@pytest.mark.parametrize("network, kind", [
-    (family, kind) for family in CONFIGS for kind in KINDS if (family, kind) != ("flux.2", "LoRA with bias")  # it has none
-], indirect=["network"])  # fmt: skip
-@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # PEFT, of a bias: that it has one dimension
+@pytest.mark.parametrize(
+    "network, kind",
+    [
+        (family, kind)
+        for family in CONFIGS
+        for kind in KINDS
+        if (family, kind) != ("flux.2", "LoRA with bias")  # it has none
+    ],
+    indirect=["network"],
+)
+@pytest.mark.filterwarnings(
+    "ignore:.*have invalid shape"
+)  # PEFT, of a bias: that it has one dimension
 def test_adapters_of_peft_in_our_network(tmp_path, network, kind):
     import peft
 
     config, given = adapters()[kind], inputs(network.config)
     theirs = peft.inject_adapter_in_model(config, copy.deepcopy(network)).eval()
     tensors = peft.get_peft_model_state_dict(theirs)
-    for i, tensor in enumerate(tensors.values()):  # magnitudes are a little off the lengths that they begin as
+    for i, tensor in enumerate(
+        tensors.values()
+    ):  # magnitudes are a little off the lengths that they begin as
         noise = random(*tensor.shape, seed=i)
-        tensor.copy_(tensor * (1 + 0.1 * noise) if tensor.ndim == 1 and "DoRA" in kind else 0.3 * noise)
+        tensor.copy_(
+            tensor * (1 + 0.1 * noise) if tensor.ndim == 1 and "DoRA" in kind else 0.3 * noise
+        )
     peft.set_peft_model_state_dict(theirs, tensors)
     metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": 3})} if "oRA" in kind else {}
-    file = saved(tmp_path / "x.safetensors", {f"base_model.model.{name}": x for name, x in tensors.items()}, **metadata)
+    file = saved(
+        tmp_path / "x.safetensors",
+        {f"base_model.model.{name}": x for name, x in tensors.items()},
+        **metadata,
+    )
     with torch.no_grad():
         without, expected = network(**given), theirs(**given)
         merged(network, (file, 1.0))
@@ -388,14 +554,26 @@ def test_dora_of_kohya_and_lycoris(tmp_path, network):
     changed = weight + ALPHA / RANK * (b.double() @ a.double())
     for shape, dim in (((len(weight), 1), 1), ((1, weight.shape[1]), 0)):
         magnitude = 1 + random(*shape, seed=5).abs()
-        ends = {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.tensor(ALPHA), "dora_scale": magnitude}
-        tensors = {f"lora_unet_{path.replace('.', '_')}.{end}": tensor for end, tensor in ends.items()}
+        ends = {
+            "lora_down.weight": a,
+            "lora_up.weight": b,
+            "alpha": torch.tensor(ALPHA),
+            "dora_scale": magnitude,
+        }
+        tensors = {
+            f"lora_unet_{path.replace('.', '_')}.{end}": tensor for end, tensor in ends.items()
+        }
         file = saved(tmp_path / f"{dim}.safetensors", tensors)
         expected = magnitude.double() * changed / changed.norm(dim=dim, keepdim=True)
         for scale in (0.0, 0.4, 1.0):  # from W to DoRA's
             ours = copy.deepcopy(network)
             merged(ours, (file, scale))
-            assert max_error(ours.get_submodule(path).weight.double(), weight + scale * (expected - weight)) < 3e-7
+            assert (
+                max_error(
+                    ours.get_submodule(path).weight.double(), weight + scale * (expected - weight)
+                )
+                < 3e-7
+            )
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr, whole", "difference"])
@@ -405,8 +583,15 @@ def test_lycoris_products_with_alpha(tmp_path, network, kind):
     rows, columns = weight.shape
     alpha = {"alpha": torch.tensor(ALPHA)}
     if kind == "LoHa":
-        x = [random(rows, RANK), random(RANK, columns, seed=1), random(rows, RANK, seed=2), random(RANK, columns, seed=3)]
-        ends = dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), x, strict=True)) | alpha
+        x = [
+            random(rows, RANK),
+            random(RANK, columns, seed=1),
+            random(rows, RANK, seed=2),
+            random(RANK, columns, seed=3),
+        ]
+        ends = (
+            dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), x, strict=True)) | alpha
+        )
         w1a, w1b, w2a, w2b = (tensor.double() for tensor in x)
         change = ALPHA / RANK * (w1a @ w1b) * (w2a @ w2b)
     elif kind == "LoKr":
@@ -414,23 +599,38 @@ def test_lycoris_products_with_alpha(tmp_path, network, kind):
         ends = dict(zip(("lokr_w1", "lokr_w2_a", "lokr_w2_b"), x, strict=True)) | alpha
         change = ALPHA / RANK * torch.kron(x[0].double(), x[1].double() @ x[2].double())
     elif kind == "LoKr, whole":  # LyCORIS writes this placeholder where there is no rank
-        ends = {"lokr_w1": random(8, 4), "lokr_w2": random(rows // 8, columns // 4), "alpha": torch.tensor(9999220736.0)}
+        ends = {
+            "lokr_w1": random(8, 4),
+            "lokr_w2": random(rows // 8, columns // 4),
+            "alpha": torch.tensor(9999220736.0),
+        }
         change = torch.kron(ends["lokr_w1"].double(), ends["lokr_w2"].double())
     else:
         ends = {"diff": random(rows, columns)}
         change = ends["diff"].double()
-    file = saved(tmp_path / "x.safetensors", {f"lycoris_{path.replace('.', '_')}.{end}": x for end, x in ends.items()})
+    file = saved(
+        tmp_path / "x.safetensors",
+        {f"lycoris_{path.replace('.', '_')}.{end}": x for end, x in ends.items()},
+    )
     merged(network, (file, SCALE))
     assert max_error(network.get_submodule(path).weight.double(), weight + SCALE * change) < 3e-7
 
 
 def test_differences_of_biases_and_norms(tmp_path):
     network = randomise(Flux(FLUX1_TINY))
-    bias, scale = network.img_in.bias.double(), network.single_blocks[0].norm.key_norm.scale.double()
-    tensors = {"diffusion_model.img_in.diff_b": random(len(bias)),
-               "diffusion_model.single_blocks.0.norm.key_norm.diff": random(len(scale))}  # fmt: skip
+    bias, scale = (
+        network.img_in.bias.double(),
+        network.single_blocks[0].norm.key_norm.scale.double(),
+    )
+    tensors = {
+        "diffusion_model.img_in.diff_b": random(len(bias)),
+        "diffusion_model.single_blocks.0.norm.key_norm.diff": random(len(scale)),
+    }
     merged(network, (saved(tmp_path / "x.safetensors", tensors), SCALE))
-    expected = [x + SCALE * tensor.double() for x, tensor in zip((bias, scale), tensors.values(), strict=True)]
+    expected = [
+        x + SCALE * tensor.double()
+        for x, tensor in zip((bias, scale), tensors.values(), strict=True)
+    ]
     assert max_error(network.img_in.bias.double(), expected[0]) < 1e-7
     assert max_error(network.single_blocks[0].norm.key_norm.scale.double(), expected[1]) < 1e-7
 
@@ -446,7 +646,9 @@ def control_lora(path: Path, network: Flux) -> Path:
             columns = layer.in_features * (2 if name == "img_in" else 1)
             rank = min(16, columns, layer.out_features)
             tensors[f"{name}.lora_A.weight"] = random(rank, columns, seed=i, size=columns**-0.5)
-            tensors[f"{name}.lora_B.weight"] = random(layer.out_features, rank, seed=i + 1, size=0.3 * rank**-0.5)
+            tensors[f"{name}.lora_B.weight"] = random(
+                layer.out_features, rank, seed=i + 1, size=0.3 * rank**-0.5
+            )
             tensors[f"{name}.lora_B.bias"] = random(layer.out_features, seed=i + 2, size=0.1)
         elif name.endswith("_norm"):
             tensors[f"{name}.scale"] = 1 + random(len(layer.scale), seed=i, size=0.3)
@@ -457,12 +659,16 @@ def hooked(network: Flux, tensors: dict[str, Tensor], scale: float) -> Flux:
     """A copy that computes Wx + b + scale · (B(Ax) + b'), as Black Forest Labs' modules do, with the new norms and columns."""
     wide = Flux(replace(network.config, in_channels=2 * network.config.in_channels))
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    state["img_in.weight"] = torch.cat([state["img_in.weight"], torch.zeros_like(state["img_in.weight"])], dim=1)
+    state["img_in.weight"] = torch.cat(
+        [state["img_in.weight"], torch.zeros_like(state["img_in.weight"])], dim=1
+    )
     state |= {name: tensor for name, tensor in tensors.items() if name.endswith(".scale")}
     wide.load_state_dict(state, strict=True)
 
     def add(name: str):
-        a, b, bias = (tensors[f"{name}.{end}"] for end in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
+        a, b, bias = (
+            tensors[f"{name}.{end}"] for end in ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+        )
         return lambda module, given, out: out + scale * (given[0] @ a.T @ b.T + bias)
 
     for name, layer in wide.named_modules():
@@ -481,7 +687,10 @@ def test_control_lora_is_that_of_black_forest_labs(tmp_path, scale):
     merged(network, (file, scale))
     assert read(file).format == "BFL control"
     assert network.config == replace(config, in_channels=128)
-    assert network.img_in.in_features == 128 and network.img_in.weight.shape == (config.hidden_size, 128)
+    assert network.img_in.in_features == 128 and network.img_in.weight.shape == (
+        config.hidden_size,
+        128,
+    )
     assert max_error(network(**given), expected) < 1e-5
 
 
@@ -499,7 +708,10 @@ def test_new_columns_of_img_in_start_at_zero(tmp_path):
 def test_control_lora_and_a_plain_one_share_img_in(tmp_path):
     """The plain one, made for 64 channels, adds to the first 64; so it does on a model that has 128 of its own."""
     network = randomise(Flux(FLUX1_TINY))
-    control, plain = control_lora(tmp_path / "c.safetensors", network), lora_file(tmp_path / "p.safetensors", network, "BFL")
+    control, plain = (
+        control_lora(tmp_path / "c.safetensors", network),
+        lora_file(tmp_path / "p.safetensors", network, "BFL"),
+    )
     a, b = factors(network, *our_layers(network)["img_in"], seed=0)
     change = 0.5 * (b.double() @ a.double())
     merged(network, (control, 1.0))
@@ -515,15 +727,24 @@ def test_control_lora_and_a_plain_one_share_img_in(tmp_path):
     merged(wide, (plain, 0.5))
     assert wide.config.in_channels == 384
     assert max_error(wide.img_in.weight.double(), expected) < TOLERANCE
-    two = [(patch, 1.0) for _ in "ab" for patch in place(read(control), {"transformer": randomise(Flux(FLUX1_TINY))})]
-    assert "both replace double_blocks.0.img_attn.norm." in refusal(merge, randomise(Flux(FLUX1_TINY)), two)
+    two = [
+        (patch, 1.0)
+        for _ in "ab"
+        for patch in place(read(control), {"transformer": randomise(Flux(FLUX1_TINY))})
+    ]
+    assert "both replace double_blocks.0.img_attn.norm." in refusal(
+        merge, randomise(Flux(FLUX1_TINY)), two
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- merging
 
 
 def test_merging_leaves_the_old_tensors_and_all_paths(tmp_path, network):
-    files = [lora_file(tmp_path / f"{n}.safetensors", network, name, seed=n) for n, name in enumerate(("kohya", "diffusers"))]
+    files = [
+        lora_file(tmp_path / f"{n}.safetensors", network, name, seed=n)
+        for n, name in enumerate(("kohya", "diffusers"))
+    ]
     before = dict(network.named_parameters())
     values = {name: tensor.clone() for name, tensor in before.items()}
     paths = [path for path, _ in network.named_modules()]
@@ -536,31 +757,51 @@ def test_merging_leaves_the_old_tensors_and_all_paths(tmp_path, network):
 def test_network_is_that_of_its_files_again_when_nothing_is_merged(tmp_path, network):
     """Also after a merge that failed, which must not leave the network as it is without the LoRA."""
     save_file(network.state_dict(), tmp_path / "w.safetensors")
-    loaded = Network(Flux, network.config, [tmp_path / "w.safetensors"], device=torch.device("cpu"), dtype=torch.float32)
-    patches = place(read(lora_file(tmp_path / "x.safetensors", network, "kohya")), {"transformer": network})
+    loaded = Network(
+        Flux,
+        network.config,
+        [tmp_path / "w.safetensors"],
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    patches = place(
+        read(lora_file(tmp_path / "x.safetensors", network, "kohya")), {"transformer": network}
+    )
     whole, changed = loaded(), patches[0].place.path
     for scale in (1.0, math.inf, 1.0, None):
-        loaded.alter(None if scale is None else functools.partial(merge, patches=[(patch, scale) for patch in patches]))
+        loaded.alter(
+            None
+            if scale is None
+            else functools.partial(merge, patches=[(patch, scale) for patch in patches])
+        )
         if scale == math.inf:
             for _ in range(2):
                 assert "scale inf" in refusal(loaded)
         else:
-            equal = torch.equal(loaded().get_submodule(changed).weight, whole.get_submodule(changed).weight)
+            equal = torch.equal(
+                loaded().get_submodule(changed).weight, whole.get_submodule(changed).weight
+            )
             assert equal == (scale is None)
-    assert all(torch.equal(a, b) for a, b in zip(loaded().parameters(), network.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded().parameters(), network.parameters(), strict=True)
+    )
     same = loaded()
     loaded.alter(None)
     assert loaded() is same  # nothing to undo
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_two_files_are_summed_before_the_one_rounding(tmp_path, dtype):
     network = Flux(FLUX1_TINY)
     files = [lora_file(tmp_path / f"{n}.safetensors", network, "kohya", seed=n) for n in range(2)]
     randomise(network).to(dtype)
     layers = our_layers(network)
     wide = copy.deepcopy(network).double()
-    first, second = (by_hand(wide, layers, scale * ALPHA / RANK, seed=n) for n, scale in ((0, 0.3), (1, -1.5)))
+    first, second = (
+        by_hand(wide, layers, scale * ALPHA / RANK, seed=n) for n, scale in ((0, 0.3), (1, -1.5))
+    )
     merged(network, (files[0], 0.3), (files[1], -1.5))
     for path in layers:
         key = f"{path}.weight"
@@ -568,7 +809,10 @@ def test_two_files_are_summed_before_the_one_rounding(tmp_path, dtype):
         ours = network.state_dict()[key]
         assert ours.dtype == dtype
         # the nearest number of the dtype; where two are nearly as near, float32 may have chosen the other
-        error, best = (ours.double() - expected).abs(), (expected.to(dtype).double() - expected).abs()
+        error, best = (
+            (ours.double() - expected).abs(),
+            (expected.to(dtype).double() - expected).abs(),
+        )
         assert (error <= best + 1e-6 * expected.abs().max()).all(), path
         assert (ours.float() == expected.to(dtype).float()).double().mean() > 0.999, path
 
@@ -585,7 +829,9 @@ def test_float64_stays_float64(tmp_path, network):
     network.double()
     expected = by_hand(network, diffusers_layers(network), SCALE)
     merged(network, (file, SCALE))
-    assert all(max_error(tensor, expected[name]) < 1e-15 for name, tensor in network.state_dict().items())
+    assert all(
+        max_error(tensor, expected[name]) < 1e-15 for name, tensor in network.state_dict().items()
+    )
 
 
 def test_placing_needs_no_weights(tmp_path, network):
@@ -594,7 +840,10 @@ def test_placing_needs_no_weights(tmp_path, network):
         patches = place(read(file), {"transformer": Flux(network.config)})
     expected = by_hand(network, diffusers_layers(network), SCALE)
     merge(network, [(patch, SCALE) for patch in patches])
-    assert all(max_error(tensor.double(), expected[name]) < TOLERANCE for name, tensor in network.state_dict().items())
+    assert all(
+        max_error(tensor.double(), expected[name]) < TOLERANCE
+        for name, tensor in network.state_dict().items()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- quantised weights
@@ -603,10 +852,16 @@ def test_placing_needs_no_weights(tmp_path, network):
 def quantised(path: Path, network: Flux, dtype: torch.dtype) -> Flux:
     """The network from a file like Black Forest Labs': float8, and a scale, for each matrix of the blocks."""
     tensors, notes = {name: tensor.bfloat16() for name, tensor in network.state_dict().items()}, {}
-    for layer in [name.removesuffix(".weight") for name, tensor in tensors.items() if "_blocks." in name and tensor.ndim == 2]:
+    for layer in [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if "_blocks." in name and tensor.ndim == 2
+    ]:
         weight = tensors[f"{layer}.weight"].float()
         tensors[f"{layer}.weight_scale"] = weight.abs().max() / 448
-        tensors[f"{layer}.weight"] = (weight / tensors[f"{layer}.weight_scale"]).to(torch.float8_e4m3fn)
+        tensors[f"{layer}.weight"] = (weight / tensors[f"{layer}.weight_scale"]).to(
+            torch.float8_e4m3fn
+        )
         notes[layer] = {"format": "float8_e4m3fn"}
     saved(path, tensors, _quantization_metadata=json.dumps({"layers": notes}))
     with torch.device("meta"):
@@ -618,9 +873,15 @@ def quantised(path: Path, network: Flux, dtype: torch.dtype) -> Flux:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantised_layer_becomes_a_plain_one_and_the_others_stay(tmp_path, network, dtype):
     loaded = quantised(tmp_path / "model.safetensors", network, dtype)
-    whole = {path: layer.dequantize() for path, layer in loaded.named_modules() if isinstance(layer, QuantizedLinear)}
+    whole = {
+        path: layer.dequantize()
+        for path, layer in loaded.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }
     matrices = ("img_attn.qkv", "linear2", "txt_in")
-    changed = {path: where for path, where in our_layers(network).items() if path.endswith(matrices)}
+    changed = {
+        path: where for path, where in our_layers(network).items() if path.endswith(matrices)
+    }
     file = lora_file(tmp_path / "x.safetensors", network, "BFL", only=changed)
     merge(loaded, [(patch, SCALE) for patch in place(read(file), {"transformer": network})])
     assert len(whole) > len(changed) > 3
@@ -628,8 +889,15 @@ def test_a_quantised_layer_becomes_a_plain_one_and_the_others_stay(tmp_path, net
         a, b = factors(network, *changed[path], seed=10 * i)
         before = whole.get(path, network.state_dict()[f"{path}.weight"].bfloat16()).double()
         expected, layer = before + SCALE * (b.double() @ a.double()), loaded.get_submodule(path)
-        assert type(layer) is nn.Linear and layer.weight.dtype == dtype and not layer.weight.requires_grad
-        error, best = (layer.weight.double() - expected).abs(), (expected.to(dtype).double() - expected).abs()
+        assert (
+            type(layer) is nn.Linear
+            and layer.weight.dtype == dtype
+            and not layer.weight.requires_grad
+        )
+        error, best = (
+            (layer.weight.double() - expected).abs(),
+            (expected.to(dtype).double() - expected).abs(),
+        )
         assert (error <= best + 1e-6 * expected.abs().max()).all(), path  # rounded once
         assert layer(torch.ones(1, layer.in_features, dtype=dtype)).shape == (1, layer.out_features)
     for path in whole.keys() - changed.keys():
@@ -641,7 +909,13 @@ def test_a_quantised_layer_whose_bias_alone_is_changed_stays(tmp_path):
     loaded = quantised(tmp_path / "model.safetensors", randomise(Flux(FLUX1_TINY)), torch.float32)
     layer = loaded.double_blocks[0].img_attn.proj
     bias, change = layer.bias.double(), random(len(layer.bias))
-    merged(loaded, (saved(tmp_path / "x.safetensors", {"double_blocks.0.img_attn.proj.diff_b": change}), SCALE))
+    merged(
+        loaded,
+        (
+            saved(tmp_path / "x.safetensors", {"double_blocks.0.img_attn.proj.diff_b": change}),
+            SCALE,
+        ),
+    )
     assert loaded.double_blocks[0].img_attn.proj is layer and isinstance(layer, QuantizedLinear)
     assert max_error(layer.bias.double(), bias + SCALE * change.double()) < 1e-7
 
@@ -671,33 +945,75 @@ def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
     yield "too many rows", GOOD | {b: random(384, 4)}, ("(384, 4)", "takes (128, 128)")
     yield "no B", {a: GOOD[a]}, (a, "(4, 128)", "without its up")
     yield "no A", {b: GOOD[b]}, (b, "without its down")
-    yield "only alpha", GOOD | {"img_in.alpha": torch.tensor(1.0)}, ("'img_in.alpha'", "without its")
+    yield (
+        "only alpha",
+        GOOD | {"img_in.alpha": torch.tensor(1.0)},
+        ("'img_in.alpha'", "without its"),
+    )
     yield "half of LoKr", {"img_in.lokr_w1": random(4, 4)}, ("without its lokr_w2",)
-    yield "half of LoHa", {"img_in.hada_w1_a": random(128, 4), "img_in.hada_w1_b": random(4, 64)}, ("hada_w2_a and hada_w2_b",)
+    yield (
+        "half of LoHa",
+        {"img_in.hada_w1_a": random(128, 4), "img_in.hada_w1_b": random(4, 64)},
+        ("hada_w2_a and hada_w2_b",),
+    )
     yield "mixture", GOOD | {f"{TO_K}.diff": random(128, 128)}, ("do not belong together",)
-    yield "scalar difference", {"img_in.diff": random()}, ("img_in.diff' of shape ()", "takes (128, 64)")
-    yield "vectors", {"img_in.lora_down.weight": random(4), "img_in.lora_up.weight": random(4)}, ("(4,)", "takes (128, 64)")
-    yield "scalars of LoKr", {"img_in.lokr_w1": random(), "img_in.lokr_w2": random()}, ("lokr_w1", "takes (128, 64)")
+    yield (
+        "scalar difference",
+        {"img_in.diff": random()},
+        ("img_in.diff' of shape ()", "takes (128, 64)"),
+    )
+    yield (
+        "vectors",
+        {"img_in.lora_down.weight": random(4), "img_in.lora_up.weight": random(4)},
+        ("(4,)", "takes (128, 64)"),
+    )
+    yield (
+        "scalars of LoKr",
+        {"img_in.lokr_w1": random(), "img_in.lokr_w2": random()},
+        ("lokr_w1", "takes (128, 64)"),
+    )
     yield "NaN", GOOD | {a: with_value(GOOD[a], math.nan)}, ("NaN or infinity", a)
     yield "infinity", GOOD | {b: with_value(GOOD[b], math.inf)}, ("NaN or infinity", b)
-    yield "NaN alpha", GOOD | {f"{TO_K}.alpha": torch.tensor(math.nan)}, ("NaN or infinity", "alpha")
+    yield (
+        "NaN alpha",
+        GOOD | {f"{TO_K}.alpha": torch.tensor(math.nan)},
+        ("NaN or infinity", "alpha"),
+    )
     yield "alphas", GOOD | {f"{TO_K}.alpha": torch.ones(4)}, ("alpha' of shape (4,)",)
     yield "empty", {a: torch.zeros(0, 128), b: torch.zeros(128, 0)}, ("(0, 128)",)
     yield "integers", GOOD | {a: torch.ones(4, 128, dtype=torch.int8)}, (a, "int8")
     yield "twice", GOOD | {f"{TO_K}.lora_down.weight": GOOD[a].clone()}, ("twice", a, "lora_down")
-    yield "unknown layer", GOOD | {"transformer.transformer_blocks.9.attn.to_q.lora_A.weight": random(4, 128)}, (
-        "1 tensors, of 3", "transformer_blocks.9.attn.to_q.lora_A.weight", "--lora-partial")  # fmt: skip
+    yield (
+        "unknown layer",
+        GOOD | {"transformer.transformer_blocks.9.attn.to_q.lora_A.weight": random(4, 128)},
+        ("1 tensors, of 3", "transformer_blocks.9.attn.to_q.lora_A.weight", "--lora-partial"),
+    )
     yield (
         "unknown kind",
         GOOD | {f"img_in.oft_blocks.{i}": random(4, 4) for i in range(5)},
         ("5 tensors, of 7", "oft_blocks", "..."),
     )
-    yield "whole Linear", GOOD | {"img_in.weight": random(128, 64)}, ("1 tensors, of 3", "img_in.weight")
-    yield "norm of another size", GOOD | {f"{NORM}.scale": random(64)}, (f"{NORM}.scale", "(64,)", "takes (32,)")
+    yield (
+        "whole Linear",
+        GOOD | {"img_in.weight": random(128, 64)},
+        ("1 tensors, of 3", "img_in.weight"),
+    )
+    yield (
+        "norm of another size",
+        GOOD | {f"{NORM}.scale": random(64)},
+        (f"{NORM}.scale", "(64,)", "takes (32,)"),
+    )
     yield "dora of another size", GOOD | {f"{TO_K}.dora_scale": random(64)}, ("dora_scale", "(64,)")
-    yield "bias of another size", GOOD | {f"{TO_K}.lora_B.bias": random(384)}, ("lora_B.bias", "(384,)")
-    yield "img_in of odd width", {"img_in.lora_A.weight": random(4, 100), "img_in.lora_B.weight": random(128, 4)}, (
-        "(4, 100)", "takes (128, 64)")  # fmt: skip
+    yield (
+        "bias of another size",
+        GOOD | {f"{TO_K}.lora_B.bias": random(384)},
+        ("lora_B.bias", "(384,)"),
+    )
+    yield (
+        "img_in of odd width",
+        {"img_in.lora_A.weight": random(4, 100), "img_in.lora_B.weight": random(128, 4)},
+        ("(4, 100)", "takes (128, 64)"),
+    )
 
 
 BAD = {what: rest for what, *rest in bad()}
@@ -729,7 +1045,10 @@ def test_lora_of_the_other_family(tmp_path):
 
 def test_partial_leaves_out_what_has_no_place(tmp_path):
     network = Flux(FLUX1_TINY)
-    stray = {"lora_te1_text_projection.lora_down.weight": random(4, 8), "bundle_emb.cat.string_to_param.*": random(3)}
+    stray = {
+        "lora_te1_text_projection.lora_down.weight": random(4, 8),
+        "bundle_emb.cat.string_to_param.*": random(3),
+    }
     file = saved(tmp_path / "x.safetensors", GOOD | stray)
     assert "2 tensors, of 4" in refusal(place, read(file), {"transformer": network})
     (patch,) = place(read(file), {"transformer": network}, partial=True)
@@ -738,9 +1057,15 @@ def test_partial_leaves_out_what_has_no_place(tmp_path):
     assert "changes nothing" in refusal(place, read(file), {"transformer": network}, partial=True)
 
 
-@pytest.mark.parametrize("content, told", [
-    (b"<html>", "web page"), (b"PK\x03\x04" + b"\0" * 80, "pickle"), (b"", "empty"), (b"GGUF" + b"\0" * 80, "GGUF"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"<html>", "web page"),
+        (b"PK\x03\x04" + b"\0" * 80, "pickle"),
+        (b"", "empty"),
+        (b"GGUF" + b"\0" * 80, "GGUF"),
+    ],
+)
 def test_what_is_no_safetensors_file_is_told(tmp_path, content, told):
     (tmp_path / "x.safetensors").write_bytes(content)
     assert told in refusal(read, tmp_path / "x.safetensors")
@@ -758,8 +1083,16 @@ def test_a_whole_model_is_no_lora(tmp_path, network):
     assert "is not a LoRA" in refusal(read, file) and "--transformer" in refusal(read, file)
 
 
-@pytest.mark.parametrize("config", ["[1]", "{", '{"transformer.alpha_pattern": [1]}', '{"transformer.lora_alpha": "x"}',
-                                    '{"transformer.lora_alpha": NaN}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[1]",
+        "{",
+        '{"transformer.alpha_pattern": [1]}',
+        '{"transformer.lora_alpha": "x"}',
+        '{"transformer.lora_alpha": NaN}',
+    ],
+)
 def test_damaged_metadata_is_told(tmp_path, config):
     file = saved(tmp_path / "x.safetensors", GOOD, lora_adapter_metadata=config)
     sentence = refusal(lambda: place(read(file), {"transformer": Flux(FLUX1_TINY)}))
@@ -769,20 +1102,29 @@ def test_damaged_metadata_is_told(tmp_path, config):
 @pytest.mark.parametrize("kind, copies", [("LoRA", 2), ("DoRA", 3)])
 def test_a_merge_makes_few_copies_of_a_matrix(tmp_path, kind, copies):
     """In float32; and the new one, in bfloat16."""
-    layer = nn.ModuleDict({"img_in": nn.Linear(384, 1536, dtype=torch.bfloat16)}).requires_grad_(False)
+    layer = nn.ModuleDict({"img_in": nn.Linear(384, 1536, dtype=torch.bfloat16)}).requires_grad_(
+        False
+    )
     tensors = {"img_in.lora_A.weight": random(4, 384), "img_in.lora_B.weight": random(1536, 4)}
     more = {"img_in.dora_scale": random(1536, 1)} if kind == "DoRA" else {}
     patches = place(read(saved(tmp_path / "x.safetensors", tensors | more)), {"transformer": layer})
     layer.config = Flux(FLUX1_TINY).config
-    peak = script("benchmarks/measure").peak_bytes(lambda: merge(layer, [(patch, 0.5) for patch in patches]))
+    peak = script("benchmarks/measure").peak_bytes(
+        lambda: merge(layer, [(patch, 0.5) for patch in patches])
+    )
     assert peak <= 1.05 * layer["img_in"].weight.numel() * max(4 * copies, 4 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
 def test_overflow_is_told_and_changes_nothing(tmp_path, dtype):
     network = randomise(Flux(FLUX1_TINY)).to(dtype)
-    file, before = lora_file(tmp_path / "x.safetensors", network, "kohya"), dict(network.named_parameters())
+    file, before = (
+        lora_file(tmp_path / "x.safetensors", network, "kohya"),
+        dict(network.named_parameters()),
+    )
     sentence = refusal(merged, network, (file, 1e9))
     assert str(dtype) in sentence and "smaller scales" in sentence
-    assert "finite" in refusal(merged, network, (file, math.nan)) and "finite" in refusal(merged, network, (file, math.inf))
+    assert "finite" in refusal(merged, network, (file, math.nan)) and "finite" in refusal(
+        merged, network, (file, math.inf)
+    )
     assert all(parameter is before[name] for name, parameter in network.named_parameters())

@@ -33,7 +33,14 @@ from flux.parity.capture import Request, Selection, capture, plan
 from flux.parity.capture_file import Capture, Writer, positions, set_budgets
 from flux.parity.compare import compare, errors, first_over, table, to_json
 from flux.parity.hooks import matches, watching
-from flux.parity.reference import FLUX1_TINY, KLEIN_TINY, networks, randomise, tiny_models, write_weights
+from flux.parity.reference import (
+    FLUX1_TINY,
+    KLEIN_TINY,
+    networks,
+    randomise,
+    tiny_models,
+    write_weights,
+)
 from flux.transformer import Flux
 
 PROMPT = "a photo of a cat"
@@ -43,7 +50,9 @@ REQUESTS = {  # of both families, with two passes each
     "flux.2-klein-base-4b": replace(SMALL, guidance=3.0),
 }
 either_family = pytest.mark.parametrize("name", REQUESTS)
-pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for", "ignore:.* was not trained with")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* was distilled for", "ignore:.* was not trained with"
+)
 
 
 @contextmanager
@@ -67,14 +76,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(folder):
-    return lambda name, dtype=torch.float32: flux.load(name, weights=folder, device="cpu", dtype=dtype)
+    return lambda name, dtype=torch.float32: flux.load(
+        name, weights=folder, device="cpu", dtype=dtype
+    )
 
 
 @pytest.fixture(scope="module")
 def captures(load, tmp_path_factory):
     """Everything, of one run of each family, in float32."""
     out = tmp_path_factory.mktemp("captures")
-    return {name: capture(load(name), request, out / f"{name}.safetensors") for name, request in REQUESTS.items()}
+    return {
+        name: capture(load(name), request, out / f"{name}.safetensors")
+        for name, request in REQUESTS.items()
+    }
 
 
 def make(pipe, request: Request) -> tuple[Image.Image, Tensor]:
@@ -87,11 +101,17 @@ def make(pipe, request: Request) -> tuple[Image.Image, Tensor]:
 
 def with_forward(network: nn.Module) -> set[str]:
     """The modules that can be called at all: no lists, and not FLUX's SelfAttention, whose parts are called."""
-    return {path for path, module in network.named_modules() if type(module).forward is not nn.Module.forward}
+    return {
+        path
+        for path, module in network.named_modules()
+        if type(module).forward is not nn.Module.forward
+    }
 
 
 def a_picture(width: int = 64, height: int = 64) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 # ---------------------------------------------------------------- a run, recorded
@@ -103,12 +123,24 @@ def test_a_capture_moves_nothing(name, dtype, load, tmp_path):
     pipe, request = load(name, dtype), REQUESTS[name]
     image, latents = make(pipe, request)
     taken = capture(pipe, request, tmp_path / "a.safetensors").tensors
-    assert taken["step.002/latents"].equal(latents) and taken["picture"].equal(torch.from_numpy(np.array(image)))
+    assert taken["step.002/latents"].equal(latents) and taken["picture"].equal(
+        torch.from_numpy(np.array(image))
+    )
     again, once_more = make(pipe, request)
     assert once_more.equal(latents) and again.tobytes() == image.tobytes()
     for network in (pipe.transformer(), pipe.autoencoder(), *(n() for n in pipe.text.networks)):
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
-        assert not vars(network).keys() & {"velocity", "vec", "rope", "encode", "decode", "remember", "forward"}
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in network.modules()
+        )
+        assert not vars(network).keys() & {
+            "velocity",
+            "vec",
+            "rope",
+            "encode",
+            "decode",
+            "remember",
+            "forward",
+        }
 
 
 @either_family
@@ -118,20 +150,69 @@ def test_every_module_is_named(name, captures, load):
     where |= {f"text/{part}": getattr(pipe.text, part)() for part in pipe.spec.text.networks}
     where |= {"decoder": pipe.autoencoder()}
     for place, network in where.items():
-        taps = (re.fullmatch(rf"{re.escape(place)}/(?!negative)(?:([^/]*)/)?(in|out)(\.\d+)?", name) for name in names)
+        taps = (
+            re.fullmatch(rf"{re.escape(place)}/(?!negative)(?:([^/]*)/)?(in|out)(\.\d+)?", name)
+            for name in names
+        )
         seen = {(tap[1] or "", tap[2]) for tap in taps if tap}
-        called = {path for path in with_forward(network) if place != "decoder" or path.startswith("decoder")}
+        called = {
+            path
+            for path in with_forward(network)
+            if place != "decoder" or path.startswith("decoder")
+        }
         called -= {"text_model.embeddings.position_embedding"}  # CLIP's is read, not called
-        assert {path for path, tap in seen if tap == "in"} == called == {path for path, tap in seen if tap == "out"}
-    steps = ("in", "vec", "out", "negative/in", "negative/vec", "negative/out", "velocity", "latents")
-    others = ["text/features", "text/negative/features", "noise", "ids/txt", "ids/img", "rope", "negative/rope", "schedule"]
+        assert (
+            {path for path, tap in seen if tap == "in"}
+            == called
+            == {path for path, tap in seen if tap == "out"}
+        )
+    steps = (
+        "in",
+        "vec",
+        "out",
+        "negative/in",
+        "negative/vec",
+        "negative/out",
+        "velocity",
+        "latents",
+    )
+    others = [
+        "text/features",
+        "text/negative/features",
+        "noise",
+        "ids/txt",
+        "ids/img",
+        "rope",
+        "negative/rope",
+        "schedule",
+    ]
     others += [f"step.{step:03}/{tap}" for step in (1, 2) for tap in steps] + ["pixels", "picture"]
     assert [n for n in names if n in others] == [
-        "text/features", "text/negative/features", "noise", "ids/txt", "ids/img", "rope", "negative/rope", "schedule",
-        *(f"step.{step:03}/{tap}" for step in (1, 2) for tap in
-          ("vec", "in", "out", "negative/vec", "negative/in", "negative/out", "velocity", "latents")),
-        "pixels", "picture",
-    ]  # fmt: skip
+        "text/features",
+        "text/negative/features",
+        "noise",
+        "ids/txt",
+        "ids/img",
+        "rope",
+        "negative/rope",
+        "schedule",
+        *(
+            f"step.{step:03}/{tap}"
+            for step in (1, 2)
+            for tap in (
+                "vec",
+                "in",
+                "out",
+                "negative/vec",
+                "negative/in",
+                "negative/out",
+                "velocity",
+                "latents",
+            )
+        ),
+        "pixels",
+        "picture",
+    ]
     assert ("text/pooled" in names) == (name == "flux.1-dev")
 
 
@@ -143,16 +224,28 @@ def test_inside_attention(name, captures, load):
 
     def heads(stream: str) -> list[Tensor]:
         qkv = t[f"step.001/double_blocks.0.{stream}.qkv/out"].double()
-        return [x.unflatten(-1, (config.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)]  # (1, H, N, d)
+        return [
+            x.unflatten(-1, (config.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)
+        ]  # (1, H, N, d)
 
     def normed(x: Tensor, stream: str, which: str) -> Tensor:
         scale = state[f"double_blocks.0.{stream}.norm.{which}_norm.scale"].double()
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
 
     ids = torch.cat([t["ids/txt"], t["ids/img"]]).double()
-    angles = [ids[:, [i]] * config.theta ** (-torch.arange(0, dim, 2) / dim) for i, dim in enumerate(config.axes_dim)]
-    turn = torch.polar(torch.ones(()).double(), torch.cat(angles, dim=-1))  # (N, d/2), complex: pairs are neighbours
-    turned = lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)  # noqa: E731
+    angles = [
+        ids[:, [i]] * config.theta ** (-torch.arange(0, dim, 2) / dim)
+        for i, dim in enumerate(config.axes_dim)
+    ]
+    turn = torch.polar(
+        torch.ones(()).double(), torch.cat(angles, dim=-1)
+    )  # (N, d/2), complex: pairs are neighbours
+
+    def turned(x):
+        return torch.view_as_real(
+            torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn
+        ).flatten(-2)
+
     (tq, tk, tv), (iq, ik, iv) = heads("txt_attn"), heads("img_attn")
     q = turned(torch.cat([normed(tq, "txt_attn", "query"), normed(iq, "img_attn", "query")], dim=2))
     k = turned(torch.cat([normed(tk, "txt_attn", "key"), normed(ik, "img_attn", "key")], dim=2))
@@ -161,8 +254,12 @@ def test_inside_attention(name, captures, load):
     for tap, expected in dict(q=q, k=k, v=v, out=out).items():
         assert errors(t[f"step.001/double_blocks.0/attention/{tap}"], expected).relative_l2 < 3e-7
     attentions = [n for n in t if n.startswith("step.001/") and n.endswith("/attention/q")]
-    blocks = [f"double_blocks.{i}" for i in range(config.depth)] + [f"single_blocks.{i}" for i in range(config.depth_single)]
-    assert [n for n in attentions if "negative" not in n] == [f"step.001/{block}/attention/q" for block in blocks]
+    blocks = [f"double_blocks.{i}" for i in range(config.depth)] + [
+        f"single_blocks.{i}" for i in range(config.depth_single)
+    ]
+    assert [n for n in attentions if "negative" not in n] == [
+        f"step.001/{block}/attention/q" for block in blocks
+    ]
 
 
 @either_family
@@ -178,12 +275,20 @@ def test_what_is_said_in_advance_is_what_comes(name, captures, load):
 def test_pictures(cached, load, tmp_path):
     """Reference pictures, seen at each step or once: the same run, in advance and for real."""
     pipe = load("flux.2-klein-base-4b")
-    request = replace(SMALL, guidance=1.0, pictures=Pictures((a_picture(), a_picture(80, 64)), cached=cached))
+    request = replace(
+        SMALL, guidance=1.0, pictures=Pictures((a_picture(), a_picture(80, 64)), cached=cached)
+    )
     image, latents = make(pipe, request)
     taken = capture(pipe, request, tmp_path / "a.safetensors")
-    assert taken.names == plan(pipe, request).names and taken.tensors["step.002/latents"].equal(latents)
+    assert taken.names == plan(pipe, request).names and taken.tensors["step.002/latents"].equal(
+        latents
+    )
     assert taken.tensors["encoder.2/pixels"].shape == (1, 3, 64, 80)
-    assert taken.tensors["conditions/references"].shape == (1, 16 + 20, pipe.spec.transformer.in_channels)
+    assert taken.tensors["conditions/references"].shape == (
+        1,
+        16 + 20,
+        pipe.spec.transformer.in_channels,
+    )
     tokens = 24 if cached else 24 + 36
     assert taken.tensors["step.001/in"].shape[1] == tokens
     assert ("references/double_blocks.1/attention/q" in taken.names) == cached
@@ -192,7 +297,16 @@ def test_pictures(cached, load, tmp_path):
 
 def test_the_recipe(captures, load, folder):
     recipe, spec = captures["flux.1-dev"].recipe, MODELS["flux.1-dev"]
-    asked = dict(model="flux.1-dev", mode="text", prompt=PROMPT, negative_prompt="a dog", width=96, height=64, steps=2, seed=5)
+    asked = dict(
+        model="flux.1-dev",
+        mode="text",
+        prompt=PROMPT,
+        negative_prompt="a dog",
+        width=96,
+        height=64,
+        steps=2,
+        seed=5,
+    )
     assert asked.items() <= recipe.items() and recipe["versions"]["torch"] == torch.__version__
     assert (recipe["dtype"], recipe["numerics"], recipe["device"]) == ("float32", "exact", "cpu")
     assert (
@@ -209,7 +323,9 @@ def test_the_recipe(captures, load, folder):
 def sha256(path: Path) -> str:
     import subprocess
 
-    return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+    return subprocess.run(
+        ["sha256sum", path], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
 
 
 def test_latents_that_are_not_finite_are_kept(load, tmp_path):
@@ -226,7 +342,10 @@ def test_selection(load, tmp_path):
     only = Selection(("double_blocks.1.*", "velocity"), steps=(2,))
     names = capture(pipe, REQUESTS["flux.1-dev"], tmp_path / "a.safetensors", only).names
     assert names and all(n.startswith("step.002/") for n in names)
-    assert {re.sub(r"^step\.002/(negative/)?", "", n).split("/")[0] for n in names} >= {"velocity", "double_blocks.1.img_mlp.0"}
+    assert {re.sub(r"^step\.002/(negative/)?", "", n).split("/")[0] for n in names} >= {
+        "velocity",
+        "double_blocks.1.img_mlp.0",
+    }
     assert not [n for n in names if "double_blocks.0" in n or "single" in n]
 
 
@@ -245,7 +364,10 @@ def test_patterns():
         "step.*/*/out*",
     ]
     assert [p for p in fit if not matches(name, [p])] == []
-    assert not any(matches(name, [p]) for p in ["in", "double_blocks.33", "img_attn", "step.002", "*.txt_attn", "blocks.3"])
+    assert not any(
+        matches(name, [p])
+        for p in ["in", "double_blocks.33", "img_attn", "step.002", "*.txt_attn", "blocks.3"]
+    )
     assert matches(name, ()) and matches("noise", ["noise"])
 
 
@@ -268,8 +390,15 @@ def test_watching_ends_with_an_error(config):
 def tensors() -> dict[str, Tensor]:
     """Of every dtype, and of sizes that are no multiples of 8 bytes."""
     g = torch.Generator().manual_seed(0)
-    out = {f"floats/{i}": torch.randn(3, 5, generator=g).to(dtype) for i, dtype in enumerate(record.DTYPES)}
-    return out | {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "turned": torch.randn(4, 6, generator=g).T}
+    out = {
+        f"floats/{i}": torch.randn(3, 5, generator=g).to(dtype)
+        for i, dtype in enumerate(record.DTYPES)
+    }
+    return out | {
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.randn(4, 6, generator=g).T,
+    }
 
 
 def test_round_trip(tmp_path):
@@ -279,17 +408,25 @@ def test_round_trip(tmp_path):
             writer.add(name, tensor)
         recipe["late"] = [1.0]
     read, plain = Capture(path), load_file(path)
-    assert read.recipe == recipe and read.names == list(tensors()) and plain.keys() == set(read.names)
+    assert (
+        read.recipe == recipe and read.names == list(tensors()) and plain.keys() == set(read.names)
+    )
     for name, tensor in tensors().items():
         for got in (read.tensors[name], plain[name]):
             assert (
-                got.dtype == tensor.dtype and got.shape == tensor.shape and bytes(record.raw(got)) == bytes(record.raw(tensor))
+                got.dtype == tensor.dtype
+                and got.shape == tensor.shape
+                and bytes(record.raw(got)) == bytes(record.raw(tensor))
             )
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     with path.open("rb") as file:  # every tensor lies where its dtype needs it to
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-    assert not [k for k, v in header.items() if k != "__metadata__" and v["data_offsets"][0] % sizes.get(v["dtype"], 1)]
+    assert not [
+        k
+        for k, v in header.items()
+        if k != "__metadata__" and v["data_offsets"][0] % sizes.get(v["dtype"], 1)
+    ]
 
 
 @pytest.mark.parametrize("reserve", [0, 2**16], ids=["header moves the data", "header fits"])
@@ -301,8 +438,15 @@ def test_the_same_bytes_are_stored_once(reserve, tmp_path):
         x.zero_()  # what was recorded does not change with it
         writer.add("zeros", x)
     read = Capture(tmp_path / "a.safetensors")
-    assert read.names == ["out", "in", "in~2", "zeros"] and load_file(read.path).keys() == {"out", "zeros"}
-    assert read.tensors["in"].equal(read.tensors["in~2"]) and read.tensors["in"].any() and not read.tensors["zeros"].any()
+    assert read.names == ["out", "in", "in~2", "zeros"] and load_file(read.path).keys() == {
+        "out",
+        "zeros",
+    }
+    assert (
+        read.tensors["in"].equal(read.tensors["in~2"])
+        and read.tensors["in"].any()
+        and not read.tensors["zeros"].any()
+    )
     assert read.path.stat().st_size < 2 * x.nbytes + 2**16 + 8192
 
 
@@ -314,8 +458,15 @@ def test_statistics(tmp_path):
     read = Capture(tmp_path / "a.safetensors")
     finite = x.numpy()[np.isfinite(x.numpy())].astype(np.float64)
     got = read.records["x"].statistics
-    assert (got["nan"], got["inf"], sum(got["histogram"]), len(got["histogram"])) == (1, 2, 6397, 32)
-    expected = dict(min=finite.min(), max=3, mean=finite.mean(), std=finite.std(), l2=np.linalg.norm(finite))
+    assert (got["nan"], got["inf"], sum(got["histogram"]), len(got["histogram"])) == (
+        1,
+        2,
+        6397,
+        32,
+    )
+    expected = dict(
+        min=finite.min(), max=3, mean=finite.mean(), std=finite.std(), l2=np.linalg.norm(finite)
+    )
     assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-12)
     assert got["histogram"] == np.histogram(finite, 32)[0].tolist()
     assert len(read.tensors) == 0 and read.records["x"].shape == (64, 100)
@@ -340,7 +491,10 @@ def test_positions_of_a_probe():
         return out
 
     assert fnv1a("foobar") == 0x85944171F73967E8  # draft-eastlake-fnv, test vectors
-    assert splitmix64(1234567, 2) == [6457827717110365317, 3203168211198807973]  # Rosetta Code, "splitmix64"
+    assert splitmix64(1234567, 2) == [
+        6457827717110365317,
+        3203168211198807973,
+    ]  # Rosetta Code, "splitmix64"
     name = "step.001/double_blocks.0/out.0"
     assert positions(name, 10**7).tolist() == [h % 10**7 for h in splitmix64(fnv1a(name), 4096)]
 
@@ -352,8 +506,13 @@ def test_budgets_are_stored(tmp_path):
             writer.add(name, tensor)
     set_budgets(path, {"floats/1": 0.5, "turned": 0.25})
     read = Capture(path)
-    assert {name: r.budget for name, r in read.records.items() if r.budget} == {"floats/1": 0.5, "turned": 0.25}
-    assert read.recipe == {"seed": 1} and all(read.tensors[n].equal(x) for n, x in tensors().items() if x.itemsize > 1)
+    assert {name: r.budget for name, r in read.records.items() if r.budget} == {
+        "floats/1": 0.5,
+        "turned": 0.25,
+    }
+    assert read.recipe == {"seed": 1} and all(
+        read.tensors[n].equal(x) for n, x in tensors().items() if x.itemsize > 1
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -373,7 +532,9 @@ def test_errors_against_numpy():
     assert e.norm_ratio == pytest.approx(np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
     assert e.max_abs == pytest.approx(abs(x - y).max(), rel=1e-12) and e.worst_index == (1, 3, 5)
     assert e.pcc == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1], rel=1e-12)
-    assert e.cosine == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
+    assert e.cosine == pytest.approx(
+        (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12
+    )
     assert (e.nonfinite, e.misplaced) == (0, 0)
 
 
@@ -403,9 +564,11 @@ def test_attention_by_keyword_and_complex_tensors(tmp_path):
     with watching({"net": net}, seen.__setitem__, only=["attention"]):
         out = net(x)
     assert {n: y.tolist() for n, y in seen.items()} == {
-        "net/0/attention/q": x.tolist(), "net/0/attention/k": (2 * x).tolist(), "net/0/attention/v": (3 * x).tolist(),
+        "net/0/attention/q": x.tolist(),
+        "net/0/attention/k": (2 * x).tolist(),
+        "net/0/attention/v": (3 * x).tolist(),
         "net/0/attention/out": out.tolist(),
-    }  # fmt: skip
+    }
     read = written(tmp_path / "a.safetensors", {"rope": torch.view_as_complex(x.view(1, 5, 4, 2))})
     assert read.tensors["rope"].flatten().equal(x.flatten())
 
@@ -414,7 +577,11 @@ def test_scale_and_offset_are_seen_where_correlation_is_blind():
     b = torch.randn(1, 64, 32)
     scaled, shifted = errors(1.05 * b, b), errors(b + 0.3, b)
     assert 1 - scaled.pcc < 1e-9 and 1 - shifted.pcc < 1e-9
-    assert scaled.norm_ratio == pytest.approx(1.05) and scaled.relative_l2 == pytest.approx(0.05) and scaled.over(0.02)
+    assert (
+        scaled.norm_ratio == pytest.approx(1.05)
+        and scaled.relative_l2 == pytest.approx(0.05)
+        and scaled.over(0.02)
+    )
     assert shifted.relative_l2 == pytest.approx(0.3 / b.square().mean().sqrt().item(), rel=1e-4)
 
 
@@ -423,7 +590,11 @@ def test_one_token_is_seen():
     a = b.clone()
     a[0, 4321] = 0
     e = errors(a, b)
-    assert e.relative_l2 < 0.02 and e.worst_token == pytest.approx(1, rel=1e-6) and e.worst_token_at == (0, 4321)
+    assert (
+        e.relative_l2 < 0.02
+        and e.worst_token == pytest.approx(1, rel=1e-6)
+        and e.worst_token_at == (0, 4321)
+    )
     assert e.over(0.02)  # which the relative L2 alone allows
 
 
@@ -432,12 +603,21 @@ def test_every_dtype_can_be_compared(dtype):
     b = torch.tensor([[0.0, 1, 2], [0, 1, 4]]).to(dtype)
     a = b.clone()
     a[1, 2] = 0
-    assert errors(b, b).relative_l2 == 0 and errors(a, b).worst_index == (1, 2) and errors(a, b).over(0.1)
+    assert (
+        errors(b, b).relative_l2 == 0
+        and errors(a, b).worst_index == (1, 2)
+        and errors(a, b).over(0.1)
+    )
 
 
 def test_nothing_is_zero_over_zero():
     z, x = torch.zeros(2, 3), torch.full((2, 3), 0.5)
-    assert (errors(z, z).relative_l2, errors(z, z).norm_ratio, errors(z, z).pcc, errors(z, z).cosine) == (0, 1, 1, 1)
+    assert (
+        errors(z, z).relative_l2,
+        errors(z, z).norm_ratio,
+        errors(z, z).pcc,
+        errors(z, z).cosine,
+    ) == (0, 1, 1, 1)
     assert errors(x, z).relative_l2 == pytest.approx(1.5**0.5) and errors(x, z).over(1)
     assert errors(x, x).pcc == 1 and not errors(x, x).over(0)
     assert errors(torch.zeros(0), torch.zeros(0)).relative_l2 == 0
@@ -451,8 +631,15 @@ def test_nan_and_infinity_match_in_place():
     assert (errors(a, b).nonfinite, errors(a, b).misplaced, errors(a, b).relative_l2) == (3, 0, 0)
     assert not errors(a, b).over(1e-4)
     a[0, 0, 0] += 0.1
-    assert errors(a, b).max_abs == pytest.approx(0.1, rel=1e-6)  # the rest is compared, not masked away
-    for place, value in (((0, 1, 2), 0.0), ((0, 3, 4), -torch.inf), ((0, 3, 5), torch.nan), ((0, 4, 4), torch.nan)):
+    assert errors(a, b).max_abs == pytest.approx(
+        0.1, rel=1e-6
+    )  # the rest is compared, not masked away
+    for place, value in (
+        ((0, 1, 2), 0.0),
+        ((0, 3, 4), -torch.inf),
+        ((0, 3, 5), torch.nan),
+        ((0, 4, 4), torch.nan),
+    ):
         a = b.clone()
         a[place] = value
         assert errors(a, b).misplaced == 1 and errors(a, b).over(1e9)
@@ -470,31 +657,48 @@ def written(path: Path, values: dict[str, Tensor], kind="full", **recipe) -> Cap
 
 def noisy(values: dict[str, Tensor], size: float, only: str = "") -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(9)
-    return {n: x + size * (only in n) * torch.randn(x.shape, generator=g) for n, x in values.items()}
+    return {
+        n: x + size * (only in n) * torch.randn(x.shape, generator=g) for n, x in values.items()
+    }
 
 
 @pytest.fixture
 def truth():
     g = torch.Generator().manual_seed(8)
-    return {f"step.001/double_blocks.{i}/out": torch.randn(1, 300, 128, generator=g) for i in range(4)}
+    return {
+        f"step.001/double_blocks.{i}/out": torch.randn(1, 300, 128, generator=g) for i in range(4)
+    }
 
 
 def test_the_first_that_differs(truth, tmp_path):
     late = noisy(noisy(truth, 1e-2, "blocks.3"), 1e-1, "blocks.2")
     a, b = written(tmp_path / "a.safetensors", late), written(tmp_path / "b.safetensors", truth)
     rows = compare(a, b)
-    assert [row.over for row in rows] == [False, False, True, True] and first_over(rows).name == "step.001/double_blocks.2/out"
-    assert table(rows).startswith("2 of 4 tensors are over budget; the first is step.001/double_blocks.2/out: relative L2 0.1 ")
+    assert [row.over for row in rows] == [False, False, True, True] and first_over(
+        rows
+    ).name == "step.001/double_blocks.2/out"
+    assert table(rows).startswith(
+        "2 of 4 tensors are over budget; the first is step.001/double_blocks.2/out: relative L2 0.1 "
+    )
     assert table(rows).index("double_blocks.0") < table(rows).index("double_blocks.1")
-    assert first_over(compare(a, b, budget=0.2)) is None and "comes nearest" in table(compare(a, b, budget=0.2))
-    assert first_over(compare(a, b, budget={"step.001/double_blocks.2/out": 0.2})).name == "step.001/double_blocks.3/out"
-    set_budgets(b.path, {n: 0.2 for n in b.names})
+    assert first_over(compare(a, b, budget=0.2)) is None and "comes nearest" in table(
+        compare(a, b, budget=0.2)
+    )
+    assert (
+        first_over(compare(a, b, budget={"step.001/double_blocks.2/out": 0.2})).name
+        == "step.001/double_blocks.3/out"
+    )
+    set_budgets(b.path, dict.fromkeys(b.names, 0.2))
     assert first_over(compare(a, Capture(b.path))) is None
     listed = json.loads(to_json(rows))
-    assert [row["over"] for row in listed] == [False, False, True, True] and listed[2]["errors"]["relative_l2"] > 0.09
+    assert [row["over"] for row in listed] == [False, False, True, True] and listed[2]["errors"][
+        "relative_l2"
+    ] > 0.09
 
 
-@pytest.mark.parametrize("kinds", [("probe", "probe"), ("probe", "full"), ("full", "probe")], ids="-".join)
+@pytest.mark.parametrize(
+    "kinds", [("probe", "probe"), ("probe", "full"), ("full", "probe")], ids="-".join
+)
 @pytest.mark.parametrize("size", [1e-5, 1e-2])
 def test_a_probe_stands_for_the_whole(kinds, size, truth, tmp_path):
     far = noisy(truth, size)
@@ -502,7 +706,9 @@ def test_a_probe_stands_for_the_whole(kinds, size, truth, tmp_path):
     b = written(tmp_path / "b.safetensors", truth, kinds[1])
     for row, name in zip(compare(a, b), truth, strict=True):
         whole = errors(far[name], truth[name])
-        assert row.kind == "probe" and row.errors.relative_l2 == pytest.approx(whole.relative_l2, rel=0.05)
+        assert row.kind == "probe" and row.errors.relative_l2 == pytest.approx(
+            whole.relative_l2, rel=0.05
+        )
         assert row.errors.norm_ratio == pytest.approx(whole.norm_ratio, abs=1e-7)
         there = row.errors.worst_index
         assert (far[name][there] - truth[name][there]).abs().item() == row.errors.max_abs > 0
@@ -514,9 +720,14 @@ def test_a_probe_shows_a_bad_token(truth, tmp_path):
     far = {name: x.clone() for name, x in truth.items()}
     for x, value in zip(far.values(), (0.0, 1e3, torch.nan, torch.inf)):
         x[0, 123] = value
-    rows = compare(written(tmp_path / "a.safetensors", far, "probe"), written(tmp_path / "b.safetensors", truth, "probe"))
+    rows = compare(
+        written(tmp_path / "a.safetensors", far, "probe"),
+        written(tmp_path / "b.safetensors", truth, "probe"),
+    )
     assert all(row.over for row in rows)
-    assert [row.errors.worst_token_at for row in rows[:2]] == [(0, 123)] * 2 and all(r.errors.misplaced for r in rows[2:])
+    assert [row.errors.worst_token_at for row in rows[:2]] == [(0, 123)] * 2 and all(
+        r.errors.misplaced for r in rows[2:]
+    )
 
 
 def test_statistics_and_slices(truth, tmp_path):
@@ -531,13 +742,18 @@ def test_statistics_and_slices(truth, tmp_path):
         assert all(r.errors.relative_l2 == 0 and not r.over for r in compare(same, b, budget=0))
     assert a.tensors["step.001/double_blocks.0/out"].shape == (1, 16, 16)
     both = compare(a, written(tmp_path / "probe.safetensors", truth, "probe"))
-    assert both[0].kind == "statistics" and both[0].errors.relative_l2 == pytest.approx(0.05, rel=1e-5)
+    assert both[0].kind == "statistics" and both[0].errors.relative_l2 == pytest.approx(
+        0.05, rel=1e-5
+    )
 
 
 def test_a_plain_file_is_a_capture(truth, tmp_path):
     """So that a port needs no more than a safetensors writer."""
     save_file(noisy(truth, 1e-2, "blocks.1"), tmp_path / "port.safetensors")
-    a, b = Capture(tmp_path / "port.safetensors"), written(tmp_path / "b.safetensors", truth, model="flux.1-dev")
+    a, b = (
+        Capture(tmp_path / "port.safetensors"),
+        written(tmp_path / "b.safetensors", truth, model="flux.1-dev"),
+    )
     assert a.recipe == {} and first_over(compare(a, b)).name == "step.001/double_blocks.1/out"
     assert sum(row.over for row in compare(a, b)) == 1
 
@@ -553,13 +769,22 @@ def test_budgets_follow_the_coarser_dtype(truth, tmp_path):
 def test_bfloat16_is_within_its_budget_and_a_mistake_is_not(captures, load, tmp_path):
     """The run of the fixture in float32 against bfloat16, and against another activation in one block."""
     name = "flux.2-klein-base-4b"
-    half = capture(load(name, torch.bfloat16), REQUESTS[name], tmp_path / "half.safetensors", Selection(("double_blocks.0",)))
+    half = capture(
+        load(name, torch.bfloat16),
+        REQUESTS[name],
+        tmp_path / "half.safetensors",
+        Selection(("double_blocks.0",)),
+    )
     assert max(row.ratio for row in compare(half, captures[name])) < 2
     pipe = load(name)
     gelu = torch.nn.functional.gelu
-    pipe.transformer().double_blocks[1].img_mlp[1].forward = lambda x: gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
+    pipe.transformer().double_blocks[1].img_mlp[1].forward = lambda x: (
+        gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
+    )
     wrong = capture(pipe, REQUESTS[name], tmp_path / "wrong.safetensors", Selection(("out",)))
-    assert first_over(compare(wrong, captures[name])).name == "step.001/double_blocks.1.img_mlp.1/out"
+    assert (
+        first_over(compare(wrong, captures[name])).name == "step.001/double_blocks.1.img_mlp.1/out"
+    )
 
 
 # ---------------------------------------------------------------- mistakes, each told in one sentence
@@ -568,18 +793,24 @@ def test_bfloat16_is_within_its_budget_and_a_mistake_is_not(captures, load, tmp_
 def test_captures_that_differ(truth, tmp_path):
     made = dict(model="flux.1-dev", width=64, height=64, steps=4, prompt="a cat")
     b = written(tmp_path / "b.safetensors", truth, **made)
-    for number, (key, other) in enumerate(dict(model="flux.2-dev", width=96, steps=8, prompt="a dog").items()):
+    for number, (key, other) in enumerate(
+        dict(model="flux.2-dev", width=96, steps=8, prompt="a dog").items()
+    ):
         a = written(tmp_path / f"{number}.safetensors", truth, **made | {key: other})
         with pytest.raises(UserError, match=rf"{key} is {other!r} and {made[key]!r}"):
             compare(a, b)
     few = written(tmp_path / "c.safetensors", {"x": torch.ones(1)})
     with pytest.raises(UserError, match="have no tensor in common"):
         compare(few, b)
-    with pytest.raises(UserError, match=r"--only double_block\.0 matches nothing; .* double_blocks\.0"):
+    with pytest.raises(
+        UserError, match=r"--only double_block\.0 matches nothing; .* double_blocks\.0"
+    ):
         compare(b, b, only=["double_block.0"])
     reshaped = written(tmp_path / "d.safetensors", {n: x.mT for n, x in truth.items()})
     assert first_over(compare(reshaped, b)).fault == "is (1, 128, 300) and should be (1, 300, 128)"
-    assert "should be (1, 300, 128)" in table(compare(reshaped, b)) and json.loads(to_json(compare(reshaped, b)))
+    assert "should be (1, 300, 128)" in table(compare(reshaped, b)) and json.loads(
+        to_json(compare(reshaped, b))
+    )
 
 
 def test_damaged_files(truth, tmp_path):
@@ -587,7 +818,9 @@ def test_damaged_files(truth, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
     with pytest.raises(UserError, match=r"is truncated: .* capture it again"):
         Capture(tmp_path / "cut.safetensors")
-    for number, wrong in enumerate(('{"schema": 2}', "{", "[]", '{"schema": 1, "recipe": {}, "tensors": {"x": {"kind": 1}}}')):
+    for number, wrong in enumerate(
+        ('{"schema": 2}', "{", "[]", '{"schema": 1, "recipe": {}, "tensors": {"x": {"kind": 1}}}')
+    ):
         save_file(truth, tmp_path / f"{number}.safetensors", {record.KEY: wrong})
         with pytest.raises(UserError, match="schema 2, and this reads 1|is a damaged capture"):
             Capture(tmp_path / f"{number}.safetensors")
@@ -610,7 +843,9 @@ class FullDisk:
 
 
 def test_a_full_disk(truth, tmp_path):
-    with pytest.raises(UserError, match=r"a\.safetensors cannot be written: the disk is full: make room"):
+    with pytest.raises(
+        UserError, match=r"a\.safetensors cannot be written: the disk is full: make room"
+    ):
         with Writer(tmp_path / "a.safetensors", {}) as writer:
             writer._file = FullDisk(writer._file)
             for name, tensor in truth.items():
@@ -628,7 +863,9 @@ def test_a_run_that_fails_leaves_nothing(load, tmp_path, monkeypatch):
 
 def test_too_much(load, tmp_path, monkeypatch):
     pipe, path = load("flux.1-dev"), tmp_path / "a.safetensors"
-    with pytest.raises(UserError, match=r"would hold up to [\d.]+ MB in [\d,]+ tensors, and --limit is 0.001"):
+    with pytest.raises(
+        UserError, match=r"would hold up to [\d.]+ MB in [\d,]+ tensors, and --limit is 0.001"
+    ):
         capture(pipe, SMALL, path, Selection(limit=1e6))
     with (
         pytest.raises(UserError, match=r"would be larger than its limit of 1 KB at x: choose"),
@@ -644,10 +881,13 @@ def test_too_much(load, tmp_path, monkeypatch):
     assert told and told[0].startswith("recording 1 of ")
 
 
-@pytest.mark.parametrize("only, near", [("double_block.0.*", "double_blocks.0"), ("velocty", "velocity"), ("QKV", "qkv")])
+@pytest.mark.parametrize(
+    "only, near", [("double_block.0.*", "double_blocks.0"), ("velocty", "velocity"), ("QKV", "qkv")]
+)
 def test_patterns_that_match_nothing(only, near, load, tmp_path):
     with pytest.raises(
-        UserError, match=rf"--only {re.escape(only)} matches nothing; the nearest names are .*{re.escape(near)}"
+        UserError,
+        match=rf"--only {re.escape(only)} matches nothing; the nearest names are .*{re.escape(near)}",
     ):
         capture(load("flux.1-dev"), SMALL, tmp_path / "a.safetensors", Selection((only,)))
 
@@ -686,26 +926,67 @@ def parity(monkeypatch, capsys, tmp_path):
     return run
 
 
-QUICK = ("a small red circle", "--width", 64, "--height", 64, "--steps", 2, "--only", "step.002", "--only", "latents")
+QUICK = (
+    "a small red circle",
+    "--width",
+    64,
+    "--height",
+    64,
+    "--steps",
+    2,
+    "--only",
+    "step.002",
+    "--only",
+    "latents",
+)
 
 
 def test_the_command(parity, tmp_path):
     code, out, err = parity("capture", *QUICK, "--output", "a.safetensors")
-    assert (code, out) == (0, "a.safetensors\n") and re.match(r"recording [\d,]+ of [\d,]+ tensors, up to [\d.]+ MB\n", err)
+    assert (code, out) == (0, "a.safetensors\n") and re.match(
+        r"recording [\d,]+ of [\d,]+ tensors, up to [\d.]+ MB\n", err
+    )
     assert Capture("a.safetensors").recipe["seed"] == 0
     assert parity("capture", *QUICK, "--keep", "probe", "--output", "b.safetensors")[0] == 0
     code, out, _ = parity("compare", "b.safetensors", "a.safetensors", "--budget", 0)
     assert code == 0 and out.startswith("all ") and "step.001/latents" in out
-    assert parity("capture", *QUICK, "--dtype", "bfloat16", "--numerics", "bfl", "--output", "c.safetensors")[0] == 0
-    code, out, _ = parity("compare", "c.safetensors", "a.safetensors", "--budget", 1e-6, "--json", "rows.json")
-    assert code == 1 and "tensors are over budget; the first is step.001/latents:" in out.splitlines()[0]
+    assert (
+        parity(
+            "capture",
+            *QUICK,
+            "--dtype",
+            "bfloat16",
+            "--numerics",
+            "bfl",
+            "--output",
+            "c.safetensors",
+        )[0]
+        == 0
+    )
+    code, out, _ = parity(
+        "compare", "c.safetensors", "a.safetensors", "--budget", 1e-6, "--json", "rows.json"
+    )
+    assert (
+        code == 1
+        and "tensors are over budget; the first is step.001/latents:" in out.splitlines()[0]
+    )
     rows = json.loads(Path("rows.json").read_text())
-    assert rows[0]["name"] == "step.001/latents" and rows[0]["over"] and rows[0]["errors"]["relative_l2"] > 1e-6
+    assert (
+        rows[0]["name"] == "step.001/latents"
+        and rows[0]["over"]
+        and rows[0]["errors"]["relative_l2"] > 1e-6
+    )
 
 
 def test_mistakes_at_the_command(parity, tmp_path):
-    say = lambda code, *words: lambda got: (got[0], [w for w in words if w not in got[2].splitlines()[-1]]) == (code, [])  # noqa: E731
-    assert say(2, "nosuch", "there is no such model")(parity("capture", "x", "--model", "nosuch", "--output", "a.safetensors"))
+    def say(code, *words):
+        return lambda got: (
+            (got[0], [w for w in words if w not in got[2].splitlines()[-1]]) == (code, [])
+        )
+
+    assert say(2, "nosuch", "there is no such model")(
+        parity("capture", "x", "--model", "nosuch", "--output", "a.safetensors")
+    )
     assert say(2, "there is no prompt")(parity("capture", "--output", "a.safetensors"))
     assert say(2, "of one prompt, and 2")(parity("capture", "x", "y", "--output", "a.safetensors"))
     assert say(2, "'1,x'")(parity("capture", "x", "--steps-of", "1,x", "--output", "a.safetensors"))

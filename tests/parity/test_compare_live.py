@@ -30,17 +30,23 @@ from flux.parity.capture_file import Capture
 from flux.parity.compare import first_over
 from flux.parity.modules import Modules
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for", "ignore:.* was not trained with")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* was distilled for", "ignore:.* was not trained with"
+)
 PASSES = {"step.001", "step.001/negative", "step.002", "step.002/negative"}
 ONE_STEP = replace(SMALL, width=64, height=64, steps=1, guidance=1.0)
-FIRST = {"activation": "double_blocks.1.img_mlp.2/in"}  # diffusers' activations are modules of other sizes
+FIRST = {
+    "activation": "double_blocks.1.img_mlp.2/in"
+}  # diffusers' activations are modules of other sizes
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """Of tiny random weights, of which the table's rows speak meanwhile."""
     with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
-        yield lambda name, **how: flux.load(name, weights=folder, device="cpu", **{"dtype": torch.float32} | how)
+        yield lambda name, **how: flux.load(
+            name, weights=folder, device="cpu", **{"dtype": torch.float32} | how
+        )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,10 @@ def right(pipeline):
 @pytest.fixture(scope="module")
 def captures(right, tmp_path_factory):
     out = tmp_path_factory.mktemp("captures")
-    return {name: capture(right[name], request, out / f"{name}.safetensors") for name, request in REQUESTS.items()}
+    return {
+        name: capture(right[name], request, out / f"{name}.safetensors")
+        for name, request in REQUESTS.items()
+    }
 
 
 # ---------------------------------------------------------------- diffusers
@@ -63,14 +72,22 @@ def test_every_tensor_is_that_of_diffusers(name, captures, right):
     rows = against.diffusers(captures[name], right[name], budget=2e-6)
     assert first_over(rows) is None
     names = [row.name for row in rows]
-    assert names == [n for n in captures[name].names if n in set(names)]  # in the order of our execution
+    assert names == [
+        n for n in captures[name].names if n in set(names)
+    ]  # in the order of our execution
     # every layer with weights, every attention, every block, and the network
     layers = {n.rpartition(".")[0] for n in right[name].transformer().state_dict()}
     norms = {n.rpartition(".")[0] for n in layers if n.endswith("_norm")}  # of q and k together
     expected = {f"{n}/{tap}" for n in layers if not n.endswith("_norm") for tap in ("in", "out")}
     expected |= {f"{norm}/out" for norm in norms}
-    expected |= {f"{block}/out{tap}" for block in BLOCKS for tap in ((".0", ".1") if block.startswith("double") else ("",))}
-    expected |= {f"{block}/attention/{tap}" for block in BLOCKS for tap in ("q", "k", "v", "out")} | {"out"}
+    expected |= {
+        f"{block}/out{tap}"
+        for block in BLOCKS
+        for tap in ((".0", ".1") if block.startswith("double") else ("",))
+    }
+    expected |= {
+        f"{block}/attention/{tap}" for block in BLOCKS for tap in ("q", "k", "v", "out")
+    } | {"out"}
     assert set(names) == {f"{place}/{tap}" for place in PASSES for tap in expected}
 
 
@@ -86,7 +103,8 @@ def test_bfloat16_in_its_numerics(name, pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, change", [*((KLEIN, change) for change in CHANGES if change != "weight"), ("flux.1-dev", "weight")]
+    "name, change",
+    [*((KLEIN, change) for change in CHANGES if change != "weight"), ("flux.1-dev", "weight")],
 )
 def test_a_fault_of_ours_is_found_where_it_is(name, change, pipeline, right, tmp_path):
     pipe = changed(pipeline(name), change)
@@ -98,7 +116,12 @@ def test_a_fault_of_ours_is_found_where_it_is(name, change, pipeline, right, tmp
 def test_guidance_of_a_run_that_starts_from_a_picture(right, tmp_path):
     """It has another value in each step, and the first steps are left out."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    request = replace(ONE_STEP, steps=4, guidance=(1.0, 5.0), pictures=Pictures((Image.fromarray(pixels),), strength=0.5))
+    request = replace(
+        ONE_STEP,
+        steps=4,
+        guidance=(1.0, 5.0),
+        pictures=Pictures((Image.fromarray(pixels),), strength=0.5),
+    )
     taken = capture(right["flux.1-dev"], request, tmp_path / "a.safetensors")
     rows = against.diffusers(taken, right["flux.1-dev"], ["guidance_in.*", "out"], budget=2e-6)
     names = {row.name for row in rows if "guidance_in.in_layer" in row.name}
@@ -117,28 +140,51 @@ LOST = {  # the first tensor that is missed -> what a capture lacks
 
 def test_mistakes_with_diffusers(captures, right, tmp_path, monkeypatch):
     taken, pipe = captures[KLEIN], right[KLEIN]
-    with pytest.raises(UserError, match=r"is of flux\.1-dev, and the pipeline here is flux\.2-klein-base-4b"):
+    with pytest.raises(
+        UserError, match=r"is of flux\.1-dev, and the pipeline here is flux\.2-klein-base-4b"
+    ):
         against.diffusers(captures["flux.1-dev"], pipe)
-    with pytest.raises(UserError, match=r"--only double_block\.0 matches nothing; the nearest names are .*double_blocks\.0"):
+    with pytest.raises(
+        UserError,
+        match=r"--only double_block\.0 matches nothing; the nearest names are .*double_blocks\.0",
+    ):
         against.diffusers(taken, pipe, ["double_block.0"])
     for lost, where in LOST.items():
         few = copy.copy(taken)
-        few.records = {name: record for name, record in taken.records.items() if not re.fullmatch(where, name)}
+        few.records = {
+            name: record for name, record in taken.records.items() if not re.fullmatch(where, name)
+        }
         few.names = list(few.records)
-        with pytest.raises(UserError, match=rf"\.safetensors lacks {lost} in full, which diffusers takes: capture it with"):
+        with pytest.raises(
+            UserError,
+            match=rf"\.safetensors lacks {lost} in full, which diffusers takes: capture it with",
+        ):
             against.diffusers(few, pipe)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="it is not installed, or too old .*; run `pip install"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="it is not installed, or too old .*; run `pip install"),
+    ):
         patch.setitem(sys.modules, "diffusers", None)
         against.diffusers(taken, pipe)
     monkeypatch.setattr(against, "REFERENCE", tmp_path / "reference.py")
-    with pytest.raises(UserError, match=r"needs tests/reference\.py: run scripts/parity\.py in a clone of the repository"):
+    with pytest.raises(
+        UserError,
+        match=r"needs tests/reference\.py: run scripts/parity\.py in a clone of the repository",
+    ):
         against.diffusers(taken, pipe)
 
 
 def test_references_that_are_remembered(right, tmp_path):
     pictures = Pictures((Image.new("RGB", (64, 64), "red"),), cached=True)
-    taken = capture(right[KLEIN], replace(ONE_STEP, pictures=pictures), tmp_path / "a.safetensors", Selection(("in",)))
-    with pytest.raises(UserError, match="--against diffusers is for runs without --kv-cache, which .* is not"):
+    taken = capture(
+        right[KLEIN],
+        replace(ONE_STEP, pictures=pictures),
+        tmp_path / "a.safetensors",
+        Selection(("in",)),
+    )
+    with pytest.raises(
+        UserError, match="--against diffusers is for runs without --kv-cache, which .* is not"
+    ):
         against.diffusers(taken, right[KLEIN])
 
 
@@ -149,20 +195,38 @@ def test_references_that_are_remembered(right, tmp_path):
 def test_an_adaptor(name, captures, right):
     ours, only = Modules(right[name]), ["step.002/single_blocks.*"]
     assert differing(against.adaptor(captures[name], ours, only)) == []
-    faulty = lambda module, inputs: [x * 1.01 if module == "step.002/single_blocks.1" else x for x in ours(module, inputs)]  # noqa: E731
+
+    def faulty(module, inputs):
+        return [
+            x * 1.01 if module == "step.002/single_blocks.1" else x for x in ours(module, inputs)
+        ]
+
     rows = against.adaptor(captures[name], faulty, only)
-    assert [row.name for row in rows if row.over] == ["step.002/single_blocks.1/out"]  # errors do not add up
+    assert [row.name for row in rows if row.over] == [
+        "step.002/single_blocks.1/out"
+    ]  # errors do not add up
 
 
 def test_an_adaptor_that_writes_a_capture(captures, tmp_path):
     taken, asked = captures[KLEIN], []
-    tensors = {name: taken.tensors[name] for name in ("step.001/latents", "step.002/latents", "pixels")}
+    tensors = {
+        name: taken.tensors[name] for name in ("step.001/latents", "step.002/latents", "pixels")
+    }
     tensors["step.002/latents"] = 1.01 * tensors["step.002/latents"]
     save_file(tensors, tmp_path / "theirs.safetensors")
-    rows = against.adaptor(taken, lambda name, inputs: asked.append(name) or tmp_path / "theirs.safetensors")
-    assert [row.name for row in rows] == list(tensors) and [row.name for row in rows if row.over] == ["step.002/latents"]
+    rows = against.adaptor(
+        taken, lambda name, inputs: asked.append(name) or tmp_path / "theirs.safetensors"
+    )
+    assert [row.name for row in rows] == list(tensors) and [
+        row.name for row in rows if row.over
+    ] == ["step.002/latents"]
     assert len(asked) == 1
-    assert against.adaptor(taken, lambda name, inputs: str(tmp_path / "theirs.safetensors"), budget=0.1)[1].over is False
+    assert (
+        against.adaptor(
+            taken, lambda name, inputs: str(tmp_path / "theirs.safetensors"), budget=0.1
+        )[1].over
+        is False
+    )
     with pytest.raises(UserError, match=r"none\.safetensors does not exist"):
         against.adaptor(taken, lambda name, inputs: str(tmp_path / "none.safetensors"))
 
@@ -170,24 +234,44 @@ def test_an_adaptor_that_writes_a_capture(captures, tmp_path):
 WRONG = {  # what an adaptor gives for a double block, two of (1, L, 128) -> what is said
     "a number": (3, "gave int, and not a list of tensors"),
     "arrays": ([np.zeros(3)] * 2, "gave list, and not a list of tensors"),
-    "too few": ([torch.zeros(1, 24, 128)], r"the adaptor gave 1 tensors for \S+/double_blocks\.0, and should give 2"),
-    "another shape": ([torch.zeros(24, 128)] * 2, r"gave torch\.float32 of 24x128 for \S+/out\.0, which should be 1x24x128"),
-    "another dtype": ([torch.zeros(1, 24, 128, dtype=torch.cfloat)] * 2, "gave torch.complex64 of 1x24x128 for"),
+    "too few": (
+        [torch.zeros(1, 24, 128)],
+        r"the adaptor gave 1 tensors for \S+/double_blocks\.0, and should give 2",
+    ),
+    "another shape": (
+        [torch.zeros(24, 128)] * 2,
+        r"gave torch\.float32 of 24x128 for \S+/out\.0, which should be 1x24x128",
+    ),
+    "another dtype": (
+        [torch.zeros(1, 24, 128, dtype=torch.cfloat)] * 2,
+        "gave torch.complex64 of 1x24x128 for",
+    ),
 }
 
 
 @pytest.mark.parametrize("answer, words", WRONG.values(), ids=WRONG)
 def test_an_adaptor_that_answers_wrongly(answer, words, captures):
     with pytest.raises(UserError, match=words):
-        against.adaptor(captures[KLEIN], lambda name, inputs: answer, ["step.001/double_blocks.0/out.?"])
+        against.adaptor(
+            captures[KLEIN], lambda name, inputs: answer, ["step.001/double_blocks.0/out.?"]
+        )
 
 
 def test_an_adaptor_that_fails(captures):
-    with pytest.raises(UserError, match="the adaptor gave 2 tensors for step.001/img_in, and should give 1"):
-        against.adaptor(captures[KLEIN], lambda name, inputs: [inputs[0]] * 2, ["step.001/img_in/out"])
-    with pytest.raises(UserError, match="the adaptor failed at step.001/img_in with ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        UserError, match="the adaptor gave 2 tensors for step.001/img_in, and should give 1"
+    ):
+        against.adaptor(
+            captures[KLEIN], lambda name, inputs: [inputs[0]] * 2, ["step.001/img_in/out"]
+        )
+    with pytest.raises(
+        UserError,
+        match="the adaptor failed at step.001/img_in with ZeroDivisionError: division by zero",
+    ):
         against.adaptor(captures[KLEIN], lambda name, inputs: 1 / 0, ["step.001/img_in/out"])
-    with pytest.raises(UserError, match="--only imgin matches nothing; the nearest names are .*img_in"):
+    with pytest.raises(
+        UserError, match="--only imgin matches nothing; the nearest names are .*img_in"
+    ):
         against.adaptor(captures[KLEIN], lambda name, inputs: inputs, ["imgin"])
 
 
@@ -207,12 +291,27 @@ def written(name, inputs):
 def test_the_command(parity):  # noqa: F811
     size = ("--width", 64, "--height", 64, "--steps", 1)
     assert parity("capture", "a small red circle", *size, "--output", "a.safetensors")[0] == 0
-    code, out, _ = parity("compare", "a.safetensors", "--against", "here", "--budget", 0, "--json", "rows.json")
+    code, out, _ = parity(
+        "compare", "a.safetensors", "--against", "here", "--budget", 0, "--json", "rows.json"
+    )
     rows = json.loads(Path("rows.json").read_text())
-    assert code == 0 and out.startswith("all ") and [row["name"] for row in rows] == Capture("a.safetensors").names
+    assert (
+        code == 0
+        and out.startswith("all ")
+        and [row["name"] for row in rows] == Capture("a.safetensors").names
+    )
     code, out, _ = parity("compare", "a.safetensors", "--against", "diffusers", "--budget", 2e-6)
     assert code == 0 and "step.001/single_blocks.1/attention/q" in out
-    code, out, _ = parity("compare", "a.safetensors", "--against", "diffusers", "--dtype", "bfloat16", "--budget", 1e-5)
+    code, out, _ = parity(
+        "compare",
+        "a.safetensors",
+        "--against",
+        "diffusers",
+        "--dtype",
+        "bfloat16",
+        "--budget",
+        1e-5,
+    )
     assert code == 1 and "tensors are over budget" in out
 
     Path("another_port.py").write_text(PORT)
@@ -224,9 +323,15 @@ def test_the_command(parity):  # noqa: F811
     for arguments, words in (
         ((), "compare takes A and either B or --against X"),
         (("a.safetensors", "--against", "here"), "compare takes A and either B or --against X"),
-        (("--against", "there"), "--against there: give here, diffusers, a .safetensors file, or MODULE:FUNCTION"),
+        (
+            ("--against", "there"),
+            "--against there: give here, diffusers, a .safetensors file, or MODULE:FUNCTION",
+        ),
         (("--against", "another_port:no"), "--against another_port:no: there is no such function"),
-        (("--against", "another_port:port", "--dtype", "bfloat16"), "--dtype is for --against here or diffusers"),
+        (
+            ("--against", "another_port:port", "--dtype", "bfloat16"),
+            "--dtype is for --against here or diffusers",
+        ),
         (("a.safetensors", "--lora-partial"), "--lora-partial is for --against here or diffusers"),
         (("--against", "here", "--image", "none.png"), "none.png"),
     ):
@@ -236,6 +341,16 @@ def test_the_command(parity):  # noqa: F811
     only, json_file = "step.001/single_blocks.1/out", ("--json", "allowed.json")
     assert parity("budgets", "a.safetensors", "--precision", "bfloat16", "--only", only)[0] == 0
     measured = budgets.stored(Capture("a.safetensors"))["bfloat16"][only]
-    code, *_ = parity("compare", "a.safetensors", "--against", "diffusers", "--dtype", "bfloat16", "--only", only, *json_file)
+    code, *_ = parity(
+        "compare",
+        "a.safetensors",
+        "--against",
+        "diffusers",
+        "--dtype",
+        "bfloat16",
+        "--only",
+        only,
+        *json_file,
+    )
     (row,) = json.loads(Path("allowed.json").read_text())
     assert code == 0 and row["budget"] == pytest.approx(2 * measured.accumulated)

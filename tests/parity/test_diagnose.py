@@ -32,9 +32,16 @@ from flux.parity.known_bugs import MISTAKES
 from flux.parity.reference import networks, tiny_models, write_weights
 
 FLUX1, FLUX2 = "flux.1-dev", "flux.2-klein-4b"
-WIDE = Request("a photo of a cat", width=96, height=80, steps=2, seed=5)  # 30 image tokens; 24 and 64 of text
-REQUESTS = {FLUX1: replace(WIDE, guidance=3.3, cfg_scale=2.5, negative_prompt="a dog"), FLUX2: WIDE}  # bfloat16 has no 3.3
-pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for", "ignore:.* was not trained with")
+WIDE = Request(
+    "a photo of a cat", width=96, height=80, steps=2, seed=5
+)  # 30 image tokens; 24 and 64 of text
+REQUESTS = {
+    FLUX1: replace(WIDE, guidance=3.3, cfg_scale=2.5, negative_prompt="a dog"),
+    FLUX2: WIDE,
+}  # bfloat16 has no 3.3
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* was distilled for", "ignore:.* was not trained with"
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +59,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipes(folder):
-    return {name: flux.load(name, weights=folder, device="cpu", dtype=torch.float32) for name in REQUESTS}
+    return {
+        name: flux.load(name, weights=folder, device="cpu", dtype=torch.float32)
+        for name in REQUESTS
+    }
 
 
 @pytest.fixture(scope="module")
 def captures(pipes, tmp_path_factory):
     out = tmp_path_factory.mktemp("captures")
-    return {name: capture(pipes[name], request, out / f"{name}.safetensors") for name, request in REQUESTS.items()}
+    return {
+        name: capture(pipes[name], request, out / f"{name}.safetensors")
+        for name, request in REQUESTS.items()
+    }
 
 
 class Hand:
@@ -73,7 +86,11 @@ class Hand:
         return x.double() if x.is_floating_point() else x
 
     def weight(self, key: str, part: str = "transformer") -> Tensor:
-        network = getattr(self.pipe.text, part) if part in ("t5", "clip", "model") else getattr(self.pipe, part)
+        network = (
+            getattr(self.pipe.text, part)
+            if part in ("t5", "clip", "model")
+            else getattr(self.pipe, part)
+        )
         return network().state_dict()[key].double()
 
 
@@ -87,7 +104,10 @@ def rms(x: Tensor, dims=-1, eps: float = 1e-6) -> Tensor:
 
 def modulated(h: Hand, stream: int, eps: float = 1e-6) -> Tensor:
     """What the image (0) or text (1) stream of the first double block gives to its qkv."""
-    shift, scale = h(f"/double_blocks.0/in.{3 + 6 * stream}"), h(f"/double_blocks.0/in.{4 + 6 * stream}")
+    shift, scale = (
+        h(f"/double_blocks.0/in.{3 + 6 * stream}"),
+        h(f"/double_blocks.0/in.{4 + 6 * stream}"),
+    )
     return scale * normed(h(f"/double_blocks.0/in.{stream}"), eps) + shift
 
 
@@ -97,20 +117,25 @@ def scale_of(h: Hand, which: str, stream: str = "img") -> Tensor:
 
 def joint(h: Hand, number: int) -> Tensor:
     """q (0) or k (1) of the first double block, after its norm and before RoPE, (B, H, N, d)."""
-    both = torch.cat([h(f"/double_blocks.0.{stream}_attn.norm/out") for stream in ("txt", "img")], dim=2)
+    both = torch.cat(
+        [h(f"/double_blocks.0.{stream}_attn.norm/out") for stream in ("txt", "img")], dim=2
+    )
     return both[number].transpose(1, 2)
 
 
 def angles(h: Hand, ids: Tensor, theta: float | None = None) -> Tensor:
     columns = [
-        ids[:, [axis]].double() * (theta or h.config.theta) ** (-torch.arange(0, dim, 2).double() / dim)
+        ids[:, [axis]].double()
+        * (theta or h.config.theta) ** (-torch.arange(0, dim, 2).double() / dim)
         for axis, dim in enumerate(h.config.axes_dim)
     ]
     return torch.cat(columns, dim=-1)  # (N, d/2)
 
 
 def table(angle: Tensor) -> Tensor:
-    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1).unflatten(-1, (2, 2))
+    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=-1).unflatten(
+        -1, (2, 2)
+    )
 
 
 def turned(x: Tensor, angle: Tensor) -> Tensor:
@@ -140,16 +165,29 @@ def transposed(h: Hand) -> Tensor:
     return ids
 
 
-def attended(h: Hand, place: str, scale: float = 1.0, hidden: Tensor | None = None, bias: Tensor | float = 0.0) -> Tensor:
+def attended(
+    h: Hand,
+    place: str,
+    scale: float = 1.0,
+    hidden: Tensor | None = None,
+    bias: Tensor | float = 0.0,
+) -> Tensor:
     """Attention written out; `scale` besides 1 / sqrt(d); `hidden` keys are not seen."""
     q, k, v = (h(f"{place}/attention/{tap}") for tap in "qkv")
     scores = q @ k.mT * scale / q.shape[-1] ** 0.5 + bias
-    return torch.softmax(scores if hidden is None else scores.masked_fill(hidden, -math.inf), dim=-1) @ v
+    return (
+        torch.softmax(scores if hidden is None else scores.masked_fill(hidden, -math.inf), dim=-1)
+        @ v
+    )
 
 
 def padded(h: Hand, keys: int, prompt: str = "text") -> Tensor:
     """(keys,) True at the padded text tokens, with which the joint sequence begins."""
-    of_text = h(f"{prompt}/t5/in")[0] == 0 if "text/t5/in" in h.taken.names else ~h(f"{prompt}/model/in.1")[0]
+    of_text = (
+        h(f"{prompt}/t5/in")[0] == 0
+        if "text/t5/in" in h.taken.names
+        else ~h(f"{prompt}/model/in.1")[0]
+    )
     assert 0 < of_text.sum() < len(of_text)
     return torch.cat([of_text, torch.zeros(keys - len(of_text), dtype=torch.bool)])
 
@@ -188,14 +226,20 @@ def mu(h: Hand) -> float:
 def regrouped(x: Tensor, axis: int, order: tuple[int, int, int]) -> Tensor:
     """Channels (c, row, column) in another order."""
     parts = x.movedim(axis, -1).unflatten(-1, (-1, 2, 2))
-    return parts.permute(*range(x.ndim - 1), *(x.ndim - 1 + place for place in order)).flatten(-3).movedim(-1, axis)
+    return (
+        parts.permute(*range(x.ndim - 1), *(x.ndim - 1 + place for place in order))
+        .flatten(-3)
+        .movedim(-1, axis)
+    )
 
 
 def spread_out(x: Tensor, order: tuple[int, int, int] = (0, 1, 2)) -> Tensor:
     """(1, C, h, w) -> (1, C/4, 2h, 2w), with the channels' parts (c, row, column) found in this order."""
     _, channels, height, width = x.shape
     sizes = [(channels // 4, 2, 2)[place] for place in order]
-    parts = x.reshape(1, *sizes, height, width).permute(0, *(1 + order.index(place) for place in range(3)), 4, 5)
+    parts = x.reshape(1, *sizes, height, width).permute(
+        0, *(1 + order.index(place) for place in range(3)), 4, 5
+    )
     return parts.permute(0, 1, 4, 2, 5, 3).reshape(1, channels // 4, 2 * height, 2 * width)
 
 
@@ -203,7 +247,9 @@ def statistics(h: Hand) -> tuple[Tensor | float, Tensor | float]:
     config = h.pipe.spec.autoencoder
     if config.scale_factor is not None:
         return config.shift_factor, 1 / config.scale_factor
-    mean, var = (h.weight(f"bn.running_{which}", "autoencoder")[:, None, None] for which in ("mean", "var"))
+    mean, var = (
+        h.weight(f"bn.running_{which}", "autoencoder")[:, None, None] for which in ("mean", "var")
+    )
     return mean, (var + 1e-4).sqrt()
 
 
@@ -214,13 +260,17 @@ def stepped(h: Hand, dt: float) -> Tensor:
 
 def in_clip(h: Hand, prompt: str = "text") -> Tensor:
     last = h(f"{prompt}/clip/text_model.encoder.layers.1/out")[:, -1]
-    weight, bias = (h.weight(f"text_model.final_layer_norm.{key}", "clip") for key in ("weight", "bias"))
+    weight, bias = (
+        h.weight(f"text_model.final_layer_norm.{key}", "clip") for key in ("weight", "bias")
+    )
     return normed(last, 1e-5) * weight + bias
 
 
 def raw(h: Hand, stream: str = "img", where: str = "step.001") -> Tensor:
     """q and k of the first double block before their norm, (2, B, N, H, d)."""
-    qkv = h(f"{where}/double_blocks.0.{stream}_attn.qkv/out").unflatten(-1, (3, h.config.num_heads, -1))
+    qkv = h(f"{where}/double_blocks.0.{stream}_attn.qkv/out").unflatten(
+        -1, (3, h.config.num_heads, -1)
+    )
     return qkv[..., :2, :, :].movedim(-3, 0)
 
 
@@ -260,100 +310,248 @@ def level(h: Hand) -> Tensor:
 
 
 def of_middle(h: Hand) -> list[Tensor]:
-    return [h.weight(f"decoder.mid.block_1.norm1.{key}", "autoencoder") for key in ("weight", "bias")]
+    return [
+        h.weight(f"decoder.mid.block_1.norm1.{key}", "autoencoder") for key in ("weight", "bias")
+    ]
 
 
 def of_upsampling(h: Hand) -> list[Tensor]:
     return [h.weight(f"{UP}.conv.{key}", "autoencoder") for key in ("weight", "bias")]
 
 
-QKV, NORM, Q = "/double_blocks.0.img_attn.qkv/in", "/double_blocks.0.img_attn.norm/out", "/double_blocks.0/attention/q"
+QKV, NORM, Q = (
+    "/double_blocks.0.img_attn.qkv/in",
+    "/double_blocks.0.img_attn.norm/out",
+    "/double_blocks.0/attention/q",
+)
 MOD = "/double_blocks.0.img_mod/out"
-AXIS, PACKING, BF16 = "QK-norm over the wrong axis", "packing order of latents", "t rounded to bfloat16"
+AXIS, PACKING, BF16 = (
+    "QK-norm over the wrong axis",
+    "packing order of latents",
+    "t rounded to bfloat16",
+)
 NO = "step.001/negative"
-T5, CLIP, QWEN = "text/t5/encoder.block.0.layer", "text/clip/text_model.encoder.layers.0", "text/model/layers.0"
+T5, CLIP, QWEN = (
+    "text/t5/encoder.block.0.layer",
+    "text/clip/text_model.encoder.layers.0",
+    "text/model/layers.0",
+)
 UP = "decoder.up.3.upsample"
 
 KNOWN = (  # model, tensor, what a port has there, and what the doctor should say; the last: a budget, where it must be small
-    (FLUX1, QKV,
-     lambda h: (1 + h("/double_blocks.0/in.3")) * normed(h("/double_blocks.0/in.0")) + h("/double_blocks.0/in.4") - 1,
-     "shift and scale swapped"),
+    (
+        FLUX1,
+        QKV,
+        lambda h: (
+            (1 + h("/double_blocks.0/in.3")) * normed(h("/double_blocks.0/in.0"))
+            + h("/double_blocks.0/in.4")
+            - 1
+        ),
+        "shift and scale swapped",
+    ),
     (FLUX1, f"{MOD}.0", lambda h: h(f"{MOD}.1") - 1, "shift and scale swapped"),
     (FLUX2, "/final_layer.linear/in", last_modulated, "shift and scale swapped"),
-    (FLUX2, "/single_blocks.0.linear1/in",
-     lambda h: (h("/single_blocks.0/in.3") - 1) * normed(h("/single_blocks.0/in.0")) + h("/single_blocks.0/in.2"),
-     "1 + scale missing"),
-    (FLUX1, f"{MOD}.1",
-     lambda h: 1 + h("/double_blocks.0.img_mod.lin/out").chunk(6, dim=-1)[2][:, None], "modulation cut by kind"),
+    (
+        FLUX2,
+        "/single_blocks.0.linear1/in",
+        lambda h: (
+            (h("/single_blocks.0/in.3") - 1) * normed(h("/single_blocks.0/in.0"))
+            + h("/single_blocks.0/in.2")
+        ),
+        "1 + scale missing",
+    ),
+    (
+        FLUX1,
+        f"{MOD}.1",
+        lambda h: 1 + h("/double_blocks.0.img_mod.lin/out").chunk(6, dim=-1)[2][:, None],
+        "modulation cut by kind",
+    ),
     (FLUX1, "/double_blocks.0.img_mod/in", lambda h: h("/vec"), "SiLU missing"),
     (FLUX1, QKV, lambda h: modulated(h, 0, 1e-5), "eps 1e-05", 1e-6),
     (FLUX2, "/double_blocks.0.txt_attn.qkv/in", lambda h: modulated(h, 1, 1e-5), "eps 1e-05", 1e-6),
     (FLUX2, NORM, lambda h: scaled(h, rms(raw(h), eps=1e-3)), "eps 0.001", 1e-6),
-    (FLUX1, "text/t5/encoder.final_layer_norm/out",
-     lambda h: rms(h("text/t5/encoder.final_layer_norm/in"), eps=1e-3) * h.weight("encoder.final_layer_norm.weight", "t5"),
-     "eps 0.001", 1e-6),
-    (FLUX2, f"{QWEN}.input_layernorm/out",
-     lambda h: rms(h(f"{QWEN}.input_layernorm/in"), eps=1e-3) * h.weight("layers.0.input_layernorm.weight", "model"),
-     "eps 0.001", 1e-6),
-    (FLUX1, "decoder/decoder.mid.block_1.norm1/out",
-     lambda h: F.group_norm(h("decoder/decoder.mid.block_1.norm1/in"), 16, *of_middle(h), 1e-3), "eps 0.001", 1e-6),
+    (
+        FLUX1,
+        "text/t5/encoder.final_layer_norm/out",
+        lambda h: (
+            rms(h("text/t5/encoder.final_layer_norm/in"), eps=1e-3)
+            * h.weight("encoder.final_layer_norm.weight", "t5")
+        ),
+        "eps 0.001",
+        1e-6,
+    ),
+    (
+        FLUX2,
+        f"{QWEN}.input_layernorm/out",
+        lambda h: (
+            rms(h(f"{QWEN}.input_layernorm/in"), eps=1e-3)
+            * h.weight("layers.0.input_layernorm.weight", "model")
+        ),
+        "eps 0.001",
+        1e-6,
+    ),
+    (
+        FLUX1,
+        "decoder/decoder.mid.block_1.norm1/out",
+        lambda h: F.group_norm(h("decoder/decoder.mid.block_1.norm1/in"), 16, *of_middle(h), 1e-3),
+        "eps 0.001",
+        1e-6,
+    ),
     (FLUX1, NORM, raw, "QK-norm left out"),
     (FLUX2, NORM, lambda h: rms(raw(h)), "QK-norm without its scale"),
     (FLUX1, NORM, lambda h: scaled(h, rms(raw(h)).flip(0)).flip(0), "QK-norm's scales swapped"),
     (FLUX1, NORM, lambda h: scaled(h, rms(raw(h), 2)), AXIS),
     (FLUX1, NORM, lambda h: scaled(h, rms(raw(h), (3, 4))), AXIS),
     (FLUX2, NORM, lambda h: scaled(h, rms(raw(h), 3)), AXIS),
-    (FLUX2, "/single_blocks.0.norm/in", lambda h: turned(h("/single_blocks.0.norm/in"), angles(h, positions(h))[:, None]),
-     "QK-norm after RoPE"),
+    (
+        FLUX2,
+        "/single_blocks.0.norm/in",
+        lambda h: turned(h("/single_blocks.0.norm/in"), angles(h, positions(h))[:, None]),
+        "QK-norm after RoPE",
+    ),
     (FLUX1, Q, lambda h: early(h, 0), "QK-norm after RoPE"),
     (FLUX1, "/double_blocks.0/attention/k", lambda h: early(h, 1), "QK-norm after RoPE"),
     (FLUX1, Q, lambda h: in_halves(joint(h, 0), angles(h, positions(h))), "RoPE turns halves"),
-    (FLUX2, Q, lambda h: turned(joint(h, 0), angles(h, positions(h))).unflatten(-1, (-1, 2)).mT.flatten(-2),
-     "RoPE's pairs stored as halves"),
+    (
+        FLUX2,
+        Q,
+        lambda h: (
+            turned(joint(h, 0), angles(h, positions(h))).unflatten(-1, (-1, 2)).mT.flatten(-2)
+        ),
+        "RoPE's pairs stored as halves",
+    ),
     (FLUX2, Q, lambda h: turned(joint(h, 0), -angles(h, positions(h))), "RoPE turns backwards"),
     (FLUX1, Q, lambda h: joint(h, 0), "RoPE left out"),
     (FLUX1, "rope", lambda h: table(angles(h, positions(h), 2000)), "RoPE's theta"),
     (FLUX2, "rope", lambda h: table(angles(h, positions(h), 10_000)), "RoPE's theta"),
     (FLUX1, "ids/img", transposed, "rows and columns swapped"),
-    (FLUX2, "rope", lambda h: table(angles(h, torch.cat([h("ids/txt"), transposed(h)]))), "rows and columns swapped"),
-    (FLUX2, Q, lambda h: turned(joint(h, 0), angles(h, torch.cat([h("ids/txt"), transposed(h)]))), "rows and columns swapped"),
+    (
+        FLUX2,
+        "rope",
+        lambda h: table(angles(h, torch.cat([h("ids/txt"), transposed(h)]))),
+        "rows and columns swapped",
+    ),
+    (
+        FLUX2,
+        Q,
+        lambda h: turned(joint(h, 0), angles(h, torch.cat([h("ids/txt"), transposed(h)]))),
+        "rows and columns swapped",
+    ),
     (FLUX1, "ids/img", lambda h: moved(h, 1, 0), "rows off by one"),
-    (FLUX2, "rope", lambda h: table(angles(h, torch.cat([h("ids/txt"), moved(h, 0, 1)]))), "columns off by one"),
-    (FLUX1, Q, lambda h: turned(joint(h, 0), angles(h, torch.cat([h("ids/txt"), moved(h, 1, 1)]))),
-     "rows and columns off by one"),
+    (
+        FLUX2,
+        "rope",
+        lambda h: table(angles(h, torch.cat([h("ids/txt"), moved(h, 0, 1)]))),
+        "columns off by one",
+    ),
+    (
+        FLUX1,
+        Q,
+        lambda h: turned(joint(h, 0), angles(h, torch.cat([h("ids/txt"), moved(h, 1, 1)]))),
+        "rows and columns off by one",
+    ),
     (FLUX2, "ids/txt", lambda h: 0 * h("ids/txt"), "text coordinates"),
     (FLUX1, "rope", lambda h: table(angles(h, positions(h).roll(30, 0))), "text and image order"),
-    (FLUX2, "/single_blocks.0/in.0", lambda h: torch.cat(h("/single_blocks.0/in.0").split([64, 30], 1)[::-1], 1),
-     "text and image order"),
-    (FLUX1, "/final_layer/in.0", lambda h: h("/single_blocks.1/out")[:, :30], "text and image order"),
+    (
+        FLUX2,
+        "/single_blocks.0/in.0",
+        lambda h: torch.cat(h("/single_blocks.0/in.0").split([64, 30], 1)[::-1], 1),
+        "text and image order",
+    ),
+    (
+        FLUX1,
+        "/final_layer/in.0",
+        lambda h: h("/single_blocks.1/out")[:, :30],
+        "text and image order",
+    ),
     (FLUX1, "/double_blocks.0.img_attn.norm/in", by_heads, "q, k, v cut by heads"),
-    (FLUX1, "/double_blocks.0.img_mlp.1/out", lambda h: gelu(h("/double_blocks.0.img_mlp.1/in")), "GELU by erf"),
+    (
+        FLUX1,
+        "/double_blocks.0.img_mlp.1/out",
+        lambda h: gelu(h("/double_blocks.0.img_mlp.1/in")),
+        "GELU by erf",
+    ),
     (FLUX1, f"{CLIP}.mlp.fc2/in", lambda h: gelu(h(f"{CLIP}.mlp.fc1/out")), "GELU by erf"),
-    (FLUX1, f"{T5}.1.DenseReluDense.wo/in",
-     lambda h: gelu(h(f"{T5}.1.DenseReluDense.wi_0/out")) * h(f"{T5}.1.DenseReluDense.wi_1/out"), "GELU by erf"),
+    (
+        FLUX1,
+        f"{T5}.1.DenseReluDense.wo/in",
+        lambda h: gelu(h(f"{T5}.1.DenseReluDense.wi_0/out")) * h(f"{T5}.1.DenseReluDense.wi_1/out"),
+        "GELU by erf",
+    ),
     (FLUX2, "/double_blocks.0.img_mlp.1/out", gated, "gate and value swapped"),
-    (FLUX2, "/double_blocks.0/attention/out", lambda h: attended(h, "/double_blocks.0", scale=32**0.5), "attention not scaled"),
-    (FLUX1, "/double_blocks.0/attention/out", lambda h: attended(h, "/double_blocks.0", hidden=padded(h, 54)),
-     "padding of the prompt masked"),
-    (FLUX2, "/single_blocks.1/attention/out", lambda h: attended(h, "/single_blocks.1", hidden=padded(h, 94)),
-     "padding of the prompt masked"),
-    (FLUX1, f"{T5}.0.SelfAttention/attention/out",
-     lambda h: attended(h, f"{T5}.0.SelfAttention", 8**0.5, padded(h, 24), h(f"{T5}.0.SelfAttention/in.1")),
-     "padding of the prompt masked"),
-    (FLUX2, "text/features", lambda h: h("text/features") * ~padded(h, 64)[:, None], "padding of the prompt zeroed"),
-    (FLUX2, f"{QWEN}.self_attn/attention/out", lambda h: attended(h, f"{QWEN}.self_attn", hidden=causal(64)),
-     "padding of the prompt seen"),
+    (
+        FLUX2,
+        "/double_blocks.0/attention/out",
+        lambda h: attended(h, "/double_blocks.0", scale=32**0.5),
+        "attention not scaled",
+    ),
+    (
+        FLUX1,
+        "/double_blocks.0/attention/out",
+        lambda h: attended(h, "/double_blocks.0", hidden=padded(h, 54)),
+        "padding of the prompt masked",
+    ),
+    (
+        FLUX2,
+        "/single_blocks.1/attention/out",
+        lambda h: attended(h, "/single_blocks.1", hidden=padded(h, 94)),
+        "padding of the prompt masked",
+    ),
+    (
+        FLUX1,
+        f"{T5}.0.SelfAttention/attention/out",
+        lambda h: attended(
+            h, f"{T5}.0.SelfAttention", 8**0.5, padded(h, 24), h(f"{T5}.0.SelfAttention/in.1")
+        ),
+        "padding of the prompt masked",
+    ),
+    (
+        FLUX2,
+        "text/features",
+        lambda h: h("text/features") * ~padded(h, 64)[:, None],
+        "padding of the prompt zeroed",
+    ),
+    (
+        FLUX2,
+        f"{QWEN}.self_attn/attention/out",
+        lambda h: attended(h, f"{QWEN}.self_attn", hidden=causal(64)),
+        "padding of the prompt seen",
+    ),
     (FLUX2, f"{QWEN}/in.2", lambda h: ~causal(64)[None, None], "padding of the prompt seen"),
-    (FLUX1, f"{NO}/double_blocks.0/attention/out",
-     lambda h: attended(h, f"{NO}/double_blocks.0", hidden=padded(h, 54, "text/negative")), "padding of the prompt masked"),
-    (FLUX1, f"{NO}/double_blocks.0.img_attn.norm/out", lambda h: raw(h, "img", NO), "QK-norm left out"),
-    (FLUX1, "negative/rope", lambda h: table(angles(h, torch.cat([h("negative/ids/txt"), transposed(h)]))),
-     "rows and columns swapped"),
+    (
+        FLUX1,
+        f"{NO}/double_blocks.0/attention/out",
+        lambda h: attended(h, f"{NO}/double_blocks.0", hidden=padded(h, 54, "text/negative")),
+        "padding of the prompt masked",
+    ),
+    (
+        FLUX1,
+        f"{NO}/double_blocks.0.img_attn.norm/out",
+        lambda h: raw(h, "img", NO),
+        "QK-norm left out",
+    ),
+    (
+        FLUX1,
+        "negative/rope",
+        lambda h: table(angles(h, torch.cat([h("negative/ids/txt"), transposed(h)]))),
+        "rows and columns swapped",
+    ),
     (FLUX1, "text/pooled", in_clip, "pooled at the last token"),
-    (FLUX1, "text/negative/clip/out", lambda h: in_clip(h, "text/negative"), "pooled at the last token"),
-    (FLUX2, "text/model/out",
-     lambda h: torch.cat([h(f"text/model/{part}/out") for part in ("embed_tokens", "layers.0", "layers.2")], dim=-1),
-     "hidden states off by one"),
+    (
+        FLUX1,
+        "text/negative/clip/out",
+        lambda h: in_clip(h, "text/negative"),
+        "pooled at the last token",
+    ),
+    (
+        FLUX2,
+        "text/model/out",
+        lambda h: torch.cat(
+            [h(f"text/model/{part}/out") for part in ("embed_tokens", "layers.0", "layers.2")],
+            dim=-1,
+        ),
+        "hidden states off by one",
+    ),
     (FLUX1, "step.002/time_in/in", lambda h: waves(t_of(h, 2)), "t not times 1000"),
     (FLUX1, "/guidance_in/in", lambda h: waves(3.3), "t not times 1000"),
     (FLUX1, "step.002/time_in/in", lambda h: waves(1000 * bf16(t_of(h, 2))), BF16),
@@ -362,41 +560,122 @@ KNOWN = (  # model, tensor, what a port has there, and what the doctor should sa
     (FLUX2, "/time_in/in", lambda h: waves(1000).roll(128, -1), "sines before cosines"),
     (FLUX2, "/time_in/in", lambda h: waves(1000, last=127), "frequencies off by one"),
     (FLUX2, "/time_in/in", lambda h: waves(1000 * t_of(h, 2)), "schedule off by one"),
-    (FLUX1, "schedule", lambda h: shifted(h, math.exp(mu(h)), torch.tensor([2, 1, 0]).double() / 3), "schedule off by one"),
-    (FLUX1, "schedule", lambda h: shifted(h, math.exp(mu(h)), torch.tensor([3, 2, 1]).double() / 3), "schedule off by one"),
+    (
+        FLUX1,
+        "schedule",
+        lambda h: shifted(h, math.exp(mu(h)), torch.tensor([2, 1, 0]).double() / 3),
+        "schedule off by one",
+    ),
+    (
+        FLUX1,
+        "schedule",
+        lambda h: shifted(h, math.exp(mu(h)), torch.tensor([3, 2, 1]).double() / 3),
+        "schedule off by one",
+    ),
     (FLUX2, "schedule", lambda h: torch.tensor([1, 0.5, 0]), "schedule unshifted"),
-    (FLUX1, "schedule", lambda h: shifted(h, mu(h), torch.tensor([1, 0.5, 0]).double()), "schedule's mu"),
-    (FLUX2, "schedule", lambda h: shifted(h, math.exp(mu(h)), torch.tensor([1, 0.5, 0]).double()), "schedule's mu"),
+    (
+        FLUX1,
+        "schedule",
+        lambda h: shifted(h, mu(h), torch.tensor([1, 0.5, 0]).double()),
+        "schedule's mu",
+    ),
+    (
+        FLUX2,
+        "schedule",
+        lambda h: shifted(h, math.exp(mu(h)), torch.tensor([1, 0.5, 0]).double()),
+        "schedule's mu",
+    ),
     (FLUX1, "schedule", lambda h: 1000 * h("schedule"), "t times 1000"),
     (FLUX1, "noise", lambda h: regrouped(h("noise"), 1, (1, 2, 0)), PACKING),
     (FLUX1, "noise", lambda h: regrouped(h("noise"), 1, (0, 2, 1)), PACKING),
     (FLUX2, "/in", lambda h: regrouped(h("/in"), 2, (1, 2, 0)), PACKING),
-    (FLUX1, "decoder/decoder/in",
-     lambda h: spread_out(h("step.002/latents") * statistics(h)[1] + statistics(h)[0], (1, 2, 0)), PACKING),
-    (FLUX2, "decoder/decoder/in",
-     lambda h: spread_out(h("step.002/latents") * statistics(h)[1] + statistics(h)[0], (0, 2, 1)), PACKING),
-    (FLUX1, "/in", lambda h: h("/in").unflatten(1, (5, 6)).transpose(1, 2).flatten(1, 2), "image tokens column by column"),
-    (FLUX1, "noise", lambda h: torch.randn(1, 64, 5, 6, generator=torch.Generator().manual_seed(5)),
-     "noise drawn in another layout"),
+    (
+        FLUX1,
+        "decoder/decoder/in",
+        lambda h: spread_out(
+            h("step.002/latents") * statistics(h)[1] + statistics(h)[0], (1, 2, 0)
+        ),
+        PACKING,
+    ),
+    (
+        FLUX2,
+        "decoder/decoder/in",
+        lambda h: spread_out(
+            h("step.002/latents") * statistics(h)[1] + statistics(h)[0], (0, 2, 1)
+        ),
+        PACKING,
+    ),
+    (
+        FLUX1,
+        "/in",
+        lambda h: h("/in").unflatten(1, (5, 6)).transpose(1, 2).flatten(1, 2),
+        "image tokens column by column",
+    ),
+    (
+        FLUX1,
+        "noise",
+        lambda h: torch.randn(1, 64, 5, 6, generator=torch.Generator().manual_seed(5)),
+        "noise drawn in another layout",
+    ),
     (FLUX1, "/out", lambda h: -h("/out"), "velocity's sign"),
     (FLUX2, "/latents", lambda h: stepped(h, t_of(h, 1) - t_of(h, 2)), "velocity's sign"),
     (FLUX1, "/latents", lambda h: stepped(h, t_of(h, 3) - t_of(h, 2)), "schedule off by one"),
     (FLUX1, "/velocity", lambda h: h("/out"), "guidance left out"),
-    (FLUX1, "/velocity", lambda h: guided(h, lambda a, b: a + 2.5 * (b - a)), "guidance the wrong way"),
-    (FLUX1, "/velocity", lambda h: guided(h, lambda a, b: a + 2.5 * (a - b)), "guidance from the prompt"),
-    (FLUX2, "decoder/decoder/in", lambda h: spread_out(h("step.002/latents")), "latent normalisation missing"),
-    (FLUX1, "decoder/decoder/in", lambda h: spread_out(h("step.002/latents")), "latent normalisation missing"),
-    (FLUX1, "decoder/decoder/in", lambda h: spread_out(h("step.002/latents") / 0.3611), "latent normalisation half missing"),
-    (FLUX2, "decoder/decoder/in", lambda h: spread_out(h("step.002/latents") + statistics(h)[0]),
-     "latent normalisation half missing"),
-    (FLUX2, "decoder/decoder/in", lambda h: spread_out((h("step.002/latents") - statistics(h)[0]) / statistics(h)[1]),
-     "latent normalisation inverted"),
-    (FLUX1, f"decoder/{UP}.conv/out",
-     lambda h: F.conv2d(F.interpolate(h(f"decoder/{UP}/in"), scale_factor=2, mode="bilinear"), *of_upsampling(h), padding=1),
-     "upsampling smooth"),
+    (
+        FLUX1,
+        "/velocity",
+        lambda h: guided(h, lambda a, b: a + 2.5 * (b - a)),
+        "guidance the wrong way",
+    ),
+    (
+        FLUX1,
+        "/velocity",
+        lambda h: guided(h, lambda a, b: a + 2.5 * (a - b)),
+        "guidance from the prompt",
+    ),
+    (
+        FLUX2,
+        "decoder/decoder/in",
+        lambda h: spread_out(h("step.002/latents")),
+        "latent normalisation missing",
+    ),
+    (
+        FLUX1,
+        "decoder/decoder/in",
+        lambda h: spread_out(h("step.002/latents")),
+        "latent normalisation missing",
+    ),
+    (
+        FLUX1,
+        "decoder/decoder/in",
+        lambda h: spread_out(h("step.002/latents") / 0.3611),
+        "latent normalisation half missing",
+    ),
+    (
+        FLUX2,
+        "decoder/decoder/in",
+        lambda h: spread_out(h("step.002/latents") + statistics(h)[0]),
+        "latent normalisation half missing",
+    ),
+    (
+        FLUX2,
+        "decoder/decoder/in",
+        lambda h: spread_out((h("step.002/latents") - statistics(h)[0]) / statistics(h)[1]),
+        "latent normalisation inverted",
+    ),
+    (
+        FLUX1,
+        f"decoder/{UP}.conv/out",
+        lambda h: F.conv2d(
+            F.interpolate(h(f"decoder/{UP}/in"), scale_factor=2, mode="bilinear"),
+            *of_upsampling(h),
+            padding=1,
+        ),
+        "upsampling smooth",
+    ),
     (FLUX1, "picture", level, "pixels truncated", 1e-3),
     (FLUX2, "picture", lambda h: h("picture").flip(-1), "red and blue swapped"),
-)  # fmt: skip
+)
 
 
 def ported(folder: Path, tensors: dict[str, Tensor]) -> Capture:
@@ -405,11 +684,17 @@ def ported(folder: Path, tensors: dict[str, Tensor]) -> Capture:
     return Capture(folder / "port.safetensors")
 
 
-def examined(port: Capture, reference: Capture, pipe, budget: float | None = None) -> Diagnosis | None:
+def examined(
+    port: Capture, reference: Capture, pipe, budget: float | None = None
+) -> Diagnosis | None:
     return diagnose(compare(port, reference, budget), port, reference, pipe)
 
 
-@pytest.mark.parametrize("case", KNOWN, ids=[re.sub("^/", "", f"{case[1]} {case[3]}").replace("/", ":") for case in KNOWN])
+@pytest.mark.parametrize(
+    "case",
+    KNOWN,
+    ids=[re.sub("^/", "", f"{case[1]} {case[3]}").replace("/", ":") for case in KNOWN],
+)
 def test_known(case, pipes, captures, tmp_path):
     model, name, by_hand, cause, *budget = case
     reference, full = captures[model], f"step.001{name}" if name.startswith("/") else name
@@ -430,11 +715,17 @@ def test_every_mistake_is_tested():
 
 def test_encoding(pipes, tmp_path):
     """A stride of 2 with a border of zeros all around, where the encoder has one at the right and bottom."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    )
     pipe, request = pipes[FLUX2], replace(WIDE, pictures=Pictures((picture,)))
-    reference = capture(pipe, request, tmp_path / "reference.safetensors", Selection(("encoder.1",)))
+    reference = capture(
+        pipe, request, tmp_path / "reference.safetensors", Selection(("encoder.1",))
+    )
     h, name = Hand(reference, pipe), "encoder.1/encoder.down.0.downsample"
-    weight, bias = (h.weight(f"encoder.down.0.downsample.conv.{key}", "encoder") for key in ("weight", "bias"))
+    weight, bias = (
+        h.weight(f"encoder.down.0.downsample.conv.{key}", "encoder") for key in ("weight", "bias")
+    )
     wrong = F.conv2d(h(f"{name}/in"), weight, bias, stride=2, padding=1)
     found = examined(ported(tmp_path, {f"{name}/out": wrong.float()}), reference, pipe)
     assert found.cause.name == "downsampling padded on all sides"
@@ -446,10 +737,16 @@ def test_encoding(pipes, tmp_path):
 def test_references_that_are_seen_once(pipes, tmp_path):
     """They go another way through the blocks, with coordinates of their own."""
     request = replace(WIDE, pictures=Pictures((Image.new("RGB", (80, 64), "teal"),), cached=True))
-    reference = capture(pipes[FLUX2], request, tmp_path / "reference.safetensors", Selection(("references",)))
+    reference = capture(
+        pipes[FLUX2], request, tmp_path / "reference.safetensors", Selection(("references",))
+    )
     h, place = Hand(reference, pipes[FLUX2]), "references/double_blocks.0"
-    wrong = in_halves(h(f"{place}.img_attn.norm/out")[1].transpose(1, 2), angles(h, h("references/ids/img")))
-    found = examined(ported(tmp_path, {f"{place}/attention/k": wrong.float()}), reference, pipes[FLUX2])
+    wrong = in_halves(
+        h(f"{place}.img_attn.norm/out")[1].transpose(1, 2), angles(h, h("references/ids/img"))
+    )
+    found = examined(
+        ported(tmp_path, {f"{place}/attention/k": wrong.float()}), reference, pipes[FLUX2]
+    )
     assert found.cause.name == "RoPE turns halves" and found.unsound is None
 
 
@@ -458,10 +755,14 @@ def test_references_that_are_seen_once(pipes, tmp_path):
 
 def test_of_a_block_only_its_output(pipes, captures, tmp_path):
     reference, block = captures[FLUX1], pipes[FLUX1].transformer().single_blocks[0]
-    x, rope, shift, scale, gate = (reference.tensors[f"step.001/single_blocks.0/in.{number}"] for number in range(5))
+    x, rope, shift, scale, gate = (
+        reference.tensors[f"step.001/single_blocks.0/in.{number}"] for number in range(5)
+    )
     with torch.inference_mode():
         wrong = block(x, rope, transformer.Modulation(scale - 1, 1 + shift, gate))
-    found = examined(ported(tmp_path, {"step.001/single_blocks.0/out": wrong}), reference, pipes[FLUX1])
+    found = examined(
+        ported(tmp_path, {"step.001/single_blocks.0/out": wrong}), reference, pipes[FLUX1]
+    )
     assert found.cause.name == "shift and scale swapped"
 
 
@@ -470,7 +771,9 @@ def test_of_a_network_only_its_output(pipes, captures, tmp_path):
     t = reference.tensors
     with torch.inference_mode():
         rope = network.rope(t["ids/txt"], transposed(Hand(reference, pipes[FLUX2])))
-        wrong = network.velocity(t["step.001/in"], t["text/features"], rope, network.modulations(t["step.001/vec"]))
+        wrong = network.velocity(
+            t["step.001/in"], t["text/features"], rope, network.modulations(t["step.001/vec"])
+        )
     found = examined(ported(tmp_path, {"step.001/out": wrong}), reference, pipes[FLUX2])
     assert found.cause.name == "rows and columns swapped" and found.unsound is None
 
@@ -493,14 +796,20 @@ def test_in_bfloat16(folder, tmp_path):
     reference = capture(pipe, WIDE, tmp_path / "reference.safetensors", Selection(("step.001",)))
     h, block = Hand(reference, pipe), "/single_blocks.0"
     shift, scale = h(f"{block}/in.2"), h(f"{block}/in.3")
-    wrong = {f"step.001{block}.linear1/in": ((1 + shift) * normed(h(f"{block}/in.0")) + scale - 1).bfloat16()}
+    wrong = {
+        f"step.001{block}.linear1/in": (
+            (1 + shift) * normed(h(f"{block}/in.0")) + scale - 1
+        ).bfloat16()
+    }
     found = examined(ported(tmp_path, wrong), reference, pipe)
     assert found.cause.name == "shift and scale swapped" and 1e-4 < found.trials[0].residual < 1e-2
 
 
 def test_rounding_that_is_left_out(folder, tmp_path):
     pipe = flux.load(FLUX2, weights=folder, device="cpu", dtype=torch.bfloat16, numerics="bfl")
-    reference = capture(pipe, WIDE, tmp_path / "reference.safetensors", Selection(("time_in", "schedule")))
+    reference = capture(
+        pipe, WIDE, tmp_path / "reference.safetensors", Selection(("time_in", "schedule"))
+    )
     wrong = waves(1000 * t_of(Hand(reference, pipe), 2)).bfloat16()
     found = examined(ported(tmp_path, {"step.002/time_in/in": wrong}), reference, pipe)
     assert found.cause.name == "t kept in float32" and found.unsound is None
@@ -512,7 +821,9 @@ def test_probes(pipes, captures, tmp_path):
 
     reference, name = captures[FLUX1], "step.001/double_blocks.0.img_mlp.1/out"
     with Writer(tmp_path / "port.safetensors", {}) as writer:
-        writer.add(name, gelu(reference.tensors[name.replace("out", "in")].double()).float(), "probe")
+        writer.add(
+            name, gelu(reference.tensors[name.replace("out", "in")].double()).float(), "probe"
+        )
     port = Capture(tmp_path / "port.safetensors")
     assert port.kind(name) == "probe"
     assert examined(port, reference, pipes[FLUX1]).cause.name == "GELU by erf"
@@ -567,7 +878,11 @@ def test_command(run, pipes, captures, folder, tmp_path):
     reference = captures[FLUX1]
     port = ported(tmp_path, {"ids/img": transposed(Hand(reference, pipes[FLUX1]))})
     code, out, _ = run("doctor", port.path, reference.path, "--weights", folder, "--device", "cpu")
-    assert code == 1 and "the first is ids/img" in out and "cause: rows and columns swapped: the second coordinate" in out
+    assert (
+        code == 1
+        and "the first is ids/img" in out
+        and "cause: rows and columns swapped: the second coordinate" in out
+    )
     code, out, _ = run("doctor", reference.path, reference.path)
     assert code == 0 and out.startswith("all ")
     code, _, err = run("doctor", reference.path, port.path)

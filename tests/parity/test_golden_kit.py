@@ -37,14 +37,18 @@ FLUX1, FLUX2 = "flux.1-dev", "flux.2-klein-base-4b"
 KITS = (FLUX1, FLUX2, "flux.2-tiny")
 TINY = Request(kit.PROMPT, width=80, height=64, steps=2)
 any_kit = pytest.mark.parametrize("name", KITS)
-pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for", "ignore:.* was not trained with")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* was distilled for", "ignore:.* was not trained with"
+)
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     """Pipelines of tiny networks with random weights, of which the table's rows speak meanwhile, and the embedded one."""
     with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
-        yield lambda name, dtype=torch.float32: flux.load(name, weights=folder, device="cpu", dtype=dtype)
+        yield lambda name, dtype=torch.float32: flux.load(
+            name, weights=folder, device="cpu", dtype=dtype
+        )
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +64,16 @@ def consume(script: Path, *arguments) -> tuple[int, str]:
     """Run the example in a process that has numpy, and none of what this project is made of."""
     barred = "torch safetensors flux einops tokenizers huggingface_hub PIL".split()
     code = f"import runpy, sys; sys.modules |= dict.fromkeys({barred}); sys.argv = sys.argv[1:]; "
-    command = [sys.executable, "-c", code + "runpy.run_path(sys.argv[0], run_name='__main__')", script, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=script.parent)
+    command = [
+        sys.executable,
+        "-c",
+        code + "runpy.run_path(sys.argv[0], run_name='__main__')",
+        script,
+        *arguments,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=script.parent
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -82,29 +94,54 @@ def test_the_example_agrees(name, kits):
     tensors = judged(output)
     assert output.endswith("\nall agree to 2e-06\n") and len(tensors) == 26
     assert all(error < 1e-6 for _, error in tensors.values())
-    inside = ("double_blocks.0.img_attn.norm/out", "double_blocks.0.txt_attn.norm/out", "double_blocks.0/out.0")
-    inside += (*(f"double_blocks.0/attention/{tap}" for tap in ("q", "k", "v", "out")), "double_blocks.0/out.1")
-    own = "double_blocks.0.img_mod/out.0" if name == "flux.1-dev" else "double_stream_modulation_img/out.0"
+    inside = (
+        "double_blocks.0.img_attn.norm/out",
+        "double_blocks.0.txt_attn.norm/out",
+        "double_blocks.0/out.0",
+    )
+    inside += (
+        *(f"double_blocks.0/attention/{tap}" for tap in ("q", "k", "v", "out")),
+        "double_blocks.0/out.1",
+    )
+    own = (
+        "double_blocks.0.img_mod/out.0"
+        if name == "flux.1-dev"
+        else "double_stream_modulation_img/out.0"
+    )
     assert tensors.keys() >= {*inside, own}
-    assert {f"step.001/{place}" for place in tensors} <= set(Capture(kits[name] / "expected.safetensors").names)
+    assert {f"step.001/{place}" for place in tensors} <= set(
+        Capture(kits[name] / "expected.safetensors").names
+    )
 
 
 def test_the_example_can_be_run_from_anywhere(kits, tmp_path):
     """Also with a file of BFL's, in bfloat16, in place of the kit's weights."""
     script = tmp_path / "port.py"
     script.write_text(SOURCE, encoding="utf-8")
-    code, output = consume(script, kits["flux.2-tiny"], EMBEDDED / "flux.2-tiny" / "flux-2-tiny.safetensors")
+    code, output = consume(
+        script, kits["flux.2-tiny"], EMBEDDED / "flux.2-tiny" / "flux-2-tiny.safetensors"
+    )
     assert code == 0 and output.endswith("\nall agree to 2e-06\n")
-    for arguments, missing in (((), "expected.safetensors"), ((kits["flux.2-tiny"], tmp_path / "none"), "none")):
+    for arguments, missing in (
+        ((), "expected.safetensors"),
+        ((kits["flux.2-tiny"], tmp_path / "none"), "none"),
+    ):
         code, output = consume(script, *arguments)
-        assert code == 1 and re.search(rf"No such file or directory: .*{tmp_path}/{missing}", output)
+        assert code == 1 and re.search(
+            rf"No such file or directory: .*{tmp_path}/{missing}", output
+        )
 
 
 def test_the_example_is_short():
     """Lines of code: what is neither empty, nor a comment, nor a docstring."""
     code = re.sub(r'""".*?"""', "", SOURCE, flags=re.DOTALL).splitlines()
     assert len([line for line in code if line.strip() and not line.lstrip().startswith("#")]) <= 72
-    assert set(re.findall(r"^(?:import|from) (\w+)", SOURCE, re.MULTILINE)) == {"json", "sys", "pathlib", "numpy"}
+    assert set(re.findall(r"^(?:import|from) (\w+)", SOURCE, re.MULTILINE)) == {
+        "json",
+        "sys",
+        "pathlib",
+        "numpy",
+    }
 
 
 TURNED = "x.view(complex) * turn"
@@ -113,37 +150,66 @@ OF_QK = "x / np.sqrt((x**2).mean(axis={}, keepdims=True) + {}) *"
 NORM = "double_blocks.0.img_attn.norm/out"
 MISTAKES = {  # what is written -> what stands there then, and the first tensor that must be off
     "GELU erf": (
-        {"np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))": "np.vectorize(__import__('math').erf)(x / np.sqrt(2))"},
+        {
+            "np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))": "np.vectorize(__import__('math').erf)(x / np.sqrt(2))"
+        },
         "double_blocks.0.img_mlp.1/out",
     ),
     "gate and value": ({"gate, up = np": "up, gate = np"}, "double_blocks.0.img_mlp.1/out"),
     "RoPE halves": (
-        {f"({TURNED}).view(float)": f"(lambda z: np.concatenate([z.real, z.imag], axis=-1))({HALVES})"},
+        {
+            f"({TURNED}).view(float)": f"(lambda z: np.concatenate([z.real, z.imag], axis=-1))({HALVES})"
+        },
         "double_blocks.0/attention/q",
     ),
     "RoPE backwards": ({TURNED: f"{TURNED}.conj()"}, "double_blocks.0/attention/q"),
     "no RoPE for k": ({"rotate(k, rope)": "k"}, "double_blocks.0/attention/k"),
-    "shift and scale": ({"shift, scale, *_ =": "scale, shift, *_ ="}, "double_blocks.0.img_attn.qkv/in"),
-    "shift and scale of the MLP": ({"gate, shift, scale, mlp": "gate, scale, shift, mlp"}, "double_blocks.0.img_mlp/in"),
-    "the two gates": ({"gate, shift, scale, mlp_gate)": "mlp_gate, shift, scale, gate)"}, "double_blocks.0.img_mlp/in"),
+    "shift and scale": (
+        {"shift, scale, *_ =": "scale, shift, *_ ="},
+        "double_blocks.0.img_attn.qkv/in",
+    ),
+    "shift and scale of the MLP": (
+        {"gate, shift, scale, mlp": "gate, scale, shift, mlp"},
+        "double_blocks.0.img_mlp/in",
+    ),
+    "the two gates": (
+        {"gate, shift, scale, mlp_gate)": "mlp_gate, shift, scale, gate)"},
+        "double_blocks.0.img_mlp/in",
+    ),
     "no 1 + scale": ({"1 + parts[1]": "parts[1]"}, "double_blocks.0.img_mod/out.1"),
     "no scale": ({"return scale * rms_norm": "return rms_norm"}, "double_blocks.0.img_attn.qkv/in"),
-    "RMS for LayerNorm": ({"x - x.mean(axis=-1, keepdims=True)": "x"}, "double_blocks.0.img_attn.qkv/in"),
+    "RMS for LayerNorm": (
+        {"x - x.mean(axis=-1, keepdims=True)": "x"},
+        "double_blocks.0.img_attn.qkv/in",
+    ),
     "LayerNorm eps": ({"+ 1e-6": "+ 1e-5"}, "double_blocks.0.img_attn.qkv/in"),
     "RMSNorm eps": ({"rms_norm(x) *": OF_QK.format(-1, 1e-5)}, NORM),
     "RMSNorm over all heads": ({"rms_norm(x) *": OF_QK.format((2, 3), 1e-6)}, NORM),
     "q's scale is k's": ({'"query", "key"': '"key", "query"'}, NORM),
     "qkv head by head": (
-        {"3, -1, 2 * len(rope[0]))": "-1, 3, 2 * len(rope[0]))", "transpose(2, 0, 1, 3, 4)": "transpose(3, 0, 1, 2, 4)"},
+        {
+            "3, -1, 2 * len(rope[0]))": "-1, 3, 2 * len(rope[0]))",
+            "transpose(2, 0, 1, 3, 4)": "transpose(3, 0, 1, 2, 4)",
+        },
         NORM,
     ),
-    "image first": ({'heads["txt"], heads["img"]': 'heads["img"], heads["txt"]'}, "double_blocks.0/attention/q"),
+    "image first": (
+        {'heads["txt"], heads["img"]': 'heads["img"], heads["txt"]'},
+        "double_blocks.0/attention/q",
+    ),
     "no scale of attention": ({" / np.sqrt(q.shape[-1])": ""}, "double_blocks.0/attention/out"),
-    "heads not put back": ({".swapaxes(1, 2).reshape(1, -1": ".reshape(1, -1"}, "double_blocks.0.img_mlp/in"),
+    "heads not put back": (
+        {".swapaxes(1, 2).reshape(1, -1": ".reshape(1, -1"},
+        "double_blocks.0.img_mlp/in",
+    ),
     "no bias": ({' + w.get(f"{name}.bias", 0)': ""}, "double_blocks.0.img_mod/out.0"),
     "no SiLU of vec": ({"silu(vec)": "vec"}, "double_blocks.0.img_mod/out.0"),
 }
-OF_ONE = {"GELU erf": FLUX1, "no bias": FLUX1, "gate and value": FLUX2}  # the others are of both families
+OF_ONE = {
+    "GELU erf": FLUX1,
+    "no bias": FLUX1,
+    "gate and value": FLUX2,
+}  # the others are of both families
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -156,7 +222,11 @@ def test_a_mistake_is_named(name, mistake, kits, monkeypatch, capsys):
         source = source.replace(right, wrong)
     code, output = run_here(source, (kits[name],), monkeypatch, capsys)
     shared = first.replace("double_blocks.0.img_mod", "double_stream_modulation_img")
-    verdict = f"off by more than 2e-06: {first if name == FLUX1 else shared}" if own else "all agree to 2e-06"
+    verdict = (
+        f"off by more than 2e-06: {first if name == FLUX1 else shared}"
+        if own
+        else "all agree to 2e-06"
+    )
     assert code == own and output.splitlines()[-1].split(", ")[0] == verdict
 
 
@@ -164,7 +234,10 @@ def run_here(source: str, arguments, monkeypatch, capsys) -> tuple[int, str]:
     """Run a copy of the example in this process, which is quicker."""
     monkeypatch.setattr(sys, "argv", ["consumer.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        exec(compile(source, "consumer.py", "exec"), {"__name__": "__main__", "__file__": "consumer.py"})
+        exec(
+            compile(source, "consumer.py", "exec"),
+            {"__name__": "__main__", "__file__": "consumer.py"},
+        )
     return stopped.value.code, capsys.readouterr().out
 
 
@@ -172,7 +245,10 @@ WEIGHTS = {  # a weight, a row of it, and the only tensors in which it shows
     "double_blocks.0.img_attn.qkv.weight": (0, [NORM]),
     "double_blocks.0.txt_attn.qkv.weight": (-1, ["double_blocks.0/attention/v"]),
     "double_blocks.0.txt_attn.norm.key_norm.scale": (3, ["double_blocks.0.txt_attn.norm/out"]),
-    "double_blocks.0.img_attn.proj.weight": (5, ["double_blocks.0.img_mlp/in", "double_blocks.0/out.0"]),
+    "double_blocks.0.img_attn.proj.weight": (
+        5,
+        ["double_blocks.0.img_mlp/in", "double_blocks.0/out.0"],
+    ),
     "double_blocks.0.txt_mlp.0.weight": (2, ["double_blocks.0.txt_mlp.1/out"]),
     "double_blocks.0.img_mlp.2.weight": (7, ["double_blocks.0/out.0"]),
 }
@@ -180,7 +256,10 @@ WEIGHTS = {  # a weight, a row of it, and the only tensors in which it shows
 
 @any_kit
 def test_a_wrong_weight_shows_where_it_is_used(name, kits, tmp_path, monkeypatch, capsys):
-    state, file = load_file(kits[name] / "weights/transformer.safetensors"), tmp_path / "wrong.safetensors"
+    state, file = (
+        load_file(kits[name] / "weights/transformer.safetensors"),
+        tmp_path / "wrong.safetensors",
+    )
     for factor in (1.01, math.nan):
         for weight, (row, places) in WEIGHTS.items():
             wrong = state[weight].clone()
@@ -216,17 +295,33 @@ def test_each_tensor_is_there_under_its_own_name(name, kits):
 def test_diffusers_gives_the_same(name, kits):
     """The kit's weights and inputs, in diffusers' networks: the velocity and the pixels."""
     spec, t = MODELS[name], load_file(kits[name] / "expected.safetensors")
-    state, ae = (load_file(kits[name] / f"weights/{part}.safetensors") for part in ("transformer", "autoencoder"))
+    state, ae = (
+        load_file(kits[name] / f"weights/{part}.safetensors")
+        for part in ("transformer", "autoencoder")
+    )
     c = spec.transformer
-    theirs = reference.loaded(reference.diffusers_transformer(c), reference.transformer_to_diffusers(state, c))
-    time, guidance = t["schedule"][:1], torch.tensor([2.0]) if c.guidance else None  # as in REQUESTS
+    theirs = reference.loaded(
+        reference.diffusers_transformer(c), reference.transformer_to_diffusers(state, c)
+    )
+    time, guidance = (
+        t["schedule"][:1],
+        torch.tensor([2.0]) if c.guidance else None,
+    )  # as in REQUESTS
     vector = t["text/pooled"] if c.vector_dim else None
     with torch.inference_mode():
         velocity = reference.diffusers_velocity(
-            theirs, t["step.001/in"], t["ids/img"], t["text/features"], t["ids/txt"], time, guidance, vector
+            theirs,
+            t["step.001/in"],
+            t["ids/img"],
+            t["text/features"],
+            t["ids/txt"],
+            time,
+            guidance,
+            vector,
         )
         vae = reference.loaded(
-            reference.diffusers_autoencoder(spec.autoencoder), reference.autoencoder_to_diffusers(ae, spec.autoencoder)
+            reference.diffusers_autoencoder(spec.autoencoder),
+            reference.autoencoder_to_diffusers(ae, spec.autoencoder),
         )
         pixels = reference.diffusers_decode(vae, t["step.002/latents"])
     assert reference.relative_l2(velocity, t["step.001/out"]) < 1e-6
@@ -250,20 +345,30 @@ def test_the_equations_of_the_readme(name, kits):
         int(re.search(r"position · (\d+)\^", text)[1]),
         re.search(r"channels of a head, ([\d, ]+): ", text)[1].split(", "),
     )
-    angle = [np.outer(ids[:, a], float(theta) ** (-np.arange(0, int(n), 2) / int(n))) for a, n in enumerate(axes)]
+    angle = [
+        np.outer(ids[:, a], float(theta) ** (-np.arange(0, int(n), 2) / int(n)))
+        for a, n in enumerate(axes)
+    ]
     angle = np.concatenate(angle, axis=1)
-    rows = np.stack([np.cos(angle), -np.sin(angle)], axis=-1), np.stack([np.sin(angle), np.cos(angle)], axis=-1)
+    rows = (
+        np.stack([np.cos(angle), -np.sin(angle)], axis=-1),
+        np.stack([np.sin(angle), np.cos(angle)], axis=-1),
+    )
     np.testing.assert_allclose(t["rope"], np.stack(rows, axis=-2), atol=1e-7)
 
     angle = 1000 * t["schedule"][0] * 10000 ** (-np.arange(128) / 128)
     sinusoid = np.concatenate([np.cos(angle), np.sin(angle)])[None]
-    np.testing.assert_allclose(t["step.001/time_in/in"], sinusoid, atol=1e-4)  # of 1000, float32 keeps 6e-5
+    np.testing.assert_allclose(
+        t["step.001/time_in/in"], sinusoid, atol=1e-4
+    )  # of 1000, float32 keeps 6e-5
     x = t["noise"]
     first = "step.001"
     if f"{first}/negative/out" in t:
         with_prompt, without = t[f"{first}/out"], t[f"{first}/negative/out"]
         scale = 2.5 if name == FLUX1 else 3.0 if name == FLUX2 else MODELS[name].guidance
-        np.testing.assert_allclose(t[f"{first}/velocity"], without + scale * (with_prompt - without), atol=1e-5)
+        np.testing.assert_allclose(
+            t[f"{first}/velocity"], without + scale * (with_prompt - without), atol=1e-5
+        )
     for step in (1, 2):
         v = t[f"step.{step:03}/velocity"].reshape(1, *x.shape[2:], -1).transpose(0, 3, 1, 2)
         x = x + (t["schedule"][step] - t["schedule"][step - 1]) * v
@@ -274,7 +379,10 @@ def test_the_equations_of_the_readme(name, kits):
         scale, shift = map(float, re.search(r"latents / ([\d.]+) \+ ([\d.]+)\.\n", text).groups())
         x = x / scale + shift
     else:
-        mean, var = (weights[f"bn.running_{what}"].numpy().astype(np.float64)[:, None, None] for what in ("mean", "var"))
+        mean, var = (
+            weights[f"bn.running_{what}"].numpy().astype(np.float64)[:, None, None]
+            for what in ("mean", "var")
+        )
         x = x * np.sqrt(var + 1e-4) + mean
     _, channels, height, width = x.shape
     unpacked = np.empty((1, channels // 4, 2 * height, 2 * width))
@@ -282,14 +390,23 @@ def test_the_equations_of_the_readme(name, kits):
         unpacked[:, c, i::2, j::2] = x[:, 4 * c + 2 * i + j]
     np.testing.assert_allclose(t["decoder/decoder/in"], unpacked, rtol=1e-5, atol=1e-5)
     picture = np.round((t["pixels"][0].clip(-1, 1) + 1) / 2 * 255).transpose(1, 2, 0)
-    assert np.abs(picture - t["picture"]).max() <= 1 and (picture != t["picture"]).mean() < 1e-3  # halves, in float32
+    assert (
+        np.abs(picture - t["picture"]).max() <= 1 and (picture != t["picture"]).mean() < 1e-3
+    )  # halves, in float32
     np.testing.assert_array_equal(np.array(Image.open(kits[name] / "picture.png")), t["picture"])
 
 
 @any_kit
 def test_the_readme_speaks_of_what_is_there(name, kits):
-    text, names = (kits[name] / "README.md").read_text(encoding="utf-8"), Capture(kits[name] / "expected.safetensors").names
-    quoted = [place for place in re.findall(r"`([\w./]+)`", text) if "/" in place and not place.endswith("/")]
+    text, names = (
+        (kits[name] / "README.md").read_text(encoding="utf-8"),
+        Capture(kits[name] / "expected.safetensors").names,
+    )
+    quoted = [
+        place
+        for place in re.findall(r"`([\w./]+)`", text)
+        if "/" in place and not place.endswith("/")
+    ]
     assert len(quoted) > 40 and [place for place in quoted if place not in names] == []
     assert not re.search(r"[{}]|None", text) and max(map(len, text.splitlines())) <= 200
     assert {"noise", "schedule", "pixels", "picture"} <= set(names)
@@ -299,7 +416,8 @@ def test_the_readme_speaks_of_what_is_there(name, kits):
     state = load_file(kits[name] / "weights/transformer.safetensors")
     with torch.device("meta"):
         assert {n: x.shape for n, x in state.items()} == {
-            n: x.shape for n, x in flux.transformer.Flux(MODELS[name].transformer).state_dict().items()
+            n: x.shape
+            for n, x in flux.transformer.Flux(MODELS[name].transformer).state_dict().items()
         }
     assert all(x.dtype == torch.float32 for x in state.values())
 
@@ -321,20 +439,38 @@ def test_the_small_run_of_every_model():
 
 def test_the_command(parity, tmp_path, monkeypatch):  # noqa: F811
     """Of the embedded model by default; without its weights and with few layers, the example can still be run."""
-    small = ("--width", 80, "--height", 64, "--steps", 1, "--only", "latents", "--without-weights", "--output", "out/kit")
+    small = (
+        "--width",
+        80,
+        "--height",
+        64,
+        "--steps",
+        1,
+        "--only",
+        "latents",
+        "--without-weights",
+        "--output",
+        "out/kit",
+    )
     code, out, err = parity("kit", *small)
     assert (code, out) == (0, "out/kit\n") and re.fullmatch(
         r"a kit of [\d,]+ tensors, [\d.]+ [KM]B, and 0 bytes of weights\n", err
     )
     folder = tmp_path / "out/kit"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "consumer.py", "expected.safetensors", "picture.png", "tensors.txt",
-    ]  # fmt: skip
+        "README.md",
+        "consumer.py",
+        "expected.safetensors",
+        "picture.png",
+        "tensors.txt",
+    ]
     assert (folder / "consumer.py").read_text(encoding="utf-8") == SOURCE
     weights = EMBEDDED / "flux.2-tiny" / "flux-2-tiny.safetensors"
     assert consume(folder / "consumer.py", folder, weights)[0] == 0
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert f"flux-2-tiny.safetensors, sha256 {digest}" in (folder / "README.md").read_text(encoding="utf-8")
+    assert f"flux-2-tiny.safetensors, sha256 {digest}" in (folder / "README.md").read_text(
+        encoding="utf-8"
+    )
     assert Capture(folder / "expected.safetensors").recipe["prompt"] == kit.PROMPT
 
     for wrong, says in (
@@ -353,16 +489,27 @@ def test_the_command(parity, tmp_path, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize("family", ["flux.1", "flux.2"])
 def test_of_random_weights(family, parity, tmp_path):  # noqa: F811
     """Nothing in them is left at a value that would hide a mistake, and no word of the prompt is lost."""
-    code, out, err = parity("kit", "--random", family, "--width", 80, "--height", 64, "--steps", 2, "--output", "kit")
+    code, out, err = parity(
+        "kit", "--random", family, "--width", 80, "--height", 64, "--steps", 2, "--output", "kit"
+    )
     assert (code, out) == (0, "kit\n") and "cut off" not in err, err
     code, output = consume(tmp_path / "kit/consumer.py")
     assert code == 0 and len(judged(output)) == 26, output
-    recipe, text = Capture(tmp_path / "kit/expected.safetensors").recipe, {"flux.1": ["clip", "t5"], "flux.2": ["model"]}
-    assert (recipe["model"], recipe["steps"]) == (f"{family}-random", 2) and recipe["guidance"][0] > 1
+    recipe, text = (
+        Capture(tmp_path / "kit/expected.safetensors").recipe,
+        {"flux.1": ["clip", "t5"], "flux.2": ["model"]},
+    )
+    assert (recipe["model"], recipe["steps"]) == (f"{family}-random", 2) and recipe["guidance"][
+        0
+    ] > 1
     files = {path.stem: load_file(path) for path in (tmp_path / "kit/weights").iterdir()}
     assert sorted(files) == sorted(["transformer", "autoencoder", *text[family]])
-    assert all(x.std() > 0.01 for state in files.values() for x in state.values() if x.ndim)  # a count of batches has none
-    assert "guidance_in.in_layer.weight" in files["transformer"] and f"{family}-random" not in MODELS
+    assert all(
+        x.std() > 0.01 for state in files.values() for x in state.values() if x.ndim
+    )  # a count of batches has none
+    assert (
+        "guidance_in.in_layer.weight" in files["transformer"] and f"{family}-random" not in MODELS
+    )
 
     for wrong, says in (
         (("--random", family, "--model", "flux.1-dev"), "leave out --model"),
@@ -399,7 +546,10 @@ def test_what_cannot_be_made(load, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="the disk is full"):
             kit.build(pipe, TINY, tmp_path / "kit", only=("noise",))
     pipe.transformer().final_layer.linear.weight[0] = math.nan
-    with pytest.raises(UserError, match="no kit can be made of a run that fails: the latents are not finite after step 1"):
+    with pytest.raises(
+        UserError,
+        match="no kit can be made of a run that fails: the latents are not finite after step 1",
+    ):
         kit.build(pipe, TINY, tmp_path / "kit")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 

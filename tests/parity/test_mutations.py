@@ -24,9 +24,13 @@ from flux.parity.reference import networks, tiny_models, write_weights
 from flux.pipeline import Pipeline
 
 FLUX1, FLUX2 = "flux.1-dev", "flux.2-klein-4b"
-REQUEST = Request("a photo of a cat", width=96, height=80, steps=2, seed=5)  # 30 image tokens; 24 and 64 of text
+REQUEST = Request(
+    "a photo of a cat", width=96, height=80, steps=2, seed=5
+)  # 30 image tokens; 24 and 64 of text
 REQUESTS = {FLUX1: replace(REQUEST, guidance=3.3), FLUX2: REQUEST}  # bfloat16 has no 3.3
-PARTS = Selection(("text", "noise", "ids", "rope", "schedule", "step.001", "latents", "decoder/decoder/in"))
+PARTS = Selection(
+    ("text", "noise", "ids", "rope", "schedule", "step.001", "latents", "decoder/decoder/in")
+)
 BUDGET = 1e-6
 pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")
 
@@ -43,65 +47,186 @@ class Mutation(NamedTuple):
 
 MUTATIONS = {
     "shift and scale swapped": Mutation(
-        FLUX2, transformer, "modulate", "mod.scale * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.shift",
+        FLUX2,
+        transformer,
+        "modulate",
+        "mod.scale * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.shift",
         "(1 + mod.shift) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.scale - 1",
-        "step.001/double_blocks.0.img_attn.qkv/in", "shift and scale swapped"),
+        "step.001/double_blocks.0.img_attn.qkv/in",
+        "shift and scale swapped",
+    ),
     "eps of the layer norms": Mutation(
-        FLUX1, transformer, "modulate", "eps=1e-6", "eps=1e-5", "step.001/double_blocks.0.img_attn.qkv/in", "eps 1e-05"),
+        FLUX1,
+        transformer,
+        "modulate",
+        "eps=1e-6",
+        "eps=1e-5",
+        "step.001/double_blocks.0.img_attn.qkv/in",
+        "eps 1e-05",
+    ),
     "chunks in another order": Mutation(
-        FLUX1, transformer.Modulator, "forward", "b (branch three d)", "b (three branch d)",
-        "step.001/double_blocks.0.img_mod/out.1", "modulation cut by kind"),
+        FLUX1,
+        transformer.Modulator,
+        "forward",
+        "b (branch three d)",
+        "b (three branch d)",
+        "step.001/double_blocks.0.img_mod/out.1",
+        "modulation cut by kind",
+    ),
     "scale before shift in the last layer": Mutation(
-        FLUX2, transformer.FinalLayer, "forward", "shift, scale =", "scale, shift =",
-        "step.001/final_layer.linear/in", "shift and scale swapped"),
+        FLUX2,
+        transformer.FinalLayer,
+        "forward",
+        "shift, scale =",
+        "scale, shift =",
+        "step.001/final_layer.linear/in",
+        "shift and scale swapped",
+    ),
     "q, k, v by heads": Mutation(
-        FLUX1, transformer, "split_heads", "(3, num_heads, -1)).permute(2, 0, 1, 3, 4)",
-        "(num_heads, 3, -1)).permute(3, 0, 1, 2, 4)", "step.001/double_blocks.0.txt_attn.norm/in", "q, k, v cut by heads"),
+        FLUX1,
+        transformer,
+        "split_heads",
+        "(3, num_heads, -1)).permute(2, 0, 1, 3, 4)",
+        "(num_heads, 3, -1)).permute(3, 0, 1, 2, 4)",
+        "step.001/double_blocks.0.txt_attn.norm/in",
+        "q, k, v cut by heads",
+    ),
     "QK-norm over heads": Mutation(
-        FLUX2, transformer, "unit_rms", "x.float(), x.shape[-1:], eps=1e-6)", "x.float().mT, x.shape[3:4], eps=1e-6).mT",
-        "step.001/double_blocks.0.txt_attn.norm/in", "QK-norm over the wrong axis"),
+        FLUX2,
+        transformer,
+        "unit_rms",
+        "x.float(), x.shape[-1:], eps=1e-6)",
+        "x.float().mT, x.shape[3:4], eps=1e-6).mT",
+        "step.001/double_blocks.0.txt_attn.norm/in",
+        "QK-norm over the wrong axis",
+    ),
     "QK-norm after RoPE": Mutation(
-        FLUX1, transformer, "turned", "rotate(norm(unit_rms(qk, numerics)), rope)",
+        FLUX1,
+        transformer,
+        "turned",
+        "rotate(norm(unit_rms(qk, numerics)), rope)",
         "norm(unit_rms(rotate(qk, rope), numerics))",
-        "step.001/single_blocks.0.norm/in", "QK-norm after RoPE"),
+        "step.001/single_blocks.0.norm/in",
+        "QK-norm after RoPE",
+    ),
     "RoPE's pairs stored as halves": Mutation(
-        FLUX2, transformer, "rotate", ".flatten(-2)", ".mT.flatten(-2)", "step.001/double_blocks.0/attention/q",
-        "RoPE's pairs stored as halves"),
+        FLUX2,
+        transformer,
+        "rotate",
+        ".flatten(-2)",
+        ".mT.flatten(-2)",
+        "step.001/double_blocks.0/attention/q",
+        "RoPE's pairs stored as halves",
+    ),
     "RoPE off by one": Mutation(
-        FLUX2, sampling, "image_ids", "torch.arange(height)[:, None]", "torch.arange(1, height + 1)[:, None]",
-        "ids/img", "rows off by one"),
+        FLUX2,
+        sampling,
+        "image_ids",
+        "torch.arange(height)[:, None]",
+        "torch.arange(1, height + 1)[:, None]",
+        "ids/img",
+        "rows off by one",
+    ),
     "image before text": Mutation(
-        FLUX1, transformer.Flux, "velocity", "torch.cat([txt, img], dim=1)", "torch.cat([img, txt], dim=1)",
-        "step.001/single_blocks.0/in.0", "text and image order"),
+        FLUX1,
+        transformer.Flux,
+        "velocity",
+        "torch.cat([txt, img], dim=1)",
+        "torch.cat([img, txt], dim=1)",
+        "step.001/single_blocks.0/in.0",
+        "text and image order",
+    ),
     "GELU by erf": Mutation(
-        FLUX1, transformer, "mlp", 'nn.GELU(approximate="tanh")', "nn.GELU()",
-        "step.001/double_blocks.0.img_mlp.1/out", "GELU by erf"),
+        FLUX1,
+        transformer,
+        "mlp",
+        'nn.GELU(approximate="tanh")',
+        "nn.GELU()",
+        "step.001/double_blocks.0.img_mlp.1/out",
+        "GELU by erf",
+    ),
     "gate and value swapped": Mutation(
-        FLUX2, transformer.GatedSiLU, "forward", "gate, up =", "up, gate =",
-        "step.001/double_blocks.0.img_mlp.1/out", "gate and value swapped"),
+        FLUX2,
+        transformer.GatedSiLU,
+        "forward",
+        "gate, up =",
+        "up, gate =",
+        "step.001/double_blocks.0.img_mlp.1/out",
+        "gate and value swapped",
+    ),
     "gate of the MLP's branch for attention's": Mutation(
-        FLUX1, transformer, "residuals", "x + mod[0].gate * proj(attended)", "x + mod[1].gate * proj(attended)",
-        "step.001/double_blocks.0.img_mlp/in", None),
+        FLUX1,
+        transformer,
+        "residuals",
+        "x + mod[0].gate * proj(attended)",
+        "x + mod[1].gate * proj(attended)",
+        "step.001/double_blocks.0.img_mlp/in",
+        None,
+    ),
     "text mask missing": Mutation(
-        FLUX2, language_model.LanguageModel, "forward", "visible & mask[:, None, None, :]", "visible[None, None]",
-        "text/model/layers.0/in.2", "padding of the prompt seen"),
+        FLUX2,
+        language_model.LanguageModel,
+        "forward",
+        "visible & mask[:, None, None, :]",
+        "visible[None, None]",
+        "text/model/layers.0/in.2",
+        "padding of the prompt seen",
+    ),
     "t rounded to bfloat16": Mutation(
-        FLUX1, transformer, "scale_time", "return 1000 * t.float()", "return 1000 * t.bfloat16().float()",
-        "step.001/guidance_in/in", "t rounded to bfloat16"),
+        FLUX1,
+        transformer,
+        "scale_time",
+        "return 1000 * t.float()",
+        "return 1000 * t.bfloat16().float()",
+        "step.001/guidance_in/in",
+        "t rounded to bfloat16",
+    ),
     "schedule unshifted": Mutation(
-        FLUX1, sampling, "schedule", 'kind != "unshifted"', "kind is None", "schedule", "schedule unshifted"),
+        FLUX1,
+        sampling,
+        "schedule",
+        'kind != "unshifted"',
+        "kind is None",
+        "schedule",
+        "schedule unshifted",
+    ),
     "time of the next step": Mutation(
-        FLUX2, Pipeline, "sample", "{t: (filled(t),", "{t: (filled(times[1 + times.tolist().index(t)]),",
-        "step.001/time_in/in", "schedule off by one"),
+        FLUX2,
+        Pipeline,
+        "sample",
+        "{t: (filled(t),",
+        "{t: (filled(times[1 + times.tolist().index(t)]),",
+        "step.001/time_in/in",
+        "schedule off by one",
+    ),
     "velocity's sign": Mutation(
-        FLUX2, sampling, "denoise", "x + (after - now) * v.float()", "x - (after - now) * v.float()",
-        "step.001/latents", "velocity's sign"),
+        FLUX2,
+        sampling,
+        "denoise",
+        "x + (after - now) * v.float()",
+        "x - (after - now) * v.float()",
+        "step.001/latents",
+        "velocity's sign",
+    ),
     "channel order when packing": Mutation(
-        FLUX1, sampling, "pack", "b (c ph pw) h w", "b (ph pw c) h w", "noise", "packing order of latents"),
+        FLUX1,
+        sampling,
+        "pack",
+        "b (c ph pw) h w",
+        "b (ph pw c) h w",
+        "noise",
+        "packing order of latents",
+    ),
     "latent normalisation missing": Mutation(
-        FLUX2, autoencoder.AutoEncoder, "decode", "self.denormalise(latents)", "latents",
-        "decoder/decoder/in", "latent normalisation missing"),
-}  # fmt: skip
+        FLUX2,
+        autoencoder.AutoEncoder,
+        "decode",
+        "self.denormalise(latents)",
+        "latents",
+        "decoder/decoder/in",
+        "latent normalisation missing",
+    ),
+}
 
 
 def mutated(mutation: Mutation) -> Callable:
@@ -135,11 +260,17 @@ def load(folder):
 @pytest.fixture(scope="module")
 def honest(load, tmp_path_factory):
     out = tmp_path_factory.mktemp("captures")
-    return {name: capture(load(name), REQUESTS[name], out / f"{name}.safetensors", PARTS) for name in (FLUX1, FLUX2)}
+    return {
+        name: capture(load(name), REQUESTS[name], out / f"{name}.safetensors", PARTS)
+        for name in (FLUX1, FLUX2)
+    }
 
 
 def test_twenty():
-    assert len(MUTATIONS) == 20 and sum(mutation.cause is not None for mutation in MUTATIONS.values()) == 19
+    assert (
+        len(MUTATIONS) == 20
+        and sum(mutation.cause is not None for mutation in MUTATIONS.values()) == 19
+    )
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -147,7 +278,9 @@ def test_mutation(name, load, honest, tmp_path, monkeypatch):
     mutation = MUTATIONS[name]
     with monkeypatch.context() as patch:
         patch.setattr(mutation.owner, mutation.attribute, mutated(mutation))
-        port = capture(load(mutation.model), REQUESTS[mutation.model], tmp_path / "port.safetensors", PARTS)
+        port = capture(
+            load(mutation.model), REQUESTS[mutation.model], tmp_path / "port.safetensors", PARTS
+        )
     reference = honest[mutation.model]
     rows = compare(port, reference, BUDGET)
     found = diagnose(rows, port, reference, load(mutation.model))

@@ -63,19 +63,41 @@ def test_every_network_and_pipeline_is_measured_in_both_precisions(printed):
     found = table.cells(printed)
     for what in (*parity_rows.NETWORKS, *parity_rows.RUNS):
         own_numerics = what in parity_rows.RUNS or "transformer" in what
-        assert float(found[f"float32 {what}", "relative L2"]) <= 1e-5 and found[f"float32 {what}", "PCC"] == "1"
-        halves = [f"bfloat16 {what} {numerics}" for numerics in (parity_rows.PRESETS if own_numerics else ["–"])]
-        ours, theirs = ([float(found[row, f"{whose} to float32"]) for row in halves] for whose in ("ours", "theirs"))
+        assert (
+            float(found[f"float32 {what}", "relative L2"]) <= 1e-5
+            and found[f"float32 {what}", "PCC"] == "1"
+        )
+        halves = [
+            f"bfloat16 {what} {numerics}"
+            for numerics in (parity_rows.PRESETS if own_numerics else ["–"])
+        ]
+        ours, theirs = (
+            [float(found[row, f"{whose} to float32"]) for row in halves]
+            for whose in ("ours", "theirs")
+        )
         assert all(1e-3 < a <= b for a, b in zip(ours, theirs, strict=True))
         if own_numerics:
             assert ours[1] <= 0.01 and theirs[1] >= 3 * ours[1]
         if "transformer" in what or "text to image" in what:
-            assert [found[halves[0], column] for column in ("max abs", "relative L2", "PCC")] == ["0", "0", "1"]
+            assert [found[halves[0], column] for column in ("max abs", "relative L2", "PCC")] == [
+                "0",
+                "0",
+                "1",
+            ]
         if "text to image" in what or what in list(parity_rows.NETWORKS)[:8]:
             assert float(found[f"float32 {what}", "golden: relative L2"]) <= 1e-5
-    for what in ("FLUX.1 transformer, dev and schnell", "FLUX.2 transformer, dev and klein", "SigLIP", "Redux"):
+    for what in (
+        "FLUX.1 transformer, dev and schnell",
+        "FLUX.2 transformer, dev and klein",
+        "SigLIP",
+        "Redux",
+    ):
         assert found[f"float32 {what}", "max abs"] == "0"
-    assert f"torch {torch.__version__}" in printed and "diffusers 0." in printed and "transformers 5." in printed
+    assert (
+        f"torch {torch.__version__}" in printed
+        and "diffusers 0." in printed
+        and "transformers 5." in printed
+    )
 
 
 @torch.no_grad()
@@ -100,8 +122,14 @@ def test_golden_tensors_of_other_weights_are_told():
 
 def test_figures_are_of_the_worst_tensor():
     ones, wave = torch.ones(4), torch.tensor([1.0, -1, 1, -1])
-    found = table.figures("it", [(ones, ones), (wave * 1.5, wave), (torch.tensor([1.0, -1, 1, -2]), wave)])
-    assert found == (1.0, pytest.approx(0.5), pytest.approx(5 / 27**0.5))  # PCC of the last by hand: (4 + 1) / sqrt(27)
+    found = table.figures(
+        "it", [(ones, ones), (wave * 1.5, wave), (torch.tensor([1.0, -1, 1, -2]), wave)]
+    )
+    assert found == (
+        1.0,
+        pytest.approx(0.5),
+        pytest.approx(5 / 27**0.5),
+    )  # PCC of the last by hand: (4 + 1) / sqrt(27)
     for bad in (math.nan, math.inf):
         with pytest.raises(UserError, match="^it gives NaN or infinity"):
             table.figures("it", [(ones, ones), (ones * bad, ones * bad)])
@@ -110,10 +138,23 @@ def test_figures_are_of_the_worst_tensor():
 # ---------------------------------------------------------------------------------------------------------- what is shown
 
 
-@pytest.mark.parametrize("x, text", [
-    (0.0, "0"), (2e-7, "2e-7"), (2.0001e-7, "3e-7"), (3e-7, "3e-7"), (9.1e-7, "1e-6"), (1e-10, "1e-10"), (1.2e-4, "0.0002"),
-    (0.0144, "0.02"), (0.95, "1"), (1.0, "1"), (1.01, "2"), (12.0, "20"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "x, text",
+    [
+        (0.0, "0"),
+        (2e-7, "2e-7"),
+        (2.0001e-7, "3e-7"),
+        (3e-7, "3e-7"),
+        (9.1e-7, "1e-6"),
+        (1e-10, "1e-10"),
+        (1.2e-4, "0.0002"),
+        (0.0144, "0.02"),
+        (0.95, "1"),
+        (1.0, "1"),
+        (1.01, "2"),
+        (12.0, "20"),
+    ],
+)
 def test_numbers_are_rounded_up_to_one_digit(x, text):
     assert table.number(x) == text
 
@@ -124,7 +165,9 @@ def test_a_bound_is_no_less_and_at_most_twice_as_much(x):
     assert len(table.number(x).partition("e")[0].strip("0.")) == 1
 
 
-@pytest.mark.parametrize("pcc, text", [(1.0, "1"), (1 - 1e-13, "1"), (0.9999991, "0.999999"), (0.949, "0.94")])
+@pytest.mark.parametrize(
+    "pcc, text", [(1.0, "1"), (1 - 1e-13, "1"), (0.9999991, "0.999999"), (0.949, "0.94")]
+)
 def test_correlations_are_rounded_down(pcc, text):
     assert table.shown(Figures(0.0, 0.0, pcc))[2] == text
 
@@ -153,26 +196,81 @@ def test_markdown():
     )
 
 
-LIVE, RECORDED, ROUNDED, LARGE = (Figures(*x) for x in ((0, 0, 1), (5e-7, 2e-7, 1), (4e-6, 2e-6, 1), (1.4, 0.3, 0.949)))
+LIVE, RECORDED, ROUNDED, LARGE = (
+    Figures(*x) for x in ((0, 0, 1), (5e-7, 2e-7, 1), (4e-6, 2e-6, 1), (1.4, 0.3, 0.949))
+)
 
 
-@pytest.mark.parametrize("number, change, apart", [
-    (0, dict(live=LIVE._replace(max_abs=1e-9)), ["float32 CLIP, max abs: 0 is shown, and 1e-9 found"]),  # zero stays zero
-    (1, dict(live=ROUNDED._replace(max_abs=0.0)), ["float32 Redux, max abs: 4e-6 is shown, and 0 found"]),
-    (1, dict(live=ROUNDED._replace(max_abs=2e-5, relative_l2=4e-7)), []),  # five times as much, and as little
-    (1, dict(live=ROUNDED._replace(max_abs=2.1e-5)), ["float32 Redux, max abs: 4e-6 is shown, and 3e-5 found"]),
-    (1, dict(live=ROUNDED._replace(relative_l2=3e-7)), ["float32 Redux, relative L2: 2e-6 is shown, and 3e-7 found"]),
-    (1, dict(live=ROUNDED._replace(pcc=0.99999)), ["float32 Redux, PCC: 1 is shown, and 0.99999 found"]),
-    (0, dict(golden=RECORDED._replace(max_abs=0.0, relative_l2=1e-5)), []),  # what one processor recorded
-    (0, dict(golden=RECORDED._replace(relative_l2=3e-5)), ["float32 CLIP, golden: relative L2: 2e-7 is shown, and 3e-5 found"]),
-    (0, dict(golden=None), [f"float32 CLIP, golden: {x} is shown, and – found"
-                            for x in ("PCC: 1", "max abs: 5e-7", "relative L2: 2e-7")]),
-    (3, dict(ours=0.02), []),  # three times as much
-    (3, dict(ours=0.021), ["bfloat16 FLUX exact, ours to float32: 0.008 is shown, and 0.03 found"]),
-    (3, dict(live=LARGE._replace(pcc=0.9)), []),
-    (3, dict(live=LARGE._replace(pcc=0.79)), ["bfloat16 FLUX exact, PCC: 0.94 is shown, and 0.7 found"]),
-    (3, dict(against="others"), ["bfloat16 FLUX exact, against: diffusers is shown, and others found"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, change, apart",
+    [
+        (
+            0,
+            dict(live=LIVE._replace(max_abs=1e-9)),
+            ["float32 CLIP, max abs: 0 is shown, and 1e-9 found"],
+        ),  # zero stays zero
+        (
+            1,
+            dict(live=ROUNDED._replace(max_abs=0.0)),
+            ["float32 Redux, max abs: 4e-6 is shown, and 0 found"],
+        ),
+        (
+            1,
+            dict(live=ROUNDED._replace(max_abs=2e-5, relative_l2=4e-7)),
+            [],
+        ),  # five times as much, and as little
+        (
+            1,
+            dict(live=ROUNDED._replace(max_abs=2.1e-5)),
+            ["float32 Redux, max abs: 4e-6 is shown, and 3e-5 found"],
+        ),
+        (
+            1,
+            dict(live=ROUNDED._replace(relative_l2=3e-7)),
+            ["float32 Redux, relative L2: 2e-6 is shown, and 3e-7 found"],
+        ),
+        (
+            1,
+            dict(live=ROUNDED._replace(pcc=0.99999)),
+            ["float32 Redux, PCC: 1 is shown, and 0.99999 found"],
+        ),
+        (
+            0,
+            dict(golden=RECORDED._replace(max_abs=0.0, relative_l2=1e-5)),
+            [],
+        ),  # what one processor recorded
+        (
+            0,
+            dict(golden=RECORDED._replace(relative_l2=3e-5)),
+            ["float32 CLIP, golden: relative L2: 2e-7 is shown, and 3e-5 found"],
+        ),
+        (
+            0,
+            dict(golden=None),
+            [
+                f"float32 CLIP, golden: {x} is shown, and – found"
+                for x in ("PCC: 1", "max abs: 5e-7", "relative L2: 2e-7")
+            ],
+        ),
+        (3, dict(ours=0.02), []),  # three times as much
+        (
+            3,
+            dict(ours=0.021),
+            ["bfloat16 FLUX exact, ours to float32: 0.008 is shown, and 0.03 found"],
+        ),
+        (3, dict(live=LARGE._replace(pcc=0.9)), []),
+        (
+            3,
+            dict(live=LARGE._replace(pcc=0.79)),
+            ["bfloat16 FLUX exact, PCC: 0.94 is shown, and 0.7 found"],
+        ),
+        (
+            3,
+            dict(against="others"),
+            ["bfloat16 FLUX exact, against: diffusers is shown, and others found"],
+        ),
+    ],
+)
 def test_agreement(number, change, apart):
     other = [replace(line, **change) if n == number else line for n, line in enumerate(LINES)]
     assert table.differences(*(table.markdown(lines, "") for lines in (LINES, other))) == apart
@@ -195,7 +293,10 @@ def test_the_table_is_written_in_its_place(readme):
     readme.chmod(0o640)
     for _ in range(2):
         table.write(readme, text)
-        assert readme.read_text(encoding="utf-8") == f"# Naïve\n\n{table.BEGIN}\n\n{text}\n\n{table.END}\n\n| a | b |\n"
+        assert (
+            readme.read_text(encoding="utf-8")
+            == f"# Naïve\n\n{table.BEGIN}\n\n{text}\n\n{table.END}\n\n| a | b |\n"
+        )
     assert table.find(readme)[1] == text and stat.S_IMODE(readme.stat().st_mode) == 0o640
 
 
@@ -211,7 +312,10 @@ def test_a_readme_is_replaced_as_a_whole_or_not_at_all(readme, monkeypatch):
 def test_a_readme_without_a_place_for_it_is_told(readme, mark):
     readme.write_text(readme.read_text(encoding="utf-8").replace(mark, ""), encoding="utf-8")
     before = readme.read_bytes()
-    with pytest.raises(UserError, match="README.md has no place for the table: put the lines <!-- .* and <!-- .* where it "):
+    with pytest.raises(
+        UserError,
+        match="README.md has no place for the table: put the lines <!-- .* and <!-- .* where it ",
+    ):
         table.write(readme, "new")
     assert readme.read_bytes() == before
 
@@ -225,19 +329,25 @@ def test_a_library_that_is_missing_is_told(parity, monkeypatch, library):  # noq
     monkeypatch.setitem(sys.modules, library, None)
     code, out, err = parity("table")
     assert (code, out) == (2, "")
-    assert err == (f"error: table needs diffusers, transformers and what the tests do, and {library} is missing or too old: "
-                   'run `pip install -e ".[test]"` in a clone of the repository\n')  # fmt: skip
+    assert err == (
+        f"error: table needs diffusers, transformers and what the tests do, and {library} is missing or too old: "
+        'run `pip install -e ".[test]"` in a clone of the repository\n'
+    )
 
 
 def test_writing(parity, monkeypatch, readme):  # noqa: F811
     """To the README beside the script, but not in this test."""
     monkeypatch.setattr(parity_rows, "measure", lambda: iter(LINES))
     written, write = [], table.write
-    monkeypatch.setattr(table, "write", lambda path, text: (written.append(path), write(readme, text)))
+    monkeypatch.setattr(
+        table, "write", lambda path, text: (written.append(path), write(readme, text))
+    )
     code, out, _ = parity("table")
     assert code == 0 and written == [] and "old" in readme.read_text(encoding="utf-8")
     code, again, _ = parity("table", "--write")
-    assert (code, again) == (0, out) and written == [README] and table.find(readme)[1] == out.strip()
+    assert (
+        (code, again) == (0, out) and written == [README] and table.find(readme)[1] == out.strip()
+    )
 
 
 def test_the_threads_are_as_before():

@@ -15,7 +15,18 @@ from flux.configs import MISTRAL, MODELS, QWEN3_4B, QWEN3_8B, FLUX1Text
 from flux.errors import UserError
 from flux.language_model import LanguageModel
 from flux.runtime import memory
-from flux.runtime.memory import OFFLOAD, SLOTS, Room, Weights, Work, activations, fit, measure, need, plan
+from flux.runtime.memory import (
+    OFFLOAD,
+    SLOTS,
+    Room,
+    Weights,
+    Work,
+    activations,
+    fit,
+    measure,
+    need,
+    plan,
+)
 from flux.t5 import T5
 from flux.transformer import Flux
 
@@ -59,7 +70,9 @@ def test_blocks_are_measured_by_what_is_streamed_of_them():
     klein = measure(meta(Flux, KLEIN.transformer), FLUX_LISTS, torch.bfloat16)
     t5 = measure(meta(T5, FLUX1Text().t5), ["encoder.block"], torch.float32)
     double, single = 26 * 3072**2 * 2, 13 * 3072**2 * 2
-    assert klein.blocks == (*5 * [double], *20 * [single]) and t5.blocks == (*24 * [int(11.5 * 4096**2 * 4)],)
+    assert klein.blocks == (*5 * [double], *20 * [single]) and t5.blocks == (
+        *24 * [int(11.5 * 4096**2 * 4)],
+    )
 
 
 def test_quantised_layers_are_measured_as_they_are_held():
@@ -74,7 +87,11 @@ def test_quantised_layers_are_measured_as_they_are_held():
 
         def dequantize(self): ...
 
-    network = meta(lambda: nn.ModuleDict(dict(blocks=nn.ModuleList([Quantised(), nn.Linear(512, 512, bias=False)]))))
+    network = meta(
+        lambda: nn.ModuleDict(
+            dict(blocks=nn.ModuleList([Quantised(), nn.Linear(512, 512, bias=False)]))
+        )
+    )
     # 1024 x 256 bytes, and 1024 x 32 float32; bias of 1024 bfloat16 stays. The other block's 512 x 512 become bfloat16: of the
     # file's own there is what is quantised, and in its dtype; and nothing of what is made anew.
     sizes = 2048, (262144 + 131072, 524288)
@@ -82,7 +99,9 @@ def test_quantised_layers_are_measured_as_they_are_held():
     assert measure(network, ["blocks"], torch.bfloat16) == Weights(*sizes, kept, scratch)
     network["blocks"][1].bfloat16()
     assert measure(network, ["blocks"], torch.bfloat16) == Weights(*sizes, kept + 524288, scratch)
-    assert measure(network, ["blocks"], torch.bfloat16, {"blocks.0"}) == Weights(*sizes, 524288, scratch)
+    assert measure(network, ["blocks"], torch.bfloat16, {"blocks.0"}) == Weights(
+        *sizes, 524288, scratch
+    )
     assert measure(network, ["blocks"], torch.bfloat16, None) == Weights(*sizes, 0, scratch)
 
 
@@ -91,7 +110,9 @@ def test_a_quantised_matrix_is_whole_within_its_allowance(kind):
     from flux.weights.quantization import compress
 
     layer = meta(getattr(compress, kind), 3072, 9216, False)
-    peak = script("benchmarks/measure").peak_bytes(lambda: layer(torch.empty(1, 3072, dtype=torch.bfloat16, device="meta")))
+    peak = script("benchmarks/measure").peak_bytes(
+        lambda: layer(torch.empty(1, 3072, dtype=torch.bfloat16, device="meta"))
+    )
     assert peak <= 1.01 * measure(nn.ModuleList([layer]), [], torch.bfloat16).scratch
 
 
@@ -107,13 +128,17 @@ def test_two_networks_of_one_stage():
 @pytest.mark.parametrize("name", ["flux.1-dev", "flux.2-klein-4b", "flux.2-dev"])
 def test_the_transformers_activations_are_at_most_what_is_said(name, dtype, monkeypatch):
     """Counted on the meta device, at full width, with one block of a kind and fused attention; and not twice too much."""
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q))
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: torch.empty_like(q)
+    )
     spec = MODELS[name]
     spec = replace(spec, transformer=replace(spec.transformer, depth=1, depth_single=1))
     c = spec.transformer
     network = meta(Flux, c).to(dtype)
     axes = len(c.axes_dim)
-    given = dict(img=torch.empty(2, 4096 + 300, c.in_channels), txt=torch.empty(2, 512, c.context_dim))
+    given = dict(
+        img=torch.empty(2, 4096 + 300, c.in_channels), txt=torch.empty(2, 512, c.context_dim)
+    )
     given |= dict(guidance=torch.empty(2)) if c.guidance else {}
     given |= dict(vector=torch.empty(2, c.vector_dim)) if c.vector_dim else {}
     given = {name: x.to("meta", dtype) for name, x in given.items()}
@@ -122,16 +147,23 @@ def test_the_transformers_activations_are_at_most_what_is_said(name, dtype, monk
     network.rope = lambda *ids: rope.clone()
     ids = dict(img_ids=torch.empty(4096 + 300, axes), txt_ids=torch.empty(512, axes))
     peak = script("benchmarks/measure").peak_bytes(lambda: network(**given, **ids))
-    said = activations(spec, Work(1024, 1024, batch=2, references=300, itemsize=dtype.itemsize), "cuda")["transformer"]
+    said = activations(
+        spec, Work(1024, 1024, batch=2, references=300, itemsize=dtype.itemsize), "cuda"
+    )["transformer"]
     assert peak <= said <= 2 * peak, f"{said / peak:.3f}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_the_autoencoders_activations_are_at_most_what_is_said(dtype):
     """Three times what is counted at most: a convolution's workspace is not, and takes about as much again on a GPU."""
-    network, peak_bytes = meta(AutoEncoder, KLEIN.autoencoder).to(dtype), script("benchmarks/measure").peak_bytes
+    network, peak_bytes = (
+        meta(AutoEncoder, KLEIN.autoencoder).to(dtype),
+        script("benchmarks/measure").peak_bytes,
+    )
     said = activations(KLEIN, Work(1024, 768, itemsize=dtype.itemsize), "cuda")
-    decoding = peak_bytes(lambda: network.decode(torch.empty(1, 128, 48, 64, device="meta", dtype=dtype)))
+    decoding = peak_bytes(
+        lambda: network.decode(torch.empty(1, 128, 48, 64, device="meta", dtype=dtype))
+    )
     assert decoding <= said["autoencoder"] <= 3 * decoding
     if dtype == torch.float32:
         encoding = peak_bytes(lambda: network.encode(torch.empty(1, 3, 768, 1024, device="meta")))
@@ -141,7 +173,10 @@ def test_the_autoencoders_activations_are_at_most_what_is_said(dtype):
 def test_activations_cover_the_published_ones():
     """Seen with diffusers at 1024 x 1024: 0.45 GiB in FLUX.1's transformer, 2.4 GiB for decoding; 4105 B a pixel in float32."""
     said = activations(DEV, SQUARE, "cuda")
-    assert 0.45 * 2**30 <= said["transformer"] <= 1.1 * GB and 2.4 * 2**30 <= said["autoencoder"] <= 2.6 * 2**30
+    assert (
+        0.45 * 2**30 <= said["transformer"] <= 1.1 * GB
+        and 2.4 * 2**30 <= said["autoencoder"] <= 2.6 * 2**30
+    )
     assert activations(DEV, replace(SQUARE, itemsize=4), "cpu")["autoencoder"] >= 4105 * 1024**2
 
 
@@ -156,8 +191,18 @@ def test_what_else_activations_depend_on():
     kept = of(kv, references=4096) - of(replace(kv, cached=False), references=4096)
     assert kept == 2 * 4096 * 4096 * 32 * 2 == pytest.approx(2.15 * GB, rel=2e-3)
     assert of(KLEIN, "mps") - of(KLEIN) == 96 * 4608**2
-    assert of(DEV, steps=29) - of(DEV) == 28 * (12 * 19 + 3 * 38 + 3) * 3072 * 2 == pytest.approx(59e6, rel=0.01)
-    for change in (dict(width=2048), dict(batch=2), dict(references=100), dict(itemsize=4), dict(extra_text=729)):
+    assert (
+        of(DEV, steps=29) - of(DEV)
+        == 28 * (12 * 19 + 3 * 38 + 3) * 3072 * 2
+        == pytest.approx(59e6, rel=0.01)
+    )
+    for change in (
+        dict(width=2048),
+        dict(batch=2),
+        dict(references=100),
+        dict(itemsize=4),
+        dict(extra_text=729),
+    ):
         assert of(KLEIN, **change) > of(KLEIN)
     assert of(KLEIN, stage="autoencoder", batch=9) == of(KLEIN, stage="autoencoder")
 
@@ -172,20 +217,38 @@ KLEIN_WEIGHTS = {
 }
 DEV2_WEIGHTS = {
     "text encoder": Weights(1_340_000_000, 30 * (1_112_000_000,), 34_700_000_000),
-    "transformer": Weights(1_586_103_296, 8 * (1_962_934_272,) + 48 * (981_467_136,), 64_400_000_000),
+    "transformer": Weights(
+        1_586_103_296, 8 * (1_962_934_272,) + 48 * (981_467_136,), 64_400_000_000
+    ),
     "autoencoder": Weights(170_000_000, (), 170_000_000),
 }
 
 
-def planned(size: float, offload=None, vram=None, weights=KLEIN_WEIGHTS, spec=KLEIN, work=SQUARE, kind="cuda", **options):
+def planned(
+    size: float,
+    offload=None,
+    vram=None,
+    weights=KLEIN_WEIGHTS,
+    spec=KLEIN,
+    work=SQUARE,
+    kind="cuda",
+    **options,
+):
     return plan(spec, weights, work, Room(kind, size * GB, 64 * GB), offload, vram, **options)
 
 
 def test_everything_stays_where_there_is_room():
     """6.23 + 7.75 + 0.17 = 14.15 GB, 2.68 to decode (5 maps x 256 channels x 2 bytes x 1024 x 1024), 0.6 for libraries."""
     made = planned(24)
-    assert made.offload == "none" and made.resident == {"text encoder": None, "transformer": None, "autoencoder": None}
-    assert made.message == "text encoder 6.2 GB, transformer 7.8 GB, autoencoder 0.2 GB, all at once; at most 17.4 of 24.0 GB"
+    assert made.offload == "none" and made.resident == {
+        "text encoder": None,
+        "transformer": None,
+        "autoencoder": None,
+    }
+    assert (
+        made.message
+        == "text encoder 6.2 GB, transformer 7.8 GB, autoencoder 0.2 GB, all at once; at most 17.4 of 24.0 GB"
+    )
     assert planned(17.5).offload == "none" and planned(17.4).offload == "stages"
 
 
@@ -193,7 +256,10 @@ def test_stages_go_one_after_another_where_there_is_less():
     """The transformer's 7.75 GB are the most, with 0.6 for libraries, and 0.93 for 1.1 x 60 bytes x 4608 tokens x 3072."""
     made = planned(11.2)
     assert made.offload == "stages" and set(made.resident.values()) == {None}
-    assert made.message == "text encoder 6.2 GB, then transformer 7.8 GB, then autoencoder 0.2 GB; at most 9.3 of 11.2 GB"
+    assert (
+        made.message
+        == "text encoder 6.2 GB, then transformer 7.8 GB, then autoencoder 0.2 GB; at most 9.3 of 11.2 GB"
+    )
 
 
 def test_blocks_stream_where_there_is_still_less():
@@ -203,14 +269,19 @@ def test_blocks_stream_where_there_is_still_less():
     assert made.resident["text encoder"] is None and made.resident["autoencoder"] is None
     assert made.resident["transformer"] == pytest.approx(5.07 * GB, abs=0.02 * GB)
     transformer = "transformer 7.8 GB of which 2.3 GB are streamed"
-    assert made.message == f"text encoder 6.2 GB, then {transformer}, then autoencoder 0.2 GB; at most 8.0 of 8.0 GB"
+    assert (
+        made.message
+        == f"text encoder 6.2 GB, then {transformer}, then autoencoder 0.2 GB; at most 8.0 of 8.0 GB"
+    )
 
 
 def test_streaming_that_is_asked_for_takes_as_little_as_possible():
     made = planned(80, "stream")
     assert made.resident == {"text encoder": 0, "transformer": 0, "autoencoder": None}
     assert made.peak == 170_000_000 + 5 * 256 * 2 * 1024**2 + 600_000_000  # decoding needs the most
-    assert planned(80, "stream", vram=6).resident["transformer"] == pytest.approx(3.07 * GB, abs=0.02 * GB)
+    assert planned(80, "stream", vram=6).resident["transformer"] == pytest.approx(
+        3.07 * GB, abs=0.02 * GB
+    )
 
 
 def test_vram_limits_and_never_extends():
@@ -222,7 +293,9 @@ def test_flux2_dev_streams_in_24_gb():
     """99.3 GB of weights; its slots are of 1.96 GB."""
     made = planned(24, weights=DEV2_WEIGHTS, spec=DEV2)
     assert made.offload == "stream" and made.peak <= 24 * GB
-    assert 0 < made.resident["transformer"] < 18 * GB and 0 < made.resident["text encoder"] < 22 * GB
+    assert (
+        0 < made.resident["transformer"] < 18 * GB and 0 < made.resident["text encoder"] < 22 * GB
+    )
     assert planned(141, weights=DEV2_WEIGHTS, spec=DEV2).offload == "none"
     assert planned(80, weights=DEV2_WEIGHTS, spec=DEV2).offload == "stages"
 
@@ -230,18 +303,28 @@ def test_flux2_dev_streams_in_24_gb():
 def test_on_the_cpu_mapped_weights_take_nothing():
     made = planned(5, kind="cpu")
     assert made.offload == "none"
-    assert made.message.endswith("all at once, 14.2 GB of it the files' own pages; at most 2.7 of 5.0 GB")
+    assert made.message.endswith(
+        "all at once, 14.2 GB of it the files' own pages; at most 2.7 of 5.0 GB"
+    )
     cast = {stage: held._replace(mapped=0) for stage, held in KLEIN_WEIGHTS.items()}
     assert planned(16, weights=cast, kind="cpu").offload == "stages"
-    with pytest.raises(UserError, match=r"needs at least 8\.8 GB, and 8\.0 GB are free"):  # streaming would need more, not less
+    with pytest.raises(
+        UserError, match=r"needs at least 8\.8 GB, and 8\.0 GB are free"
+    ):  # streaming would need more, not less
         planned(8, weights=cast, kind="cpu")
 
 
 def test_apples_gpus_stage_in_the_same_memory():
     """Two slots twice over; and copies of what is mapped beside the file's pages, which can be dropped."""
     held, active = KLEIN_WEIGHTS["transformer"], 10**9
-    assert need(held, active, "mps", 0).device - need(held, active, "cuda", 0).device == SLOTS * 490_733_568
-    assert need(held, active, "mps", 0).host == 0 and need(held, active, "cuda", 0).host == SLOTS * 490_733_568
+    assert (
+        need(held, active, "mps", 0).device - need(held, active, "cuda", 0).device
+        == SLOTS * 490_733_568
+    )
+    assert (
+        need(held, active, "mps", 0).host == 0
+        and need(held, active, "cuda", 0).host == SLOTS * 490_733_568
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -254,7 +337,10 @@ def test_what_cannot_fit_is_refused_with_numbers_and_a_way_out():
         "flux.2-klein-4b at 1024x1024 with --offload none needs at least 17.5 GB, and 16.0 GB are free: "
         "use --offload stages or --offload stream or a smaller --width and --height or --quantize fp8 or an -fp8 file"
     )
-    with pytest.raises(UserError, match=r"with --offload stages needs at least 9\.4 GB, and 9\.0 GB.*: use --offload stream"):
+    with pytest.raises(
+        UserError,
+        match=r"with --offload stages needs at least 9\.4 GB, and 9\.0 GB.*: use --offload stream",
+    ):
         planned(9, "stages")
     assert planned(16, "stages").offload == "stages"
 
@@ -291,7 +377,9 @@ def test_no_advice_to_quantise_what_is_quantised():
 def test_hosts_memory_counts_where_blocks_are_streamed():
     """Weights that were cast are the host's own; two stagings come on top."""
     cast = {stage: held._replace(mapped=0) for stage, held in DEV2_WEIGHTS.items()}
-    with pytest.raises(UserError, match=r"needs 68\.\d GB of the host's memory, and 64\.0 GB are free"):
+    with pytest.raises(
+        UserError, match=r"needs 68\.\d GB of the host's memory, and 64\.0 GB are free"
+    ):
         planned(24, weights=cast, spec=DEV2)
     assert planned(24, weights=DEV2_WEIGHTS, spec=DEV2).offload == "stream"
 
@@ -300,11 +388,20 @@ def test_hosts_memory_counts_where_blocks_are_streamed():
 
 sizes = st.integers(0, 5 * GB)
 held = st.builds(
-    lambda fixed, blocks, share, scratch: Weights(fixed, tuple(blocks), int(share * (fixed + sum(blocks))), scratch),
-    sizes, st.lists(sizes, max_size=5), st.floats(0, 1), sizes,
-)  # fmt: skip
-stages = st.lists(held, min_size=1, max_size=4).map(lambda all: {f"stage {i}": each for i, each in enumerate(all)})
-rooms = st.builds(Room, st.sampled_from(["cuda", "mps", "cpu"]), st.integers(0, 40 * GB), st.integers(0, 40 * GB))
+    lambda fixed, blocks, share, scratch: Weights(
+        fixed, tuple(blocks), int(share * (fixed + sum(blocks))), scratch
+    ),
+    sizes,
+    st.lists(sizes, max_size=5),
+    st.floats(0, 1),
+    sizes,
+)
+stages = st.lists(held, min_size=1, max_size=4).map(
+    lambda all: {f"stage {i}": each for i, each in enumerate(all)}
+)
+rooms = st.builds(
+    Room, st.sampled_from(["cuda", "mps", "cpu"]), st.integers(0, 40 * GB), st.integers(0, 40 * GB)
+)
 
 
 def fastest(weights, active, room):
@@ -341,14 +438,18 @@ def test_more_memory_never_makes_a_slower_plan(weights, working, room, more, mor
         made = fastest(weights, active, room)
         if made is None:
             return (3, 0)
-        streamed = [sum(weights[s].blocks) - stay for s, stay in made.resident.items() if stay is not None]
+        streamed = [
+            sum(weights[s].blocks) - stay for s, stay in made.resident.items() if stay is not None
+        ]
         return (OFFLOAD.index(made.offload), sum(streamed))
 
     larger = room._replace(device=room.device + more, host=room.host + more_host)
     assert slowness(larger) <= slowness(room)
 
 
-@given(st.integers(1, 40), st.sampled_from([None, *OFFLOAD]), st.sampled_from(["cuda", "mps", "cpu"]))
+@given(
+    st.integers(1, 40), st.sampled_from([None, *OFFLOAD]), st.sampled_from(["cuda", "mps", "cpu"])
+)
 def test_the_floor_is_where_plans_begin(tenths, offload, kind):
     """What a refusal says would do does, rounded up to a tenth as it is."""
     try:
@@ -364,12 +465,17 @@ def test_the_floor_is_where_plans_begin(tenths, offload, kind):
 
 def test_a_device_that_is_not_there():
     for device in ("cuda:99", "tpu", "meta"):
-        with pytest.raises(UserError, match=f"--device {device}: there is no such device here; choose from cpu"):
+        with pytest.raises(
+            UserError, match=f"--device {device}: there is no such device here; choose from cpu"
+        ):
             memory.choose_device(device)
     assert memory.choose_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("capability, dtype", [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float32)])
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float32)],
+)
 def test_gpus_without_bfloat16_compute_in_float32(capability, dtype, monkeypatch, recwarn):
     """Turing (7.5) and Volta have float16 only."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -377,7 +483,9 @@ def test_gpus_without_bfloat16_compute_in_float32(capability, dtype, monkeypatch
     assert memory.choose_dtype(torch.device("cuda")) == dtype
     said = [str(warning.message) for warning in recwarn]
     assert (
-        said == [] if dtype == torch.bfloat16 else said[0].startswith("Tesla T4 does not compute in bfloat16, and in float16")
+        said == []
+        if dtype == torch.bfloat16
+        else said[0].startswith("Tesla T4 does not compute in bfloat16, and in float16")
     )
 
 
@@ -386,12 +494,18 @@ def test_gpus_without_bfloat16_compute_in_float32(capability, dtype, monkeypatch
 def test_cpus_and_apple_gpus(able, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: able)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
-    assert memory.choose_dtype(torch.device("cpu")) == memory.choose_dtype(torch.device("mps")) == dtype
+    assert (
+        memory.choose_dtype(torch.device("cpu"))
+        == memory.choose_dtype(torch.device("mps"))
+        == dtype
+    )
 
 
 def test_memory_of_the_machine(tmp_path):
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       24684084 kB\nMemFree:        22753992 kB\nMemAvailable:   23931216 kB\n")
+    meminfo.write_text(
+        "MemTotal:       24684084 kB\nMemFree:        22753992 kB\nMemAvailable:   23931216 kB\n"
+    )
     assert memory._machine_memory(meminfo) == 23931216 * 1024
     assert 0 < memory._machine_memory(tmp_path / "absent") < math.inf
     assert 0 < memory.free_memory(torch.device("cpu")) < math.inf
@@ -402,7 +516,9 @@ def test_memory_of_a_container(tmp_path):
     assert memory._container_memory(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("8000000000\n")
     (tmp_path / "memory.current").write_text("5000000000\n")
-    (tmp_path / "memory.stat").write_text("anon 1000000000\nactive_file 1500000000\ninactive_file 2500000000\n")
+    (tmp_path / "memory.stat").write_text(
+        "anon 1000000000\nactive_file 1500000000\ninactive_file 2500000000\n"
+    )
     assert memory._container_memory(tmp_path) == 7_000_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._container_memory(tmp_path) == math.inf

@@ -42,8 +42,11 @@ from flux.weights.locate import find_spec, is_here
 from flux.weights.quantization import FP8Linear, NVFP4Linear, QuantizedLinear, fp8
 
 cli, script, nothing_here, zoo = (
-    test_sample.cli, test_sample.script, test_sample.nothing_here, test_sample_pictures.zoo,
-)  # fmt: skip
+    test_sample.cli,
+    test_sample.script,
+    test_sample.nothing_here,
+    test_sample_pictures.zoo,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* was distilled for"),
@@ -53,7 +56,9 @@ ASKED = dict(prompts="a cat", width=64, height=80, steps=2, seed=3)
 GIVEN = ("a cat", "--width", 64, "--height", 80, "--steps", 2, "--seed", 3)
 MODULATORS = r"(img_mod|txt_mod|modulation|modulation_img|modulation_txt)\.lin\."
 ENOUGH = Room("cpu", 1e12)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
+)
 
 
 class Live:
@@ -68,9 +73,17 @@ class Live:
 
     def __call__(self) -> int:
         before = {id(module) for module in self.before}
-        tensors = [tensor for module in modules() if id(module) not in before
-                   for tensor in (*module._parameters.values(), *module._buffers.values())]  # fmt: skip
-        found = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor is not None and not tensor.is_meta}
+        tensors = [
+            tensor
+            for module in modules()
+            if id(module) not in before
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        ]
+        found = {
+            tensor.data_ptr(): tensor.nbytes
+            for tensor in tensors
+            if tensor is not None and not tensor.is_meta
+        }
         return sum(found.values())
 
 
@@ -89,7 +102,10 @@ def bytes_of(files, dtype: torch.dtype, less: str = "(?!)") -> int:
     for path in files:
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        total += sum(int(np.prod(shape)) for name, shape in shapes.items() if not re.search(less, name)) * dtype.itemsize
+        total += (
+            sum(int(np.prod(shape)) for name, shape in shapes.items() if not re.search(less, name))
+            * dtype.itemsize
+        )
     return total
 
 
@@ -130,11 +146,23 @@ def test_however_weights_are_held_the_picture_is_the_same(zoo, name, dtype):
             return features
 
         pipe.text.encode_one = encode
-        found = picture(pipe, **asked, callback=lambda *_, live=live, seen=seen: seen.append(("denoise", live())))
+        found = picture(
+            pipe,
+            **asked,
+            callback=lambda *_, live=live, seen=seen: seen.append(("denoise", live())),
+        )
         assert found == expected
         assert all_released(pipe) and live() == 0
-        text = [path for part, files in pipe.files.items() if part in ("t5", "clip", "model") for path in files]
-        most = {"encode": bytes_of(text, dtype), "denoise": bytes_of(pipe.files["transformer"], dtype, less=MODULATORS)}
+        text = [
+            path
+            for part, files in pipe.files.items()
+            if part in ("t5", "clip", "model")
+            for path in files
+        ]
+        most = {
+            "encode": bytes_of(text, dtype),
+            "denoise": bytes_of(pipe.files["transformer"], dtype, less=MODULATORS),
+        }
         assert {stage for stage, _ in seen} == most.keys()
         assert all(0 < size <= most[stage] for stage, size in seen), (offload, seen, most)
         assert all(size == most[stage] for stage, size in seen if stage == "denoise")
@@ -145,23 +173,32 @@ def test_when_a_network_is_loaded_no_other_is_there(zoo, offload, monkeypatch):
     """Nor its own former self, where the transformer is laid out anew without its modulation."""
     pipe, seen, ready = load(zoo, KLEIN, offload=offload), [], Network._ready
     live = Live()
-    monkeypatch.setattr(Network, "_ready", lambda *arguments: (seen.append(live()), ready(*arguments))[1])
+    monkeypatch.setattr(
+        Network, "_ready", lambda *arguments: (seen.append(live()), ready(*arguments))[1]
+    )
     picture(pipe, pictures=Pictures((A,)))
     assert seen == [0] * 4
 
 
 @pytest.mark.parametrize("offload", ["stages", "stream"])
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_picture_takes_one_read_one_merge_and_one_rounding_of_the_transformer(zoo, offload, quantize, tmp_path, monkeypatch):
+def test_a_picture_takes_one_read_one_merge_and_one_rounding_of_the_transformer(
+    zoo, offload, quantize, tmp_path, monkeypatch
+):
     path = tmp_path / "lora.safetensors"
-    save_file({"img_in.lora_A.weight": torch.ones(1, 16), "img_in.lora_B.weight": torch.ones(128, 1)}, path)
+    save_file(
+        {"img_in.lora_A.weight": torch.ones(1, 16), "img_in.lora_B.weight": torch.ones(128, 1)},
+        path,
+    )
     pipe, done = load(zoo, KLEIN, offload=offload, quantize=quantize), []
     pipe.load_lora(path)
     for owner, name in ((Network, "_load"), (lora, "merge"), (network, "compress")):
         call = getattr(owner, name)
 
         def counted(subject, *more, name=name, call=call, **options):
-            if subject is pipe.transformer or (isinstance(subject, Flux) and subject.img_in.weight.is_cpu):  # not on meta
+            if subject is pipe.transformer or (
+                isinstance(subject, Flux) and subject.img_in.weight.is_cpu
+            ):  # not on meta
                 done.append(name)
             return call(subject, *more, **options)
 
@@ -169,14 +206,19 @@ def test_a_picture_takes_one_read_one_merge_and_one_rounding_of_the_transformer(
     for prompt in ("a cat", "a dog"):
         done.clear()
         picture(pipe, prompts=prompt)
-        assert done == ["_load"] + ["compress"] * bool(quantize) + ["merge"]  # which the former begins, layer by layer
+        assert done == ["_load"] + ["compress"] * bool(quantize) + [
+            "merge"
+        ]  # which the former begins, layer by layer
 
 
 @pytest.mark.parametrize("model", ["flux.1-dev", KLEIN])
 @pytest.mark.parametrize("offload", [None, "stages", "stream"])
 def test_stages_that_are_called_one_by_one_are_held_as_in_a_call(zoo, offload, model):
     expected, pipe, seen = picture(load(zoo, model)), load(zoo, model, offload=offload), []
-    streams = lambda network: any(isinstance(part, Streamed) for part in network.module.modules())  # noqa: E731
+
+    def streams(network):
+        return any(isinstance(part, Streamed) for part in network.module.modules())
+
     encode_one = pipe.text.encode_one
 
     def encode(prompt):
@@ -186,7 +228,9 @@ def test_stages_that_are_called_one_by_one_are_held_as_in_a_call(zoo, offload, m
 
     pipe.text.encode_one = encode
     features = pipe.encode(["a cat"])
-    latents = pipe.sample(features, [3], 64, 80, 2, callback=lambda *_: seen.append(streams(pipe.transformer)))
+    latents = pipe.sample(
+        features, [3], 64, 80, 2, callback=lambda *_: seen.append(streams(pipe.transformer))
+    )
     assert pipe.decode(latents)[0].tobytes() == expected
     assert seen == [offload == "stream"] * 3 and all_released(pipe) == bool(offload)
 
@@ -202,8 +246,13 @@ def test_a_stage_that_needs_more_than_was_prepared_for_is_planned_anew_or_refuse
 
     monkeypatch.setattr(pipeline, "plan", seen)
     one = TextFeatures(features.tokens[:1], None)
-    for given, asked in (((one, [3]), (64, 80, 2)), ((one, [3]), (80, 64, 1)), ((one, [3]), (64, 96, 2)),
-                         ((features, [3, 4]), (64, 64, 2)), ((one, [3]), (64, 64, 3))):  # fmt: skip
+    for given, asked in (
+        ((one, [3]), (64, 80, 2)),
+        ((one, [3]), (80, 64, 1)),
+        ((one, [3]), (64, 96, 2)),
+        ((features, [3, 4]), (64, 64, 2)),
+        ((one, [3]), (64, 64, 3)),
+    ):
         pipe.sample(*given, *asked)
     assert planned == [(64, 96, 1, 2), (64, 64, 2, 2), (64, 64, 1, 3)]
     pipe.prepare(64, 80, 2)
@@ -238,8 +287,12 @@ def test_its_own_weights_do_not_leave_it_short_of_memory(zoo, monkeypatch):
     monkeypatch.setattr(pipeline, "room_on", lambda _: ENOUGH)
     total = pipe.prepare(64, 80, 2).peak
     monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", total - live()))
-    assert picture(pipe) == picture(pipe) and live() > 0.9 * total - memory.activations(
-        pipe.spec, memory.Work(64, 80, steps=2), "cpu")["transformer"]  # fmt: skip
+    assert (
+        picture(pipe) == picture(pipe)
+        and live()
+        > 0.9 * total
+        - memory.activations(pipe.spec, memory.Work(64, 80, steps=2), "cpu")["transformer"]
+    )
     assert pipe.prepare(64, 80, 2).offload == "none"
 
 
@@ -266,7 +319,9 @@ def test_pictures_are_encoded_and_their_encoder_goes_on_the_first_call_too(zoo):
 
 # ---------------------------------------------------------------------------------------------------------- modulation
 
-DEEP = replace(FLUX1_TINY, hidden_size=64, num_heads=2, depth=19, depth_single=38)  # blocks as released, and narrow
+DEEP = replace(
+    FLUX1_TINY, hidden_size=64, num_heads=2, depth=19, depth_single=38
+)  # blocks as released, and narrow
 
 
 @pytest.fixture
@@ -277,7 +332,9 @@ def deep(zoo, monkeypatch, tmp_path) -> Pipeline:
     save_file(randomise(Flux(DEEP)).bfloat16().state_dict(), path)
 
     def build(**options):
-        return flux.load("flux.1-dev", zoo.folder, "cpu", torch.bfloat16, transformer=path, **options)
+        return flux.load(
+            "flux.1-dev", zoo.folder, "cpu", torch.bfloat16, transformer=path, **options
+        )
 
     return build
 
@@ -286,12 +343,22 @@ def deep(zoo, monkeypatch, tmp_path) -> Pipeline:
 def test_a_quarter_of_flux1_is_out_of_memory_while_it_denoises(deep, offload, tmp_path):
     pipe, seen = deep(offload=offload), []
     whole = bytes_of(pipe.files["transformer"], torch.bfloat16)
-    assert pipe.transformer.bytes == whole == sum(t.nbytes for t in load_file(tmp_path / "deep.safetensors").values())
+    assert (
+        pipe.transformer.bytes
+        == whole
+        == sum(t.nbytes for t in load_file(tmp_path / "deep.safetensors").values())
+    )
     live = Live()
-    pictures = [picture(pipe, prompts=prompt, callback=lambda *_: seen.append(live())) for prompt in ("a cat", "a dog")]
+    pictures = [
+        picture(pipe, prompts=prompt, callback=lambda *_: seen.append(live()))
+        for prompt in ("a cat", "a dog")
+    ]
     assert len(seen) == 4 and max(seen) <= 0.75 * whole, max(seen) / whole
     other = deep(offload="none")
-    assert pictures == [picture(other, prompts=prompt) for prompt in ("a cat", "a dog")] and len(set(pictures)) == 2
+    assert (
+        pictures == [picture(other, prompts=prompt) for prompt in ("a cat", "a dog")]
+        and len(set(pictures)) == 2
+    )
 
 
 @pytest.mark.parametrize("offload", ["stages", "stream"])
@@ -300,12 +367,22 @@ def test_with_a_lora_too(zoo, offload, quantize, tmp_path):
     """One that changes modulations, as most do for FLUX.1."""
     path = tmp_path / "lora.safetensors"
     generator = torch.Generator().manual_seed(4)
-    drawn = lambda *shape: torch.randn(shape, generator=generator) / shape[1] ** 0.5  # noqa: E731
-    layers = {"double_blocks.1.img_mod.lin": 768, "single_blocks.2.modulation.lin": 384, "single_blocks.0.linear2": 128}
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator) / shape[1] ** 0.5
+
+    layers = {
+        "double_blocks.1.img_mod.lin": 768,
+        "single_blocks.2.modulation.lin": 384,
+        "single_blocks.0.linear2": 128,
+    }
     tensors = {}
     for layer, rows in layers.items():
         columns = 640 if "linear2" in layer else 128
-        tensors |= {f"{layer}.lora_A.weight": drawn(4, columns), f"{layer}.lora_B.weight": drawn(rows, 4)}
+        tensors |= {
+            f"{layer}.lora_A.weight": drawn(4, columns),
+            f"{layer}.lora_B.weight": drawn(rows, 4),
+        }
     save_file(tensors, path)
     found = []
     for held in ("none", offload):
@@ -329,9 +406,13 @@ def test_a_network_brings_back_what_was_taken_away(zoo, resident, change):
         state = {name: tensor.clone() for name, tensor in network().state_dict().items()}
         for _ in range(2):
             less = network.without(Modulator).state_dict()
-            assert {name for name in state if name not in less} == {name for name in state if re.search(MODULATORS, name)}
+            assert {name for name in state if name not in less} == {
+                name for name in state if re.search(MODULATORS, name)
+            }
             again = network().state_dict()
-            assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+            assert again.keys() == state.keys() and all(
+                torch.equal(again[name], state[name]) for name in state
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- --vram
@@ -346,7 +427,9 @@ def nothing_is_loaded(monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["flux.2-tiny", "flux.1-dev", KLEIN])
-@pytest.mark.parametrize("offload", [(), ("--offload", "none"), ("--offload", "stages"), ("--offload", "stream")])
+@pytest.mark.parametrize(
+    "offload", [(), ("--offload", "none"), ("--offload", "stages"), ("--offload", "stream")]
+)
 def test_too_little_memory_is_refused_with_the_floor(cli, zoo, nothing_is_loaded, model, offload):
     run = cli(*GIVEN, *zoo(model), "--vram", 0.001, *offload)
     how = f" with --offload {offload[1]}" if offload else ""
@@ -377,7 +460,11 @@ def test_memory_that_is_no_number_is_refused(cli):
 
 def test_what_is_resident_is_said(cli, zoo):
     run = cli(*GIVEN, *zoo(KLEIN), "--vram", 8)
-    assert run.code == 0 and "memory: text encoder 0.0 GB, transformer 0.0 GB, autoencoder 0.0 GB, all at once" in run.err
+    assert (
+        run.code == 0
+        and "memory: text encoder 0.0 GB, transformer 0.0 GB, autoencoder 0.0 GB, all at once"
+        in run.err
+    )
     assert "of 8.0 GB" in run.err and run.err.count("memory: ") == 1
     run = cli(*GIVEN, *zoo(KLEIN), "--vram", 8, "--offload", "stream")
     assert run.code == 0 and "transformer 0.0 GB" in run.err and ", then " in run.err
@@ -386,26 +473,38 @@ def test_what_is_resident_is_said(cli, zoo):
 def test_where_memory_is_short_stages_are_chosen_and_said(cli, zoo, monkeypatch):
     flags = (*GIVEN, *zoo(KLEIN), "--dtype", "bfloat16")
     expected = pixels(made(cli(*flags, "--offload", "none")))
-    most, least = (load(zoo, KLEIN, torch.bfloat16, offload=way).prepare(64, 80, 2).peak for way in ("none", "stages"))
+    most, least = (
+        load(zoo, KLEIN, torch.bfloat16, offload=way).prepare(64, 80, 2).peak
+        for way in ("none", "stages")
+    )
     monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", (most + least) / 2))
     run = cli(*flags)
     assert pixels(made(run)) == expected
-    assert "memory: text encoder 0.0 GB, then transformer 0.0 GB, then autoencoder 0.0 GB; at most" in run.err
+    assert (
+        "memory: text encoder 0.0 GB, then transformer 0.0 GB, then autoencoder 0.0 GB; at most"
+        in run.err
+    )
     monkeypatch.setattr(pipeline, "room_on", lambda _: ENOUGH)
     run = cli(*flags)
     assert pixels(made(run)) == expected and "all at once" in run.err
 
 
-def test_references_that_need_too_much_are_refused_before_a_prompt_is_encoded(cli, zoo, monkeypatch):
+def test_references_that_need_too_much_are_refused_before_a_prompt_is_encoded(
+    cli, zoo, monkeypatch
+):
     """How many tokens they are is known when they are encoded, and not before."""
     A.save("a.png")
     pipe = load(zoo, KLEIN)
     alone = pipe.prepare(64, 80, 2, pictured=64 * 80).peak
-    larger = pipe.prepare(steps=2, conditions=pipe.condition(Pictures((A.resize((1024, 1024)),)), 64, 80)).peak
+    larger = pipe.prepare(
+        steps=2, conditions=pipe.condition(Pictures((A.resize((1024, 1024)),)), 64, 80)
+    ).peak
     assert larger > alone
     A.resize((1024, 1024)).save("a.png")
     monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", (alone + larger) / 2))
-    monkeypatch.setattr(type(pipe.text), "encode_one", lambda *_: pytest.fail("a prompt was encoded"))
+    monkeypatch.setattr(
+        type(pipe.text), "encode_one", lambda *_: pytest.fail("a prompt was encoded")
+    )
     cli(*GIVEN, *zoo(KLEIN), "--image", "a.png").says("needs at least", "GB")
 
 
@@ -440,7 +539,9 @@ def test_quantised_when_loaded_the_toy_paints_nearly_the_same(cli, exact, kind):
     assert "memory: " in run.err and pixels(path) == by_the_toy(quantize=kind)
     assert images.read_metadata(path)["quantize"] == kind
     again = made(cli("--remake", path))
-    assert pixels(again) == pixels(path) and images.read_metadata(again) == images.read_metadata(path)
+    assert pixels(again) == pixels(path) and images.read_metadata(again) == images.read_metadata(
+        path
+    )
 
 
 def test_quantised_models_take_less_memory_and_say_so(zoo):
@@ -451,16 +552,29 @@ def test_quantised_models_take_less_memory_and_say_so(zoo):
             pipe = load(zoo, name, torch.bfloat16, quantize=kind)
             planned = pipe.prepare(64, 64)
             sizes[kind] = pipe.transformer.bytes, planned.peak
-            held = [layer for network in pipe.networks for layer in network().modules() if isinstance(layer, QuantizedLinear)]
+            held = [
+                layer
+                for network in pipe.networks
+                for layer in network().modules()
+                if isinstance(layer, QuantizedLinear)
+            ]
             assert bool(held) == bool(kind)
-            assert pipe.transformer.bytes == sum(t.nbytes for t in pipe.transformer().state_dict().values())
-            assert not any(isinstance(layer, QuantizedLinear) for layer in pipe.autoencoder().modules())
+            assert pipe.transformer.bytes == sum(
+                t.nbytes for t in pipe.transformer().state_dict().values()
+            )
+            assert not any(
+                isinstance(layer, QuantizedLinear) for layer in pipe.autoencoder().modules()
+            )
         assert sizes["int4"] < sizes["int8"] == sizes["fp8"] < sizes[None]
 
 
 def test_what_is_quantised_is_rounded_once_and_never_cast_as_a_whole(zoo, monkeypatch):
     """From float32 files, for work in bfloat16."""
-    pipe, compress, seen = load(zoo, KLEIN, torch.bfloat16, quantize="int8"), network.compress, set()
+    pipe, compress, seen = (
+        load(zoo, KLEIN, torch.bfloat16, quantize="int8"),
+        network.compress,
+        set(),
+    )
 
     def see(module, *arguments, **options):
         seen.update(parameter.dtype for parameter in module.parameters() if not parameter.is_meta)
@@ -468,10 +582,14 @@ def test_what_is_quantised_is_rounded_once_and_never_cast_as_a_whole(zoo, monkey
 
     monkeypatch.setattr(network, "compress", see)
     layer = pipe.transformer().get_submodule("single_blocks.1.linear1")
-    assert seen == {torch.float32} == {load_file(pipe.files["transformer"][0])["img_in.weight"].dtype}
+    assert (
+        seen == {torch.float32} == {load_file(pipe.files["transformer"][0])["img_in.weight"].dtype}
+    )
     weight = load_file(pipe.files["transformer"][0])["single_blocks.1.linear1.weight"]
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    assert torch.equal(layer.weight, (weight / scale).round().to(torch.int8)) and torch.equal(layer.weight_scale, scale)
+    assert torch.equal(layer.weight, (weight / scale).round().to(torch.int8)) and torch.equal(
+        layer.weight_scale, scale
+    )
     assert {parameter.dtype for parameter in pipe.transformer().parameters()} == {torch.bfloat16}
 
 
@@ -499,7 +617,9 @@ def toy_gguf(tmp_path) -> Path:
 @pytest.mark.parametrize("kind", LOWEST)
 def test_quantised_files_are_not_quantised_again(cli, toy_fp8, toy_gguf, nothing_is_loaded, kind):
     for path, name in ((toy_fp8, "FP8Linear"), (toy_gguf, "GGUFLinear")):
-        run = cli(PROMPT, *QUICK, "--model", "flux.2-tiny", "--transformer", path, "--quantize", kind)
+        run = cli(
+            PROMPT, *QUICK, "--model", "flux.2-tiny", "--transformer", path, "--quantize", kind
+        )
         run.says("quantised already", name, f"leave --quantize {kind} out")
 
 
@@ -507,7 +627,11 @@ def test_quantised_files_are_not_quantised_again(cli, toy_fp8, toy_gguf, nothing
 def test_products_in_float8_change_the_picture_and_are_remembered(cli, exact, streamed):
     flags = (PROMPT, "--seed", 7, "--quantize", "fp8") + ("--offload", "stream") * streamed
     plain, native = made(cli(*flags)), made(run := cli(*flags, "--native-fp8"))
-    assert pixels(plain) != pixels(native) and psnr(pixels(native), exact) > 33 and "note" not in run.err
+    assert (
+        pixels(plain) != pixels(native)
+        and psnr(pixels(native), exact) > 33
+        and "note" not in run.err
+    )
     assert images.read_metadata(native) == images.read_metadata(plain) | {"native_fp8": True}
     assert pixels(made(cli("--remake", native))) == pixels(native)
 
@@ -517,14 +641,22 @@ def test_a_device_without_float8_products_is_said_once_and_makes_the_same_pictur
     lack = fp8._lack
     monkeypatch.setattr(fp8, "_lack", lambda device, module: lack(torch.device("mps"), module))
     flags = (PROMPT, *QUICK, "--seed", 7, "--quantize", "fp8")
-    plain, native = made(cli(*flags)), made(run := cli(*flags, "--native-fp8", "--num-images", 1, "--offload", "stages"))
-    assert run.err.count("note: float8 matrix products need an NVIDIA GPU") == 1 and run.err.count("note: ") == 1
+    plain, native = (
+        made(cli(*flags)),
+        made(run := cli(*flags, "--native-fp8", "--num-images", 1, "--offload", "stages")),
+    )
+    assert (
+        run.err.count("note: float8 matrix products need an NVIDIA GPU") == 1
+        and run.err.count("note: ") == 1
+    )
     assert pixels(plain) == pixels(native)
 
 
 @pytest.mark.parametrize("flags", [(), ("--quantize", "int8")])
 def test_float8_products_of_no_float8_weights_are_refused(cli, nothing_is_loaded, flags):
-    cli(PROMPT, *QUICK, "--native-fp8", *flags).says("--native-fp8", "no float8 weights", "--quantize fp8")
+    cli(PROMPT, *QUICK, "--native-fp8", *flags).says(
+        "--native-fp8", "no float8 weights", "--quantize fp8"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- quantised files
@@ -547,8 +679,13 @@ def test_quantised_transformer_files(cli, toy_fp8, toy_gguf, exact, kind):
 @pytest.mark.parametrize("offload", ["stages", "stream"])
 def test_quantised_files_are_offloaded(toy_fp8, toy_gguf, offload):
     for file in (toy_fp8, toy_gguf):
-        held = [flux.load("flux.2-tiny", device="cpu", transformer=file, offload=way) for way in ("none", offload)]
-        assert picture(held[0], prompts=PROMPT) == picture(held[1], prompts=PROMPT) and all_released(held[1])
+        held = [
+            flux.load("flux.2-tiny", device="cpu", transformer=file, offload=way)
+            for way in ("none", offload)
+        ]
+        assert picture(held[0], prompts=PROMPT) == picture(
+            held[1], prompts=PROMPT
+        ) and all_released(held[1])
 
 
 def test_quantised_file_without_a_model_is_known_by_its_shape(cli, toy_fp8):
@@ -559,11 +696,16 @@ def test_quantised_file_without_a_model_is_known_by_its_shape(cli, toy_fp8):
 # ---------------------------------------------------------------------------------------------------------- rows
 
 BASES = {  # the row of the unquantised model, in whose repository the rest lies
-    "flux.2-dev-nvfp4": "flux.2-dev", "flux.2-klein-4b-fp8": KLEIN, "flux.2-klein-4b-nvfp4": KLEIN,
-    "flux.2-klein-9b-fp8": "flux.2-klein-9b", "flux.2-klein-9b-nvfp4": "flux.2-klein-9b", "flux.2-klein-9b-kv-fp8": KV,
-    "flux.2-klein-base-4b-fp8": "flux.2-klein-base-4b", "flux.2-klein-base-9b-fp8": "flux.2-klein-base-9b",
+    "flux.2-dev-nvfp4": "flux.2-dev",
+    "flux.2-klein-4b-fp8": KLEIN,
+    "flux.2-klein-4b-nvfp4": KLEIN,
+    "flux.2-klein-9b-fp8": "flux.2-klein-9b",
+    "flux.2-klein-9b-nvfp4": "flux.2-klein-9b",
+    "flux.2-klein-9b-kv-fp8": KV,
+    "flux.2-klein-base-4b-fp8": "flux.2-klein-base-4b",
+    "flux.2-klein-base-9b-fp8": "flux.2-klein-base-9b",
     "flux.2-klein-base-9b-nvfp4": "flux.2-klein-base-9b",
-}  # fmt: skip
+}
 
 
 def test_rows_are_those_of_quantised_files():
@@ -578,7 +720,9 @@ def quantised_row(zoo, monkeypatch):
         zoo(BASES[name])
         base, row = MODELS[BASES[name]], MODELS[name]
         tiny = ("transformer", "text", "text_length", "autoencoder", "size")
-        monkeypatch.setitem(MODELS, name, replace(row, **{field: getattr(base, field) for field in tiny}))
+        monkeypatch.setitem(
+            MODELS, name, replace(row, **{field: getattr(base, field) for field in tiny})
+        )
         ((part, file),) = row.adapter.files
         path = zoo.folder / row.adapter.repository.split("/")[1] / file
         if not path.exists():
@@ -589,7 +733,10 @@ def quantised_row(zoo, monkeypatch):
                 layers = in_blocks(Flux(base.transformer))
             written = (bfl if row.storage == "fp8" else nvfp4)(layers, state)
             saved(path, written)
-            save_file({n: written.weights.get(n, t.float()) for n, t in state.items()}, path.with_suffix(".whole"))
+            save_file(
+                {n: written.weights.get(n, t.float()) for n, t in state.items()},
+                path.with_suffix(".whole"),
+            )
         return path
 
     return write
@@ -605,14 +752,20 @@ def realigned(module: nn.Module) -> None:
 def test_every_row_of_a_quantised_file_makes_pictures(cli, zoo, quantised_row, name):
     """The picture of the unquantised model with the weights that the file stands for, from the command line."""
     spec, path = MODELS[name], quantised_row(name)
-    assert spec.licence == MODELS[BASES[name]].licence and spec.adapter.repository.lower().endswith(name)
+    assert spec.licence == MODELS[BASES[name]].licence and spec.adapter.repository.lower().endswith(
+        name
+    )
     flags = ("--model", name, "--weights", zoo.folder, "--dtype", "float32")
     found = made(cli(*GIVEN, *flags))
     pipe = flux.load(name, weights=zoo.folder, device="cpu", dtype=torch.float32)
-    layers = {type(layer) for layer in pipe.transformer().modules() if isinstance(layer, QuantizedLinear)}
+    layers = {
+        type(layer) for layer in pipe.transformer().modules() if isinstance(layer, QuantizedLinear)
+    }
     assert layers == {FP8Linear if spec.storage == "fp8" else NVFP4Linear}
     assert pipe.files["transformer"] == [path] and pipe.spec.cached == MODELS[BASES[name]].cached
-    whole = flux.load(BASES[name], zoo.folder, "cpu", torch.float32, transformer=path.with_suffix(".whole"))
+    whole = flux.load(
+        BASES[name], zoo.folder, "cpu", torch.float32, transformer=path.with_suffix(".whole")
+    )
     whole.transformer.alter(realigned)
     torch.set_flush_denormal(True)
     try:
@@ -625,10 +778,19 @@ def test_every_row_of_a_quantised_file_makes_pictures(cli, zoo, quantised_row, n
 def test_the_list_says_which_are_here(cli, zoo, quantised_row):
     for name in ("flux.2-klein-4b-fp8", "flux.2-klein-base-9b-nvfp4"):
         path = quantised_row(name)
-        here = lambda: {line.split()[0] for line in cli("--list-models", "--weights", zoo.folder).out.splitlines()  # noqa: E731
-                        if " yes " in line}  # fmt: skip
+
+        def here():
+            return {
+                line.split()[0]
+                for line in cli("--list-models", "--weights", zoo.folder).out.splitlines()
+                if " yes " in line
+            }
+
         assert name in here() and is_here(MODELS[name], zoo.folder)
-        for missing in (path, zoo.folder / MODELS[name].repository.split("/")[1] / "tokenizer/tokenizer.json"):
+        for missing in (
+            path,
+            zoo.folder / MODELS[name].repository.split("/")[1] / "tokenizer/tokenizer.json",
+        ):
             away = missing.rename(missing.with_name("away"))
             assert name not in here() and not is_here(MODELS[name], zoo.folder)
             away.rename(missing)
@@ -648,7 +810,9 @@ def test_a_file_of_klein_names_no_quantised_row(zoo, quantised_row, recwarn):
     spec = MODELS[KLEIN]
     found = find_spec(None, zoo.folder / "FLUX.2-klein-4B" / spec.transformer_file)
     assert found == spec
-    assert not [str(w.message) for w in recwarn if "fp8" in str(w.message) or "nvfp4" in str(w.message)]
+    assert not [
+        str(w.message) for w in recwarn if "fp8" in str(w.message) or "nvfp4" in str(w.message)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- --compile
@@ -663,13 +827,17 @@ def graphs(monkeypatch) -> list:
         found.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, backend=backend, **options))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **options: compile(self, backend=backend, **options)
+    )
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("options", [{}, dict(quantize="int8"), dict(offload="stages"), dict(offload="stream")], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(quantize="int8"), dict(offload="stages"), dict(offload="stream")], ids=str
+)
 @pytest.mark.parametrize("name", ["flux.1-dev", KLEIN])
 def test_one_graph_for_all_blocks_of_a_kind(zoo, graphs, name, options):
     """At every step, in the next picture, and at most one more for all other sizes. Equal to the last bit, since the backend
@@ -677,7 +845,9 @@ def test_one_graph_for_all_blocks_of_a_kind(zoo, graphs, name, options):
     plain, compiled = (load(zoo, name, compile=compile, **options) for compile in (False, True))
     expected, found = (picture(pipe, steps=4) for pipe in (plain, compiled))
     assert found == expected and len(graphs) == 2
-    assert picture(compiled, prompts="a dog") == picture(plain, prompts="a dog") and len(graphs) == 2
+    assert (
+        picture(compiled, prompts="a dog") == picture(plain, prompts="a dog") and len(graphs) == 2
+    )
     counts = []
     for width, height in ((96, 64), (64, 128), (112, 80), (80, 64)):
         size = dict(width=width, height=height)
@@ -689,7 +859,9 @@ def test_one_graph_for_all_blocks_of_a_kind(zoo, graphs, name, options):
 def test_many_sizes_of_several_models_in_one_process_take_few_graphs(zoo, graphs):
     """Of each of two kinds of block: one for the first size, and one for all others; the same for batches."""
     sizes = [(width, height) for width in (64, 80, 112, 144) for height in (64, 96, 128)]
-    for number, (name, dtype) in enumerate((n, d) for n in ("flux.1-dev", KLEIN) for d in (torch.float32, torch.bfloat16)):
+    for number, (name, dtype) in enumerate(
+        (n, d) for n in ("flux.1-dev", KLEIN) for d in (torch.float32, torch.bfloat16)
+    ):
         pipe, counts = load(zoo, name, dtype, compile=True), []
         for width, height in sizes:
             for batch in (1, 2):
@@ -699,9 +871,14 @@ def test_many_sizes_of_several_models_in_one_process_take_few_graphs(zoo, graphs
 
 
 def test_compiled_from_the_command_line(cli, graphs):
-    plain, compiled = made(cli(PROMPT, *QUICK, "--seed", 7)), made(cli(PROMPT, *QUICK, "--seed", 7, "--compile"))
+    plain, compiled = (
+        made(cli(PROMPT, *QUICK, "--seed", 7)),
+        made(cli(PROMPT, *QUICK, "--seed", 7, "--compile")),
+    )
     assert pixels(plain) == pixels(compiled) and len(graphs) == 2
-    assert images.read_metadata(compiled) == images.read_metadata(plain) | {"compile": True}  # which rounds in its own way
+    assert images.read_metadata(compiled) == images.read_metadata(plain) | {
+        "compile": True
+    }  # which rounds in its own way
     torch._dynamo.reset()
     assert pixels(made(cli("--remake", compiled))) == pixels(plain) and len(graphs) == 4
 
@@ -724,12 +901,17 @@ def test_a_picture_of_tiles_is_nearly_the_same_and_can_be_made_again(cli):
     with Image.open(tiled) as image:
         assert image.size == (448, 256)
     again = made(cli("--remake", tiled))
-    assert pixels(again) == pixels(tiled) and images.read_metadata(again) == images.read_metadata(tiled)
+    assert pixels(again) == pixels(tiled) and images.read_metadata(again) == images.read_metadata(
+        tiled
+    )
 
 
 def test_tiles_are_counted_on_when_memory_is_short(zoo):
     """Decoding takes the most, in large pictures of small models."""
-    whole, tiled = (load(zoo, KLEIN, offload="stages", tile=tile).prepare(2048, 2048).peak for tile in (None, 256))
+    whole, tiled = (
+        load(zoo, KLEIN, offload="stages", tile=tile).prepare(2048, 2048).peak
+        for tile in (None, 256)
+    )
     assert tiled < 0.9 * whole
     vram = (whole + tiled) / 2e9
     assert load(zoo, KLEIN, tile=256, vram=vram).prepare(2048, 2048).peak <= vram * 1e9
@@ -739,7 +921,9 @@ def test_tiles_are_counted_on_when_memory_is_short(zoo):
 
 @pytest.mark.parametrize("side", [0, -256, 240, 255, 264])
 def test_other_tiles_are_refused(cli, nothing_is_loaded, side):
-    cli(PROMPT, *QUICK, f"--tile={side}").says(f"--tile {side}", "a multiple of 16", "256 pixels at least")
+    cli(PROMPT, *QUICK, f"--tile={side}").says(
+        f"--tile {side}", "a multiple of 16", "256 pixels at least"
+    )
 
 
 def test_tiles_that_are_no_number_are_refused(cli):

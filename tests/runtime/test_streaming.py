@@ -25,7 +25,9 @@ from flux.t5 import T5
 from flux.transformer import Flux, FluxConfig
 
 FLUX_LISTS = ("double_blocks", "single_blocks")
-either_family = pytest.mark.parametrize("config", [FLUX1_TINY, KLEIN_TINY], ids=["flux.1", "flux.2"])
+either_family = pytest.mark.parametrize(
+    "config", [FLUX1_TINY, KLEIN_TINY], ids=["flux.1", "flux.2"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,9 @@ def addresses(module: nn.Module) -> set[int]:
 
 def in_a_slot(block: nn.Module, ring: Ring) -> bool:
     """Whether the block would compute with weights on the device; never with some here and some there."""
-    spans = [(slot.memory.data_ptr(), slot.memory.data_ptr() + slot.memory.nbytes) for slot in ring.slots]
+    spans = [
+        (slot.memory.data_ptr(), slot.memory.data_ptr() + slot.memory.nbytes) for slot in ring.slots
+    ]
     inside = [any(low <= address < high for low, high in spans) for address in addresses(block)]
     assert all(inside) or not any(inside)
     return all(inside)
@@ -97,13 +101,17 @@ def poisoned(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("slots", [2, 3, 9])
-@pytest.mark.parametrize("share", [0, 0.5, 1], ids=["all streamed", "half resident", "all resident"])
+@pytest.mark.parametrize(
+    "share", [0, 0.5, 1], ids=["all streamed", "half resident", "all resident"]
+)
 @either_family
 @torch.inference_mode()
 def test_a_streamed_transformer_equals_the_resident_one(config, share, slots, dtype, poisoned):
     """Modulations and velocity, at three steps; no slot is used without its own block's weights."""
     resident, given = frozen(Flux(config)).to(dtype), flux_inputs(config, dtype)
-    budget = int(share * sum(nbytes(block) for path in FLUX_LISTS for block in resident.get_submodule(path)))
+    budget = int(
+        share * sum(nbytes(block) for path in FLUX_LISTS for block in resident.get_submodule(path))
+    )
     ours = streamed(resident, slots=slots, resident=budget)
     for t in (0.9, 0.5, 0.1):
         given["t"] = torch.tensor([t, 1 - t])
@@ -125,7 +133,10 @@ def test_streaming_is_undone_without_a_copy_and_done_anew(config, poisoned):
         loop = iter(ours.double_blocks)
         next(loop)
         offload.unstream(ours, FLUX_LISTS)
-        assert repr(ours) == shape and {name: t.data_ptr() for name, t in ours.state_dict().items()} == before
+        assert (
+            repr(ours) == shape
+            and {name: t.data_ptr() for name, t in ours.state_dict().items()} == before
+        )
         assert torch.equal(ours(**given), expected)
 
 
@@ -154,7 +165,11 @@ def test_remembered_references_are_equal(poisoned):
         return network.remember(references, rope, network.modulations(network.vec(torch.zeros(1))))
 
     for memory, expected in zip(memories(ours), memories(resident), strict=True):
-        assert torch.equal(memory.k, expected.k) and torch.equal(memory.v, expected.v) and expected.v.std() > 0.1
+        assert (
+            torch.equal(memory.k, expected.k)
+            and torch.equal(memory.v, expected.v)
+            and expected.v.std() > 0.1
+        )
 
 
 @torch.inference_mode()
@@ -176,8 +191,10 @@ def test_a_streamed_t5_is_equal(poisoned, monkeypatch):
     first = ours.encoder.block[0]
     streams = {id(piece.tensor) for piece in ring_of(ours).pieces[first]}
     assert {name for name, tensor in first.named_parameters() if id(tensor) not in streams} == {
-        "layer.0.SelfAttention.relative_attention_bias.weight", "layer.0.layer_norm.weight", "layer.1.layer_norm.weight"
-    }  # fmt: skip
+        "layer.0.SelfAttention.relative_attention_bias.weight",
+        "layer.0.layer_norm.weight",
+        "layer.1.layer_norm.weight",
+    }
 
 
 class Rows(nn.Module):
@@ -185,7 +202,9 @@ class Rows(nn.Module):
 
     def __init__(self, dtype: torch.dtype, size: int):
         super().__init__()
-        codes = torch.randint(0, 100, (size, size), dtype=torch.uint8)  # as float8, positive and finite
+        codes = torch.randint(
+            0, 100, (size, size), dtype=torch.uint8
+        )  # as float8, positive and finite
         self.register_buffer("weight", codes if dtype == torch.uint8 else codes.view(dtype))
         self.register_buffer("weight_scale", torch.rand(size, 1))
         self.register_buffer("input_scale", torch.rand(()))
@@ -226,7 +245,9 @@ def test_blocks_of_different_sizes_share_the_ring(poisoned):
     assert torch.equal(ours(x), resident(x)) and torch.equal(ours(x), resident(x))
     largest = max(nbytes(block) for block in linears)
     for slot in ring_of(ours).slots:
-        assert largest <= slot.memory.nbytes == slot.staging.nbytes < largest + 2 * offload.ALIGNMENT
+        assert (
+            largest <= slot.memory.nbytes == slot.staging.nbytes < largest + 2 * offload.ALIGNMENT
+        )
 
 
 @torch.no_grad()
@@ -257,7 +278,9 @@ def test_no_more_than_the_slots_is_on_the_device(slots):
     for network in (ours.double_blocks, ours.single_blocks):
         for block in network:
             assert in_a_slot(block, ring) and sum(in_a_slot(other, ring) for other in blocks) == 1
-            assert {slot.memory.data_ptr() for slot in ring.slots} == memories  # the same from beginning to end
+            assert {
+                slot.memory.data_ptr() for slot in ring.slots
+            } == memories  # the same from beginning to end
     assert not any(in_a_slot(block, ring) for block in blocks)
 
 
@@ -270,7 +293,10 @@ def test_the_host_keeps_the_files_own_pages():
     stream(ours, FLUX_LISTS, "cpu")
     ours(**flux_inputs(FLUX1_TINY))
     assert {name: tensor.data_ptr() for name, tensor in ours.state_dict().items()} == before
-    assert all(torch.equal(tensor, resident.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert all(
+        torch.equal(tensor, resident.state_dict()[name])
+        for name, tensor in ours.state_dict().items()
+    )
 
 
 def test_what_is_resident_never_leaves():
@@ -285,7 +311,10 @@ def test_what_is_resident_never_leaves():
     homes = [addresses(block) for block in stay]
     for path in FLUX_LISTS:
         for block in ours.get_submodule(path):
-            assert in_a_slot(block, ring) == (block in ring.pieces) and [addresses(block) for block in stay] == homes
+            assert (
+                in_a_slot(block, ring) == (block in ring.pieces)
+                and [addresses(block) for block in stay] == homes
+            )
 
 
 def test_without_blocks_to_stream_there_are_no_slots():
@@ -358,7 +387,9 @@ def named(lists: str, resident: str = "", slots: int = 2) -> nn.Module:
 
 def has_its_own(block: nn.Module) -> bool:
     """Weights, and on the device."""
-    return bool((block.weight == ord(block.name)).all()) and in_a_slot(block, block.ring) == (block in block.ring.pieces)
+    return bool((block.weight == ord(block.name)).all()) and in_a_slot(block, block.ring) == (
+        block in block.ring.pieces
+    )
 
 
 def use(log: list[str], block: nn.Module) -> None:
@@ -381,14 +412,20 @@ def test_three_slots_look_two_blocks_ahead(log):
     module = named("abcd", slots=3)
     for block in module.list0:
         use(log, block)
-    assert ", ".join(log) == "bring a, bring b, bring c, use a, bring d, use b, bring a, use c, bring b, use d"
+    assert (
+        ", ".join(log)
+        == "bring a, bring b, bring c, use a, bring d, use b, bring a, use c, bring b, use d"
+    )
 
 
 def test_while_a_resident_block_is_used_both_slots_are_filled(log):
     module = named("RaSbTc", resident="RST")
     for block in module.list0:
         use(log, block)
-    assert ", ".join(log) == "bring a, bring b, use R, use a, bring c, use S, use b, bring a, use T, use c"
+    assert (
+        ", ".join(log)
+        == "bring a, bring b, use R, use a, bring c, use S, use b, bring a, use T, use c"
+    )
 
 
 def test_fewer_blocks_than_slots(log):
@@ -418,7 +455,9 @@ def test_a_loop_in_a_loop(log, poisoned):
             use(log, inner)
             use(log, outer)
         use(log, outer)
-    assert [event[-1] for event in log if event.startswith("use")] == list("aaabacaababbbcbbcacbcccc")
+    assert [event[-1] for event in log if event.startswith("use")] == list(
+        "aaabacaababbbcbbcacbcccc"
+    )
 
 
 def test_a_loop_that_is_left_leaves_nothing_behind(log, poisoned):
@@ -513,9 +552,13 @@ def test_compiled_blocks_are_not_compiled_anew(config, share, poisoned):
         return graph.forward
 
     torch._dynamo.reset()
-    with torch.inference_mode():  # as a pipeline loads it: else blocks that stay are of another kind, on the CPU
+    with (
+        torch.inference_mode()
+    ):  # as a pipeline loads it: else blocks that stay are of another kind, on the CPU
         resident, given = frozen(Flux(config)), flux_inputs(config)
-    budget = int(share * sum(nbytes(block) for path in FLUX_LISTS for block in resident.get_submodule(path)))
+    budget = int(
+        share * sum(nbytes(block) for path in FLUX_LISTS for block in resident.get_submodule(path))
+    )
     with torch.inference_mode():
         ours = deepcopy(resident)
     for path in FLUX_LISTS:
@@ -539,12 +582,17 @@ class Device:
     """
 
     def __init__(self, seed: int):
-        self.random, self.speed = random.Random(seed), seed % 4  # at 0, nothing is done until the host waits for it
+        self.random, self.speed = (
+            random.Random(seed),
+            seed % 4,
+        )  # at 0, nothing is done until the host waits for it
         self.queues: dict[int, deque] = {}
         self.compute = self.current = Device.Stream.__new__(Device.Stream)
         self.compute.device, self.queues[id(self.compute)] = self, deque()
         device = self
-        self.Stream = type("Stream", (Device.Stream,), dict(__init__=lambda self, _: device.adopt(self)))
+        self.Stream = type(
+            "Stream", (Device.Stream,), dict(__init__=lambda self, _: device.adopt(self))
+        )
         self.Event = type("Event", (Device.Event,), dict(device=self))
 
     def adopt(self, stream: "Device.Stream") -> None:
@@ -617,7 +665,9 @@ class Asynchronous(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def run_on(device: Device, module: nn.Module, lists: int, steps: int) -> tuple[list[Tensor], list[str]]:
+def run_on(
+    device: Device, module: nn.Module, lists: int, steps: int
+) -> tuple[list[Tensor], list[str]]:
     """Each block's work is to note its own weight, when its turn comes on the device."""
     seen, names = [], []
     for _ in range(steps):
@@ -627,7 +677,9 @@ def run_on(device: Device, module: nn.Module, lists: int, steps: int) -> tuple[l
                 for _ in range(device.random.randint(1, 3)):  # kernels
                     weight = block.weight.data  # where it is now, as a kernel is told
                     name = block.name
-                    device.launch(lambda weight=weight, name=name: seen.append((name, weight.clone())) is None)
+                    device.launch(
+                        lambda weight=weight, name=name: seen.append((name, weight.clone())) is None
+                    )
     while device.step():
         pass
     return seen, names
@@ -689,7 +741,7 @@ class Clock:
         def wait_event(self, event) -> None:
             self.done = max(self.done, event.done)
 
-    def Event(self):  # noqa: N802
+    def Event(self):
         clock = self
 
         class Event:
@@ -727,7 +779,15 @@ class Timed(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def step_time(monkeypatch, compute: float, transfer: float, staging: float, blocks: str, resident: str, slots: int) -> float:
+def step_time(
+    monkeypatch,
+    compute: float,
+    transfer: float,
+    staging: float,
+    blocks: str,
+    resident: str,
+    slots: int,
+) -> float:
     """Of the last of four steps, in which each block computes for so long, is transferred, and staged."""
     clock = Clock(staging, transfer)
     monkeypatch.setattr(offload, "device_streams", lambda _: clock)
@@ -743,7 +803,9 @@ def step_time(monkeypatch, compute: float, transfer: float, staging: float, bloc
 @pytest.mark.parametrize("staging", [0.3, 0.95])
 @pytest.mark.parametrize("kept", [0, 0.5, 0.78, 0.9])
 @pytest.mark.parametrize("transfer", [0.5, 1, 2, 4.6])
-def test_a_step_takes_what_the_slower_of_computing_and_transferring_takes(transfer, kept, staging, monkeypatch):
+def test_a_step_takes_what_the_slower_of_computing_and_transferring_takes(
+    transfer, kept, staging, monkeypatch
+):
     """Within 15 %, by the clock above, for blocks that compute for 1. 4.6 is FLUX.1 on an H200 behind PCIe 5, where by
     arithmetic streaming is free with 78 % of the blocks resident. Staging takes less than the transfer, by this factor."""
     blocks = "".join(chr(0x100 + i) for i in range(57))

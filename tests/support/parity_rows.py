@@ -19,7 +19,17 @@ import pytest
 import torch
 import transformers
 from einops import rearrange
-from test_conditioning import HEIGHT, SEEDS, STEPS, TINY_REDUX, TINY_SIGLIP, WIDTH, Model, painted, photo
+from test_conditioning import (
+    HEIGHT,
+    SEEDS,
+    STEPS,
+    TINY_REDUX,
+    TINY_SIGLIP,
+    WIDTH,
+    Model,
+    painted,
+    photo,
+)
 from test_golden import golden
 from test_pipeline import noise
 from torch import Tensor, nn
@@ -54,7 +64,10 @@ def measure() -> Iterator[Single | Half]:
     """The rows of both tables."""
     with quietly():
         ours = reference.golden_networks()
-        ours |= {"siglip": reference.randomise(SigLIP(TINY_SIGLIP)), "redux": reference.randomise(Redux(TINY_REDUX))}
+        ours |= {
+            "siglip": reference.randomise(SigLIP(TINY_SIGLIP)),
+            "redux": reference.randomise(Redux(TINY_REDUX)),
+        }
         for what, names in NETWORKS.items():
             yield from of_networks(what, {name: ours[name] for name in names})
         for what, run in RUNS.items():
@@ -82,7 +95,9 @@ def quietly() -> Iterator[None]:
 
 
 def ran_on() -> str:
-    libraries = ", ".join(f"{library.__name__} {library.__version__}" for library in (diffusers, transformers, torch))
+    libraries = ", ".join(
+        f"{library.__name__} {library.__version__}" for library in (diffusers, transformers, torch)
+    )
     return f"{libraries}, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, one thread"
 
 
@@ -102,12 +117,19 @@ def of_networks(what: str, ours: dict[str, nn.Module]) -> Iterator[Single | Half
             narrow[numerics] += tensors
         against = type(theirs).__module__.split(".")[0]
     yield Single(what, against, figures(what, live), figures(what, then) if then else None)
-    yield from (half(what, against, numerics, tensors) for numerics, tensors in narrow.items() if tensors)
+    yield from (
+        half(what, against, numerics, tensors) for numerics, tensors in narrow.items() if tensors
+    )
 
 
-def in_bfloat16(name: str, module: nn.Module, given: Given) -> Iterator[tuple[str, list[tuple[Tensor, Tensor, Tensor]]]]:
+def in_bfloat16(
+    name: str, module: nn.Module, given: Given
+) -> Iterator[tuple[str, list[tuple[Tensor, Tensor, Tensor]]]]:
     """With each of the numerics, and each tensor: ours, the reference's, and the truth."""
-    rounded = {key: x.bfloat16() if x.is_floating_point() and key not in ("t", "guidance") else x for key, x in given.items()}
+    rounded = {
+        key: x.bfloat16() if x.is_floating_point() and key not in ("t", "guidance") else x
+        for key, x in given.items()
+    }
     narrow = deepcopy(module).bfloat16()
     theirs, ask = reference_of(name, narrow)
     expected = ask(rounded)
@@ -119,10 +141,17 @@ def in_bfloat16(name: str, module: nn.Module, given: Given) -> Iterator[tuple[st
         yield numerics, list(zip(answer(name, narrow, rounded), expected, truth, strict=True))
 
 
-def half(what: str, against: str, numerics: str, tensors: list[tuple[Tensor, Tensor, Tensor]]) -> Half:
+def half(
+    what: str, against: str, numerics: str, tensors: list[tuple[Tensor, Tensor, Tensor]]
+) -> Half:
     """`tensors`: ours, the reference's, and the truth."""
-    error = lambda a, b: figures(what, ((each[a], each[b]) for each in tensors))  # noqa: E731
-    return Half(what, against, numerics, error(0, 1), error(0, 2).relative_l2, error(1, 2).relative_l2)
+
+    def error(a, b):
+        return figures(what, ((each[a], each[b]) for each in tensors))
+
+    return Half(
+        what, against, numerics, error(0, 1), error(0, 2).relative_l2, error(1, 2).relative_l2
+    )
 
 
 def with_numerics(module: Flux, numerics: str) -> Flux:
@@ -143,7 +172,11 @@ def inputs(name: str, module: nn.Module) -> tuple[Given, list[Tensor]]:
     if name == "redux":
         return {"x": torch.randn(2, 16, TINY_REDUX.siglip_dim, generator=generator)}, []
     kinds = recorded(name, module)
-    expected = [kinds["out"][key] for key in ("encoded", "decoded", "velocity", "features") if key in kinds["out"]]
+    expected = [
+        kinds["out"][key]
+        for key in ("encoded", "decoded", "velocity", "features")
+        if key in kinds["out"]
+    ]
     return {key: x.clone() for key, x in kinds["in"].items()}, expected
 
 
@@ -165,11 +198,21 @@ def reference_of(name: str, ours: nn.Module) -> tuple[nn.Module, Callable[[Given
     """The reference with the weights of `ours`, and how it answers."""
     r, config, state = reference, ours.config, ours.state_dict()
     if name.endswith("autoencoder"):
-        theirs = r.loaded(r.diffusers_autoencoder(config), r.autoencoder_to_diffusers(state, config))
-        both = lambda given: [r.diffusers_encode(theirs, given["pixels"]), r.diffusers_decode(theirs, given["latents"])]  # noqa: E731
+        theirs = r.loaded(
+            r.diffusers_autoencoder(config), r.autoencoder_to_diffusers(state, config)
+        )
+
+        def both(given):
+            return [
+                r.diffusers_encode(theirs, given["pixels"]),
+                r.diffusers_decode(theirs, given["latents"]),
+            ]
+
         return theirs, both
     if name.startswith("flux"):
-        theirs = r.loaded(r.diffusers_transformer(config), r.transformer_to_diffusers(state, config))
+        theirs = r.loaded(
+            r.diffusers_transformer(config), r.transformer_to_diffusers(state, config)
+        )
         return theirs, lambda given: [r.diffusers_velocity(theirs, **given)]
     if name == "t5":
         theirs = r.loaded(r.transformers_t5(config), r.t5_to_transformers(state))
@@ -178,7 +221,9 @@ def reference_of(name: str, ours: nn.Module) -> tuple[nn.Module, Callable[[Given
         theirs = r.loaded(r.transformers_clip(config, eos_id=2), r.clip_to_transformers(state))
         return theirs, lambda given: [theirs(given["ids"]).pooler_output]
     if name == "siglip":
-        theirs = r.randomise(r.transformers_siglip(config), 1).to(next(ours.parameters()).dtype)  # its head, which we leave out
+        theirs = r.randomise(r.transformers_siglip(config), 1).to(
+            next(ours.parameters()).dtype
+        )  # its head, which we leave out
         theirs = r.loaded(theirs, theirs.state_dict() | state)
         return theirs, lambda given: [theirs(given["pixels"]).last_hidden_state]
     if name == "redux":
@@ -205,32 +250,47 @@ PHOTO, MASK, PAIR = photo(), painted(), (photo(80, 97, seed=1), photo(150, 70, s
 RUNS = {
     "FLUX.1-dev, text to image": Run("flux.1-dev", "FluxPipeline", 3.0),
     "FLUX.1-Fill": Run(
-        "flux.1-fill-dev", "FluxFillPipeline", 20.0, Pictures((PHOTO,), MASK, mask_threshold=0.5),
+        "flux.1-fill-dev",
+        "FluxFillPipeline",
+        20.0,
+        Pictures((PHOTO,), MASK, mask_threshold=0.5),
         dict(image=PHOTO, mask_image=MASK),
     ),
     "FLUX.2-dev, text to image": Run("flux.2-dev", "Flux2Pipeline", 3.0),
     "FLUX.2-klein, text to image": Run("flux.2-klein-4b", "Flux2KleinPipeline"),
     "FLUX.2-klein, two references": Run(
-        "flux.2-klein-4b", "Flux2KleinPipeline", None, Pictures(PAIR, limit=1024), dict(image=list(PAIR))
+        "flux.2-klein-4b",
+        "Flux2KleinPipeline",
+        None,
+        Pictures(PAIR, limit=1024),
+        dict(image=list(PAIR)),
     ),
-}  # fmt: skip
+}
 
 
-def of_pipeline(what: str, run: Run, folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Single | Half]:
+def of_pipeline(
+    what: str, run: Run, folder: Path, patch: pytest.MonkeyPatch
+) -> Iterator[Single | Half]:
     """`Model` has diffusers take the mean of the autoencoder's posterior, as we do, where it would draw a sample."""
     model = Model(run.model, folder, patch)
     kept = {} if run.pictures else recorded(f"pipeline-{run.model}", *model.parts.values())["out"]
-    features = TextFeatures(kept["features"].clone(), kept.get("pooled")) if kept else model.features()
+    features = (
+        TextFeatures(kept["features"].clone(), kept.get("pooled")) if kept else model.features()
+    )
     theirs = model.variant(run.family, patch)
     latents = ours_of(model.ours, run, features)
     live = figures(what, [(latents, theirs_of(theirs, model, run, features))])
-    yield Single(what, "diffusers", live, figures(what, [(latents, kept["latents"])]) if kept else None)
+    yield Single(
+        what, "diffusers", live, figures(what, [(latents, kept["latents"])]) if kept else None
+    )
 
     features, theirs = features.to("cpu", torch.bfloat16), theirs.to(torch.bfloat16)
     expected = theirs_of(theirs, model, run, features)
     truth = theirs_of(theirs.to(torch.float32), model, run, features)
     for numerics in PRESETS:
-        pipe = flux.load(run.model, weights=folder, device="cpu", dtype=torch.bfloat16, numerics=numerics)
+        pipe = flux.load(
+            run.model, weights=folder, device="cpu", dtype=torch.bfloat16, numerics=numerics
+        )
         yield half(what, "diffusers", numerics, [(ours_of(pipe, run, features), expected, truth)])
 
 
@@ -242,10 +302,18 @@ def ours_of(pipe: flux.Pipeline, run: Run, features: TextFeatures) -> Tensor:
 def theirs_of(theirs, model: Model, run: Run, features: TextFeatures) -> Tensor:
     dtype, seen = theirs.transformer.dtype, []
     tokens, pooled = features.to("cpu", dtype)
-    words = dict(prompt_embeds=tokens) | ({} if pooled is None else {"pooled_prompt_embeds": pooled})
+    words = dict(prompt_embeds=tokens) | (
+        {} if pooled is None else {"pooled_prompt_embeds": pooled}
+    )
     theirs(
-        **words, **run.given, width=WIDTH, height=HEIGHT, num_inference_steps=STEPS, guidance_scale=run.guidance or 1.0,
-        latents=noise(model, SEEDS).to(dtype), output_type="latent",
+        **words,
+        **run.given,
+        width=WIDTH,
+        height=HEIGHT,
+        num_inference_steps=STEPS,
+        guidance_scale=run.guidance or 1.0,
+        latents=noise(model, SEEDS).to(dtype),
+        output_type="latent",
         callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
-    )  # fmt: skip
+    )
     return rearrange(seen[-1], "b (h w) c -> b c h w", h=HEIGHT // 16)

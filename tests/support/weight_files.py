@@ -16,7 +16,9 @@ measure = script("benchmarks/measure")
 
 
 def saved(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata or None)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata or None
+    )
     return path
 
 
@@ -38,7 +40,9 @@ def entry(dtype="F32", shape=(2,), begin=0, end=8):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def hollow(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", bits: int = 16) -> Path:
+def hollow(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", bits: int = 16
+) -> Path:
     """A file of the full size that takes no room on disk: a true header, and then a hole."""
     header, position = {}, 0
     for name, shape in shapes.items():

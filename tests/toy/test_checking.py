@@ -70,16 +70,22 @@ def plain(layout: Layout) -> bool:
 
 
 @pytest.mark.parametrize(
-    "way, size, least", [("as drawn", 256, 1), ("as drawn", 128, 1), ("soft", 256, 1), ("jpeg", 256, 0.98)]
+    "way, size, least",
+    [("as drawn", 256, 1), ("as drawn", 128, 1), ("soft", 256, 1), ("jpeg", 256, 0.98)],
 )
 def test_what_is_drawn_is_right(way, size, least, count=60):
     rng = np.random.default_rng(size)
     laid = [(scene, arrange(scene, rng)) for scene in islice(scenes(size, None), count)]
-    right = [check(WAYS[way](drawn(layout, size), rng), scene)["all"] for scene, layout in laid if size > 128 or plain(layout)]
+    right = [
+        check(WAYS[way](drawn(layout, size), rng), scene)["all"]
+        for scene, layout in laid
+        if size > 128 or plain(layout)
+    ]
     right += [
         check_edit(WAYS[way](drawn(edit.after, size), rng), edit)["all"]
-        for edit in islice(edits(size, None), count // 2) if size > 128 or plain(edit.after)
-    ]  # fmt: skip
+        for edit in islice(edits(size, None), count // 2)
+        if size > 128 or plain(edit.after)
+    ]
     assert np.mean(right) >= least
 
 
@@ -96,12 +102,16 @@ def test_what_is_seen_is_what_was_laid_out():
         layout = arrange(scene, rng)
         seen = look(drawn(layout))
         assert seen.background == layout.background
-        assert {str(replace(item.thing, place=None)) for item in seen.items} == {str(item.thing) for item in layout.items}
+        assert {str(replace(item.thing, place=None)) for item in seen.items} == {
+            str(item.thing) for item in layout.items
+        }
         for item in layout.items:
             (found,) = (other for other in seen.items if other.thing.colour == item.thing.colour)
             if isinstance(item.thing, Object):
                 x, y, radius = drawing.place(item, 256, 256)
-                assert (found.x * 256, found.y * 256, found.radius * 256) == pytest.approx((x, y, radius), abs=1.0)
+                assert (found.x * 256, found.y * 256, found.radius * 256) == pytest.approx(
+                    (x, y, radius), abs=1.0
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------- wrong is wrong
@@ -111,7 +121,11 @@ def with_item(layout: Layout, number: int, **thing) -> Layout:
     """A layout with one thing changed; its radius follows its size."""
     items = list(layout.items)
     changed = replace(items[number].thing, **thing)
-    items[number] = replace(items[number], thing=changed, radius=SIZES[changed.size] if isinstance(changed, Object) else 0.0)
+    items[number] = replace(
+        items[number],
+        thing=changed,
+        radius=SIZES[changed.size] if isinstance(changed, Object) else 0.0,
+    )
     return replace(layout, items=tuple(items))
 
 
@@ -129,7 +143,11 @@ def free_colour(layout: Layout, rng: np.random.Generator) -> str:
 def wrong_words(letters: str, rng: np.random.Generator) -> list[str]:
     """One letter changed, missing, added, and two in the wrong order."""
     n, new = rng.integers(len(letters)), str(rng.choice(list(LETTERS)))
-    words = {letters[:n] + new + letters[n + 1 :], letters[:n] + letters[n + 1 :], letters[:n] + new + letters[n:]}
+    words = {
+        letters[:n] + new + letters[n + 1 :],
+        letters[:n] + letters[n + 1 :],
+        letters[:n] + new + letters[n:],
+    }
     words |= {letters[: n - 1] + letters[n] + letters[n - 1] + letters[n + 1 :]} if n else set()
     return sorted(word for word in words if word != letters and 1 <= len(word) <= 4)
 
@@ -156,7 +174,11 @@ def wrongs(scene: Scene, layout: Layout, rng: np.random.Generator):
         if said.place is not None:
             for place, (row, column) in PLACES.items():
                 if place != said.place and (isinstance(thing, Object) or place in ROWS):
-                    yield "place", {"place"}, replace(layout, items=(replace(item, x=COLUMNS[column], y=ROWS[row]),))
+                    yield (
+                        "place",
+                        {"place"},
+                        replace(layout, items=(replace(item, x=COLUMNS[column], y=ROWS[row]),)),
+                    )
     if scene.relation:
         yield "relation", {"relation"}, mirrored(layout)
 
@@ -173,7 +195,9 @@ def test_one_thing_wrong_is_found_and_no_other():
                 found = false == attributes | {"all"} if attributes else {"colour", "all"} <= false
                 verdicts.setdefault(change, []).append(found)
     assert verdicts.keys() == set(shapes.ATTRIBUTES) and min(map(len, verdicts.values())) >= 3
-    assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(verdicts, 1)
+    assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(
+        verdicts, 1
+    )
 
 
 def test_every_shape_and_pattern_is_told_from_every_other():
@@ -187,7 +211,11 @@ def test_every_shape_and_pattern_is_told_from_every_other():
 
 def pairs(count: int, seed: int = 0) -> list[tuple[Scene, Layout]]:
     rng = np.random.default_rng(seed)
-    found = ((scene, arrange(scene, rng)) for scene in scenes(seed, None, complete=True) if scene.relation)
+    found = (
+        (scene, arrange(scene, rng))
+        for scene in scenes(seed, None, complete=True)
+        if scene.relation
+    )
     return list(islice(found, count))
 
 
@@ -208,7 +236,10 @@ def test_things_too_many_and_too_few():
         for number in (0, 1):
             fewer = check(drawn(replace(layout, items=layout.items[number : number + 1])), scene)
             assert not fewer["colour"] and not fewer["relation"] and not fewer["all"]
-        for colour in (free_colour(layout, rng), scene.objects[0].colour):  # in a colour of its own, or another's
+        for colour in (
+            free_colour(layout, rng),
+            scene.objects[0].colour,
+        ):  # in a colour of its own, or another's
             x, y = (0.12, 0.12) if scene.relation in ("above", "below") else (0.12, 0.88)
             third = Item(Object(str(rng.choice(SHAPES)), colour, "small"), x, y, SIZES["small"])
             more = check(drawn(replace(layout, items=(*layout.items, third))), scene)
@@ -219,16 +250,28 @@ def test_things_too_many_and_too_few():
 @pytest.mark.parametrize("side", ["left", "right", "upper", "lower"])
 def test_half_a_thing_is_none(side):
     rng = np.random.default_rng(3)
-    for scene in islice((scene for scene in scenes(3, None, complete=True) if not scene.relation), 12):
+    for scene in islice(
+        (scene for scene in scenes(3, None, complete=True) if not scene.relation), 12
+    ):
         layout = arrange(scene, rng)
         picture = drawn(layout)
         thing = np.argwhere((picture != picture[0, 0]).any(-1))
         (top, left), (bottom, right) = thing.min(0), thing.max(0) + 1
         y, x = (top + bottom) // 2, (left + right) // 2
-        erased = {"left": np.s_[:, :x], "right": np.s_[:, x:], "upper": np.s_[:y], "lower": np.s_[y:]}[side]
+        erased = {
+            "left": np.s_[:, :x],
+            "right": np.s_[:, x:],
+            "upper": np.s_[:y],
+            "lower": np.s_[y:],
+        }[side]
         picture[erased] = picture[0, 0]
         verdict = check(picture, scene)
-        assert not verdict["all"] and verdict["background"] and not verdict.get("shape") and not verdict.get("letters")
+        assert (
+            not verdict["all"]
+            and verdict["background"]
+            and not verdict.get("shape")
+            and not verdict.get("letters")
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- words
@@ -236,7 +279,12 @@ def test_half_a_thing_is_none(side):
 
 def test_every_letter_is_read():
     for start in range(0, 26, 2):
-        for letters in (LETTERS[start : start + 2], LETTERS[start], LETTERS[start + 1], LETTERS[start : start + 3][::-1] + "I"):
+        for letters in (
+            LETTERS[start : start + 2],
+            LETTERS[start],
+            LETTERS[start + 1],
+            LETTERS[start : start + 3][::-1] + "I",
+        ):
             word = Word(letters, "blue", "top")
             picture = soft(drawn(Scene((word,), None, "yellow")), np.random.default_rng(start))
             assert check(picture, Scene((word,), None, "yellow"))["all"]
@@ -272,17 +320,46 @@ def wrong_results(edit: Edit, rng: np.random.Generator):
     yield "background", replace(after, background=free_colour(after, rng))
     if edit.before[0] != after:
         yield "nothing done", edit.before[0]
-    yield "third", replace(after, items=(*after.items, Item(Object("ring", free_colour(after, rng)), 0.1, 0.1, SIZES["small"])))
+    yield (
+        "third",
+        replace(
+            after,
+            items=(
+                *after.items,
+                Item(Object("ring", free_colour(after, rng)), 0.1, 0.1, SIZES["small"]),
+            ),
+        ),
+    )
     for number, item in enumerate(after.items):
         x, y = item.x - np.sign(item.x - 0.5 + 1e-9) * 0.15, item.y
         away = after.items[:number] + (replace(item, x=x, y=y),) + after.items[number + 1 :]
         if edit.kind != "add" or number == 1:
             yield "place", replace(after, items=away)
-        thing = replace(item.thing, size=item.thing.size or min(SIZES, key=lambda size: abs(SIZES[size] - item.radius)))
-        whole = replace(after, items=after.items[:number] + (replace(item, thing=thing),) + after.items[number + 1 :])
+        thing = replace(
+            item.thing,
+            size=item.thing.size or min(SIZES, key=lambda size: abs(SIZES[size] - item.radius)),
+        )
+        whole = replace(
+            after,
+            items=after.items[:number] + (replace(item, thing=thing),) + after.items[number + 1 :],
+        )
         yield "colour", with_item(whole, number, colour=free_colour(after, rng))
-        yield "shape", with_item(whole, number, shape=str(rng.choice([shape for shape in SHAPES if shape != thing.shape])))
-        yield "pattern", with_item(whole, number, pattern=str(rng.choice([p for p in ("", *PATTERNS) if p != thing.pattern])))
+        yield (
+            "shape",
+            with_item(
+                whole,
+                number,
+                shape=str(rng.choice([shape for shape in SHAPES if shape != thing.shape])),
+            ),
+        )
+        yield (
+            "pattern",
+            with_item(
+                whole,
+                number,
+                pattern=str(rng.choice([p for p in ("", *PATTERNS) if p != thing.pattern])),
+            ),
+        )
         if item.thing.size and len(sizes(thing.pattern)) > 1:
             size = str(rng.choice([size for size in sizes(thing.pattern) if size != thing.size]))
             yield "size", with_item(whole, number, size=size)
@@ -298,19 +375,31 @@ def test_one_thing_wrong_in_an_edited_picture_is_found():
             verdict = check_edit(drawn(wrong), edit)
             verdicts.setdefault(change, []).append(not verdict["all"] and not verdict.get(change))
     assert verdicts.keys() == {*shapes.ATTRIBUTES, "nothing done", "third"} - {"letters"}
-    assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(verdicts, 1)
+    assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(
+        verdicts, 1
+    )
 
 
 def test_what_was_added_may_be_of_any_size_unless_it_was_said_and_anywhere_in_its_relation():
     old = Item(Object("star", "red", "medium"), 0.5, 0.75, SIZES["medium"])
     new = Item(Object("ring", "blue"), 0.5, 0.25, SIZES["small"])
-    edit = Edit("put a blue ring above the star", (Layout((old,), "white"),), Layout((new, old), "white"), "add")
+    edit = Edit(
+        "put a blue ring above the star",
+        (Layout((old,), "white"),),
+        Layout((new, old), "white"),
+        "add",
+    )
     for size, x in product(SIZES, (0.45, 0.55)):
         moved = replace(new, x=x, radius=SIZES[size])
         assert check_edit(drawn(replace(edit.after, items=(moved, old))), edit)["all"]
     beside = check_edit(drawn(replace(edit.after, items=(replace(new, x=0.15, y=0.6), old))), edit)
     assert {name for name, right in beside.items() if not right} == {"relation", "all"}
-    said = replace(edit, after=replace(edit.after, items=(replace(new, thing=replace(new.thing, size="large")), old)))
+    said = replace(
+        edit,
+        after=replace(
+            edit.after, items=(replace(new, thing=replace(new.thing, size="large")), old)
+        ),
+    )
     assert not check_edit(drawn(edit.after), said)["size"]
 
 
@@ -331,7 +420,9 @@ def test_any_picture_has_a_verdict(seed, sides, kind):
         picture = rng.integers(0, 256, (*sides, 3), np.uint8)
     for _ in range(6 if kind == "boxes" else 0):
         top, left = (rng.integers(0, side) for side in sides)
-        picture[top : top + rng.integers(1, 40), left : left + rng.integers(1, 40)] = rng.integers(0, 256, 3)
+        picture[top : top + rng.integers(1, 40), left : left + rng.integers(1, 40)] = rng.integers(
+            0, 256, 3
+        )
     before = picture.copy()
     verdict = check(picture, scene)
     assert verdict == check(picture, scene) and np.array_equal(picture, before)
@@ -340,21 +431,38 @@ def test_any_picture_has_a_verdict(seed, sides, kind):
 
 
 def test_a_verdict_names_what_the_caption_names():
-    seen = lambda *objects, **other: check(drawn(Scene((Object("ring", "red"),))), Scene(objects, **other)).keys()  # noqa: E731
+    def seen(*objects, **other):
+        return check(drawn(Scene((Object("ring", "red"),))), Scene(objects, **other)).keys()
+
     assert seen(Object("ring", "red")) == {"colour", "shape", "pattern", "all"}
     assert seen(Object("ring", "red", "small", "", "top"), background="blue") == {
-        "background", "colour", "shape", "pattern", "size", "place", "all",
-    }  # fmt: skip
+        "background",
+        "colour",
+        "shape",
+        "pattern",
+        "size",
+        "place",
+        "all",
+    }
     assert seen(Word("AB", "red", "")) == {"colour", "letters", "place", "all"}
     assert "relation" in seen(Object("ring", "red"), Object("star", "blue"), relation="above")
 
 
 def test_shares():
-    good, bad = Scene((Object("ring", "red"),), None, "white"), Scene((Object("star", "red"),), None, "white")
+    good, bad = (
+        Scene((Object("ring", "red"),), None, "white"),
+        Scene((Object("star", "red"),), None, "white"),
+    )
     words = Scene((Word("AB", "blue"),)), Scene((Word("AC", "blue"),))
     ring, letters = drawn(good), drawn(words[0])
     assert shapes.score([ring, ring, letters, letters], [good, bad, *words]) == {
-        "background": 1, "colour": 1, "shape": 0.5, "pattern": 1, "letters": 0.5, "all": 0.5, "each letter": 0.75,
-    }  # fmt: skip
+        "background": 1,
+        "colour": 1,
+        "shape": 0.5,
+        "pattern": 1,
+        "letters": 0.5,
+        "all": 0.5,
+        "each letter": 0.75,
+    }
     edit = next(edits(0, None))
     assert shapes.score_edits([drawn(edit.after), ring], [edit, edit])["all"] == 0.5

@@ -47,7 +47,9 @@ def pipe() -> flux.Pipeline:
 
 
 def pictures(pipe: flux.Pipeline, scenes: list[shapes.Scene], **options) -> list[np.ndarray]:
-    return [np.asarray(image) for image in pipe([str(scene) for scene in scenes], seed=0, **options)]
+    return [
+        np.asarray(image) for image in pipe([str(scene) for scene in scenes], seed=0, **options)
+    ]
 
 
 def drawn(layout: shapes.Layout | shapes.Scene, seed: int = 0) -> np.ndarray:
@@ -70,13 +72,21 @@ def test_pictures_show_what_held_out_prompts_say(name):
 
 
 def test_half_the_steps_cost_little(pipe, made):
-    few, whole = (shapes.score(some, SCENES[:FEW])["all"] for some in (pictures(pipe, SCENES[:FEW], steps=4), made[:FEW]))
+    few, whole = (
+        shapes.score(some, SCENES[:FEW])["all"]
+        for some in (pictures(pipe, SCENES[:FEW], steps=4), made[:FEW])
+    )
     assert few >= whole - 0.1
 
 
 def test_edits_change_what_they_say_and_nothing_else(pipe):
-    before = [flux.Pictures(tuple(Image.fromarray(drawn(layout)) for layout in edit.before)) for edit in EDITS]
-    edited = [np.asarray(image) for image in pipe([str(edit) for edit in EDITS], seed=0, pictures=before)]
+    before = [
+        flux.Pictures(tuple(Image.fromarray(drawn(layout)) for layout in edit.before))
+        for edit in EDITS
+    ]
+    edited = [
+        np.asarray(image) for image in pipe([str(edit) for edit in EDITS], seed=0, pictures=before)
+    ]
     assert shapes.score_edits(edited, EDITS)["all"] >= 0.85
 
 
@@ -84,16 +94,24 @@ def test_edits_change_what_they_say_and_nothing_else(pipe):
 def test_a_lora_puts_the_pictures_into_a_frame(name):
     """Wood along all four sides, and inside what was asked for; without the LoRA there is none."""
     pipe, made = model(name), made_by(name)
-    border, (colour, _) = shapes.framed(np.zeros((256, 256, 3), np.uint8)).any(-1), shapes.drawing.FRAME
-    is_framed = lambda picture: np.abs(picture[border].astype(int) - colour).mean() < 30  # noqa: E731
+    border, (colour, _) = (
+        shapes.framed(np.zeros((256, 256, 3), np.uint8)).any(-1),
+        shapes.drawing.FRAME,
+    )
+
+    def is_framed(picture):
+        return np.abs(picture[border].astype(int) - colour).mean() < 30
+
     pipe.load_lora(flux.configs.EMBEDDED / pipe.spec.name / "framed.safetensors")
     try:
         new = pictures(pipe, SCENES[:FEW])
     finally:
         pipe.unload_loras()
     assert not any(map(is_framed, made)) and sum(map(is_framed, new)) >= 0.9 * FEW
-    inside = [np.where(border[..., None], np.uint8(shapes.COLOURS[scene.background]), picture)
-              for picture, scene in zip(new, SCENES, strict=False)]  # fmt: skip
+    inside = [
+        np.where(border[..., None], np.uint8(shapes.COLOURS[scene.background]), picture)
+        for picture, scene in zip(new, SCENES, strict=False)
+    ]
     assert shapes.score(inside, SCENES[:FEW])["all"] >= 0.7
 
 
@@ -107,12 +125,24 @@ def test_guidance_that_is_an_input_does_what_two_passes_do():
 
     def after_a_step(**options) -> torch.Tensor:
         seen = []
-        pipe(prompts, seed=0, steps=2, callback=lambda step, t, latents: seen.append(latents), **options)
+        pipe(
+            prompts,
+            seed=0,
+            steps=2,
+            callback=lambda step, t, latents: seen.append(latents),
+            **options,
+        )
         return seen[0]
 
-    plain, told, two = after_a_step(guidance=1.0), after_a_step(guidance=4.0), after_a_step(guidance=1.0, cfg_scale=4.0)
+    plain, told, two = (
+        after_a_step(guidance=1.0),
+        after_a_step(guidance=4.0),
+        after_a_step(guidance=1.0, cfg_scale=4.0),
+    )
     moved = (two - plain).norm()
-    assert (told - two).norm() < 0.8 * moved, (told - two).norm() / moved  # 0.66 seen; one that ignores what it is told: 1
+    assert (told - two).norm() < 0.8 * moved, (
+        told - two
+    ).norm() / moved  # 0.66 seen; one that ignores what it is told: 1
     assert (plain - two).norm() > 0.02 * two.norm()
 
 
@@ -149,7 +179,10 @@ def skip_rope(patch):
 
 def swap_shift_and_scale(patch):
     straight = transformer.Modulator.forward
-    swapped = lambda self, x: [m._replace(shift=m.scale - 1, scale=1 + m.shift) for m in straight(self, x)]  # noqa: E731
+
+    def swapped(self, x):
+        return [m._replace(shift=m.scale - 1, scale=1 + m.shift) for m in straight(self, x)]
+
     patch.setattr(transformer.Modulator, "forward", swapped)
 
 
@@ -163,9 +196,12 @@ def forget_the_thousand(patch):
 
 
 @pytest.mark.parametrize(
-    "mutate", [swap_rows_and_columns, skip_rope, swap_shift_and_scale, drop_qk_norm, forget_the_thousand]
+    "mutate",
+    [swap_rows_and_columns, skip_rope, swap_shift_and_scale, drop_qk_norm, forget_the_thousand],
 )
 def test_a_broken_network_is_seen_in_the_pictures(pipe, made, monkeypatch, mutate):
     mutate(monkeypatch)
-    broken, whole = (shapes.score(some[:FEW], SCENES[:FEW]) for some in (pictures(pipe, SCENES[:FEW]), made))
+    broken, whole = (
+        shapes.score(some[:FEW], SCENES[:FEW]) for some in (pictures(pipe, SCENES[:FEW]), made)
+    )
     assert whole["all"] - broken["all"] >= 0.30, (whole, broken)

@@ -11,12 +11,38 @@ from itertools import chain, combinations, islice, permutations, product
 import numpy as np
 import pytest
 
-from flux.toy import COLOURS, PATTERNS, PLACES, RELATIONS, SHAPES, SIZES, Layout, Object, Scene, Word, drawing, families
+from flux.toy import (
+    COLOURS,
+    PATTERNS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Layout,
+    Object,
+    Scene,
+    Word,
+    drawing,
+    families,
+)
 from flux.toy.drawing import coverage, draw, ink
-from flux.toy.scenes import LETTERS, ROWS, Item, arrange, edits, held_out, scenes, shows_held_out, sizes, unknown_words
+from flux.toy.scenes import (
+    LETTERS,
+    ROWS,
+    Item,
+    arrange,
+    edits,
+    held_out,
+    scenes,
+    shows_held_out,
+    sizes,
+    unknown_words,
+)
 
 
-def some(count: int, seed: int = 0, held: bool | None = None, complete: bool = False) -> list[Scene]:
+def some(
+    count: int, seed: int = 0, held: bool | None = None, complete: bool = False
+) -> list[Scene]:
     return list(islice(scenes(seed, held, complete), count))
 
 
@@ -45,7 +71,19 @@ def test_captions_follow_the_grammar_in_known_words(complete):
         colours = [colour for colour in CAPTION.fullmatch(caption).groups() if colour]
         assert len(set(colours)) == len(colours) and unknown_words(caption) == []
     text = " ".join(captions)
-    assert all(word in text for word in (*SHAPES, *COLOURS, *SIZES, *PATTERNS, *PLACES, *RELATIONS, "center", "background"))
+    assert all(
+        word in text
+        for word in (
+            *SHAPES,
+            *COLOURS,
+            *SIZES,
+            *PATTERNS,
+            *PLACES,
+            *RELATIONS,
+            "center",
+            "background",
+        )
+    )
     assert set(LETTERS) <= set(text)
 
 
@@ -54,45 +92,74 @@ def test_captions_to_the_letter():
     assert str(Scene((Object("star", "yellow", "small"), ring), "above", "white")) == (
         "a small yellow star above a large dotted blue ring on a white background"
     )
-    assert str(Scene((replace(ring, size=None, pattern="", place=""),))) == "a blue ring in the center"
-    assert str(Scene((Object("moon", "orange"),), None, "orange")) == "an orange moon on an orange background"
+    assert (
+        str(Scene((replace(ring, size=None, pattern="", place=""),))) == "a blue ring in the center"
+    )
+    assert (
+        str(Scene((Object("moon", "orange"),), None, "orange"))
+        == "an orange moon on an orange background"
+    )
     cornered = Scene((replace(ring, place="top left"),), None, "red")
     assert str(cornered) == "a large dotted blue ring at the top left on a red background"
     assert (
-        str(Scene((Word("CAT", "red", "bottom"),), None, "gray")) == 'the word "CAT" in red at the bottom on a gray background'
+        str(Scene((Word("CAT", "red", "bottom"),), None, "gray"))
+        == 'the word "CAT" in red at the bottom on a gray background'
     )
 
 
 def test_complete_scenes_name_everything():
     for scene in some(100, complete=True):
-        assert scene.background and all(thing.size for thing in scene.objects if isinstance(thing, Object))
-        assert (scene.relation is None) == (len(scene.objects) == 1) == (scene.objects[0].place is not None)
+        assert scene.background and all(
+            thing.size for thing in scene.objects if isinstance(thing, Object)
+        )
+        assert (
+            (scene.relation is None)
+            == (len(scene.objects) == 1)
+            == (scene.objects[0].place is not None)
+        )
 
 
 def test_unknown_words():
-    assert unknown_words("A Dragon, above a BLUE ring; dragon and 'knight'!") == ["dragon", "knight"]
-    assert unknown_words("") == unknown_words(" ... !") == unknown_words("An orange cross, at the top right.") == []
-    assert unknown_words('the word "WXYZ" in red') == [] and unknown_words('the word "HELLO" in Red') == ["hello"]
+    assert unknown_words("A Dragon, above a BLUE ring; dragon and 'knight'!") == [
+        "dragon",
+        "knight",
+    ]
+    assert (
+        unknown_words("")
+        == unknown_words(" ... !")
+        == unknown_words("An orange cross, at the top right.")
+        == []
+    )
+    assert unknown_words('the word "WXYZ" in red') == [] and unknown_words(
+        'the word "HELLO" in Red'
+    ) == ["hello"]
 
 
 # ---------------------------------------------------------------------------------------------------------- held out
 
 
 def test_one_combination_in_twelve_is_held_out():
-    every = [Scene((Object(s, c),), None, b) for s, c, b in product(SHAPES, COLOURS, COLOURS) if c != b]
+    every = [
+        Scene((Object(s, c),), None, b) for s, c, b in product(SHAPES, COLOURS, COLOURS) if c != b
+    ]
     assert 1 / 14 < np.mean([held_out(scene) for scene in every]) < 1 / 10
     for names in (SHAPES, COLOURS):  # and nothing is held out altogether
         for name in names:
             mine = [held_out(scene) for scene in every if name in str(scene).split()]
             assert 0 < sum(mine) < len(mine) / 3
-    words = [held_out(Scene((Word("".join(letters), "red"),))) for letters in product(LETTERS, repeat=3)]
+    words = [
+        held_out(Scene((Word("".join(letters), "red"),))) for letters in product(LETTERS, repeat=3)
+    ]
     assert 1 / 13 < np.mean(words) < 1 / 11
     assert not any(held_out(Scene((Word(letter, "red"),))) for letter in LETTERS)
 
 
 def test_held_out_scenes_never_appear_in_training():
     def parts(scene: Scene) -> set:
-        return {getattr(o, "letters", (o.colour, getattr(o, "shape", ""), scene.background)) for o in scene.objects}
+        return {
+            getattr(o, "letters", (o.colour, getattr(o, "shape", ""), scene.background))
+            for o in scene.objects
+        }
 
     trained, held = some(800, held=False), some(150, held=True)
     seen = set().union(*map(parts, trained))
@@ -104,7 +171,11 @@ def test_held_out_scenes_never_appear_in_training():
 
 def test_all_follows_from_seeds():
     assert some(20, seed=3) == some(20, seed=3) != some(20, seed=4)
-    assert list(islice(edits(3, None), 20)) == list(islice(edits(3, None), 20)) != list(islice(edits(4, None), 20))
+    assert (
+        list(islice(edits(3, None), 20))
+        == list(islice(edits(3, None), 20))
+        != list(islice(edits(4, None), 20))
+    )
     (scene,) = some(1)
     first, again, other = (draw(scene, 64, 48, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first.shape == (48, 64, 3) and first.dtype == np.uint8
@@ -121,9 +192,13 @@ def test_layouts_say_what_scenes_do_and_leave_nothing_open():
         assert layout.background == scene.background or scene.background is None
         assert layout.background not in [thing.colour for thing in scene.objects]
         for said, item in zip(scene.objects, layout.items, strict=True):
-            assert item.thing == replace(said, place=None, **({"size": item.thing.size} if isinstance(said, Object) else {}))
+            assert item.thing == replace(
+                said, place=None, **({"size": item.thing.size} if isinstance(said, Object) else {})
+            )
             if isinstance(said, Object):
-                assert said.size in (None, item.thing.size) and item.radius == SIZES[item.thing.size]
+                assert (
+                    said.size in (None, item.thing.size) and item.radius == SIZES[item.thing.size]
+                )
                 assert item.thing.size in sizes(item.thing.pattern)
 
 
@@ -135,7 +210,10 @@ def test_things_stay_inside_and_apart(width, height):
         covered = [ink(item, width, height) for item in arrange(scene, rng).items]
         everything = np.sum(covered, axis=0)
         assert everything.max() <= 1
-        assert not any((edge > 0.5).any() for edge in (everything[0], everything[-1], everything[:, 0], everything[:, -1]))
+        assert not any(
+            (edge > 0.5).any()
+            for edge in (everything[0], everything[-1], everything[:, 0], everything[:, -1])
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- edits
@@ -150,15 +228,23 @@ def test_edits_change_what_their_instructions_say_and_nothing_else():
         before, after = edit.before[0].items, edit.after.items
         same = [item for item in before if item in after]
         if edit.kind in ("colour", "size", "pattern", "shape"):
-            (old,), (new,) = ([item for item in items if item not in same] for items in (before, after))
+            (old,), (new,) = (
+                [item for item in items if item not in same] for items in (before, after)
+            )
             value = getattr(new.thing, edit.kind)
-            assert replace(old.thing, **{edit.kind: value}) == new.thing and (old.x, old.y) == (new.x, new.y)
+            assert replace(old.thing, **{edit.kind: value}) == new.thing and (old.x, old.y) == (
+                new.x,
+                new.y,
+            )
             assert words[-1] == (value or "plain") and old.thing.shape in words
         elif edit.kind == "background":
             assert before == after and edit.after.background in words
         elif edit.kind == "described":
             assert edit.instruction.endswith(f"{edit.after.background} background")
-            assert len(set(after) - set(before)) == 1 and edit.before[0].background == edit.after.background
+            assert (
+                len(set(after) - set(before)) == 1
+                and edit.before[0].background == edit.after.background
+            )
         elif edit.kind == "remove":
             (gone,) = set(before) - set(after)
             assert words == ["remove", "the", gone.thing.shape] and set(after) < set(before)
@@ -166,11 +252,19 @@ def test_edits_change_what_their_instructions_say_and_nothing_else():
             (new,) = set(after) - set(before)
             assert edit.instruction.startswith(f"put {new.thing} ") and set(before) < set(after)
         else:
-            which = ("first", "second").index(next(word for word in words if word in ("first", "second")))
+            which = ("first", "second").index(
+                next(word for word in words if word in ("first", "second"))
+            )
             (item,), (other,) = edit.before[which].items, edit.before[1 - which].items
             colour = edit.kind == "two pictures: colour"
-            wanted = replace(item, thing=replace(item.thing, colour=other.thing.colour)) if colour else item
-            assert edit.after == Layout((wanted,), edit.before[which if colour else 1 - which].background)
+            wanted = (
+                replace(item, thing=replace(item.thing, colour=other.thing.colour))
+                if colour
+                else item
+            )
+            assert edit.after == Layout(
+                (wanted,), edit.before[which if colour else 1 - which].background
+            )
             assert words[1] == item.thing.shape
     assert len(kinds) == 10 and min(kinds.values()) > 15
 
@@ -179,11 +273,17 @@ def test_a_family_means_now_the_one_and_now_the_other_thing_of_the_same_pictures
     for family in islice(families(0), 50):
         layout = family[0].before[0]
         ways = {(edit.before[0], edit.after) for edit in family}
-        assert len(ways) == len(family) and len(set(chain(*ways))) <= 11  # each thing: four changes, and without it
+        assert (
+            len(ways) == len(family) and len(set(chain(*ways))) <= 11
+        )  # each thing: four changes, and without it
         for one, other in permutations(layout.items):
-            changes = [edit for edit in family if edit.before == (layout,) and one not in edit.after.items]
+            changes = [
+                edit for edit in family if edit.before == (layout,) and one not in edit.after.items
+            ]
             assert all(other in edit.after.items for edit in changes)
-            assert {"colour", "shape", "remove"} < {edit.kind for edit in changes} and len(changes) >= 4
+            assert {"colour", "shape", "remove"} < {edit.kind for edit in changes} and len(
+                changes
+            ) >= 4
         assert all((edit.after, edit.before[0]) in ways for edit in family if edit.kind != "remove")
 
 
@@ -197,11 +297,19 @@ def lens(a: float, b: float, d: float) -> float:
     return a * a * (alpha - np.sin(2 * alpha) / 2) + b * b * (beta - np.sin(2 * beta) / 2)
 
 
-@pytest.mark.parametrize("shape, area", [
-    ("circle", np.pi * 0.95**2), ("square", 1.7**2), ("ring", np.pi * (1 - 0.48**2)), ("triangle", 3 * 3**0.5 / 4 * 1.2**2),
-    ("star", 10 * 1.2 * 0.55 * np.sin(np.pi / 5) / 2), ("cross", 2 * 0.72 * 2 - 0.72**2),
-    ("moon", np.pi * 1.05**2 - lens(1.05, 0.8, 0.55)), ("heart", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, area",
+    [
+        ("circle", np.pi * 0.95**2),
+        ("square", 1.7**2),
+        ("ring", np.pi * (1 - 0.48**2)),
+        ("triangle", 3 * 3**0.5 / 4 * 1.2**2),
+        ("star", 10 * 1.2 * 0.55 * np.sin(np.pi / 5) / 2),
+        ("cross", 2 * 0.72 * 2 - 0.72**2),
+        ("moon", np.pi * 1.05**2 - lens(1.05, 0.8, 0.55)),
+        ("heart", None),
+    ],
+)
 def test_shapes_have_their_area_and_their_middle(shape, area):
     covered = coverage(shape, 150, 130, 80, 300, 260)
     ys, xs = np.mgrid[:260, :300] + 0.5
@@ -213,7 +321,8 @@ def test_shapes_have_their_area_and_their_middle(shape, area):
 
 
 @pytest.mark.parametrize(
-    "pattern, share", [("striped", 0.5), ("hatched", 0.5), ("checkered", 0.5), ("dotted", 1 - np.pi * 0.09)]
+    "pattern, share",
+    [("striped", 0.5), ("hatched", 0.5), ("checkered", 0.5), ("dotted", 1 - np.pi * 0.09)],
 )
 def test_patterns_cover_their_share_and_stand_still(pattern, share):
     here, there = (coverage("square", x, 240, 160, 480, 480, pattern) for x in (200, 230))
@@ -234,14 +343,28 @@ def test_letters_are_told_apart_and_fill_their_squares():
     glyphs = drawing.GLYPHS
     assert list(glyphs) == list(LETTERS) and all(glyph.shape == (7, 5) for glyph in glyphs.values())
     assert all((a != b).sum() >= 2 for a, b in combinations(glyphs.values(), 2))
-    assert all(glyph[0].any() and glyph[-1].any() for glyph in glyphs.values())  # each is as high as the line
+    assert all(
+        glyph[0].any() and glyph[-1].any() for glyph in glyphs.values()
+    )  # each is as high as the line
     page = ink(Item(Word("HI", "red"), 0.5, ROWS["top"], 0), 256, 256)
     squares = page.reshape(32, 8, 32, 8)
-    assert set(np.unique(page)) == {0, 1} and page.sum() == 64 * (glyphs["H"].sum() + glyphs["I"].sum())
+    assert set(np.unique(page)) == {0, 1} and page.sum() == 64 * (
+        glyphs["H"].sum() + glyphs["I"].sum()
+    )
     assert page[:, :128].any() and page[:, 128:].any() and not page[128:].any()
-    assert np.array_equal(squares.max((1, 3)), squares.min((1, 3)))  # whole squares of eight pixels, on the grid
+    assert np.array_equal(
+        squares.max((1, 3)), squares.min((1, 3))
+    )  # whole squares of eight pixels, on the grid
 
 
 def test_colours_of_a_picture_are_those_that_are_named():
-    picture = draw(Scene((Object("square", "red", "large", "", ""),), None, "blue"), 96, 96, np.random.default_rng(0))
-    assert tuple(picture[48, 48]) == COLOURS["red"] and tuple(picture[0, 0]) == tuple(picture[-1, -1]) == COLOURS["blue"]
+    picture = draw(
+        Scene((Object("square", "red", "large", "", ""),), None, "blue"),
+        96,
+        96,
+        np.random.default_rng(0),
+    )
+    assert (
+        tuple(picture[48, 48]) == COLOURS["red"]
+        and tuple(picture[0, 0]) == tuple(picture[-1, -1]) == COLOURS["blue"]
+    )

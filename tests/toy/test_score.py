@@ -36,7 +36,9 @@ class Painter:
             task = self.known[prompt, id(given)]
             what = task.asked.after if isinstance(task.asked, shapes.Edit) else task.asked
             if self.deaf:
-                what = shapes.Scene((shapes.Object("circle", "red", "large", "", ""),), None, "blue")
+                what = shapes.Scene(
+                    (shapes.Object("circle", "red", "large", "", ""),), None, "blue"
+                )
             made.append(Image.fromarray(shapes.draw(what, width, height, rng)))
         return made
 
@@ -57,7 +59,10 @@ def test_who_draws_what_is_asked_scores_everything(rows):
         painter.expect(row.tasks)
         shares = row.score(score.made(painter, row, 0), [task.asked for task in row.tasks])
         open_ = {"size"} if "left open" in row.name or "negative" in row.name else set()
-        assert all(share == 1 for name, share in shares.items() if name not in open_), (row.name, shares)
+        assert all(share == 1 for name, share in shares.items() if name not in open_), (
+            row.name,
+            shares,
+        )
 
 
 def test_who_does_not_listen_scores_next_to_nothing(rows):
@@ -74,16 +79,22 @@ def test_each_row_passes_its_options_on(rows):
     for row in rows:
         painter.expect(row.tasks)
         score.made(painter, row, 0)
-        assert painter.asked[-1] == {k: v for k, v in row.options.items() if k not in ("width", "height")}
+        assert painter.asked[-1] == {
+            k: v for k, v in row.options.items() if k not in ("width", "height")
+        }
 
 
 @pytest.mark.parametrize("spec", [SPEC, SPEC1], ids=["flux.2", "flux.1"])
 def test_the_model_takes_what_its_rows_ask_for(spec):
     parts = score.parts_of(spec)
-    assert parts == [part for part in ("text", "edits", "modes", "quantised") if part != "edits" or spec is SPEC]
+    assert parts == [
+        part for part in ("text", "edits", "modes", "quantised") if part != "edits" or spec is SPEC
+    ]
     for row in [row for part in parts[:-1] for row in rows_of(part, 5, 5, spec)]:
         steps = options.check_steps(spec, row.options.get("steps"))
-        two = options.check_cfg(spec, *map(row.options.get, ("guidance", "negative_prompt", "cfg_scale")), steps)
+        two = options.check_cfg(
+            spec, *map(row.options.get, ("guidance", "negative_prompt", "cfg_scale")), steps
+        )
         assert two or "negative_prompt" not in row.options
         for task in row.tasks:
             if task.pictures:
@@ -101,7 +112,10 @@ def test_what_is_asked_for_is_held_out_of_training(rows):
     for row in rows:
         asked = [task.asked for task in row.tasks]
         if row.name == "edits":
-            asked = [shapes.Scene(tuple(i.thing for i in edit.after.items), None, edit.after.background) for edit in asked]
+            asked = [
+                shapes.Scene(tuple(i.thing for i in edit.after.items), None, edit.after.background)
+                for edit in asked
+            ]
         held = [shapes.held_out(scene) for scene in asked if isinstance(scene, shapes.Scene)]
         if row.name == "combinations that it was trained on":
             assert not any(held)
@@ -123,19 +137,32 @@ def test_a_changed_colour_is_where_only_the_picture_tells():
     (row,) = [row for row in rows_of("modes") if "image to image" in row.name]
     for task in row.tasks:
         (item,) = task.asked.after.items
-        assert item.thing.colour in task.prompt and task.asked.before[0].items[0].thing.colour != item.thing.colour
+        assert (
+            item.thing.colour in task.prompt
+            and task.asked.before[0].items[0].thing.colour != item.thing.colour
+        )
         assert " at the " not in task.prompt and "center" not in task.prompt
         elsewhere = replace(item, x=0.26 if item.x > 0.4 else 0.74)
-        picture = shapes.draw(replace(task.asked.after, items=(elsewhere,)), 256, 256, np.random.default_rng(0))
+        picture = shapes.draw(
+            replace(task.asked.after, items=(elsewhere,)), 256, 256, np.random.default_rng(0)
+        )
         assert not row.score([picture], [task.asked])["all"]
 
 
 def test_nothing_is_not_a_small_thing():
     """Not large is what is seen as the thing that was asked for, of another size."""
-    rng, scene = np.random.default_rng(0), shapes.Scene((shapes.Object("star", "red"),), None, "blue")
+    rng, scene = (
+        np.random.default_rng(0),
+        shapes.Scene((shapes.Object("star", "red"),), None, "blue"),
+    )
     empty = shapes.draw(shapes.Layout((), "blue"), 256, 256, rng)
-    others = [shapes.Object("star", "red", size) for size in shapes.SIZES] + [shapes.Object("ring", "red", "small")]
-    pictures = [empty, *(shapes.draw(shapes.Scene((thing,), None, "blue"), 256, 256, rng) for thing in others)]
+    others = [shapes.Object("star", "red", size) for size in shapes.SIZES] + [
+        shapes.Object("ring", "red", "small")
+    ]
+    pictures = [
+        empty,
+        *(shapes.draw(shapes.Scene((thing,), None, "blue"), 256, 256, rng) for thing in others),
+    ]
     assert [score.not_large([picture], [scene])["size"] for picture in pictures] == [0, 1, 1, 0, 0]
 
 
@@ -167,11 +194,21 @@ def test_draw_writes_captioned_pictures_and_edits(draw, tmp_path, capsys):
     draw("framed", "--framed", "--pictures", "3")
     for number in range(3):
         picture = np.asarray(Image.open(tmp_path / "framed" / f"{number:04d}.png"))
-        (colour, _), text = shapes.drawing.FRAME, (tmp_path / "framed" / f"{number:04d}.txt").read_text()
-        assert picture.shape == (256, 256, 3) and (picture[:8] == colour).all() and (picture[:, -8:] == colour).all()
+        (colour, _), text = (
+            shapes.drawing.FRAME,
+            (tmp_path / "framed" / f"{number:04d}.txt").read_text(),
+        )
+        assert (
+            picture.shape == (256, 256, 3)
+            and (picture[:8] == colour).all()
+            and (picture[:, -8:] == colour).all()
+        )
         assert not shapes.unknown_words(text)
     draw("edits", "--edits", "--pictures", "3")
-    lines = [json.loads(line) for line in (tmp_path / "edits" / "metadata.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "edits" / "metadata.jsonl").read_text().splitlines()
+    ]
     names = [name for line in lines for name in (line["image"], *line["references"])]
     assert len(lines) == 3 and all((tmp_path / "edits" / name).is_file() for name in names)
     with pytest.raises(SystemExit, match="2"):

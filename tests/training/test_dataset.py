@@ -33,35 +33,52 @@ def test_buckets(width, height, size):
         return
     w, h = dataset.bucket(width, height, size)
     assert w % 16 == 0 and h % 16 == 0 and min(w, h) >= 64
-    assert abs(w * h / size**2 - 1) <= 8 * max(w, h) / size**2 + 1e-9  # the shorter side is rounded, to 16
+    assert (
+        abs(w * h / size**2 - 1) <= 8 * max(w, h) / size**2 + 1e-9
+    )  # the shorter side is rounded, to 16
     step = max(16, size // 256 * 16)
     assert (max(w, h) - size) % step == 0 and dataset.bucket(width, width, size) == (size, size)
-    assert abs(max(w, h) - size * math.sqrt(max(width, height) / min(width, height))) <= step / 2 + 1e-9
+    assert (
+        abs(max(w, h) - size * math.sqrt(max(width, height) / min(width, height)))
+        <= step / 2 + 1e-9
+    )
     assert dataset.bucket(height, width, size) == ((h, w) if width != height else (w, h))
 
 
 def test_pictures_are_scaled_to_cover_and_cropped_about_the_centre():
-    columns = np.linspace(0, 255, 300)[None, :, None] * np.ones((200, 1, 3))  # brightness is the place
+    columns = np.linspace(0, 255, 300)[None, :, None] * np.ones(
+        (200, 1, 3)
+    )  # brightness is the place
     rows = np.linspace(0, 255, 200)[:, None, None] * np.ones((1, 300, 3))
     across, down = (
-        np.asarray(dataset.fit(Image.fromarray(x.astype(np.uint8)), 128)).astype(float).mean((1 - axis, 2))
+        np.asarray(dataset.fit(Image.fromarray(x.astype(np.uint8)), 128))
+        .astype(float)
+        .mean((1 - axis, 2))
         for axis, x in ((1, columns), (0, rows))
     )
-    assert (len(down), len(across)) == (96, 160)  # 156.8 x 104.5, rounded; so the width is 160/300 of what it was
+    assert (len(down), len(across)) == (
+        96,
+        160,
+    )  # 156.8 x 104.5, rounded; so the width is 160/300 of what it was
     assert across[0] < 2 and across[-1] > 253  # no column is lost
     lost = (200 - 96 / (160 / 300)) / 2  # rows, at the top and at the bottom
-    assert down[0] == pytest.approx(255 * lost / 200, abs=2) and down[-1] == pytest.approx(255 * (1 - lost / 200), abs=2)
+    assert down[0] == pytest.approx(255 * lost / 200, abs=2) and down[-1] == pytest.approx(
+        255 * (1 - lost / 200), abs=2
+    )
 
 
 def test_a_folder_of_pictures_with_texts(tmp_path):
     for name, caption in (("b.png", "a cat\n"), ("a.JPG", "  a dog")):
         picture(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(caption)
-    (tmp_path / "a.txt").write_text("a dog", encoding="utf-8-sig")  # as Windows' Notepad may write it
+    (tmp_path / "a.txt").write_text(
+        "a dog", encoding="utf-8-sig"
+    )  # as Windows' Notepad may write it
     (tmp_path / "notes.md").write_text("not a picture")
     assert dataset.read_folder(tmp_path) == [
-        dataset.Item(tmp_path / "a.JPG", "a dog"), dataset.Item(tmp_path / "b.png", "a cat"),
-    ]  # fmt: skip
+        dataset.Item(tmp_path / "a.JPG", "a dog"),
+        dataset.Item(tmp_path / "b.png", "a cat"),
+    ]
 
 
 def test_a_folder_with_a_list(tmp_path):
@@ -79,25 +96,35 @@ def test_a_folder_with_a_list(tmp_path):
     edit = dataset.Item(tmp_path / "b.png", "it is night", (tmp_path / "a.png", tmp_path / "c.png"))
     plain = dataset.Item(tmp_path / "a.png", "day")
     beside = [replace(plain, **{kind: tmp_path / "b.png"}) for kind in ("control", "mask")]
-    assert dataset.read_folder(tmp_path) == [edit, plain, *beside, replace(plain, caption="a\u2028b\u0085c")]
+    assert dataset.read_folder(tmp_path) == [
+        edit,
+        plain,
+        *beside,
+        replace(plain, caption="a\u2028b\u0085c"),
+    ]
 
 
 BAD_LINES = {
-    "no JSON": "a.png, a cat", "no object": "[1]", "no caption": '{"image": "a.png"}',
+    "no JSON": "a.png, a cat",
+    "no object": "[1]",
+    "no caption": '{"image": "a.png"}',
     "empty": '{"image": "a.png", "caption": " "}',
-    "a number": '{"image": 3, "caption": "a"}', "a text": '{"image": "a.png", "caption": "a", "references": "a.png"}',
+    "a number": '{"image": 3, "caption": "a"}',
+    "a text": '{"image": "a.png", "caption": "a", "references": "a.png"}',
     "missing": '{"image": "a.png", "caption": "a", "references": ["b.png"]}',
     "missing too": '{"image": "a.png", "caption": "a", "mask": "b.png"}',
     "missing: a folder": '{"image": ".", "caption": "b.png"}',
     "a list": '{"image": "a.png", "caption": "a", "mask": []}',
     "misspelt": '{"image": "a.png", "caption": "a", "reference": ["a.png"]}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BAD_LINES)
 def test_bad_lines_are_told(tmp_path, fault):
     picture(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "caption": "fine"}\n' + BAD_LINES[fault])
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"image": "a.png", "caption": "fine"}\n' + BAD_LINES[fault]
+    )
     told = refusal(dataset.read_folder, tmp_path)
     assert "metadata.jsonl, line 2, " in told
     assert ("where there is no file" in told) == fault.startswith("missing")
@@ -111,7 +138,9 @@ def test_bad_folders_are_told(tmp_path):
         picture(tmp_path / f"{number}.png")
     (tmp_path / "1.txt").write_text("a cat")
     (tmp_path / "2.txt").write_text(" \n")
-    assert "2 of 3 pictures have no caption (0.png, 2.png): put it in 0.txt" in refusal(dataset.read_folder, tmp_path)
+    assert "2 of 3 pictures have no caption (0.png, 2.png): put it in 0.txt" in refusal(
+        dataset.read_folder, tmp_path
+    )
     (tmp_path / "0.txt").write_bytes(b"caf\xe9")
     assert "0.txt is not a text in UTF-8" in refusal(dataset.read_folder, tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n")
@@ -129,7 +158,11 @@ def test_the_order_of_an_epoch():
         assert all(len(batch) == 2 and len({shapes[row] for row in batch}) == 1 for batch in epoch)
         assert len(epoch) == 3 + 2 + 1
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[1] == dataset.order(shapes, 2, seed=4, epoch=1) != dataset.order(shapes, 2, seed=5, epoch=1)
+    assert (
+        epochs[1]
+        == dataset.order(shapes, 2, seed=4, epoch=1)
+        != dataset.order(shapes, 2, seed=5, epoch=1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +172,25 @@ def toy():
 
 def test_what_is_damaged_in_the_cache_is_made_anew(tmp_path, toy):
     cache = dataset.Cache(tmp_path / "cache", toy, 64)
-    item = dataset.Item(picture(tmp_path / "a.png"), "a cat", (picture(tmp_path / "b.png", seed=1),))
+    item = dataset.Item(
+        picture(tmp_path / "a.png"), "a cat", (picture(tmp_path / "b.png", seed=1),)
+    )
     made = cache.example(item)
     files = {file: file.read_bytes() for file in (made.latents, made.features, *made.references)}
     for content in (b"", b"abc"):
         for file in files:
             file.write_bytes(content or files[file][:200])
-        assert cache.example(item) == made and all(file.read_bytes() == files[file] for file in files)
+        assert cache.example(item) == made and all(
+            file.read_bytes() == files[file] for file in files
+        )
 
 
 def test_small_references_and_captions_of_no_text_are_told(tmp_path, toy):
     cache, large = dataset.Cache(tmp_path / "cache", toy, 64), picture(tmp_path / "a.png")
     small = picture(tmp_path / "b.png", 10, 12)
-    assert f"{small} is 10x12: both sides must be at least 64" in refusal(cache.example, dataset.Item(large, "a", (small,)))
+    assert f"{small} is 10x12: both sides must be at least 64" in refusal(
+        cache.example, dataset.Item(large, "a", (small,))
+    )
     assert "a.png: " in refusal(cache.example, dataset.Item(large, "a \0 cat"))
 
 
@@ -169,9 +208,14 @@ def test_what_is_drawn_depends_on_nothing_before(draws):
     late, wanted = draws(5), draws.examples
     torch.manual_seed(99)
     again = dataset.Draws(wanted, 2, 7, 4, draws.empty, 0.5)(5)
-    flat = lambda drawn: [drawn[0].latents, drawn[0].features.tokens, *drawn[1:]]  # noqa: E731
+
+    def flat(drawn):
+        return [drawn[0].latents, drawn[0].features.tokens, *drawn[1:]]
+
     assert all(torch.equal(a, b) for a, b in zip(flat(late), flat(again), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(late[1:], draws(6)[1:], strict=True) if a.shape == b.shape)
+    assert not any(
+        torch.equal(a, b) for a, b in zip(late[1:], draws(6)[1:], strict=True) if a.shape == b.shape
+    )
 
 
 def test_captions_are_dropped_as_often_as_asked(draws):
@@ -179,16 +223,25 @@ def test_captions_are_dropped_as_often_as_asked(draws):
     dropped = [torch.equal(row, empty) for n in range(100) for row in draws(n)[0].features.tokens]
     assert len(dropped) == 200 and 70 <= sum(dropped) <= 130  # four standard deviations
     never = dataset.Draws(draws.examples, 2, 7, 4, draws.empty, 0.0)
-    assert not any(torch.equal(row, empty) for n in range(20) for row in never(n)[0].features.tokens)
+    assert not any(
+        torch.equal(row, empty) for n in range(20) for row in never(n)[0].features.tokens
+    )
 
 
 def test_the_cache_holds_what_the_networks_make_and_makes_it_once(tmp_path, toy, monkeypatch):
     cache, path = dataset.Cache(tmp_path / "cache", toy, 64), picture(tmp_path / "a.png", 80, 50)
     example = cache.example(dataset.Item(path, "a red circle"))
-    pixels = torch.from_numpy(np.array(dataset.fit(Image.open(path), 64))).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.array(dataset.fit(Image.open(path), 64))).permute(2, 0, 1)[None] / 127.5
+        - 1
+    )
     with torch.inference_mode():
-        assert torch.equal(training.load(example.latents)["latents"], toy.encoder().encode(pixels)[0])
-    assert torch.equal(training.load(example.features)["tokens"], toy.text.encode(["a red circle"]).tokens[0])
+        assert torch.equal(
+            training.load(example.latents)["latents"], toy.encoder().encode(pixels)[0]
+        )
+    assert torch.equal(
+        training.load(example.features)["tokens"], toy.text.encode(["a red circle"]).tokens[0]
+    )
     assert example.shape == ((64, 4, 5),)
 
     monkeypatch.setattr(toy, "encoder", None)
@@ -199,7 +252,9 @@ def test_the_cache_holds_what_the_networks_make_and_makes_it_once(tmp_path, toy,
         cache.features("a blue circle")
     monkeypatch.undo()
     monkeypatch.setattr(toy.text, "known", {})
-    other = dataset.Cache(tmp_path / "cache", toy, 96).example(dataset.Item(tmp_path / "b.png", "a red circle"))
+    other = dataset.Cache(tmp_path / "cache", toy, 96).example(
+        dataset.Item(tmp_path / "b.png", "a red circle")
+    )
     assert other.latents != example.latents and other.features == example.features
 
 
@@ -218,9 +273,15 @@ def test_pictures_that_cannot_be_used_are_told(tmp_path, toy):
     cache = dataset.Cache(tmp_path / "cache", toy, 64)
     (tmp_path / "broken.png").write_bytes(picture(tmp_path / "a.png").read_bytes()[:500])
     long = picture(tmp_path / "long.png", 330, 64)
-    assert "broken.png is damaged" in refusal(cache.example, dataset.Item(tmp_path / "broken.png", "a"))
-    assert "long.png is 330x64: one side may be at most 4 times the other" in refusal(cache.example, dataset.Item(long, "a"))
-    assert "none.png cannot be read" in refusal(cache.example, dataset.Item(tmp_path / "none.png", "a"))
+    assert "broken.png is damaged" in refusal(
+        cache.example, dataset.Item(tmp_path / "broken.png", "a")
+    )
+    assert "long.png is 330x64: one side may be at most 4 times the other" in refusal(
+        cache.example, dataset.Item(long, "a")
+    )
+    assert "none.png cannot be read" in refusal(
+        cache.example, dataset.Item(tmp_path / "none.png", "a")
+    )
 
 
 def test_a_small_picture_is_told(tmp_path, toy):
@@ -231,5 +292,8 @@ def test_a_small_picture_is_told(tmp_path, toy):
 
 def test_a_caption_over_the_limit_is_told_with_its_picture(tmp_path, toy):
     cache = dataset.Cache(tmp_path / "cache", toy, 64)
-    with pytest.warns(UserWarning, match="a.png: the prompt is longer than 32 tokens; what did not fit was cut off"):
+    with pytest.warns(
+        UserWarning,
+        match="a.png: the prompt is longer than 32 tokens; what did not fit was cut off",
+    ):
         cache.example(dataset.Item(picture(tmp_path / "a.png"), "a red circle and " * 20))

@@ -44,7 +44,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def a_batch(config: FluxConfig, rows: int = 2, references: bool = False) -> training.Batch:
     axes = len(config.axes_dim)
-    features = TextFeatures(random(rows, 7, config.context_dim), random(rows, config.vector_dim) if config.vector_dim else None)
+    features = TextFeatures(
+        random(rows, 7, config.context_dim),
+        random(rows, config.vector_dim) if config.vector_dim else None,
+    )
     ids = sampling.image_ids(2, 3, axes, t=10 if axes == 4 else 1)
     more = (random(rows, 6, config.out_channels, seed=1), ids) if references else ()
     return training.Batch(random(rows, config.out_channels, 3, 4), features, *more)
@@ -55,7 +58,10 @@ def loss_of(network: Flux, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     with training.computing(CPU, dtype):
         velocity = partial(training.velocity, network, batch, 1.0)
         return training.rectified_flow_loss(
-            velocity, batch.latents, torch.tensor([0.3, 0.8]), random(2, *batch.latents.shape[1:], seed=seed)
+            velocity,
+            batch.latents,
+            torch.tensor([0.3, 0.8]),
+            random(2, *batch.latents.shape[1:], seed=seed),
         )
 
 
@@ -63,8 +69,15 @@ def loss_of(network: Flux, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 
 
 def test_the_loss_is_the_mean_square_of_what_is_wrong_with_the_velocity():
-    latents, noise, t = random(3, 4, 2, 5), random(3, 4, 2, 5, seed=1), torch.tensor([0.1, 0.5, 0.9])
-    true = lambda x, t: (x - latents) / t[:, None, None, None]  # from x = (1 - t) · latents + t · noise  # noqa: E731
+    latents, noise, t = (
+        random(3, 4, 2, 5),
+        random(3, 4, 2, 5, seed=1),
+        torch.tensor([0.1, 0.5, 0.9]),
+    )
+
+    def true(x, t):
+        return (x - latents) / t[:, None, None, None]  # from x = (1 - t) · latents + t · noise
+
     assert training.rectified_flow_loss(true, latents, t, noise) < 1e-10
     wrong = random(3, 4, 2, 5, seed=2)
     expected = (wrong.double() - (noise.double() - latents.double())).square().sum() / wrong.numel()
@@ -79,10 +92,15 @@ def test_times_are_logit_normal_times_shifted_as_the_sampler_shifts():
     assert max_error(training.shifted_times(normal, mu), shifted) < 1e-15
 
 
-@pytest.mark.parametrize("name, tokens, mu", [  # of the samplers: what BFL's and diffusers' codes compute
-    ("flux.1-dev", 4096, 1.15), ("flux.1-dev", 256, 0.5), ("flux.2-dev", 4096, 2.0233511571292637),
-    ("flux.1-schnell", 4096, 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, tokens, mu",
+    [  # of the samplers: what BFL's and diffusers' codes compute
+        ("flux.1-dev", 4096, 1.15),
+        ("flux.1-dev", 256, 0.5),
+        ("flux.2-dev", 4096, 2.0233511571292637),
+        ("flux.1-schnell", 4096, 0.0),
+    ],
+)
 def test_the_shift_is_that_of_the_model(name, tokens, mu):
     assert training.mu_of(MODELS[name], tokens) == pytest.approx(mu, abs=1e-12)
 
@@ -104,7 +122,14 @@ def test_velocity_is_that_of_diffusers(model, references):
         img, ids = torch.cat([img, batch.references], dim=1), torch.cat([ids, batch.reference_ids])
     guidance = torch.tensor([1.7, 1.7]) if spec.transformer.guidance else None
     expected = diffusers_velocity(
-        theirs, img, ids, batch.features.tokens, sampling.text_ids(7, axes), t, guidance, batch.features.pooled
+        theirs,
+        img,
+        ids,
+        batch.features.tokens,
+        sampling.text_ids(7, axes),
+        t,
+        guidance,
+        batch.features.pooled,
     )
     ours = training.velocity(network, batch, 1.7, x, t)
     assert max_error(ours.flatten(2).mT, expected[:, :12]) < 2e-5
@@ -145,14 +170,24 @@ def test_memory_is_what_a_real_pass_keeps(family, dtype, rank):
     owned, kept = {p.untyped_storage().data_ptr() for p in network.parameters()}, {}
 
     def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no address is used twice
+        kept[x.untyped_storage().data_ptr()] = (
+            x.untyped_storage()
+        )  # held, so that no address is used twice
         return x
 
-    features = TextFeatures(random(2, spec.text_length, c.context_dim), random(2, c.vector_dim) if c.vector_dim else None)
+    features = TextFeatures(
+        random(2, spec.text_length, c.context_dim),
+        random(2, c.vector_dim) if c.vector_dim else None,
+    )
     batch = training.Batch(random(2, c.out_channels, 3, 4), features)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), training.computing(CPU, dtype):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        training.computing(CPU, dtype),
+    ):
         velocity = partial(training.velocity, network, batch, 1.0)
-        training.rectified_flow_loss(velocity, batch.latents, torch.tensor([0.3, 0.8]), batch.latents)
+        training.rectified_flow_loss(
+            velocity, batch.latents, torch.tensor([0.3, 0.8]), batch.latents
+        )
     real = sum(storage.nbytes() for address, storage in kept.items() if address not in owned)
     # what a real pass makes of views may be one tensor more or less than what a fake one does
     assert told.activations == pytest.approx(real, rel=0.02)
@@ -171,9 +206,13 @@ def test_master_weights_take_steps_that_bfloat16_would_lose():
     name = "single_blocks.0.linear1.weight"
     moved = network.get_parameter(name).detach() - before[name]
     assert network.get_parameter(name).dtype == torch.float32
-    assert 0 < moved.abs().max() <= 1.1e-6 and (moved != 0).float().mean() > 0.9  # Adam's first step is the rate
+    assert (
+        0 < moved.abs().max() <= 1.1e-6 and (moved != 0).float().mean() > 0.9
+    )  # Adam's first step is the rate
     kept = before[name].bfloat16()
-    assert (kept + moved.bfloat16() == kept).float().mean() > 0.9  # near 0.1, a bfloat16 moves by 0.0005 or not at all
+    assert (
+        kept + moved.bfloat16() == kept
+    ).float().mean() > 0.9  # near 0.1, a bfloat16 moves by 0.0005 or not at all
 
 
 # ---------------------------------------------------------------------------------------------------------- the trainer
@@ -183,7 +222,11 @@ def trainer(path: Path, ema: float | None = 0.9, about=None, **options) -> train
     torch.manual_seed(3)
     options = dict(steps=6, rate=0.05, warmup=2) | options
     return training.Trainer(
-        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), path, about or {"model": "a"}, ema=ema, **options
+        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+        path,
+        about or {"model": "a"},
+        ema=ema,
+        **options,
     )
 
 
@@ -194,7 +237,10 @@ def a_loss(trainer: training.Trainer, number: int):
 def state(trainer: training.Trainer) -> dict[str, Tensor]:
     moments = training.optimizer_tensors(trainer.optimizer, "optimizer.")
     average = {f"average.{name}": x for name, x in trainer.average.items()}
-    return {name: x.detach().clone() for name, x in (dict(trainer.module.named_parameters()) | average | moments).items()}
+    return {
+        name: x.detach().clone()
+        for name, x in (dict(trainer.module.named_parameters()) | average | moments).items()
+    }
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -208,7 +254,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, ema):
     first.update([a_loss(first, 100)])  # lost: it is not in the checkpoint
     second = trainer(tmp_path / "parts.safetensors", ema)
     assert second.step == 3
-    assert [second.update([a_loss(second, 2 * n), a_loss(second, 2 * n + 1)]) for n in range(3, 6)] == losses[3:]
+    assert [
+        second.update([a_loss(second, 2 * n), a_loss(second, 2 * n + 1)]) for n in range(3, 6)
+    ] == losses[3:]
     a, b = state(whole), state(second)
     assert a.keys() == b.keys() and len(a) == (16 if ema is None else 20)
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -219,8 +267,12 @@ def test_moments_of_a_byte_each(tmp_path):
 
     def run(name: str, kind: str = "adamw8bit") -> training.Trainer:
         torch.manual_seed(3)
-        module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 1))
-        return training.Trainer(module, tmp_path / name, {"model": "a"}, steps=6, rate=1e-2, kind=kind)
+        module = nn.Sequential(
+            nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 1)
+        )
+        return training.Trainer(
+            module, tmp_path / name, {"model": "a"}, steps=6, rate=1e-2, kind=kind
+        )
 
     def go(trainer: training.Trainer, last: int = 6) -> Tensor:
         while trainer.step < last:
@@ -237,19 +289,32 @@ def test_moments_of_a_byte_each(tmp_path):
     assert second.step == 3 and torch.equal(go(second), ended)
     a, b = state(whole), state(second)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    kept = sum(x.nbytes for name, x in a.items() if name.split(".")[-1] in ("state1", "state2", "absmax1", "absmax2"))
+    kept = sum(
+        x.nbytes
+        for name, x in a.items()
+        if name.split(".")[-1] in ("state1", "state2", "absmax1", "absmax2")
+    )
     assert kept == sum(training.moments("adamw8bit", p) for p in whole.module.parameters())
     assert 0.25 < kept / sum(training.moments("adamw", p) for p in whole.module.parameters()) < 0.3
-    assert (ended - exact).norm() < 0.1 * (exact - begun).norm()  # eight bits a moment; 1 is one that does not move
+    assert (ended - exact).norm() < 0.1 * (
+        exact - begun
+    ).norm()  # eight bits a moment; 1 is one that does not move
 
 
 def test_steps_are_those_of_adamw_on_the_mean_gradient(tmp_path):
     ours, theirs = trainer(tmp_path / "x"), trainer(tmp_path / "x").module
     optimizer = torch.optim.AdamW(theirs.parameters(), 0.05, (0.9, 0.99), weight_decay=0.01)
-    for step, rate in enumerate((0.025, 0.05 * 0.5 * (1 + math.cos(math.pi / 6)), 0.05 * 0.75, 0.025)):
+    for step, rate in enumerate(
+        (0.025, 0.05 * 0.5 * (1 + math.cos(math.pi / 6)), 0.05 * 0.75, 0.025)
+    ):
         assert ours.current_rate == pytest.approx(rate)
         value, length = ours.update([a_loss(ours, 2 * step), a_loss(ours, 2 * step + 1)])
-        mean = sum((theirs(random(5, 4, seed=n)) - n).square().mean() for n in (2 * step, 2 * step + 1)) / 2
+        mean = (
+            sum(
+                (theirs(random(5, 4, seed=n)) - n).square().mean() for n in (2 * step, 2 * step + 1)
+            )
+            / 2
+        )
         optimizer.zero_grad()
         mean.backward()
         whole = torch.cat([p.grad.flatten() for p in theirs.parameters()]).norm()
@@ -257,7 +322,9 @@ def test_steps_are_those_of_adamw_on_the_mean_gradient(tmp_path):
             p.grad /= max(1, whole)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        assert value == pytest.approx(mean.item(), rel=1e-5) and length == pytest.approx(whole.item(), rel=1e-5)
+        assert value == pytest.approx(mean.item(), rel=1e-5) and length == pytest.approx(
+            whole.item(), rel=1e-5
+        )
     for a, b in zip(ours.module.parameters(), theirs.parameters(), strict=True):
         assert max_error(a.detach(), b.detach()) < 1e-5
 
@@ -272,7 +339,9 @@ def test_the_average_is_exponential_and_stands_in_when_asked(tmp_path):
     assert max_error(ours.average[name].double(), expected) < 1e-6
     live = ours.module[0].weight.detach().clone()
     with ours.averaged():
-        assert torch.equal(ours.module[0].weight, ours.average[name]) and not torch.equal(live, ours.average[name])
+        assert torch.equal(ours.module[0].weight, ours.average[name]) and not torch.equal(
+            live, ours.average[name]
+        )
     assert torch.equal(ours.module[0].weight, live)
 
 
@@ -293,13 +362,18 @@ def test_what_is_not_finite_takes_no_step(tmp_path, what):
     assert ours.step == 1 and all(torch.equal(before[name], after[name]) for name in before)
     twin = trainer(tmp_path / "x")
     twin.update([a_loss(twin, 1)])
-    assert ours.update([a_loss(ours, 2)]) == twin.update([a_loss(twin, 2)])  # no gradient was left over
+    assert ours.update([a_loss(ours, 2)]) == twin.update(
+        [a_loss(twin, 2)]
+    )  # no gradient was left over
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     trainer(tmp_path / "x.safetensors").save()
     told = refusal(trainer, tmp_path / "x.safetensors", about={"model": "b"})
-    assert "is of another run: its model is a, and now it is b; give the same as then, or another folder" in told
+    assert (
+        "is of another run: its model is a, and now it is b; give the same as then, or another folder"
+        in told
+    )
     save_file({"x": torch.zeros(1)}, tmp_path / "y.safetensors")
     assert "is not a checkpoint of a training run" in refusal(trainer, tmp_path / "y.safetensors")
     (tmp_path / "z.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-10])
@@ -323,7 +397,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         told = refusal(ours.save)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "x.safetensors could not be written (" in told and "File too large" in told and "make room" in told
+    assert (
+        "x.safetensors could not be written (" in told
+        and "File too large" in told
+        and "make room" in told
+    )
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -332,10 +410,17 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     ours.save()
     before, saved = path.read_bytes(), state(ours)
     ours.update([a_loss(ours, 1)])
-    nothing = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
-    monkeypatch.setattr(Path, "replace", nothing)  # the last moment at which the new one is not there
+
+    def nothing(*_, **__):
+        return (_ for _ in ()).throw(KeyboardInterrupt)
+
+    monkeypatch.setattr(
+        Path, "replace", nothing
+    )  # the last moment at which the new one is not there
     unlink = Path.unlink  # a process that is killed does not clean up
-    monkeypatch.setattr(Path, "unlink", lambda path, **how: path.suffix == ".part" or unlink(path, **how))
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **how: path.suffix == ".part" or unlink(path, **how)
+    )
     with pytest.raises(KeyboardInterrupt):
         ours.save()
     monkeypatch.undo()

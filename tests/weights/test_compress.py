@@ -52,7 +52,9 @@ def scales(layer: QuantizedLinear) -> Tensor:
 
 
 def quantised(module: nn.Module) -> dict[str, QuantizedLinear]:
-    return {path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+    return {
+        path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- rounding
@@ -67,18 +69,28 @@ def quantised(module: nn.Module) -> dict[str, QuantizedLinear]:
     size=st.sampled_from([1e-4, 1.0, 300.0]),
     seed=st.integers(0, 99),
 )
-def test_every_weight_becomes_the_nearest_number_that_its_scale_allows(kind, rows, columns, dtype, size, seed):
+def test_every_weight_becomes_the_nearest_number_that_its_scale_allows(
+    kind, rows, columns, dtype, size, seed
+):
     """In float64, among all numbers of the kind. That bounds the error by what lies between them, and nothing else does."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.randn(rows, columns, generator=generator).exp() * size
-    weight = (spread * torch.randn(rows, columns, generator=generator)).clamp(-60000, 60000).to(dtype)
+    weight = (
+        (spread * torch.randn(rows, columns, generator=generator)).clamp(-60000, 60000).to(dtype)
+    )
     weight[torch.rand(rows, generator=generator) < 0.1] = 0  # whole rows
     layer = compressed(linear(weight), kind)
-    exact, scale, made = weight.double().numpy(), scales(layer).double().numpy(), layer.dequantize().double().numpy()
+    exact, scale, made = (
+        weight.double().numpy(),
+        scales(layer).double().numpy(),
+        layer.dequantize().double().numpy(),
+    )
     possible = GRIDS[kind][:, None, None] * scale  # (numbers, rows, columns)
     least = np.abs(possible - exact).min(axis=0)
     assert layer.dequantize().dtype == torch.float32 and made.shape == exact.shape
-    assert (np.abs(made - exact) <= least + 4e-7 * np.abs(exact) + 1e-30).all()  # a rounding or two in float32
+    assert (
+        np.abs(made - exact) <= least + 4e-7 * np.abs(exact) + 1e-30
+    ).all()  # a rounding or two in float32
 
 
 @every_kind
@@ -94,7 +106,9 @@ def test_the_error_is_bounded_as_the_format_says(kind):
         assert (scale * 127 - weight.abs().amax(dim=1, keepdim=True)).abs().max() < 1e-6
     else:  # half a scale, but for what would be 8 and becomes 7; the scale itself is rounded to 8 bits
         cut = weight / scales(layer) > 7.5
-        assert (error[~cut] <= 1.000001 * scale[~cut] / 2).all() and (error <= (1 + 8 * 2**-8) * scale).all()
+        assert (error[~cut] <= 1.000001 * scale[~cut] / 2).all() and (
+            error <= (1 + 8 * 2**-8) * scale
+        ).all()
         assert 0 < cut.sum() < 0.02 * cut.numel()
 
 
@@ -102,7 +116,9 @@ def test_the_error_is_bounded_as_the_format_says(kind):
 def test_the_error_on_normal_weights(kind, expected):
     """As simulated in numpy, in float64. int8 on paper: the largest of 3072 is 3.7, and 3.7/127/sqrt(12) is 0.0084."""
     weight = torch.randn(512, 3072, generator=torch.Generator().manual_seed(2))
-    assert relative_l2(compressed(linear(weight), kind).dequantize(), weight) == pytest.approx(expected, rel=0.02)
+    assert relative_l2(compressed(linear(weight), kind).dequantize(), weight) == pytest.approx(
+        expected, rel=0.02
+    )
 
 
 @every_kind
@@ -123,7 +139,10 @@ def test_weights_that_the_kind_can_hold_come_back_to_the_last_bit(kind):
     assert torch.equal(layer.weight_scale.float(), scale)
     assert torch.equal(layer.bias, bias) and layer.bias.dtype == torch.bfloat16
     again = compressed(whole(layer, torch.float32), kind)
-    assert all(torch.equal(a.float(), b.float()) for a, b in zip(layer.buffers(), again.buffers(), strict=True))
+    assert all(
+        torch.equal(a.float(), b.float())
+        for a, b in zip(layer.buffers(), again.buffers(), strict=True)
+    )
 
 
 def test_int4_is_packed_as_it_says():
@@ -133,7 +152,11 @@ def test_int4_is_packed_as_it_says():
     scale = torch.randn(3, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
     layer.load_state_dict({"weight": packed, "weight_scale": scale}, strict=True, assign=True)
     by_hand = [
-        [((b >> 4 if half == 0 else b & 15) - 8) * scale[row, b // 16].item() for b in range(256) for half in (0, 1)]
+        [
+            ((b >> 4 if half == 0 else b & 15) - 8) * scale[row, b // 16].item()
+            for b in range(256)
+            for half in (0, 1)
+        ]
         for row in range(3)
     ]
     assert torch.equal(layer.dequantize(), torch.tensor(by_hand))
@@ -144,7 +167,9 @@ def test_fp8_is_rounded_as_by_diffusers():
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
     theirs, scale = utils.quantize_fp8r(weight)
     ours = compressed(linear(weight), "fp8")
-    assert bits(ours.weight.float()) == bits(theirs.float()) and torch.equal(ours.weight_scale[:, 0], scale)
+    assert bits(ours.weight.float()) == bits(theirs.float()) and torch.equal(
+        ours.weight_scale[:, 0], scale
+    )
 
 
 def test_int4_is_rounded_as_ggufs_q4_0():
@@ -164,18 +189,28 @@ BLOCKS = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blo
 
 @every_kind
 @pytest.mark.parametrize(
-    "name, count", [("flux.1-dev", 228), ("flux.2-dev", 160), ("flux.2-klein-4b", 80), ("flux.2-klein-9b", 112)]
+    "name, count",
+    [("flux.1-dev", 228), ("flux.2-dev", 160), ("flux.2-klein-4b", 80), ("flux.2-klein-9b", 112)],
 )
 def test_the_layers_that_black_forest_labs_quantise_are_made_small(kind, name, count):
     with torch.device("meta"):
         model = Flux(MODELS[name].transformer)
     before = {path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    numbers = {path: layer.weight.numel() for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    numbers = {
+        path: layer.weight.numel()
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
     compress(model, kind)
     found = quantised(model)
-    assert found.keys() == {path for path in before if re.fullmatch(BLOCKS, path)} and len(found) == count
+    assert (
+        found.keys() == {path for path in before if re.fullmatch(BLOCKS, path)}
+        and len(found) == count
+    )
     weights = sum(tensor.nbytes for layer in found.values() for tensor in layer.buffers())
-    assert weights / sum(numbers[path] for path in found) == pytest.approx(BYTES[kind], rel=0.002)  # scales of rows
+    assert weights / sum(numbers[path] for path in found) == pytest.approx(
+        BYTES[kind], rel=0.002
+    )  # scales of rows
     assert all(p.is_meta for p in model.state_dict().values())
 
 
@@ -195,11 +230,26 @@ def test_a_transformer_still_computes(config, kind, error):
     """Its velocity is off by about as much as its weights: here, of one seed in four, by 0.4 to 1.4 times as much."""
     model = randomise(Flux(config))
     g = torch.Generator().manual_seed(8)
-    draw = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g)
+
     axes = len(config.axes_dim)
-    ids = lambda n: torch.arange(n)[:, None].expand(n, axes).float()  # noqa: E731
-    inputs = [draw(2, 12, config.in_channels), ids(12), draw(2, 6, config.context_dim), ids(6), torch.tensor([0.3, 0.8])]
-    inputs += [torch.tensor([2.0, 4.0]) if config.guidance else None, draw(2, config.vector_dim) if config.vector_dim else None]
+
+    def ids(n):
+        return torch.arange(n)[:, None].expand(n, axes).float()
+
+    inputs = [
+        draw(2, 12, config.in_channels),
+        ids(12),
+        draw(2, 6, config.context_dim),
+        ids(6),
+        torch.tensor([0.3, 0.8]),
+    ]
+    inputs += [
+        torch.tensor([2.0, 4.0]) if config.guidance else None,
+        draw(2, config.vector_dim) if config.vector_dim else None,
+    ]
     with torch.inference_mode():
         right = model(*inputs)
         compress(model, kind)
@@ -211,7 +261,10 @@ def test_text_encoders_still_compute(monkeypatch):
     monkeypatch.setattr(lib, "SMALL", 1)
     ids = torch.randint(0, 200, (1, 9), generator=torch.Generator().manual_seed(9))
     mask = torch.ones(1, 9, dtype=torch.bool)
-    for model, more in ((randomise(LanguageModel(TINY_QWEN)), [mask]), (randomise(T5(TINY_T5)), [])):
+    for model, more in (
+        (randomise(LanguageModel(TINY_QWEN)), [mask]),
+        (randomise(T5(TINY_T5)), []),
+    ):
         with torch.inference_mode():
             right = model(ids, *more)
             compress(model, "int8")
@@ -223,9 +276,13 @@ def test_what_to_keep_is_the_callers_and_small_layers_stay():
     compress(model, "int8", keep=frozenset({"double_blocks", "final_layer", "linear2"}))
     found = {re.sub(r"\d+", "N", path) for path in quantised(model)}
     assert found == {  # and not img_in (2048 numbers), txt_in (5120), norms
-        "time_in.in_layer", "time_in.out_layer", "single_blocks.N.linearN",
-        "double_stream_modulation_img.lin", "double_stream_modulation_txt.lin", "single_stream_modulation.lin",
-    }  # fmt: skip
+        "time_in.in_layer",
+        "time_in.out_layer",
+        "single_blocks.N.linearN",
+        "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.lin",
+        "single_stream_modulation.lin",
+    }
     assert "single_blocks.0.linear2" not in quantised(model)
 
 
@@ -235,7 +292,10 @@ def test_the_meta_device_knows_all_shapes_and_types(kind):
     meta = Flux(FLUX1_TINY).bfloat16().to("meta")
     compress(real, kind)
     compress(meta, kind)
-    shapes = [{name: (x.shape, x.dtype) for name, x in model.state_dict().items()} for model in (real, meta)]
+    shapes = [
+        {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
+        for model in (real, meta)
+    ]
     assert shapes[0] == shapes[1] and all(x.is_meta for x in meta.state_dict().values())
 
 
@@ -244,7 +304,9 @@ def test_only_what_is_made_small_goes_to_the_device(kind):
     model = randomise(Flux(FLUX1_TINY))
     compress(model, kind, device="meta")
     on_meta = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-    assert on_meta == {f"{path}.{name}" for path in quantised(model) for name in ("weight", "weight_scale", "bias")}
+    assert on_meta == {
+        f"{path}.{name}" for path in quantised(model) for name in ("weight", "weight_scale", "bias")
+    }
     assert all(tensor.is_meta for tensor in model.to("meta").state_dict().values())
 
 
@@ -293,7 +355,9 @@ def test_layers_go_one_by_one(kind, monkeypatch):
         after = live.now
     largest = max(layer.in_features * layer.out_features for layer in quantised(model).values())
     assert after == sum(tensor.nbytes for tensor in model.state_dict().values()) < 0.75 * before
-    assert live.peak - before < 2.5 * largest + 64 * 512 * 40  # the new one, in pieces and in one, and 64 rows of it in float32
+    assert (
+        live.peak - before < 2.5 * largest + 64 * 512 * 40
+    )  # the new one, in pieces and in one, and 64 rows of it in float32
     assert largest < before / 15
 
 
@@ -313,13 +377,18 @@ def test_a_lora_is_merged_one_by_one_too(kind, tmp_path, monkeypatch):
         tensors |= {f"{path}.lora_A.weight": torch.randn(4, columns, generator=g)}
         tensors |= {f"{path}.lora_B.weight": torch.randn(rows, 4, generator=g) / 10}
     save_file(tensors, tmp_path / "x.safetensors")
-    patches = [(patch, 0.5) for patch in place(read(tmp_path / "x.safetensors"), {"transformer": model})]
+    patches = [
+        (patch, 0.5) for patch in place(read(tmp_path / "x.safetensors"), {"transformer": model})
+    ]
     merge(in_turn, patches)
     compress(in_turn, kind)
     live = LiveBytes()
     with live:
         compress(model, kind, change=lambda module, each: merge(module, patches, each))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), in_turn.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), in_turn.state_dict().values(), strict=True)
+    )
     held = sum(buffer.nbytes for buffer in model.buffers())
     largest = max(layer.in_features * layer.out_features for layer in quantised(model).values())
     assert held < live.peak < held + 14 * largest < sum(p.nbytes for p in mapped.parameters())
@@ -332,7 +401,13 @@ def test_a_lora_is_merged_into_what_was_made_whole_again(kind, tmp_path):
     g = torch.Generator().manual_seed(10)
     down, up = torch.randn(4, 128, generator=g), torch.randn(128, 4, generator=g)
     file = tmp_path / "lora.safetensors"
-    save_file({f"diffusion_model.{path}.lora_A.weight": down, f"diffusion_model.{path}.lora_B.weight": up}, file)
+    save_file(
+        {
+            f"diffusion_model.{path}.lora_A.weight": down,
+            f"diffusion_model.{path}.lora_B.weight": up,
+        },
+        file,
+    )
     patches = [(patch, 0.5) for patch in place(read(file), {"transformer": model})]
     compress(model, kind)
     rounded = model.get_submodule(path).dequantize()
@@ -375,7 +450,10 @@ def test_what_cannot_be_made_small_is_refused():
 def test_rounding_to_nvfp4_is_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(12))
-    assert relative_l2(loss.nvfp4(weight), utils.dequantize_nvfp4(*utils.quantize_nvfp4(weight))) < 1e-6
+    assert (
+        relative_l2(loss.nvfp4(weight), utils.dequantize_nvfp4(*utils.quantize_nvfp4(weight)))
+        < 1e-6
+    )
 
 
 def test_rounding_to_nf4_has_its_values():
@@ -403,14 +481,22 @@ def test_losses_are_in_the_order_of_the_bits(monkeypatch):
     """And the same whether a kind is made small or just rounded; the layers that stay are those of `compress`."""
     wanted = {"float32", "--quantize int8", "--quantize int4", "NVFP4"}
     chosen = [mode for mode in loss.modes() if mode.name in wanted]
-    rounded = lambda w: compressed(linear(w), "int4").dequantize()  # noqa: E731
-    monkeypatch.setattr(loss, "modes", lambda: [*chosen, loss.Mode("again", 0.5625, loss.rounding(rounded))])
+
+    def rounded(w):
+        return compressed(linear(w), "int4").dequantize()
+
+    monkeypatch.setattr(
+        loss, "modes", lambda: [*chosen, loss.Mode("again", 0.5625, loss.rounding(rounded))]
+    )
     config = replace(KLEIN_TINY, hidden_size=256, num_heads=4, axes_dim=(16, 16, 16, 16))
     rows = {row.mode: row for row in loss.losses(3, config)}
     assert rows["float32"][2:] == (0, float("inf"), 1, 0)
     assert rows["again"][2:] == pytest.approx(rows["--quantize int4"][2:], rel=1e-4)
     for measure in ("velocity", "block"):
-        right, int8, int4 = (getattr(rows[name], measure) for name in ("float32", "--quantize int8", "--quantize int4"))
+        right, int8, int4 = (
+            getattr(rows[name], measure)
+            for name in ("float32", "--quantize int8", "--quantize int4")
+        )
         assert right < 5 * int8 < int4 < 0.12
     assert rows["--quantize int8"].psnr > rows["--quantize int4"].psnr + 5
     assert rows["NVFP4"].velocity == pytest.approx(rows["--quantize int4"].velocity, rel=0.5)
@@ -421,5 +507,11 @@ def test_every_mode_changes_just_the_large_layers():
         model, before = randomise(Flux(KLEIN_TINY)), randomise(Flux(KLEIN_TINY)).state_dict()
         large = {f"{path}.weight" for path in lib.large_linears(model)}
         mode.change(model)
-        changed = {n for n, x in model.state_dict().items() if n not in before or not torch.equal(x.float(), before[n])}
-        assert {name for name in changed if not name.endswith("weight_scale")} == (large if mode.name != "float32" else set())
+        changed = {
+            n
+            for n, x in model.state_dict().items()
+            if n not in before or not torch.equal(x.float(), before[n])
+        }
+        assert {name for name in changed if not name.endswith("weight_scale")} == (
+            large if mode.name != "float32" else set()
+        )

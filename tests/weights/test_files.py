@@ -24,38 +24,58 @@ from flux.weights.files import find, find_all, is_local, read_header, shard_file
 
 
 def test_header_is_what_was_written(tmp_path):
-    tensors = {"a": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.tensor(1), "none": torch.zeros(0, 5),
-               "eight": torch.zeros(3, dtype=torch.float8_e4m3fn)}
+    tensors = {
+        "a": torch.zeros(2, 3, dtype=torch.bfloat16),
+        "b": torch.tensor(1),
+        "none": torch.zeros(0, 5),
+        "eight": torch.zeros(3, dtype=torch.float8_e4m3fn),
+    }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     infos, metadata = read_header(tmp_path / "x.safetensors")
     assert metadata == {"format": "pt"}
     assert {name: info[:2] for name, info in infos.items()} == {
-        "a": ("BF16", (2, 3)), "b": ("I64", ()), "none": ("F32", (0, 5)), "eight": ("F8_E4M3", (3,))}
+        "a": ("BF16", (2, 3)),
+        "b": ("I64", ()),
+        "none": ("F32", (0, 5)),
+        "eight": ("F8_E4M3", (3,)),
+    }
     assert {info.file for info in infos.values()} == {tmp_path / "x.safetensors"}
 
 
-@pytest.mark.parametrize("length", [640, 768, 60 * 256])  # the first bytes of a pickle twice, and of a web page
+@pytest.mark.parametrize(
+    "length", [640, 768, 60 * 256]
+)  # the first bytes of a pickle twice, and of a web page
 def test_length_of_a_header_may_look_like_another_format(tmp_path, length):
-    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode().ljust(length)
+    header = (
+        json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}})
+        .encode()
+        .ljust(length)
+    )
     assert read_header(raw(tmp_path / "x.safetensors", header, b"\0"))[0]["a"].shape == (1,)
 
 
-@pytest.mark.parametrize("content, told", [
-    (b"", "is empty"),
-    (b"abc", "not a safetensors file"),
-    (b"\0" * 100, "not a safetensors file"),
-    (b"<!DOCTYPE html><html><head><title>Access restricted", "web page"),
-    (b"\n  <html>", "web page"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4610\nsize 23802932552\n", "git lfs pull"),
-    (b"PK\x03\x04" + b"\0" * 60, "pickle"),
-    (b"\x80\x02}q\0(X\x06\0\0\0", "pickle"),
-    (b"GGUF\x03\0\0\0" + b"\0" * 60, "GGUF"),
-    (b'{"weight_map": {"a": "b"}}', "JSON"),
-    (b"Invalid username or password.", "Hugging Face answers"),
-    (b"\x1f\x8b\x08\0\0\0\0\0", "a gzip file"),
-    (struct.pack("<Q", 1 << 40) + b"{}", "header would be"),
-    (struct.pack("<Q", 5000) + b'{"a":', "truncated"),
-])
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"", "is empty"),
+        (b"abc", "not a safetensors file"),
+        (b"\0" * 100, "not a safetensors file"),
+        (b"<!DOCTYPE html><html><head><title>Access restricted", "web page"),
+        (b"\n  <html>", "web page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4610\nsize 23802932552\n",
+            "git lfs pull",
+        ),
+        (b"PK\x03\x04" + b"\0" * 60, "pickle"),
+        (b"\x80\x02}q\0(X\x06\0\0\0", "pickle"),
+        (b"GGUF\x03\0\0\0" + b"\0" * 60, "GGUF"),
+        (b'{"weight_map": {"a": "b"}}', "JSON"),
+        (b"Invalid username or password.", "Hugging Face answers"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", "a gzip file"),
+        (struct.pack("<Q", 1 << 40) + b"{}", "header would be"),
+        (struct.pack("<Q", 5000) + b'{"a":', "truncated"),
+    ],
+)
 def test_what_is_no_safetensors_file_is_told(tmp_path, content, told):
     (tmp_path / "x.safetensors").write_bytes(content)
     message = refusal(read_header, tmp_path / "x.safetensors")
@@ -70,30 +90,33 @@ def test_what_is_no_file_is_told(tmp_path):
     assert "special file" in refusal(read_header, tmp_path / "pipe")
 
 
-@pytest.mark.parametrize("header, told", [
-    (b"{not json}", "damaged header"),
-    (b'{"a": \xff}', "damaged header"),
-    (b'{"a": ' + b"[" * 100_000, "damaged header"),
-    ({"__metadata__": {"a": 1}, "a": entry()}, "metadata that is not text"),
-    ({"__metadata__": [1], "a": entry()}, "damaged header"),
-    ({"a": entry("F31")}, "'a'"),
-    ({"a": entry(["F32"])}, "'a'"),
-    ({"a": entry(shape=[-2])}, "'a'"),
-    ({"a": entry(shape=[2.0])}, "'a'"),
-    ({"a": entry(shape=[True, 2])}, "'a'"),
-    ({"a": entry(shape=2)}, "'a'"),
-    ({"a": {"dtype": "F32", "shape": [2]}}, "'a'"),
-    ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, "'a'"),
-    ({"a": []}, "'a'"),
-    ({"a": entry(shape=[3])}, "8 bytes for tensor 'a', F32 of shape [3]"),
-    ({"a": entry("BF16")}, "8 bytes for tensor 'a', BF16 of shape [2]"),
-    ({"a": entry(shape=[1 << 63, 2])}, "8 bytes for tensor 'a'"),
-    ({"a": entry(), "b": entry(begin=4, end=12)}, "'b' overlaps"),
-    ({"a": entry(), "b": entry(begin=12, end=20)}, "'b' leaves a hole"),
-    ({"a": entry(begin=8, end=16)}, "'a' leaves a hole"),
-    ({"a": entry(), "b": entry(begin=8, end=16)}, "is truncated"),
-    ({}, "goes on after its end"),
-])
+@pytest.mark.parametrize(
+    "header, told",
+    [
+        (b"{not json}", "damaged header"),
+        (b'{"a": \xff}', "damaged header"),
+        (b'{"a": ' + b"[" * 100_000, "damaged header"),
+        ({"__metadata__": {"a": 1}, "a": entry()}, "metadata that is not text"),
+        ({"__metadata__": [1], "a": entry()}, "damaged header"),
+        ({"a": entry("F31")}, "'a'"),
+        ({"a": entry(["F32"])}, "'a'"),
+        ({"a": entry(shape=[-2])}, "'a'"),
+        ({"a": entry(shape=[2.0])}, "'a'"),
+        ({"a": entry(shape=[True, 2])}, "'a'"),
+        ({"a": entry(shape=2)}, "'a'"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "'a'"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, "'a'"),
+        ({"a": []}, "'a'"),
+        ({"a": entry(shape=[3])}, "8 bytes for tensor 'a', F32 of shape [3]"),
+        ({"a": entry("BF16")}, "8 bytes for tensor 'a', BF16 of shape [2]"),
+        ({"a": entry(shape=[1 << 63, 2])}, "8 bytes for tensor 'a'"),
+        ({"a": entry(), "b": entry(begin=4, end=12)}, "'b' overlaps"),
+        ({"a": entry(), "b": entry(begin=12, end=20)}, "'b' leaves a hole"),
+        ({"a": entry(begin=8, end=16)}, "'a' leaves a hole"),
+        ({"a": entry(), "b": entry(begin=8, end=16)}, "is truncated"),
+        ({}, "goes on after its end"),
+    ],
+)
 def test_header_that_lies_is_told(tmp_path, header, told):
     message = refusal(read_header, raw(tmp_path / "x.safetensors", header, b"\0" * 8))
     assert told in message and str(tmp_path / "x.safetensors") in message
@@ -103,25 +126,52 @@ def test_truncated_and_overlong_files_are_told_with_both_sizes(tmp_path):
     path = saved(tmp_path / "x.safetensors", {"a": torch.ones(2, 3), "b": torch.tensor(7)})
     content = path.read_bytes()
     path.write_bytes(content[:-5])
-    assert f"truncated: {len(content):,} bytes expected, {len(content) - 5:,} found" in refusal(read_header, path)
+    assert f"truncated: {len(content):,} bytes expected, {len(content) - 5:,} found" in refusal(
+        read_header, path
+    )
     path.write_bytes(content + b"\0")
-    assert f"{len(content):,} bytes expected, {len(content) + 1:,} found" in refusal(read_header, path)
+    assert f"{len(content):,} bytes expected, {len(content) + 1:,} found" in refusal(
+        read_header, path
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- shards
 
 
-@pytest.mark.parametrize("content", [
-    "", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": ["b"]}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": ["b"]}}',
+        "[" * 100_000,
+    ],
+)
 def test_index_without_names_is_told(tmp_path, content):
     index = tmp_path / "x.safetensors.index.json"
     index.write_text(content)
     assert f"{index} is not an index" in refusal(shard_files, index)
 
 
-@pytest.mark.parametrize("name", [
-    "../x.safetensors", "/x.safetensors", "a/x.safetensors", "..", "", "a\\x.safetensors", "C:x.safetensors",
-    ".x.safetensors", "x.safetensors\n", "x.pt", 1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/x.safetensors",
+        "a/x.safetensors",
+        "..",
+        "",
+        "a\\x.safetensors",
+        "C:x.safetensors",
+        ".x.safetensors",
+        "x.safetensors\n",
+        "x.pt",
+        1,
+    ],
+)
 def test_index_may_not_reach_out_of_its_folder(tmp_path, name):
     index = tmp_path / "x.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
@@ -135,14 +185,20 @@ def test_index_that_is_missing_is_told(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- finding
 
-REPOSITORY, FILE, INDEX = "Black-Forest/FLUX.9-dev", "flux9.safetensors", "text_encoder/model.safetensors.index.json"
+REPOSITORY, FILE, INDEX = (
+    "Black-Forest/FLUX.9-dev",
+    "flux9.safetensors",
+    "text_encoder/model.safetensors.index.json",
+)
 ASK = dict(licence="the FLUX Dev licence", gated=True)
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: pytest.fail(f"downloads {names}"))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *names: pytest.fail(f"downloads {names}")
+    )
     monkeypatch.delenv("FLUX_WEIGHTS", raising=False)
 
 
@@ -171,7 +227,9 @@ def test_folder_then_cache_the_most_specific_first(tmp_path, monkeypatch):
         assert is_local(REPOSITORY, FILE, folder)
     monkeypatch.setenv("FLUX_WEIGHTS", str(folder))
     assert find(REPOSITORY, FILE) == path
-    assert find(REPOSITORY, FILE, touch(tmp_path / "other" / FILE).parent) == tmp_path / "other" / FILE
+    assert (
+        find(REPOSITORY, FILE, touch(tmp_path / "other" / FILE).parent) == tmp_path / "other" / FILE
+    )
 
 
 def test_file_that_a_given_folder_lacks_is_not_downloaded(tmp_path, monkeypatch):
@@ -190,13 +248,17 @@ def test_a_folder_that_must_not_be_read_is_told(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self / "locked"))
 
     monkeypatch.setattr(type(tmp_path), "glob", glob)
-    assert f"{tmp_path / 'locked'} cannot be read: Permission denied" in refusal(find, REPOSITORY, FILE, tmp_path)
+    assert f"{tmp_path / 'locked'} cannot be read: Permission denied" in refusal(
+        find, REPOSITORY, FILE, tmp_path
+    )
 
 
 def test_index_is_local_when_its_shards_are(tmp_path):
     index = json.dumps({"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}})
-    for save, weights in ((lambda name, text="": cached(tmp_path, name, text), None),
-                          (lambda name, text="": touch(tmp_path / "weights" / name, text), tmp_path / "weights")):
+    for save, weights in (
+        (lambda name, text="": cached(tmp_path, name, text), None),
+        (lambda name, text="": touch(tmp_path / "weights" / name, text), tmp_path / "weights"),
+    ):
         path = save(INDEX, index)
         save("text_encoder/x-1.safetensors")
         assert not is_local(REPOSITORY, INDEX, weights)
@@ -216,7 +278,9 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
 
     def answer(respond):
-        factory = lambda: httpx2.Client(transport=httpx2.MockTransport(respond), follow_redirects=True)  # noqa: E731
+        def factory():
+            return httpx2.Client(transport=httpx2.MockTransport(respond), follow_redirects=True)
+
         huggingface_hub.set_client_factory(factory)
 
     yield answer
@@ -224,27 +288,42 @@ def hub(monkeypatch):
 
 
 def told(status: int, code: str | None = None, message: str | None = None):
-    headers = {name: text for name, text in (("X-Error-Code", code), ("X-Error-Message", message)) if text}
+    headers = {
+        name: text for name, text in (("X-Error-Code", code), ("X-Error-Message", message)) if text
+    }
     return lambda request: httpx2.Response(status, headers=headers, request=request)
 
 
-@pytest.mark.parametrize("respond, gated, sentence", [
-    (told(401, "GatedRepo"), True, "no valid Hugging Face token was sent; accept the FLUX Dev licence at"),
-    (told(401, "GatedRepo"), False, "no valid Hugging Face token was sent"),
-    (told(401, None, "Invalid credentials in Authorization header"), True, "no valid Hugging Face token was sent"),
-    (told(403, "GatedRepo"), True, "your token's account has no access"),
-    (told(403), True, "your token's account has no access"),
-    (told(404, "RepoNotFound"), False, "there is no public repository"),
-    (told(401), False, "there is no public repository"),
-    (told(404, "EntryNotFound"), True, "has no such file"),
-    (told(403), False, "HTTP 403"),
-    (told(418), False, "HTTP 418"),
-    (told(200), False, "cannot be reached"),
-])
+@pytest.mark.parametrize(
+    "respond, gated, sentence",
+    [
+        (
+            told(401, "GatedRepo"),
+            True,
+            "no valid Hugging Face token was sent; accept the FLUX Dev licence at",
+        ),
+        (told(401, "GatedRepo"), False, "no valid Hugging Face token was sent"),
+        (
+            told(401, None, "Invalid credentials in Authorization header"),
+            True,
+            "no valid Hugging Face token was sent",
+        ),
+        (told(403, "GatedRepo"), True, "your token's account has no access"),
+        (told(403), True, "your token's account has no access"),
+        (told(404, "RepoNotFound"), False, "there is no public repository"),
+        (told(401), False, "there is no public repository"),
+        (told(404, "EntryNotFound"), True, "has no such file"),
+        (told(403), False, "HTTP 403"),
+        (told(418), False, "HTTP 418"),
+        (told(200), False, "cannot be reached"),
+    ],
+)
 def test_refusals_of_the_hub_are_told(hub, respond, gated, sentence):
     hub(respond)
     message = refusal(find, REPOSITORY, FILE, licence="the FLUX Dev licence", gated=gated)
-    assert sentence in message and REPOSITORY in message and FILE in message and "--weights" in message
+    assert (
+        sentence in message and REPOSITORY in message and FILE in message and "--weights" in message
+    )
     if "token" in sentence:
         assert f"https://huggingface.co/{REPOSITORY}" in message
     if "no valid" in sentence:
@@ -252,7 +331,9 @@ def test_refusals_of_the_hub_are_told(hub, respond, gated, sentence):
 
 
 def test_no_network_and_offline_are_told(hub, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again for 20 seconds
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: None
+    )  # huggingface_hub tries again for 20 seconds
 
     def respond(request):
         raise httpx2.ConnectError("Name or service not known", request=request)
@@ -264,11 +345,17 @@ def test_no_network_and_offline_are_told(hub, monkeypatch):
     assert "HF_HUB_OFFLINE" in refusal(find, REPOSITORY, FILE)
 
 
-@pytest.mark.parametrize("error, sentence", [
-    (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
-    (httpx2.ReadTimeout("timed out"), "ReadTimeout, timed out; run again (it resumes)"),
-    (RuntimeError("Data processing error:\n  lost"), "RuntimeError, Data processing error: lost"),
-])
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (httpx2.ReadTimeout("timed out"), "ReadTimeout, timed out; run again (it resumes)"),
+        (
+            RuntimeError("Data processing error:\n  lost"),
+            "RuntimeError, Data processing error: lost",
+        ),
+    ],
+)
 def test_interrupted_download_is_told(monkeypatch, error, sentence):
     def fail(*names):
         raise error
@@ -288,8 +375,13 @@ def test_ctrl_c_is_not_swallowed(monkeypatch):
 
 
 def test_download_brings_index_and_shards_and_then_needs_no_network(hub, tmp_path):
-    contents = {INDEX: json.dumps({"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}).encode(),
-                "text_encoder/x-1.safetensors": b"one", "text_encoder/x-2.safetensors": b"two"}
+    contents = {
+        INDEX: json.dumps(
+            {"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}
+        ).encode(),
+        "text_encoder/x-1.safetensors": b"one",
+        "text_encoder/x-2.safetensors": b"two",
+    }
     asked = []
 
     def respond(request):

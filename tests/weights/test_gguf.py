@@ -22,29 +22,54 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
 from flux.weights.load import infer_config, load_module
-from flux.weights.quantization.gguf import BLOCKS, NUMBERS, PLAIN, TYPES, GGUFLinear, decode, read_header, tensors
+from flux.weights.quantization.gguf import (
+    BLOCKS,
+    NUMBERS,
+    PLAIN,
+    TYPES,
+    GGUFLinear,
+    decode,
+    read_header,
+    tensors,
+)
 
 HALVES = {  # where the float16 numbers of a block lie: after ggml-common.h
-    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2],
-    "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
-}  # fmt: skip
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+    "IQ4_NL": [0],
+    "IQ4_XS": [0],
+}
 
 
 def random_blocks(kind: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
     """Weights in `kind`, (rows, bytes per row): any bytes, but the float16 numbers are finite."""
     size = gguf.GGML_QUANT_SIZES[Type[kind]][1]
     raw = np.random.default_rng(seed).integers(0, 256, (rows, blocks, size), dtype=np.uint8)
-    raw[..., [position + 1 for position in HALVES[kind]]] &= 0b10111111  # the exponent's first bit: not all are set
+    raw[..., [position + 1 for position in HALVES[kind]]] &= (
+        0b10111111  # the exponent's first bit: not all are set
+    )
     return raw.reshape(rows, blocks * size)
 
 
 def oracle(raw: np.ndarray, kind: str) -> torch.Tensor:
-    with np.errstate(invalid="ignore"):  # infinity times zero, where a test makes the scales infinite
+    with np.errstate(
+        invalid="ignore"
+    ):  # infinity times zero, where a test makes the scales infinite
         return torch.from_numpy(gguf.dequantize(raw, Type[kind]).copy())
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype == torch.float32 and torch.equal(one.view(torch.int32), other.view(torch.int32))
+    return one.dtype == other.dtype == torch.float32 and torch.equal(
+        one.view(torch.int32), other.view(torch.int32)
+    )
 
 
 def refusal(call, *arguments) -> str:
@@ -75,7 +100,10 @@ def test_every_value_of_every_byte_of_a_block_is_decoded(kind):
     for place in range(size):
         raw[place, :, place] = range(256)
     raw = raw.reshape(size, -1)
-    expected, found = oracle(raw, kind), decode(torch.from_numpy(raw), kind, (size, 256 * BLOCKS[kind].weights))
+    expected, found = (
+        oracle(raw, kind),
+        decode(torch.from_numpy(raw), kind, (size, 256 * BLOCKS[kind].weights)),
+    )
     finite = expected.isfinite()  # infinite scales are among them
     assert torch.equal(found.isfinite(), finite) and finite.float().mean() > 0.9
     assert same_bits(found[finite], expected[finite])
@@ -83,7 +111,8 @@ def test_every_value_of_every_byte_of_a_block_is_decoded(kind):
 
 def test_sizes_and_numbers_are_those_of_ggml():
     assert {kind: (block.weights, block.bytes) for kind, block in BLOCKS.items()} == {
-        kind: gguf.GGML_QUANT_SIZES[Type[kind]] for kind in BLOCKS}  # fmt: skip
+        kind: gguf.GGML_QUANT_SIZES[Type[kind]] for kind in BLOCKS
+    }
     assert {number: Type(number).name for number in TYPES} == TYPES
     assert set(TYPES.values()) == BLOCKS.keys() | PLAIN.keys()
 
@@ -105,14 +134,18 @@ def test_linear_multiplies_with_the_decoded_weight(kind, bias):
     with torch.device("meta"):
         linear = GGUFLinear(in_features, out_features, bias, kind)
     raw = random_blocks(kind, out_features, 2)
-    state = {"weight": torch.from_numpy(raw)} | ({"bias": torch.randn(out_features)} if bias else {})
+    state = {"weight": torch.from_numpy(raw)} | (
+        {"bias": torch.randn(out_features)} if bias else {}
+    )
     linear.requires_grad_(False).load_state_dict(state, strict=True, assign=True)
     assert same_bits(linear.dequantize(), oracle(raw, kind))
     for dtype in (torch.float32, torch.bfloat16):
         linear.to(dtype)  # the bias, and not the bytes
         assert linear.weight.dtype == torch.uint8
         x = torch.randn(2, 5, in_features, dtype=dtype)
-        expected = F.linear(x, oracle(raw, kind).to(dtype), state["bias"].to(dtype) if bias else None)
+        expected = F.linear(
+            x, oracle(raw, kind).to(dtype), state["bias"].to(dtype) if bias else None
+        )
         with torch.inference_mode():
             assert torch.equal(linear(x), expected)
 
@@ -156,7 +189,12 @@ def test_linear_on_the_meta_device_takes_the_bytes_of_the_file():
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def saved(path: Path, arrays: dict[str, np.ndarray | tuple[np.ndarray, str]], alignment: int | None = None, **metadata) -> Path:
+def saved(
+    path: Path,
+    arrays: dict[str, np.ndarray | tuple[np.ndarray, str]],
+    alignment: int | None = None,
+    **metadata,
+) -> Path:
     """A file by the `gguf` package; a tensor that is not plain comes with its kind."""
     writer = gguf.GGUFWriter(path, "flux")
     if alignment:
@@ -175,10 +213,15 @@ def saved(path: Path, arrays: dict[str, np.ndarray | tuple[np.ndarray, str]], al
 
 def plain_arrays() -> dict[str, np.ndarray | tuple[np.ndarray, str]]:
     random = np.random.default_rng(1)
-    numbers = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in
-               {"F32": (3, 5), "F16": (7,), "BF16": (2, 3, 4)}.items()}  # fmt: skip
-    return {"model.diffusion_model.F32": numbers["F32"], "F16": numbers["F16"].astype(np.float16),
-            "BF16": (gguf.quantize(numbers["BF16"], Type.BF16), "BF16")}  # fmt: skip
+    numbers = {
+        name: random.standard_normal(shape, dtype=np.float32)
+        for name, shape in {"F32": (3, 5), "F16": (7,), "BF16": (2, 3, 4)}.items()
+    }
+    return {
+        "model.diffusion_model.F32": numbers["F32"],
+        "F16": numbers["F16"].astype(np.float16),
+        "BF16": (gguf.quantize(numbers["BF16"], Type.BF16), "BF16"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +229,21 @@ def sound(tmp_path_factory) -> Path:
     """A file with a tensor of each type, and one quantised vector."""
     arrays = plain_arrays() | {kind: (random_blocks(kind, 5, 2), kind) for kind in BLOCKS}
     arrays["vector"] = (gguf.quantize(np.arange(64, dtype=np.float32), Type.Q8_0), "Q8_0")
-    return saved(tmp_path_factory.mktemp("sound") / "x.gguf", arrays, string_a="text", array_a=["one", "two"])
+    return saved(
+        tmp_path_factory.mktemp("sound") / "x.gguf", arrays, string_a="text", array_a=["one", "two"]
+    )
 
 
 def test_header_is_what_was_written(sound):
     infos, _ = read_header(sound)
-    plain = {"model.diffusion_model.F32": ("F32", (3, 5)), "F16": ("F16", (7,)), "BF16": ("BF16", (2, 3, 4))}
-    quantised = {kind: (kind, (5, 2 * block.weights)) for kind, block in BLOCKS.items()} | {"vector": ("Q8_0", (64,))}
+    plain = {
+        "model.diffusion_model.F32": ("F32", (3, 5)),
+        "F16": ("F16", (7,)),
+        "BF16": ("BF16", (2, 3, 4)),
+    }
+    quantised = {kind: (kind, (5, 2 * block.weights)) for kind, block in BLOCKS.items()} | {
+        "vector": ("Q8_0", (64,))
+    }
     assert {name: info[:2] for name, info in infos.items()} == plain | quantised
     assert all(info.name == name for name, info in infos.items())
     assert {info.file for info in infos.values()} == {sound}
@@ -207,7 +258,10 @@ def test_tensors_are_where_the_package_finds_them(tmp_path, alignment):
     assert list(found) == list(infos) == [tensor.name for tensor in reader.tensors] == list(arrays)
     for tensor in reader.tensors:
         assert infos[tensor.name].shape == tuple(map(int, tensor.shape))[::-1]
-        assert found[tensor.name].contiguous().view(torch.uint8).numpy().tobytes() == tensor.data.tobytes()
+        assert (
+            found[tensor.name].contiguous().view(torch.uint8).numpy().tobytes()
+            == tensor.data.tobytes()
+        )
         if infos[tensor.name].dtype in BLOCKS:
             whole = decode(found[tensor.name], infos[tensor.name].dtype, infos[tensor.name].shape)
             assert same_bits(whole, oracle(np.array(tensor.data), infos[tensor.name].dtype))
@@ -218,11 +272,14 @@ def test_tensors_are_where_the_package_finds_them(tmp_path, alignment):
 
 def test_plain_numbers_are_what_was_written(sound):
     found, arrays = tensors(sound), plain_arrays()
-    assert np.array_equal(found["model.diffusion_model.F32"].numpy(), arrays["model.diffusion_model.F32"])
+    assert np.array_equal(
+        found["model.diffusion_model.F32"].numpy(), arrays["model.diffusion_model.F32"]
+    )
     assert np.array_equal(found["F16"].numpy(), arrays["F16"])
     assert torch.equal(found["BF16"].float(), oracle(arrays["BF16"][0], "BF16"))
     assert torch.equal(
-        decode(found["vector"], "Q8_0", (64,)), oracle(gguf.quantize(np.arange(64, dtype="f4"), Type.Q8_0), "Q8_0")
+        decode(found["vector"], "Q8_0", (64,)),
+        oracle(gguf.quantize(np.arange(64, dtype="f4"), Type.Q8_0), "Q8_0"),
     )
 
 
@@ -237,9 +294,26 @@ def test_tensors_are_the_pages_of_the_file_and_writing_does_not_reach_it(sound):
 
 
 def test_metadata_is_read_and_lists_are_passed_over(tmp_path):
-    values = dict(uint8=7, int8=-7, uint16=65535, int16=-300, uint32=1 << 31, int32=-(1 << 30), float32=0.5, uint64=1 << 63,
-                  int64=-(1 << 62), float64=math.pi, bool=True, string="schön")  # fmt: skip
-    lists = dict(array_texts=["a", "bc", ""], array_numbers=[1, 2, 3], array_floats=[0.5, 1.5], array_truths=[True, False])
+    values = dict(
+        uint8=7,
+        int8=-7,
+        uint16=65535,
+        int16=-300,
+        uint32=1 << 31,
+        int32=-(1 << 30),
+        float32=0.5,
+        uint64=1 << 63,
+        int64=-(1 << 62),
+        float64=math.pi,
+        bool=True,
+        string="schön",
+    )
+    lists = dict(
+        array_texts=["a", "bc", ""],
+        array_numbers=[1, 2, 3],
+        array_floats=[0.5, 1.5],
+        array_truths=[True, False],
+    )
     path = saved(tmp_path / "x.gguf", plain_arrays(), **values, **lists)
     assert read_header(path)[1] == {"general.architecture": "flux"} | values
     assert tensors(path).keys() == plain_arrays().keys()
@@ -248,17 +322,33 @@ def test_metadata_is_read_and_lists_are_passed_over(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- transformers
 
 
-@pytest.mark.parametrize("prefix, plain", [("", np.float32), ("model.diffusion_model.", np.float16)])
+@pytest.mark.parametrize(
+    "prefix, plain", [("", np.float32), ("model.diffusion_model.", np.float16)]
+)
 @pytest.mark.parametrize("flux2", [False, True])
 def test_quantised_transformer_is_the_one_with_decoded_weights(tmp_path, flux2, prefix, plain):
     """Written as city96's files are: the blocks' matrices in a mixture of kinds, all else F32 or, in older files, F16."""
     family = (
-        dict(theta=2000) if flux2 else dict(vector_dim=24, bias=True, gated_mlp=False, shared_modulation=False, theta=10000)
+        dict(theta=2000)
+        if flux2
+        else dict(vector_dim=24, bias=True, gated_mlp=False, shared_modulation=False, theta=10000)
     )
     axes = (8, 8, 8, 8) if flux2 else (4, 14, 14)
-    sizes = dict(in_channels=64, out_channels=64, context_dim=48, hidden_size=64, num_heads=2, depth=1, depth_single=2)
+    sizes = dict(
+        in_channels=64,
+        out_channels=64,
+        context_dim=48,
+        hidden_size=64,
+        num_heads=2,
+        depth=1,
+        depth_single=2,
+    )
     config = FluxConfig(**sizes, axes_dim=axes, **family)
-    reference, arrays, kinds = Flux(config).requires_grad_(False).eval(), {}, cycle(["Q8_0", "Q4_0", "Q5_1"])
+    reference, arrays, kinds = (
+        Flux(config).requires_grad_(False).eval(),
+        {},
+        cycle(["Q8_0", "Q4_0", "Q5_1"]),
+    )
     for name, tensor in reference.state_dict().items():
         tensor.copy_(torch.randn(tensor.shape) / math.sqrt(tensor.shape[-1]))
         if "_blocks." in name and tensor.dim() == 2:
@@ -275,14 +365,22 @@ def test_quantised_transformer_is_the_one_with_decoded_weights(tmp_path, flux2, 
     with torch.device("meta"):
         model = Flux(config)
     load_module(model, [path], dtype=torch.float32, prefixes=("", "model.diffusion_model."))
-    quantised = {f"{prefix}{name}.weight" for name, layer in model.named_modules() if isinstance(layer, GGUFLinear)}
+    quantised = {
+        f"{prefix}{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, GGUFLinear)
+    }
     assert quantised == {name for name, array in arrays.items() if isinstance(array, tuple)}
     batch, length, text = 2, 6, 3
     inputs = dict(
-        img=torch.randn(batch, length, 64), img_ids=torch.randint(0, 9, (length, len(axes))),
-        txt=torch.randn(batch, text, 48), txt_ids=torch.randint(0, 9, (text, len(axes))),
-        t=torch.rand(batch), guidance=torch.rand(batch), vector=None if flux2 else torch.randn(batch, 24),
-    )  # fmt: skip
+        img=torch.randn(batch, length, 64),
+        img_ids=torch.randint(0, 9, (length, len(axes))),
+        txt=torch.randn(batch, text, 48),
+        txt_ids=torch.randint(0, 9, (text, len(axes))),
+        t=torch.rand(batch),
+        guidance=torch.rand(batch),
+        vector=None if flux2 else torch.randn(batch, 24),
+    )
     with torch.inference_mode():
         assert torch.equal(model(**inputs), reference(**inputs))
 
@@ -295,14 +393,29 @@ def text(value: bytes | str) -> bytes:
     return struct.pack("<Q", len(value)) + value
 
 
-def header(*infos: bytes, values: tuple[bytes, ...] = (), version: int = 3, tensor_count=None, value_count=None) -> bytes:
+def header(
+    *infos: bytes,
+    values: tuple[bytes, ...] = (),
+    version: int = 3,
+    tensor_count=None,
+    value_count=None,
+) -> bytes:
     """A header by hand, after https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, padded to 32 bytes."""
-    counts = (len(infos) if tensor_count is None else tensor_count, len(values) if value_count is None else value_count)
+    counts = (
+        len(infos) if tensor_count is None else tensor_count,
+        len(values) if value_count is None else value_count,
+    )
     content = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(values) + b"".join(infos)
     return content + bytes(-len(content) % 32)
 
 
-def info(name: str | bytes = "a", shape=(2, 4), kind: int = 0, begin: int = 0, dimensions: int | None = None) -> bytes:
+def info(
+    name: str | bytes = "a",
+    shape=(2, 4),
+    kind: int = 0,
+    begin: int = 0,
+    dimensions: int | None = None,
+) -> bytes:
     count = len(shape) if dimensions is None else dimensions
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", count, *shape[::-1], kind, begin)
 
@@ -318,9 +431,17 @@ def alignment(number: int) -> bytes:
 def test_header_by_hand_is_sound(tmp_path):
     path = tmp_path / "x.gguf"
     for version in (2, 3):
-        path.write_bytes(header(info(), info("b", begin=32), values=(alignment(32),), version=version) + bytes(64))
-        assert {name: info[:2] for name, info in read_header(path)[0].items()} == {"a": ("F32", (2, 4)), "b": ("F32", (2, 4))}
-    path.write_bytes(header(info(shape=(3,)), info("b", shape=(3,), begin=32)) + bytes(32 + 12))  # the last is not padded
+        path.write_bytes(
+            header(info(), info("b", begin=32), values=(alignment(32),), version=version)
+            + bytes(64)
+        )
+        assert {name: info[:2] for name, info in read_header(path)[0].items()} == {
+            "a": ("F32", (2, 4)),
+            "b": ("F32", (2, 4)),
+        }
+    path.write_bytes(
+        header(info(shape=(3,)), info("b", shape=(3,), begin=32)) + bytes(32 + 12)
+    )  # the last is not padded
     assert tensors(path)["b"].shape == (3,)
     path.write_bytes(header(info(shape=())) + struct.pack("<f", 2.5))
     assert tensors(path)["a"].shape == () and tensors(path)["a"] == 2.5
@@ -329,48 +450,69 @@ def test_header_by_hand_is_sound(tmp_path):
 HUGE = (1 << 64) - 1
 
 
-@pytest.mark.parametrize("content, told", [
-    (b"", "truncated"),
-    (b"GGU", "truncated"),
-    (b"PK\x03\x04" + bytes(60), "not a GGUF file"),
-    (header(info(), version=1) + bytes(32), "version 1"),
-    (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    (header(info(), tensor_count=HUGE) + bytes(32), "download it again"),
-    (header(info(), tensor_count=2) + bytes(32), "download it again"),
-    (header(info(), info("b", begin=32), tensor_count=1) + bytes(64), "goes on after its end"),
-    (header(info(), value_count=HUGE) + bytes(32), "download it again"),
-    (header(tensor_count=HUGE), "truncated"),
-    (header(), "no tensors"),
-    (header(struct.pack("<Q", HUGE) + b"a") + bytes(64), "truncated"),
-    (header(struct.pack("<Q", 1 << 40) + b"a") + bytes(64), "truncated"),
-    (header(info(dimensions=5)) + bytes(32), "has 5 dimensions"),
-    (header(info(dimensions=0xFFFFFFFF)) + bytes(32), "has 4,294,967,295 dimensions"),
-    (header(info(shape=(HUGE,) * 4)) + bytes(32), "truncated"),
-    (header(info(shape=(1 << 40, 4))) + bytes(32), "truncated"),
-    (header(info(shape=(0, HUGE))) + bytes(32), "whole blocks"),
-    (header(info(shape=(2, 48), kind=8)) + bytes(128), "'a', Q8_0 of shape (2, 48), is not made of whole blocks"),
-    (header(info(shape=(), kind=8)) + bytes(64), "whole blocks"),
-    (header(info(kind=18)) + bytes(32), "keeps 'a' in ggml's type 18, which is not read"),
-    (header(info(kind=99)) + bytes(32), "keeps 'a' in ggml's type 99, which is not read"),
-    (header(info(), info("b", begin=0)) + bytes(64), "'b' does not begin where"),
-    (header(info(), info("b", begin=64)) + bytes(96), "'b' does not begin where"),
-    (header(info(), info("b", begin=31)) + bytes(64), "'b' does not begin where"),
-    (header(info(begin=HUGE)) + bytes(64), "'a' does not begin where"),
-    (header(info(), info(begin=32)) + bytes(64), "'a' comes twice"),
-    (header(info()) + bytes(31), "is truncated: 128 bytes expected, 127 found"),
-    (header(info()) + bytes(33), "goes on after its end"),
-    (header(info(), values=(alignment(0),)) + bytes(32), "alignment of 0"),
-    (header(info(), values=(alignment(48),)) + bytes(32), "alignment of 48"),
-    (header(info(), values=(alignment(1 << 31),)) + bytes(32), "truncated"),
-    (header(info(), values=(value(8, text("x"), "general.alignment"),)) + bytes(32), "alignment of x"),
-    (header(info(), values=(value(9, struct.pack("<IQ", 4, 0), "general.alignment"),)) + bytes(32), "alignment of None"),
-    (header(info(), values=(value(13, b""),)) + bytes(32), "value of type 13"),
-    (header(info(), values=(value(9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 4, 0)),)) + bytes(32), "value of type 9"),
-    (header(info(), values=(value(9, struct.pack("<IQ", 77, HUGE)),)) + bytes(32), "value of type 77"),
-    (header(info(), values=(value(9, struct.pack("<IQ", 4, HUGE)),)) + bytes(32), "truncated"),
-    (header(info(), values=(value(9, struct.pack("<IQ", 8, HUGE)),)) + bytes(32), "truncated"),
-    (header(info(), values=(value(8, struct.pack("<Q", HUGE)),)) + bytes(32), "truncated"),
-], ids=lambda part: part if isinstance(part, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"", "truncated"),
+        (b"GGU", "truncated"),
+        (b"PK\x03\x04" + bytes(60), "not a GGUF file"),
+        (header(info(), version=1) + bytes(32), "version 1"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+        (header(info(), tensor_count=HUGE) + bytes(32), "download it again"),
+        (header(info(), tensor_count=2) + bytes(32), "download it again"),
+        (header(info(), info("b", begin=32), tensor_count=1) + bytes(64), "goes on after its end"),
+        (header(info(), value_count=HUGE) + bytes(32), "download it again"),
+        (header(tensor_count=HUGE), "truncated"),
+        (header(), "no tensors"),
+        (header(struct.pack("<Q", HUGE) + b"a") + bytes(64), "truncated"),
+        (header(struct.pack("<Q", 1 << 40) + b"a") + bytes(64), "truncated"),
+        (header(info(dimensions=5)) + bytes(32), "has 5 dimensions"),
+        (header(info(dimensions=0xFFFFFFFF)) + bytes(32), "has 4,294,967,295 dimensions"),
+        (header(info(shape=(HUGE,) * 4)) + bytes(32), "truncated"),
+        (header(info(shape=(1 << 40, 4))) + bytes(32), "truncated"),
+        (header(info(shape=(0, HUGE))) + bytes(32), "whole blocks"),
+        (
+            header(info(shape=(2, 48), kind=8)) + bytes(128),
+            "'a', Q8_0 of shape (2, 48), is not made of whole blocks",
+        ),
+        (header(info(shape=(), kind=8)) + bytes(64), "whole blocks"),
+        (header(info(kind=18)) + bytes(32), "keeps 'a' in ggml's type 18, which is not read"),
+        (header(info(kind=99)) + bytes(32), "keeps 'a' in ggml's type 99, which is not read"),
+        (header(info(), info("b", begin=0)) + bytes(64), "'b' does not begin where"),
+        (header(info(), info("b", begin=64)) + bytes(96), "'b' does not begin where"),
+        (header(info(), info("b", begin=31)) + bytes(64), "'b' does not begin where"),
+        (header(info(begin=HUGE)) + bytes(64), "'a' does not begin where"),
+        (header(info(), info(begin=32)) + bytes(64), "'a' comes twice"),
+        (header(info()) + bytes(31), "is truncated: 128 bytes expected, 127 found"),
+        (header(info()) + bytes(33), "goes on after its end"),
+        (header(info(), values=(alignment(0),)) + bytes(32), "alignment of 0"),
+        (header(info(), values=(alignment(48),)) + bytes(32), "alignment of 48"),
+        (header(info(), values=(alignment(1 << 31),)) + bytes(32), "truncated"),
+        (
+            header(info(), values=(value(8, text("x"), "general.alignment"),)) + bytes(32),
+            "alignment of x",
+        ),
+        (
+            header(info(), values=(value(9, struct.pack("<IQ", 4, 0), "general.alignment"),))
+            + bytes(32),
+            "alignment of None",
+        ),
+        (header(info(), values=(value(13, b""),)) + bytes(32), "value of type 13"),
+        (
+            header(info(), values=(value(9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 4, 0)),))
+            + bytes(32),
+            "value of type 9",
+        ),
+        (
+            header(info(), values=(value(9, struct.pack("<IQ", 77, HUGE)),)) + bytes(32),
+            "value of type 77",
+        ),
+        (header(info(), values=(value(9, struct.pack("<IQ", 4, HUGE)),)) + bytes(32), "truncated"),
+        (header(info(), values=(value(9, struct.pack("<IQ", 8, HUGE)),)) + bytes(32), "truncated"),
+        (header(info(), values=(value(8, struct.pack("<Q", HUGE)),)) + bytes(32), "truncated"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
 def test_broken_file_is_told_in_one_sentence_and_takes_no_memory(tmp_path, content, told):
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
@@ -395,7 +537,9 @@ def test_long_text_in_a_large_file_takes_no_memory(tmp_path):
 
 def test_long_list_of_numbers_is_passed_over_at_once(tmp_path):
     path, count = tmp_path / "x.gguf", 90_000_000
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + value(9, struct.pack("<IQ", 0, count)))
+    path.write_bytes(
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + value(9, struct.pack("<IQ", 0, count))
+    )
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + count)
     start = time.perf_counter()
@@ -438,7 +582,9 @@ def test_every_truncation_is_refused(sound, data):
 def test_damaged_bytes_are_refused_or_change_nothing_but_themselves(sound, data):
     content = bytearray(sound.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
-        where = data.draw(st.integers(0, 40) | st.integers(0, 1200) | st.integers(0, len(content) - 1))
+        where = data.draw(
+            st.integers(0, 40) | st.integers(0, 1200) | st.integers(0, len(content) - 1)
+        )
         content[where] = data.draw(st.sampled_from([0, 1, 127, 255]) | st.integers(0, 255))
     path = sound.with_name("damaged.gguf")
     path.write_bytes(content)
@@ -454,7 +600,9 @@ def test_damaged_bytes_are_refused_or_change_nothing_but_themselves(sound, data)
 
 
 @settings(max_examples=200, deadline=2000)
-@given(rest=st.binary(max_size=200), counts=st.tuples(*[st.integers(0, 3) | st.integers(0, HUGE)] * 2))
+@given(
+    rest=st.binary(max_size=200), counts=st.tuples(*[st.integers(0, 3) | st.integers(0, HUGE)] * 2)
+)
 def test_noise_is_refused(tmp_path_factory, rest, counts):
     path = tmp_path_factory.getbasetemp() / "noise.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + rest)

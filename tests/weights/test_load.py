@@ -43,7 +43,9 @@ def meta() -> Tiny:
 def tiny_tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.tensor(7) if like.dtype == torch.int64 else torch.randn(like.shape, generator=generator).to(dtype)
+        name: torch.tensor(7)
+        if like.dtype == torch.int64
+        else torch.randn(like.shape, generator=generator).to(dtype)
         for name, like in Tiny().state_dict().items()
     }
 
@@ -58,8 +60,13 @@ def test_tensors_load_bit_for_bit_in_the_dtype_of_the_file(tmp_path, dtype):
     load_module(module, [saved(tmp_path / "x.safetensors", tensors)])
     state = module.state_dict()
     assert state.keys() == tensors.keys()
-    assert all(state[name].dtype == tensors[name].dtype and torch.equal(state[name], tensors[name]) for name in tensors)
-    assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
+    assert all(
+        state[name].dtype == tensors[name].dtype and torch.equal(state[name], tensors[name])
+        for name in tensors
+    )
+    assert not module.training and not any(
+        parameter.requires_grad for parameter in module.parameters()
+    )
 
 
 def test_cast_is_of_floats_only(tmp_path):
@@ -75,49 +82,94 @@ def without(tensors, name):
     return {other: tensor for other, tensor in tensors.items() if other != name}
 
 
-@pytest.mark.parametrize("change, told", [
-    (lambda t: without(t, "proj.bias"), "1 missing ('proj.bias')"),
-    (lambda t: t | {"other": torch.zeros(1)}, "1 unknown ('other')"),
-    (lambda t: without(t, "proj.bias") | {"proj.bais": t["proj.bias"]}, "'proj.bais' is close to 'proj.bias'"),
-    (lambda t: t | {"proj.weight": torch.zeros(3, 5)}, "1 misshapen ('proj.weight' is (3, 5) and not (3, 4))"),
-    (lambda t: t | {"conv.weight": torch.zeros(2, 2)}, "1 misshapen ('conv.weight' is (2, 2) and not (2, 2, 1, 1))"),
-    (lambda t: t | {"proj.bias": torch.zeros(3).to(torch.int8)}, "'proj.bias' is I8 and not F64/F32/F16/BF16/F8_E4M3/"),
-    (lambda t: t | {"bn.num_batches_tracked": torch.tensor(1.0)}, "'bn.num_batches_tracked' is F32 and not I64"),
-    (lambda t: {"x": t["proj.bias"]}, "8 missing ('proj.weight', 'proj.bias', 'conv.weight' and 5 more)"),
-    (lambda t: t | {"proj.weight_scale": torch.tensor(1.0)}, "1 unknown ('proj.weight_scale')"),
-    (lambda t: t | {"transformer_blocks.0.attn.to_q.weight": torch.zeros(1)}, "diffusers' layout"),
-    (lambda t: t | {"a\x1b[2J\nb": torch.zeros(1)}, r"1 unknown ('a\x1b[2J\nb')"),
-    (lambda t: t | {"query_norm.weight": torch.zeros(4)}, "twice"),
-])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda t: without(t, "proj.bias"), "1 missing ('proj.bias')"),
+        (lambda t: t | {"other": torch.zeros(1)}, "1 unknown ('other')"),
+        (
+            lambda t: without(t, "proj.bias") | {"proj.bais": t["proj.bias"]},
+            "'proj.bais' is close to 'proj.bias'",
+        ),
+        (
+            lambda t: t | {"proj.weight": torch.zeros(3, 5)},
+            "1 misshapen ('proj.weight' is (3, 5) and not (3, 4))",
+        ),
+        (
+            lambda t: t | {"conv.weight": torch.zeros(2, 2)},
+            "1 misshapen ('conv.weight' is (2, 2) and not (2, 2, 1, 1))",
+        ),
+        (
+            lambda t: t | {"proj.bias": torch.zeros(3).to(torch.int8)},
+            "'proj.bias' is I8 and not F64/F32/F16/BF16/F8_E4M3/",
+        ),
+        (
+            lambda t: t | {"bn.num_batches_tracked": torch.tensor(1.0)},
+            "'bn.num_batches_tracked' is F32 and not I64",
+        ),
+        (
+            lambda t: {"x": t["proj.bias"]},
+            "8 missing ('proj.weight', 'proj.bias', 'conv.weight' and 5 more)",
+        ),
+        (lambda t: t | {"proj.weight_scale": torch.tensor(1.0)}, "1 unknown ('proj.weight_scale')"),
+        (
+            lambda t: t | {"transformer_blocks.0.attn.to_q.weight": torch.zeros(1)},
+            "diffusers' layout",
+        ),
+        (lambda t: t | {"a\x1b[2J\nb": torch.zeros(1)}, r"1 unknown ('a\x1b[2J\nb')"),
+        (lambda t: t | {"query_norm.weight": torch.zeros(4)}, "twice"),
+    ],
+)
 def test_tensor_that_does_not_fit_is_told(tmp_path, change, told):
-    message = refusal(load_module, meta(), [saved(tmp_path / "x.safetensors", change(tiny_tensors()))])
+    message = refusal(
+        load_module, meta(), [saved(tmp_path / "x.safetensors", change(tiny_tensors()))]
+    )
     assert told in message and str(tmp_path / "x.safetensors") in message
 
 
 def test_a_refused_file_leaves_the_module_untouched(tmp_path):
     module = meta()
-    refusal(load_module, module, [saved(tmp_path / "x.safetensors", without(tiny_tensors(), "proj.bias"))])
+    refusal(
+        load_module,
+        module,
+        [saved(tmp_path / "x.safetensors", without(tiny_tensors(), "proj.bias"))],
+    )
     assert all(tensor.is_meta for tensor in module.state_dict().values())
 
 
 def test_prefix_and_unread_tensors_and_the_other_name_of_a_norm(tmp_path):
     tensors = tiny_tensors()
-    file = {f"language_model.model.{name}".replace("scale", "weight"): tensor for name, tensor in tensors.items()}
-    file |= {"lm_head.weight": torch.zeros(2), "language_model.model.layers.9.weight": torch.zeros(2)}
+    file = {
+        f"language_model.model.{name}".replace("scale", "weight"): tensor
+        for name, tensor in tensors.items()
+    }
+    file |= {
+        "lm_head.weight": torch.zeros(2),
+        "language_model.model.layers.9.weight": torch.zeros(2),
+    }
     path = saved(tmp_path / "x.safetensors", file)
     module = meta()
     prefixes = ("", "model.", "language_model.model.")
-    load_module(module, [path], prefixes=prefixes, unread=lambda name: name in ("lm_head.weight", "layers.9.weight"))
+    load_module(
+        module,
+        [path],
+        prefixes=prefixes,
+        unread=lambda name: name in ("lm_head.weight", "layers.9.weight"),
+    )
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
 
-    message = refusal(load_module, meta(), [path], prefixes=prefixes, unread=lambda name: name == "lm_head.weight")
+    message = refusal(
+        load_module, meta(), [path], prefixes=prefixes, unread=lambda name: name == "lm_head.weight"
+    )
     assert "of 8 tensors, 1 unknown ('language_model.model.layers.9.weight')" in message
 
 
 def test_rename_for_a_foreign_layout(tmp_path):
     """A convolution of one pixel may then be stored as a Linear; nothing else is bent."""
     tensors = tiny_tensors()
-    file = without(tensors, "conv.weight") | {"to_out.weight": tensors["conv.weight"][:, :, 0, 0].contiguous()}
+    file = without(tensors, "conv.weight") | {
+        "to_out.weight": tensors["conv.weight"][:, :, 0, 0].contiguous()
+    }
     path = saved(tmp_path / "x.safetensors", file)
 
     def rename(name):
@@ -126,13 +178,21 @@ def test_rename_for_a_foreign_layout(tmp_path):
     module = meta()
     load_module(module, [path], rename=rename)
     assert torch.equal(module.conv.weight, tensors["conv.weight"])
-    message = refusal(load_module, meta(), [saved(path, file | {"to_out.weight": torch.zeros(4)})], rename=rename)
+    message = refusal(
+        load_module, meta(), [saved(path, file | {"to_out.weight": torch.zeros(4)})], rename=rename
+    )
     assert "'to_out.weight' is (4,) and not (2, 2, 1, 1)" in message
-    message = refusal(load_module, meta(), [saved(path, file | {"conv.weight": torch.zeros(2, 2)})], rename=rename)
+    message = refusal(
+        load_module, meta(), [saved(path, file | {"conv.weight": torch.zeros(2, 2)})], rename=rename
+    )
     assert "twice" in message
     blocks = {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}
-    message = refusal(load_module, meta(), [saved(path, file | blocks)], rename=lambda name: rename(name).upper())
-    assert "8 missing" in message and "looks like" not in message  # of names that are renamed, the layout is no news
+    message = refusal(
+        load_module, meta(), [saved(path, file | blocks)], rename=lambda name: rename(name).upper()
+    )
+    assert (
+        "8 missing" in message and "looks like" not in message
+    )  # of names that are renamed, the layout is no news
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -145,9 +205,13 @@ def test_nan_and_infinity_are_found_when_asked_for(tmp_path, value):
     assert "'proj.weight'" in message and str(path) in message
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' account of a process' memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="needs Linux' account of a process' memory"
+)
 def test_there_is_no_second_copy(tmp_path):
-    path = saved(tmp_path / "x.safetensors", {"weight": torch.randn(4096, 4096, dtype=torch.float32)})
+    path = saved(
+        tmp_path / "x.safetensors", {"weight": torch.randn(4096, 4096, dtype=torch.float32)}
+    )
     size = path.stat().st_size
     with torch.device("meta"):
         module = nn.Linear(4096, 4096, bias=False)
@@ -157,7 +221,9 @@ def test_there_is_no_second_copy(tmp_path):
     assert anonymous_memory() - before < 0.05 * size
     address = module.weight.data_ptr()
     spans = re.findall(r"^(\w+)-(\w+) .* (/.*)$", Path("/proc/self/maps").read_text(), re.MULTILINE)
-    assert [name for begin, end, name in spans if int(begin, 16) <= address < int(end, 16)] == [str(path)]
+    assert [name for begin, end, name in spans if int(begin, 16) <= address < int(end, 16)] == [
+        str(path)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +258,9 @@ def test_damaged_bytes_are_refused_or_change_nothing_but_themselves(sound, data)
     except UserError as error:
         assert where < header_end and "\n" not in str(error)
         return
-    as_bytes = {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in module.state_dict().items()}
+    as_bytes = {
+        name: tensor.reshape(-1).view(torch.uint8) for name, tensor in module.state_dict().items()
+    }
     true = {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in tiny_tensors().items()}
     changed = sum(int((as_bytes[name] != true[name]).sum()) for name in true)
     assert changed == (0 if where < header_end else 1)
@@ -209,7 +277,11 @@ def test_shards(tmp_path):
     saved(tmp_path / "x-1.safetensors", {name: tensors[name] for name in names[:3]})
     saved(tmp_path / "x-2.safetensors", {name: tensors[name] for name in names[3:]})
     index = tmp_path / "x.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {name: f"x-{1 + (name in names[3:])}.safetensors" for name in names}}))
+    index.write_text(
+        json.dumps(
+            {"weight_map": {name: f"x-{1 + (name in names[3:])}.safetensors" for name in names}}
+        )
+    )
     files = shard_files(index)
     assert files == [tmp_path / "x-1.safetensors", tmp_path / "x-2.safetensors"]
     assert shard_files(files[0]) == files[:1]
@@ -221,7 +293,9 @@ def test_shards(tmp_path):
     message = refusal(load_module, meta(), files[:1])
     assert "missing" in message and str(files[0]) in message
     saved(files[1], {name: tensors[name][..., :1].contiguous() for name in names[3:]})
-    assert "'proj.bias' in x-2.safetensors is (1,) and not (3,)" in refusal(load_module, meta(), files)
+    assert "'proj.bias' in x-2.safetensors is (1,) and not (3,)" in refusal(
+        load_module, meta(), files
+    )
     files[1].unlink()
     assert "lacks x-2.safetensors" in refusal(shard_files, index)
 
@@ -229,14 +303,48 @@ def test_shards(tmp_path):
 # ------------------------------------------------------------------------------------------------------ configurations
 
 FLUX1 = FluxConfig(
-    in_channels=64, out_channels=64, context_dim=4096, hidden_size=3072, num_heads=24, depth=19, depth_single=38,
-    mlp_ratio=4.0, axes_dim=(16, 56, 56), theta=10000, vector_dim=768, guidance=True,
-    bias=True, gated_mlp=False, shared_modulation=False)
+    in_channels=64,
+    out_channels=64,
+    context_dim=4096,
+    hidden_size=3072,
+    num_heads=24,
+    depth=19,
+    depth_single=38,
+    mlp_ratio=4.0,
+    axes_dim=(16, 56, 56),
+    theta=10000,
+    vector_dim=768,
+    guidance=True,
+    bias=True,
+    gated_mlp=False,
+    shared_modulation=False,
+)
 FLUX2 = FluxConfig(
-    in_channels=128, out_channels=128, context_dim=15360, hidden_size=6144, num_heads=48, depth=8, depth_single=48,
-    mlp_ratio=3.0, axes_dim=(32, 32, 32, 32), theta=2000, vector_dim=None, guidance=True,
-    bias=False, gated_mlp=True, shared_modulation=True)
-KLEIN_4B = replace(FLUX2, context_dim=7680, hidden_size=3072, num_heads=24, depth=5, depth_single=20, guidance=False)
+    in_channels=128,
+    out_channels=128,
+    context_dim=15360,
+    hidden_size=6144,
+    num_heads=48,
+    depth=8,
+    depth_single=48,
+    mlp_ratio=3.0,
+    axes_dim=(32, 32, 32, 32),
+    theta=2000,
+    vector_dim=None,
+    guidance=True,
+    bias=False,
+    gated_mlp=True,
+    shared_modulation=True,
+)
+KLEIN_4B = replace(
+    FLUX2,
+    context_dim=7680,
+    hidden_size=3072,
+    num_heads=24,
+    depth=5,
+    depth_single=20,
+    guidance=False,
+)
 RELEASED = {
     "FLUX.1-dev": FLUX1,
     "FLUX.1-schnell": replace(FLUX1, guidance=False),
@@ -244,12 +352,34 @@ RELEASED = {
     "FLUX.1-Fill-dev": replace(FLUX1, in_channels=384),
     "FLUX.2-dev": FLUX2,
     "FLUX.2-klein-4B": KLEIN_4B,
-    "FLUX.2-klein-9B": replace(KLEIN_4B, context_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single=24),
+    "FLUX.2-klein-9B": replace(
+        KLEIN_4B, context_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single=24
+    ),
 }
-TINY1 = replace(FLUX1, in_channels=20, out_channels=12, context_dim=24, hidden_size=64, num_heads=2, depth=2,
-                depth_single=3, axes_dim=(4, 14, 14), vector_dim=20)
-TINY2 = replace(FLUX2, in_channels=20, out_channels=12, context_dim=24, hidden_size=48, num_heads=3, depth=1,
-                depth_single=2, axes_dim=(4, 4, 4, 4), guidance=False)
+TINY1 = replace(
+    FLUX1,
+    in_channels=20,
+    out_channels=12,
+    context_dim=24,
+    hidden_size=64,
+    num_heads=2,
+    depth=2,
+    depth_single=3,
+    axes_dim=(4, 14, 14),
+    vector_dim=20,
+)
+TINY2 = replace(
+    FLUX2,
+    in_channels=20,
+    out_channels=12,
+    context_dim=24,
+    hidden_size=48,
+    num_heads=3,
+    depth=1,
+    depth_single=2,
+    axes_dim=(4, 4, 4, 4),
+    guidance=False,
+)
 
 
 def shapes_of(config: FluxConfig) -> dict[str, tuple[int, ...]]:
@@ -258,7 +388,9 @@ def shapes_of(config: FluxConfig) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", RELEASED)
-@pytest.mark.parametrize("prefix, dtype, bits", [("", "BF16", 16), ("model.diffusion_model.", "F8_E4M3", 8)])
+@pytest.mark.parametrize(
+    "prefix, dtype, bits", [("", "BF16", 16), ("model.diffusion_model.", "F8_E4M3", 8)]
+)
 def test_config_of_released_shapes(tmp_path, name, prefix, dtype, bits):
     shapes = {prefix + key: shape for key, shape in shapes_of(RELEASED[name]).items()}
     assert infer_config(hollow(tmp_path / "x.safetensors", shapes, dtype, bits)) == RELEASED[name]
@@ -269,7 +401,9 @@ def test_unnamed_file_becomes_a_transformer(tmp_path, config):
     tensors = {name: torch.randn(shape) for name, shape in shapes_of(config).items()}
     path = saved(tmp_path / "x.safetensors", tensors)
     assert infer_config(path) == config
-    respelt = {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in tensors.items()}
+    respelt = {
+        name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in tensors.items()
+    }
     assert respelt.keys() != tensors.keys() and infer_config(saved(path, respelt)) == config
     with torch.device("meta"):
         model = Flux(config)
@@ -281,33 +415,48 @@ def test_other_family_and_other_size_are_told(tmp_path):
     path = hollow(tmp_path / "x.safetensors", shapes_of(TINY2))
     with torch.device("meta"):
         flux1, wide = Flux(TINY1), Flux(replace(TINY2, context_dim=32))
-    assert "looks like a FLUX.2 transformer, and a FLUX.1 transformer is wanted" in refusal(load_module, flux1, [path])
+    assert "looks like a FLUX.2 transformer, and a FLUX.1 transformer is wanted" in refusal(
+        load_module, flux1, [path]
+    )
     message = refusal(load_module, wide, [path])
-    assert "1 misshapen ('txt_in.weight' is (48, 24) and not (48, 32))" in message and "looks like" not in message
+    assert (
+        "1 misshapen ('txt_in.weight' is (48, 24) and not (48, 32))" in message
+        and "looks like" not in message
+    )
 
 
-@pytest.mark.parametrize("name, told", [
-    ("transformer_blocks.0.attn.to_q.weight", "diffusers' layout"),
-    ("double_blocks.0.img_attn.qkv.lora_A.weight", "a LoRA"),
-    ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "a LoRA"),
-    ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),
-    ("text_model.encoder.layers.0.mlp.fc1.weight", "CLIP"),
-    ("model.layers.0.mlp.gate_proj.weight", "a language model"),
-    ("decoder.up.0.block.0.conv1.weight", "an autoencoder"),
-    ("decoder.up_blocks.0.resnets.0.conv1.weight", "an autoencoder in diffusers' layout"),
-    ("redux_up.weight", "Redux"),
-    ("double_blocks.0.img_attn.qkv.weight", "a FLUX.1 transformer"),
-    ("something.weight", "something else"),
-])
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("transformer_blocks.0.attn.to_q.weight", "diffusers' layout"),
+        ("double_blocks.0.img_attn.qkv.lora_A.weight", "a LoRA"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "a LoRA"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "CLIP"),
+        ("model.layers.0.mlp.gate_proj.weight", "a language model"),
+        ("decoder.up.0.block.0.conv1.weight", "an autoencoder"),
+        ("decoder.up_blocks.0.resnets.0.conv1.weight", "an autoencoder in diffusers' layout"),
+        ("redux_up.weight", "Redux"),
+        ("double_blocks.0.img_attn.qkv.weight", "a FLUX.1 transformer"),
+        ("something.weight", "something else"),
+    ],
+)
 def test_what_is_no_transformer_is_told(tmp_path, name, told):
     message = refusal(infer_config, hollow(tmp_path / "x.safetensors", {name: (2, 2)}))
     assert told in message and "'img_in.weight'" in message
 
 
-@pytest.mark.parametrize("name, shape", [
-    ("img_in.weight", (64,)), ("img_in.weight", (0, 20)), ("img_in.weight", (63, 20)),
-    ("double_blocks.0.img_attn.norm.query_norm.scale", (16,)), ("double_blocks.0.img_attn.norm.query_norm.scale", (0,)),
-    ("double_blocks.0.img_mlp.0.weight", (100, 64)), ("vector_in.in_layer.weight", (64,)),
-])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("img_in.weight", (64,)),
+        ("img_in.weight", (0, 20)),
+        ("img_in.weight", (63, 20)),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", (16,)),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", (0,)),
+        ("double_blocks.0.img_mlp.0.weight", (100, 64)),
+        ("vector_in.in_layer.weight", (64,)),
+    ],
+)
 def test_sizes_of_no_transformer_are_told(tmp_path, name, shape):
     refusal(infer_config, hollow(tmp_path / "x.safetensors", shapes_of(TINY1) | {name: shape}))

@@ -32,12 +32,25 @@ from flux.weights.quantization import QuantizedLinear
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))
 
-from dev import manifest  # noqa: E402
-from dev.manifest import MANIFESTS, check, comparable, differences, dumps, from_files, from_json, size  # noqa: E402
+from dev import manifest
+from dev.manifest import (
+    MANIFESTS,
+    check,
+    comparable,
+    differences,
+    dumps,
+    from_files,
+    from_json,
+    size,
+)
 
 DERIVED = manifest.ControlLoraConfig, manifest.QuantisedConfig  # from the manifests of transformers
 NETWORKS = {name: config for name, config in MANIFESTS.items() if not isinstance(config, DERIVED)}
-QUANTISED = {name: config for name, config in MANIFESTS.items() if isinstance(config, manifest.QuantisedConfig)}
+QUANTISED = {
+    name: config
+    for name, config in MANIFESTS.items()
+    if isinstance(config, manifest.QuantisedConfig)
+}
 every_manifest = pytest.mark.parametrize(("name", "config"), MANIFESTS.items(), ids=MANIFESTS)
 every_network = pytest.mark.parametrize(("name", "config"), NETWORKS.items(), ids=NETWORKS)
 
@@ -53,7 +66,10 @@ COUNTED = {
     "ae-flux1": (244, 83_819_683),
     "ae-flux2": (251, 84_046_115),
 }
-CONTROL_LORA = (942, 622_106_688)  # keys and elements of A, B and the bias of B, counted in the same way
+CONTROL_LORA = (
+    942,
+    622_106_688,
+)  # keys and elements of A, B and the bias of B, counted in the same way
 # Bytes of the files as Hugging Face lists them, shards added up: second-hand, from the checks of public download scripts.
 LISTED = [
     ("flux1-dev", 23_802_932_552),
@@ -76,14 +92,19 @@ LISTED = [
     ("qwen3-4b", 4_967_215_360 + 3_077_766_632),
     ("qwen3-8b", 4_902_257_696 + 4_915_960_368 + 4_983_068_496 + 1_580_230_264),
 ]
-LISTED_KLEIN_VAE = 168_120_878  # vae/diffusion_pytorch_model.safetensors of the klein repositories, in bfloat16
+LISTED_KLEIN_VAE = (
+    168_120_878  # vae/diffusion_pytorch_model.safetensors of the klein repositories, in bfloat16
+)
 LISTED_REDUX = 129_063_232
 LISTED_BASE_FP8 = 4_089_498_488  # flux-2-klein-base-4b-fp8.safetensors
 # Tensors, of which the first was counted in the file's header, 731 too; the others follow from two or three more for each layer
 QUANTISED_COUNTS = {
-    "klein-4b-fp8": 309, "klein-9b-fp8": 201 + 2 * 112, "klein-4b-nvfp4": 149 + 3 * 80, "klein-9b-nvfp4": 201 + 3 * 112,
+    "klein-4b-fp8": 309,
+    "klein-9b-fp8": 201 + 2 * 112,
+    "klein-4b-nvfp4": 149 + 3 * 80,
+    "klein-9b-nvfp4": 201 + 3 * 112,
     "flux2-dev-nvfp4": 731,
-}  # fmt: skip
+}
 
 
 def read_of(name: str, config: manifest.Config) -> manifest.Manifest:
@@ -104,7 +125,9 @@ def of_size(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(()).expand(shape)
 
 
-def write_header(path: Path, held: manifest.Manifest, metadata: dict[str, str] | None = None) -> None:
+def write_header(
+    path: Path, held: manifest.Manifest, metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file whose tensors are a hole in it, which takes no room on most disks."""
     spans, end = ({"__metadata__": metadata} if metadata else {}), 0
     for name, (dtype, shape) in held.items():
@@ -123,57 +146,93 @@ def write_header(path: Path, held: manifest.Manifest, metadata: dict[str, str] |
 @pytest.mark.parametrize("model", MODELS)
 def test_every_network_of_every_model_has_a_manifest(model):
     networks, adapter = manifest.parts(MODELS[model]), MODELS[model].adapter
-    more = len(adapter.files) if adapter and MODELS[model].storage == "bfloat16" else 0  # else it has the transformer
+    more = (
+        len(adapter.files) if adapter and MODELS[model].storage == "bfloat16" else 0
+    )  # else it has the transformer
     assert len(networks) == (4 if model.startswith("flux.1") else 3) + more
     assert all(config in MANIFESTS.values() for config, *_ in networks.values())
 
 
 def test_manifests_of_flux1():
     """Which of them a transformer has follows from what is stacked on its 64 channels: a picture, or that and a mask."""
-    found = {name: manifest.name_of(spec.transformer) for name, spec in MODELS.items() if name.startswith("flux.1")}
-    stacked = {"flux.1-fill-dev": "flux1-fill", "flux.1-canny-dev": "flux1-control", "flux.1-depth-dev": "flux1-control"}
+    found = {
+        name: manifest.name_of(spec.transformer)
+        for name, spec in MODELS.items()
+        if name.startswith("flux.1")
+    }
+    stacked = {
+        "flux.1-fill-dev": "flux1-fill",
+        "flux.1-canny-dev": "flux1-control",
+        "flux.1-depth-dev": "flux1-control",
+    }
     others = {"flux.1-schnell": "flux1-schnell", "flux.1-tiny": "flux1-tiny"}
     assert found == dict.fromkeys(found, "flux1-dev") | others | stacked
     adapters = {
         (name, part): (manifest.name_of(config), repository, files)
-        for name, spec in MODELS.items() if spec.adapter
+        for name, spec in MODELS.items()
+        if spec.adapter
         for part, (config, repository, files) in list(manifest.parts(spec).items())[4:]
-    }  # fmt: skip
+    }
     home = "black-forest-labs/FLUX.1-"
     assert adapters == {
-        ("flux.1-canny-dev-lora", "LoRA"):
-            ("flux1-control-lora", f"{home}Canny-dev-lora", ("flux1-canny-dev-lora.safetensors",)),
-        ("flux.1-depth-dev-lora", "LoRA"):
-            ("flux1-control-lora", f"{home}Depth-dev-lora", ("flux1-depth-dev-lora.safetensors",)),
-        ("flux.1-redux-dev", "Redux"): ("redux", f"{home}Redux-dev", ("flux1-redux-dev.safetensors",)),
-        ("flux.1-redux-dev", "SigLIP"): ("siglip", f"{home}Redux-dev", ("image_encoder/model.safetensors",)),
-    }  # fmt: skip
+        ("flux.1-canny-dev-lora", "LoRA"): (
+            "flux1-control-lora",
+            f"{home}Canny-dev-lora",
+            ("flux1-canny-dev-lora.safetensors",),
+        ),
+        ("flux.1-depth-dev-lora", "LoRA"): (
+            "flux1-control-lora",
+            f"{home}Depth-dev-lora",
+            ("flux1-depth-dev-lora.safetensors",),
+        ),
+        ("flux.1-redux-dev", "Redux"): (
+            "redux",
+            f"{home}Redux-dev",
+            ("flux1-redux-dev.safetensors",),
+        ),
+        ("flux.1-redux-dev", "SigLIP"): (
+            "siglip",
+            f"{home}Redux-dev",
+            ("image_encoder/model.safetensors",),
+        ),
+    }
 
 
 @every_network
 def test_network_equals_its_manifest(name, config):
     ours, held = manifest.on_meta(config).state_dict(), read_of(name, config)
     dtype = "F32" if name in ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder") else "BF16"
-    expected = {n: ("I64" if n == "bn.num_batches_tracked" else dtype, s) for n, s in shapes(ours).items()}
+    expected = {
+        n: ("I64" if n == "bn.num_batches_tracked" else dtype, s) for n, s in shapes(ours).items()
+    }
     assert not differences(expected, held)
     assert expected == held
     width = 4 if dtype == "F32" else 2
-    assert size(held) == sum(t.numel() * (width if t.is_floating_point() else 8) for t in ours.values())
+    assert size(held) == sum(
+        t.numel() * (width if t.is_floating_point() else 8) for t in ours.values()
+    )
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_counts_are_those_of_the_original_code(name):
     network = manifest.on_meta(MANIFESTS[name])
     parameters = sum(p.numel() for p in network.parameters())
-    assert (len(network.state_dict()), parameters) == COUNTED[name] == (len(from_json(name)), parameters)
+    assert (
+        (len(network.state_dict()), parameters)
+        == COUNTED[name]
+        == (len(from_json(name)), parameters)
+    )
 
 
 def test_language_models_leave_out_the_upper_layers():
     # 11 tensors a layer in Qwen3, 9 in Mistral; a quarter of 36 and of 40 layers is never read
-    assert {name: len(read_of(name, MANIFESTS[name])) for name in ("qwen3-4b", "qwen3-8b", "mistral-small")} == {
-        "qwen3-4b": 27 * 11 + 1, "qwen3-8b": 27 * 11 + 1, "mistral-small": 30 * 9 + 1,
-    }  # fmt: skip
-    assert len(from_json("qwen3-4b")) == 36 * 11 + 2  # and the final norm; the head is tied to the embedding
+    assert {
+        name: len(read_of(name, MANIFESTS[name]))
+        for name in ("qwen3-4b", "qwen3-8b", "mistral-small")
+    } == {"qwen3-4b": 27 * 11 + 1, "qwen3-8b": 27 * 11 + 1, "mistral-small": 30 * 9 + 1}
+    assert (
+        len(from_json("qwen3-4b")) == 36 * 11 + 2
+    )  # and the final norm; the head is tied to the embedding
     assert len(from_json("qwen3-8b")) == 36 * 11 + 3  # and the head
 
 
@@ -187,7 +246,9 @@ def test_siglip_leaves_out_its_pooling_head():
 def test_redux_is_two_layers():
     elements = sum(prod(shape) for _, shape in from_json("redux").values())
     assert elements == (1152 * 12288 + 12288) + (12288 * 4096 + 4096)
-    assert 0 < LISTED_REDUX - size(from_json("redux")) < 60_000  # a header that says more than the four of them need
+    assert (
+        0 < LISTED_REDUX - size(from_json("redux")) < 60_000
+    )  # a header that says more than the four of them need
 
 
 # ---------------------------------------------------------------- the control LoRA
@@ -201,22 +262,35 @@ def test_control_lora_is_as_black_forest_labs_counts_it():
     assert {name: shape for name, (_, shape) in held.items() if name not in lora} == {
         name: (128,) for name in from_json("flux1-dev") if name.endswith("_norm.scale")
     }
-    ranks = {name.removesuffix(".lora_A.weight"): shape[0] for name, shape in lora.items() if ".lora_A." in name}
-    assert ranks == dict.fromkeys(ranks, 128) | {"final_layer.linear": 64}  # which has no more outputs
+    ranks = {
+        name.removesuffix(".lora_A.weight"): shape[0]
+        for name, shape in lora.items()
+        if ".lora_A." in name
+    }
+    assert ranks == dict.fromkeys(ranks, 128) | {
+        "final_layer.linear": 64
+    }  # which has no more outputs
     assert lora["img_in.lora_A.weight"] == (128, 128)
 
 
 def test_control_lora_has_a_place_in_flux1_dev():
     held = from_json("flux1-control-lora")
     network = manifest.on_meta(FLUX1)
-    lora = Lora(Path("canny.safetensors"), "BFL control", {name: of_size(shape) for name, (_, shape) in held.items()}, {})
+    lora = Lora(
+        Path("canny.safetensors"),
+        "BFL control",
+        {name: of_size(shape) for name, (_, shape) in held.items()},
+        {},
+    )
     patches = {patch.place.path: patch for patch in place(lora, {"transformer": network})}
     assert sum(len(patch.factors) for patch in patches.values()) == len(held) == 1094
     changed = {f"{path}.{'scale' if path.endswith('_norm') else 'weight'}" for path in patches}
     assert changed == {name for name in network.state_dict() if not name.endswith(".bias")}
-    assert {path: patch.columns for path, patch in patches.items() if patch.columns != columns(network, path)} == {
-        "img_in": 128
-    }
+    assert {
+        path: patch.columns
+        for path, patch in patches.items()
+        if patch.columns != columns(network, path)
+    } == {"img_in": 128}
 
 
 def columns(network: torch.nn.Module, path: str) -> int:
@@ -225,10 +299,17 @@ def columns(network: torch.nn.Module, path: str) -> int:
 
 def test_control_lora_is_what_diffusers_reads():
     """Its converter, which refuses keys that it does not know, makes of the file a LoRA for each Linear of 128 channels."""
-    from diffusers.loaders.lora_conversion_utils import _convert_bfl_flux_control_lora_to_diffusers as convert
+    from diffusers.loaders.lora_conversion_utils import (
+        _convert_bfl_flux_control_lora_to_diffusers as convert,
+    )
 
-    file = {name: torch.empty(shape, device="meta") for name, (_, shape) in from_json("flux1-control-lora").items()}
-    found = {name.removeprefix("transformer."): shape for name, shape in shapes(convert(file)).items()}
+    file = {
+        name: torch.empty(shape, device="meta")
+        for name, (_, shape) in from_json("flux1-control-lora").items()
+    }
+    found = {
+        name.removeprefix("transformer."): shape for name, shape in shapes(convert(file)).items()
+    }
     expected = {}
     for path, layer in diffusers_transformer(replace(FLUX1, in_channels=128)).named_modules():
         if isinstance(layer, torch.nn.Linear):
@@ -246,10 +327,18 @@ def test_control_lora_is_what_diffusers_reads():
 
 def test_manifests_of_quantised_models():
     """Each is in a repository of its own, and the first of the others has the rest."""
-    found = {name: manifest.parts(spec)["transformer"] for name, spec in MODELS.items() if spec.storage != "bfloat16"}
+    found = {
+        name: manifest.parts(spec)["transformer"]
+        for name, spec in MODELS.items()
+        if spec.storage != "bfloat16"
+    }
     home = "black-forest-labs/FLUX.2-"
-    assert {name: (manifest.name_of(part.config), part.repository, part.files) for name, part in found.items()} == {
-        f"flux.2-{name.lower()}": (held, home + name, (f"{file}.safetensors",)) for name, held, file in [
+    assert {
+        name: (manifest.name_of(part.config), part.repository, part.files)
+        for name, part in found.items()
+    } == {
+        f"flux.2-{name.lower()}": (held, home + name, (f"{file}.safetensors",))
+        for name, held, file in [
             ("dev-NVFP4", "flux2-dev-nvfp4", "flux2-dev-nvfp4"),
             ("klein-4b-fp8", "klein-4b-fp8", "flux-2-klein-4b-fp8"),
             ("klein-4b-nvfp4", "klein-4b-nvfp4", "flux-2-klein-4b-nvfp4"),
@@ -260,7 +349,7 @@ def test_manifests_of_quantised_models():
             ("klein-base-9b-fp8", "klein-9b-fp8", "flux-2-klein-base-9b-fp8"),
             ("klein-base-9b-nvfp4", "klein-9b-nvfp4", "flux-2-klein-base-9b-nvfp4"),
         ]
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -268,7 +357,9 @@ def test_quantised_file_is_loaded_at_full_size(name, tmp_path):
     """A file that is a true header before a hole becomes the network of the manifest, which takes as many bytes."""
     held, config = from_json(name), QUANTISED[name].transformer
     assert len(held) == QUANTISED_COUNTS[name]
-    layers = [scale.removesuffix(".weight_scale") for scale in held if scale.endswith(".weight_scale")]
+    layers = [
+        scale.removesuffix(".weight_scale") for scale in held if scale.endswith(".weight_scale")
+    ]
     kind = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}[QUANTISED[name].storage]
     note = {"format_version": "1.0", "layers": {layer: {"format": kind} for layer in layers}}
     path = tmp_path / "x.safetensors"
@@ -277,12 +368,21 @@ def test_quantised_file_is_loaded_at_full_size(name, tmp_path):
     network = manifest.on_meta(config)
     load_module(network, [path])
     state = network.state_dict()
-    types = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
+    types = {
+        torch.bfloat16: "BF16",
+        torch.float32: "F32",
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.uint8: "U8",
+    }
     assert {n: (types[tensor.dtype], tuple(tensor.shape)) for n, tensor in state.items()} == held
     total = measure(network, (), torch.bfloat16).total
     assert total == size(held) == sum(tensor.nbytes for tensor in state.values())
-    quantised = {path for path, layer in network.named_modules() if isinstance(layer, QuantizedLinear)}
-    assert quantised == set(layers) and len(layers) == (len(held) - len(from_json(plain(name)))) / (2 if kind[0] == "f" else 3)
+    quantised = {
+        path for path, layer in network.named_modules() if isinstance(layer, QuantizedLinear)
+    }
+    assert quantised == set(layers) and len(layers) == (len(held) - len(from_json(plain(name)))) / (
+        2 if kind[0] == "f" else 3
+    )
 
 
 def plain(name: str) -> str:
@@ -291,10 +391,20 @@ def plain(name: str) -> str:
 
 def test_layers_are_those_that_the_header_of_a_released_file_names():
     """Of klein-4b-fp8: https://github.com/invoke-ai/InvokeAI, tests/model_identification, keys of its scaled FP8 file."""
-    kinds = {re.sub(r"\d+", "N", name) for name, (dtype, _) in from_json("klein-4b-fp8").items() if dtype == "F8_E4M3"}
-    double = (f"double_blocks.N.{x}_{y}.weight" for x in ("img", "txt") for y in ("attn.qkv", "attn.proj", "mlp.N"))
+    kinds = {
+        re.sub(r"\d+", "N", name)
+        for name, (dtype, _) in from_json("klein-4b-fp8").items()
+        if dtype == "F8_E4M3"
+    }
+    double = (
+        f"double_blocks.N.{x}_{y}.weight"
+        for x in ("img", "txt")
+        for y in ("attn.qkv", "attn.proj", "mlp.N")
+    )
     assert kinds == {*double, "single_blocks.N.linearN.weight"}
-    scales = {shape for name, (_, shape) in from_json("klein-4b-fp8").items() if name.endswith("_scale")}
+    scales = {
+        shape for name, (_, shape) in from_json("klein-4b-fp8").items() if name.endswith("_scale")
+    }
     assert scales == {()}
 
 
@@ -317,7 +427,9 @@ def test_manifest_is_what_the_reference_builds(name, config):
 @pytest.mark.parametrize(("name", "listed"), LISTED)
 def test_bytes_are_those_of_the_released_file_less_its_header(name, listed):
     header = listed - size(from_json(name))
-    assert 100 < header / len(from_json(name)) < 200  # a name, a type, a shape and two offsets, in JSON
+    assert (
+        100 < header / len(from_json(name)) < 200
+    )  # a name, a type, a shape and two offsets, in JSON
 
 
 def test_the_table_names_no_manifest_twice_and_none_is_left_over():
@@ -325,20 +437,33 @@ def test_the_table_names_no_manifest_twice_and_none_is_left_over():
     assert {path.stem for path in manifest.FOLDER.iterdir()} == set(MANIFESTS)
 
 
-@pytest.mark.parametrize("config", [AE1, AE2, AE2_SMALL_DECODER], ids=["flux.1", "flux.2", "small decoder"])
+@pytest.mark.parametrize(
+    "config", [AE1, AE2, AE2_SMALL_DECODER], ids=["flux.1", "flux.2", "small decoder"]
+)
 def test_vae_folders_hold_the_same_network(config: AutoEncoderConfig):
     """diffusers' names and shapes, through `from_diffusers`, are those of ae.safetensors."""
-    vae, expected = shapes(diffusers_autoencoder(config).state_dict()), from_json(manifest.name_of(config))
+    vae, expected = (
+        shapes(diffusers_autoencoder(config).state_dict()),
+        from_json(manifest.name_of(config)),
+    )
     assert {from_diffusers(name) for name in vae} == expected.keys()
     assert {from_diffusers(name) for name in expected} == expected.keys()
-    held = {name: ("I64" if name == "bn.num_batches_tracked" else "F32", shape) for name, shape in vae.items()}
+    held = {
+        name: ("I64" if name == "bn.num_batches_tracked" else "F32", shape)
+        for name, shape in vae.items()
+    }
     assert comparable(held, config) == comparable(expected, config) == expected
     assert held.keys() != expected.keys()
 
 
 def test_klein_vae_is_the_flux2_autoencoder_in_bfloat16():
     elements = [(dtype, prod(shape)) for dtype, shape in from_json("ae-flux2").values()]
-    assert 100 < (LISTED_KLEIN_VAE - sum(n * (8 if dtype == "I64" else 2) for dtype, n in elements)) / len(elements) < 200
+    assert (
+        100
+        < (LISTED_KLEIN_VAE - sum(n * (8 if dtype == "I64" else 2) for dtype, n in elements))
+        / len(elements)
+        < 200
+    )
 
 
 # ---------------------------------------------------------------- files
@@ -353,12 +478,16 @@ def test_files_are_read_by_their_headers(tmp_path):
     save_file({"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}, tmp_path / "m-1.safetensors")
     save_file({"b": torch.zeros(4), "n": torch.tensor(7)}, tmp_path / "m-2.safetensors")
     index = tmp_path / "m.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a.weight": "m-1.safetensors", "b": "m-2.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {"a.weight": "m-1.safetensors", "b": "m-2.safetensors"}})
+    )
     found = from_files([index])
     assert found == {"a.weight": ("BF16", (2, 3)), "b": ("F32", (4,)), "n": ("I64", ())}
     assert json.loads(dumps(found)) == {
-        "count": 3, "bytes": 12 + 16 + 8, "tensors": {"a.weight": ["BF16", [2, 3]], "b": ["F32", [4]], "n": ["I64", []]},
-    }  # fmt: skip
+        "count": 3,
+        "bytes": 12 + 16 + 8,
+        "tensors": {"a.weight": ["BF16", [2, 3]], "b": ["F32", [4]], "n": ["I64", []]},
+    }
 
 
 def test_differences_are_told():
@@ -379,27 +508,41 @@ def test_differences_are_told():
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model."])
 def test_files_may_hold_more_than_is_read(prefix):
-    mistral, t5, clip, siglip = (from_json(name) for name in ("mistral-small", "t5-xxl", "clip-l", "siglip"))
+    mistral, t5, clip, siglip = (
+        from_json(name) for name in ("mistral-small", "t5-xxl", "clip-l", "siglip")
+    )
     whole = {prefix + name: entry for name, entry in mistral.items()}
     whole[f"{prefix}layers.30.mlp.up_proj.weight"] = ("BF16", (32768, 5120))
     whole["vision_tower.patch_conv.weight"] = ("BF16", (1024, 3, 14, 14))
     assert comparable(whole, MISTRAL) == mistral
     assert comparable(t5 | {"encoder.embed_tokens.weight": t5["shared.weight"]}, T5Config()) == t5
-    assert comparable(clip | {"text_model.embeddings.position_ids": ("I64", (1, 77))}, CLIPConfig()) == clip
-    more = {"vision_model.embeddings.position_ids": ("I64", (1, 729)), "text_model.head.bias": ("F32", (1152,))}
+    assert (
+        comparable(clip | {"text_model.embeddings.position_ids": ("I64", (1, 77))}, CLIPConfig())
+        == clip
+    )
+    more = {
+        "vision_model.embeddings.position_ids": ("I64", (1, 729)),
+        "text_model.head.bias": ("F32", (1152,)),
+    }
     assert comparable(siglip | more | {"logit_scale": ("F32", (1,))}, SigLIPConfig()) == siglip
 
 
 def test_absent_files_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("flux.weights.files._in_cache", lambda repository, filename: None)
     assert check(MODELS["flux.2-klein-4b"], tmp_path) == 1
-    said = "transformer: flux-2-klein-4b.safetensors of black-forest-labs/FLUX.2-klein-4B is not here"
+    said = (
+        "transformer: flux-2-klein-4b.safetensors of black-forest-labs/FLUX.2-klein-4B is not here"
+    )
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("model", "names"), [
-    ("flux.1-depth-dev-lora", {"lora": "flux1-control-lora"}), ("flux.1-redux-dev", {"siglip": "siglip", "redux": "redux"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("flux.1-depth-dev-lora", {"lora": "flux1-control-lora"}),
+        ("flux.1-redux-dev", {"siglip": "siglip", "redux": "redux"}),
+    ],
+)
 def test_adapters_are_checked(model, names, tmp_path, capsys, monkeypatch):
     """Beside the networks of the repository that they stand on, none of which is here."""
     monkeypatch.setattr("flux.weights.files._in_cache", lambda repository, filename: None)
@@ -409,10 +552,16 @@ def test_adapters_are_checked(model, names, tmp_path, capsys, monkeypatch):
         write_header(home / file, from_json(names[part]))
     assert check(MODELS[model], tmp_path) == 1
     said = capsys.readouterr().out.splitlines()
-    assert sum(line.endswith("of black-forest-labs/FLUX.1-dev is not here") for line in said[:4]) == 4
-    assert [line.split(": ", 1)[1] for line in said[4:]] == [f"{home / f}: as it should be" for _, f in adapter.files]
+    assert (
+        sum(line.endswith("of black-forest-labs/FLUX.1-dev is not here") for line in said[:4]) == 4
+    )
+    assert [line.split(": ", 1)[1] for line in said[4:]] == [
+        f"{home / f}: as it should be" for _, f in adapter.files
+    ]
 
-    monkeypatch.setattr(manifest, "parts", lambda spec, all_of=manifest.parts: dict(list(all_of(spec).items())[4:]))
+    monkeypatch.setattr(
+        manifest, "parts", lambda spec, all_of=manifest.parts: dict(list(all_of(spec).items())[4:])
+    )
     assert check(MODELS[model], tmp_path) == 0
     part, file = adapter.files[0]
     wrong = from_json(names[part])
@@ -431,4 +580,6 @@ def test_tables_of_weights_md_are_computed():
     for table in manifest.tables():
         assert f"\n\n{table}\n\n" in text
     assert len(re.findall(r"(?m)^\| ---", text)) == len(manifest.tables())
-    assert all(path.exists() for path in map(ROOT.joinpath, re.findall(r"\]\((tests/[^)]+)\)", text)))
+    assert all(
+        path.exists() for path in map(ROOT.joinpath, re.findall(r"\]\((tests/[^)]+)\)", text))
+    )

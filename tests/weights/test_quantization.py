@@ -37,11 +37,25 @@ from flux.weights.quantization import BlockFP8Linear, FP8Linear, QuantizedLinear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FLUX2 = FluxConfig(
-    in_channels=16, out_channels=16, context_dim=48, hidden_size=64, num_heads=2, depth=1, depth_single=2,
-    axes_dim=(8, 8, 8, 8), guidance=False,
-)  # fmt: skip
+    in_channels=16,
+    out_channels=16,
+    context_dim=48,
+    hidden_size=64,
+    num_heads=2,
+    depth=1,
+    depth_single=2,
+    axes_dim=(8, 8, 8, 8),
+    guidance=False,
+)
 FLUX1 = replace(
-    FLUX2, axes_dim=(4, 14, 14), vector_dim=32, guidance=True, bias=True, gated_mlp=False, shared_modulation=False, theta=10000
+    FLUX2,
+    axes_dim=(4, 14, 14),
+    vector_dim=32,
+    guidance=True,
+    bias=True,
+    gated_mlp=False,
+    shared_modulation=False,
+    theta=10000,
 )
 PREFIX = "model.diffusion_model."
 
@@ -58,13 +72,20 @@ def empty(config: FluxConfig) -> Flux:
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """Random, in bfloat16, as the plain tensors of all these files are."""
     state = module.state_dict()
-    return {n: random(*t.shape, seed=i).add(t.ndim == 1).bfloat16() for i, (n, t) in enumerate(state.items())}
+    return {
+        n: random(*t.shape, seed=i).add(t.ndim == 1).bfloat16()
+        for i, (n, t) in enumerate(state.items())
+    }
 
 
 def in_blocks(module: nn.Module) -> list[str]:
     """The layers that Black Forest Labs quantise."""
     paths = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return [path for path in paths if re.search(r"_blocks\.\d+\.(img_attn|txt_attn|img_mlp|txt_mlp|linear)", path)]
+    return [
+        path
+        for path in paths
+        if re.search(r"_blocks\.\d+\.(img_attn|txt_attn|img_mlp|txt_mlp|linear)", path)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- writers
@@ -79,7 +100,9 @@ class Written(NamedTuple):
     prefix: str = ""  # of every name
 
 
-def scaled(weight: Tensor, dtype: torch.dtype = E4M3, by_row: bool = False) -> tuple[Tensor, Tensor]:
+def scaled(
+    weight: Tensor, dtype: torch.dtype = E4M3, by_row: bool = False
+) -> tuple[Tensor, Tensor]:
     """A weight in float8, and its scale (): or (rows,)."""
     largest = weight.float().abs().amax(dim=1) if by_row else weight.float().abs().amax()
     scale = largest / torch.finfo(dtype).max
@@ -87,16 +110,29 @@ def scaled(weight: Tensor, dtype: torch.dtype = E4M3, by_row: bool = False) -> t
 
 
 def notes(layers: list[str], name: str, **more) -> dict[str, str]:
-    table = {"format_version": "1.0", "layers": {layer: {"format": name, **more} for layer in layers}}
+    table = {
+        "format_version": "1.0",
+        "layers": {layer: {"format": name, **more} for layer in layers},
+    }
     return {"_quantization_metadata": json.dumps(table)}
 
 
-def scaled_layers(layers: list[str], state: dict[str, Tensor], dtype=E4M3, scale="weight_scale", activations="input_scale",
-                  shape=(), by_row=False) -> Written:  # fmt: skip
+def scaled_layers(
+    layers: list[str],
+    state: dict[str, Tensor],
+    dtype=E4M3,
+    scale="weight_scale",
+    activations="input_scale",
+    shape=(),
+    by_row=False,
+) -> Written:
     tensors, weights = dict(state), {}
     for layer in layers:
         weight, factor = scaled(state[f"{layer}.weight"], dtype, by_row)
-        tensors[f"{layer}.weight"], tensors[f"{layer}.{scale}"] = weight, factor if by_row else factor.reshape(shape)
+        tensors[f"{layer}.weight"], tensors[f"{layer}.{scale}"] = (
+            weight,
+            factor if by_row else factor.reshape(shape),
+        )
         weights[f"{layer}.weight"] = weight.float() * (factor[:, None] if by_row else factor)
         if activations:
             tensors[f"{layer}.{activations}"] = torch.tensor(0.013).reshape(shape)
@@ -114,15 +150,21 @@ def e5m2(layers, state) -> Written:
 def bfl_mixed(layers, state) -> Written:
     """As Comfy-Org's flux2_dev_fp8mixed: no attention. The metadata names the layers without the prefix of the tensors."""
     layers = [layer for layer in layers if "_attn." not in layer]
-    return scaled_layers(layers, state)._replace(metadata=notes(layers, "float8_e4m3fn"), prefix=PREFIX)
+    return scaled_layers(layers, state)._replace(
+        metadata=notes(layers, "float8_e4m3fn"), prefix=PREFIX
+    )
 
 
 def comfy_legacy(layers, state) -> Written:
     """flux_dev_scaled_fp8_test and its kin: the other spelling, a marker, and biases that were cast too."""
     written = scaled_layers(layers, state, scale="scale_weight", activations="scale_input")
-    cast = {name: t.to(E4M3) if name.endswith(".bias") else t for name, t in written.tensors.items()}
+    cast = {
+        name: t.to(E4M3) if name.endswith(".bias") else t for name, t in written.tensors.items()
+    }
     biases = {name: t.float() for name, t in cast.items() if name.endswith(".bias")}
-    return Written(cast | {"scaled_fp8": torch.empty(0, dtype=E4M3)}, written.weights | biases, None, PREFIX)
+    return Written(
+        cast | {"scaled_fp8": torch.empty(0, dtype=E4M3)}, written.weights | biases, None, PREFIX
+    )
 
 
 def comfy_legacy_flat(layers, state) -> Written:
@@ -144,14 +186,21 @@ def as_text(note: dict) -> Tensor:
 def comfy_notes(layers, state) -> Written:
     written = scaled_layers(layers, state, activations=None)
     note = as_text({"format": "float8_e4m3fn", "full_precision_matrix_mult": True})
-    return Written(written.tensors | {f"{layer}.comfy_quant": note for layer in layers}, written.weights, None, PREFIX)
+    return Written(
+        written.tensors | {f"{layer}.comfy_quant": note for layer in layers},
+        written.weights,
+        None,
+        PREFIX,
+    )
 
 
 def told_thrice(layers, state) -> Written:
     """Metadata, whose names lack the prefix, notes on layers, and the marker, all of one mind."""
     written = comfy_notes(layers, state)
     marker = {"scaled_fp8": torch.empty(0, dtype=E4M3)}
-    return written._replace(tensors=written.tensors | marker, metadata=notes(layers, "float8_e4m3fn"))
+    return written._replace(
+        tensors=written.tensors | marker, metadata=notes(layers, "float8_e4m3fn")
+    )
 
 
 def raw_cast(layers, state, dtype=E4M3) -> Written:
@@ -163,9 +212,15 @@ def raw_cast(layers, state, dtype=E4M3) -> Written:
 def bundle(layers, state) -> Written:
     """As Comfy-Org's flux1-dev-fp8: a raw cast beside other networks."""
     written = raw_cast(layers, state)
-    others = {"vae.decoder.conv_in.weight": random(4, 4), "text_encoders.clip_l.logit_scale": random(),
-              "text_encoders.t5xxl.transformer.shared.weight": random(4, 4).to(E4M3)}  # fmt: skip
-    return Written({PREFIX + name: tensor for name, tensor in written.tensors.items()} | others, written.weights)
+    others = {
+        "vae.decoder.conv_in.weight": random(4, 4),
+        "text_encoders.clip_l.logit_scale": random(),
+        "text_encoders.t5xxl.transformer.shared.weight": random(4, 4).to(E4M3),
+    }
+    return Written(
+        {PREFIX + name: tensor for name, tensor in written.tensors.items()} | others,
+        written.weights,
+    )
 
 
 def by_rows(layers, state) -> Written:
@@ -175,19 +230,28 @@ def by_rows(layers, state) -> Written:
 def by_columns(layers, state) -> Written:
     """The same scales as a column."""
     written = by_rows(layers, state)
-    return Written({n: t[:, None] if n.endswith("_scale") else t for n, t in written.tensors.items()}, written.weights)
+    return Written(
+        {n: t[:, None] if n.endswith("_scale") else t for n, t in written.tensors.items()},
+        written.weights,
+    )
 
 
 def hugging_face(layers, state) -> Written:
     tensors, weights = dict(state), {}
     for number, layer in enumerate(layers):
-        weight = random(*state[f"{layer}.weight"].shape, seed=number, size=100).clamp(-448, 448).to(E4M3)
+        weight = (
+            random(*state[f"{layer}.weight"].shape, seed=number, size=100).clamp(-448, 448).to(E4M3)
+        )
         rows, columns = weight.shape
-        scale = random(-(-rows // 128), -(-columns // 128), seed=number).to(torch.bfloat16 if number % 2 else torch.float32)
+        scale = random(-(-rows // 128), -(-columns // 128), seed=number).to(
+            torch.bfloat16 if number % 2 else torch.float32
+        )
         tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale_inv"] = weight, scale
         whole = weight.float().numpy()
         for row, column in np.ndindex(*scale.shape):
-            whole[128 * row : 128 * (row + 1), 128 * column : 128 * (column + 1)] *= scale[row, column].float().item()
+            whole[128 * row : 128 * (row + 1), 128 * column : 128 * (column + 1)] *= (
+                scale[row, column].float().item()
+            )
         weights[f"{layer}.weight"] = torch.from_numpy(whole)
     return Written(tensors, weights)
 
@@ -197,7 +261,9 @@ def nvfp4(layers, state, swizzled=True) -> Written:
     for number, layer in enumerate(layers):
         rows, columns = state[f"{layer}.weight"].shape
         codes = random_nvfp4(rows, columns // 16, seed=number)
-        tensors |= {f"{layer}.{name}": tensor for name, tensor in nvfp4_tensors(*codes, swizzled).items()}
+        tensors |= {
+            f"{layer}.{name}": tensor for name, tensor in nvfp4_tensors(*codes, swizzled).items()
+        }
         if number % 3 == 0 and swizzled:
             del tensors[f"{layer}.input_scale"]  # as in flux2-dev-nvfp4-mixed
         weights[f"{layer}.weight"] = torch.from_numpy(nvfp4_by_hand(*codes))
@@ -206,7 +272,10 @@ def nvfp4(layers, state, swizzled=True) -> Written:
 
 def nvfp4_comfy(layers, state) -> Written:
     written = nvfp4(layers, state)
-    return Written(written.tensors | {f"{x}.comfy_quant": as_text({"format": "nvfp4"}) for x in layers}, written.weights)
+    return Written(
+        written.tensors | {f"{x}.comfy_quant": as_text({"format": "nvfp4"}) for x in layers},
+        written.weights,
+    )
 
 
 def nf4(layers, state, nested=False) -> Written:
@@ -217,7 +286,10 @@ def nf4(layers, state, nested=False) -> Written:
         absmax, more = rng.uniform(0.01, 0.2, blocks).astype(np.float32), None
         largest = absmax
         if nested:
-            absmax, values = rng.integers(0, 256, blocks, dtype=np.uint8), rng.uniform(-1, 1, 256).astype(np.float32)
+            absmax, values = (
+                rng.integers(0, 256, blocks, dtype=np.uint8),
+                rng.uniform(-1, 1, 256).astype(np.float32),
+            )
             outer = rng.uniform(0.01, 0.2, -(-blocks // 256)).astype(np.float32)
             more = dict(blocksize=256, offset=0.25, absmax=outer, values=values)
             largest = values[absmax] * outer.repeat(256)[:blocks] + np.float32(0.25)
@@ -229,16 +301,33 @@ def nf4(layers, state, nested=False) -> Written:
 
 
 FORMATS: dict[str, Callable[[list[str], dict[str, Tensor]], Written]] = {
-    "BFL": bfl, "e5m2": e5m2, "mixed": bfl_mixed, "ComfyUI, earlier": comfy_legacy, "ComfyUI, (1,)": comfy_legacy_flat,
-    "ComfyUI, marker": comfy_marked, "ComfyUI": comfy_notes, "told thrice": told_thrice, "cast": raw_cast,
-    "cast, e5m2": lambda *x: raw_cast(*x, E5M2), "bundle": bundle, "diffusers, by rows": by_rows, "by columns": by_columns,
-    "Hugging Face": hugging_face, "NVFP4": nvfp4, "NVFP4, ComfyUI": nvfp4_comfy,
-    "NVFP4, ModelOpt": lambda *x: nvfp4(*x, swizzled=False), "NF4": nf4, "NF4, nested": lambda *x: nf4(*x, nested=True),
-}  # fmt: skip
+    "BFL": bfl,
+    "e5m2": e5m2,
+    "mixed": bfl_mixed,
+    "ComfyUI, earlier": comfy_legacy,
+    "ComfyUI, (1,)": comfy_legacy_flat,
+    "ComfyUI, marker": comfy_marked,
+    "ComfyUI": comfy_notes,
+    "told thrice": told_thrice,
+    "cast": raw_cast,
+    "cast, e5m2": lambda *x: raw_cast(*x, E5M2),
+    "bundle": bundle,
+    "diffusers, by rows": by_rows,
+    "by columns": by_columns,
+    "Hugging Face": hugging_face,
+    "NVFP4": nvfp4,
+    "NVFP4, ComfyUI": nvfp4_comfy,
+    "NVFP4, ModelOpt": lambda *x: nvfp4(*x, swizzled=False),
+    "NF4": nf4,
+    "NF4, nested": lambda *x: nf4(*x, nested=True),
+}
 
 
 def saved(path: Path, written: Written) -> Path:
-    tensors = {written.prefix + name: tensor.contiguous().clone() for name, tensor in written.tensors.items()}
+    tensors = {
+        written.prefix + name: tensor.contiguous().clone()
+        for name, tensor in written.tensors.items()
+    }
     save_file(tensors, path, metadata=written.metadata)
     return path
 
@@ -249,18 +338,26 @@ def saved(path: Path, written: Written) -> Path:
 def inputs(config: FluxConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     axes = len(config.axes_dim)
     given = dict(
-        img=random(2, 6, config.in_channels, seed=1, size=1).to(dtype), img_ids=torch.arange(6 * axes).view(6, axes) % 5,
-        txt=random(2, 3, config.context_dim, seed=2, size=1).to(dtype), txt_ids=torch.zeros(3, axes),
+        img=random(2, 6, config.in_channels, seed=1, size=1).to(dtype),
+        img_ids=torch.arange(6 * axes).view(6, axes) % 5,
+        txt=random(2, 3, config.context_dim, seed=2, size=1).to(dtype),
+        txt_ids=torch.zeros(3, axes),
         t=torch.tensor([0.3, 0.8]),
-    )  # fmt: skip
+    )
     given |= {"guidance": torch.tensor([2.0, 4.0])} if config.guidance else {}
-    return given | ({"vector": random(2, config.vector_dim, seed=3, size=1).to(dtype)} if config.vector_dim else {})
+    return given | (
+        {"vector": random(2, config.vector_dim, seed=3, size=1).to(dtype)}
+        if config.vector_dim
+        else {}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*FORMATS, "GGUF"])
 @pytest.mark.parametrize("config", [FLUX1, FLUX2], ids=["FLUX.1", "FLUX.2"])
-def test_network_is_the_one_with_the_weights_that_the_file_stands_for(tmp_path, config, name, dtype):
+def test_network_is_the_one_with_the_weights_that_the_file_stands_for(
+    tmp_path, config, name, dtype
+):
     layers, state = in_blocks(empty(config)), state_of(empty(config))
     if name == "GGUF":
         path, weights = gguf_file(tmp_path / "x.gguf", layers, state)
@@ -274,12 +371,17 @@ def test_network_is_the_one_with_the_weights_that_the_file_stands_for(tmp_path, 
     expected.requires_grad_(False).load_state_dict(whole, strict=True, assign=True)
     ours = empty(config)
     load_module(ours, [path], dtype=dtype, prefixes=("", PREFIX))
-    quantised = {p: layer for p, layer in ours.named_modules() if isinstance(layer, QuantizedLinear)}
+    quantised = {
+        p: layer for p, layer in ours.named_modules() if isinstance(layer, QuantizedLinear)
+    }
     changed = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
     linears = {p for p, layer in expected.named_modules() if isinstance(layer, nn.Linear)}
     assert quantised.keys() == changed & linears and len(quantised) >= len(layers) // 2
     for p, layer in quantised.items():
-        assert torch.equal(layer.dequantize(), weights[f"{p}.weight"]) and layer.dequantize().dtype == torch.float32
+        assert (
+            torch.equal(layer.dequantize(), weights[f"{p}.weight"])
+            and layer.dequantize().dtype == torch.float32
+        )
     plain = {n: p for n, p in ours.named_parameters()}
     assert all(p.dtype == dtype and torch.equal(p, whole[n]) for n, p in plain.items())
     with torch.inference_mode():
@@ -299,7 +401,9 @@ def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_pa
     for whole in (False, True):
         network = empty(config)
         load_module(network, [path], dtype=torch.float32, prefixes=("", PREFIX))
-        quantised = [(p, layer) for p, layer in network.named_modules() if isinstance(layer, QuantizedLinear)]
+        quantised = [
+            (p, layer) for p, layer in network.named_modules() if isinstance(layer, QuantizedLinear)
+        ]
         for p, layer in quantised if whole else ():
             network.set_submodule(p, layer.plain(layer.dequantize()))
         torch.manual_seed(0)
@@ -308,19 +412,27 @@ def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_pa
         for n, p in learnt.items():
             nn.init.normal_(p, std=0.1)
         network(**inputs(config, torch.float32)).square().sum().backward()
-        assert learnt.keys() == {n for n in learnt if "lora_" in n} and len(learnt) >= 2 * len(layers)
+        assert learnt.keys() == {n for n in learnt if "lora_" in n} and len(learnt) >= 2 * len(
+            layers
+        )
         gradients.append({n: p.grad for n, p in learnt.items()})
     for n, gradient in gradients[1].items():
         assert gradient.norm() > 0
-        assert relative_l2(gradients[0][n], gradient) < 1e-5, n  # a bias is added after the product here, and not in it
+        assert relative_l2(gradients[0][n], gradient) < 1e-5, (
+            n
+        )  # a bias is added after the product here, and not in it
 
 
-def gguf_file(path: Path, layers: list[str], state: dict[str, Tensor]) -> tuple[Path, dict[str, Tensor]]:
+def gguf_file(
+    path: Path, layers: list[str], state: dict[str, Tensor]
+) -> tuple[Path, dict[str, Tensor]]:
     arrays, weights = {name: tensor.float().numpy() for name, tensor in state.items()}, {}
     for layer in layers:
         raw = gguf.quantize(arrays[f"{layer}.weight"], gguf.GGMLQuantizationType.Q8_0)
         arrays[f"{layer}.weight"] = raw, "Q8_0"
-        weights[f"{layer}.weight"] = torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).copy())
+        weights[f"{layer}.weight"] = torch.from_numpy(
+            gguf.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).copy()
+        )
     return saved_gguf(path, arrays), weights
 
 
@@ -333,7 +445,9 @@ def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
     else:
         path = saved(tmp_path / "x.safetensors", FORMATS[name](layers, state))
     cpu, prefixes = torch.device("cpu"), ("", PREFIX)
-    network = Network(Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, lists=BLOCKS, prefixes=prefixes)
+    network = Network(
+        Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, lists=BLOCKS, prefixes=prefixes
+    )
     cast = [p for p in network.shapes.parameters() if p.dtype != torch.bfloat16]
     assert network.weights.mapped == network.bytes - sum(2 * p.numel() for p in cast) and cast
     network()
@@ -351,7 +465,13 @@ def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
 
 T5_TINY = T5Config(vocab_size=40, hidden_size=32, head_dim=8, num_heads=4, mlp_size=48, depth=2)
 QWEN = LanguageModelConfig(
-    layers=(1, 2), vocab_size=40, hidden_size=160, mlp_size=144, num_heads=4, num_kv_heads=2, head_dim=32
+    layers=(1, 2),
+    vocab_size=40,
+    hidden_size=160,
+    mlp_size=144,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
 )
 MISTRAL = replace(QWEN, qk_norm=False)
 
@@ -360,31 +480,63 @@ def t5_file(state: dict[str, Tensor], linears: list[str]) -> Written:
     """t5xxl_fp8_e4m3fn_scaled: the marker, the earlier spelling, the tokenizer, and an embedding cast without a scale."""
     written = scaled_layers(linears, state, scale="scale_weight", activations="scale_input")
     embedding = state["shared.weight"].to(E4M3)
-    extra = {"shared.weight": embedding, "scaled_fp8": torch.empty(0, dtype=E4M3), "spiece_model": as_text({})}
+    extra = {
+        "shared.weight": embedding,
+        "scaled_fp8": torch.empty(0, dtype=E4M3),
+        "spiece_model": as_text({}),
+    }
     return Written(written.tensors | extra, written.weights | {"shared.weight": embedding.float()})
 
 
 def mistral_file(state: dict[str, Tensor], linears: list[str]) -> Written:
     """ComfyUI's: a marker, the newer spelling, the tokenizer, and layers that are not read."""
     written = scaled_layers(linears, state)
-    above = {name.replace("layers.1.", "layers.2."): tensor for name, tensor in written.tensors.items() if "layers.1." in name}
+    above = {
+        name.replace("layers.1.", "layers.2."): tensor
+        for name, tensor in written.tensors.items()
+        if "layers.1." in name
+    }
     named = {f"model.{name}": tensor for name, tensor in (written.tensors | above).items()}
-    return Written(named | {"scaled_fp8": torch.empty(0), "tekken_model": as_text({"vocab": []})}, written.weights)
+    return Written(
+        named | {"scaled_fp8": torch.empty(0), "tekken_model": as_text({"vocab": []})},
+        written.weights,
+    )
 
 
 def qwen_file(state: dict[str, Tensor], linears: list[str]) -> Written:
     """Qwen/Qwen3-4B-FP8: blocks of 128x128, which 160 and 144 are no multiples of."""
     written = hugging_face(linears, state)
     named = {f"model.{name}": tensor for name, tensor in written.tensors.items()}
-    return Written(named | {"lm_head.weight": random(40, 160), "model.norm.weight": random(160)}, written.weights)
+    return Written(
+        named | {"lm_head.weight": random(40, 160), "model.norm.weight": random(160)},
+        written.weights,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind, config, write, prefixes, unread, classes", [
-    (T5, T5_TINY, t5_file, ("",), t5_unread, {FP8Linear}),
-    (LanguageModel, MISTRAL, mistral_file, ("model.", ""), lambda name: language_model_unread(name, 2), {FP8Linear}),
-    (LanguageModel, QWEN, qwen_file, ("model.", ""), lambda name: language_model_unread(name, 2), {BlockFP8Linear}),
-], ids=["T5", "Mistral", "Qwen3"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, config, write, prefixes, unread, classes",
+    [
+        (T5, T5_TINY, t5_file, ("",), t5_unread, {FP8Linear}),
+        (
+            LanguageModel,
+            MISTRAL,
+            mistral_file,
+            ("model.", ""),
+            lambda name: language_model_unread(name, 2),
+            {FP8Linear},
+        ),
+        (
+            LanguageModel,
+            QWEN,
+            qwen_file,
+            ("model.", ""),
+            lambda name: language_model_unread(name, 2),
+            {BlockFP8Linear},
+        ),
+    ],
+    ids=["T5", "Mistral", "Qwen3"],
+)
 def test_text_encoder_is_the_one_with_the_weights_that_the_file_stands_for(
     tmp_path, kind, config, write, prefixes, unread, classes, dtype
 ):
@@ -393,12 +545,24 @@ def test_text_encoder_is_the_one_with_the_weights_that_the_file_stands_for(
     state = state_of(ours)
     linears = [path for path, layer in ours.named_modules() if isinstance(layer, nn.Linear)]
     written = write(state, linears)
-    load_module(ours, [saved(tmp_path / "x.safetensors", written)], dtype=dtype, prefixes=prefixes, unread=unread)
-    quantised = {path: type(layer) for path, layer in ours.named_modules() if isinstance(layer, QuantizedLinear)}
+    load_module(
+        ours,
+        [saved(tmp_path / "x.safetensors", written)],
+        dtype=dtype,
+        prefixes=prefixes,
+        unread=unread,
+    )
+    quantised = {
+        path: type(layer)
+        for path, layer in ours.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }
     assert quantised.keys() == set(linears) and set(quantised.values()) == classes
     whole = {name: written.weights.get(name, tensor).to(dtype) for name, tensor in state.items()}
     expected.requires_grad_(False).load_state_dict(whole, strict=True, assign=True)
-    given = [torch.arange(10).view(2, 5)] + ([] if kind is T5 else [torch.ones(2, 5, dtype=torch.bool)])
+    given = [torch.arange(10).view(2, 5)] + (
+        [] if kind is T5 else [torch.ones(2, 5, dtype=torch.bool)]
+    )
     with torch.inference_mode():
         assert torch.equal(ours(*given), expected(*given))
 
@@ -408,9 +572,13 @@ def test_text_encoder_is_the_one_with_the_weights_that_the_file_stands_for(
 
 def fp8_linear(weight: Tensor, bias: Tensor | None = None, **more: Tensor) -> FP8Linear:
     shapes = {"scale": more.get("weight_scale"), "input_scale": more.get("input_scale")}
-    shapes = {name: None if tensor is None else tuple(tensor.shape) for name, tensor in shapes.items()}
+    shapes = {
+        name: None if tensor is None else tuple(tensor.shape) for name, tensor in shapes.items()
+    }
     with torch.device("meta"):
-        layer = FP8Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype, **shapes)
+        layer = FP8Linear(
+            weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype, **shapes
+        )
     state = {"weight": weight, **more} | ({} if bias is None else {"bias": bias})
     layer.requires_grad_(False).load_state_dict(state, strict=True, assign=True)
     return layer
@@ -419,12 +587,21 @@ def fp8_linear(weight: Tensor, bias: Tensor | None = None, **more: Tensor) -> FP
 def test_every_byte_is_read_and_multiplied_in_float32():
     """OCP 8-bit floats: a sign, 4 and 3 bits with bias 7, or 5 and 2 with bias 15; what is not finite apart."""
     byte = torch.arange(256)
-    for dtype, mantissa, bias, kept in ((E4M3, 3, 7, byte % 128 != 127), (E5M2, 2, 15, byte % 128 < 124)):
+    for dtype, mantissa, bias, kept in (
+        (E4M3, 3, 7, byte % 128 != 127),
+        (E5M2, 2, 15, byte % 128 < 124),
+    ):
         exponent, fraction = byte % 128 >> mantissa, (byte % 2**mantissa).double() / 2**mantissa
-        size = torch.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent.double() - bias))
+        size = torch.where(
+            exponent == 0,
+            fraction * 2.0 ** (1 - bias),
+            (1 + fraction) * 2.0 ** (exponent.double() - bias),
+        )
         value = torch.where(byte < 128, size, -size).float()
         scale = torch.tensor(0.0123)
-        found = fp8_linear(byte.to(torch.uint8).view(dtype)[None], weight_scale=scale).dequantize()[0]
+        found = fp8_linear(byte.to(torch.uint8).view(dtype)[None], weight_scale=scale).dequantize()[
+            0
+        ]
         assert torch.equal(found[kept], (value * scale)[kept]) and not found[~kept].isfinite().any()
 
 
@@ -432,7 +609,10 @@ def test_rows_are_scaled_as_by_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
     weight, scale = utils.quantize_fp8r(random(24, 40, size=1))
     assert scale.shape == (24,)
-    assert torch.equal(fp8_linear(weight, weight_scale=scale).dequantize(), utils.dequantize_fp8r(weight, scale).float())
+    assert torch.equal(
+        fp8_linear(weight, weight_scale=scale).dequantize(),
+        utils.dequantize_fp8r(weight, scale).float(),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -442,7 +622,11 @@ def test_a_dtype_is_for_the_bias_alone(dtype):
     whole = layer.dequantize()
     x = random(3, 32, size=1).to(dtype)
     layer.to(dtype)
-    assert layer.bias.dtype == dtype and layer.weight.dtype == E4M3 and layer.weight_scale.dtype == torch.float32
+    assert (
+        layer.bias.dtype == dtype
+        and layer.weight.dtype == E4M3
+        and layer.weight_scale.dtype == torch.float32
+    )
     assert torch.equal(layer(x), F.linear(x, whole.to(dtype), layer.bias))
     assert layer.to("meta").weight.is_meta and layer.weight.dtype == E4M3
 
@@ -467,7 +651,11 @@ def test_a_block_is_one_graph(by_row):
 @pytest.mark.parametrize("activations", ["static", "dynamic"])
 def test_native_product_is_that_of_the_rounded_numbers(activations, weights, dtype, bias):
     """Emulated in float64. In float32 only the order of the sums differs; in bfloat16 there is one rounding, of 2^-9."""
-    weight, scale = (random(48, 64).to(E4M3), None) if weights == "cast" else scaled(random(48, 64), by_row=weights == "by row")
+    weight, scale = (
+        (random(48, 64).to(E4M3), None)
+        if weights == "cast"
+        else scaled(random(48, 64), by_row=weights == "by row")
+    )
     x = random(2, 5, 64, size=3).to(dtype)
     x[0, 0, 0], x[1, 2] = 9, 0  # beyond what the static scale holds; a token of zeros
     tensors = {} if scale is None else {"weight_scale": scale}
@@ -484,15 +672,26 @@ def test_native_product_is_that_of_the_rounded_numbers(activations, weights, dty
     assert found.dtype == dtype and found.shape == (2, 5, 48)
     bound = 1e-5 if dtype == torch.float32 else 2**-8
     assert (found - expected).norm() / expected.norm() < bound
-    lossless = F.linear(x.double(), layer.dequantize().double(), layer.bias.double() if bias else None)
+    lossless = F.linear(
+        x.double(), layer.dequantize().double(), layer.bias.double() if bias else None
+    )
     assert (found - lossless).norm() / lossless.norm() > 0.01  # which is why it is no default
 
 
-@pytest.mark.parametrize("name, full_precision", [
-    ("ComfyUI", True), ("ComfyUI, (1,)", True), ("ComfyUI, marker", False), ("BFL", False), ("cast", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, full_precision",
+    [
+        ("ComfyUI", True),
+        ("ComfyUI, (1,)", True),
+        ("ComfyUI, marker", False),
+        ("BFL", False),
+        ("cast", False),
+    ],
+)
 def test_who_made_the_file_may_ask_for_whole_activations(tmp_path, name, full_precision):
-    path = saved(tmp_path / "x.safetensors", FORMATS[name](in_blocks(empty(FLUX2)), state_of(empty(FLUX2))))
+    path = saved(
+        tmp_path / "x.safetensors", FORMATS[name](in_blocks(empty(FLUX2)), state_of(empty(FLUX2)))
+    )
     module = empty(FLUX2)
     load_module(module, [path], dtype=torch.float32, prefixes=("", PREFIX))
     layers = [layer for layer in module.modules() if isinstance(layer, FP8Linear)]
@@ -513,10 +712,18 @@ def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_pat
         return fp8_linear(weight, weight_scale=scale, **more)
 
     block = BlockFP8Linear(32, 32, bias=False)
-    module = nn.ModuleDict(dict(
-        fits=layer(32, 48), narrow=layer(32, 40), short=layer(24, 48), e5m2=layer(32, 48, E5M2), block=block,
-        refused=layer(32, 48), unmeasured=layer(32, 48, input_scale=torch.tensor(1.0)), plain=nn.Linear(32, 32),
-    ))  # fmt: skip
+    module = nn.ModuleDict(
+        dict(
+            fits=layer(32, 48),
+            narrow=layer(32, 40),
+            short=layer(24, 48),
+            e5m2=layer(32, 48, E5M2),
+            block=block,
+            refused=layer(32, 48),
+            unmeasured=layer(32, 48, input_scale=torch.tensor(1.0)),
+            plain=nn.Linear(32, 32),
+        )
+    )
     module["refused"].full_precision = True
     with pytest.warns(UserWarning) as told:
         assert use_native_fp8(module) == ["narrow", "short", "e5m2", "block", "refused"]
@@ -524,17 +731,26 @@ def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_pat
         "5 of the 7 quantised layers of ModuleDict are made whole, not multiplied in float8: 2 with a side that is no multiple "
         "of 16, 1 in float8_e5m2, 1 with scales of blocks, 1 whose file asks for whole activations"
     ]
-    assert [name for name, layer in module.items() if getattr(layer, "native", False)] == ["fits", "unmeasured"]
+    assert [name for name, layer in module.items() if getattr(layer, "native", False)] == [
+        "fits",
+        "unmeasured",
+    ]
     assert module["unmeasured"].input_scale is None
 
 
-@pytest.mark.parametrize("capability, dtype, told", [
-    ((8, 6), torch.bfloat16, "compute capability 8.9 or above"), ((9, 0), torch.float16, "need bfloat16, not torch.float16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, dtype, told",
+    [
+        ((8, 6), torch.bfloat16, "compute capability 8.9 or above"),
+        ((9, 0), torch.float16, "need bfloat16, not torch.float16"),
+    ],
+)
 def test_a_device_without_it_falls_back_and_says_so_once(monkeypatch, capability, dtype, told):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     weight, scale = scaled(random(32, 48))
-    module = nn.Sequential(*(fp8_linear(weight, random(32).to(dtype), weight_scale=scale) for _ in range(3)))
+    module = nn.Sequential(
+        *(fp8_linear(weight, random(32).to(dtype), weight_scale=scale) for _ in range(3))
+    )
     with pytest.warns(UserWarning, match=told) as warned:
         assert use_native_fp8(module, torch.device("cuda")) == ["0", "1", "2"]
     assert len(warned) == 1 and not any(layer.native for layer in module)
@@ -543,7 +759,9 @@ def test_a_device_without_it_falls_back_and_says_so_once(monkeypatch, capability
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' account of a process' memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux' account of a process' memory"
+)
 @pytest.mark.parametrize("name", ["BFL", "diffusers, by rows", "NVFP4, ModelOpt"])
 def test_quantised_weights_stay_mapped(tmp_path, name):
     """Loaded for bfloat16, with float32 beside them in the file: what is cast is small."""
@@ -552,10 +770,16 @@ def test_quantised_weights_stay_mapped(tmp_path, name):
     tensors = {"0.weight": weight, "0.weight_scale": scale, "1.weight": random(8)}
     if name.startswith("NVFP4"):
         tensors["0.weight"] = weight.view(torch.uint8)
-        tensors |= {"0.weight_scale": random(2048, 512).to(E4M3), "0.weight_scale_2": torch.tensor(1.0)}
+        tensors |= {
+            "0.weight_scale": random(2048, 512).to(E4M3),
+            "0.weight_scale_2": torch.tensor(1.0),
+        }
     path = saved(tmp_path / "x.safetensors", Written(tensors, {}))
     with torch.device("meta"):
-        module = nn.Sequential(nn.Linear(4096 if not name.startswith("NVFP4") else 8192, 2048, bias=False), nn.RMSNorm(8))
+        module = nn.Sequential(
+            nn.Linear(4096 if not name.startswith("NVFP4") else 8192, 2048, bias=False),
+            nn.RMSNorm(8),
+        )
     before = anonymous_memory()
     load_module(module, [path], dtype=torch.bfloat16)
     assert module[0].weight.view(torch.uint8).max() > 0  # touches every page
@@ -565,10 +789,22 @@ def test_quantised_weights_stay_mapped(tmp_path, name):
 
 def test_bytes_are_those_that_are_held(tmp_path):
     state, layers = state_of(empty(FLUX1)), in_blocks(empty(FLUX1))
-    paths = {name: saved(tmp_path / f"{name}.safetensors", FORMATS[name](layers, state)) for name in ("BFL", "NVFP4", "cast")}
+    paths = {
+        name: saved(tmp_path / f"{name}.safetensors", FORMATS[name](layers, state))
+        for name in ("BFL", "NVFP4", "cast")
+    }
     paths |= {"bfloat16": saved(tmp_path / "bfloat16.safetensors", Written(state, {}))}
-    networks = {name: Network(Flux, FLUX1, [path], device=torch.device("cpu"), dtype=torch.float32, prefixes=("", PREFIX))
-                for name, path in paths.items()}  # fmt: skip
+    networks = {
+        name: Network(
+            Flux,
+            FLUX1,
+            [path],
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            prefixes=("", PREFIX),
+        )
+        for name, path in paths.items()
+    }
     packed = sum(state[f"{layer}.weight"].numel() for layer in layers)
     whole = sum(tensor.numel() for tensor in state.values()) - packed
     assert networks["bfloat16"].bytes == 4 * (whole + packed)
@@ -587,11 +823,15 @@ WEIGHT = f"{LAYER}.weight"
 
 
 def without(written: Written, *names: str) -> Written:
-    return written._replace(tensors={name: tensor for name, tensor in written.tensors.items() if name not in names})
+    return written._replace(
+        tensors={name: tensor for name, tensor in written.tensors.items() if name not in names}
+    )
 
 
 def plus(written: Written, **tensors: Tensor) -> Written:
-    return written._replace(tensors=written.tensors | {f"{LAYER}.{name}": tensor for name, tensor in tensors.items()})
+    return written._replace(
+        tensors=written.tensors | {f"{LAYER}.{name}": tensor for name, tensor in tensors.items()}
+    )
 
 
 def metadata(written: Written, text: str) -> Written:
@@ -603,50 +843,154 @@ def renamed_format(written: Written, name: str) -> Written:
 
 
 BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
-    "no scale": ("BFL", lambda w: without(w, f"{LAYER}.weight_scale"), f"1 missing ('{LAYER}.weight_scale')"),
-    "no scale, marker": ("ComfyUI, marker", lambda w: without(w, f"{LAYER}.weight_scale"),
-                         f"1 missing ('{LAYER}.weight_scale')"),
-    "no scale, note": ("ComfyUI", lambda w: without(w, f"{LAYER}.weight_scale"), f"1 missing ('{LAYER}.weight_scale')"),
-    "misshapen": ("BFL", lambda w: plus(w, weight_scale=torch.ones(7)), f"'{LAYER}.weight_scale' is (7,) and not ()"),
-    "misshapen input": ("BFL", lambda w: plus(w, input_scale=torch.ones(7)), f"'{LAYER}.input_scale' is (7,) and not ()"),
-    "misshapen blocks": ("Hugging Face", lambda w: plus(w, weight_scale_inv=torch.ones(1, 1)),
-                         f"'{LAYER}.weight_scale_inv' is (1, 1) and not (2, 1)"),
-    "no scale, NVFP4": ("NVFP4", lambda w: without(w, f"{LAYER}.weight_scale_2"), f"1 missing ('{LAYER}.weight_scale_2')"),
-    "not swizzled": ("NVFP4", lambda w: plus(w, weight_scale=torch.ones(192, 4).to(E4M3)),
-                     f"'{LAYER}.weight_scale' is (192, 4) and not (256, 4)"),
+    "no scale": (
+        "BFL",
+        lambda w: without(w, f"{LAYER}.weight_scale"),
+        f"1 missing ('{LAYER}.weight_scale')",
+    ),
+    "no scale, marker": (
+        "ComfyUI, marker",
+        lambda w: without(w, f"{LAYER}.weight_scale"),
+        f"1 missing ('{LAYER}.weight_scale')",
+    ),
+    "no scale, note": (
+        "ComfyUI",
+        lambda w: without(w, f"{LAYER}.weight_scale"),
+        f"1 missing ('{LAYER}.weight_scale')",
+    ),
+    "misshapen": (
+        "BFL",
+        lambda w: plus(w, weight_scale=torch.ones(7)),
+        f"'{LAYER}.weight_scale' is (7,) and not ()",
+    ),
+    "misshapen input": (
+        "BFL",
+        lambda w: plus(w, input_scale=torch.ones(7)),
+        f"'{LAYER}.input_scale' is (7,) and not ()",
+    ),
+    "misshapen blocks": (
+        "Hugging Face",
+        lambda w: plus(w, weight_scale_inv=torch.ones(1, 1)),
+        f"'{LAYER}.weight_scale_inv' is (1, 1) and not (2, 1)",
+    ),
+    "no scale, NVFP4": (
+        "NVFP4",
+        lambda w: without(w, f"{LAYER}.weight_scale_2"),
+        f"1 missing ('{LAYER}.weight_scale_2')",
+    ),
+    "not swizzled": (
+        "NVFP4",
+        lambda w: plus(w, weight_scale=torch.ones(192, 4).to(E4M3)),
+        f"'{LAYER}.weight_scale' is (192, 4) and not (256, 4)",
+    ),
     "no absmax": ("NF4", lambda w: without(w, f"{WEIGHT}.absmax"), f"1 missing ('{LAYER}.absmax')"),
-    "no note": ("BFL", lambda w: w._replace(metadata=notes(["elsewhere"], "float8_e4m3fn")),
-                "_quantization_metadata does not say in which format"),
-    "mxfp8": ("BFL", lambda w: renamed_format(w, "mxfp8"),
-              f"keeps '{LAYER}' as 'mxfp8' (F8_E4M3), which is not read; get the model"),
-    "int8": ("BFL", lambda w: renamed_format(w, "int8_tensorwise"), "'int8_tensorwise' (F8_E4M3), which is not read"),
-    "other type": ("BFL", lambda w: plus(w, weight=random(192, 64)),
-                   f"keeps '{LAYER}' as 'float8_e4m3fn' (F32), which is not read"),
-    "integers": ("diffusers, by rows", lambda w: plus(w, weight=torch.ones(192, 64, dtype=torch.int8)),
-                 f"keeps '{LAYER}' as I8 with scales in F32, which is not read; get the model in bfloat16, FP8"),
-    "E8M0": ("diffusers, by rows", lambda w: plus(w, weight_scale=torch.ones(192, 2).to(torch.float8_e8m0fnu)),
-             "as F8_E4M3 with scales in F8_E8M0, which is not read"),
-    "SVDQuant": ("BFL", lambda w: plus(w, qweight=torch.ones(192, 32, dtype=torch.int8)),
-                 f"keeps '{LAYER}' as packed integers for other programs' kernels (SVDQuant"),
-    "contradiction": ("BFL", lambda w: plus(w, comfy_quant=as_text({"format": "nvfp4"})),
-                      f"contradicts itself: '{LAYER}' is float8_e4m3fn by _quantization_metadata, and nvfp4 by comfy_quant"),
-    "two transports": ("NF4", lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
-                       "in 2 ways, of which one must be wrong: quant_state.bitsandbytes and _quantization_metadata"),
-    "marker of another": ("ComfyUI, earlier", lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
-                          f"keeps '{LAYER}' as 'nvfp4' (F8_E4M3), which is not read"),
-    "two spellings": ("BFL", lambda w: plus(w._replace(metadata=None), scale_weight=torch.tensor(1.0)), "twice"),
+    "no note": (
+        "BFL",
+        lambda w: w._replace(metadata=notes(["elsewhere"], "float8_e4m3fn")),
+        "_quantization_metadata does not say in which format",
+    ),
+    "mxfp8": (
+        "BFL",
+        lambda w: renamed_format(w, "mxfp8"),
+        f"keeps '{LAYER}' as 'mxfp8' (F8_E4M3), which is not read; get the model",
+    ),
+    "int8": (
+        "BFL",
+        lambda w: renamed_format(w, "int8_tensorwise"),
+        "'int8_tensorwise' (F8_E4M3), which is not read",
+    ),
+    "other type": (
+        "BFL",
+        lambda w: plus(w, weight=random(192, 64)),
+        f"keeps '{LAYER}' as 'float8_e4m3fn' (F32), which is not read",
+    ),
+    "integers": (
+        "diffusers, by rows",
+        lambda w: plus(w, weight=torch.ones(192, 64, dtype=torch.int8)),
+        f"keeps '{LAYER}' as I8 with scales in F32, which is not read; get the model in bfloat16, FP8",
+    ),
+    "E8M0": (
+        "diffusers, by rows",
+        lambda w: plus(w, weight_scale=torch.ones(192, 2).to(torch.float8_e8m0fnu)),
+        "as F8_E4M3 with scales in F8_E8M0, which is not read",
+    ),
+    "SVDQuant": (
+        "BFL",
+        lambda w: plus(w, qweight=torch.ones(192, 32, dtype=torch.int8)),
+        f"keeps '{LAYER}' as packed integers for other programs' kernels (SVDQuant",
+    ),
+    "contradiction": (
+        "BFL",
+        lambda w: plus(w, comfy_quant=as_text({"format": "nvfp4"})),
+        f"contradicts itself: '{LAYER}' is float8_e4m3fn by _quantization_metadata, and nvfp4 by comfy_quant",
+    ),
+    "two transports": (
+        "NF4",
+        lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
+        "in 2 ways, of which one must be wrong: quant_state.bitsandbytes and _quantization_metadata",
+    ),
+    "marker of another": (
+        "ComfyUI, earlier",
+        lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
+        f"keeps '{LAYER}' as 'nvfp4' (F8_E4M3), which is not read",
+    ),
+    "two spellings": (
+        "BFL",
+        lambda w: plus(w._replace(metadata=None), scale_weight=torch.tensor(1.0)),
+        "twice",
+    ),
     "damaged metadata": ("BFL", lambda w: metadata(w, "{"), "has a damaged _quantization_metadata"),
-    "list of layers": ("BFL", lambda w: metadata(w, '{"layers": ["a"]}'), "has a damaged _quantization_metadata"),
-    "no format": ("BFL", lambda w: metadata(w, f'{{"layers": {{"{LAYER}": {{}}}}}}'), "has a damaged _quantization_metadata"),
-    "format of no text": ("BFL", lambda w: renamed_format(w, 8), f"the format of '{LAYER}' is no text"),
-    "deep metadata": ("BFL", lambda w: metadata(w, "[" * 100_000), "has a damaged _quantization_metadata"),
-    "damaged note": ("ComfyUI", lambda w: plus(w, comfy_quant=as_text({})[:1]), "damaged comfy_quant"),
-    "note of no bytes": ("ComfyUI", lambda w: plus(w, comfy_quant=random(3)), "damaged comfy_quant"),
-    "note of floats": ("ComfyUI", lambda w: plus(w, comfy_quant=torch.tensor(0.0)), "damaged comfy_quant"),
-    "bytes alone": ("BFL", lambda w: plus(w._replace(metadata=None), weight=torch.ones(192, 64, dtype=torch.uint8)), "as U8"),
-    "nothing": ("BFL", lambda w: w._replace(tensors={"vae.a": random(1)}), "of 29 tensors, 29 missing"),
-    "vector": ("cast", lambda w: plus(w, weight=torch.ones(192).to(E4M3)), f"'{WEIGHT}' is (192,) and not (192, 64)"),
-}  # fmt: skip
+    "list of layers": (
+        "BFL",
+        lambda w: metadata(w, '{"layers": ["a"]}'),
+        "has a damaged _quantization_metadata",
+    ),
+    "no format": (
+        "BFL",
+        lambda w: metadata(w, f'{{"layers": {{"{LAYER}": {{}}}}}}'),
+        "has a damaged _quantization_metadata",
+    ),
+    "format of no text": (
+        "BFL",
+        lambda w: renamed_format(w, 8),
+        f"the format of '{LAYER}' is no text",
+    ),
+    "deep metadata": (
+        "BFL",
+        lambda w: metadata(w, "[" * 100_000),
+        "has a damaged _quantization_metadata",
+    ),
+    "damaged note": (
+        "ComfyUI",
+        lambda w: plus(w, comfy_quant=as_text({})[:1]),
+        "damaged comfy_quant",
+    ),
+    "note of no bytes": (
+        "ComfyUI",
+        lambda w: plus(w, comfy_quant=random(3)),
+        "damaged comfy_quant",
+    ),
+    "note of floats": (
+        "ComfyUI",
+        lambda w: plus(w, comfy_quant=torch.tensor(0.0)),
+        "damaged comfy_quant",
+    ),
+    "bytes alone": (
+        "BFL",
+        lambda w: plus(w._replace(metadata=None), weight=torch.ones(192, 64, dtype=torch.uint8)),
+        "as U8",
+    ),
+    "nothing": (
+        "BFL",
+        lambda w: w._replace(tensors={"vae.a": random(1)}),
+        "of 29 tensors, 29 missing",
+    ),
+    "vector": (
+        "cast",
+        lambda w: plus(w, weight=torch.ones(192).to(E4M3)),
+        f"'{WEIGHT}' is (192,) and not (192, 64)",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -657,28 +1001,40 @@ def test_bad_file_is_told_in_one_sentence(tmp_path, what):
     module = empty(FLUX2)
     message = refusal(load_module, module, [path], prefixes=("", PREFIX))
     assert told in message and str(path) in message and message.endswith(".")
-    assert all(isinstance(module.get_submodule(layer), nn.Linear) for layer in in_blocks(empty(FLUX2)))  # as it was
+    assert all(
+        isinstance(module.get_submodule(layer), nn.Linear) for layer in in_blocks(empty(FLUX2))
+    )  # as it was
 
 
 def test_another_networks_file_is_told_in_spite_of_its_quantisation(tmp_path):
     written = bfl(in_blocks(empty(FLUX2)), state_of(empty(FLUX2)))
     path = saved(tmp_path / "x.safetensors", written)
-    assert "looks like a FLUX.2 transformer, and a FLUX.1 transformer is wanted" in refusal(load_module, empty(FLUX1), [path])
+    assert "looks like a FLUX.2 transformer, and a FLUX.1 transformer is wanted" in refusal(
+        load_module, empty(FLUX1), [path]
+    )
     wider = refusal(load_module, empty(replace(FLUX2, hidden_size=128, num_heads=4)), [path])
     assert "21 misshapen" in wider and "missing" not in wider and "unknown" not in wider
 
 
-@pytest.mark.parametrize("value, where", [(float("nan"), WEIGHT), (float("inf"), f"{LAYER}.weight_scale")])
+@pytest.mark.parametrize(
+    "value, where", [(float("nan"), WEIGHT), (float("inf"), f"{LAYER}.weight_scale")]
+)
 def test_what_is_not_finite_is_found_when_asked_for(tmp_path, value, where):
     written = bfl(in_blocks(empty(FLUX2)), state_of(empty(FLUX2)))
     wrong = torch.full(written.tensors[where].shape, value).to(written.tensors[where].dtype)
-    path = saved(tmp_path / "x.safetensors", written._replace(tensors=written.tensors | {where: wrong}))
+    path = saved(
+        tmp_path / "x.safetensors", written._replace(tensors=written.tensors | {where: wrong})
+    )
     load_module(empty(FLUX2), [path])
-    assert f"NaN or infinity in '{where}'" in refusal(load_module, empty(FLUX2), [path], check_finite=True)
+    assert f"NaN or infinity in '{where}'" in refusal(
+        load_module, empty(FLUX2), [path], check_finite=True
+    )
 
 
 def test_a_whole_file_of_svdquant_is_refused_before_its_layout_is(tmp_path):
-    path = hollow(tmp_path / "x.safetensors", {"transformer_blocks.0.qkv_proj.qweight": (8, 8)}, "I8", 8)
+    path = hollow(
+        tmp_path / "x.safetensors", {"transformer_blocks.0.qkv_proj.qweight": (8, 8)}, "I8", 8
+    )
     assert "SVDQuant" in refusal(infer_config, path)
 
 
@@ -691,7 +1047,9 @@ def test_scales_inside_of_blocks_are_looked_at_too(tmp_path):
     raw = gguf.quantize(arrays[WEIGHT], gguf.GGMLQuantizationType.Q8_0)
     raw[3, :2] = np.array([np.inf], dtype=np.float16).view(np.uint8)
     path = saved_gguf(tmp_path / "x.gguf", arrays | {WEIGHT: (raw, "Q8_0")})
-    assert f"NaN or infinity in '{WEIGHT}'" in refusal(load_module, empty(FLUX2), [path], check_finite=True)
+    assert f"NaN or infinity in '{WEIGHT}'" in refusal(
+        load_module, empty(FLUX2), [path], check_finite=True
+    )
     path, _ = gguf_file(tmp_path / "y.gguf", layers, state)
     load_module(empty(FLUX2), [path], check_finite=True)
 
@@ -703,10 +1061,14 @@ def test_pipeline_takes_a_quantised_transformer(tmp_path):
     """
     state = load_file(EMBEDDED / "flux.2-tiny" / "flux-2-tiny.safetensors")
     written = bfl(in_blocks(empty(flux.MODELS["flux.2-tiny"].transformer)), state)
-    whole = Written({name: written.weights.get(name, tensor.float()) for name, tensor in state.items()}, {})
+    whole = Written(
+        {name: written.weights.get(name, tensor.float()) for name, tensor in state.items()}, {}
+    )
     pictures = []
     for name, file in ("fp8", written), ("whole", whole):
         pipe = flux.load(transformer=saved(tmp_path / f"{name}.safetensors", file))
         pictures.append(np.asarray(pipe("a red circle", steps=2, seed=3)[0]).astype(int))
-        assert any(isinstance(layer, FP8Linear) for layer in pipe.transformer().modules()) == (name == "fp8")
+        assert any(isinstance(layer, FP8Linear) for layer in pipe.transformer().modules()) == (
+            name == "fp8"
+        )
     assert abs(pictures[0] - pictures[1]).max() <= 1 and (pictures[0] != pictures[1]).mean() < 1e-3

@@ -20,12 +20,42 @@ from flux.weights.quantization.nf4 import STATE, NF4Linear, State, canonical, lo
 from flux.weights.quantization.nvfp4 import NVFP4Linear, e2m1, unswizzled
 
 FEW = settings(max_examples=25, deadline=None)
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]  # OCP MX 1.0, table 5
+E2M1 = [
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+]  # OCP MX 1.0, table 5
 NF4 = [  # bitsandbytes/functional.py, get_4bit_type("nf4"); appendix E of arXiv:2305.14314
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-]  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+]
 
 
 def bits(x: Tensor) -> list[int]:
@@ -47,7 +77,9 @@ def e4m3(byte: int) -> float:
     return -size if byte & 128 else size
 
 
-def nvfp4_tensors(codes: np.ndarray, scales: np.ndarray, scale_2: float, swizzled: bool) -> dict[str, Tensor]:
+def nvfp4_tensors(
+    codes: np.ndarray, scales: np.ndarray, scale_2: float, swizzled: bool
+) -> dict[str, Tensor]:
     """A layer of a file, from the 4-bit codes (N, K) and the bytes of the scales (N, K/16), one number at a time."""
     rows, columns = codes.shape
     weight = np.zeros((rows, columns // 2), np.uint8)
@@ -56,10 +88,14 @@ def nvfp4_tensors(codes: np.ndarray, scales: np.ndarray, scale_2: float, swizzle
         weight[row, column // 2] |= codes[row, column] << (4 if high else 0)
     if swizzled:
         across = -(-scales.shape[1] // 4)  # tiles
-        stored = np.full((-(-rows // 128) * across, 32 * 16), 0x55, np.uint8)  # padding must not matter
+        stored = np.full(
+            (-(-rows // 128) * across, 32 * 16), 0x55, np.uint8
+        )  # padding must not matter
         for row, block in np.ndindex(*scales.shape):
             # the place in a tile as cuBLAS's manual has it
-            stored[row // 128 * across + block // 4, row % 32 * 16 + row % 128 // 32 * 4 + block % 4] = scales[row, block]
+            stored[
+                row // 128 * across + block // 4, row % 32 * 16 + row % 128 // 32 * 4 + block % 4
+            ] = scales[row, block]
         scales = stored.reshape(-1, 4 * across)
     return {
         "weight": torch.from_numpy(weight),
@@ -77,15 +113,24 @@ def nvfp4_by_hand(codes: np.ndarray, scales: np.ndarray, scale_2: float) -> np.n
 def nvfp4(tensors: dict[str, Tensor], swizzled: bool) -> NVFP4Linear:
     rows, half = tensors["weight"].shape
     with torch.device("meta"):
-        layer = NVFP4Linear(2 * half, rows, bias=False, swizzled=swizzled, input_scale="input_scale" in tensors)
+        layer = NVFP4Linear(
+            2 * half, rows, bias=False, swizzled=swizzled, input_scale="input_scale" in tensors
+        )
     layer.load_state_dict(tensors, strict=True, assign=True)
     return layer
 
 
 def random_nvfp4(rows: int, blocks: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
     rng = np.random.default_rng(seed)
-    scales = rng.integers(0, 127, (rows, blocks), dtype=np.uint8) | rng.integers(0, 2, (rows, blocks), dtype=np.uint8) << 7
-    return rng.integers(0, 16, (rows, 16 * blocks), dtype=np.uint8), scales, float(np.float32(rng.uniform(1e-4, 1)))
+    scales = (
+        rng.integers(0, 127, (rows, blocks), dtype=np.uint8)
+        | rng.integers(0, 2, (rows, blocks), dtype=np.uint8) << 7
+    )
+    return (
+        rng.integers(0, 16, (rows, 16 * blocks), dtype=np.uint8),
+        scales,
+        float(np.float32(rng.uniform(1e-4, 1))),
+    )
 
 
 def test_the_sixteen_values():
@@ -93,7 +138,12 @@ def test_the_sixteen_values():
 
 
 @FEW
-@given(rows=st.integers(1, 300), blocks=st.integers(1, 9), swizzled=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 300),
+    blocks=st.integers(1, 9),
+    swizzled=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_nvfp4_equals_what_is_decoded_by_hand(rows, blocks, swizzled, seed):
     codes, scales, scale_2 = random_nvfp4(rows, blocks, seed)
     layer = nvfp4(nvfp4_tensors(codes, scales, scale_2, swizzled), swizzled)
@@ -102,7 +152,10 @@ def test_nvfp4_equals_what_is_decoded_by_hand(rows, blocks, swizzled, seed):
 
 @pytest.mark.parametrize("swizzled", [True, False])
 def test_nvfp4_reads_every_byte_and_every_scale(swizzled):
-    byte, scale = np.arange(256, dtype=np.uint8), np.array([b for b in range(256) if b & 127 != 127], np.uint8)  # less NaN
+    byte, scale = (
+        np.arange(256, dtype=np.uint8),
+        np.array([b for b in range(256) if b & 127 != 127], np.uint8),
+    )  # less NaN
     codes = np.stack([byte >> 4, byte & 15], axis=-1).reshape(1, 512).repeat(len(scale), axis=0)
     scales = scale[:, None].repeat(32, axis=1)
     layer = nvfp4(nvfp4_tensors(codes, scales, 0.75, swizzled), swizzled)
@@ -115,15 +168,23 @@ def test_the_two_layouts_of_nvfp4_have_equal_shapes_and_are_not_the_same():
     codes, scales, scale_2 = random_nvfp4(256, 8)
     written = nvfp4_tensors(codes, scales, scale_2, swizzled=True)
     right, wrong = nvfp4(written, swizzled=True), nvfp4(written, swizzled=False)
-    assert {n: t.shape for n, t in right.state_dict().items()} == {n: t.shape for n, t in wrong.state_dict().items()}
-    cosine = torch.cosine_similarity(right.dequantize().flatten(), wrong.dequantize().flatten(), dim=0)
+    assert {n: t.shape for n, t in right.state_dict().items()} == {
+        n: t.shape for n, t in wrong.state_dict().items()
+    }
+    cosine = torch.cosine_similarity(
+        right.dequantize().flatten(), wrong.dequantize().flatten(), dim=0
+    )
     assert abs(cosine) < 0.03  # of 32768 numbers; independent ones would give 0.006
 
 
 def test_nvfp4_in_modelopts_layout_equals_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
-    weight, scale, scale_2 = utils.quantize_nvfp4(torch.randn(200, 144, generator=torch.Generator().manual_seed(1)))
-    layer = nvfp4({"weight": weight, "weight_scale": scale, "weight_scale_2": scale_2}, swizzled=False)
+    weight, scale, scale_2 = utils.quantize_nvfp4(
+        torch.randn(200, 144, generator=torch.Generator().manual_seed(1))
+    )
+    layer = nvfp4(
+        {"weight": weight, "weight_scale": scale, "weight_scale_2": scale_2}, swizzled=False
+    )
     assert same(layer.dequantize(), utils.dequantize_nvfp4(weight, scale, scale_2))
 
 
@@ -136,7 +197,10 @@ def test_nvfp4_swizzled_equals_torchao(rows, columns):
     theirs = ao.NVFP4Tensor.to_nvfp4(whole, per_tensor_scale=scale_2, is_swizzled_scales=True)
     weight = theirs.qdata.view(torch.uint8)
     scale = theirs.scale.view(-(-rows // 128) * 128, -1)
-    layer = nvfp4({"weight": weight << 4 | weight >> 4, "weight_scale": scale, "weight_scale_2": scale_2}, swizzled=True)
+    layer = nvfp4(
+        {"weight": weight << 4 | weight >> 4, "weight_scale": scale, "weight_scale_2": scale_2},
+        swizzled=True,
+    )
     assert same(layer.dequantize(), theirs.dequantize(torch.float32))
 
 
@@ -147,14 +211,18 @@ def test_unswizzled_undoes_torchaos_order():
 
 
 def test_nvfp4_needs_whole_blocks():
-    with pytest.raises(UserError, match="a layer of 40 inputs cannot be NVFP4, which has blocks of 16"):
+    with pytest.raises(
+        UserError, match="a layer of 40 inputs cannot be NVFP4, which has blocks of 16"
+    ):
         NVFP4Linear(40, 8, bias=False, swizzled=True)
 
 
 def test_nvfp4_of_a_released_layer_has_its_files_shapes_and_bytes():
     with torch.device("meta"):  # single_blocks.0.linear1 of FLUX.2 [dev]
         layer = NVFP4Linear(6144, 55296, bias=False, swizzled=True)
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layer.state_dict().items()}
+    shapes = {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layer.state_dict().items()
+    }
     assert shapes == {
         "weight": ((55296, 3072), torch.uint8),
         "weight_scale": ((55296, 384), torch.float8_e4m3fn),
@@ -168,17 +236,32 @@ def test_nvfp4_of_a_released_layer_has_its_files_shapes_and_bytes():
 
 
 def nf4_tensors(
-    codes: np.ndarray, absmax: np.ndarray, values: list[float], nested: dict | None = None, blocksize: int = 64
+    codes: np.ndarray,
+    absmax: np.ndarray,
+    values: list[float],
+    nested: dict | None = None,
+    blocksize: int = 64,
 ) -> dict[str, Tensor]:
     """A layer "L" of a file, from the 4-bit codes (N, K) and, a block, its largest: float32, or bytes if it is `nested`."""
     flat = [*codes.flatten().tolist(), 0][: codes.size + codes.size % 2]
     packed = np.array([[a << 4 | b] for a, b in zip(flat[::2], flat[1::2], strict=True)], np.uint8)
-    state = {"quant_type": "nf4", "blocksize": blocksize, "dtype": "bfloat16", "shape": list(codes.shape)}
+    state = {
+        "quant_type": "nf4",
+        "blocksize": blocksize,
+        "dtype": "bfloat16",
+        "shape": list(codes.shape),
+    }
     tensors = {"": packed, ".absmax": absmax, ".quant_map": np.array(values, np.float32)}
     if nested:
-        state |= {"nested_blocksize": nested["blocksize"], "nested_dtype": "float32", "nested_offset": nested["offset"]}
+        state |= {
+            "nested_blocksize": nested["blocksize"],
+            "nested_dtype": "float32",
+            "nested_offset": nested["offset"],
+        }
         tensors |= {".nested_absmax": nested["absmax"], ".nested_quant_map": nested["values"]}
-    tensors[".quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
+    tensors[".quant_state.bitsandbytes__nf4"] = np.frombuffer(
+        json.dumps(state).encode(), np.uint8
+    ).copy()
     return {f"L.weight{name}": torch.from_numpy(tensor) for name, tensor in tensors.items()}
 
 
@@ -202,7 +285,9 @@ def nf4(path, tensors: dict[str, Tensor]) -> NF4Linear:
     nested_blocksize=st.sampled_from([None, 4, 256]),
     seed=st.integers(0, 99),
 )
-def test_nf4_equals_what_is_decoded_by_hand(tmp_path_factory, shape, blocksize, nested_blocksize, seed):
+def test_nf4_equals_what_is_decoded_by_hand(
+    tmp_path_factory, shape, blocksize, nested_blocksize, seed
+):
     rng = np.random.default_rng(seed)
     codes, blocks = rng.integers(0, 16, shape, dtype=np.uint8), -(-shape[0] * shape[1] // blocksize)
     absmax, nested = rng.uniform(0.01, 2, blocks).astype(np.float32), None
@@ -211,8 +296,12 @@ def test_nf4_equals_what_is_decoded_by_hand(tmp_path_factory, shape, blocksize, 
         absmax = rng.integers(0, 256, blocks, dtype=np.uint8)
         values, offset = rng.uniform(-1, 1, 256).astype(np.float32), 0.3712834417819977
         nested_absmax = rng.uniform(0.01, 2, -(-blocks // nested_blocksize)).astype(np.float32)
-        nested = dict(blocksize=nested_blocksize, offset=offset, absmax=nested_absmax, values=values)
-        largest = values[absmax] * nested_absmax.repeat(nested_blocksize)[:blocks] + np.float32(offset)
+        nested = dict(
+            blocksize=nested_blocksize, offset=offset, absmax=nested_absmax, values=values
+        )
+        largest = values[absmax] * nested_absmax.repeat(nested_blocksize)[:blocks] + np.float32(
+            offset
+        )
     path = tmp_path_factory.mktemp("nf4") / "file.safetensors"
     layer = nf4(path, nf4_tensors(codes, absmax, NF4, nested, blocksize))
     by_hand = np.array(NF4, np.float32)[codes].flatten() * largest.repeat(blocksize)[: codes.size]
@@ -223,14 +312,18 @@ def test_nf4_takes_the_sixteen_values_from_the_file_and_reads_every_byte(tmp_pat
     values = np.random.default_rng(0).standard_normal(16).astype(np.float32)
     byte = np.arange(256, dtype=np.uint8)
     codes = np.stack([byte >> 4, byte & 15], axis=-1).reshape(8, 64)
-    layer = nf4(tmp_path / "file.safetensors", nf4_tensors(codes, np.ones(8, np.float32), values.tolist()))
+    layer = nf4(
+        tmp_path / "file.safetensors", nf4_tensors(codes, np.ones(8, np.float32), values.tolist())
+    )
     assert same(layer.dequantize(), torch.from_numpy(values[codes]))
 
 
 def test_lookup_in_either_order():
     code = torch.arange(16.0)
     assert lookup(torch.tensor([0x1F, 0xA0], dtype=torch.uint8), code).tolist() == [1, 15, 10, 0]
-    assert lookup(torch.tensor([[0x1F], [0xA0]], dtype=torch.uint8), code, high_first=False).tolist() == [[15, 1], [0, 10]]
+    assert lookup(
+        torch.tensor([[0x1F], [0xA0]], dtype=torch.uint8), code, high_first=False
+    ).tolist() == [[15, 1], [0, 10]]
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -240,15 +333,21 @@ def test_nf4_equals_bitsandbytes(tmp_path, nested, kind, blocksize, shape):
     """Not with rows of 96: on a CPU with AVX-512, bitsandbytes 0.50.2 gives these wrong scales, unlike its own slow decoder."""
     theirs = pytest.importorskip("bitsandbytes.functional")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    packed, state = theirs.quantize_4bit(weight, blocksize=blocksize, compress_statistics=nested, quant_type=kind)
+    packed, state = theirs.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=nested, quant_type=kind
+    )
     tensors = {f"L.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     layer = nf4(tmp_path / "file.safetensors", {"L.weight": packed} | tensors)
     assert (layer.state.nested_blocksize is not None) == nested
-    assert torch.equal(layer.dequantize(), theirs.dequantize_4bit(packed, state))  # its kernel has a -0 that its file has not
+    assert torch.equal(
+        layer.dequantize(), theirs.dequantize_4bit(packed, state)
+    )  # its kernel has a -0 that its file has not
 
 
 def test_the_names_in_a_file_of_bitsandbytes():
-    assert canonical("double_blocks.0.img_mlp.0.weight.absmax") == "double_blocks.0.img_mlp.0.absmax"
+    assert (
+        canonical("double_blocks.0.img_mlp.0.weight.absmax") == "double_blocks.0.img_mlp.0.absmax"
+    )
     assert canonical("L.weight.nested_quant_map") == "L.nested_quant_map"
     for name in ("L.weight", "L.bias", "L.weight_scale", "norm.key_norm.scale", "L.absmax"):
         assert canonical(name) == name
@@ -275,7 +374,10 @@ GOOD = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [3, 
         ({"nested_blocksize": 256, "nested_offset": "0.1"}, "no finite number"),
         ({"nested_blocksize": 256, "nested_offset": float("nan")}, "no finite number"),
         ({"nested_blocksize": 256, "nested_offset": 1e39}, "no finite number"),
-        ({"quant_type": "int8"}, "of the kind 'int8'; of bitsandbytes' kinds, nf4 and fp4 are read"),
+        (
+            {"quant_type": "int8"},
+            "of the kind 'int8'; of bitsandbytes' kinds, nf4 and fp4 are read",
+        ),
         ({"quant_type": ["nf4"]}, "of bitsandbytes' kinds, nf4 and fp4 are read"),
     ],
 )
@@ -290,7 +392,10 @@ def test_a_bad_state_is_refused(tmp_path, text, fault):
 
 def test_a_good_state(tmp_path):
     path, name = tmp_path / "file.safetensors", "L.weight.quant_state.bitsandbytes__nf4"
-    for table, nested in ((GOOD, (None, 0.0)), (GOOD | {"nested_blocksize": 256, "nested_offset": 0.5}, (256, 0.5))):
+    for table, nested in (
+        (GOOD, (None, 0.0)),
+        (GOOD | {"nested_blocksize": 256, "nested_offset": 0.5}, (256, 0.5)),
+    ):
         save_file({name: torch.tensor(list(json.dumps(table).encode()), dtype=torch.uint8)}, path)
         assert read_state(path, name) == State((3, 5), 64, *nested)
 
@@ -299,8 +404,13 @@ def test_nf4_of_a_released_layer_has_its_bytes():
     with torch.device("meta"):
         plain = NF4Linear(3072, 9216, bias=False, state=State((9216, 3072), 64, None, 0.0))
         double = NF4Linear(3072, 9216, bias=False, state=State((9216, 3072), 64, 256, 0.5))
-    per_weight = [sum(tensor.nbytes for tensor in layer.buffers()) / (3072 * 9216) for layer in (plain, double)]
-    assert per_weight == pytest.approx([0.5625, 0.5 + 1 / 64 + 4 / 64 / 256], abs=1e-4)  # + 64 bytes and 1 KiB of values
+    per_weight = [
+        sum(tensor.nbytes for tensor in layer.buffers()) / (3072 * 9216)
+        for layer in (plain, double)
+    ]
+    assert per_weight == pytest.approx(
+        [0.5625, 0.5 + 1 / 64 + 4 / 64 / 256], abs=1e-4
+    )  # + 64 bytes and 1 KiB of values
 
 
 # ---------------------------------------------------------------------------------------------------------- both
@@ -312,13 +422,21 @@ def layers() -> dict[str, torch.nn.Module]:
     out = {}
     for name, swizzled in (("swizzled", True), ("modelopt", False)):
         layer = NVFP4Linear(48, 9, bias=True, swizzled=swizzled)
-        layer.load_state_dict(nvfp4_tensors(*random_nvfp4(9, 3), swizzled) | {"bias": torch.randn(9)}, strict=True, assign=True)
+        layer.load_state_dict(
+            nvfp4_tensors(*random_nvfp4(9, 3), swizzled) | {"bias": torch.randn(9)},
+            strict=True,
+            assign=True,
+        )
         out[name] = layer
     for name, nested in (("nf4", None), ("double", 4)):
         layer = NF4Linear(48, 9, bias=True, state=State((9, 48), 64, nested, 0.25))
         for tensor in layer.buffers():
             noise = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(noise if tensor.is_floating_point() else torch.from_numpy(rng.integers(0, 256, tensor.shape)))
+            tensor.copy_(
+                noise
+                if tensor.is_floating_point()
+                else torch.from_numpy(rng.integers(0, 256, tensor.shape))
+            )
         layer.bias.data.normal_(generator=generator)
         out[name] = layer
     return {name: layer.eval().requires_grad_(False) for name, layer in out.items()}
@@ -332,7 +450,9 @@ def test_a_layer_multiplies_runs_on_meta_and_compiles_without_a_break(name):
     layer.bias.data = layer.bias.data.bfloat16()
     with torch.inference_mode():
         made = layer(x)
-        assert torch.equal(made, torch.nn.functional.linear(x, weight.bfloat16(), layer.bias))  # rounded once
+        assert torch.equal(
+            made, torch.nn.functional.linear(x, weight.bfloat16(), layer.bias)
+        )  # rounded once
         assert torch.equal(made, whole(layer, torch.bfloat16)(x))
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), made)

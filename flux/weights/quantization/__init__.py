@@ -28,21 +28,37 @@ from flux.weights.quantization.nf4 import NF4Linear
 from flux.weights.quantization.nvfp4 import NVFP4Linear
 
 __all__ = [
-    "BlockFP8Linear", "FP8Linear", "GGUFLinear", "NF4Linear", "NVFP4Linear", "QuantizedLinear", "Stored", "canonical", "find",
-    "is_note", "use_native_fp8",
-]  # fmt: skip
+    "BlockFP8Linear",
+    "FP8Linear",
+    "GGUFLinear",
+    "NF4Linear",
+    "NVFP4Linear",
+    "QuantizedLinear",
+    "Stored",
+    "canonical",
+    "find",
+    "is_note",
+    "use_native_fp8",
+]
 
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 FP8_NAMES = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # in notes
 INSTEAD = "get the model in bfloat16, FP8, NVFP4, NF4 or GGUF"
-BNB, METADATA, COMFY, SCALED = "quant_state.bitsandbytes", "_quantization_metadata", "comfy_quant", "scaled_fp8"
+BNB, METADATA, COMFY, SCALED = (
+    "quant_state.bitsandbytes",
+    "_quantization_metadata",
+    "comfy_quant",
+    "scaled_fp8",
+)
 
 
 class Stored(NamedTuple):
     """How a file keeps the weight of one layer."""
 
     shape: tuple[int, ...]  # of the whole weight: (out_features, in_features)
-    make: Callable[[int, int, bool], QuantizedLinear]  # (in_features, out_features, bias), to be called on the meta device
+    make: Callable[
+        [int, int, bool], QuantizedLinear
+    ]  # (in_features, out_features, bias), to be called on the meta device
 
 
 def canonical(name: str) -> str:
@@ -55,7 +71,9 @@ def is_note(name: str) -> bool:
     return bool(re.search(r"\.comfy_quant$|(^|\.)scaled_fp8$", name) or nf4.STATE.fullmatch(name))
 
 
-def find(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], layers: Iterable[str]) -> dict[str, Stored]:
+def find(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], layers: Iterable[str]
+) -> dict[str, Stored]:
     """Those of `layers`, paths in a network, whose weights are quantised. `infos` are of one network, by canonical names.
 
     UserError if the file contradicts itself, or has a format that is not read. Whether scales are missing or misshapen is for
@@ -63,7 +81,11 @@ def find(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], layers: I
     """
     for name, info in infos.items():
         if name.endswith((".qweight", ".wscales")):
-            raise _refusal(info, name.rpartition(".")[0], "packed integers for other programs' kernels (SVDQuant, GPTQ, AWQ)")
+            raise _refusal(
+                info,
+                name.rpartition(".")[0],
+                "packed integers for other programs' kernels (SVDQuant, GPTQ, AWQ)",
+            )
     told_by, formats = _notes(infos, metadata)
     found = {}
     for layer in layers:
@@ -74,8 +96,13 @@ def find(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], layers: I
     return found
 
 
-def _stored(layer: str, weight: TensorInfo, infos: Mapping[str, TensorInfo], told_by: str | None,
-            note: dict | None) -> Stored | None:  # fmt: skip
+def _stored(
+    layer: str,
+    weight: TensorInfo,
+    infos: Mapping[str, TensorInfo],
+    told_by: str | None,
+    note: dict | None,
+) -> Stored | None:
     """How one layer is kept, by its tensors and by the note on it; None if it is not quantised."""
     scale = infos.get(f"{layer}.weight_scale")
     if weight.dtype in gguf.BLOCKS:
@@ -87,22 +114,40 @@ def _stored(layer: str, weight: TensorInfo, infos: Mapping[str, TensorInfo], tol
         if note["format"] == "nvfp4" and weight.dtype == "U8":
             return _nvfp4(layer, weight, infos, swizzled=True)
         if note["format"] == FP8_NAMES.get(weight.dtype):
-            return _fp8(layer, weight, infos, scaled=True, full_precision=bool(note.get("full_precision_matrix_mult")))
+            return _fp8(
+                layer,
+                weight,
+                infos,
+                scaled=True,
+                full_precision=bool(note.get("full_precision_matrix_mult")),
+            )
         raise _refusal(weight, layer, f"{note['format']!r:.60} ({weight.dtype})")
     if scale and told_by in (METADATA, COMFY):
-        raise UserError(f"{weight.file} has a scale for {layer!r:.120}, but its {told_by} does not say in which format.")
+        raise UserError(
+            f"{weight.file} has a scale for {layer!r:.120}, but its {told_by} does not say in which format."
+        )
     if f"{layer}.weight_scale_inv" in infos and weight.dtype == "F8_E4M3":
         return Stored(weight.shape, BlockFP8Linear)
     if weight.dtype == "U8" and f"{layer}.weight_scale_2" in infos:
-        return _nvfp4(layer, weight, infos, swizzled=False)  # diffusers' and NVIDIA's: ComfyUI's have notes
+        return _nvfp4(
+            layer, weight, infos, swizzled=False
+        )  # diffusers' and NVIDIA's: ComfyUI's have notes
     if weight.dtype in FP8 and (scale is None or scale.dtype in FLOATS):
         return _fp8(layer, weight, infos, scaled=scale is not None, full_precision=False)
     if weight.dtype not in FLOATS:
-        raise _refusal(weight, layer, weight.dtype + (f" with scales in {scale.dtype}" if scale else ""))
+        raise _refusal(
+            weight, layer, weight.dtype + (f" with scales in {scale.dtype}" if scale else "")
+        )
     return None
 
 
-def _fp8(layer: str, weight: TensorInfo, infos: Mapping[str, TensorInfo], scaled: bool, full_precision: bool) -> Stored:
+def _fp8(
+    layer: str,
+    weight: TensorInfo,
+    infos: Mapping[str, TensorInfo],
+    scaled: bool,
+    full_precision: bool,
+) -> Stored:
     """`scaled`: a scale there must be. It is for the whole weight, unless it is one for each row."""
 
     def shape(name: str, *possible: tuple[int, ...]) -> tuple[int, ...]:
@@ -112,13 +157,23 @@ def _fp8(layer: str, weight: TensorInfo, infos: Mapping[str, TensorInfo], scaled
     rows = weight.shape[:1]
     scale = shape(f"{layer}.weight_scale", (1,), rows, (*rows, 1)) if scaled else None
     input_scale = shape(f"{layer}.input_scale", (1,)) if f"{layer}.input_scale" in infos else None
-    make = partial(FP8Linear, dtype=FP8[weight.dtype], scale=scale, input_scale=input_scale, full_precision=full_precision)
+    make = partial(
+        FP8Linear,
+        dtype=FP8[weight.dtype],
+        scale=scale,
+        input_scale=input_scale,
+        full_precision=full_precision,
+    )
     return Stored(weight.shape, make)
 
 
-def _nvfp4(layer: str, weight: TensorInfo, infos: Mapping[str, TensorInfo], swizzled: bool) -> Stored:
+def _nvfp4(
+    layer: str, weight: TensorInfo, infos: Mapping[str, TensorInfo], swizzled: bool
+) -> Stored:
     shape = (*weight.shape[:-1], 2 * weight.shape[-1])
-    return Stored(shape, partial(NVFP4Linear, swizzled=swizzled, input_scale=f"{layer}.input_scale" in infos))
+    return Stored(
+        shape, partial(NVFP4Linear, swizzled=swizzled, input_scale=f"{layer}.input_scale" in infos)
+    )
 
 
 def _refusal(info: TensorInfo, layer: str, what: str) -> UserError:
@@ -128,38 +183,82 @@ def _refusal(info: TensorInfo, layer: str, what: str) -> UserError:
 # ---------------------------------------------------------------------------------------------------------- notes
 
 
-def _notes(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[str | None, dict[str, dict]]:
+def _notes(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> tuple[str | None, dict[str, dict]]:
     """Who says how layers are kept, and what is said: layer -> {"format": ...}. UserError if two say different things."""
-    states = {match[1]: dict(name=info.name) for name, info in infos.items() if (match := nf4.STATE.fullmatch(name))}
-    comfy = {name.removesuffix(f".{COMFY}"): info for name, info in infos.items() if name.endswith(f".{COMFY}")}
-    scaled = [info for info in infos.values() if re.search(r"\.scale_weight$|(^|\.)scaled_fp8$", info.name)]
+    states = {
+        match[1]: dict(name=info.name)
+        for name, info in infos.items()
+        if (match := nf4.STATE.fullmatch(name))
+    }
+    comfy = {
+        name.removesuffix(f".{COMFY}"): info
+        for name, info in infos.items()
+        if name.endswith(f".{COMFY}")
+    }
+    scaled = [
+        info
+        for info in infos.values()
+        if re.search(r"\.scale_weight$|(^|\.)scaled_fp8$", info.name)
+    ]
     in_header = bool(infos) and METADATA in metadata
-    told_by = [who for who, there in ((BNB, states), (METADATA, in_header), (COMFY, comfy), (SCALED, scaled)) if there]
+    told_by = [
+        who
+        for who, there in ((BNB, states), (METADATA, in_header), (COMFY, comfy), (SCALED, scaled))
+        if there
+    ]
     if not told_by:
         return None, {}
     file = next(iter(infos.values())).file
     if states and len(told_by) > 1:
-        raise UserError(f"{file} says how its layers are quantised in {len(told_by)} ways, of which one must be wrong: "
-                        f"{' and '.join(told_by)}; get it from where it was made.")  # fmt: skip
+        raise UserError(
+            f"{file} says how its layers are quantised in {len(told_by)} ways, of which one must be wrong: "
+            f"{' and '.join(told_by)}; get it from where it was made."
+        )
     if states:
         return BNB, states
     try:
         header = _checked(json.loads(metadata[METADATA])["layers"]) if in_header else {}
         by_layer = _checked(_read(comfy))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, SafetensorError) as error:
-        raise UserError(f"{file} has a damaged {told_by[0]} ({error!s:.80}); download it again.") from error
-    if in_header or comfy:  # each names a format for each layer, and the marker adds nothing to that
-        ours = {info.name.removesuffix(".weight"): name.removesuffix(".weight") for name, info in infos.items()}
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OSError,
+        SafetensorError,
+    ) as error:
+        raise UserError(
+            f"{file} has a damaged {told_by[0]} ({error!s:.80}); download it again."
+        ) from error
+    if (
+        in_header or comfy
+    ):  # each names a format for each layer, and the marker adds nothing to that
+        ours = {
+            info.name.removesuffix(".weight"): name.removesuffix(".weight")
+            for name, info in infos.items()
+        }
         header = {ours.get(layer, layer): note for layer, note in header.items()}
         for layer in header.keys() & by_layer.keys():
             if header[layer]["format"] != by_layer[layer]["format"]:
                 formats = f"{header[layer]['format']:.60} by {METADATA}, and {by_layer[layer]['format']:.60} by {COMFY}"
-                raise UserError(f"{file} contradicts itself: {layer!r:.120} is {formats}; get it from where it was made.")
+                raise UserError(
+                    f"{file} contradicts itself: {layer!r:.120} is {formats}; get it from where it was made."
+                )
         return told_by[0], by_layer | header
     # The marker is for all float8 weights. Two elements in it mean that activations are not to be rounded.
     wide = any(info.name.endswith(SCALED) and info.shape == (2,) for info in scaled)
-    float8 = {name.removesuffix(".weight"): info.dtype for name, info in infos.items() if info.dtype in FP8}
-    return SCALED, {layer: dict(format=FP8_NAMES[kind], full_precision_matrix_mult=wide) for layer, kind in float8.items()}
+    float8 = {
+        name.removesuffix(".weight"): info.dtype
+        for name, info in infos.items()
+        if info.dtype in FP8
+    }
+    return SCALED, {
+        layer: dict(format=FP8_NAMES[kind], full_precision_matrix_mult=wide)
+        for layer, kind in float8.items()
+    }
 
 
 def _checked(notes: dict) -> dict[str, dict]:
@@ -176,5 +275,7 @@ def _read(notes: Mapping[str, TensorInfo]) -> dict[str, dict]:
         with safe_open(file, framework="pt", device="cpu") as mapped:
             for layer, info in notes.items():
                 if info.file == file:
-                    found[layer] = json.loads(bytes(mapped.get_tensor(info.name).flatten().tolist()))
+                    found[layer] = json.loads(
+                        bytes(mapped.get_tensor(info.name).flatten().tolist())
+                    )
     return found

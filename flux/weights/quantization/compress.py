@@ -18,18 +18,34 @@ from flux.weights.quantization.nf4 import lookup
 
 # What stays as it is in a transformer, a part of a path each: what comes in and goes out, and what time and guidance do to
 # every token. Black Forest Labs' own FP8 files keep the same. Embeddings and norms are no Linears, in no network.
-KEPT = frozenset({
-    "img_in", "txt_in", "time_in", "guidance_in", "vector_in", "final_layer",
-    "img_mod", "txt_mod", "modulation",  # FLUX.1
-    "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation",  # FLUX.2
-})  # fmt: skip
+KEPT = frozenset(
+    {
+        "img_in",
+        "txt_in",
+        "time_in",
+        "guidance_in",
+        "vector_in",
+        "final_layer",
+        "img_mod",
+        "txt_mod",
+        "modulation",  # FLUX.1
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",  # FLUX.2
+    }
+)
 SMALL = 2**14  # a weight of fewer numbers stays too: there is nothing to gain
 ROWS = 1024  # that are rounded at a time, which bounds what is held in float32 meanwhile
 GROUP = 32  # numbers that share a scale in int4
 
 
-def compress(module: nn.Module, kind: str, keep: Set[str] = KEPT, device: torch.device | str | None = None,
-             change: Callable[..., None] | None = None) -> None:  # fmt: skip
+def compress(
+    module: nn.Module,
+    kind: str,
+    keep: Set[str] = KEPT,
+    device: torch.device | str | None = None,
+    change: Callable[..., None] | None = None,
+) -> None:
     """Replace the large Linears of `module`, except below the names in `keep`, by ones of a kind of `KINDS`, on `device`.
 
     One after the other, the old one let go: never two copies of the whole. So a mapped file is read once, and a model that fits
@@ -39,8 +55,12 @@ def compress(module: nn.Module, kind: str, keep: Set[str] = KEPT, device: torch.
     """
     if kind not in KINDS:
         raise UserError(f"--quantize {kind!s:.40} is unknown; choose from {', '.join(KINDS)}.")
-    if before := next((layer for layer in module.modules() if isinstance(layer, QuantizedLinear)), None):
-        raise UserError(f"the weights are quantised already ({type(before).__name__}): leave --quantize {kind} out.")
+    if before := next(
+        (layer for layer in module.modules() if isinstance(layer, QuantizedLinear)), None
+    ):
+        raise UserError(
+            f"the weights are quantised already ({type(before).__name__}): leave --quantize {kind} out."
+        )
     paths = large_linears(module, keep)
 
     def shrink(path: str) -> None:
@@ -56,12 +76,20 @@ def compress(module: nn.Module, kind: str, keep: Set[str] = KEPT, device: torch.
 
 def large_linears(module: nn.Module, keep: Set[str] = KEPT) -> list[str]:
     """The paths of the Linears that `compress` replaces."""
-    linears = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return [path for path, layer in linears if layer.weight.numel() >= SMALL and keep.isdisjoint(path.split("."))]
+    linears = [
+        (path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
+    ]
+    return [
+        path
+        for path, layer in linears
+        if layer.weight.numel() >= SMALL and keep.isdisjoint(path.split("."))
+    ]
 
 
 @torch.no_grad()
-def compressed(linear: nn.Linear, kind: str, device: torch.device | str | None = None) -> QuantizedLinear:
+def compressed(
+    linear: nn.Linear, kind: str, device: torch.device | str | None = None
+) -> QuantizedLinear:
     """One Linear of a kind, frozen. The bias is kept."""
     make, encode = KINDS[kind]
     device = torch.device(device or linear.weight.device)
@@ -86,7 +114,9 @@ def whole(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
 
 class Kind(NamedTuple):
     make: Callable[[int, int, bool], QuantizedLinear]  # (in_features, out_features, bias)
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]]  # rows (n, in), float32 -> their part of `weight` and of `weight_scale`
+    encode: Callable[
+        [Tensor], tuple[Tensor, Tensor]
+    ]  # rows (n, in), float32 -> their part of `weight` and of `weight_scale`
 
 
 def encode_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +137,9 @@ def encode_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     The largest of a group, whatever its sign, becomes -8, as in GGUF's Q4_0: 8.6 % error on normal numbers. From -7 to 7 it
     would be 9.7 %; with a minimum beside the scale, for 64, which takes as many bytes, 9.0 %.
     """
-    groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))  # (n, groups, 32)
+    groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(
+        1, (-1, GROUP)
+    )  # (n, groups, 32)
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))  # (n, groups, 1)
     scale = (largest / -8).bfloat16()  # rounded first, since this is what will be multiplied
     codes = (_divided(groups, scale.float()).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
@@ -140,11 +172,17 @@ class Int4Linear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias)
         groups = -(-in_features // GROUP)
-        self.register_buffer("weight", torch.empty(out_features, groups * GROUP // 2, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=torch.bfloat16))
+        self.register_buffer(
+            "weight", torch.empty(out_features, groups * GROUP // 2, dtype=torch.uint8)
+        )
+        self.register_buffer(
+            "weight_scale", torch.empty(out_features, groups, dtype=torch.bfloat16)
+        )
 
     def dequantize(self) -> Tensor:
-        values = lookup(self.weight, torch.arange(-8.0, 8.0, device=self.weight.device)).unflatten(1, (-1, GROUP))
+        values = lookup(self.weight, torch.arange(-8.0, 8.0, device=self.weight.device)).unflatten(
+            1, (-1, GROUP)
+        )
         return values.mul_(self.weight_scale.float()[..., None]).flatten(1)[:, : self.in_features]
 
 

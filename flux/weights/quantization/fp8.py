@@ -24,19 +24,34 @@ LARGEST = 448.0  # of float8_e4m3fn
 class FP8Linear(QuantizedLinear):
     """One byte a weight. `scale` and `input_scale` are the shapes of these tensors, None where there is none."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype = torch.float8_e4m3fn,
-                 scale: tuple[int, ...] | None = (), input_scale: tuple[int, ...] | None = None,
-                 full_precision: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype = torch.float8_e4m3fn,
+        scale: tuple[int, ...] | None = (),
+        input_scale: tuple[int, ...] | None = None,
+        full_precision: bool = False,
+    ):
         super().__init__(in_features, out_features, bias)
-        self.full_precision = full_precision  # whoever made the file does not want activations in float8 here
+        self.full_precision = (
+            full_precision  # whoever made the file does not want activations in float8 here
+        )
         self.native = False  # set by `use_native_fp8`
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=dtype))
         self.register_buffer("weight_scale", None if scale is None else torch.empty(scale))
-        self.register_buffer("input_scale", None if input_scale is None else torch.empty(input_scale))
+        self.register_buffer(
+            "input_scale", None if input_scale is None else torch.empty(input_scale)
+        )
 
     def dequantize(self) -> Tensor:
         weight = self.weight.float()  # a copy, which may be changed
-        return weight if self.weight_scale is None else weight.mul_(self.weight_scale.float().reshape(-1, 1))
+        return (
+            weight
+            if self.weight_scale is None
+            else weight.mul_(self.weight_scale.float().reshape(-1, 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x) if self.native else super().forward(x)
@@ -53,15 +68,25 @@ class FP8Linear(QuantizedLinear):
         else:
             scale = self.input_scale.float().reshape(1, 1)
         quantised = (rows / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        weight_scale = scale.new_ones(1, 1) if self.weight_scale is None else self.weight_scale.float().reshape(1, -1)
-        if scale.numel() > 1 or weight_scale.numel() > 1:  # scales go by rows on both sides, or on neither
+        weight_scale = (
+            scale.new_ones(1, 1)
+            if self.weight_scale is None
+            else self.weight_scale.float().reshape(1, -1)
+        )
+        if (
+            scale.numel() > 1 or weight_scale.numel() > 1
+        ):  # scales go by rows on both sides, or on neither
             scale = scale.expand(len(rows), 1).contiguous()
             weight_scale = weight_scale.expand(1, self.out_features).contiguous()
-        if scale.numel() > 1 and x.is_cpu and torch.__version__ < "2.13":  # whose CPU kernel knows one scale for all alone
+        if (
+            scale.numel() > 1 and x.is_cpu and torch.__version__ < "2.13"
+        ):  # whose CPU kernel knows one scale for all alone
             y = F.linear(quantised.float(), self.weight.float()) * scale * weight_scale
             y = (y if self.bias is None else y + self.bias.float()).to(x.dtype)  # (n, out)
         else:
-            y = torch._scaled_mm(quantised, self.weight.t(), scale, weight_scale, self.bias, out_dtype=x.dtype)  # (n, out)
+            y = torch._scaled_mm(
+                quantised, self.weight.t(), scale, weight_scale, self.bias, out_dtype=x.dtype
+            )  # (n, out)
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
@@ -75,12 +100,21 @@ class BlockFP8Linear(QuantizedLinear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias)
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn))
-        self.register_buffer("weight_scale_inv", torch.empty(-(-out_features // self.BLOCK), -(-in_features // self.BLOCK)))
+        self.register_buffer(
+            "weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
+        )
+        self.register_buffer(
+            "weight_scale_inv",
+            torch.empty(-(-out_features // self.BLOCK), -(-in_features // self.BLOCK)),
+        )
 
     def dequantize(self) -> Tensor:
-        rows = self.weight_scale_inv.float().repeat_interleave(self.BLOCK, dim=0)[: self.out_features]
-        return self.weight.float().mul_(rows.repeat_interleave(self.BLOCK, dim=1)[:, : self.in_features])
+        rows = self.weight_scale_inv.float().repeat_interleave(self.BLOCK, dim=0)[
+            : self.out_features
+        ]
+        return self.weight.float().mul_(
+            rows.repeat_interleave(self.BLOCK, dim=1)[:, : self.in_features]
+        )
 
 
 def use_native_fp8(module: nn.Module, device: torch.device | None = None) -> list[str]:
@@ -91,9 +125,13 @@ def use_native_fp8(module: nn.Module, device: torch.device | None = None) -> lis
     and bfloat16; elsewhere a warning says so, once, and nothing changes. (On the CPU it works, for tests, and gains nothing.)
     `device`: where it will compute, if that is not where the weights are now.
     """
-    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+    layers = {
+        path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)
+    }
     if layers and (lack := _lack(device or next(iter(layers.values())).weight.device, module)):
-        warnings.warn(f"float8 matrix products need {lack}: weights are made whole instead", stacklevel=2)
+        warnings.warn(
+            f"float8 matrix products need {lack}: weights are made whole instead", stacklevel=2
+        )
         return list(layers)
     obstacles = {path: found for path, layer in layers.items() if (found := _obstacle(layer))}
     for path in layers.keys() - obstacles.keys():
@@ -102,9 +140,14 @@ def use_native_fp8(module: nn.Module, device: torch.device | None = None) -> lis
         if layer.input_scale is not None and layer.input_scale == 1:
             layer.input_scale = None  # ComfyUI writes 1 where nothing was measured
     if obstacles:
-        reasons = ", ".join(f"{count} {obstacle}" for obstacle, count in Counter(obstacles.values()).items())
-        warnings.warn(f"{len(obstacles)} of the {len(layers)} quantised layers of {type(module).__name__} are made whole, not "
-                      f"multiplied in float8: {reasons}", stacklevel=2)  # fmt: skip
+        reasons = ", ".join(
+            f"{count} {obstacle}" for obstacle, count in Counter(obstacles.values()).items()
+        )
+        warnings.warn(
+            f"{len(obstacles)} of the {len(layers)} quantised layers of {type(module).__name__} are made whole, not "
+            f"multiplied in float8: {reasons}",
+            stacklevel=2,
+        )
     return list(obstacles)
 
 
@@ -123,7 +166,11 @@ def _lack(device: torch.device, module: nn.Module) -> str | None:
     """What is missing for float8 matrix products, if anything is."""
     if device.type == "cpu":
         return None
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+    if (
+        device.type != "cuda"
+        or torch.version.hip
+        or torch.cuda.get_device_capability(device) < (8, 9)
+    ):
         return f"an NVIDIA GPU of compute capability 8.9 or above, which {device} is not"
     dtype = next((parameter.dtype for parameter in module.parameters()), torch.bfloat16)
     return None if dtype == torch.bfloat16 else f"bfloat16, not {dtype}"

@@ -51,7 +51,9 @@ def signed(q: Tensor, zero: int) -> Tensor:
 
 def scaled(q: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
     """q · scale + shift: (n, weights) with (n, groups) scales and shifts, each for its share of the weights."""
-    weights = q.unflatten(1, (scale.shape[1], -1)).float().mul_(scale[..., None])  # in place: nothing else is as large
+    weights = (
+        q.unflatten(1, (scale.shape[1], -1)).float().mul_(scale[..., None])
+    )  # in place: nothing else is as large
     return (weights if shift is None else weights.add_(shift[..., None])).flatten(1)
 
 
@@ -150,7 +152,9 @@ def iq4_xs(b: Tensor) -> Tensor:
 
 def uneven(q: Tensor) -> Tensor:
     """4 bits -> one of 16 integers, denser around zero."""
-    values = uneven_values if torch.compiler.is_compiling() else kept_values  # the compiler keeps constants by itself
+    values = (
+        uneven_values if torch.compiler.is_compiling() else kept_values
+    )  # the compiler keeps constants by itself
     return values(q.device).index_select(0, q.flatten().int()).view_as(q)
 
 
@@ -170,11 +174,19 @@ class Block(NamedTuple):
 
 
 BLOCKS = {
-    "Q4_0": Block(32, 18, q4_0), "Q4_1": Block(32, 20, q4_1), "Q5_0": Block(32, 22, q5_0), "Q5_1": Block(32, 24, q5_1),
-    "Q8_0": Block(32, 34, q8_0), "Q2_K": Block(256, 84, q2_k), "Q3_K": Block(256, 110, q3_k), "Q4_K": Block(256, 144, q4_k),
-    "Q5_K": Block(256, 176, q5_k), "Q6_K": Block(256, 210, q6_k), "IQ4_NL": Block(32, 18, iq4_nl),
+    "Q4_0": Block(32, 18, q4_0),
+    "Q4_1": Block(32, 20, q4_1),
+    "Q5_0": Block(32, 22, q5_0),
+    "Q5_1": Block(32, 24, q5_1),
+    "Q8_0": Block(32, 34, q8_0),
+    "Q2_K": Block(256, 84, q2_k),
+    "Q3_K": Block(256, 110, q3_k),
+    "Q4_K": Block(256, 144, q4_k),
+    "Q5_K": Block(256, 176, q5_k),
+    "Q6_K": Block(256, 210, q6_k),
+    "IQ4_NL": Block(32, 18, iq4_nl),
     "IQ4_XS": Block(256, 136, iq4_xs),
-}  # fmt: skip
+}
 
 
 def decode(raw: Tensor, kind: str, shape: Sequence[int]) -> Tensor:
@@ -188,7 +200,10 @@ class GGUFLinear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool, kind: str):
         super().__init__(in_features, out_features, bias)
         self.kind = kind
-        self.register_buffer("weight", torch.empty(stored_shape(kind, (out_features, in_features)), dtype=torch.uint8))
+        self.register_buffer(
+            "weight",
+            torch.empty(stored_shape(kind, (out_features, in_features)), dtype=torch.uint8),
+        )
 
     def dequantize(self) -> Tensor:
         return decode(self.weight, self.kind, (self.out_features, self.in_features))
@@ -198,12 +213,35 @@ class GGUFLinear(QuantizedLinear):
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = {  # enum ggml_type
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K",
-    14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 30: "BF16",
-}  # fmt: skip
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    20: "IQ4_NL",
+    23: "IQ4_XS",
+    30: "BF16",
+}
 NUMBERS = {  # enum gguf_type -> struct's code
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 TEXT, LIST = 8, 9
 
 
@@ -227,7 +265,9 @@ def tensors(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     header = _read(path)
     try:  # not shared: a write would stay in memory, and not reach the file
-        pages = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        pages = torch.from_file(
+            str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8
+        )
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be mapped: {error!s:.120}.") from error
 
@@ -270,7 +310,9 @@ class _Fields:
 
     def scalar(self, kind: int) -> str | int | float:
         if kind != TEXT and kind not in NUMBERS:
-            raise ValueError(f"has a damaged header, with a value of type {kind}; download it again")
+            raise ValueError(
+                f"has a damaged header, with a value of type {kind}; download it again"
+            )
         return self.text() if kind == TEXT else self.number(NUMBERS[kind])
 
     def value(self) -> str | int | float | None:
@@ -289,11 +331,15 @@ class _Fields:
         """What is said of a tensor, and how far from the end of the header it begins."""
         name = self.text()
         if (dimensions := self.number("I")) > 4:
-            raise ValueError(f"has a damaged header: tensor {name!r:.120} has {dimensions:,} dimensions; download it again")
+            raise ValueError(
+                f"has a damaged header: tensor {name!r:.120} has {dimensions:,} dimensions; download it again"
+            )
         shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
         number, begin = self.number("I"), self.number("Q")
         if (kind := TYPES.get(number)) is None:
-            raise ValueError(f"keeps {name!r:.120} in ggml's type {number}, which is not read; get the model as Q8_0 or Q4_K")
+            raise ValueError(
+                f"keeps {name!r:.120} in ggml's type {number}, which is not read; get the model as Q8_0 or Q4_K"
+            )
         if 0 in shape or (kind in BLOCKS and (not shape or shape[-1] % BLOCKS[kind].weights)):
             what = f"tensor {name!r:.120}, {kind} of shape {shape}, is not made of whole blocks"
             raise ValueError(f"has a damaged header: {what}; download it again")
@@ -317,26 +363,42 @@ def _parse(fields: _Fields, path: Path) -> Header:
     if fields.take(4) != b"GGUF":
         raise ValueError("is not a GGUF file")
     if (version := fields.number("I")) not in (2, 3):
-        raise ValueError(f"is GGUF of version {version}, or big-endian; only 2 and 3, little-endian, are read")
+        raise ValueError(
+            f"is GGUF of version {version}, or big-endian; only 2 and 3, little-endian, are read"
+        )
     tensor_count, value_count = fields.number("Q"), fields.number("Q")
     metadata = {fields.text(): fields.value() for _ in range(value_count)}
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-        raise ValueError(f"has a damaged header, with an alignment of {alignment!s:.40}; download it again")
+        raise ValueError(
+            f"has a damaged header, with an alignment of {alignment!s:.40}; download it again"
+        )
 
     infos, begins, end = {}, {}, 0
     for _ in range(tensor_count):
         info, begin = fields.tensor(path)
         if info.name in infos or begin != end + -end % alignment:
-            fault = "comes twice" if info.name in infos else "does not begin where the one before it ends"
-            raise ValueError(f"has a damaged header: tensor {info.name!r:.120} {fault}; download it again")
-        infos[info.name], begins[info.name], end = info, begin, begin + _size(info.dtype, info.shape)
+            fault = (
+                "comes twice"
+                if info.name in infos
+                else "does not begin where the one before it ends"
+            )
+            raise ValueError(
+                f"has a damaged header: tensor {info.name!r:.120} {fault}; download it again"
+            )
+        infos[info.name], begins[info.name], end = (
+            info,
+            begin,
+            begin + _size(info.dtype, info.shape),
+        )
     if not infos:
         raise ValueError("holds no tensors")
     start = fields.file.tell()
     start += -start % alignment
     if not start + end <= fields.size <= start + end + -end % alignment:
         fault = "is truncated" if fields.size < start + end else "goes on after its end"
-        raise ValueError(f"{fault}: {start + end:,} bytes expected, {fields.size:,} found; download it again")
+        raise ValueError(
+            f"{fault}: {start + end:,} bytes expected, {fields.size:,} found; download it again"
+        )
     known = {key: value for key, value in metadata.items() if value is not None}
     return Header(infos, {name: start + begin for name, begin in begins.items()}, known)

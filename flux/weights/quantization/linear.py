@@ -23,7 +23,9 @@ class QuantizedLinear(nn.Module):
 
     def plain(self, weight: Tensor) -> nn.Linear:
         """A frozen Linear with this weight in place of its own, and the same bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta").train(
+            self.training
+        )
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return linear
 

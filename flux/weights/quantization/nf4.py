@@ -26,7 +26,9 @@ from torch import Tensor
 from flux.errors import UserError
 from flux.weights.quantization.linear import QuantizedLinear
 
-STATE = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__\w+")  # the name of the JSON text; the group is the layer
+STATE = re.compile(
+    r"(.+)\.weight\.quant_state\.bitsandbytes__\w+"
+)  # the name of the JSON text; the group is the layer
 
 
 def canonical(name: str) -> str:
@@ -40,7 +42,9 @@ class State(NamedTuple):
     shape: tuple[int, int]  # (out_features, in_features)
     blocksize: int
     nested_blocksize: int | None
-    nested_offset: float  # added to every block's largest, which were centred before their quantisation
+    nested_offset: (
+        float  # added to every block's largest, which were centred before their quantisation
+    )
 
 
 def read_state(path: Path, name: str) -> State:
@@ -50,14 +54,29 @@ def read_state(path: Path, name: str) -> State:
             table = json.loads(bytes(mapped.get_tensor(name).flatten().tolist()))
         kind, size, (rows, columns) = table["quant_type"], table["blocksize"], table["shape"]
         nested, offset = table.get("nested_blocksize"), table.get("nested_offset", 0.0)
-        if not all(type(n) is int and n > 0 for n in (size, rows, columns, *(() if nested is None else (nested,)))):
+        if not all(
+            type(n) is int and n > 0
+            for n in (size, rows, columns, *(() if nested is None else (nested,)))
+        ):
             raise ValueError("its sizes are no whole numbers above 0")
         if not isinstance(offset, int | float) or not abs(offset) < torch.finfo(torch.float32).max:
             raise ValueError("its offset is no finite number")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, SafetensorError) as error:
-        raise UserError(f"{path} has a damaged {name!r:.120} ({error!s:.80}); download it again.") from error
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OSError,
+        SafetensorError,
+    ) as error:
+        raise UserError(
+            f"{path} has a damaged {name!r:.120} ({error!s:.80}); download it again."
+        ) from error
     if kind not in ("nf4", "fp4"):
-        raise UserError(f"{path} has {name!r:.120} of the kind {kind!r:.40}; of bitsandbytes' kinds, nf4 and fp4 are read.")
+        raise UserError(
+            f"{path} has {name!r:.120} of the kind {kind!r:.40}; of bitsandbytes' kinds, nf4 and fp4 are read."
+        )
     return State((rows, columns), size, nested, float(offset))
 
 
@@ -70,7 +89,9 @@ class NF4Linear(QuantizedLinear):
         numbers = in_features * out_features
         blocks, nested = -(-numbers // state.blocksize), state.nested_blocksize
         self.register_buffer("weight", torch.empty(-(-numbers // 2), 1, dtype=torch.uint8))
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32))
+        self.register_buffer(
+            "absmax", torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32)
+        )
         self.register_buffer("quant_map", torch.empty(16))
         if nested:
             self.register_buffer("nested_absmax", torch.empty(-(-blocks // nested)))
@@ -79,11 +100,17 @@ class NF4Linear(QuantizedLinear):
     def dequantize(self) -> Tensor:
         absmax = self.absmax
         if self.state.nested_blocksize:
-            absmax = scaled(self.nested_quant_map[absmax.int()], self.nested_absmax, self.state.nested_blocksize)
+            absmax = scaled(
+                self.nested_quant_map[absmax.int()], self.nested_absmax, self.state.nested_blocksize
+            )
             absmax = absmax + self.state.nested_offset
         numbers = self.in_features * self.out_features
-        values = lookup(self.weight.flatten(), self.quant_map)[:numbers]  # an odd one out leaves half a byte unused
-        return scaled(values, absmax, self.state.blocksize).view(self.out_features, self.in_features)
+        values = lookup(self.weight.flatten(), self.quant_map)[
+            :numbers
+        ]  # an odd one out leaves half a byte unused
+        return scaled(values, absmax, self.state.blocksize).view(
+            self.out_features, self.in_features
+        )
 
 
 def lookup(packed: Tensor, code: Tensor, high_first: bool = True) -> Tensor:
@@ -97,4 +124,6 @@ def scaled(values: Tensor, scales: Tensor, blocksize: int) -> Tensor:
     """(n,) values times the scales (ceil(n / blocksize),) of their blocks, the last of which may be short. In place."""
     missing = len(scales) * blocksize - len(values)
     blocks = (F.pad(values, (0, missing)) if missing else values).view(-1, blocksize)
-    return blocks.mul_(scales[:, None]).flatten()[: len(values)]  # in place, since nothing else is as large
+    return blocks.mul_(scales[:, None]).flatten()[
+        : len(values)
+    ]  # in place, since nothing else is as large

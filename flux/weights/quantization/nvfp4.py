@@ -27,15 +27,26 @@ BLOCK = 16
 class NVFP4Linear(QuantizedLinear):
     """0.5625 bytes a weight. UserError unless in_features is a multiple of 16."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, swizzled: bool, input_scale: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        swizzled: bool,
+        input_scale: bool = True,
+    ):
         super().__init__(in_features, out_features, bias)
         if in_features % BLOCK:
-            raise UserError(f"a layer of {in_features} inputs cannot be NVFP4, which has blocks of {BLOCK} along a row.")
+            raise UserError(
+                f"a layer of {in_features} inputs cannot be NVFP4, which has blocks of {BLOCK} along a row."
+            )
         self.swizzled = swizzled
         rows, blocks = out_features, in_features // BLOCK
         if swizzled:
             rows, blocks = -(-rows // 128) * 128, -(-blocks // 4) * 4
-        self.register_buffer("weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
+        self.register_buffer(
+            "weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+        )
         self.register_buffer("weight_scale", torch.empty(rows, blocks, dtype=torch.float8_e4m3fn))
         self.register_buffer("weight_scale_2", torch.empty(()))
         self.register_buffer("input_scale", torch.empty(()) if input_scale else None)
@@ -45,8 +56,12 @@ class NVFP4Linear(QuantizedLinear):
         if self.swizzled:
             scale = unswizzled(scale)[: self.out_features, : self.in_features // BLOCK]
         scale = scale * self.weight_scale_2  # (out, in/16)
-        values = lookup(self.weight, e2m1(self.weight.device), high_first=self.swizzled)  # (out, in)
-        return values.unflatten(1, (-1, BLOCK)).mul_(scale[..., None]).flatten(1)  # in place, since nothing else is as large
+        values = lookup(
+            self.weight, e2m1(self.weight.device), high_first=self.swizzled
+        )  # (out, in)
+        return (
+            values.unflatten(1, (-1, BLOCK)).mul_(scale[..., None]).flatten(1)
+        )  # in place, since nothing else is as large
 
 
 def unswizzled(scale: Tensor) -> Tensor:

@@ -18,12 +18,22 @@ from recipe.latents import pictures
 from recipe.pictures import busy_picture, contact_sheet, to_pictures, to_pixels
 from recipe.trainer import Trainer, optimizers
 
-EDGES = ("conv_in", "conv_out", "quant_conv")  # layers that touch pixels or latents are not for Muon
+EDGES = (
+    "conv_in",
+    "conv_out",
+    "quant_conv",
+)  # layers that touch pixels or latents are not for Muon
 SIZE = 256  # of the pictures that crops are taken of
 
 
-def train_autoencoder(run: Path, config: AutoEncoderConfig, minutes: float, device: torch.device, start: Path | None,
-                      count: int = 3000) -> AutoEncoder:  # fmt: skip
+def train_autoencoder(
+    run: Path,
+    config: AutoEncoderConfig,
+    minutes: float,
+    device: torch.device,
+    start: Path | None,
+    count: int = 3000,
+) -> AutoEncoder:
     """The one that the run has finished; else one that begins with the file `start`, or anew, and learns for some minutes.
 
     A file of FLUX.2's family is good for FLUX.1's too.
@@ -42,7 +52,9 @@ def train_autoencoder(run: Path, config: AutoEncoderConfig, minutes: float, devi
             try:
                 model.load_state_dict(tensors)
             except RuntimeError:  # which lists every key
-                raise UserError(f"{finished if finished.exists() else start} is not an autoencoder of this size") from None
+                raise UserError(
+                    f"{finished if finished.exists() else start} is not an autoencoder of this size"
+                ) from None
     model.to(device, memory_format=torch.channels_last)
     if finished.exists() or not (minutes or changed):
         return model
@@ -50,22 +62,41 @@ def train_autoencoder(run: Path, config: AutoEncoderConfig, minutes: float, devi
     rng, scenes = np.random.default_rng(0), shapes.scenes(50, held=False)
     data = np.empty((count, SIZE, SIZE, 3), np.uint8)
     for i in range(count):
-        data[i] = shapes.draw(next(scenes), SIZE, SIZE, rng) if i % 5 < 3 else busy_picture(rng, SIZE)
-    trainer = Trainer(model, optimizers(model, 2e-3, 2e-3, EDGES), run / "autoencoder.safetensors", minutes, ema=0.998)
+        data[i] = (
+            shapes.draw(next(scenes), SIZE, SIZE, rng) if i % 5 < 3 else busy_picture(rng, SIZE)
+        )
+    trainer = Trainer(
+        model,
+        optimizers(model, 2e-3, 2e-3, EDGES),
+        run / "autoencoder.safetensors",
+        minutes,
+        ema=0.998,
+    )
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((1, step))
         size, batch = (64, 8) if trainer.progress < 5 / 6 else (128, 2)
-        corner = lambda: rng.integers(0, SIZE + 1 - size, 2)  # noqa: E731
-        crops = [data[i, y : y + size, x : x + size] for i in rng.integers(0, len(data), batch) for y, x in [corner()]]
-        return autoencoder_loss(model, to_pixels(np.stack(crops)).to(device, memory_format=torch.channels_last))
+
+        def corner():
+            return rng.integers(0, SIZE + 1 - size, 2)
+
+        crops = [
+            data[i, y : y + size, x : x + size]
+            for i in rng.integers(0, len(data), batch)
+            for y, x in [corner()]
+        ]
+        return autoencoder_loss(
+            model, to_pixels(np.stack(crops)).to(device, memory_format=torch.channels_last)
+        )
 
     def sheet() -> None:
         with torch.no_grad():
             pixels = to_pixels(data[:10]).to(device)
             decoded = model.decoder(model.encoder(pixels).chunk(2, 1)[0])
         contact_sheet(run / "autoencoder.png", to_pictures(torch.cat([pixels, decoded])), 10)
-        print(f"\nPSNR {10 * math.log10(4 / F.mse_loss(decoded.clamp(-1, 1), pixels).item()):.1f} dB")
+        print(
+            f"\nPSNR {10 * math.log10(4 / F.mse_loss(decoded.clamp(-1, 1), pixels).item()):.1f} dB"
+        )
 
     trainer.run(loss, sheet=sheet)
     measure_statistics(model, data[np.arange(count) % 5 < 3][:512])
@@ -89,17 +120,27 @@ def picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
     return error.abs().mean() + 0.5 * edges
 
 
-def train_decoder(run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder, count: int = 3000) -> None:
+def train_decoder(
+    run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder, count: int = 3000
+) -> None:
     """The decoder alone, on whole pictures and their exact latents: these stay as they are, so the transformer fits still."""
     tensors = load(run / f"latents-{SIZE}x{SIZE}.safetensors")
     latents = tensors["latents"][tensors["pictures"][:count, 0]]
     layouts = [layout for _, (layout,) in itertools.islice(pictures(SIZE, SIZE), len(latents))]
     decoder = autoencoder.decoder.requires_grad_(True)
-    trainer = Trainer(decoder, optimizers(decoder, 2e-3, 1e-3, EDGES), run / "decoder.safetensors", minutes, ema=0.998)
+    trainer = Trainer(
+        decoder,
+        optimizers(decoder, 2e-3, 1e-3, EDGES),
+        run / "decoder.safetensors",
+        minutes,
+        ema=0.998,
+    )
 
     def loss(step: int) -> Tensor:
         row = np.random.default_rng((3, step)).integers(len(latents))
-        wanted = to_pixels(shapes.draw(layouts[row], SIZE, SIZE)[None]).to(device, memory_format=torch.channels_last)
+        wanted = to_pixels(shapes.draw(layouts[row], SIZE, SIZE)[None]).to(
+            device, memory_format=torch.channels_last
+        )
         return picture_loss(autoencoder.decode(latents[row][None].float().to(device)), wanted)
 
     trainer.run(loss)
@@ -111,7 +152,12 @@ def measure_statistics(model: AutoEncoder, drawn: np.ndarray) -> None:
     """Latents of pictures (N, H, W, 3), N >= 128, get a variance of one: in FLUX.2 in each channel, by the running statistics
     that they are normalised with; in FLUX.1, which has one constant for all, by what the encoder multiplies them with."""
     device = next(model.parameters()).device
-    packed = torch.cat([pack(model.encoder(to_pixels(p).to(device)).chunk(2, 1)[0]) for p in np.array_split(drawn, 128)])
+    packed = torch.cat(
+        [
+            pack(model.encoder(to_pixels(p).to(device)).chunk(2, 1)[0])
+            for p in np.array_split(drawn, 128)
+        ]
+    )
     if model.config.scale_factor is None:
         model.bn.running_mean.copy_(packed.mean((0, 2, 3)))
         model.bn.running_var.copy_(packed.var((0, 2, 3)))

@@ -13,7 +13,9 @@ from recipe.text import Words
 
 BATCH = {0: 32, 1: 16, 2: 10}  # by the number of references: so that steps take much the same time
 SHARE = {"edits-1": 0.2, "families": 0.3, "edits-2": 0.05}  # of the steps; the rest are of scenes
-WINDOWS = np.array([(6, 14), (10, 10), (10, 16), (16, 10)])  # rows and columns of tokens: for a word, one object, two, two
+WINDOWS = np.array(
+    [(6, 14), (10, 10), (10, 16), (16, 10)]
+)  # rows and columns of tokens: for a word, one object, two, two
 WINDOWED = 0.85  # of the steps
 DROPPED = 0.1  # of the captions: what guidance is away from is learnt of these
 
@@ -36,7 +38,9 @@ class Batches:
 
     def __init__(self, run: Path, empty: Words, edited: bool = True):
         shares = [SHARE[kind] for kind in EDITS] if edited else []
-        scenes = [Pictures(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
+        scenes = [
+            Pictures(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES
+        ]
         sizes = np.array(list(map(len, scenes)), float)
         self.kinds = scenes + [Pictures(run / f"{kind}.safetensors") for kind in EDITS if edited]
         self.odds = np.concatenate([(1 - sum(shares)) * sizes / sizes.sum(), shares])
@@ -47,9 +51,14 @@ class Batches:
         kind = self.kinds[rng.choice(len(self.kinds), p=self.odds)]
         rows, (top, left), (h, w) = kind.some(BATCH[kind.references], rng)
         drop = torch.from_numpy(rng.random(len(rows)) < DROPPED)[:, None].to(device)
-        words = {name: torch.where(drop, empty, kind.tensors[name][rows].to(device)) for name, empty in self.empty.items()}
+        words = {
+            name: torch.where(drop, empty, kind.tensors[name][rows].to(device))
+            for name, empty in self.empty.items()
+        }
         pictures, tokens = kind.tensors["pictures"][rows], np.s_[top : top + h, left : left + w]
-        latents, things, covered = (kind.tensors[name][pictures].to(device) for name in ("latents", "things", "covered"))
+        latents, things, covered = (
+            kind.tensors[name][pictures].to(device) for name in ("latents", "things", "covered")
+        )
         latents = latents[..., *tokens].float()
         references = latents[:, 1:] if kind.references else None
         things, covered = things[..., *tokens].flatten(1), covered[..., *tokens, :].flatten(1, -2)
@@ -73,12 +82,22 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def some(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+    def some(
+        self, count: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
         """Rows, the corner of the window in which all that they show is, and its size; or of no window."""
         one = rng.integers(len(self))
         kind, first, behind = self.kinds[one], self.boxes[one, :2], self.boxes[one, 2:]
         if kind < 0 or rng.random() > WINDOWED:
             return rng.integers(0, len(self), count), (0, 0), tuple(self.sides)
-        corner = rng.integers(np.maximum(behind - WINDOWS[kind], 0), np.minimum(first, self.sides - WINDOWS[kind]) + 1)
-        inside = (self.boxes[:, :2] >= corner).all(1) & (self.boxes[:, 2:] <= corner + WINDOWS[kind]).all(1)
-        return rng.choice(np.flatnonzero(inside & (self.kinds == kind)), count), tuple(corner.tolist()), tuple(WINDOWS[kind])
+        corner = rng.integers(
+            np.maximum(behind - WINDOWS[kind], 0), np.minimum(first, self.sides - WINDOWS[kind]) + 1
+        )
+        inside = (self.boxes[:, :2] >= corner).all(1) & (
+            self.boxes[:, 2:] <= corner + WINDOWS[kind]
+        ).all(1)
+        return (
+            rng.choice(np.flatnonzero(inside & (self.kinds == kind)), count),
+            tuple(corner.tolist()),
+            tuple(WINDOWS[kind]),
+        )

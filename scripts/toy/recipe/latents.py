@@ -20,8 +20,18 @@ from recipe.text import Tokenizer
 from recipe.trainer import bfloat16_is_faster, device_of
 
 SCENES = {(256, 256): 12000, (320, 192): 1500, (192, 320): 1500}  # width, height: pictures
-EDITS = {"edits-1": 8000, "families": 24000, "edits-2": 1500}  # of one picture, of the same few, and of two; all 256x256
-CHANGES = ("colour", "size", "pattern", "shape", "remove")  # kinds of edits about one of the things that a picture shows
+EDITS = {
+    "edits-1": 8000,
+    "families": 24000,
+    "edits-2": 1500,
+}  # of one picture, of the same few, and of two; all 256x256
+CHANGES = (
+    "colour",
+    "size",
+    "pattern",
+    "shape",
+    "remove",
+)  # kinds of edits about one of the things that a picture shows
 THINGS = (None, *shapes.SHAPES, *LETTERS)  # what a token can show; None is the background
 PART = 4  # pixels: the side of the parts of a token in which it is told how much is covered
 
@@ -57,7 +67,11 @@ def shown(layout: shapes.Layout, width: int, height: int) -> tuple[np.ndarray, n
     """What each token of a picture shows: its place in THINGS, (h, w); and how much of each of its 4x4 parts is covered by
     anything, (h, w, 16) from 0 to 255; both uint8."""
     size = height // TOKEN, TOKEN, width // TOKEN, TOKEN
-    things, most, covered = np.zeros(size[::2], np.uint8), np.zeros(size[::2]), np.zeros((height, width))
+    things, most, covered = (
+        np.zeros(size[::2], np.uint8),
+        np.zeros(size[::2]),
+        np.zeros((height, width)),
+    )
     for item in layout.items:
         for thing, inked in parts(item, width, height):
             covered = np.maximum(covered, inked)
@@ -65,7 +79,9 @@ def shown(layout: shapes.Layout, width: int, height: int) -> tuple[np.ndarray, n
             things[share > most] = THINGS.index(thing)
             most = np.maximum(share, most)
     cells = TOKEN // PART
-    covered = covered.reshape(height // TOKEN, cells, PART, width // TOKEN, cells, PART).mean((2, 5))
+    covered = covered.reshape(height // TOKEN, cells, PART, width // TOKEN, cells, PART).mean(
+        (2, 5)
+    )
     return things, np.rint(255 * rearrange(covered, "h y w x -> h w (y x)")).astype(np.uint8)
 
 
@@ -81,7 +97,11 @@ def parts(item: shapes.Item, width: int, height: int) -> Iterator[tuple[str, np.
     if isinstance(item.thing, shapes.Object):
         yield item.thing.shape, ink(item, width, height)
     else:
-        yield from zip(item.thing.letters, spelled(item.thing.letters, item.y * height, width, height), strict=True)
+        yield from zip(
+            item.thing.letters,
+            spelled(item.thing.letters, item.y * height, width, height),
+            strict=True,
+        )
 
 
 @torch.no_grad()
@@ -96,7 +116,9 @@ def encode_all(run: Path, model: AutoEncoder, words: Tokenizer, edited: bool = T
     device = device_of(model)
     dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
     model = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
-    kinds = {f"latents-{w}x{h}": (pictures(w, h), count, (w, h)) for (w, h), count in SCENES.items()}
+    kinds = {
+        f"latents-{w}x{h}": (pictures(w, h), count, (w, h)) for (w, h), count in SCENES.items()
+    }
     if edited:
         kinds |= {kind: (edits(kind), count, (256, 256)) for kind, count in EDITS.items()}
     for name, (some, count, size) in kinds.items():
@@ -110,7 +132,11 @@ def encode_all(run: Path, model: AutoEncoder, words: Tokenizer, edited: bool = T
         latents, things, covered, boxes = [], [], [], []
         for layout in tqdm(places, name, mininterval=5):
             pixels = to_pixels(shapes.draw(layout, *size)[None])
-            latents += model.encode(pixels.to(device, dtype, memory_format=torch.channels_last)).half().cpu()
+            latents += (
+                model.encode(pixels.to(device, dtype, memory_format=torch.channels_last))
+                .half()
+                .cpu()
+            )
             shows, covers = shown(layout, *size)
             things.append(torch.from_numpy(shows))
             covered.append(torch.from_numpy(covers))

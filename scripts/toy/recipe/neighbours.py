@@ -19,14 +19,22 @@ CAPTIONS = 64  # a step
 
 def train_neighbours(run: Path, text: TextEncoder, minutes: float) -> None:
     """On the captions in the files of `encode_all`."""
-    ids = torch.cat([captions(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES])
+    ids = torch.cat(
+        [captions(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
+    )
     device, model = device_of(text), nn.ModuleDict({"t5": text.t5, "near": text.near})
 
     def loss(step: int) -> Tensor:
         some = ids[torch.randint(len(ids), (CAPTIONS,))].to(device)
         return neighbours_loss(text, text.t5(some), some)
 
-    trainer = Trainer(model, optimizers(model, RATE, RATE / 3, EDGES), run / "neighbours.safetensors", minutes, ema=0.99)
+    trainer = Trainer(
+        model,
+        optimizers(model, RATE, RATE / 3, EDGES),
+        run / "neighbours.safetensors",
+        minutes,
+        ema=0.99,
+    )
     trainer.run(loss)
 
 
@@ -44,9 +52,16 @@ def neighbours_loss(text: TextEncoder, tokens: Tensor, ids: Tensor) -> Tensor:
     FLUX.1's transformer is not told where in the text a token stands: which letter is the first, or what is red, it can only
     read in the token itself. Velocities alone take thousands of steps to teach T5 that tokens have an order.
     """
-    table, reach = text.t5.shared.weight.detach(), max(NEAR)  # the table is no better for it if it moves
-    windows = F.pad(ids, (reach, reach)).unfold(1, 2 * reach + 1, 1)[..., [reach + offset for offset in NEAR]]  # (B, T, n)
+    table, reach = (
+        text.t5.shared.weight.detach(),
+        max(NEAR),
+    )  # the table is no better for it if it moves
+    windows = F.pad(ids, (reach, reach)).unfold(1, 2 * reach + 1, 1)[
+        ..., [reach + offset for offset in NEAR]
+    ]  # (B, T, n)
     windows = windows.masked_fill((ids == 0)[..., None], -100)  # which cross_entropy leaves out
     told = rearrange(text.near(tokens), "b t (n d) -> (b t n) d", n=len(NEAR))
-    logits = (told @ table.to(told.dtype).T).float() / math.sqrt(table.shape[1])  # (B T n, vocabulary)
+    logits = (told @ table.to(told.dtype).T).float() / math.sqrt(
+        table.shape[1]
+    )  # (B T n, vocabulary)
     return F.cross_entropy(logits, windows.flatten())

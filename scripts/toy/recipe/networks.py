@@ -17,10 +17,20 @@ from flux.transformer import Flux
 from recipe.latents import PART, THINGS, TOKEN
 from recipe.text import TextEncoder
 
-EDGES = ("_in.", ".lin.", "final_layer", "embed", "shared", "bias", "shown")  # these touch latents, tokens, numbers
+EDGES = (
+    "_in.",
+    ".lin.",
+    "final_layer",
+    "embed",
+    "shared",
+    "bias",
+    "shown",
+)  # these touch latents, tokens, numbers
 RATE = 2.5e-3  # of Muon; AdamW's is a third of it
 CHANGED = 0.3  # root mean square over a token's channels; where nothing is changed, what is beside it moves latents by less
-SHIFT = math.log(4)  # of the times, towards noise, where the sampler's are too: there it is decided what the picture shows
+SHIFT = math.log(
+    4
+)  # of the times, towards noise, where the sampler's are too: there it is decided what the picture shows
 
 
 class Networks(nn.Module):
@@ -33,7 +43,9 @@ class Networks(nn.Module):
     def __init__(self, transformer: Flux, text: TextEncoder):
         super().__init__()
         self.transformer, self.text, self.hidden = transformer, text, None
-        self.shown = nn.Linear(transformer.config.hidden_size, len(THINGS) + (TOKEN // PART) ** 2 + 1)
+        self.shown = nn.Linear(
+            transformer.config.hidden_size, len(THINGS) + (TOKEN // PART) ** 2 + 1
+        )
         blocks = transformer.single_blocks
         blocks[len(blocks) // 2].register_forward_pre_hook(self.keep)
 
@@ -41,26 +53,50 @@ class Networks(nn.Module):
     def keep(self, block: nn.Module, inputs: tuple) -> None:
         self.hidden = inputs[0]  # (B, T + L + R, D)
 
-    def velocity(self, features: TextFeatures, x: Tensor, t: Tensor, references: Tensor | None = None,
-                 corner: tuple[int, int] = (0, 0), guidance: float | Tensor = 1.0) -> Tensor:  # fmt: skip
+    def velocity(
+        self,
+        features: TextFeatures,
+        x: Tensor,
+        t: Tensor,
+        references: Tensor | None = None,
+        corner: tuple[int, int] = (0, 0),
+        guidance: float | Tensor = 1.0,
+    ) -> Tensor:
         """Of latents x (B, C, h, w) at times t (B,), by the features of B prompts, with references (B, R, C, h, w).
 
         `corner`: row and column of the first tokens, if the latents are a window of the pictures. `guidance` is for students.
         """
         axes = len(self.transformer.config.axes_dim)
-        tokens = (None, None) if references is None else reference_tokens(references.unbind(1), axes)
-        velocity = training.velocity(self.transformer, Batch(x, features, *tokens), guidance, x, t, corner)
+        tokens = (
+            (None, None) if references is None else reference_tokens(references.unbind(1), axes)
+        )
+        velocity = training.velocity(
+            self.transformer, Batch(x, features, *tokens), guidance, x, t, corner
+        )
         self.hidden = self.hidden[:, features.tokens.shape[1] :]
         return velocity
 
-    def guided(self, features: TextFeatures, empty: TextFeatures, x: Tensor, t: Tensor, scale: float,
-               references: Tensor | None = None) -> Tensor:  # fmt: skip
+    def guided(
+        self,
+        features: TextFeatures,
+        empty: TextFeatures,
+        x: Tensor,
+        t: Tensor,
+        scale: float,
+        references: Tensor | None = None,
+    ) -> Tensor:
         """`velocity`, guided by two passes: one without the prompts."""
-        return sampling.guided(*(self.velocity(f, x, t, references) for f in (features, empty)), scale)
+        return sampling.guided(
+            *(self.velocity(f, x, t, references) for f in (features, empty)), scale
+        )
 
     def compile_blocks(self) -> None:
         """Block by block: what one compiled, the next ones use."""
-        for block in [*self.transformer.double_blocks, *self.transformer.single_blocks, *self.text.blocks()]:
+        for block in [
+            *self.transformer.double_blocks,
+            *self.transformer.single_blocks,
+            *self.text.blocks(),
+        ]:
             block.compile(dynamic=False)
 
 
@@ -73,11 +109,21 @@ def new_networks(spec: ModelSpec) -> Networks:
     return Networks(transformer, TextEncoder(spec.text))
 
 
-def flow_loss(networks: Networks, latents: Tensor, features: TextFeatures, references: Tensor | None = None,
-              corner: tuple[int, int] = (0, 0)) -> Tensor:  # fmt: skip
+def flow_loss(
+    networks: Networks,
+    latents: Tensor,
+    features: TextFeatures,
+    references: Tensor | None = None,
+    corner: tuple[int, int] = (0, 0),
+) -> Tensor:
     """Mean squared error of the velocity along straight lines from noise."""
-    velocity = lambda x, t: networks.velocity(features, x, t, references, corner=corner)  # noqa: E731
-    return training.rectified_flow_loss(velocity, latents, some_times(latents), torch.randn_like(latents))
+
+    def velocity(x, t):
+        return networks.velocity(features, x, t, references, corner=corner)
+
+    return training.rectified_flow_loss(
+        velocity, latents, some_times(latents), torch.randn_like(latents)
+    )
 
 
 def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
@@ -102,7 +148,9 @@ def changed_loss(logits: Tensor, latents: Tensor, reference: Tensor) -> Tensor:
     that a picture shows, and thousands of steps later that "the circle" is one of two things.
     """
     changed = (latents - reference).square().mean(1).sqrt().flatten(1) > CHANGED
-    return F.binary_cross_entropy_with_logits(logits[..., -1].float(), torch.cat([changed, changed], 1).float())
+    return F.binary_cross_entropy_with_logits(
+        logits[..., -1].float(), torch.cat([changed, changed], 1).float()
+    )
 
 
 def some_times(latents: Tensor) -> Tensor:

@@ -17,13 +17,17 @@ def busy_picture(rng: np.random.Generator, size: int) -> np.ndarray:
     if rng.random() < 0.5:  # regions of other stuff, with sharp borders
         for _ in range(rng.integers(1, 4)):
             field = smooth(rng, size, rng.uniform(1.8, 2.6))[..., :1]
-            edge = np.clip((field - np.quantile(field, rng.uniform(0.3, 0.8))) / rng.uniform(0.5, 6), 0, 1)
+            edge = np.clip(
+                (field - np.quantile(field, rng.uniform(0.3, 0.8))) / rng.uniform(0.5, 6), 0, 1
+            )
             picture = picture * (1 - edge) + smooth(rng, size, rng.uniform(0.8, 2.4)) * edge
     else:
         for _ in range(rng.integers(2, 7)):
             shape, radius = str(rng.choice(shapes.SHAPES)), rng.uniform(0.06, 0.3) * size
             pattern = str(rng.choice(["", "", *shapes.PATTERNS]))
-            alpha = coverage(shape, *rng.uniform(0, size, 2), radius, size, size, pattern)[..., None]
+            alpha = coverage(shape, *rng.uniform(0, size, 2), radius, size, size, pattern)[
+                ..., None
+            ]
             picture = picture * (1 - alpha) + rng.uniform(0, 255, 3).astype(np.float32) * alpha
     return np.rint(picture.clip(0, 255)).astype(np.uint8)
 
@@ -32,19 +36,25 @@ def ramp(rng: np.random.Generator, size: int) -> np.ndarray:
     """From one colour to another, (S, S, 3) float32."""
     along = np.linspace(0, 1, size, dtype=np.float32)
     along = along[:, None, None] if rng.random() < 0.5 else along[None, :, None]
-    picture = rng.uniform(0, 255, 3).astype(np.float32) * along + rng.uniform(0, 255, 3).astype(np.float32) * (1 - along)
+    picture = rng.uniform(0, 255, 3).astype(np.float32) * along + rng.uniform(0, 255, 3).astype(
+        np.float32
+    ) * (1 - along)
     return np.broadcast_to(picture, (size, size, 3))
 
 
 def smooth(rng: np.random.Generator, size: int, power: float) -> np.ndarray:
     """Noise whose amplitude is frequency^-power, as is that of photos, mostly in brightness, (S, S, 3) float32."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
-    spectrum = np.fft.rfft2(rng.standard_normal((3, size, size))) / np.maximum(frequency, 1) ** power
+    spectrum = (
+        np.fft.rfft2(rng.standard_normal((3, size, size))) / np.maximum(frequency, 1) ** power
+    )
     fields = np.fft.irfft2(spectrum, (size, size))
     fields = (fields - fields.mean((1, 2), keepdims=True)) / fields.std((1, 2), keepdims=True)
     colours = rng.normal(0, 1, (3, 3)) * np.array([[0.2], [0.35], [0.35]])
     colours[0] += 1  # the first field is brightness
-    picture = np.einsum("fhw,fc->hwc", fields, colours) * rng.uniform(15, 60) + rng.uniform(40, 215, 3)
+    picture = np.einsum("fhw,fc->hwc", fields, colours) * rng.uniform(15, 60) + rng.uniform(
+        40, 215, 3
+    )
     return picture.astype(np.float32)
 
 
@@ -60,5 +70,8 @@ def to_pictures(pixels: Tensor) -> np.ndarray:
 
 def contact_sheet(path: Path, pictures: np.ndarray, columns: int) -> None:
     """Pictures (N, H, W, 3) in rows; N is a multiple of `columns`."""
-    rows = [np.concatenate(list(pictures[i : i + columns]), axis=1) for i in range(0, len(pictures), columns)]
+    rows = [
+        np.concatenate(list(pictures[i : i + columns]), axis=1)
+        for i in range(0, len(pictures), columns)
+    ]
     Image.fromarray(np.concatenate(rows)).save(path)

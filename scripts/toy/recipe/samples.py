@@ -21,7 +21,12 @@ class Sampler:
     """What makes pictures of latents, and words of prompts."""
 
     def __init__(self, spec: ModelSpec, autoencoder: AutoEncoder, words: Tokenizer):
-        self.spec, self.autoencoder, self.words, self.edits = spec, autoencoder, words, spec.picture == "reference"
+        self.spec, self.autoencoder, self.words, self.edits = (
+            spec,
+            autoencoder,
+            words,
+            spec.picture == "reference",
+        )
         self.device = device_of(autoencoder)
         self.empty = self.words_of([""])
 
@@ -40,13 +45,18 @@ class Sampler:
             reports.append(shapes.score_edits(edited, edits))
         contact_sheet(path, made, 10)
         for report in reports:
-            print("\n" + "  ".join(f"{name} {share:.0%}" for name, share in report.items()), flush=True)
+            print(
+                "\n" + "  ".join(f"{name} {share:.0%}" for name, share in report.items()),
+                flush=True,
+            )
 
     def edited(self, networks: Networks, edits: list[shapes.Edit]) -> np.ndarray:
         """The results of edits whose pictures are freshly drawn, (N, H, W, 3) uint8."""
         rng, size, made = np.random.default_rng(0), self.spec.size, []
         for edit in edits:
-            pixels = to_pixels(np.stack([shapes.draw(layout, size, size, rng) for layout in edit.before]))
+            pixels = to_pixels(
+                np.stack([shapes.draw(layout, size, size, rng) for layout in edit.before])
+            )
             with torch.no_grad():
                 references = self.autoencoder.encode(pixels.to(self.device))[None]
             made.append(self.pictures(networks, [str(edit)], references))
@@ -54,12 +64,16 @@ class Sampler:
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # too few passes to pay for another compilation
-    def pictures(self, networks: Networks, prompts: list[str], references: Tensor | None = None) -> np.ndarray:
+    def pictures(
+        self, networks: Networks, prompts: list[str], references: Tensor | None = None
+    ) -> np.ndarray:
         """(N, H, W, 3) uint8; picture k has seed k. References (1, R, C, h, w) are for all of them."""
         spec, side, count = self.spec, self.spec.size // 16, len(prompts)
         features, empty = (networks.text(**words) for words in (self.words_of(prompts), self.empty))
         empty = expanded(empty, count)
-        x = sampling.noise(range(count), spec.autoencoder.latent_channels, side, side, spatial=spec.flux1)
+        x = sampling.noise(
+            range(count), spec.autoencoder.latent_channels, side, side, spatial=spec.flux1
+        )
         times = sampling.schedule(spec.schedule, spec.steps, side * side)
 
         def velocity(x: Tensor, t: float) -> Tensor:

@@ -15,7 +15,9 @@ from recipe.trainer import Trainer, device_of, optimizers
 GUIDANCE = 1.0, 6.0  # that it is told: any between these, as often
 
 
-def train_student(run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool) -> Flux:
+def train_student(
+    run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool
+) -> Flux:
     """One pass that is told its guidance, for two of the teacher, which are guided; on the pictures that the teacher knows.
 
     Some captions are left out here too, and guidance then does nothing: so negative prompts can be used with the student.
@@ -32,17 +34,30 @@ def train_student(run: Path, networks: Networks, sampler: Sampler, minutes: floa
     def loss(step: int) -> Tensor:
         batch = batches(step)
         with torch.no_grad():
-            features, empty = networks.text(**batch.words), expanded(uncaptioned, len(batch.latents))
+            features, empty = (
+                networks.text(**batch.words),
+                expanded(uncaptioned, len(batch.latents)),
+            )
         low, high = GUIDANCE
         guidance = low + (high - low) * torch.rand(len(batch.latents), device=device)
         return guidance_distillation_loss(
             lambda x, t: pupil.velocity(features, x, t, corner=batch.corner, guidance=guidance),
             lambda x, t: networks.velocity(features, x, t, corner=batch.corner),
             lambda x, t: networks.velocity(empty, x, t, corner=batch.corner),
-            guidance, batch.latents, some_times(batch.latents), torch.randn_like(batch.latents),
-        )  # fmt: skip
+            guidance,
+            batch.latents,
+            some_times(batch.latents),
+            torch.randn_like(batch.latents),
+        )
 
     path = run / "student.safetensors"
-    trainer = Trainer(student, optimizers(student, RATE / 2, RATE / 6, EDGES), path, minutes, ema=0.999, cooling=1.0)
+    trainer = Trainer(
+        student,
+        optimizers(student, RATE / 2, RATE / 6, EDGES),
+        path,
+        minutes,
+        ema=0.999,
+        cooling=1.0,
+    )
     trainer.run(loss, every_minutes=8, sheet=lambda: sampler.sheet(pupil, path.with_suffix(".png")))
     return student

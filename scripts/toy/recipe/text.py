@@ -25,15 +25,25 @@ class Tokenizer:
     """Of a row's family, from the files of a run."""
 
     def __init__(self, run: Path, spec: ModelSpec):
-        kinds = {"t5_tokenizer": T5Tokenizer, "clip_tokenizer": CLIPTokenizer, "tokenizer": QwenTokenizer}
-        self.parts = {part: kinds[part]((run / names[0]).parent) for part, names in spec.text.tokenizers.items()}
+        kinds = {
+            "t5_tokenizer": T5Tokenizer,
+            "clip_tokenizer": CLIPTokenizer,
+            "tokenizer": QwenTokenizer,
+        }
+        self.parts = {
+            part: kinds[part]((run / names[0]).parent)
+            for part, names in spec.text.tokenizers.items()
+        }
         self.spec = spec
 
     def __call__(self, texts: list[str]) -> Words:
         """UserError if a text has more tokens than the model takes."""
         if isinstance(text := self.spec.text, FLUX1Text):
             t5, clip = self.parts["t5_tokenizer"], self.parts["clip_tokenizer"]
-            return {"t5": whole(t5, texts, self.spec.text_length).ids, "clip": whole(clip, texts, text.clip.max_length).ids}
+            return {
+                "t5": whole(t5, texts, self.spec.text_length).ids,
+                "clip": whole(clip, texts, text.clip.max_length).ids,
+            }
         tokens = whole(self.parts["tokenizer"], texts, self.spec.text_length)
         return {"ids": tokens.ids, "mask": tokens.mask}
 
@@ -42,7 +52,9 @@ def whole(tokenizer: PromptTokenizer, texts: list[str], length: int) -> Tokens:
     """UserError if a text has more tokens."""
     tokens = tokenizer(texts, length)
     if cut := [text for text, rest in zip(texts, tokens.cut, strict=True) if rest]:
-        raise UserError(f"{cut[0]!r} has more than {length} tokens: give the model a larger text_length, or the grammar less")
+        raise UserError(
+            f"{cut[0]!r} has more than {length} tokens: give the model a larger text_length, or the grammar less"
+        )
     return tokens
 
 
@@ -75,8 +87,12 @@ class TextEncoder(nn.Module):
 @torch.no_grad()
 def look_around(t5: T5) -> None:
     """Heads begin with a look back or ahead, in turn, and each pair of them farther than the one before."""
-    table = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads)
-    distance = torch.arange(len(table) // 2)  # the first buckets are of keys before a token, the rest of those after it
+    table = (
+        t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    )  # (buckets, heads)
+    distance = torch.arange(
+        len(table) // 2
+    )  # the first buckets are of keys before a token, the rest of those after it
     for head in range(table.shape[1]):
         slope = 0.3 ** (head // 2)
         halves = -slope * distance, -8 * slope * distance

@@ -25,12 +25,18 @@ def train_tokenizers(run: Path, text: FLUX1Text | FLUX2Text) -> None:
         elif part == "clip_tokenizer":
             train_clip(texts(), text.clip.vocab_size, path.parent)
         else:
-            train_byte_level_bpe(["user\nassistant\n\n"] * 4000 + texts(), text.model.vocab_size, path)
+            train_byte_level_bpe(
+                ["user\nassistant\n\n"] * 4000 + texts(), text.model.vocab_size, path
+            )
 
 
 def texts() -> list[str]:
     """Captions and instructions, held-out ones too. The letters of words stand alone: no two of them shall be one token."""
-    captions = (str(scene) for scene in shapes.scenes(0, held=None) if not isinstance(scene.objects[0], shapes.Word))
+    captions = (
+        str(scene)
+        for scene in shapes.scenes(0, held=None)
+        if not isinstance(scene.objects[0], shapes.Word)
+    )
     instructions = map(str, shapes.edits(0, held=None))
     letters = [f'the word "{letter}" in the' for letter in string.ascii_uppercase] * 40
     return [*itertools.islice(captions, 4000), *itertools.islice(instructions, 4000), *letters]
@@ -41,7 +47,17 @@ def train_byte_level_bpe(texts: list[str], vocab_size: int, path: Path):
 
     As in Qwen's vocabulary, the special tokens come last; `<think>` and `</think>` are added tokens, but not special.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -69,9 +85,19 @@ def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:
     alphabet = "".join(sorted(set(string.printable) - set(string.whitespace)))
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=file, vocab_size=vocab_size, hard_vocab_limit=False,
-            required_chars=alphabet, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            required_chars=alphabet,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece="<pad>",
+            num_threads=1,
+            minloglevel=2,
+        )
 
 
 def train_clip(texts: list[str], vocab_size: int, folder: Path) -> None:
@@ -82,12 +108,25 @@ def train_clip(texts: list[str], vocab_size: int, folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, end_of_word_suffix="</w>", show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_, special = [*alphabet, *(byte + "</w>" for byte in alphabet)], ["<|startoftext|>", "<|endoftext|>"]
-    merges = json.loads(tokenizer.to_str())["model"]["merges"][: vocab_size - len(bytes_) - len(special)]
+    bytes_, special = (
+        [*alphabet, *(byte + "</w>" for byte in alphabet)],
+        ["<|startoftext|>", "<|endoftext|>"],
+    )
+    merges = json.loads(tokenizer.to_str())["model"]["merges"][
+        : vocab_size - len(bytes_) - len(special)
+    ]
     vocabulary = [*bytes_, *map("".join, merges), *special]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}), "utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), "utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: number for number, token in enumerate(vocabulary)}), "utf-8"
+    )
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *map(" ".join, merges), ""]), "utf-8"
+    )

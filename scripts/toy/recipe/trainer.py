@@ -24,9 +24,22 @@ COOLING = 0.4  # of the time, at the end, in which the learning rate goes down; 
 class Trainer:
     """Optimises `model` for some minutes of training time: warm-up, a clock-driven decay, EMA, checkpoints, a loss log."""
 
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], path: Path, minutes: float, ema: float,
-                 cooling: float = COOLING):  # fmt: skip
-        self.model, self.optimizers, self.path, self.minutes, self.decay = model, optimizers, path, minutes, ema
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        path: Path,
+        minutes: float,
+        ema: float,
+        cooling: float = COOLING,
+    ):
+        self.model, self.optimizers, self.path, self.minutes, self.decay = (
+            model,
+            optimizers,
+            path,
+            minutes,
+            ema,
+        )
         self.cooling = cooling
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
@@ -41,20 +54,35 @@ class Trainer:
         """The share of the minutes that is over, from 0 to 1; of none, all."""
         return min(1.0, self.seconds / (60 * self.minutes)) if self.minutes else 1.0
 
-    def run(self, loss: Callable[[int], Tensor], every_minutes: float = 5, sheet: Callable[[], None] = lambda: None):
+    def run(
+        self,
+        loss: Callable[[int], Tensor],
+        every_minutes: float = 5,
+        sheet: Callable[[], None] = lambda: None,
+    ):
         """`loss(step)` draws a batch and returns its loss; `sheet()` is called with the EMA weights in place, which then stay.
 
         NonFiniteError if the loss is none.
         """
-        torch.manual_seed(self.step)  # a run that goes on does not see the noise again with which it began
-        bar = tqdm(total=round(60 * self.minutes), initial=round(self.seconds), unit="s", desc=self.path.stem, mininterval=5)
+        torch.manual_seed(
+            self.step
+        )  # a run that goes on does not see the noise again with which it began
+        bar = tqdm(
+            total=round(60 * self.minutes),
+            initial=round(self.seconds),
+            unit="s",
+            desc=self.path.stem,
+            mininterval=5,
+        )
         marked, losses = self.seconds, []
         while self.progress < 1:
             started = time.monotonic()
             value = self.update(loss)
             if not math.isfinite(value):
-                raise NonFiniteError(f"{self.path.stem}: the loss is {value} at step {self.step}; the same command goes on "
-                                     "from the last checkpoint")  # fmt: skip
+                raise NonFiniteError(
+                    f"{self.path.stem}: the loss is {value} at step {self.step}; the same command goes on "
+                    "from the last checkpoint"
+                )
             losses.append(value)
             spent = time.monotonic() - started
             self.seconds += spent
@@ -62,7 +90,9 @@ class Trainer:
             if self.step % 100 == 0:
                 bar.set_postfix(step=self.step, loss=f"{np.mean(losses):.4f}")
                 with open(self.path.with_suffix(".csv"), "a", newline="") as log:
-                    csv.writer(log).writerow([self.step, f"{self.seconds:.1f}", f"{np.mean(losses):.6f}"])
+                    csv.writer(log).writerow(
+                        [self.step, f"{self.seconds:.1f}", f"{np.mean(losses):.6f}"]
+                    )
                 losses = []
             if self.seconds - marked > 60 * every_minutes or self.progress == 1:
                 marked = self.seconds
@@ -137,7 +167,13 @@ class Muon(torch.optim.Optimizer):
     products are in the faster dtype.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         device = self.param_groups[0]["params"][0].device
         self.dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
@@ -146,7 +182,9 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            alike = defaultdict(list)  # matrices of one shape take their steps together: many small products are slow
+            alike = defaultdict(
+                list
+            )  # matrices of one shape take their steps together: many small products are slow
             for p in group["params"]:
                 alike[p.shape].append(p)
             for parameters in alike.values():
@@ -154,7 +192,9 @@ class Muon(torch.optim.Optimizer):
                 for p in parameters:
                     average = self.state[p].setdefault("momentum", torch.zeros_like(p.grad))
                     average.lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(average, momentum).flatten(1))  # Nesterov's look ahead
+                    updates.append(
+                        p.grad.lerp(average, momentum).flatten(1)
+                    )  # Nesterov's look ahead
                 updates = orthogonal(torch.stack(updates).to(self.dtype))
                 scale = 0.2 * math.sqrt(max(updates.shape[1:]))  # the size of a typical Adam update
                 for p, update in zip(parameters, updates, strict=True):
@@ -175,7 +215,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def optimizers(model: nn.Module, muon: float, adam: float, plain: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+def optimizers(
+    model: nn.Module, muon: float, adam: float, plain: tuple[str, ...]
+) -> list[torch.optim.Optimizer]:
     """Muon for matrices and kernels; AdamW for vectors, and for what `plain` names: layers that touch pixels or tokens.
 
     `muon` and `adam` are their learning rates; `plain` has parts of parameters' names.
@@ -183,4 +225,7 @@ def optimizers(model: nn.Module, muon: float, adam: float, plain: tuple[str, ...
     inner, outer = [], []
     for name, p in model.named_parameters():
         (inner if p.ndim >= 2 and not any(part in name for part in plain) else outer).append(p)
-    return [Muon(inner, muon, weight_decay=0.01), torch.optim.AdamW(outer, adam, (0.9, 0.99), weight_decay=0.0)]
+    return [
+        Muon(inner, muon, weight_decay=0.01),
+        torch.optim.AdamW(outer, adam, (0.9, 0.99), weight_decay=0.0),
+    ]

@@ -17,15 +17,24 @@ SHOWN = 0.2  # weight of `shown_loss`, and of `changed_loss` for edits of one pi
 NEIGHBOURS = 0.1  # and of `neighbours_loss`, for a T5 that is new
 
 
-def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool,
-                      cooling: float = COOLING) -> None:  # fmt: skip
+def train_transformer(
+    run: Path,
+    networks: Networks,
+    sampler: Sampler,
+    minutes: float,
+    compiled: bool,
+    cooling: float = COOLING,
+) -> None:
     """With its text encoder, on the files of `encode_all` in the run's folder; `cooling` is a share of the minutes."""
     if device_of(networks).type == "cpu":
         transformer.attention = attention
     if compiled:
         torch._dynamo.config.cache_size_limit = 64
         networks.compile_blocks()
-    batches, path = Batches(run, sampler.empty, edited=sampler.edits), run / "transformer.safetensors"
+    batches, path = (
+        Batches(run, sampler.empty, edited=sampler.edits),
+        run / "transformer.safetensors",
+    )
 
     def loss(step: int) -> Tensor:
         batch = batches(step)
@@ -36,8 +45,19 @@ def train_transformer(run: Path, networks: Networks, sampler: Sampler, minutes: 
         if batch.references is not None and batch.references.shape[1] == 1:
             loss = loss + SHOWN * changed_loss(shown, batch.latents, batch.references[:, 0])
         if networks.text.near:
-            loss = loss + NEIGHBOURS * neighbours_loss(networks.text, features.tokens, batch.words["t5"])
+            loss = loss + NEIGHBOURS * neighbours_loss(
+                networks.text, features.tokens, batch.words["t5"]
+            )
         return loss
 
-    trainer = Trainer(networks, optimizers(networks, RATE, RATE / 3, EDGES), path, minutes, ema=0.999, cooling=cooling)
-    trainer.run(loss, every_minutes=8, sheet=lambda: sampler.sheet(networks, path.with_suffix(".png")))
+    trainer = Trainer(
+        networks,
+        optimizers(networks, RATE, RATE / 3, EDGES),
+        path,
+        minutes,
+        ema=0.999,
+        cooling=cooling,
+    )
+    trainer.run(
+        loss, every_minutes=8, sheet=lambda: sampler.sheet(networks, path.with_suffix(".png"))
+    )
