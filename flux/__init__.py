@@ -3,11 +3,11 @@
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["MODELS", "Pictures", "Pipeline", "UserError", "load"]
+__all__ = ["MODELS", "ImageInputs", "Pipeline", "UserError", "load"]
 
 _HOMES = {
     "MODELS": "configs",
-    "Pictures": "conditioning",
+    "ImageInputs": "conditioning",
     "Pipeline": "pipeline",
     "UserError": "errors",
     "load": "pipeline",

@@ -279,13 +279,13 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, c: int):
         super().__init__()
-        self.conv = UpsampledConv(c, c, 3, padding=1)
+        self.conv = FusedUpsampleConv(c, c, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
-class UpsampledConv(nn.Conv2d):
+class FusedUpsampleConv(nn.Conv2d):
     """A 3x3 convolution of the nearest-neighbour enlargement (B, c, 2h, 2w), which is never made.
 
     Weights that meet copies of one pixel are summed beforehand, so that 2x2 are left for each of the four copies: 4/9 of the

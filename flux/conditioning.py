@@ -29,8 +29,8 @@ from flux.image_io.output import to_images, to_mask, to_pixels
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures, and what is to be done with them; what concerns another kind of model is refused."""
+class ImageInputs:
+    """ImageInputs, and what is to be done with them; what concerns another kind of model is refused."""
 
     images: tuple[Image.Image, ...]
     mask: Image.Image | None = None  # "L"; white is what may change
@@ -56,7 +56,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Pictures as the sampler takes them, for a picture of `height` x `width` pixels; tensors float32, of batch 1 or B."""
+    """ImageInputs as the sampler takes them, for a picture of `height` x `width` pixels; tensors float32, of batch 1 or B."""
 
     height: int
     width: int
@@ -146,7 +146,7 @@ def latent_mask(mask: Tensor, channels: int, spatial: bool) -> Tensor:
 
 # ---------------------------------------------------------------- from pictures
 
-USES = {  # what a model does with a picture -> which of the options of `Pictures` have a meaning there
+USES = {  # what a model does with a picture -> which of the options of `ImageInputs` have a meaning there
     "start": {"mask", "strength"},
     "reference": {"mask", "strength", "match", "keep_size", "limit", "cached"},
     "control": {"photo"},
@@ -170,17 +170,17 @@ MOST = {"reference": 10, "redux": 10}  # pictures at once; else one
 DEFAULT_STRENGTH = 0.8  # of BFL's demos
 
 
-def asked(pictures: Pictures) -> list[str]:
+def asked(pictures: ImageInputs) -> list[str]:
     """The options that are not left at their defaults."""
-    return [field for field in FLAGS if getattr(pictures, field) != getattr(Pictures, field)]
+    return [field for field in FLAGS if getattr(pictures, field) != getattr(ImageInputs, field)]
 
 
 def options_of(spec: ModelSpec) -> set[str]:
     """Those that have a meaning to a model."""
-    return USES[spec.picture] - ({"limit", "cached"} if spec.flux1 else {"keep_size"})
+    return USES[spec.image_mode] - ({"limit", "cached"} if spec.flux1 else {"keep_size"})
 
 
-def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
+def check_pictures(spec: ModelSpec, pictures: ImageInputs) -> None:
     """UserError where a model cannot do what is asked for, saying which can."""
     for field in asked(pictures):
         if field not in options_of(spec):
@@ -188,14 +188,14 @@ def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
             raise UserError(
                 f"{FLAGS[field]} means nothing to {spec.name}; choose from {', '.join(able)}, or leave it out"
             )
-    count, most = len(pictures.images), MOST.get(spec.picture, 1)
+    count, most = len(pictures.images), MOST.get(spec.image_mode, 1)
     if not 1 <= count <= most:
         takes = f"takes {'one --image' if most == 1 else f'1 to {most} times --image'}, not {count}"
-        several = ", ".join(m.name for m in MODELS.values() if MOST.get(m.picture, 1) > 1)
+        several = ", ".join(m.name for m in MODELS.values() if MOST.get(m.image_mode, 1) > 1)
         raise UserError(
             f"{spec.name} {takes}" + (f"; several are for {several}" if most == 1 else "")
         )
-    if spec.picture == "fill" and pictures.mask is None and pictures.expand is None:
+    if spec.image_mode == "fill" and pictures.mask is None and pictures.expand is None:
         raise UserError(
             f"{spec.name} fills in: say where, with --mask FILE (white is what may change) or --expand L,T,R,B"
         )
@@ -225,7 +225,7 @@ def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
         raise UserError(
             f"--match-image-size {pictures.match}: there are {count} pictures, counted from 1"
         )
-    if pictures.cached is not None and pictures.cached != spec.cached:
+    if pictures.cached is not None and pictures.cached != spec.kv_cached_references:
         flag = "--kv-cache" if pictures.cached else "--no-kv-cache"
         warnings.warn(
             f"{spec.name} was not trained with {flag}: what it makes is an approximation",
@@ -236,13 +236,13 @@ def check_pictures(spec: ModelSpec, pictures: Pictures) -> None:
 
 
 def size_of(
-    spec: ModelSpec, pictures: Pictures | None, width: int | None, height: int | None
+    spec: ModelSpec, pictures: ImageInputs | None, width: int | None, height: int | None
 ) -> tuple[int, int]:
     """Width and height to make where they are not given: the model's own, or what the pictures ask for.
 
     Without --match-image-size, pictures ask for twice the pixels that are the model's own at most: it has seen no more.
     """
-    if pictures is None or spec.picture == "redux" or None not in (width, height):
+    if pictures is None or spec.image_mode == "redux" or None not in (width, height):
         return spec.size if width is None else width, spec.size if height is None else height
     if pictures.match:
         own = inputs.round_to_16(pictures.images[pictures.match - 1].size, math.floor)
@@ -250,7 +250,7 @@ def size_of(
         own = inputs.round_to_16(
             canvas(pictures)[0].size, math.ceil
         )  # padded, and cropped in the end
-    elif spec.picture == "control":
+    elif spec.image_mode == "control":
         own = inputs.round_to_16(pictures.images[0].size)
     elif spec.flux1:
         own = fitted(spec, pictures)[0].size
@@ -274,16 +274,16 @@ def size_of(
     return (follows[0], height) if width is None else (width, follows[1])
 
 
-def begins(spec: ModelSpec, pictures: Pictures) -> bool:
+def begins(spec: ModelSpec, pictures: ImageInputs) -> bool:
     """Whether the first picture is what is changed: filled in, painted over, or begun from."""
     return (
-        spec.picture in ("start", "fill")
+        spec.image_mode in ("start", "fill")
         or pictures.mask is not None
         or pictures.strength is not None
     )
 
 
-def canvas(pictures: Pictures) -> tuple[Image.Image, Image.Image | None]:
+def canvas(pictures: ImageInputs) -> tuple[Image.Image, Image.Image | None]:
     """The picture to change and its mask, of one size, expanded if that is asked for."""
     picture, mask = pictures.images[0], pictures.mask
     if mask is not None:
@@ -296,7 +296,7 @@ def canvas(pictures: Pictures) -> tuple[Image.Image, Image.Image | None]:
     return wider, border
 
 
-def fitted(spec: ModelSpec, pictures: Pictures) -> list[Image.Image]:
+def fitted(spec: ModelSpec, pictures: ImageInputs) -> list[Image.Image]:
     """References, at the sizes in which their families take them."""
     if spec.flux1:
         sized = [
@@ -317,21 +317,21 @@ Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, H, W) -> latents (1, C, H/1
 
 def condition(
     spec: ModelSpec,
-    pictures: Pictures,
+    pictures: ImageInputs,
     width: int,
     height: int,
     encode: Encode,
     embed: Callable[[Image.Image], Tensor],
 ) -> Conditions:
-    """Pictures -> what the sampler takes. `embed` gives a picture's text tokens (1, T, D), for Redux."""
+    """ImageInputs -> what the sampler takes. `embed` gives a picture's text tokens (1, T, D), for Redux."""
     whole = Conditions(height, width)
-    if spec.picture == "redux":
+    if spec.image_mode == "redux":
         weights = pictures.weights or [1 / len(pictures.images)] * len(pictures.images)
         return replace(
             whole,
             text=sum(w * embed(image) for w, image in zip(weights, pictures.images, strict=True)),
         )
-    if spec.picture == "control":
+    if spec.image_mode == "control":
         if not pictures.photo and inputs.is_coloured(pictures.images[0]):
             usual = (
                 "white edges on black"
@@ -371,7 +371,7 @@ def condition(
             )
         picture, mask, size = fit(picture), mask and fit(mask), (width, height)
     threshold = (
-        pictures.mask_threshold if spec.picture == "fill" else 0.5
+        pictures.mask_threshold if spec.image_mode == "fill" else 0.5
     )  # elsewhere a place changes, or does not
     mask = inputs.harden(mask, threshold) if mask and threshold else mask
     original = (picture, mask) if mask and pictures.composite else None
@@ -380,7 +380,7 @@ def condition(
     )
     pixels = to_pixels(fit(picture))  # (1, 3, H, W)
 
-    if spec.picture == "fill":
+    if spec.image_mode == "fill":
         changes = to_mask(fit(mask))  # (1, 1, H, W)
         return replace(
             whole, strength=1.0, channels=fill_channels(encode(pixels * (1 - changes)), changes)
@@ -393,7 +393,7 @@ def condition(
                 "the mask's white parts are so thin that they fall between latents, of which there is one for 8 or "
                 "16 pixels: paint them wider"
             )
-    if spec.picture == "reference":  # such a model looks at what it changes, too
+    if spec.image_mode == "reference":  # such a model looks at what it changes, too
         others = replace(
             pictures, images=pictures.images[1:], limit=pictures.limit or min(spec.size, 1024)
         )
@@ -406,12 +406,12 @@ def control_pixels(kind: str, photo: Image.Image) -> Tensor:
     return control.depth(photo) if kind == "depth" else to_pixels(control.canny(photo))
 
 
-def references(spec: ModelSpec, pictures: Pictures, latents: Sequence[Tensor]) -> dict:
+def references(spec: ModelSpec, pictures: ImageInputs, latents: Sequence[Tensor]) -> dict:
     tokens, ids = reference_tokens(latents, len(spec.transformer.axes_dim))
     return dict(
         references=tokens,
         reference_ids=ids,
-        cached=spec.cached if pictures.cached is None else pictures.cached,
+        cached=spec.kv_cached_references if pictures.cached is None else pictures.cached,
     )
 
 

@@ -38,15 +38,17 @@ class ModelSpec:
     cfg: bool = (
         False  # guidance is classifier-free: two forward passes, with and without the prompt
     )
-    fixed: str = ""  # why steps and guidance are part of the weights, if they are
+    distilled: str = ""  # why steps and guidance are part of the weights, if they are
     size: int = 1024  # default width and height, in pixels
-    picture: Literal["start", "reference", "control", "fill", "redux"] = (
+    image_mode: Literal["start", "reference", "control", "fill", "redux"] = (
         "start"  # what a picture that it is given becomes
     )
     control: Literal["canny", "depth"] | None = None  # of what kind a control picture is
-    cached: bool = False  # references are computed once, not at every step: it was trained so
-    adapter: "Adapter | None" = None
-    storage: Literal["bfloat16", "fp8", "nvfp4"] = (
+    kv_cached_references: bool = (
+        False  # references are computed once, not at every step: it was trained so
+    )
+    addon: "Addon | None" = None
+    weight_format: Literal["bfloat16", "fp8", "nvfp4"] = (
         "bfloat16"  # of the large matrices in the transformer's file
     )
 
@@ -61,7 +63,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Addon:
     """What a row takes from a second repository, beside the base model in the first, or in place of its transformer."""
 
     repository: str
@@ -240,16 +242,16 @@ _flux2 = replace(
     autoencoder=AE2,
     schedule="empirical",
     guidance=4.0,
-    picture="reference",
+    image_mode="reference",
 )
-_klein = replace(_flux2, autoencoder_files=(VAE, AE), steps=4, guidance=None, fixed=DISTILLED)
+_klein = replace(_flux2, autoencoder_files=(VAE, AE), steps=4, guidance=None, distilled=DISTILLED)
 _klein_4b = replace(_klein, licence=APACHE, transformer=KLEIN_4B, text=FLUX2Text(QWEN3_4B))
 _klein_9b = replace(_klein, licence=KLEIN, transformer=KLEIN_9B, text=FLUX2Text(QWEN3_8B))
 _canny, _depth = (
-    dict(picture="control", control=kind, guidance=g)
+    dict(image_mode="control", control=kind, guidance=g)
     for kind, g in (("canny", 30.0), ("depth", 10.0))
 )
-_base = dict(steps=50, guidance=4.0, cfg=True, fixed="")
+_base = dict(steps=50, guidance=4.0, cfg=True, distilled="")
 
 
 def _row(like: ModelSpec, repository: str, filename: str, **changes) -> ModelSpec:
@@ -266,16 +268,14 @@ def _row(like: ModelSpec, repository: str, filename: str, **changes) -> ModelSpe
 def _adapted(name: str, *files: tuple[str, str], scale: float = 1.0, **changes) -> ModelSpec:
     """A row that stands on FLUX.1 [dev]: its transformer, text encoders and autoencoder, and something of its own."""
     dev = _row(_flux1, "FLUX.1-dev", "flux1-dev.safetensors", **changes)
-    return replace(
-        dev, name=name.lower(), adapter=Adapter(f"black-forest-labs/{name}", files, scale)
-    )
+    return replace(dev, name=name.lower(), addon=Addon(f"black-forest-labs/{name}", files, scale))
 
 
 def _quantised(like: ModelSpec, base: str, repository: str, filename: str, **changes) -> ModelSpec:
     """A row whose own repository has nothing but a transformer; its text encoder and autoencoder lie in that of `base`."""
     row, storage = _row(like, base, filename, **changes), "nvfp4" if "nvfp4" in filename else "fp8"
-    adapter = Adapter(f"black-forest-labs/{repository}", (("transformer", filename),))
-    return replace(row, name=repository.lower(), adapter=adapter, storage=storage)
+    adapter = Addon(f"black-forest-labs/{repository}", (("transformer", filename),))
+    return replace(row, name=repository.lower(), addon=adapter, weight_format=storage)
 
 
 def _table(rows: Iterable[ModelSpec]) -> dict[str, ModelSpec]:
@@ -294,7 +294,7 @@ MODELS: dict[str, ModelSpec] = _table(
             schedule="unshifted",
             steps=4,
             guidance=None,
-            fixed=DISTILLED,
+            distilled=DISTILLED,
         ),
         _row(_flux1, "FLUX.1-dev", "flux1-dev.safetensors"),
         _row(_flux1, "FLUX.1-Krea-dev", "flux1-krea-dev.safetensors", steps=28, guidance=4.5),
@@ -305,7 +305,7 @@ MODELS: dict[str, ModelSpec] = _table(
             transformer=replace(FLUX1, in_channels=384),
             text_length=128,
             guidance=30.0,
-            picture="fill",
+            image_mode="fill",
         ),
         _row(
             _flux1,
@@ -338,7 +338,7 @@ MODELS: dict[str, ModelSpec] = _table(
             ("redux", "flux1-redux-dev.safetensors"),
             ("siglip", "image_encoder/model.safetensors"),
             guidance=2.5,
-            picture="redux",
+            image_mode="redux",
         ),
         _row(
             _flux1,
@@ -346,12 +346,17 @@ MODELS: dict[str, ModelSpec] = _table(
             "flux1-kontext-dev.safetensors",
             steps=30,
             guidance=2.5,
-            picture="reference",
+            image_mode="reference",
         ),
         _row(_flux2, "FLUX.2-dev", "flux2-dev.safetensors"),
         _row(_klein_4b, "FLUX.2-klein-4B", "flux-2-klein-4b.safetensors"),
         _row(_klein_9b, "FLUX.2-klein-9B", "flux-2-klein-9b.safetensors"),
-        _row(_klein_9b, "FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv.safetensors", cached=True),
+        _row(
+            _klein_9b,
+            "FLUX.2-klein-9b-kv",
+            "flux-2-klein-9b-kv.safetensors",
+            kv_cached_references=True,
+        ),
         _row(_klein_4b, "FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", **_base),
         _row(_klein_9b, "FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", **_base),
         _quantised(_flux2, "FLUX.2-dev", "FLUX.2-dev-NVFP4", "flux2-dev-nvfp4.safetensors"),
@@ -378,7 +383,7 @@ MODELS: dict[str, ModelSpec] = _table(
             "FLUX.2-klein-9b-kv",
             "FLUX.2-klein-9b-kv-fp8",
             "flux-2-klein-9b-kv-fp8.safetensors",
-            cached=True,
+            kv_cached_references=True,
         ),
         _quantised(
             _klein_4b,
@@ -425,7 +430,7 @@ MODELS: dict[str, ModelSpec] = _table(
             steps=8,
             guidance=1.5,
             cfg=True,
-            fixed="",
+            distilled="",
             transformer=TINY,
             transformer_file="flux-2-tiny.safetensors",
             text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)),

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from flux import conditioning, sampling
 from flux.autoencoder import AutoEncoder, channels_last, from_diffusers
-from flux.conditioning import Conditions, Pictures
+from flux.conditioning import Conditions, ImageInputs
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io.input import as_mask, as_picture
 from flux.image_io.output import to_images
-from flux.lora.manager import MergedLoras
+from flux.lora.manager import LoraManager
 from flux.runtime.checks import (
     Guidance,
     check_cfg,
@@ -29,7 +29,7 @@ from flux.runtime.checks import (
     check_size,
     check_steps,
 )
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory import (
     OFFLOAD,
     Offload,
@@ -43,11 +43,11 @@ from flux.runtime.memory import (
     plan,
     room_on,
 )
-from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
+from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys, to_siglip
 from flux.text_encoder import TextFeatures, text_encoder
-from flux.transformer import BLOCKS, NUMERICS, Flux, Memory, Modulator, Numerics
+from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, Memory, Modulation, Numerics
 from flux.weights.files import shard_files
-from flux.weights.locate import find_spec, locate, with_decoder_of
+from flux.weights.locate import get_spec, locate, with_decoder_of
 from flux.weights.quantization import FP8Linear, QuantizedLinear
 from flux.weights.quantization.compress import KINDS
 
@@ -77,10 +77,10 @@ def load(
     same, with a decoder of any width. `dtype`: bfloat16 where the device computes in it, and float32 for the toy. Every file is
     found and checked here, and UserError says what is wrong with it; `check_weights` looks for NaN too.
 
-    The rest is `Economy`'s.
+    The rest is `RuntimeOptions`'s.
     """
-    economy = Economy(offload, vram, quantize, native_fp8, compile, tile)
-    spec = find_spec(name, transformer)
+    options = RuntimeOptions(offload, vram, quantize, native_fp8, compile, tile)
+    spec = get_spec(name, transformer)
     if isinstance(numerics, str) and numerics not in NUMERICS:
         raise UserError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
     numerics = NUMERICS[numerics] if isinstance(numerics, str) else numerics
@@ -97,11 +97,11 @@ def load(
         given["autoencoder"] = [Path(autoencoder)]
         spec = replace(spec, autoencoder=with_decoder_of(spec.autoencoder, Path(autoencoder)))
     files = locate(spec, None if weights is None else Path(weights), given)
-    return Pipeline(spec, files, device, dtype, numerics, check_weights, economy)
+    return Pipeline(spec, files, device, dtype, numerics, check_weights, options)
 
 
 @dataclass(frozen=True)
-class Economy:
+class RuntimeOptions:
     """How memory and time are saved. `quantize`, `native_fp8` and `tile` cost exactness: `bench.py --lossy` says how much."""
 
     offload: Offload | None = (
@@ -144,17 +144,17 @@ class Pipeline:
         dtype: torch.dtype,
         numerics: Numerics,
         check_weights: bool = False,
-        economy: Economy = Economy(),
+        options: RuntimeOptions = RuntimeOptions(),
     ):
-        if economy.compile and not can_compile(device):
+        if options.compile and not can_compile(device):
             what = "Triton" if device.type == "cuda" else "a C++ compiler"
             raise UserError(
                 f"--compile needs {what}, which is not here: install it, or leave --compile out"
             )
-        if economy.quantize == "fp8" and device.type == "mps":
+        if options.quantize == "fp8" and device.type == "mps":
             raise UserError("--quantize fp8: Apple's GPUs have no float8; use --quantize int8")
-        options = dict(device=device, dtype=dtype, check_finite=check_weights)
-        self.economy = economy
+        loading = dict(device=device, dtype=dtype, check_finite=check_weights)
+        self.options = options
         self.spec, self.files, self.device, self.dtype, self.numerics = (
             spec,
             files,
@@ -162,28 +162,28 @@ class Pipeline:
             dtype,
             numerics,
         )
-        self.text = text_encoder(spec.text, files, spec.text_length, **options)
+        self.text = text_encoder(spec.text, files, spec.text_length, **loading)
 
         def build(config):
             return Flux(config, numerics)
 
-        self.transformer = Network(
+        self.transformer = LazyModule(
             build,
             spec.transformer,
             files["transformer"],
             prefixes=("", "model.diffusion_model."),
-            lists=BLOCKS,
-            **options,
+            lists=BLOCK_LISTS,
+            **loading,
         )
-        self.transformer.compiled = economy.compile
+        self.transformer.compiled = options.compile
         for network in (self.transformer, *self.text.networks):
-            network.compression = economy.quantize if network.lists else None  # CLIP is small
-            network.native_fp8 = economy.native_fp8
-        self.autoencoder = Network(
-            AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **options
+            network.compression = options.quantize if network.lists else None  # CLIP is small
+            network.native_fp8 = options.native_fp8
+        self.autoencoder = LazyModule(
+            AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **loading
         )
         # pictures are encoded in float32, as BFL does: in bfloat16 their latents are off by some per cent
-        self.encoder = Network(
+        self.encoder = LazyModule(
             AutoEncoder,
             spec.autoencoder,
             files["autoencoder"],
@@ -193,29 +193,29 @@ class Pipeline:
         )
         for network in (self.autoencoder, self.encoder):
             network.alter(channels_last)
-        self.adapters: tuple[Network, ...] = ()
+        self.adapters: tuple[LazyModule, ...] = ()
         if "redux" in files:
-            siglip = Network(
+            siglip = LazyModule(
                 SigLIP,
                 SigLIPConfig(),
                 files["siglip"],
                 prefixes=("vision_model.", ""),
-                unread=siglip_unread,
-                **options,
+                ignore_keys=siglip_ignore_keys,
+                **loading,
             )
-            self.adapters = siglip, Network(Redux, ReduxConfig(), files["redux"], **options)
-        if economy.native_fp8 and economy.quantize != "fp8" and not self._has_fp8:
+            self.adapters = siglip, LazyModule(Redux, ReduxConfig(), files["redux"], **loading)
+        if options.native_fp8 and options.quantize != "fp8" and not self._has_fp8:
             raise UserError(
                 f"--native-fp8: {spec.name} has no float8 weights here: add --quantize fp8, or use an -fp8 file"
             )
         # `prepare` decides whether a stage's networks stay when it ends, and keeps for what it did
-        self.resident, self.prepared = economy.offload in (None, "none"), None
+        self.resident, self.prepared = options.offload in (None, "none"), None
         self.tabulated = (
             True  # what time does to the network is computed for all steps before the first
         )
         encoders = {"t5": self.text.t5, "clip": self.text.clip} if spec.flux1 else {}
         adaptable = encoders | {"transformer": self.transformer}
-        self._merged = MergedLoras(
+        self._merged = LoraManager(
             spec, files.get("lora", ()), adaptable, changed=self.text.known.clear
         )
 
@@ -231,14 +231,14 @@ class Pipeline:
         negative_prompt: str | None = None,
         cfg_scale: Guidance | None = None,
         callback: Callback | None = None,
-        pictures: Pictures | Sequence[Pictures] | Conditions | None = None,
+        pictures: ImageInputs | Sequence[ImageInputs] | Conditions | None = None,
     ) -> list[Image.Image]:
         """`num_images` pictures of each prompt, in one batch; what is None comes from the model's row of the table.
 
         Picture k has seed + k, and equals the one that is made alone with that seed. `guidance` is what the model was trained
         or meant to take; `cfg_scale` adds classifier-free guidance, against `negative_prompt`, to models without. Either may
         be a list: a value a step, or two between which it changes evenly. `pictures` (or what `condition` made of them) are for
-        all prompts; or give one `Pictures` for each: those of one size are then in one batch.
+        all prompts; or give one `ImageInputs` for each: those of one size are then in one batch.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_count(len(prompts) * num_images, seed)
@@ -322,8 +322,8 @@ class Pipeline:
             stages,
             work,
             room._replace(device=room.device + held),
-            self.economy.offload,
-            self.economy.vram,
+            self.options.offload,
+            self.options.vram,
             quantizable=self._quantizable,
         )
         self.resident = decided.offload == "none"
@@ -352,7 +352,7 @@ class Pipeline:
     @property
     def _quantizable(self) -> bool:
         """Whether --quantize would still be taken."""
-        return not self.economy.quantize and not any(
+        return not self.options.quantize and not any(
             isinstance(m, QuantizedLinear) for m in self.transformer.shapes.modules()
         )
 
@@ -368,12 +368,12 @@ class Pipeline:
             count(given.text),
             steps or self.spec.steps,
             self.dtype.itemsize,
-            self.economy.tile,
+            self.options.tile,
             pictured,
         )
 
     @property
-    def networks(self) -> tuple[Network, ...]:
+    def networks(self) -> tuple[LazyModule, ...]:
         return *self.text.networks, self.transformer, self.autoencoder, self.encoder, *self.adapters
 
     @property
@@ -391,16 +391,16 @@ class Pipeline:
         """One for each of `count` prompts, the same for all if there is one for all."""
         if pictures is None or isinstance(pictures, Conditions):
             return [pictures] * count
-        if isinstance(pictures, Pictures):
+        if isinstance(pictures, ImageInputs):
             return [self.condition(pictures, width, height)] * count
         pictures = pictures if isinstance(pictures, Sequence) else [pictures]
-        if not all(isinstance(each, Pictures) for each in pictures):
+        if not all(isinstance(each, ImageInputs) for each in pictures):
             raise UserError(
-                "pictures are flux.Pictures((image, ...)): one for all prompts, or a list of one for each"
+                "pictures are flux.ImageInputs((image, ...)): one for all prompts, or a list of one for each"
             )
         if len(pictures) != count:
             raise UserError(
-                f"there are {count} prompts, and pictures for {len(pictures)}: give Pictures for each"
+                f"there are {count} prompts, and pictures for {len(pictures)}: give ImageInputs for each"
             )
         return [self.condition(each, width, height) for each in pictures]
 
@@ -437,9 +437,9 @@ class Pipeline:
 
     @torch.inference_mode()
     def condition(
-        self, pictures: Pictures, width: int | None = None, height: int | None = None
+        self, pictures: ImageInputs, width: int | None = None, height: int | None = None
     ) -> Conditions:
-        """Pictures -> what `sample` takes of them, and the size that it will make."""
+        """ImageInputs -> what `sample` takes of them, and the size that it will make."""
         pictures = replace(
             pictures,
             images=tuple(map(as_picture, pictures.images)),
@@ -489,7 +489,7 @@ class Pipeline:
             raise UserError(
                 f"the pictures were made ready for {given.width}x{given.height}: leave --width and --height out"
             )
-        if conditions is None and spec.picture in conditioning.NEEDY:
+        if conditions is None and spec.image_mode in conditioning.NEEDY:
             raise UserError(f"{spec.name} needs a picture: give it with --image FILE")
         h, w = (n // 16 for n in check_size(given.height, given.width))
         steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance, steps)
@@ -498,11 +498,11 @@ class Pipeline:
         times = sampling.schedule(spec.schedule, steps, h * w)
 
         def at_each(values):
-            return dict(zip(times.tolist(), sampling.ramp(values, steps)))
+            return dict(zip(times.tolist(), sampling.per_step_values(values, steps)))
 
         embedded = None if spec.cfg or guidance is None else at_each(guidance)
         scales = at_each(guidance if spec.cfg else check_scale(cfg_scale, steps))
-        times = sampling.from_strength(times, given.strength)
+        times = sampling.truncate_by_strength(times, given.strength)
         if negative is None and max(scales.values()) > 1:
             negative = self.encode([""])
 
@@ -533,7 +533,7 @@ class Pipeline:
         ]
         if self.tabulated and not self.resident:
             transformer = self.transformer.without(
-                Modulator
+                Modulation
             )  # a quarter of FLUX.1, which has done its work
 
         def velocity(x: Tensor, t: float) -> Tensor:
@@ -542,7 +542,9 @@ class Pipeline:
                 for branch in branches[: 1 + (scales[t] > 1)]
             ]
             return (
-                sampling.guided(*velocities, scales[t]) if len(velocities) == 2 else velocities[0]
+                sampling.classifier_free_guidance(*velocities, scales[t])
+                if len(velocities) == 2
+                else velocities[0]
             )
 
         def grid(x):
@@ -567,7 +569,7 @@ class Pipeline:
             return noise, lambda x, t: x
 
         def known(t, start=tokens(given.start)):
-            return sampling.interpolate(start, noise, t)
+            return sampling.scale_noise(start, noise, t)
 
         if given.mask is None:
             return known(t), lambda x, t: x
@@ -635,7 +637,7 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) -> pictures, one at a time, so that a batch takes the memory of one."""
-        autoencoder, tile = self.autoencoder(), self.economy.tile
+        autoencoder, tile = self.autoencoder(), self.options.tile
         decode = (
             partial(autoencoder.decode_tiled, tile=tile // 16, overlap=tile // 64)
             if tile

@@ -58,23 +58,25 @@ def schedule(kind: str, steps: int, tokens: int) -> Tensor:
     """
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if kind != "unshifted":
-        shift = math.exp({"linear": linear_mu, "empirical": empirical_mu}[kind](tokens, steps))
+        shift = math.exp(
+            {"linear": calculate_shift, "empirical": compute_empirical_mu}[kind](tokens, steps)
+        )
         t = shift / (shift + (1 / t - 1))  # at t = 0: shift / infinity
     return t.float()
 
 
-def from_strength(times: Sequence, strength: float) -> Sequence:
+def truncate_by_strength(times: Sequence, strength: float) -> Sequence:
     """The last `strength` of the steps, (n + 1,): where a picture is changed and not made, noise is not begun with."""
     steps = len(times) - 1
     return times[int(max(steps - steps * strength, 0)) :]
 
 
-def interpolate(picture: Tensor, noise: Tensor, t: float) -> Tensor:
+def scale_noise(picture: Tensor, noise: Tensor, t: float) -> Tensor:
     """Where the flow is at t, on the straight line from the noise to the picture."""
     return (1 - t) * picture + t * noise
 
 
-def ramp(values: Sequence[float], steps: int) -> list[float]:
+def per_step_values(values: Sequence[float], steps: int) -> list[float]:
     """A value a step: of one value, always that; of as many as there are steps, these; of two, the straight line between."""
     if len(values) == steps:
         return list(values)
@@ -82,12 +84,12 @@ def ramp(values: Sequence[float], steps: int) -> list[float]:
     return [start + (end - start) * step / max(steps - 1, 1) for step in range(steps)]
 
 
-def linear_mu(tokens: int, steps: int) -> float:
+def calculate_shift(tokens: int, steps: int) -> float:
     """FLUX.1: the line through (256 tokens, 0.5) and (4096 tokens, 1.15), whatever the steps."""
     return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
 
 
-def empirical_mu(tokens: int, steps: int) -> float:
+def compute_empirical_mu(tokens: int, steps: int) -> float:
     """FLUX.2: BFL's fit at 10 and at 200 steps, interpolated in the steps."""
     at_200 = 0.00016927 * tokens + 0.45666666
     if (
@@ -135,6 +137,6 @@ def denoise(
     return x
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022): away from the unconditional velocity, `scale` times the difference."""
     return unconditional + scale * (conditional - unconditional)

@@ -130,7 +130,7 @@ class Redux(nn.Module):
         return self.redux_down(F.silu(self.redux_up(x)))
 
 
-def siglip_unread(name: str) -> bool:
+def siglip_ignore_keys(name: str) -> bool:
     """The pooling head; in files of the whole SigLIP, its text half; and positions, which are just counted."""
     others = ("head.", "text_model.", "logit_scale", "logit_bias")
     return name.startswith(others) or name.endswith("embeddings.position_ids")

@@ -53,7 +53,7 @@ class T5(nn.Module):
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         offset = position[None, :] - position[:, None]  # (L, L), query by key
         bias = table(
-            relative_bucket(offset, self.config.num_buckets, self.config.max_distance)
+            relative_position_bucket(offset, self.config.num_buckets, self.config.max_distance)
         )  # (L, L, H)
         return rearrange(
             bias, "query key head -> 1 head query key"
@@ -140,7 +140,7 @@ class RMSNorm(nn.Module):
         )
 
 
-def relative_bucket(offset: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+def relative_position_bucket(offset: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     """The bucket of each offset, key position - query position: int64 in [0, num_buckets), in the shape of `offset`.
 
     The lower half of the buckets is for keys at or before the query, the upper half for keys after it. In each half

@@ -12,7 +12,7 @@ from torch import Tensor
 from flux.clip import CLIP
 from flux.configs import FLUX1Text, FLUX2Text
 from flux.language_model import LanguageModel
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5
 from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer, Tokens
 
@@ -55,7 +55,12 @@ class TextEncoder:
 
 class FLUX1TextEncoder(TextEncoder):
     def __init__(
-        self, t5: Network, clip: Network, t5_tokenizer: Path, clip_tokenizer: Path, length: int
+        self,
+        t5: LazyModule,
+        clip: LazyModule,
+        t5_tokenizer: Path,
+        clip_tokenizer: Path,
+        length: int,
     ):
         super().__init__(length)
         self.networks = self.t5, self.clip = t5, clip
@@ -75,7 +80,7 @@ class FLUX1TextEncoder(TextEncoder):
 
 
 class FLUX2TextEncoder(TextEncoder):
-    def __init__(self, model: Network, tokenizer: Path, length: int):
+    def __init__(self, model: LazyModule, tokenizer: Path, length: int):
         super().__init__(length)
         self.networks = (self.model,) = (model,)
         self.tokenizer = (QwenTokenizer if model.config.qk_norm else MistralTokenizer)(tokenizer)
@@ -108,23 +113,23 @@ def text_encoder(
     """The text encoder of a row of the table, from the files that `models.locate` found for it."""
     options = dict(device=device, dtype=dtype, check_finite=check_finite)
     if isinstance(text, FLUX1Text):
-        t5 = Network(
-            T5, text.t5, files["t5"], unread=t5_unread, lists=("encoder.block",), **options
+        t5 = LazyModule(
+            T5, text.t5, files["t5"], ignore_keys=t5_unread, lists=("encoder.block",), **options
         )
-        clip = Network(CLIP, text.clip, files["clip"], unread=clip_unread, **options)
+        clip = LazyModule(CLIP, text.clip, files["clip"], ignore_keys=clip_unread, **options)
         return FLUX1TextEncoder(t5, clip, files["t5_tokenizer"], files["clip_tokenizer"], length)
     last = max(text.model.layers)
     prefixes = ("model.", "language_model.model.", "model.language_model.", "")
 
-    def unread(name):
-        return language_model_unread(name, last)
+    def ignore_keys(name):
+        return language_model_ignore_keys(name, last)
 
-    model = Network(
+    model = LazyModule(
         LanguageModel,
         text.model,
         files["model"],
         prefixes=prefixes,
-        unread=unread,
+        ignore_keys=ignore_keys,
         lists=("layers",),
         **options,
     )
@@ -142,7 +147,7 @@ def clip_unread(name: str) -> bool:
     return name.startswith(others) or name.endswith("embeddings.position_ids")
 
 
-def language_model_unread(name: str, last: int) -> bool:
+def language_model_ignore_keys(name: str, last: int) -> bool:
     """Everything above the last layer that is read, and what Mistral Small sees pictures with."""
     if layer := re.match(r"layers\.(\d+)\.", name):
         return int(layer[1]) >= last

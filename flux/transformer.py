@@ -71,7 +71,7 @@ NUMERICS = {
 }
 
 
-class Modulation(NamedTuple):
+class ModulationOut(NamedTuple):
     """What time does to one residual branch: x + gate · f(norm(x) · scale + shift); each (B, 1, D).
 
     A modulator gives the scale less 1: it is added here, once a time, and not again wherever the scale is used.
@@ -87,9 +87,9 @@ class Modulations(NamedTuple):
 
     vec: Tensor  # (B, D), which the final layer makes its own of
     double: list[
-        tuple[list[Modulation], list[Modulation]]
+        tuple[list[ModulationOut], list[ModulationOut]]
     ]  # of each block: the image's two, the text's two
-    single: list[Modulation]
+    single: list[ModulationOut]
 
 
 class Memory(NamedTuple):
@@ -99,7 +99,7 @@ class Memory(NamedTuple):
     v: Tensor
 
 
-BLOCKS = (
+BLOCK_LISTS = (
     "double_blocks",
     "single_blocks",
 )  # paths of the lists of blocks, in the order of their use
@@ -118,11 +118,13 @@ class Flux(nn.Module):
         if c.vector_dim is not None:
             self.vector_in = MLPEmbedder(c.vector_dim, c.hidden_size, c.bias)
         if c.shared_modulation:
-            self.double_stream_modulation_img = Modulator(c.hidden_size, 2, c.bias)
-            self.double_stream_modulation_txt = Modulator(c.hidden_size, 2, c.bias)
-            self.single_stream_modulation = Modulator(c.hidden_size, 1, c.bias)
-        self.double_blocks = nn.ModuleList(DoubleBlock(c, numerics) for _ in range(c.depth))
-        self.single_blocks = nn.ModuleList(SingleBlock(c, numerics) for _ in range(c.depth_single))
+            self.double_stream_modulation_img = Modulation(c.hidden_size, 2, c.bias)
+            self.double_stream_modulation_txt = Modulation(c.hidden_size, 2, c.bias)
+            self.single_stream_modulation = Modulation(c.hidden_size, 1, c.bias)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(c, numerics) for _ in range(c.depth))
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(c, numerics) for _ in range(c.depth_single)
+        )
         self.final_layer = FinalLayer(c)
 
     def forward(
@@ -186,13 +188,15 @@ class Flux(nn.Module):
     ) -> Tensor:
         """Everything that is the same for all tokens, as one (B, D)."""
         dtype = next(self.parameters()).dtype  # of what is never quantised
-        vec = self.time_in(sinusoid(scale_time(t, self.numerics.time, dtype)).to(dtype))
+        vec = self.time_in(timestep_embedding(scale_time(t, self.numerics.time, dtype)).to(dtype))
         if self.config.guidance:
             if guidance is None:
                 raise ValueError("this model has guidance built in: pass guidance, a (B,) tensor")
             # BFL and diffusers agree here: guidance is rounded, then its thousandfold
             rounding = "float32" if self.numerics.time == "float32" else "bfl"
-            vec = vec + self.guidance_in(sinusoid(scale_time(guidance, rounding, dtype)).to(dtype))
+            vec = vec + self.guidance_in(
+                timestep_embedding(scale_time(guidance, rounding, dtype)).to(dtype)
+            )
         if self.config.vector_dim is not None:
             if vector is None:
                 raise ValueError(
@@ -229,15 +233,15 @@ class Flux(nn.Module):
         ]
 
 
-class DoubleBlock(nn.Module):
+class DoubleStreamBlock(nn.Module):
     """Image and text, each with its own weights, meet in one attention."""
 
     def __init__(self, c: FluxConfig, numerics: Numerics):
         super().__init__()
         self.numerics = numerics
         if not c.shared_modulation:
-            self.img_mod = Modulator(c.hidden_size, 2, c.bias)
-            self.txt_mod = Modulator(c.hidden_size, 2, c.bias)
+            self.img_mod = Modulation(c.hidden_size, 2, c.bias)
+            self.txt_mod = Modulation(c.hidden_size, 2, c.bias)
         self.img_attn = SelfAttention(c)
         self.txt_attn = SelfAttention(c)
         self.img_mlp = mlp(c)
@@ -248,8 +252,8 @@ class DoubleBlock(nn.Module):
         img: Tensor,
         txt: Tensor,
         rope: Tensor,
-        img_mod: list[Modulation],
-        txt_mod: list[Modulation],
+        img_mod: list[ModulationOut],
+        txt_mod: list[ModulationOut],
         memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor]:
         length = txt.shape[1]
@@ -278,7 +282,7 @@ class DoubleBlock(nn.Module):
             some, (qk, 2), (rope, 0), watched=[self.txt_attn.norm, self.img_attn.norm]
         )
 
-    def remember(self, x: Tensor, rope: Tensor, mod: list[Modulation]) -> tuple[Tensor, Memory]:
+    def remember(self, x: Tensor, rope: Tensor, mod: list[ModulationOut]) -> tuple[Tensor, Memory]:
         """The image stream alone."""
         qkv = self.img_attn.heads(modulate(x, mod[0]))  # (3, B, R, H, d)
         q, k = turned(qkv[:2], rope, self.img_attn.norm, self.numerics)
@@ -287,14 +291,14 @@ class DoubleBlock(nn.Module):
 
 
 def residuals(
-    x: Tensor, attended: Tensor, proj: nn.Module, mlp: nn.Module, mod: list[Modulation]
+    x: Tensor, attended: Tensor, proj: nn.Module, mlp: nn.Module, mod: list[ModulationOut]
 ) -> Tensor:
     """The two branches of one stream of a double block, after its attention."""
     x = x + mod[0].gate * proj(attended)
     return x + mod[1].gate * mlp(modulate(x, mod[1]))
 
 
-class SingleBlock(nn.Module):
+class SingleStreamBlock(nn.Module):
     """Attention and MLP in parallel: one matrix in (`linear1` = q, k, v, mlp), one out (`linear2` of attention, mlp)."""
 
     def __init__(self, c: FluxConfig, numerics: Numerics):
@@ -307,10 +311,10 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(c.hidden_size // c.num_heads)
         self.activation = GatedSiLU() if c.gated_mlp else nn.GELU(approximate="tanh")
         if not c.shared_modulation:
-            self.modulation = Modulator(c.hidden_size, 1, c.bias)
+            self.modulation = Modulation(c.hidden_size, 1, c.bias)
 
     def forward(
-        self, x: Tensor, rope: Tensor, mod: Modulation, memory: Memory | None = None
+        self, x: Tensor, rope: Tensor, mod: ModulationOut, memory: Memory | None = None
     ) -> Tensor:
         qkv, hidden = self.project(x, mod)
         return self.residual(
@@ -320,17 +324,17 @@ class SingleBlock(nn.Module):
             mod,
         )
 
-    def remember(self, x: Tensor, rope: Tensor, mod: Modulation) -> tuple[Tensor, Memory]:
+    def remember(self, x: Tensor, rope: Tensor, mod: ModulationOut) -> tuple[Tensor, Memory]:
         qkv, hidden = self.project(x, mod)
         q, k = turned(qkv[:2], rope, self.norm, self.numerics)
         return self.residual(x, attention(q, k, qkv[2]), hidden, mod), Memory(k, qkv[2])
 
-    def project(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor]:
+    def project(self, x: Tensor, mod: ModulationOut) -> tuple[Tensor, Tensor]:
         """q, k and v, (3, B, N, H, d), and the MLP's hidden layer."""
         qkv, hidden = self.linear1(modulate(x, mod)).split(self.widths, dim=-1)
         return split_heads(qkv, self.num_heads), hidden
 
-    def residual(self, x: Tensor, attended: Tensor, hidden: Tensor, mod: Modulation) -> Tensor:
+    def residual(self, x: Tensor, attended: Tensor, hidden: Tensor, mod: ModulationOut) -> Tensor:
         return x + mod.gate * self.linear2(self.joined(attended, hidden))
 
     def joined(self, attended: Tensor, hidden: Tensor) -> Tensor:
@@ -431,25 +435,25 @@ def unit_rms(x: Tensor, numerics: Numerics) -> Tensor:
     return F.rms_norm(x if numerics.norm_scale == "after" else x.float(), x.shape[-1:], eps=1e-6)
 
 
-def modulate(x: Tensor, mod: Modulation) -> Tensor:
+def modulate(x: Tensor, mod: ModulationOut) -> Tensor:
     return mod.scale * F.layer_norm(x, x.shape[-1:], eps=1e-6) + mod.shift
 
 
-class Modulator(nn.Module):
+class Modulation(nn.Module):
     """silu(vec) (B, D) -> `branches` modulations, in the checkpoint's order shift, scale - 1, gate."""
 
     def __init__(self, hidden_size: int, branches: int, bias: bool):
         super().__init__()
         self.lin = nn.Linear(hidden_size, 3 * branches * hidden_size, bias=bias)
 
-    def forward(self, activated: Tensor) -> list[Modulation]:
+    def forward(self, activated: Tensor) -> list[ModulationOut]:
         parts = rearrange(
             self.lin(activated),
             "b (branch three d) -> branch three b 1 d",
             three=3,
             d=activated.shape[-1],
         )
-        return [Modulation(shift, 1 + scale, gate) for shift, scale, gate in parts]
+        return [ModulationOut(shift, 1 + scale, gate) for shift, scale, gate in parts]
 
 
 class FinalLayer(nn.Module):
@@ -464,7 +468,7 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(
             2, dim=-1
         )  # diffusers stores scale first, BFL shift
-        return self.linear(modulate(x, Modulation(shift, 1 + scale, gate=None)))
+        return self.linear(modulate(x, ModulationOut(shift, 1 + scale, gate=None)))
 
 
 def mlp_width(c: FluxConfig) -> int:
@@ -505,7 +509,7 @@ def scale_time(t: Tensor, rounding: str, dtype: torch.dtype) -> Tensor:
     return (1000 * t.to(dtype)).float()
 
 
-def sinusoid(t: Tensor, dim: int = 256, max_period: float = 10_000) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000) -> Tensor:
     """(B,) -> (B, dim) float32: cosines, then sines, of t · max_period^(-i/(dim/2))."""
     frequency = torch.exp(
         -math.log(max_period)

@@ -33,7 +33,7 @@ from benchmarks.setting import Setting
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.runtime.memory import choose_device
-from flux.weights.locate import find_spec
+from flux.weights.locate import get_spec
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,7 +112,7 @@ def asked(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
     setting = setting.quick() if args.quick else setting
     rows = []
     if args.model:
-        rows.append(whole_model(find_spec(args.model), setting, bool(args.against)))
+        rows.append(whole_model(get_spec(args.model), setting, bool(args.against)))
     elif args.against:
         rows.append(against_diffusers(setting))
     if args.floor and not args.model:  # which has its floor anyway

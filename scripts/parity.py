@@ -166,7 +166,7 @@ def prepare(args: argparse.Namespace):
         raise UserError(
             f"a capture is of one prompt, and {len(prompts)} are given: capture them one by one"
         )
-    pictures = sample.gather_pictures(args, models.find_spec(args.model, args.transformer))
+    pictures = sample.gather_pictures(args, models.get_spec(args.model, args.transformer))
     pipe = sample.load(args)
     size = args.width, args.height, args.steps, args.guidance
     return pipe, Request(
@@ -456,10 +456,10 @@ def again(args: argparse.Namespace):
     """The capture, the pipeline that it is of, and the request to it."""
     from flux.parity import replay
     from flux.parity.capture_file import Capture
-    from flux.weights.locate import find_spec
+    from flux.weights.locate import get_spec
 
     capture = Capture(args.capture)
-    pictures = sample.gather_pictures(args, find_spec(replay.recipe_of(capture)["model"]))
+    pictures = sample.gather_pictures(args, get_spec(replay.recipe_of(capture)["model"]))
     request = replay.request_of(capture, pictures)
     return capture, pipeline_of(capture, args), request
 

@@ -2,7 +2,7 @@
 
 `upsample_locally` asks the Mistral checkpoint that reads FLUX.2 dev's prompts; `upsample_remotely` asks any server that
 speaks OpenAI's chat completions. The recipe is Black Forest Labs' (black-forest-labs/flux2, src/flux2/text_encoder.py); the
-two instructions are ours and not theirs. Pictures are RGB. Control characters are taken out of the answers.
+two instructions are ours and not theirs. ImageInputs are RGB. Control characters are taken out of the answers.
 """
 
 import base64
@@ -117,7 +117,7 @@ def _load(encoder: Path, device: torch.device, dtype: torch.dtype):
 
 
 def _see(pictures: Sequence[Image.Image], model) -> tuple[str, dict]:
-    """Pictures, in one row on white -> the tokens that stand for it, and what the model sees of it."""
+    """ImageInputs, in one row on white -> the tokens that stand for it, and what the model sees of it."""
     from transformers import PixtralImageProcessorPil  # PixtralProcessor would need torchvision
 
     row = Image.new(

@@ -362,9 +362,9 @@ def run(args: argparse.Namespace) -> int:
     if args.lora:
         check_loras(args)
     options.check_count(len(prompts) * args.num_images, seed)
-    spec = models.find_spec(args.model, args.transformer)
+    spec = models.get_spec(args.model, args.transformer)
     pictures, files = gather_pictures(args, spec), describe_files(args)
-    if prompts == [""] and spec.picture != "redux":
+    if prompts == [""] and spec.image_mode != "redux":
         raise UserError(
             f"there is no prompt, and {spec.name} needs one: say what the picture should show"
         )
@@ -423,7 +423,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"control: {images.save(conditions.control, args.save_control, {})}")
     pipe.encode(prompts + [args.negative_prompt or ""] * cfg)
     total = (
-        len(sampling.from_strength(range(steps + 1), conditions.strength)) - 1
+        len(sampling.truncate_by_strength(range(steps + 1), conditions.strength)) - 1
         if conditions
         else steps
     )
@@ -561,23 +561,23 @@ def gather_pictures(args: argparse.Namespace, spec):
     if not args.image:
         flags = [
             conditioning.FLAGS[option]
-            for option in conditioning.asked(conditioning.Pictures((), args.mask, **options))
+            for option in conditioning.asked(conditioning.ImageInputs((), args.mask, **options))
         ]
         flags += ["--no-composite"] * (not args.composite) + ["--save-control"] * bool(
             args.save_control
         )
-        needed = flags[0] if flags else spec.name if spec.picture in conditioning.NEEDY else None
+        needed = flags[0] if flags else spec.name if spec.image_mode in conditioning.NEEDY else None
         if needed:
             raise UserError(f"{needed} needs a picture: give it with --image FILE")
         return None
     mask = inputs.read_mask(args.mask) if args.mask else None
-    pictures = conditioning.Pictures(
+    pictures = conditioning.ImageInputs(
         tuple(inputs.read_picture(path) for path in args.image), mask, **options
     )
     conditioning.check_pictures(spec, pictures)
     if conditioning.begins(spec, pictures):
         conditioning.canvas(pictures)  # refuses a mask or margins that do not fit
-    if args.save_control and spec.picture != "control":
+    if args.save_control and spec.image_mode != "control":
         raise UserError(
             f"--save-control means nothing to {spec.name}, which takes no control picture: leave it out"
         )
@@ -625,12 +625,12 @@ def save_latents(picture: Path, latents, metadata: dict) -> None:
 def list_models(weights: Path | None) -> int:
     from flux.configs import MODELS
     from flux.weights.files import weights_folder
-    from flux.weights.locate import is_here, parameters
+    from flux.weights.locate import is_available_locally, parameters
 
     weights_folder(weights)
     print(f"{'name':28}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
     for spec in MODELS.values():
-        here = "yes" if is_here(spec, weights) else "no"
+        here = "yes" if is_available_locally(spec, weights) else "no"
         print(
             f"{spec.name:28}{parameters(spec) / 1e9:>10.3g} B  {spec.steps:>5}  {here:5} {spec.licence.name}"
         )

@@ -257,7 +257,7 @@ def adapted(args: argparse.Namespace, network: Flux, device: torch.device) -> Fl
     if processes.world() > 1:
         processes.shard(network, device)
     if args.checkpointing:
-        training.recompute_blocks(network)
+        training.enable_gradient_checkpointing(network)
     return network
 
 

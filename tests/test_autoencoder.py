@@ -182,7 +182,7 @@ def test_file_that_diffusers_saved_decodes_the_same(tmp_path):
 def test_upsampled_convolution_is_that_of_the_nearest_neighbours(size, order):
     """And so are its gradients; here in float64."""
     conv = (
-        randomise(autoencoder.UpsampledConv(6, 6, 3, padding=1))
+        randomise(autoencoder.FusedUpsampleConv(6, 6, 3, padding=1))
         .double()
         .to(memory_format=order)
         .requires_grad_(True)

@@ -16,7 +16,7 @@ from test_pipeline import grid, levels, noise, write_tokenizers
 from torch import Tensor
 
 import flux
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.configs import MODELS, FLUX1Text, FLUX2Text
 from flux.parity.reference import (
     FLUX1_TINY,
@@ -82,8 +82,8 @@ class Model:
         patch.setitem(MODELS, name, self.spec)
         self.parts = networks(self.spec)
         write_weights(home, self.spec, self.parts)
-        if self.spec.adapter:
-            self.write_redux(folder / self.spec.adapter.repository.split("/")[1])
+        if self.spec.addon:
+            self.write_redux(folder / self.spec.addon.repository.split("/")[1])
         self.ours = flux.load(name, weights=folder, device="cpu", dtype=torch.float32)
         self.theirs = diffusers_pipeline(self.spec, self.parts)
         self.flux1 = flux1
@@ -153,7 +153,7 @@ def painted(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
 def compare(
     model: Model,
     theirs,
-    pictures: Pictures,
+    pictures: ImageInputs,
     given: dict,
     conditioned=None,
     noise_given: bool = True,
@@ -207,7 +207,7 @@ def test_fill_equals_diffusers(models, monkeypatch):
     model = models("flux.1-fill-dev")
     theirs = model.variant("FluxFillPipeline", monkeypatch)
     picture, mask = photo(), painted()
-    pictures = Pictures((picture,), mask, mask_threshold=0.5)
+    pictures = ImageInputs((picture,), mask, mask_threshold=0.5)
     compare(
         model,
         theirs,
@@ -221,7 +221,7 @@ def test_control_equals_diffusers(models, monkeypatch):
     model = models("flux.1-canny-dev")
     theirs = model.variant("FluxControlPipeline", monkeypatch)
     given = dict(control_image=photo(), guidance_scale=20.0)
-    compare(model, theirs, Pictures((photo(),)), given, guidance=20.0)
+    compare(model, theirs, ImageInputs((photo(),)), given, guidance=20.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- image tokens
@@ -232,7 +232,7 @@ def test_kontext_equals_diffusers(models, monkeypatch):
     theirs = model.variant("FluxKontextPipeline", monkeypatch)
     picture = photo(80, 96)
     given = dict(image=picture, guidance_scale=3.0, _auto_resize=False, max_area=WIDTH * HEIGHT)
-    compare(model, theirs, Pictures((picture,), keep_size=True), given, guidance=3.0)
+    compare(model, theirs, ImageInputs((picture,), keep_size=True), given, guidance=3.0)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -241,7 +241,7 @@ def test_flux2_references_equal_diffusers(models, monkeypatch, count):
     theirs = model.variant("Flux2Pipeline", monkeypatch)
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)][:count]
     given = dict(image=references, guidance_scale=3.0)
-    compare(model, theirs, Pictures(tuple(references), limit=1024), given, guidance=3.0)
+    compare(model, theirs, ImageInputs(tuple(references), limit=1024), given, guidance=3.0)
 
 
 @pytest.mark.parametrize("name", ["flux.2-klein-4b", "flux.2-klein-base-4b"])
@@ -252,7 +252,7 @@ def test_klein_references_equal_diffusers(models, monkeypatch, name):
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
     cfg = dict(guidance=3.0, negative=model.features(2, rows=1)) if model.spec.cfg else {}
     given = dict(image=references, guidance_scale=cfg.get("guidance", 1.0))
-    compare(model, theirs, Pictures(tuple(references), limit=1024), given, **cfg)
+    compare(model, theirs, ImageInputs(tuple(references), limit=1024), given, **cfg)
 
 
 def test_klein_kv_equals_diffusers(models, monkeypatch):
@@ -260,7 +260,7 @@ def test_klein_kv_equals_diffusers(models, monkeypatch):
     model = models("flux.2-klein-9b-kv")
     theirs = model.variant("Flux2KleinKVPipeline", monkeypatch)
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
-    compare(model, theirs, Pictures(tuple(references), limit=1024), dict(image=references))
+    compare(model, theirs, ImageInputs(tuple(references), limit=1024), dict(image=references))
 
 
 # ---------------------------------------------------------------------------------------------------------- text tokens
@@ -288,7 +288,7 @@ def test_redux_equals_diffusers(models, monkeypatch, weights):
     added = torch.einsum(
         "n,ntd->td", torch.tensor(weights or [1.0]), embedded_by_diffusers(model, references)
     )[None]
-    pictures = Pictures(tuple(references), weights=weights)
+    pictures = ImageInputs(tuple(references), weights=weights)
     assert max_error(model.ours.condition(pictures).text, added) <= 2e-6
 
     features = model.features()
@@ -308,7 +308,7 @@ def test_image_to_image_equals_diffusers(models, monkeypatch, strength):
     compare(
         model,
         theirs,
-        Pictures((photo(),), strength=strength),
+        ImageInputs((photo(),), strength=strength),
         given,
         noise_given=False,
         guidance=3.0,
@@ -323,7 +323,7 @@ def test_inpainting_equals_diffusers(models, monkeypatch, strength):
     compare(
         model,
         theirs,
-        Pictures((photo(),), painted(), strength=strength),
+        ImageInputs((photo(),), painted(), strength=strength),
         given,
         noise_given=False,
         guidance=3.0,
@@ -343,7 +343,7 @@ def test_klein_inpainting_equals_diffusers(models, monkeypatch, name):
         strength=0.6,
         guidance_scale=cfg.get("guidance", 1.0),
     )
-    pictures = Pictures((photo(), other), painted(), strength=0.6, limit=1024)
+    pictures = ImageInputs((photo(), other), painted(), strength=0.6, limit=1024)
     compare(model, theirs, pictures, given, noise_given=False, **cfg)
 
 
@@ -378,7 +378,7 @@ def test_kontext_with_several_references_equals_diffusers_networks(models):
         features.pooled,
     )
     expected = tokens[0] - velocity[:, : tokens[0].shape[1]]
-    conditions = model.ours.condition(Pictures(references, keep_size=True), WIDTH, HEIGHT)
+    conditions = model.ours.condition(ImageInputs(references, keep_size=True), WIDTH, HEIGHT)
     ours = model.ours.sample(features, SEEDS, steps=1, guidance=3.0, conditions=conditions)
     assert max_error(ours, grid(expected, HEIGHT)) <= WITHIN
 
@@ -391,7 +391,7 @@ def test_pictures_of_redux_share_one(models, count):
     alone = [embedded_by_diffusers(model, [picture]).double() for picture in references]
     assert (
         max_error(
-            model.ours.condition(Pictures(tuple(references))).text.double(), sum(alone) / count
+            model.ours.condition(ImageInputs(tuple(references))).text.double(), sum(alone) / count
         )
         <= 2e-6
     )

@@ -11,17 +11,19 @@ from support.weight_files import refusal
 
 import flux
 from flux import configs
-from flux.configs import EMBEDDED, MODELS, Adapter, FLUX1Text, FLUX2Text
+from flux.configs import EMBEDDED, MODELS, Addon, FLUX1Text, FLUX2Text
 from flux.errors import UserError
 from flux.pipeline import load
 from flux.runtime.checks import check_guidance
 from flux.weights import locate as models
-from flux.weights.locate import find_spec, with_transformer
+from flux.weights.locate import get_spec, with_transformer
 
 REAL = {
-    name: spec for name, spec in MODELS.items() if not spec.embedded and spec.storage == "bfloat16"
+    name: spec
+    for name, spec in MODELS.items()
+    if not spec.embedded and spec.weight_format == "bfloat16"
 }
-QUANTISED = {name: spec for name, spec in MODELS.items() if spec.storage != "bfloat16"}
+QUANTISED = {name: spec for name, spec in MODELS.items() if spec.weight_format != "bfloat16"}
 
 # From the cards of FLUX.1-schnell (4 steps, 256 tokens, no guidance), FLUX.1-dev (50 steps, guidance 3.5, 512 tokens) and
 # FLUX.1-Krea-dev (28 to 32 steps, guidance 4.5), whose step counts and lengths BFL's scripts share; from FLUX2_MODEL_INFO
@@ -74,17 +76,17 @@ PICTURES = {
 # From BFL's `configs` (repositories and files), cli_control.py (`lora_scale`), and diffusers' layout of FLUX.1-Redux-dev, in
 # whose image_encoder/ lies the SigLIP so400m-patch14-384 that BFL's code takes from Google.
 ADAPTERS = {
-    "flux.1-canny-dev-lora": Adapter(
+    "flux.1-canny-dev-lora": Addon(
         "black-forest-labs/FLUX.1-Canny-dev-lora",
         (("lora", "flux1-canny-dev-lora.safetensors"),),
         0.85,
     ),
-    "flux.1-depth-dev-lora": Adapter(
+    "flux.1-depth-dev-lora": Addon(
         "black-forest-labs/FLUX.1-Depth-dev-lora",
         (("lora", "flux1-depth-dev-lora.safetensors"),),
         0.85,
     ),
-    "flux.1-redux-dev": Adapter(
+    "flux.1-redux-dev": Addon(
         "black-forest-labs/FLUX.1-Redux-dev",
         (("redux", "flux1-redux-dev.safetensors"), ("siglip", "image_encoder/model.safetensors")),
         1.0,
@@ -126,7 +128,7 @@ def test_defaults(name):
     assert [spec.schedule, spec.steps, spec.guidance, spec.cfg, spec.text_length] == defaults
     assert (
         spec.transformer_file == f"{file}.safetensors"
-        and bool(spec.fixed) == fixed
+        and bool(spec.distilled) == fixed
         and spec.size == 1024
     )
 
@@ -168,10 +170,12 @@ def test_what_a_picture_becomes(name):
     spec = MODELS[name]
     if name in QUANTISED:
         return
-    assert [use for use, names in PICTURES.items() if name in names] == [spec.picture]
+    assert [use for use, names in PICTURES.items() if name in names] == [spec.image_mode]
     kinds = {"flux.1-canny-dev": "canny", "flux.1-depth-dev": "depth"}
     assert spec.control == kinds.get(name.removesuffix("-lora"))
-    assert spec.cached == (name == "flux.2-klein-9b-kv")  # FLUX2_MODEL_INFO: use_kv_cache
+    assert spec.kv_cached_references == (
+        name == "flux.2-klein-9b-kv"
+    )  # FLUX2_MODEL_INFO: use_kv_cache
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -179,8 +183,8 @@ def test_adapters(name):
     spec, base = MODELS[name], MODELS["flux.1-dev"]
     if name in QUANTISED:
         return
-    assert spec.adapter == ADAPTERS.get(name)
-    if spec.adapter:  # all else is of FLUX.1 [dev]
+    assert spec.addon == ADAPTERS.get(name)
+    if spec.addon:  # all else is of FLUX.1 [dev]
         assert (spec.repository, spec.licence, spec.transformer) == (
             base.repository,
             base.licence,
@@ -195,7 +199,7 @@ def test_adapters(name):
 
 def test_quantised_rows_are_those_of_the_whole_model():
     """Of another file alone: all else, licence included, is the same. The names are those of the repositories."""
-    assert {name: spec.adapter.repository.split("/")[1] for name, spec in QUANTISED.items()} == {
+    assert {name: spec.addon.repository.split("/")[1] for name, spec in QUANTISED.items()} == {
         name.lower(): name
         for name in (
             "FLUX.2-dev-NVFP4",
@@ -211,15 +215,15 @@ def test_quantised_rows_are_those_of_the_whole_model():
     }
     for name, spec in QUANTISED.items():
         whole, _, storage = name.rpartition("-")
-        file = dict(transformer_file=spec.transformer_file, adapter=spec.adapter, storage=storage)
-        assert spec == replace(MODELS[whole], name=name, **file) and spec.storage == storage
-        assert spec.adapter.files == (("transformer", spec.transformer_file),)
+        file = dict(transformer_file=spec.transformer_file, addon=spec.addon, weight_format=storage)
+        assert spec == replace(MODELS[whole], name=name, **file) and spec.weight_format == storage
+        assert spec.addon.files == (("transformer", spec.transformer_file),)
 
 
 def test_names_and_repositories():
     assert REAL.keys() == DEFAULTS.keys() and flux.MODELS is MODELS
     homes = {
-        name: spec.adapter.repository if spec.adapter else spec.repository
+        name: spec.addon.repository if spec.addon else spec.repository
         for name, spec in REAL.items()
     }
     assert all(f"black-forest-labs/{name}" == home.lower() for name, home in homes.items())
@@ -304,12 +308,12 @@ def test_files_of_embedded_models_are_in_the_package_or_have_to_be_made(
     name, tmp_path, monkeypatch
 ):
     spec = MODELS[name]
-    assert EMBEDDED.parent.name == "flux" and models.is_here(spec)
+    assert EMBEDDED.parent.name == "toy" and models.is_available_locally(spec)
     assert (
         sum(file.stat().st_size for file in (EMBEDDED / name).rglob("*") if file.is_file()) < 16e6
     )
     monkeypatch.setattr(models, "EMBEDDED", tmp_path)
-    assert not models.is_here(spec)
+    assert not models.is_available_locally(spec)
     assert f"scripts/toy/train.py --model {name}" in refusal(load, name, device="cpu")
 
 
@@ -327,11 +331,11 @@ def test_rows_are_frozen_all_the_way_down(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_is_found_by_its_name_in_any_case(name):
-    assert find_spec(name) is find_spec(name.upper()) is find_spec(name.title()) is MODELS[name]
+    assert get_spec(name) is get_spec(name.upper()) is get_spec(name.title()) is MODELS[name]
 
 
 def test_without_a_name_it_is_the_embedded_model():
-    assert find_spec(None).embedded
+    assert get_spec(None).embedded
 
 
 @pytest.mark.parametrize(
@@ -373,7 +377,7 @@ def test_unknown_name_is_told_with_the_nearest(wrong, near):
     with pytest.raises(
         UserError, match="there is no such model; did you mean .*The choices are"
     ) as told:
-        find_spec(wrong)
+        get_spec(wrong)
     assert f"--model {wrong}" in str(told.value)
     assert near in str(told.value).partition("did you mean ")[2].partition("?")[0]
 
@@ -381,5 +385,5 @@ def test_unknown_name_is_told_with_the_nearest(wrong, near):
 @pytest.mark.parametrize("wrong", ["", "zzz", "../../etc/passwd"])
 def test_unknown_name_with_nothing_near_is_told(wrong):
     with pytest.raises(UserError, match="there is no such model; The choices are") as told:
-        find_spec(wrong)
+        get_spec(wrong)
     assert all(name in str(told.value) for name in MODELS)

@@ -85,7 +85,7 @@ def test_blank_modules_have_shapes_and_draw_nothing():
 def test_public_names():
     import flux
 
-    assert set(flux.__all__) == {"MODELS", "Pictures", "Pipeline", "UserError", "load"}
+    assert set(flux.__all__) == {"MODELS", "ImageInputs", "Pipeline", "UserError", "load"}
     assert all(map(flux.__getattr__, flux.__all__))
     assert flux.sampling.schedule("unshifted", 1, 1).tolist() == [
         1,

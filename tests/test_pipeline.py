@@ -456,7 +456,7 @@ def test_networks_that_are_let_go_between_stages_make_the_same_picture(models, n
     model = models[name]
     pipe = model.load()
     expected = pipe("a cat", 64, 64, 2)
-    pipe.economy = replace(pipe.economy, offload="stages")
+    pipe.options = replace(pipe.options, offload="stages")
     parts = (*pipe.text.networks, pipe.transformer, pipe.autoencoder)
     for _ in range(2):
         (picture,) = pipe("a cat", 64, 64, 2)

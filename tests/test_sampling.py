@@ -73,16 +73,16 @@ def test_klein_schedule_as_published(width, height, times):
 def test_mu_as_published():
     """By BFL's code: FLUX.1 whatever the steps, FLUX.2 by the steps up to 4300 tokens, where its mu falls off a cliff."""
     assert [
-        sampling.linear_mu(n, s) for n, s in ((256, 4), (1024, 28), (4080, 50), (4096, 1))
+        sampling.calculate_shift(n, s) for n, s in ((256, 4), (1024, 28), (4080, 50), (4096, 1))
     ] == pytest.approx([0.5, 0.63, 1.14729166, 1.15], abs=1e-8)
-    assert sampling.empirical_mu(4096, 4) == pytest.approx(2.291179894115571, rel=1e-14)
-    assert sampling.empirical_mu(4096, 50) == pytest.approx(2.0233511571292637, rel=1e-14)
-    assert sampling.empirical_mu(4096, 28) == pytest.approx(2.151443161774889, rel=1e-14)
-    cliff = [sampling.empirical_mu(n, s) for s in (4, 50) for n in (4300, 4301)]
+    assert sampling.compute_empirical_mu(4096, 4) == pytest.approx(2.291179894115571, rel=1e-14)
+    assert sampling.compute_empirical_mu(4096, 50) == pytest.approx(2.0233511571292637, rel=1e-14)
+    assert sampling.compute_empirical_mu(4096, 28) == pytest.approx(2.151443161774889, rel=1e-14)
+    cliff = [sampling.compute_empirical_mu(n, s) for s in (4, 50) for n in (4300, 4301)]
     assert cliff == pytest.approx([2.3085, 1.1847, 2.0447, 1.1847], abs=5e-5)
     assert (
-        sampling.empirical_mu(8100, 4)
-        == sampling.empirical_mu(8100, 50)
+        sampling.compute_empirical_mu(8100, 4)
+        == sampling.compute_empirical_mu(8100, 50)
         == pytest.approx(1.8278, abs=5e-5)
     )
 
@@ -335,10 +335,12 @@ def test_state_that_is_not_finite_is_told_by_its_step(value):
 def test_guidance():
     generator = torch.Generator().manual_seed(0)
     c, u = torch.randn(100, generator=generator), torch.randn(100, generator=generator)
-    assert torch.equal(sampling.guided(c, u, 0), u)
-    assert torch.allclose(sampling.guided(c, u, 1), c, rtol=0, atol=5e-7)
-    assert torch.allclose(sampling.guided(c, u, 4), 4 * c - 3 * u, rtol=0, atol=5e-6)
-    assert sampling.guided(torch.tensor(3.0), torch.tensor(1.0), 2.5) == 6
+    assert torch.equal(sampling.classifier_free_guidance(c, u, 0), u)
+    assert torch.allclose(sampling.classifier_free_guidance(c, u, 1), c, rtol=0, atol=5e-7)
+    assert torch.allclose(
+        sampling.classifier_free_guidance(c, u, 4), 4 * c - 3 * u, rtol=0, atol=5e-6
+    )
+    assert sampling.classifier_free_guidance(torch.tensor(3.0), torch.tensor(1.0), 2.5) == 6
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28, 50])
@@ -353,21 +355,25 @@ def test_strength_leaves_the_steps_that_diffusers_leaves(steps, strength):
 
     left, count = FluxImg2ImgPipeline.get_timesteps(Scheduled, steps, strength, "cpu")
     times = even(steps)
-    ours = sampling.from_strength(times, strength)
+    ours = sampling.truncate_by_strength(times, strength)
     assert len(ours) - 1 == count == len(left) and torch.equal(ours, times[steps - count :])
 
 
 def test_a_picture_is_mixed_with_noise_on_the_straight_line():
     assert (
-        sampling.interpolate(torch.tensor(3.0), torch.tensor(-1.0), 0.25) == 2
+        sampling.scale_noise(torch.tensor(3.0), torch.tensor(-1.0), 0.25) == 2
     )  # a quarter of the way to the noise
-    assert sampling.interpolate(3.0, -1.0, 0) == 3 and sampling.interpolate(3.0, -1.0, 1) == -1
+    assert sampling.scale_noise(3.0, -1.0, 0) == 3 and sampling.scale_noise(3.0, -1.0, 1) == -1
 
 
 def test_values_over_the_steps():
-    assert sampling.ramp([3], 4) == [3, 3, 3, 3] and sampling.ramp([5, 2], 4) == [5, 4, 3, 2]
-    assert sampling.ramp([1, 9, 2, 4], 4) == [1, 9, 2, 4] and sampling.ramp([5, 2], 1) == [5]
-    assert sampling.ramp([5, 2], 2) == [5, 2] and sampling.ramp([7], 1) == [7]
+    assert sampling.per_step_values([3], 4) == [3, 3, 3, 3] and sampling.per_step_values(
+        [5, 2], 4
+    ) == [5, 4, 3, 2]
+    assert sampling.per_step_values([1, 9, 2, 4], 4) == [1, 9, 2, 4] and sampling.per_step_values(
+        [5, 2], 1
+    ) == [5]
+    assert sampling.per_step_values([5, 2], 2) == [5, 2] and sampling.per_step_values([7], 1) == [7]
 
 
 def test_known_parts_are_put_back_after_every_step():

@@ -22,8 +22,8 @@ from flux.parity.reference import (
     siglip_processor,
     transformers_siglip,
 )
-from flux.runtime.lazy_module import Network
-from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_unread, to_siglip
+from flux.runtime.lazy_module import LazyModule
+from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys, to_siglip
 
 # Four pixels left over, as 384 leaves six, and an eps large enough to be missed.
 TINY = SigLIPConfig(image_size=60, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eps=1e-3)
@@ -37,7 +37,11 @@ def build(kind: type[nn.Module], config, theirs: nn.Module) -> nn.Module:
         module = kind(config)
     return loaded(
         module,
-        {name: tensor for name, tensor in theirs.state_dict().items() if not siglip_unread(name)},
+        {
+            name: tensor
+            for name, tensor in theirs.state_dict().items()
+            if not siglip_ignore_keys(name)
+        },
     )
 
 
@@ -159,14 +163,14 @@ def layouts() -> dict[str, dict[str, Tensor]]:
     }
 
 
-def network(state: dict[str, Tensor], path: Path, dtype: torch.dtype = torch.float32) -> Network:
+def network(state: dict[str, Tensor], path: Path, dtype: torch.dtype = torch.float32) -> LazyModule:
     save_file(state, path)
-    return Network(
+    return LazyModule(
         SigLIP,
         TINY,
         [path],
         prefixes=PREFIXES,
-        unread=siglip_unread,
+        ignore_keys=siglip_ignore_keys,
         device=torch.device("cpu"),
         dtype=dtype,
     )
@@ -206,7 +210,7 @@ def test_redux_loads_from_a_file(tmp_path):
     theirs = randomise(diffusers_redux(TINY_REDUX))
     save_file(theirs.state_dict(), tmp_path / "redux.safetensors")
     options = dict(device=torch.device("cpu"), dtype=torch.bfloat16)
-    ours = Network(Redux, TINY_REDUX, [tmp_path / "redux.safetensors"], **options)()
+    ours = LazyModule(Redux, TINY_REDUX, [tmp_path / "redux.safetensors"], **options)()
     assert all(
         torch.equal(tensor, theirs.state_dict()[name].bfloat16())
         for name, tensor in ours.state_dict().items()
@@ -227,7 +231,7 @@ def test_full_size_siglip_equals_transformers():
             SigLIP(SigLIPConfig()).state_dict(),
             transformers_siglip(SigLIPConfig()).state_dict(),
         )
-    head = {name: tensor for name, tensor in theirs.items() if siglip_unread(name)}
+    head = {name: tensor for name, tensor in theirs.items() if siglip_ignore_keys(name)}
     assert shapes(ours) == shapes(
         {name: tensor for name, tensor in theirs.items() if name not in head}
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from flux.parity.reference import max_error, relative_l2, t5_to_transformers, transformers_t5
-from flux.t5 import T5, T5Config, relative_bucket
+from flux.t5 import T5, T5Config, relative_position_bucket
 
 # Heads that do not add up to the hidden size, and an eps large enough to be missed.
 TINY = T5Config(
@@ -90,7 +90,7 @@ def test_relative_buckets_equal_transformers(num_buckets: int, max_distance: int
     expected = T5Attention._relative_position_bucket(
         offset, num_buckets=num_buckets, max_distance=max_distance
     )
-    assert torch.equal(relative_bucket(offset, num_buckets, max_distance), expected)
+    assert torch.equal(relative_position_bucket(offset, num_buckets, max_distance), expected)
 
 
 def test_full_size_tensors_equal_transformers():

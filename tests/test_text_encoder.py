@@ -16,7 +16,7 @@ from flux.errors import UserError
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity.reference import randomise
 from flux.t5 import T5, T5Config
-from flux.text_encoder import clip_unread, language_model_unread, t5_unread
+from flux.text_encoder import clip_unread, language_model_ignore_keys, t5_unread
 from flux.weights.load import load_module
 
 CLIP_TINY = CLIPConfig(vocab_size=50, hidden_size=16, num_heads=2, mlp_size=32, depth=2, eos_id=49)
@@ -58,7 +58,7 @@ def test_whole_clip(tmp_path):
         CLIP,
         CLIP_TINY,
         [*others, "text_model.embeddings.position_ids"],
-        unread=clip_unread,
+        ignore_keys=clip_unread,
     )
 
 
@@ -68,7 +68,7 @@ def test_whole_t5(tmp_path):
         "decoder.embed_tokens.weight",
         "decoder.block.0.layer.0.layer_norm.weight",
     ]
-    reload(tmp_path, T5, T5_TINY, [*others, "lm_head.weight"], unread=t5_unread)
+    reload(tmp_path, T5, T5_TINY, [*others, "lm_head.weight"], ignore_keys=t5_unread)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +93,23 @@ def test_language_model(tmp_path, prefix, head):
         config = replace(LM_TINY, qk_norm=qk_norm)
 
         def unread(name):
-            return language_model_unread(name, 2)
+            return language_model_ignore_keys(name, 2)
 
-        reload(tmp_path, LanguageModel, config, [*vision, *above], prefix, unread=unread, **options)
+        reload(
+            tmp_path,
+            LanguageModel,
+            config,
+            [*vision, *above],
+            prefix,
+            ignore_keys=unread,
+            **options,
+        )
 
 
 def test_what_is_not_known_is_still_refused(tmp_path):
     with pytest.raises(UserError, match="layers.0.extra"):
 
         def unread(name):
-            return language_model_unread(name, 2)
+            return language_model_ignore_keys(name, 2)
 
-        reload(tmp_path, LanguageModel, LM_TINY, ["layers.0.extra"], unread=unread)
+        reload(tmp_path, LanguageModel, LM_TINY, ["layers.0.extra"], ignore_keys=unread)

@@ -36,7 +36,7 @@ from flux.transformer import (
     QKNorm,
     rope_table,
     scale_time,
-    sinusoid,
+    timestep_embedding,
     unit_rms,
 )
 
@@ -203,7 +203,7 @@ def test_norm_of_bfl_is_rounded_before_it_is_scaled():
 
 def test_sinusoid():
     """Cosines first; the first turns by t itself, the last almost by t / 10,000."""
-    wave = sinusoid(torch.tensor([0.0, 2.0]))
+    wave = timestep_embedding(torch.tensor([0.0, 2.0]))
     assert wave.shape == (2, 256)
     assert torch.equal(wave[0], torch.tensor([1.0] * 128 + [0.0] * 128))
     expected = [-0.4161468, 0.9092974, 2 * 10_000 ** (-127 / 128)]

@@ -1,4 +1,4 @@
-"""Pictures as input: read from any file or refused with a reason, then brought to the sizes that the models take.
+"""ImageInputs as input: read from any file or refused with a reason, then brought to the sizes that the models take.
 
 A picture is 8-bit RGB from here on, and a mask 8-bit grey ("L"), in which white is what to change.
 """

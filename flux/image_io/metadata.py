@@ -27,7 +27,7 @@ REMADE = dict(  # what a picture's parameters must hold, and of what type, to ma
     compile=bool,
     tile=int | None,
 )
-OPTIONS = {  # of flux.Pictures -> flags; also what the metadata keep
+OPTIONS = {  # of flux.ImageInputs -> flags; also what the metadata keep
     "strength": "strength",
     "expand": "expand",
     "mask_threshold": "mask_threshold",

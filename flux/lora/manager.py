@@ -8,10 +8,10 @@ from torch import nn
 
 from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 
 
-class MergedLoras:
+class LoraManager:
     """`files`: path -> its patches, as `flux.lora.formats` makes them, and their scale, in the order in which they came.
 
     `own`: the files that the model's row of the table brings, which are always there. `networks`: those that a LoRA may change,
@@ -22,7 +22,7 @@ class MergedLoras:
         self,
         spec: ModelSpec,
         own: Sequence[Path],
-        networks: dict[str, Network],
+        networks: dict[str, LazyModule],
         changed: Callable[[], None],
     ):
         self.spec, self.networks, self.changed, self.own = (
@@ -33,7 +33,7 @@ class MergedLoras:
         )
         part = {"transformer": networks["transformer"]}
         self.files: dict[Path, tuple[list, float]] = {
-            path: (_read(path, part), spec.adapter.scale) for path in self.own
+            path: (_read(path, part), spec.addon.scale) for path in self.own
         }
         self._merge()
 
@@ -70,14 +70,14 @@ class MergedLoras:
         if not abs(scale) < 2**63:
             raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
         spec, c = self.spec, self.spec.transformer
-        control = 2 * c.out_channels if spec.control and spec.adapter else c.in_channels
+        control = 2 * c.out_channels if spec.control and spec.addon else c.in_channels
         widths = {
             patch.columns
             for patch in patches
             if patch.place.part == "transformer" and patch.place.path == "img_in"
         }
         if strange := widths - {c.out_channels, c.in_channels, control}:
-            able = ", ".join(s.name for s in MODELS.values() if s.control and s.adapter)
+            able = ", ".join(s.name for s in MODELS.values() if s.control and s.addon)
             raise UserError(
                 f"{path} is for an input of {max(strange)} channels, which {spec.name} does not have; if it is a "
                 f"control LoRA, use {able}"
@@ -110,7 +110,7 @@ def _resolved(path: Path) -> Path:
         raise UserError(f"{path} does not exist: {error}.") from error
 
 
-def _read(path: Path, networks: dict[str, Network], partial: bool = False) -> list:
+def _read(path: Path, networks: dict[str, LazyModule], partial: bool = False) -> list:
     """Its patches of these networks."""
     from flux.lora.formats import (
         place,

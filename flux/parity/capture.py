@@ -31,13 +31,13 @@ from torch.utils._pytree import tree_map_only
 
 import flux
 from flux import conditioning, sampling
-from flux.conditioning import Conditions, Pictures
+from flux.conditioning import Conditions, ImageInputs
 from flux.errors import NonFiniteError, UserError
 from flux.parity.capture_file import Capture, Kind, Writer, check_new, kind_of, readable, stored_as
 from flux.parity.hooks import See, check_patterns, joined, matches, replaced, watching
 from flux.pipeline import Pipeline
 from flux.runtime.checks import Guidance, check_guidance, check_steps
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 from flux.text_encoder import TextFeatures
 from flux.transformer import NUMERICS
 
@@ -67,7 +67,7 @@ class Request:
     seed: int = 0
     negative_prompt: str | None = None
     cfg_scale: Guidance | None = None
-    pictures: Pictures | None = None
+    pictures: ImageInputs | None = None
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def without_weights(pipe: Pipeline) -> Pipeline:
     return twin
 
 
-def _hollow(network: Network) -> Network:
+def _hollow(network: LazyModule) -> LazyModule:
     """Its module on the meta device; what the pipeline calls of it takes real tensors, and gives real ones, of zeros."""
     twin = copy.copy(network)
     twin.device, twin.module = (
@@ -346,7 +346,7 @@ def describe(pipe: Pipeline, request: Request) -> dict:
     kernels = ("flash", "mem_efficient", "math", "cudnn")
     return dict(
         model=spec.name,
-        mode=spec.picture if r.pictures else "text",
+        mode=spec.image_mode if r.pictures else "text",
         prompt=r.prompt,
         negative_prompt=r.negative_prompt,
         width=width,
@@ -386,7 +386,7 @@ def _file(path: Path) -> dict:
         }
 
 
-def _pictures(pictures: Pictures) -> dict:
+def _pictures(pictures: ImageInputs) -> dict:
     """Hashes of the pixels, and the options that are not left at their defaults."""
     images = {"images": pictures.images, "mask": (pictures.mask,) if pictures.mask else ()}
     hashes = {

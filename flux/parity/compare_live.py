@@ -36,7 +36,7 @@ from flux.parity.replay import (
 )
 from flux.parity.tolerances import budgets, stored
 from flux.pipeline import Pipeline
-from flux.sampling import ramp
+from flux.sampling import per_step_values
 from flux.transformer import Flux, FluxConfig
 
 REFERENCE = Path(__file__).with_name("reference.py")
@@ -215,6 +215,6 @@ def _inputs(capture: Capture, place: str, pipe: Pipeline) -> dict[str, Tensor]:
         config.guidance
     ):  # counted from the end: a run that starts from a picture leaves out the first steps
         out["guidance"] = batch(
-            ramp(recipe["guidance"], recipe["steps"])[step - len(recipe["schedule"])]
+            per_step_values(recipe["guidance"], recipe["steps"])[step - len(recipe["schedule"])]
         )
     return out

@@ -32,7 +32,7 @@ from flux.parity.capture_file import DTYPES, KEY, Capture, Writer, cannot_write,
 from flux.parity.hooks import check_patterns, matches
 from flux.pipeline import Pipeline
 from flux.runtime.checks import written
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 from flux.weights.files import read_header
 
 PROMPT = "a small yellow star above a large blue ring on a white background"
@@ -107,13 +107,15 @@ def check_possible(pipe: Pipeline, request: Request, folder: Path) -> None:
     if pipe.dtype != torch.float32:
         raise UserError("a kit is made in float32, in which a port is judged: leave --dtype out")
     pictures = request.pictures
-    if pictures and (pipe.spec.cached if pictures.cached is None else pictures.cached):
+    if pictures and (
+        pipe.spec.kv_cached_references if pictures.cached is None else pictures.cached
+    ):
         raise UserError(
             "references that are computed once are no part of a kit: give --no-kv-cache"
         )
 
 
-def networks_of(pipe: Pipeline) -> dict[str, Network]:
+def networks_of(pipe: Pipeline) -> dict[str, LazyModule]:
     """By the names of their files in the kit."""
     text = {part: getattr(pipe.text, part) for part in pipe.spec.text.networks}
     return {"transformer": pipe.transformer, "autoencoder": pipe.autoencoder} | text
@@ -133,7 +135,7 @@ def check_size(
     pipe: Pipeline,
     request: Request,
     only: Sequence[str],
-    networks: Mapping[str, Network],
+    networks: Mapping[str, LazyModule],
     folder: Path,
     limit: float,
     tell: Callable[[str], None],
@@ -291,9 +293,9 @@ def mu_of(spec: ModelSpec, tokens: int, steps: int) -> float:
     """How far the schedule is shifted."""
     if spec.schedule == "unshifted":
         return 0.0
-    return {"linear": sampling.linear_mu, "empirical": sampling.empirical_mu}[spec.schedule](
-        tokens, steps
-    )
+    return {"linear": sampling.calculate_shift, "empirical": sampling.compute_empirical_mu}[
+        spec.schedule
+    ](tokens, steps)
 
 
 README = """# A golden kit of {model}
@@ -333,7 +335,7 @@ in.0, in.1. The first step is there layer by layer, the later ones by what they 
 - The text is padded to {text_length} tokens, and the transformer attends to padding as to all else: there is no mask.
 - The rows of a qkv weight make q, then k, then v, and each of these head by head.
 - RoPE turns neighbouring channels, (0, 1), (2, 3), ..., and not halves; q and k are normalised first, and turned then.
-- Modulation comes as shift, scale, gate: scale · norm(x) + shift, and x + gate · branch. The weights make the scale less 1.
+- ModulationOut comes as shift, scale, gate: scale · norm(x) + shift, and x + gate · branch. The weights make the scale less 1.
 - LayerNorm has no weights of its own. Its epsilon is 1e-6, and so is that of the RMS norms of q and k.
 - Time t runs from 1 (noise) to 0 (picture), and is multiplied by 1000 before its sinusoids.
 
@@ -342,14 +344,14 @@ in.0, in.1. The first step is there layer by layer, the later ones by what they 
 1. **rope_table**: `ids/txt`, then `ids/img` -> `rope` (N, {pairs}, 2, 2), rotations, ((cos, -sin), (sin, cos)). {ids}
    The axes share the {d} channels of a head, {axes}: with n channels, angle = position · {theta}^(-2i/n) for i < n/2, which is
    best computed in float64.
-2. **sinusoid**: the first t of `schedule` -> `step.001/time_in/in` (1, 256), 128 cosines, then 128 sines, of the angles
+2. **timestep_embedding**: the first t of `schedule` -> `step.001/time_in/in` (1, 256), 128 cosines, then 128 sines, of the angles
    1000 t · 10000^(-i/128).
 3. **MLPEmbedder**: out_layer(silu(in_layer(x))) -> `step.001/time_in/out`.{guidance}{vector}
    Together they add up to `step.001/vec` (1, {D}).
-4. **Modulator**: lin(silu(vec)), cut into shift, scale - 1, gate, in double blocks first for attention, then for the MLP.
+4. **Modulation**: lin(silu(vec)), cut into shift, scale - 1, gate, in double blocks first for attention, then for the MLP.
    {modulators}
 5. **img_in**, **txt_in**: `step.001/in` -> `step.001/img_in/out`, and `text/features` -> `step.001/txt_in/out`.
-6. **DoubleBlock**, as in `consumer.py`, of image tokens, `step.001/double_blocks.0/in.0`, and text tokens,
+6. **DoubleStreamBlock**, as in `consumer.py`, of image tokens, `step.001/double_blocks.0/in.0`, and text tokens,
    `step.001/double_blocks.0/in.1`. What follows is the image's; the text's is the same, with txt for img.
    - modulate: `step.001/double_blocks.0.img_attn.qkv/in`
    - QKNorm, head by head, x / sqrt(mean(x²) + 1e-6) · scale: `step.001/double_blocks.0.img_attn.norm/out`, q, then k,
@@ -361,7 +363,7 @@ in.0, in.1. The first step is there layer by layer, the later ones by what they 
      `step.001/double_blocks.0/out.1`
    - inside the MLP, {activation}:
      `step.001/double_blocks.0.img_mlp.1/out`
-7. **SingleBlock**, of text and image as one sequence, `step.001/single_blocks.0/in.0`, attention and MLP side by side.
+7. **SingleStreamBlock**, of text and image as one sequence, `step.001/single_blocks.0/in.0`, attention and MLP side by side.
    - modulate, then linear1, whose columns are q, k, v and the MLP's: `step.001/single_blocks.0.linear1/out`
    - norm, rotation and attention as before: `step.001/single_blocks.0.norm/out`, `step.001/single_blocks.0/attention/q`
    - x + gate · linear2 of attention, then activation: `step.001/single_blocks.0.linear2/in`, `step.001/single_blocks.0/out`

@@ -15,9 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from flux import autoencoder, clip, language_model, sampling, t5, transformer
-from flux.autoencoder import AutoEncoder, UpsampledConv
+from flux.autoencoder import AutoEncoder, FusedUpsampleConv
 from flux.parity.rerun import Case
-from flux.transformer import Flux, GatedSiLU, Memory, Modulation, Modulator, Numerics, QKNorm
+from flux.transformer import Flux, GatedSiLU, Memory, Modulation, ModulationOut, Numerics, QKNorm
 
 
 class Mistake(NamedTuple):
@@ -35,15 +35,15 @@ def changed(owner: object, attribute: str, wrong: Callable) -> Callable[[Case], 
 # ---------------------------------------------------------------- modulation and norms
 
 
-def swapped(mod: Modulation) -> Modulation:
+def swapped(mod: ModulationOut) -> ModulationOut:
     return mod._replace(shift=mod.scale - 1, scale=1 + mod.shift)
 
 
-def cut_by_kind(f: Callable, self: Modulator, vec: Tensor) -> list[Modulation]:
+def cut_by_kind(f: Callable, self: Modulation, vec: Tensor) -> list[ModulationOut]:
     branches = f(self, vec)
     chunks = [chunk for shift, scale, gate in branches for chunk in (shift, scale - 1, gate)]
     kinds = [chunks[number :: len(branches)] for number in range(len(branches))]
-    return [Modulation(shift, 1 + scale, gate) for shift, scale, gate in kinds]
+    return [ModulationOut(shift, 1 + scale, gate) for shift, scale, gate in kinds]
 
 
 def with_eps(eps: float) -> Callable[[Case], Tensor]:
@@ -255,7 +255,7 @@ def reshifted(
 ) -> Tensor:
     """The schedule again from its parts: t -> s / (s + 1/t - 1) with s = shift(mu), of times(steps)."""
     steps = len(case.times) - 1
-    kinds = {"linear": sampling.linear_mu, "empirical": sampling.empirical_mu}
+    kinds = {"linear": sampling.calculate_shift, "empirical": sampling.compute_empirical_mu}
     s = shift(kinds[case.pipe.spec.schedule](case.tokens, steps))
     return (s / (s + 1 / times(steps).double() - 1)).float()
 
@@ -331,7 +331,7 @@ def statistics(mean: bool, std: bool) -> Callable[[Case], Tensor]:
     return changed(AutoEncoder, "statistics", kept)
 
 
-def of_smooth(f: Callable, self: UpsampledConv, x: Tensor) -> Tensor:
+def of_smooth(f: Callable, self: FusedUpsampleConv, x: Tensor) -> Tensor:
     larger = F.interpolate(x, scale_factor=2.0, mode="bilinear")
     return F.conv2d(larger, self.weight, self.bias, padding=1)
 
@@ -392,7 +392,7 @@ MISTAKES = (
     Mistake(
         *SWAPPED,
         STEP,
-        changed(Modulator, "forward", lambda f, self, vec: [*map(swapped, f(self, vec))]),
+        changed(Modulation, "forward", lambda f, self, vec: [*map(swapped, f(self, vec))]),
     ),
     Mistake(
         "1 + scale missing",
@@ -405,7 +405,7 @@ MISTAKES = (
         "a modulator's output is cut into (kind, branch), and should be into (branch, kind): "
         "shift, scale and gate of attention, then those of the MLP",
         STEP,
-        changed(Modulator, "forward", cut_by_kind),
+        changed(Modulation, "forward", cut_by_kind),
     ),
     Mistake(
         "SiLU missing",
@@ -661,13 +661,13 @@ MISTAKES = (
         "sines before cosines",
         "time's sinusoids are sines, then cosines, and should be the other way round",
         TIME,
-        changed(transformer, "sinusoid", lambda f, t: f(t).roll(128, dims=-1)),
+        changed(transformer, "timestep_embedding", lambda f, t: f(t).roll(128, dims=-1)),
     ),
     Mistake(
         "frequencies off by one",
         "the frequencies are 10000^(-i/127), and should be 10000^(-i/128)",
         TIME,
-        changed(transformer, "sinusoid", partial(spread, 127)),
+        changed(transformer, "timestep_embedding", partial(spread, 127)),
     ),
     Mistake(*NEXT, TIME, at_next_time),
     Mistake(
@@ -771,7 +771,7 @@ MISTAKES = (
         "upsampling smooth",
         "the decoder's upsampling interpolates, and should repeat the nearest value",
         CODER,
-        changed(UpsampledConv, "forward", of_smooth),
+        changed(FusedUpsampleConv, "forward", of_smooth),
     ),
     Mistake(
         "downsampling padded on all sides",

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from flux.autoencoder import AutoEncoder
 from flux.errors import UserError
 from flux.pipeline import Pipeline
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory import free_memory
-from flux.transformer import DoubleBlock, Flux, Memory, Modulation, SingleBlock
+from flux.transformer import DoubleStreamBlock, Flux, Memory, ModulationOut, SingleStreamBlock
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]
 PLACE = re.compile(
@@ -105,9 +105,9 @@ def _network(network: nn.Module, name: str, inputs: list[Tensor], cast: Callable
 
 def _arguments(module: nn.Module, inputs: list[Tensor], cast: Callable[[Tensor], Tensor]) -> list:
     """Tensors in a row -> what the module takes: the blocks of the transformer want modulations, and rope in float32."""
-    if not isinstance(module, DoubleBlock | SingleBlock):
+    if not isinstance(module, DoubleStreamBlock | SingleStreamBlock):
         return [cast(x) for x in inputs]
-    double = isinstance(module, DoubleBlock)
+    double = isinstance(module, DoubleStreamBlock)
     streams = (
         2 if double and len(inputs) > 8 else 1
     )  # 1: its image stream alone remembers references
@@ -117,13 +117,13 @@ def _arguments(module: nn.Module, inputs: list[Tensor], cast: Callable[[Tensor],
         inputs[streams],
         [cast(x) for x in inputs[streams + 1 :]],
     )
-    mods = [Modulation(*rest[i : i + 3]) for i in range(0, 3 * branches, 3)]
+    mods = [ModulationOut(*rest[i : i + 3]) for i in range(0, 3 * branches, 3)]
     memory = [Memory(*rest[3 * branches :])] if len(rest) > 3 * branches else []
     pairs = [mods[i : i + 2] for i in range(0, branches, 2)] if double else mods
     return [*x, rope.to(x[0].device), *pairs, *memory]
 
 
-def networks_of(pipe: Pipeline) -> dict[str, Network]:
+def networks_of(pipe: Pipeline) -> dict[str, LazyModule]:
     text = {part: getattr(pipe.text, part) for part in pipe.spec.text.networks}
     return text | dict(
         step=pipe.transformer,
@@ -196,7 +196,7 @@ def in_dtype(
     return twin
 
 
-def lend(network: Network, change: Callable[[Tensor], Tensor]) -> None:
+def lend(network: LazyModule, change: Callable[[Tensor], Tensor]) -> None:
     """Load a network but the matrices in its blocks: each stays as it is in the file, until the moment that it is used."""
     file = copy.copy(network)
     if network.change is None:  # a LoRA is added to matrices in the dtype that they are used in

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flux import pipeline, sampling
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.errors import UserError
 from flux.parity.capture import Request, run
 from flux.parity.capture_file import DTYPES, Capture, Kind, Record, raw
@@ -338,7 +338,7 @@ def load(
     return in_dtype(pipe, dtype)
 
 
-def request_of(capture: Capture, pictures: Pictures | None = None) -> Request:
+def request_of(capture: Capture, pictures: ImageInputs | None = None) -> Request:
     """What was asked for, by the recipe. Of pictures a capture keeps but hashes: they are given again."""
     recipe = recipe_of(capture)
     if recipe["pictures"] and pictures is None:

@@ -210,7 +210,9 @@ class Case:
 
     def at_step(self, values: float | Sequence[float]) -> float:
         values = [values] if isinstance(values, float | int) else values
-        return sampling.ramp(values, self.reference.recipe["steps"])[self.step - len(self.times)]
+        return sampling.per_step_values(values, self.reference.recipe["steps"])[
+            self.step - len(self.times)
+        ]
 
     def latents(self, step: int) -> Tensor:
         """After a step, (B, C, h, w); the noise before the first."""

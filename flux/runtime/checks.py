@@ -46,7 +46,7 @@ def check_steps(spec: ModelSpec, steps: int | None) -> int:
         raise UserError(
             f"--steps {steps}: must be from 1 to 1000; {spec.name} is meant for {spec.steps}"
         )
-    if spec.fixed and steps != spec.steps:
+    if spec.distilled and steps != spec.steps:
         warnings.warn(
             f"{spec.name} was distilled for {spec.steps} steps, not {steps}", stacklevel=4
         )
@@ -54,14 +54,14 @@ def check_steps(spec: ModelSpec, steps: int | None) -> int:
 
 
 def check_guidance(spec: ModelSpec, guidance: Guidance | None, steps: int) -> list[float] | None:
-    """The guidance to use, as `sampling.ramp` takes it; None for a model that has none."""
+    """The guidance to use, as `sampling.per_step_values` takes it; None for a model that has none."""
     if guidance is None:
         return None if spec.guidance is None else [spec.guidance]
     meant = "takes none" if spec.guidance is None else f"is meant for {spec.guidance:g}"
     values = check_values("--guidance", guidance, steps, f"{spec.name} {meant}")
     if spec.guidance is None:
         if values != [1]:
-            why = spec.fixed or "its transformer has no input for it"
+            why = spec.distilled or "its transformer has no input for it"
             raise UserError(
                 f"{spec.name} takes no --guidance (here {written(values)}): {why}; leave it out, or use a base or dev model"
             )
@@ -111,9 +111,9 @@ def check_cfg(
         raise UserError(
             f"--cfg-scale {cfg_scale}: the guidance of {spec.name} is classifier-free already; use --guidance"
         )
-    if spec.fixed and (negative_prompt, cfg_scale) != (None, None) and not spec.flux1:
+    if spec.distilled and (negative_prompt, cfg_scale) != (None, None) and not spec.flux1:
         raise UserError(
-            f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.fixed}; use a base model"
+            f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.distilled}; use a base model"
         )
     scale = max(
         check_guidance(spec, guidance, steps) if spec.cfg else check_scale(cfg_scale, steps)

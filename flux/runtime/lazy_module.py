@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 GRAPHS = 64  # of one code, by all models and dtypes of a process: the third would meet torch's limit of 8, which is an error
 
 
-class Network:
+class LazyModule:
     """`network()` is the module, loaded if it is not there; `release` lets it go.
 
     `lists`: paths of its lists of blocks, in the order of their use. How it is loaded, five attributes say, before it is:

@@ -400,7 +400,9 @@ def _transformer_activations(spec: ModelSpec, work: Work, kind: str) -> int:
     per_step = 9 if c.shared_modulation else 12 * c.depth + 3 * c.depth_single
     table = (2 if spec.cfg else 1) * work.steps * work.batch * (per_step + 3) * c.hidden_size * e
     memories = (
-        2 * work.references * c.hidden_size * (c.depth + c.depth_single) * e if spec.cached else 0
+        2 * work.references * c.hidden_size * (c.depth + c.depth_single) * e
+        if spec.kv_cached_references
+        else 0
     )
     scores = (
         2 * work.batch * c.num_heads * (text + image) ** 2 * e if kind == "mps" else 0

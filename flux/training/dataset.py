@@ -1,4 +1,4 @@
-"""Pictures and captions for training: folders, sizes, the cache of latents and text features, and what a step draws of them."""
+"""ImageInputs and captions for training: folders, sizes, the cache of latents and text features, and what a step draws of them."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ class Item:
 
 
 def read_folder(folder: Path) -> list[Item]:
-    """Pictures with their captions: those that `metadata.jsonl` lists, or all in the folder, each with a .txt beside it."""
+    """ImageInputs with their captions: those that `metadata.jsonl` lists, or all in the folder, each with a .txt beside it."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name one with pictures and their captions")
     if (folder / "metadata.jsonl").exists():
@@ -177,7 +177,7 @@ class Cache:
         latents = self.latents(item.picture)
         references = tuple(self.latents(path, reference=True) for path in item.references)
         shape = tuple(read_header(file)[0]["latents"].shape for file in (latents, *references))
-        channels = self.channels(item) if self.pipe.spec.picture in ("control", "fill") else None
+        channels = self.channels(item) if self.pipe.spec.image_mode in ("control", "fill") else None
         return Example(
             latents, self.features(item.caption, item.picture.name), references, shape, channels
         )
@@ -212,11 +212,11 @@ class Cache:
         other, spec = item.control or item.mask, self.pipe.spec
         contents = [self.content_of(path) for path in (item.picture, other) if path]
         file = self._file(
-            "channels", contents, spec.picture, spec.control, self.size, self.pixels_by
+            "channels", contents, spec.image_mode, spec.control, self.size, self.pixels_by
         )
         if not sound(file):
             picture = beside = inputs.read_picture(item.picture)
-            if spec.picture == "fill":
+            if spec.image_mode == "fill":
                 beside = (
                     inputs.read_mask(item.mask) if item.mask else a_mask(picture.size, contents[0])
                 )
@@ -227,10 +227,10 @@ class Cache:
                     f"{other} is {beside.width}x{beside.height}, and {item.picture} {picture.width}x"
                     f"{picture.height}: make them of one size"
                 )
-            if spec.picture == "fill":
+            if spec.image_mode == "fill":
                 inputs.check_mask(beside, str(item.mask))
             picture, beside = fit(picture, self.size), fit(beside, self.size)
-            if spec.picture == "fill":
+            if spec.image_mode == "fill":
                 mask = to_mask(beside)
                 channels = conditioning.fill_channels(
                     self._encode(to_pixels(picture) * (1 - mask)), mask

@@ -17,7 +17,7 @@ from flux import sampling
 from flux.errors import UserError
 from flux.text_encoder import TextFeatures
 from flux.training.trainer import Batch, generator
-from flux.transformer import Flux, sinusoid
+from flux.transformer import Flux, timestep_embedding
 from flux.weights.load import blank
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -36,9 +36,11 @@ def guidance_distillation_loss(
 
     v: the student, which is told g, `guidance` (B,). c: its teacher. u: the same, `uncaptioned`.
     """
-    x, g = sampling.interpolate(latents, noise, per_picture(t)), per_picture(guidance)
+    x, g = sampling.scale_noise(latents, noise, per_picture(t)), per_picture(guidance)
     with torch.no_grad():
-        target = sampling.guided(teacher(x, t).float(), uncaptioned(x, t).float(), g)
+        target = sampling.classifier_free_guidance(
+            teacher(x, t).float(), uncaptioned(x, t).float(), g
+        )
     return F.mse_loss(student(x, t).float(), target)
 
 
@@ -59,7 +61,7 @@ def guided_flow_loss(
     same g, would teach it to ignore g. At g = 1 both are one. u is the network's own, at guidance 1 and without the caption,
     as it is at this step: it gets no gradient.
     """
-    x, g = sampling.interpolate(latents, noise, per_picture(t)), per_picture(guidance)
+    x, g = sampling.scale_noise(latents, noise, per_picture(t)), per_picture(guidance)
     with torch.no_grad():
         u = uncaptioned(x, t).float()
     return F.mse_loss(u + (network(x, t).float() - u) / g, noise - latents)
@@ -101,7 +103,7 @@ def teacher_of(student: Flux) -> Flux:
     tensors = {name: x.to(torch.float32, copy=True) for name, x in student.state_dict().items()}
     bias = tensors["time_in.out_layer.bias"]
     bias += student.guidance_in(
-        sinusoid(torch.tensor([1000.0])).to(student.time_in.out_layer.bias)
+        timestep_embedding(torch.tensor([1000.0])).to(student.time_in.out_layer.bias)
     )[0].float()
     tensors = {name: x for name, x in tensors.items() if not name.startswith("guidance_in.")}
     teacher = blank(lambda: Flux(replace(student.config, guidance=False), student.numerics))

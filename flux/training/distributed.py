@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flux.errors import UserError
 from flux.runtime.memory import choose_device
-from flux.transformer import DoubleBlock, Flux, Modulator, SingleBlock
+from flux.transformer import DoubleStreamBlock, Flux, Modulation, SingleStreamBlock
 
 
 def join(device: str | None) -> str | None:
@@ -82,7 +82,7 @@ def shard(network: Flux, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (world(),))
     for module in reversed(list(network.modules())):  # what is within comes first
-        if isinstance(module, Flux | DoubleBlock | SingleBlock | Modulator):
+        if isinstance(module, Flux | DoubleStreamBlock | SingleStreamBlock | Modulation):
             fully_shard(module, mesh=mesh)
 
 

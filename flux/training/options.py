@@ -257,24 +257,28 @@ def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.It
             )
     settle_guidance(args, pipe)
     spec = pipe.spec
-    if spec.picture in ("control", "redux") and spec.adapter:
-        of = "an image encoder" if spec.picture == "redux" else "a LoRA"
+    if spec.image_mode in ("control", "redux") and spec.addon:
+        of = "an image encoder" if spec.image_mode == "redux" else "a LoRA"
         raise UserError(
             f"{spec.name} is flux.1-dev with {of} beside it, which is not trained here: choose another"
         )
     for kind, use in (("control", "control"), ("mask", "fill")):
-        if any(getattr(item, kind) for item in items) and spec.picture != use:
+        if any(getattr(item, kind) for item in items) and spec.image_mode != use:
             able = ", ".join(
-                s.name for s in flux.MODELS.values() if s.picture == use and not s.adapter
+                s.name for s in flux.MODELS.values() if s.image_mode == use and not s.addon
             )
             raise UserError(
                 f"{args.pictures} has items with a {kind}, which means nothing to {spec.name}; choose from {able}"
             )
-    if spec.picture == "control" and not all(item.control for item in items):
+    if spec.image_mode == "control" and not all(item.control for item in items):
         control.check(spec.control)
-    if any(item.references for item in items) and (spec.picture != "reference" or spec.cached):
+    if any(item.references for item in items) and (
+        spec.image_mode != "reference" or spec.kv_cached_references
+    ):
         able = ", ".join(
-            s.name for s in flux.MODELS.values() if s.picture == "reference" and not s.cached
+            s.name
+            for s in flux.MODELS.values()
+            if s.image_mode == "reference" and not s.kv_cached_references
         )
         raise UserError(
             f"{args.pictures} has references, and {spec.name} takes none in training; choose from {able}"
@@ -283,9 +287,9 @@ def settle(args: argparse.Namespace, pipe: flux.Pipeline, items: list[dataset.It
         raise UserError(
             f"{args.pictures} has items with several references, and {spec.name} takes one"
         )
-    if spec.fixed:
+    if spec.distilled:
         say(
-            f"note: {spec.name}: {spec.fixed}, which this loss does not preserve; a base or dev model is made to be trained"
+            f"note: {spec.name}: {spec.distilled}, which this loss does not preserve; a base or dev model is made to be trained"
         )
     if args.batch % processes.world():
         raise UserError(

@@ -45,7 +45,7 @@ def rectified_flow_loss(
     velocity: Callable[[Tensor, Tensor], Tensor], latents: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
     """|v(x_t, t) - (noise - latents)|², the mean of it all. Latents and noise (B, C, h, w), t (B,)."""
-    x = sampling.interpolate(latents, noise, rearrange(t, "b -> b 1 1 1"))
+    x = sampling.scale_noise(latents, noise, rearrange(t, "b -> b 1 1 1"))
     return F.mse_loss(velocity(x, t).float(), noise - latents)
 
 
@@ -59,12 +59,12 @@ def shifted_times(normal: Tensor, mu: float) -> Tensor:
 
 def mu_of(spec: ModelSpec, tokens: int) -> float:
     """The shift with which the sampler makes pictures of so many tokens."""
-    shifts = {"linear": sampling.linear_mu, "empirical": sampling.empirical_mu}
+    shifts = {"linear": sampling.calculate_shift, "empirical": sampling.compute_empirical_mu}
     return shifts[spec.schedule](tokens, spec.steps) if spec.schedule in shifts else 0.0
 
 
 class Batch(NamedTuple):
-    """Pictures of one size, with references of one size."""
+    """ImageInputs of one size, with references of one size."""
 
     latents: Tensor  # (B, C, h, w)
     features: TextFeatures
@@ -388,7 +388,7 @@ def write(
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def recompute_blocks(network: Flux) -> None:
+def enable_gradient_checkpointing(network: Flux) -> None:
     """Of each block only its input is kept for the backward pass, which computes the rest again (gradient checkpointing)."""
     device = network.img_in.weight.device
 

@@ -31,7 +31,7 @@ TYPES = {
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-class Undrawn(TorchFunctionMode):
+class skip_init(TorchFunctionMode):
     """Inside, `torch.nn.init` does nothing."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -42,7 +42,7 @@ class Undrawn(TorchFunctionMode):
 def blank(build: Callable[[], nn.Module]) -> nn.Module:
     """What `build` makes, on the meta device: shapes without values. None are drawn: there, to draw those of an Embedding
     takes torch's compiler, and to import that takes as long as to import torch."""
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"), skip_init():
         return build()
 
 
@@ -53,7 +53,7 @@ def load_module(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     prefixes: Sequence[str] = ("",),
-    unread: Callable[[str], bool] = lambda name: False,
+    ignore_keys: Callable[[str], bool] = lambda name: False,
     rename: Callable[[str], str] | None = None,
     check_finite: bool = False,
 ) -> None:
@@ -61,12 +61,12 @@ def load_module(
 
     On the CPU and in the files' own `dtype` they stay mapped; else the floats are cast, one tensor at a time, but for quantised
     weights and their scales: Linears with such become QuantizedLinears.
-    `prefixes`: what may stand before the names in the files; the one that fits best is taken away. `unread`: which of
+    `prefixes`: what may stand before the names in the files; the one that fits best is taken away. `ignore_keys`: which of
     the names left are known and not wanted. `rename`: from these to the module's, for a foreign layout.
     UserError, before anything is loaded, if a tensor is missing, unknown, misshapen or of a wrong type.
     """
     infos, metadata = _merged_headers(files)
-    sources = _sources(infos, module.state_dict(), prefixes, unread, rename)
+    sources = _sources(infos, module.state_dict(), prefixes, ignore_keys, rename)
     layers = _quantised_layers(module, sources, metadata)
     kept = {
         f"{path}.{name}": buffer
@@ -160,10 +160,10 @@ def _sources(
     infos: Mapping[str, TensorInfo],
     wanted: Iterable[str],
     prefixes: Sequence[str],
-    unread: Callable[[str], bool],
+    ignore_keys: Callable[[str], bool],
     rename: Callable[[str], str] | None,
 ) -> dict[str, TensorInfo]:
-    """Name in the module -> tensor in the files, for every one that is not `unread`."""
+    """Name in the module -> tensor in the files, for every one that is not `ignore_keys`."""
 
     def without(prefix: str) -> dict[str, str]:
         names = {
@@ -174,7 +174,7 @@ def _sources(
         return {
             source: rename(name) if rename else name
             for source, name in names.items()
-            if not unread(name)
+            if not ignore_keys(name)
         }
 
     names = max(map(without, prefixes), key=lambda names: len(set(wanted) & set(names.values())))

@@ -14,7 +14,7 @@ from flux.weights.files import find_all, is_local, read_header
 from flux.weights.load import blank, infer_config
 
 
-def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelSpec:
+def get_spec(name: str | None, transformer: str | Path | None = None) -> ModelSpec:
     """A row of the table by its name, with the shapes of another transformer file if one is given."""
     if name is not None and name.lower() not in MODELS:
         near = get_close_matches(name.lower(), MODELS, n=3, cutoff=0.3)
@@ -50,7 +50,7 @@ def find_spec(name: str | None, transformer: str | Path | None = None) -> ModelS
     alike = [
         spec
         for spec in MODELS.values()
-        if spec.transformer == config and spec.storage == "bfloat16"
+        if spec.transformer == config and spec.weight_format == "bfloat16"
     ]
     if not alike:
         raise UserError(
@@ -91,12 +91,10 @@ def locate(
     }
     for part, names in spec.text.tokenizers.items():
         files[part] = [locate_one(spec, name, weights) for name in names][0].parent
-    if spec.adapter:
+    if spec.addon:
         terms = spec.licence.name, spec.licence.gated
-        for part, name in spec.adapter.files:
-            files[part] = given.get(part) or find_all(
-                spec.adapter.repository, name, weights, *terms
-            )
+        for part, name in spec.addon.files:
+            files[part] = given.get(part) or find_all(spec.addon.repository, name, weights, *terms)
     return files
 
 
@@ -107,11 +105,11 @@ def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
         "transformer": (spec.transformer_file,),
         "autoencoder": spec.autoencoder_files,
     }
-    brought = {part for part, _ in spec.adapter.files} if spec.adapter else ()
+    brought = {part for part, _ in spec.addon.files} if spec.addon else ()
     return {part: choices for part, choices in own.items() if part not in brought}
 
 
-def is_here(spec: ModelSpec, weights: Path | None = None) -> bool:
+def is_available_locally(spec: ModelSpec, weights: Path | None = None) -> bool:
     """Whether a row could be loaded without a download."""
     needed = (
         *networks(spec).values(),
@@ -119,9 +117,7 @@ def is_here(spec: ModelSpec, weights: Path | None = None) -> bool:
     )
     if spec.embedded:
         return all((EMBEDDED / spec.name / choices[0]).is_file() for choices in needed)
-    adapter = (
-        [(spec.adapter.repository, name) for _, name in spec.adapter.files] if spec.adapter else []
-    )
+    adapter = [(spec.addon.repository, name) for _, name in spec.addon.files] if spec.addon else []
     try:
         ours = all(
             any(is_local(spec.repository, name, weights) for name in choices) for choices in needed

@@ -18,7 +18,7 @@ from benchmarks.steps import FAMILIES, inputs, our_step, same_attention
 from benchmarks.timing import by_turns, random_weights
 from flux.runtime.lazy_module import compile_blocks
 from flux.runtime.memory import can_compile
-from flux.transformer import BLOCKS, Flux, FluxConfig
+from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
 HEAVY = (F.linear, F.scaled_dot_product_attention, F.conv2d)
 Operation = tuple[
@@ -46,7 +46,7 @@ def over_floor(case: str, config: FluxConfig, side: int, setting: Setting) -> It
         ours, floor = by_turns([step, replayed], setting.rounds, setting.replayed)
         yield row(f"{case}, eager", ours=ours, theirs=floor)
         if setting.compiled and can_compile(setting.device):
-            compile_blocks(model, BLOCKS)
+            compile_blocks(model, BLOCK_LISTS)
             ours, floor = by_turns([step, replayed], setting.rounds, setting.replayed)
             yield row(f"{case}, compiled", ours=ours, theirs=floor, goal=1.20)
     torch._dynamo.reset()

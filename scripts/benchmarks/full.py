@@ -32,7 +32,7 @@ from flux.parity.reference import relative_l2
 from flux.runtime.lazy_module import compile_blocks
 from flux.runtime.memory import can_compile, free_memory
 from flux.t5 import T5
-from flux.transformer import BLOCKS, Flux
+from flux.transformer import BLOCK_LISTS, Flux
 from flux.weights.quantization.compress import compress
 from flux.weights.quantization.fp8 import use_native_fp8
 
@@ -135,7 +135,7 @@ def compiled_rows(
         with fresh_cache():
             whole = timed(torch.compile(stage.run))
         torch._dynamo.reset()
-        compile_blocks(*stage.modules, BLOCKS)
+        compile_blocks(*stage.modules, BLOCK_LISTS)
         with fresh_cache():
             yield Row(
                 f"{case}, first step, compiled",
@@ -145,7 +145,7 @@ def compiled_rows(
                 "compiled whole",
                 goal=0.2,
             )
-    compile_blocks(*stage.modules, BLOCKS)
+    compile_blocks(*stage.modules, BLOCK_LISTS)
     if theirs:
         theirs.modules[0].compile_repeated_blocks(fullgraph=True)
     yield from time_rows(

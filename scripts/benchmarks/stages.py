@@ -19,7 +19,7 @@ from flux.configs import AE1, AE2, MISTRAL, QWEN3_4B, QWEN3_8B
 from flux.image_io import output as images
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity import reference
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 
 TEXT_ENCODERS = {  # as released: layers, whether the head has weights of its own, what part of the weights we may hold
     "Qwen3 4B": (QWEN3_4B, 36, False, 0.78),
@@ -133,7 +133,7 @@ def our_autoencoder(config: AutoEncoderConfig, device: torch.device) -> AutoEnco
         save_file(
             random_weights(lambda: AutoEncoder(config), "cpu", torch.bfloat16).state_dict(), path
         )
-        network = Network(AutoEncoder, config, [path], device=device, dtype=torch.bfloat16)
+        network = LazyModule(AutoEncoder, config, [path], device=device, dtype=torch.bfloat16)
         network.alter(channels_last)
         return network()
 

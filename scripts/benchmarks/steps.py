@@ -27,7 +27,7 @@ from flux.parity.reference import (
 )
 from flux.runtime.lazy_module import compile_blocks
 from flux.runtime.memory import can_compile
-from flux.transformer import BLOCKS, Flux, FluxConfig
+from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
 FAMILIES = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B}
 BACKENDS = [
@@ -115,7 +115,7 @@ def timed_rows(
         yield pair(f"{case}, eager", mine, other, setting, goal=eager)
         yield Row(f"{case}, peak of activations", "B", peak_bytes(mine), peak_bytes(other))
         if setting.compiled and can_compile(setting.device):
-            compile_blocks(ours, BLOCKS)
+            compile_blocks(ours, BLOCK_LISTS)
             theirs.compile_repeated_blocks(fullgraph=True)
             yield pair(f"{case}, compiled", mine, other, setting, goal=compiled)
     torch._dynamo.reset()

@@ -29,7 +29,8 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from benchmarks.measure import proc
 
@@ -41,7 +42,7 @@ from flux.training import lora as adapters
 from flux.training import trainer as training
 from flux.transformer import Flux
 from flux.weights.load import blank, load_module
-from flux.weights.locate import find_spec
+from flux.weights.locate import get_spec
 
 SIDE = 256 // 16  # tokens
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def main() -> int:
     try:
         if args.lora_rank is not None and args.lora_rank < 1:
             raise UserError(f"--lora-rank {args.lora_rank}: must be at least 1")
-        spec = find_spec(args.model)
+        spec = get_spec(args.model)
         path = args.folder / spec.transformer_file
         written = write(path, blank(lambda: Flux(spec.transformer)))
         with get_context("spawn").Pool(1) as fresh:
@@ -175,7 +176,7 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
     network = blank(lambda: Flux(spec.transformer))
     load_module(network, [path])
     adapters.add_lora(network, rank)
-    training.recompute_blocks(network)
+    training.enable_gradient_checkpointing(network)
     trainer = training.Trainer(network, path.with_name("not saved"), {}, steps=2, rate=1e-4)
     steps = []
     with watching("RssAnon") as held:

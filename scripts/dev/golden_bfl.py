@@ -134,8 +134,8 @@ def network(w, x, txt, pooled, rope, t, see):
     def blocks(kind):
         return sorted({".".join(name.split(".")[:2]) for name in w if name.startswith(kind)})
 
-    vec = embedder(w, "time_in", sinusoid(t))
-    vec = r(vec + embedder(w, "guidance_in", sinusoid(GUIDANCE)))  # R4
+    vec = embedder(w, "time_in", timestep_embedding(t))
+    vec = r(vec + embedder(w, "guidance_in", timestep_embedding(GUIDANCE)))  # R4
     if pooled is not None:
         vec = r(vec + embedder(w, "vector_in", pooled))
     see("vec", vec)
@@ -228,7 +228,7 @@ def activation(w, hidden):
     return r(whole(F.silu, gate) * up)  # R10
 
 
-def sinusoid(value):
+def timestep_embedding(value):
     """R3, and R2: 256 of t or of guidance."""
     thousandfold = r(1000 * r(torch.tensor([value])))
     angle = thousandfold[:, None] * torch.exp(

@@ -32,10 +32,10 @@ from flux.errors import UserError
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
 from flux.t5 import T5, T5Config
-from flux.text_encoder import clip_unread, language_model_unread, t5_unread
+from flux.text_encoder import clip_unread, language_model_ignore_keys, t5_unread
 from flux.transformer import Flux, FluxConfig
 from flux.weights.files import BITS, find_all, is_local, read_header, shard_files
-from flux.weights.locate import find_spec
+from flux.weights.locate import get_spec
 
 FOLDER = ROOT / "tests" / "manifests"
 CONTROL = replace(configs.FLUX1, in_channels=128)  # a control picture's channels beside the noise's
@@ -125,7 +125,7 @@ def main() -> int:
         if args.files:
             print(dumps(from_files(args.files)), end="")
         elif args.check:
-            return check(find_spec(args.check), args.weights)
+            return check(get_spec(args.check), args.weights)
         elif args.markdown:
             print("\n\n".join(tables()))
         elif args.rebuild:
@@ -241,7 +241,7 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
         state = {
             name: t
             for name, t in state.items()
-            if not language_model_unread(bare(name), max(config.layers))
+            if not language_model_ignore_keys(bare(name), max(config.layers))
         }
     return {bare(name): t for name, t in state.items()} if config == configs.MISTRAL else state
 
@@ -338,9 +338,9 @@ def parts(spec: ModelSpec) -> dict[str, Part]:
     found = {
         part: Part(config, spec.repository, files) for part, (config, files) in networks.items()
     }
-    for name, file in spec.adapter.files if spec.adapter else ():
+    for name, file in spec.addon.files if spec.addon else ():
         part, config = ADAPTERS.get(name, (name, transformer_of(spec)))
-        found[part] = Part(config, spec.adapter.repository, (file,))
+        found[part] = Part(config, spec.addon.repository, (file,))
     return found
 
 
@@ -350,7 +350,9 @@ def transformer_of(spec: ModelSpec) -> Config:
         for c in MANIFESTS.values()
         if isinstance(c, QuantisedConfig) and c.transformer == spec.transformer
     )
-    return next((config for config in alike if config.storage == spec.storage), spec.transformer)
+    return next(
+        (config for config in alike if config.storage == spec.weight_format), spec.transformer
+    )
 
 
 def check(spec: ModelSpec, weights: Path | None) -> int:
@@ -399,7 +401,7 @@ def comparable(manifest: Manifest, config: Config) -> Manifest:
             return {
                 name: entry
                 for name, entry in named.items()
-                if not language_model_unread(name, max(config.layers))
+                if not language_model_ignore_keys(name, max(config.layers))
             }
     return manifest
 
@@ -437,16 +439,16 @@ def tables() -> list[str]:
 def models_table() -> str:
     rows = []
     for spec in MODELS.values():
-        repositories = [spec.repository, *([spec.adapter.repository] if spec.adapter else [])]
+        repositories = [spec.repository, *([spec.addon.repository] if spec.addon else [])]
         links = [f"[{name.split('/')[-1]}](https://huggingface.co/{name})" for name in repositories]
         home = "part of the package" if spec.embedded else " and ".join(links)
         guidance = (
             "none" if spec.guidance is None else f"{spec.guidance:g}" + ", by two passes" * spec.cfg
         )
         picture = (
-            spec.picture
+            spec.image_mode
             + f", {spec.control}" * bool(spec.control)
-            + ", computed once" * spec.cached
+            + ", computed once" * spec.kv_cached_references
         )
         terms = (
             spec.licence.name,

@@ -22,7 +22,8 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Task(NamedTuple):
 
     prompt: str
     asked: Scene | Edit
-    pictures: flux.Pictures | None = None
+    pictures: flux.ImageInputs | None = None
 
 
 class Row(NamedTuple):
@@ -244,7 +245,7 @@ PARTS = {"text": text_rows, "edits": edit_rows, "modes": mode_rows, "quantised":
 
 def parts_of(spec: ModelSpec) -> list[str]:
     """All, but edits are for models that take references."""
-    return [part for part in PARTS if part != "edits" or spec.picture == "reference"]
+    return [part for part in PARTS if part != "edits" or spec.image_mode == "reference"]
 
 
 def recoloured(scene: Scene, size: int, rng: np.random.Generator) -> Task:
@@ -282,7 +283,9 @@ def half(scene: Scene, size: int, rng: np.random.Generator, other: Object | None
     picture = shapes.draw(Layout(items, layout.background), size, size, rng)
     if other is None:
         picture[mask == 255] = 128  # canvas
-    pictures = flux.Pictures((Image.fromarray(picture),), mask=Image.fromarray(mask), strength=1.0)
+    pictures = flux.ImageInputs(
+        (Image.fromarray(picture),), mask=Image.fromarray(mask), strength=1.0
+    )
     return Task(str(scene), scene, pictures)
 
 
@@ -313,9 +316,9 @@ def not_large(pictures: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[s
 
 def drawings(
     layouts: Iterable[Layout], size: int, rng: np.random.Generator, strength: float | None = None
-) -> flux.Pictures:
+) -> flux.ImageInputs:
     drawn = [Image.fromarray(shapes.draw(layout, size, size, rng)) for layout in layouts]
-    return flux.Pictures(tuple(drawn), strength=strength)
+    return flux.ImageInputs(tuple(drawn), strength=strength)
 
 
 def made(pipe: flux.Pipeline, row: Row, seed: int) -> list[np.ndarray]:
@@ -331,7 +334,7 @@ def made(pipe: flux.Pipeline, row: Row, seed: int) -> list[np.ndarray]:
 
 
 def through(pipe: flux.Pipeline, drawn: list[np.ndarray]) -> list[np.ndarray]:
-    """Pictures (H, W, 3) uint8, encoded and decoded."""
+    """ImageInputs (H, W, 3) uint8, encoded and decoded."""
     encoder, result = pipe.encoder(), []
     for picture in drawn:
         with torch.inference_mode():

@@ -39,7 +39,7 @@ def write_sheets(pipe: flux.Pipeline, folder: Path, seed: int) -> None:
             for value, column in pairs
         ]
         sheets[name] = sheet(cells, len(values))
-    if pipe.spec.picture == "reference":
+    if pipe.spec.image_mode == "reference":
         sheets["edits"] = edits_sheet(pipe, seed)
     for name, picture in sheets.items():
         picture.quantize(256).save(folder / f"{pipe.spec.name}-{name}.png", optimize=True)
@@ -56,7 +56,7 @@ def edits_sheet(pipe: flux.Pipeline, seed: int) -> Image.Image:
         before = [Image.fromarray(shapes.draw(layout, size, size, rng)) for layout in edit.before]
         cells.append(
             (
-                [*before, *pipe(str(edit), seed=seed, pictures=flux.Pictures(tuple(before)))],
+                [*before, *pipe(str(edit), seed=seed, pictures=flux.ImageInputs(tuple(before)))],
                 str(edit),
             )
         )

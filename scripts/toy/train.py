@@ -20,7 +20,8 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 
 import torch
 from recipe.autoencoder import train_autoencoder, train_decoder
@@ -79,7 +80,7 @@ def make(args: argparse.Namespace, spec: ModelSpec) -> None:
         run, spec.autoencoder, args.autoencoder_minutes, device, args.autoencoder
     )
     encode_all(
-        run, autoencoder.requires_grad_(False), tokenizer, edited=spec.picture == "reference"
+        run, autoencoder.requires_grad_(False), tokenizer, edited=spec.image_mode == "reference"
     )
     networks, sampler = begin(spec, start).to(device), Sampler(spec, autoencoder, tokenizer)
     cooling = 1.0 if start else COOLING  # weights that were trained stay near to what they are

@@ -157,7 +157,7 @@ def test_the_floor_is_all_that_is_heavy_in_a_step(config):
 
 
 def test_the_floor_has_convolutions_and_masks_too():
-    spec = bench.find_spec("flux.2-tiny")
+    spec = bench.get_spec("flux.2-tiny")
     for name, (build, _) in full.STAGES.items():
         operations = floor.operations(build(spec, 64, "meta").run)
         floor.replay(operations, torch.device("cpu"))()  # runs, on data of its own
@@ -313,7 +313,7 @@ def test_float8_says_how_far_it_is_off():
     """On the CPU it gains nothing, but computes the same."""
     setting = Setting(torch.device("cpu"), 1, **TINY)
     error, seconds = full.float8_rows(
-        "step", full.stepping(bench.find_spec("flux.2-tiny"), 64, "cpu"), setting
+        "step", full.stepping(bench.get_spec("flux.2-tiny"), 64, "cpu"), setting
     )
     assert 0.001 < error.ours < 0.2 and error.reached is None
     assert seconds.against == "bfloat16" and seconds.goal == 0.72 and seconds.theirs > 0

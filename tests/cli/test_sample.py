@@ -555,14 +555,14 @@ def test_real_model_without_its_weights_is_told_and_never_the_toy(cli, tmp_path,
     (empty := tmp_path / "empty").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     picture = (
-        ("--image", tmp_path / "a.png") if spec.picture in ("fill", "control", "redux") else ()
+        ("--image", tmp_path / "a.png") if spec.image_mode in ("fill", "control", "redux") else ()
     )
     request = (
         PROMPT,
         "--model",
         name,
         *picture,
-        *(("--expand", "16,0,0,0") if spec.picture == "fill" else ()),
+        *(("--expand", "16,0,0,0") if spec.image_mode == "fill" else ()),
     )
     known = (
         spec.repository,
@@ -592,7 +592,7 @@ def test_real_model_without_its_weights_in_its_own_process(tmp_path):
 
 def test_note_of_an_unusual_request_comes_once(cli, monkeypatch):
     """Though the steps are looked at twice: before the model is loaded, and where it samples."""
-    monkeypatch.setitem(MODELS, SPEC.name, replace(SPEC, fixed="it was distilled"))
+    monkeypatch.setitem(MODELS, SPEC.name, replace(SPEC, distilled="it was distilled"))
     run = cli(PROMPT, *QUICK)
     assert run.code == 0 and run.err.count("note: ") == 1
     assert f"note: flux.2-tiny was distilled for {SPEC.steps} steps, not 1\n" in run.err

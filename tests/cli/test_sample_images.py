@@ -2,7 +2,7 @@
 
 In this process, on the embedded model or on tiny random ones that lie in the files of the released repositories. That the
 pipeline does with pictures what diffusers does is shown in test_conditioning.py; here, that the command line asks the pipeline
-for the right thing: what it makes equals, byte for byte, what `flux.Pictures` with literal options makes. Nothing depends on
+for the right thing: what it makes equals, byte for byte, what `flux.ImageInputs` with literal options makes. Nothing depends on
 what the embedded model paints.
 """
 
@@ -30,7 +30,7 @@ from test_sample import TOY, Run, pixels
 from torch import Tensor
 
 import flux
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.configs import MODELS, FLUX1Text, FLUX2Text
 from flux.errors import UserError
 from flux.image_io import input as inputs
@@ -139,13 +139,13 @@ class Zoo:
         parts = networks(spec)
         if not (home / spec.transformer_file).exists():  # FLUX.1-dev is of several rows
             write_weights(home, spec, parts)
-        if spec.adapter:
+        if spec.addon:
             self.write_adapter(spec, parts["transformer"])
 
     def write_adapter(self, spec, transformer) -> None:
-        home = self.folder / spec.adapter.repository.split("/")[1]
+        home = self.folder / spec.addon.repository.split("/")[1]
         (home / "image_encoder").mkdir(parents=True)
-        files = {part: home / file for part, file in spec.adapter.files}
+        files = {part: home / file for part, file in spec.addon.files}
         if "lora" in files:
             control_lora(files["lora"], transformer)
         else:
@@ -216,13 +216,13 @@ class Mode(NamedTuple):
     model: str
     flags: str
     size: tuple[int, int]  # of what is made
-    options: dict = {}  # of flux.Pictures
+    options: dict = {}  # of flux.ImageInputs
     asked: dict = {}  # of the pipeline
 
     @property
-    def pictures(self) -> Pictures:
+    def pictures(self) -> ImageInputs:
         given = tuple({"a.png": A, "b.png": B}[file] for file in self.files)
-        return Pictures(given, M if "--mask " in self.flags else None, **self.options)
+        return ImageInputs(given, M if "--mask " in self.flags else None, **self.options)
 
     @property
     def files(self) -> list[str]:
@@ -394,7 +394,9 @@ def test_what_the_mask_leaves_alone_keeps_its_bytes(zoo, name):
 def test_every_option_changes_the_picture(zoo, model, plain, option):
     """Else the equalities above would hold of options that do nothing."""
     asked = dict(prompts=PROMPT, width=96, height=80, steps=2)
-    first, second = (Pictures(**dict(images=(A,)) | options) for options in (plain, plain | option))
+    first, second = (
+        ImageInputs(**dict(images=(A,)) | options) for options in (plain, plain | option)
+    )
     assert by_python(zoo.pipe(model), **asked, pictures=first) != by_python(
         zoo.pipe(model), **asked, pictures=second
     )
@@ -411,7 +413,7 @@ def test_defaults_that_models_bring(zoo):
         (KLEIN, {}, dict(limit=2024)),
     ):
         first, second = (
-            Pictures(**dict(images=(A,)) | options) for options in (plain, plain | option)
+            ImageInputs(**dict(images=(A,)) | options) for options in (plain, plain | option)
         )
         assert by_python(zoo.pipe(model), **asked, pictures=first) == by_python(
             zoo.pipe(model), **asked, pictures=second
@@ -470,7 +472,7 @@ def test_pictures_for_each_prompt_are_those_of_single_calls(zoo):
     """One reference for the first prompt and two for the second, of which one is begun from; two pictures of each."""
     pipe, prompts = zoo.pipe(KLEIN), [PROMPT, "a cat"]
     asked = dict(width=96, height=80, steps=2, num_images=2)
-    each = [Pictures((B,)), Pictures((A, B), M, strength=0.9)]
+    each = [ImageInputs((B,)), ImageInputs((A, B), M, strength=0.9)]
     together = pipe(prompts, seed=5, pictures=each, **asked)
     alone = [pipe(p, seed=s, pictures=own, **asked) for p, s, own in zip(prompts, (5, 7), each)]
     assert [x.tobytes() for x in together] == [x.tobytes() for x in sum(alone, [])]
@@ -482,8 +484,8 @@ def test_pictures_for_each_prompt_are_those_of_single_calls(zoo):
         np.abs(np.asarray(one[0], int) - np.asarray(together[1], int)).max() <= 1
     )  # of a batch of two, in float32
     alike = [
-        Pictures((A,)),
-        Pictures((A.transpose(Image.Transpose.ROTATE_180),)),
+        ImageInputs((A,)),
+        ImageInputs((A.transpose(Image.Transpose.ROTATE_180),)),
     ]  # these are one batch
     together = pipe(prompts, seed=5, pictures=alike, **asked)
     for prompt, seed, own, pair in zip(prompts, (5, 7), alike, (together[:2], together[2:])):
@@ -491,7 +493,7 @@ def test_pictures_for_each_prompt_are_those_of_single_calls(zoo):
             assert np.abs(np.asarray(x, int) - np.asarray(y, int)).max() <= 1
     for wrong in (each[:1], each * 2, []):
         with pytest.raises(
-            UserError, match=f"2 prompts, and pictures for {len(wrong)}: give Pictures for each"
+            UserError, match=f"2 prompts, and pictures for {len(wrong)}: give ImageInputs for each"
         ):
             pipe(prompts, pictures=wrong)
 
@@ -1011,7 +1013,7 @@ def test_pictures_are_read_for_what_they_show(cli, zoo, kind):
     saved = dict(saved)
     saved.pop("image").save(name, **saved)
     run = cli(PROMPT, "--image", name, "--steps", 2, "--strength", 0.5, "--seed", 5)
-    asked = dict(prompts=PROMPT, steps=2, seed=5, pictures=Pictures((shown,), strength=0.5))
+    asked = dict(prompts=PROMPT, steps=2, seed=5, pictures=ImageInputs((shown,), strength=0.5))
     assert pixels(made(run)) == by_python(zoo.pipe("flux.2-tiny"), **asked)
     assert run.err.count("note: x.") == bool(note) and note in run.err
 

@@ -611,10 +611,10 @@ def test_what_is_read_beside_the_latents_is_what_the_sampler_takes(
         picture, other = Image.open(path), Image.open(other)  # RGB, and grey
         if model == "flux.1-fill-dev":
             mask = other if kind else dataset.a_mask((64, 64), dataset.content_of(path))
-            asked.append(flux.Pictures((picture,), mask=mask))
+            asked.append(flux.ImageInputs((picture,), mask=mask))
         else:
             asked.append(
-                flux.Pictures((other.convert("RGB") if kind else picture,), photo=not kind)
+                flux.ImageInputs((other.convert("RGB") if kind else picture,), photo=not kind)
             )
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     seen, velocity = [], training.velocity

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import flux
 from flux import conditioning, sampling
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.configs import MODELS
 from flux.errors import UserError
 from flux.parity.reference import FLUX2_TINY, max_error, randomise
@@ -87,7 +87,7 @@ def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
         random_features(pipe, 1, seed=2),
     )
     given = pipe.condition(
-        Pictures((photo(80, 97, seed=1), photo(150, 70, seed=2)), cached=True), WIDTH, HEIGHT
+        ImageInputs((photo(80, 97, seed=1), photo(150, 70, seed=2)), cached=True), WIDTH, HEIGHT
     )
     scales = dict(guidance=3.0) if pipe.spec.guidance else {}
     cfg = dict(negative=negative) if pipe.spec.cfg else {}
@@ -304,7 +304,7 @@ def test_fill_sees_noise_masked_picture_and_soft_mask(zoo):
     pipe, seen = zoo.pipe(FILL), []
     picture = photo(WIDTH, HEIGHT)
     values = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH)).astype(np.uint8)
-    given = pipe.condition(Pictures((picture,), Image.fromarray(values)))
+    given = pipe.condition(ImageInputs((picture,), Image.fromarray(values)))
     hook = pipe.transformer().img_in.register_forward_pre_hook(
         lambda module, received: seen.append(received[0].clone())
     )
@@ -366,15 +366,15 @@ INSIDE = dict(mask=HALF.resize(MIDDLE))
     ],
 )
 def test_sizes_in_which_references_are_taken(name, sizes, options, expected):
-    fitted = conditioning.fitted(RELEASED[name], Pictures(blank(*sizes), **options))
+    fitted = conditioning.fitted(RELEASED[name], ImageInputs(blank(*sizes), **options))
     assert [picture.size for picture in fitted] == expected
 
 
 def test_references_of_kontext_are_stretched_and_those_of_flux2_cropped():
     picture = photo(90, 70)
-    (stretched,) = conditioning.fitted(RELEASED[KONTEXT], Pictures((picture,), keep_size=True))
+    (stretched,) = conditioning.fitted(RELEASED[KONTEXT], ImageInputs((picture,), keep_size=True))
     assert np.array_equal(stretched, picture.resize((80, 64), Image.Resampling.LANCZOS))
-    (cropped,) = conditioning.fitted(RELEASED[KLEIN], Pictures((picture,)))
+    (cropped,) = conditioning.fitted(RELEASED[KLEIN], ImageInputs((picture,)))
     assert np.array_equal(cropped, np.asarray(picture)[3:67, 5:85])
 
 
@@ -398,7 +398,7 @@ def test_sizes_of_what_is_seen_beside_a_start(name, options, shapes):
         seen.append(tuple(pixels.shape[2:]))
         return torch.zeros(1, 4, pixels.shape[2] // 16, pixels.shape[3] // 16)
 
-    pictures = Pictures((*blank((96, 80)), *blank(LARGE)), strength=0.5, **options)
+    pictures = ImageInputs((*blank((96, 80)), *blank(LARGE)), strength=0.5, **options)
     given = conditioning.condition(spec, pictures, 96, 80, encode, embed=None)
     assert seen == shapes and given.start.shape == (1, 4, 5, 6)
     assert given.references.shape == (1, sum(h * w // 256 for h, w in shapes), 4)
@@ -458,7 +458,7 @@ def test_sizes_of_what_is_seen_beside_a_start(name, options, shapes):
 def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures = None if sizes is None else Pictures(blank(*sizes), **options)
+        pictures = None if sizes is None else ImageInputs(blank(*sizes), **options)
         assert conditioning.size_of(RELEASED[name], pictures, *asked) == expected
 
 
@@ -486,7 +486,7 @@ def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
     ],
 )
 def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, expected):
-    spec, pictures = RELEASED[name], Pictures(blank(size), **options)
+    spec, pictures = RELEASED[name], ImageInputs(blank(size), **options)
     words = f"{own[0]}x{own[1]} would be large for {name}: {expected[0]}x{expected[1]} is made"
     with pytest.warns(UserWarning, match=words):
         assert conditioning.size_of(spec, pictures, None, None) == expected
@@ -511,7 +511,7 @@ def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, 
 )
 def test_pictures_are_encoded_in_float32_whatever_the_dtype(zoo, name, options):
     """In bfloat16, latents would be off by some per cent."""
-    pictures = Pictures((photo(90, 70),), **options)
+    pictures = ImageInputs((photo(90, 70),), **options)
     exact = zoo.pipe(name).condition(pictures).tensors
     rounded = loaded_anew(zoo, name, torch.bfloat16).condition(pictures).tensors
     assert exact.keys() == rounded.keys() and len(exact) >= 1
@@ -530,7 +530,7 @@ def test_composite_with_a_soft_mask(zoo, name, hard):
     From black to white: the seam is blended over the first four pixels inside, in fifths.
     """
     picture, level = photo(WIDTH, HEIGHT), np.rint(np.linspace(0, 255, WIDTH)).astype(np.uint8)
-    pictures = Pictures((picture,), Image.fromarray(level[None].repeat(HEIGHT, 0)))
+    pictures = ImageInputs((picture,), Image.fromarray(level[None].repeat(HEIGHT, 0)))
     made, raw = (
         np.asarray(
             zoo.pipe(name)(
@@ -580,10 +580,10 @@ SHOWN = {  # a picture, and what it shows
 def test_pictures_in_any_mode_are_what_they_show(zoo, name, kind):
     """As those from files: Pillow's own conversion would make 16 bits white, and what is transparent black."""
     picture, shown = SHOWN[kind]
-    expected = zoo.pipe(name).condition(Pictures((shown,))).tensors
+    expected = zoo.pipe(name).condition(ImageInputs((shown,))).tensors
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        given = zoo.pipe(name).condition(Pictures((picture,))).tensors
+        given = zoo.pipe(name).condition(ImageInputs((picture,))).tensors
     assert given.keys() == expected.keys() and all(
         torch.equal(given[part], expected[part]) for part in given
     )
@@ -593,10 +593,10 @@ def test_pictures_in_any_mode_are_what_they_show(zoo, name, kind):
 
 def test_masks_in_any_mode_are_what_they_show(zoo):
     pipe, mask = zoo.pipe(FILL), GREY
-    expected = pipe.condition(Pictures((photo(WIDTH, HEIGHT),), mask)).channels
+    expected = pipe.condition(ImageInputs((photo(WIDTH, HEIGHT),), mask)).channels
     for other in (mask.convert("RGB"), mask.convert("RGBA"), DEEP, mask.convert("P")):
         assert torch.equal(
-            pipe.condition(Pictures((photo(WIDTH, HEIGHT),), other)).channels, expected
+            pipe.condition(ImageInputs((photo(WIDTH, HEIGHT),), other)).channels, expected
         ), other.mode
 
 
@@ -616,7 +616,7 @@ def test_masks_in_any_mode_are_what_they_show(zoo):
 @pytest.mark.parametrize("name", [DEV, FILL])
 def test_masks_that_may_not_be_are_told(zoo, name, mask, words):
     assert words in refusal(
-        zoo.pipe(name), "a cat", pictures=Pictures((photo(WIDTH, HEIGHT),), mask)
+        zoo.pipe(name), "a cat", pictures=ImageInputs((photo(WIDTH, HEIGHT),), mask)
     )
 
 
@@ -626,12 +626,12 @@ def test_a_mask_that_no_latent_sees_is_told(zoo, name):
     thin = Image.new("L", (WIDTH, HEIGHT))
     thin.paste(255, (17, 0, 19, HEIGHT))
     assert "so thin that they fall between latents" in refusal(
-        zoo.pipe(name), "a cat", pictures=Pictures((photo(WIDTH, HEIGHT),), thin)
+        zoo.pipe(name), "a cat", pictures=ImageInputs((photo(WIDTH, HEIGHT),), thin)
     )
 
 
 def test_a_picture_that_is_stretched_is_noted(zoo):
-    given = Pictures((photo(WIDTH, HEIGHT),), strength=0.5)
+    given = ImageInputs((photo(WIDTH, HEIGHT),), strength=0.5)
     with pytest.warns(
         UserWarning, match=f"the picture is {WIDTH}x{HEIGHT}, and stretched to 64x128: leave"
     ):
@@ -645,12 +645,12 @@ def test_a_picture_that_is_stretched_is_noted(zoo):
 def test_models_that_need_a_picture_say_so(zoo, name):
     pipe = zoo.pipe(name)
     assert refusal(pipe, "a cat") == f"{name} needs a picture: give it with --image FILE"
-    assert f"{name} takes" in refusal(pipe, "a cat", pictures=Pictures(()))
+    assert f"{name} takes" in refusal(pipe, "a cat", pictures=ImageInputs(()))
 
 
 @pytest.mark.parametrize("name", [DEV, KLEIN])
 def test_conditions_have_their_size(zoo, name):
-    pipe, pictures = zoo.pipe(name), Pictures((photo(WIDTH, HEIGHT),))
+    pipe, pictures = zoo.pipe(name), ImageInputs((photo(WIDTH, HEIGHT),))
     given = pipe.condition(pictures, 96, 80)
     for asked in (
         dict(width=64),
@@ -666,7 +666,7 @@ def test_conditions_have_their_size(zoo, name):
 
 
 def test_pictures_for_another_number_of_prompts_are_told(zoo):
-    pipe, one = zoo.pipe(KLEIN), Pictures((photo(WIDTH, HEIGHT),))
+    pipe, one = zoo.pipe(KLEIN), ImageInputs((photo(WIDTH, HEIGHT),))
     for prompts, pictures in (
         ("a cat", [one, one]),
         (["a cat"], ()),
@@ -674,9 +674,7 @@ def test_pictures_for_another_number_of_prompts_are_told(zoo):
         (["a cat"] * 2, (one,) * 3),
     ):
         count = 1 if isinstance(prompts, str) else len(prompts)
-        words = (
-            f"there are {count} prompts, and pictures for {len(pictures)}: give Pictures for each"
-        )
+        words = f"there are {count} prompts, and pictures for {len(pictures)}: give ImageInputs for each"
         assert refusal(pipe, prompts, num_images=2, pictures=pictures) == words
 
 

@@ -36,7 +36,7 @@ from flux.parity.reference import (
     tiny_models,
     transformer_to_diffusers,
 )
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5
 from flux.transformer import Flux, FluxConfig
 from flux.weights.load import load_module
@@ -757,7 +757,7 @@ def test_merging_leaves_the_old_tensors_and_all_paths(tmp_path, network):
 def test_network_is_that_of_its_files_again_when_nothing_is_merged(tmp_path, network):
     """Also after a merge that failed, which must not leave the network as it is without the LoRA."""
     save_file(network.state_dict(), tmp_path / "w.safetensors")
-    loaded = Network(
+    loaded = LazyModule(
         Flux,
         network.config,
         [tmp_path / "w.safetensors"],

@@ -21,7 +21,7 @@ from test_capture import parity, tiny_repositories  # noqa: F401  a fixture
 from test_replay import BLOCKS, CHANGES, KLEIN, REQUESTS, SMALL, changed, differing, either_family
 
 import flux
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.errors import UserError
 from flux.parity import compare_live as against
 from flux.parity import tolerances as budgets
@@ -120,7 +120,7 @@ def test_guidance_of_a_run_that_starts_from_a_picture(right, tmp_path):
         ONE_STEP,
         steps=4,
         guidance=(1.0, 5.0),
-        pictures=Pictures((Image.fromarray(pixels),), strength=0.5),
+        pictures=ImageInputs((Image.fromarray(pixels),), strength=0.5),
     )
     taken = capture(right["flux.1-dev"], request, tmp_path / "a.safetensors")
     rows = against.diffusers(taken, right["flux.1-dev"], ["guidance_in.*", "out"], budget=2e-6)
@@ -175,7 +175,7 @@ def test_mistakes_with_diffusers(captures, right, tmp_path, monkeypatch):
 
 
 def test_references_that_are_remembered(right, tmp_path):
-    pictures = Pictures((Image.new("RGB", (64, 64), "red"),), cached=True)
+    pictures = ImageInputs((Image.new("RGB", (64, 64), "red"),), cached=True)
     taken = capture(
         right[KLEIN],
         replace(ONE_STEP, pictures=pictures),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import flux
 from flux import transformer
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.configs import MODELS
 from flux.parity.capture import Request, Selection, capture
 from flux.parity.capture_file import Capture
@@ -718,7 +718,7 @@ def test_encoding(pipes, tmp_path):
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
     )
-    pipe, request = pipes[FLUX2], replace(WIDE, pictures=Pictures((picture,)))
+    pipe, request = pipes[FLUX2], replace(WIDE, pictures=ImageInputs((picture,)))
     reference = capture(
         pipe, request, tmp_path / "reference.safetensors", Selection(("encoder.1",))
     )
@@ -736,7 +736,9 @@ def test_encoding(pipes, tmp_path):
 
 def test_references_that_are_seen_once(pipes, tmp_path):
     """They go another way through the blocks, with coordinates of their own."""
-    request = replace(WIDE, pictures=Pictures((Image.new("RGB", (80, 64), "teal"),), cached=True))
+    request = replace(
+        WIDE, pictures=ImageInputs((Image.new("RGB", (80, 64), "teal"),), cached=True)
+    )
     reference = capture(
         pipes[FLUX2], request, tmp_path / "reference.safetensors", Selection(("references",))
     )
@@ -759,7 +761,7 @@ def test_of_a_block_only_its_output(pipes, captures, tmp_path):
         reference.tensors[f"step.001/single_blocks.0/in.{number}"] for number in range(5)
     )
     with torch.inference_mode():
-        wrong = block(x, rope, transformer.Modulation(scale - 1, 1 + shift, gate))
+        wrong = block(x, rope, transformer.ModulationOut(scale - 1, 1 + shift, gate))
     found = examined(
         ported(tmp_path, {"step.001/single_blocks.0/out": wrong}), reference, pipes[FLUX1]
     )

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_capture import REQUESTS, parity, tiny_repositories  # noqa: F401  a fixture runs the command
 
 import flux
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.configs import EMBEDDED, MODELS
 from flux.errors import UserError
 from flux.parity import example_port as consumer
@@ -357,9 +357,9 @@ def test_the_equations_of_the_readme(name, kits):
     np.testing.assert_allclose(t["rope"], np.stack(rows, axis=-2), atol=1e-7)
 
     angle = 1000 * t["schedule"][0] * 10000 ** (-np.arange(128) / 128)
-    sinusoid = np.concatenate([np.cos(angle), np.sin(angle)])[None]
+    timestep_embedding = np.concatenate([np.cos(angle), np.sin(angle)])[None]
     np.testing.assert_allclose(
-        t["step.001/time_in/in"], sinusoid, atol=1e-4
+        t["step.001/time_in/in"], timestep_embedding, atol=1e-4
     )  # of 1000, float32 keeps 6e-5
     x = t["noise"]
     first = "step.001"
@@ -430,7 +430,7 @@ def test_the_small_run_of_every_model():
         assert min(request.width, request.height) >= 64 and request.steps == 4
     asked = Request("x", width=64, height=64, steps=2)
     assert kit.small(spec, asked) == asked
-    pictured = kit.small(spec, Request("x", pictures=Pictures((Image.new("RGB", (64, 64)),))))
+    pictured = kit.small(spec, Request("x", pictures=ImageInputs((Image.new("RGB", (64, 64)),))))
     assert (pictured.width, pictured.height) == (None, None)  # theirs
 
 
@@ -527,7 +527,7 @@ def test_what_cannot_be_made(load, tmp_path, monkeypatch):
         kit.build(pipe, TINY, tmp_path / "full")
     with pytest.raises(UserError, match="made in float32"):
         kit.build(load(FLUX2, torch.bfloat16), TINY, tmp_path / "kit")
-    cached = replace(TINY, pictures=Pictures((Image.new("RGB", (64, 64)),), cached=True))
+    cached = replace(TINY, pictures=ImageInputs((Image.new("RGB", (64, 64)),), cached=True))
     with pytest.raises(UserError, match="give --no-kv-cache"):
         kit.build(pipe, cached, tmp_path / "kit")
     with pytest.raises(UserError, match="KB of tensors|MB of tensors"):

@@ -66,7 +66,7 @@ MUTATIONS = {
     ),
     "chunks in another order": Mutation(
         FLUX1,
-        transformer.Modulator,
+        transformer.Modulation,
         "forward",
         "b (branch three d)",
         "b (three branch d)",

@@ -20,7 +20,7 @@ from test_capture import parity, tiny_repositories  # noqa: F401  a fixture
 from torch import Tensor
 
 import flux
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.errors import UserError
 from flux.parity import modules
 from flux.parity import tolerances as budgets
@@ -163,7 +163,7 @@ def test_the_loop_begins_with_what_was_recorded(captures, pipeline, tmp_path):
 @pytest.mark.parametrize("cached", [False, True], ids=["references", "memories"])
 def test_pictures(cached, pipeline, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    pictures = Pictures((Image.fromarray(pixels),), cached=cached)
+    pictures = ImageInputs((Image.fromarray(pixels),), cached=cached)
     pipe, request = pipeline(KLEIN), replace(SMALL, guidance=1.0, pictures=pictures)
     taken = capture(pipe, request, tmp_path / "a.safetensors")
     rows = forced(taken, Modules(pipe))

@@ -188,7 +188,7 @@ def test_what_else_activations_depend_on():
         return activations(spec, replace(SQUARE, **changes), kind)[stage]
 
     kv = MODELS["flux.2-klein-9b-kv"]
-    kept = of(kv, references=4096) - of(replace(kv, cached=False), references=4096)
+    kept = of(kv, references=4096) - of(replace(kv, kv_cached_references=False), references=4096)
     assert kept == 2 * 4096 * 4096 * 32 * 2 == pytest.approx(2.15 * GB, rel=2e-3)
     assert of(KLEIN, "mps") - of(KLEIN) == 96 * 4608**2
     assert (

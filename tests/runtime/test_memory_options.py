@@ -25,7 +25,7 @@ from torch import nn
 
 import flux
 from flux import pipeline
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.configs import MODELS
 from flux.image_io import output as images
 from flux.lora import formats as lora
@@ -33,12 +33,12 @@ from flux.parity.reference import FLUX1_TINY, randomise
 from flux.pipeline import Pipeline
 from flux.runtime import lazy_module as network
 from flux.runtime import memory
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory import Room
 from flux.runtime.streaming import Streamed
 from flux.text_encoder import TextFeatures
-from flux.transformer import Flux, Modulator
-from flux.weights.locate import find_spec, is_here
+from flux.transformer import Flux, Modulation
+from flux.weights.locate import get_spec, is_available_locally
 from flux.weights.quantization import FP8Linear, NVFP4Linear, QuantizedLinear, fp8
 
 cli, script, nothing_here, zoo = (
@@ -123,11 +123,11 @@ def all_released(pipe: Pipeline) -> bool:
 RUNS = {
     "flux.1": ("flux.1-dev", {}),
     "flux.1, cfg": ("flux.1-dev", dict(cfg_scale=2.0, negative_prompt="grey")),
-    "kontext": (KONTEXT, dict(pictures=Pictures((A,)), width=None, height=None)),
+    "kontext": (KONTEXT, dict(pictures=ImageInputs((A,)), width=None, height=None)),
     "klein": (KLEIN, {}),
-    "klein, references": (KLEIN, dict(pictures=Pictures((A, B)))),
-    "klein, kv-cache": (KLEIN, dict(pictures=Pictures((A,), cached=True))),
-    "klein-kv": (KV, dict(pictures=Pictures((A, B)))),
+    "klein, references": (KLEIN, dict(pictures=ImageInputs((A, B)))),
+    "klein, kv-cache": (KLEIN, dict(pictures=ImageInputs((A,), cached=True))),
+    "klein-kv": (KV, dict(pictures=ImageInputs((A, B)))),
 }
 
 
@@ -171,12 +171,12 @@ def test_however_weights_are_held_the_picture_is_the_same(zoo, name, dtype):
 @pytest.mark.parametrize("offload", ["stages", "stream"])
 def test_when_a_network_is_loaded_no_other_is_there(zoo, offload, monkeypatch):
     """Nor its own former self, where the transformer is laid out anew without its modulation."""
-    pipe, seen, ready = load(zoo, KLEIN, offload=offload), [], Network._ready
+    pipe, seen, ready = load(zoo, KLEIN, offload=offload), [], LazyModule._ready
     live = Live()
     monkeypatch.setattr(
-        Network, "_ready", lambda *arguments: (seen.append(live()), ready(*arguments))[1]
+        LazyModule, "_ready", lambda *arguments: (seen.append(live()), ready(*arguments))[1]
     )
-    picture(pipe, pictures=Pictures((A,)))
+    picture(pipe, pictures=ImageInputs((A,)))
     assert seen == [0] * 4
 
 
@@ -192,7 +192,7 @@ def test_a_picture_takes_one_read_one_merge_and_one_rounding_of_the_transformer(
     )
     pipe, done = load(zoo, KLEIN, offload=offload, quantize=quantize), []
     pipe.load_lora(path)
-    for owner, name in ((Network, "_load"), (lora, "merge"), (network, "compress")):
+    for owner, name in ((LazyModule, "_load"), (lora, "merge"), (network, "compress")):
         call = getattr(owner, name)
 
         def counted(subject, *more, name=name, call=call, **options):
@@ -313,7 +313,7 @@ def test_after_an_interruption_nothing_is_left_in_the_way(zoo, offload):
 
 def test_pictures_are_encoded_and_their_encoder_goes_on_the_first_call_too(zoo):
     pipe, live = load(zoo, KLEIN, offload="stages"), Live()
-    pipe.condition(Pictures((A,)))
+    pipe.condition(ImageInputs((A,)))
     assert live() == 0
 
 
@@ -405,7 +405,7 @@ def test_a_network_brings_back_what_was_taken_away(zoo, resident, change):
     with torch.inference_mode():
         state = {name: tensor.clone() for name, tensor in network().state_dict().items()}
         for _ in range(2):
-            less = network.without(Modulator).state_dict()
+            less = network.without(Modulation).state_dict()
             assert {name for name in state if name not in less} == {
                 name for name in state if re.search(MODULATORS, name)
             }
@@ -423,7 +423,7 @@ def nothing_is_loaded(monkeypatch):
     def fail(*_):
         raise AssertionError("a network was loaded")
 
-    monkeypatch.setattr(Network, "_ready", fail)
+    monkeypatch.setattr(LazyModule, "_ready", fail)
 
 
 @pytest.mark.parametrize("model", ["flux.2-tiny", "flux.1-dev", KLEIN])
@@ -497,7 +497,7 @@ def test_references_that_need_too_much_are_refused_before_a_prompt_is_encoded(
     pipe = load(zoo, KLEIN)
     alone = pipe.prepare(64, 80, 2, pictured=64 * 80).peak
     larger = pipe.prepare(
-        steps=2, conditions=pipe.condition(Pictures((A.resize((1024, 1024)),)), 64, 80)
+        steps=2, conditions=pipe.condition(ImageInputs((A.resize((1024, 1024)),)), 64, 80)
     ).peak
     assert larger > alone
     A.resize((1024, 1024)).save("a.png")
@@ -709,7 +709,9 @@ BASES = {  # the row of the unquantised model, in whose repository the rest lies
 
 
 def test_rows_are_those_of_quantised_files():
-    assert {name for name, spec in MODELS.items() if spec.storage != "bfloat16"} == BASES.keys()
+    assert {
+        name for name, spec in MODELS.items() if spec.weight_format != "bfloat16"
+    } == BASES.keys()
 
 
 @pytest.fixture
@@ -723,15 +725,15 @@ def quantised_row(zoo, monkeypatch):
         monkeypatch.setitem(
             MODELS, name, replace(row, **{field: getattr(base, field) for field in tiny})
         )
-        ((part, file),) = row.adapter.files
-        path = zoo.folder / row.adapter.repository.split("/")[1] / file
+        ((part, file),) = row.addon.files
+        path = zoo.folder / row.addon.repository.split("/")[1] / file
         if not path.exists():
             path.parent.mkdir()
             whole = load_file(zoo.folder / base.repository.split("/")[1] / base.transformer_file)
             state = {name: tensor.bfloat16() for name, tensor in whole.items()}
             with torch.device("meta"):
                 layers = in_blocks(Flux(base.transformer))
-            written = (bfl if row.storage == "fp8" else nvfp4)(layers, state)
+            written = (bfl if row.weight_format == "fp8" else nvfp4)(layers, state)
             saved(path, written)
             save_file(
                 {n: written.weights.get(n, t.float()) for n, t in state.items()},
@@ -752,7 +754,7 @@ def realigned(module: nn.Module) -> None:
 def test_every_row_of_a_quantised_file_makes_pictures(cli, zoo, quantised_row, name):
     """The picture of the unquantised model with the weights that the file stands for, from the command line."""
     spec, path = MODELS[name], quantised_row(name)
-    assert spec.licence == MODELS[BASES[name]].licence and spec.adapter.repository.lower().endswith(
+    assert spec.licence == MODELS[BASES[name]].licence and spec.addon.repository.lower().endswith(
         name
     )
     flags = ("--model", name, "--weights", zoo.folder, "--dtype", "float32")
@@ -761,8 +763,11 @@ def test_every_row_of_a_quantised_file_makes_pictures(cli, zoo, quantised_row, n
     layers = {
         type(layer) for layer in pipe.transformer().modules() if isinstance(layer, QuantizedLinear)
     }
-    assert layers == {FP8Linear if spec.storage == "fp8" else NVFP4Linear}
-    assert pipe.files["transformer"] == [path] and pipe.spec.cached == MODELS[BASES[name]].cached
+    assert layers == {FP8Linear if spec.weight_format == "fp8" else NVFP4Linear}
+    assert (
+        pipe.files["transformer"] == [path]
+        and pipe.spec.kv_cached_references == MODELS[BASES[name]].cached
+    )
     whole = flux.load(
         BASES[name], zoo.folder, "cpu", torch.float32, transformer=path.with_suffix(".whole")
     )
@@ -786,13 +791,13 @@ def test_the_list_says_which_are_here(cli, zoo, quantised_row):
                 if " yes " in line
             }
 
-        assert name in here() and is_here(MODELS[name], zoo.folder)
+        assert name in here() and is_available_locally(MODELS[name], zoo.folder)
         for missing in (
             path,
             zoo.folder / MODELS[name].repository.split("/")[1] / "tokenizer/tokenizer.json",
         ):
             away = missing.rename(missing.with_name("away"))
-            assert name not in here() and not is_here(MODELS[name], zoo.folder)
+            assert name not in here() and not is_available_locally(MODELS[name], zoo.folder)
             away.rename(missing)
 
 
@@ -808,7 +813,7 @@ def test_a_file_of_klein_names_no_quantised_row(zoo, quantised_row, recwarn):
     """They are files of the same models: the rest is the same, and `--model` need not tell them apart."""
     quantised_row("flux.2-klein-4b-fp8")
     spec = MODELS[KLEIN]
-    found = find_spec(None, zoo.folder / "FLUX.2-klein-4B" / spec.transformer_file)
+    found = get_spec(None, zoo.folder / "FLUX.2-klein-4B" / spec.transformer_file)
     assert found == spec
     assert not [
         str(w.message) for w in recwarn if "fp8" in str(w.message) or "nvfp4" in str(w.message)

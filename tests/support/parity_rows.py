@@ -35,7 +35,7 @@ from test_pipeline import noise
 from torch import Tensor, nn
 
 import flux
-from flux.conditioning import Pictures
+from flux.conditioning import ImageInputs
 from flux.errors import UserError
 from flux.parity import reference
 from flux.parity.table import Half, Single, figures
@@ -242,7 +242,7 @@ class Run:
     model: str
     family: str  # diffusers' class
     guidance: float | None = None
-    pictures: Pictures | None = None
+    pictures: ImageInputs | None = None
     given: dict = field(default_factory=dict)  # the same pictures, to diffusers
 
 
@@ -253,7 +253,7 @@ RUNS = {
         "flux.1-fill-dev",
         "FluxFillPipeline",
         20.0,
-        Pictures((PHOTO,), MASK, mask_threshold=0.5),
+        ImageInputs((PHOTO,), MASK, mask_threshold=0.5),
         dict(image=PHOTO, mask_image=MASK),
     ),
     "FLUX.2-dev, text to image": Run("flux.2-dev", "Flux2Pipeline", 3.0),
@@ -262,7 +262,7 @@ RUNS = {
         "flux.2-klein-4b",
         "Flux2KleinPipeline",
         None,
-        Pictures(PAIR, limit=1024),
+        ImageInputs(PAIR, limit=1024),
         dict(image=list(PAIR)),
     ),
 }

@@ -81,7 +81,7 @@ def test_half_the_steps_cost_little(pipe, made):
 
 def test_edits_change_what_they_say_and_nothing_else(pipe):
     before = [
-        flux.Pictures(tuple(Image.fromarray(drawn(layout)) for layout in edit.before))
+        flux.ImageInputs(tuple(Image.fromarray(drawn(layout)) for layout in edit.before))
         for edit in EDITS
     ]
     edited = [
@@ -178,12 +178,12 @@ def skip_rope(patch):
 
 
 def swap_shift_and_scale(patch):
-    straight = transformer.Modulator.forward
+    straight = transformer.Modulation.forward
 
     def swapped(self, x):
         return [m._replace(shift=m.scale - 1, scale=1 + m.shift) for m in straight(self, x)]
 
-    patch.setattr(transformer.Modulator, "forward", swapped)
+    patch.setattr(transformer.Modulation, "forward", swapped)
 
 
 def drop_qk_norm(patch):

@@ -306,7 +306,7 @@ def test_a_student_learns_the_guided_velocity_of_its_teacher():
 
     batch, t, noise = draw(10**6, 64)
     blank = distillation.without_captions(batch, features(SMALL, 1, seed=8))
-    x = sampling.interpolate(batch.latents, noise, t[:, None, None, None])
+    x = sampling.scale_noise(batch.latents, noise, t[:, None, None, None])
     c, u = by_diffusers(batch, x, t), by_diffusers(blank, x, t)
 
     def error(told: float, g: float) -> float:

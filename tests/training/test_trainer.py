@@ -144,7 +144,7 @@ def test_recomputed_blocks_give_the_same_gradients(family):
     for recomputed in (False, True):
         network = randomise(Flux(CONFIGS[family])).requires_grad_(True)
         if recomputed:
-            training.recompute_blocks(network)
+            training.enable_gradient_checkpointing(network)
         loss_of(network).backward()
         gradients.append({name: p.grad for name, p in network.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()

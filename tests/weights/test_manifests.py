@@ -23,9 +23,9 @@ from flux.language_model import LanguageModelConfig
 from flux.lora.formats import Lora, place
 from flux.parity.reference import diffusers_autoencoder, diffusers_transformer, shapes
 from flux.runtime.memory import measure
-from flux.siglip import SigLIPConfig, siglip_unread
+from flux.siglip import SigLIPConfig, siglip_ignore_keys
 from flux.t5 import T5Config
-from flux.text_encoder import language_model_unread
+from flux.text_encoder import language_model_ignore_keys
 from flux.weights.load import infer_config, load_module
 from flux.weights.quantization import QuantizedLinear
 
@@ -112,9 +112,12 @@ def read_of(name: str, config: manifest.Config) -> manifest.Manifest:
     held = from_json(name)
     match config:
         case LanguageModelConfig():
-            prefix, unread = "model.", lambda bare: language_model_unread(bare, max(config.layers))
+            prefix, unread = (
+                "model.",
+                lambda bare: language_model_ignore_keys(bare, max(config.layers)),
+            )
         case SigLIPConfig():
-            prefix, unread = "vision_model.", siglip_unread
+            prefix, unread = "vision_model.", siglip_ignore_keys
         case _:
             return held
     return {bare: entry for n, entry in held.items() if not unread(bare := n.removeprefix(prefix))}
@@ -170,7 +173,7 @@ def test_manifests_of_flux1():
     adapters = {
         (name, part): (manifest.name_of(config), repository, files)
         for name, spec in MODELS.items()
-        if spec.adapter
+        if spec.addon
         for part, (config, repository, files) in list(manifest.parts(spec).items())[4:]
     }
     home = "black-forest-labs/FLUX.1-"
@@ -330,7 +333,7 @@ def test_manifests_of_quantised_models():
     found = {
         name: manifest.parts(spec)["transformer"]
         for name, spec in MODELS.items()
-        if spec.storage != "bfloat16"
+        if spec.weight_format != "bfloat16"
     }
     home = "black-forest-labs/FLUX.2-"
     assert {

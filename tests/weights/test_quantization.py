@@ -27,9 +27,9 @@ import flux
 from flux.configs import EMBEDDED
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity.reference import relative_l2
-from flux.runtime.lazy_module import Network
+from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5, T5Config
-from flux.text_encoder import language_model_unread, t5_unread
+from flux.text_encoder import language_model_ignore_keys, t5_unread
 from flux.training import lora as adapters
 from flux.transformer import BLOCKS, Flux, FluxConfig
 from flux.weights.load import infer_config, load_module
@@ -445,7 +445,7 @@ def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
     else:
         path = saved(tmp_path / "x.safetensors", FORMATS[name](layers, state))
     cpu, prefixes = torch.device("cpu"), ("", PREFIX)
-    network = Network(
+    network = LazyModule(
         Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, lists=BLOCKS, prefixes=prefixes
     )
     cast = [p for p in network.shapes.parameters() if p.dtype != torch.bfloat16]
@@ -523,7 +523,7 @@ def qwen_file(state: dict[str, Tensor], linears: list[str]) -> Written:
             MISTRAL,
             mistral_file,
             ("model.", ""),
-            lambda name: language_model_unread(name, 2),
+            lambda name: language_model_ignore_keys(name, 2),
             {FP8Linear},
         ),
         (
@@ -531,7 +531,7 @@ def qwen_file(state: dict[str, Tensor], linears: list[str]) -> Written:
             QWEN,
             qwen_file,
             ("model.", ""),
-            lambda name: language_model_unread(name, 2),
+            lambda name: language_model_ignore_keys(name, 2),
             {BlockFP8Linear},
         ),
     ],
@@ -550,7 +550,7 @@ def test_text_encoder_is_the_one_with_the_weights_that_the_file_stands_for(
         [saved(tmp_path / "x.safetensors", written)],
         dtype=dtype,
         prefixes=prefixes,
-        unread=unread,
+        ignore_keys=unread,
     )
     quantised = {
         path: type(layer)
@@ -795,7 +795,7 @@ def test_bytes_are_those_that_are_held(tmp_path):
     }
     paths |= {"bfloat16": saved(tmp_path / "bfloat16.safetensors", Written(state, {}))}
     networks = {
-        name: Network(
+        name: LazyModule(
             Flux,
             FLUX1,
             [path],

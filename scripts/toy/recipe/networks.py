@@ -86,7 +86,7 @@ class Networks(nn.Module):
         references: Tensor | None = None,
     ) -> Tensor:
         """`velocity`, guided by two passes: one without the prompts."""
-        return sampling.guided(
+        return sampling.classifier_free_guidance(
             *(self.velocity(f, x, t, references) for f in (features, empty)), scale
         )
 

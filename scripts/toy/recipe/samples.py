@@ -25,7 +25,7 @@ class Sampler:
             spec,
             autoencoder,
             words,
-            spec.picture == "reference",
+            spec.image_mode == "reference",
         )
         self.device = device_of(autoencoder)
         self.empty = self.words_of([""])
