@@ -1,4 +1,4 @@
-"""Seeds each test; lets test modules import their common ones."""
+"""Fixtures of several test modules. Puts the folders of tests/ on sys.path."""
 
 import sys
 from pathlib import Path
@@ -13,3 +13,23 @@ sys.path[:0] = [str(folder) for folder in (TESTS, *TESTS.glob("*/")) if folder.i
 @pytest.fixture(autouse=True)
 def same_random_numbers_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def parity(monkeypatch, capsys, tmp_path):
+    """Run scripts/parity.py in this process, in an empty folder: arguments -> (exit code, stdout, stderr)."""
+    from support.load_script import script
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    module = script("parity")
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, arguments)])
+        try:
+            code = module.main()
+        except SystemExit as error:  # argparse's
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_pipeline import grid, levels, noise, write_tokenizers
+from support.tiny_repositories import write_tokenizers
+from test_pipeline import grid, levels, noise
 from torch import Tensor
 
 import flux

@@ -4,7 +4,6 @@ Ours reads whole repositories from a folder, in the released files' layouts. The
 released ones do and we leave out: more layers, a head, eyes. Of the reference we take the latents after every step.
 """
 
-import json
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_tokenizers import MISTRAL_TEMPLATE, make_clip, make_mistral, make_qwen, make_t5
+from support.tiny_repositories import home, write_tokenizers
+from test_tokenizers import MISTRAL_TEMPLATE
 from torch import Tensor, nn
 
 import flux
@@ -82,22 +82,6 @@ class Model:
     def load(self, **options) -> Pipeline:
         options = dict(weights=self.folder, device="cpu", dtype=torch.float32) | options
         return flux.load(self.spec.name, **options)
-
-
-def home(folder: Path, name: str) -> Path:
-    return folder / MODELS[name].repository.split("/")[1]
-
-
-def write_tokenizers(folder: Path, name: str) -> int:
-    """Tiny tokenizers in the released formats; the last id of CLIP's, or 0."""
-    (folder / "tokenizer").mkdir(parents=True)
-    if not name.startswith("flux.1"):
-        (make_mistral if name == "flux.2-dev" else make_qwen)(folder / "tokenizer")
-        return 0
-    (folder / "tokenizer_2").mkdir()
-    make_clip(folder / "tokenizer")
-    make_t5(folder / "tokenizer_2")
-    return len(json.loads((folder / "tokenizer/vocab.json").read_text())) - 1
 
 
 @pytest.fixture(scope="module")

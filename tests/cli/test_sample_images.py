@@ -23,9 +23,9 @@ import test_sample
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.tiny_repositories import write_tokenizers
 from test_conditioning import TINY_REDUX, TINY_SIGLIP, photo
 from test_lora import control_lora
-from test_pipeline import write_tokenizers
 from test_sample import TOY, Run, pixels
 from torch import Tensor
 

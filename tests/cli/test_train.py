@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.load_script import script
-from test_pipeline import home, write_tokenizers
+from support.tiny_repositories import home, write_tokenizers
 
 import flux
 from flux import toy as shapes

@@ -8,9 +8,6 @@ import errno
 import json
 import re
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.load_script import script
-from test_pipeline import home, write_tokenizers
+from support.parity_requests import REQUESTS, SMALL
+from support.tiny_repositories import home, tiny_repositories
 from torch import Tensor, nn
 
 import flux
@@ -36,41 +33,20 @@ from flux.parity.hooks import matches, watching
 from flux.parity.reference import (
     FLUX1_TINY,
     KLEIN_TINY,
-    networks,
     randomise,
-    tiny_models,
-    write_weights,
 )
 from flux.transformer import Flux
 
 PROMPT = "a photo of a cat"
-SMALL = Request(PROMPT, width=96, height=64, steps=2, seed=5)
-REQUESTS = {  # of both families, with two passes each
-    "flux.1-dev": replace(SMALL, guidance=2.0, cfg_scale=2.5, negative_prompt="a dog"),
-    "flux.2-klein-base-4b": replace(SMALL, guidance=3.0),
-}
 either_family = pytest.mark.parametrize("name", REQUESTS)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* was distilled for", "ignore:.* was not trained with"
 )
 
 
-@contextmanager
-def tiny_repositories(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[Path]:
-    """Of random weights; the table's rows speak of them meanwhile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        for name in REQUESTS:
-            spec = tiny_models(write_tokenizers(home(folder, name), name))[name]
-            patch.setitem(MODELS, name, spec)
-            parts = {part: network.to(dtype) for part, network in networks(spec).items()}
-            write_weights(home(folder, name), spec, parts, sharded=False)
-        yield folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
+    with tiny_repositories(tmp_path_factory.mktemp("weights"), REQUESTS) as folder:
         yield folder
 
 
@@ -907,23 +883,6 @@ def test_wrong_requests(load, tmp_path):
 
 
 # ---------------------------------------------------------------- the command
-
-
-@pytest.fixture
-def parity(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    module = script("parity")
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, arguments)])
-        try:
-            code = module.main()
-        except SystemExit as error:  # argparse's
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 QUICK = (

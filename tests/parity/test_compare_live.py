@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from test_capture import parity, tiny_repositories  # noqa: F401  a fixture
-from test_replay import BLOCKS, CHANGES, KLEIN, REQUESTS, SMALL, changed, differing, either_family
+from support.parity_requests import KLEIN, REQUESTS, SMALL, differing
+from support.planted_changes import BLOCKS, CHANGES, changed
+from support.tiny_repositories import tiny_repositories
 
 import flux
 from flux.conditioning import ImageInputs
@@ -33,6 +34,7 @@ from flux.parity.modules import Modules
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* was distilled for", "ignore:.* was not trained with"
 )
+either_family = pytest.mark.parametrize("name", REQUESTS)
 PASSES = {"step.001", "step.001/negative", "step.002", "step.002/negative"}
 ONE_STEP = replace(SMALL, width=64, height=64, steps=1, guidance=1.0)
 FIRST = {
@@ -43,7 +45,7 @@ FIRST = {
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """Of tiny random weights, of which the table's rows speak meanwhile."""
-    with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
+    with tiny_repositories(tmp_path_factory.mktemp("weights"), REQUESTS) as folder:
         yield lambda name, **how: flux.load(
             name, weights=folder, device="cpu", **{"dtype": torch.float32} | how
         )
@@ -288,7 +290,7 @@ def written(name, inputs):
 """
 
 
-def test_the_command(parity):  # noqa: F811
+def test_the_command(parity):
     size = ("--width", 64, "--height", 64, "--steps", 1)
     assert parity("capture", "a small red circle", *size, "--output", "a.safetensors")[0] == 0
     code, out, _ = parity(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from support.load_script import script
-from test_pipeline import home, write_tokenizers
+from support.tiny_repositories import home, write_tokenizers
 from torch import Tensor
 
 import flux

@@ -20,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_capture import REQUESTS, parity, tiny_repositories  # noqa: F401  a fixture runs the command
+from support.parity_requests import REQUESTS
+from support.tiny_repositories import tiny_repositories
 
 import flux
 from flux.conditioning import ImageInputs
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     """Pipelines of tiny networks with random weights, of which the table's rows speak meanwhile, and the embedded one."""
-    with tiny_repositories(tmp_path_factory.mktemp("weights")) as folder:
+    with tiny_repositories(tmp_path_factory.mktemp("weights"), REQUESTS) as folder:
         yield lambda name, dtype=torch.float32: flux.load(
             name, weights=folder, device="cpu", dtype=dtype
         )
@@ -437,7 +438,7 @@ def test_the_small_run_of_every_model():
 # ---------------------------------------------------------------- what is asked for
 
 
-def test_the_command(parity, tmp_path, monkeypatch):  # noqa: F811
+def test_the_command(parity, tmp_path, monkeypatch):
     """Of the embedded model by default; without its weights and with few layers, the example can still be run."""
     small = (
         "--width",
@@ -487,7 +488,7 @@ def test_the_command(parity, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", ["flux.1", "flux.2"])
-def test_of_random_weights(family, parity, tmp_path):  # noqa: F811
+def test_of_random_weights(family, parity, tmp_path):
     """Nothing in them is left at a value that would hide a mistake, and no word of the prompt is lost."""
     code, out, err = parity(
         "kit", "--random", family, "--width", 80, "--height", 64, "--steps", 2, "--output", "kit"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_pipeline import home, write_tokenizers
+from support.tiny_repositories import home, write_tokenizers
 
 import flux
 from flux import autoencoder, language_model, sampling, transformer

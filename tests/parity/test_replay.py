@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from test_capture import parity, tiny_repositories  # noqa: F401  a fixture
+from support.parity_requests import KLEIN, REQUESTS, SMALL, differing
+from support.planted_changes import BLOCKS, CHANGES, changed
+from support.tiny_repositories import tiny_repositories
 from torch import Tensor
 
 import flux
@@ -32,15 +34,6 @@ from flux.parity.modules import Modules, in_dtype, named
 from flux.parity.replay import check_model, forced, free, inside, load, recorded, request_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/parity.py"
-SMALL = Request("a photo of a cat", width=96, height=64, steps=2, seed=5)
-REQUESTS = {  # of both families, with two passes each
-    "flux.1-dev": replace(SMALL, guidance=2.0, cfg_scale=2.5, negative_prompt="a dog"),
-    "flux.2-klein-base-4b": replace(SMALL, guidance=3.0),
-}
-KLEIN = "flux.2-klein-base-4b"
-BLOCKS = [f"double_blocks.{i}" for i in range(2)] + [
-    f"single_blocks.{i}" for i in range(3)
-]  # of both tiny families
 OUTS = "step.*_blocks.?/out*"  # of the blocks themselves, not of what is in them
 SOME = (OUTS, "*.qkv", "*.proj", "*.linear2", "features", "latents")
 either_family = pytest.mark.parametrize("name", REQUESTS)
@@ -52,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Repositories with tiny random weights, in bfloat16 as released, of which the table's rows speak meanwhile."""
-    with tiny_repositories(tmp_path_factory.mktemp("weights"), torch.bfloat16) as folder:
+    with tiny_repositories(tmp_path_factory.mktemp("weights"), REQUESTS, torch.bfloat16) as folder:
         yield folder
 
 
@@ -77,13 +70,6 @@ def captures(pipeline, tmp_path_factory):
 def seven_steps(pipeline, tmp_path_factory):
     path = tmp_path_factory.mktemp("seven") / "a.safetensors"
     return capture(pipeline(KLEIN), replace(SMALL, steps=7, guidance=1.0), path)
-
-
-def differing(rows) -> list[str]:
-    """Names of the tensors that are not the same to the bit."""
-    return [
-        row.name for row in rows if row.errors is None or row.errors.max_abs or row.errors.misplaced
-    ]
 
 
 # ---------------------------------------------------------------- our own capture, replayed
@@ -194,54 +180,7 @@ def test_the_embedded_model(tmp_path):
 # ---------------------------------------------------------------- one change in one block
 
 
-def other_activation(block, family: str) -> None:
-    block.img_mlp[1].forward = {
-        "flux.1-dev": lambda x: F.gelu(x),  # the exact one, for the approximation by tanh
-        KLEIN: lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
-    }[family]
-
-
-def swapped_modulation(block, family: str) -> None:
-    forward = block.forward
-
-    def swap(mods):
-        return [mod._replace(shift=mod.scale - 1, scale=1 + mod.shift) for mod in mods]
-
-    block.forward = lambda img, txt, rope, img_mod, *rest: forward(
-        img, txt, rope, swap(img_mod), *rest
-    )
-
-
-def other_way_round(block, family: str) -> None:
-    forward = block.forward
-    block.forward = lambda x, rope, *rest: forward(x, rope.mT, *rest)
-
-
-def longer_queries(block, family: str) -> None:
-    forward = block.norm.forward
-    block.norm.forward = lambda unit: forward(
-        unit * unit.new_tensor([1.01, 1]).reshape(2, 1, 1, 1, 1)
-    )
-
-
-def scaled_weight(block, family: str) -> None:
-    block.linear2.weight.mul_(1.02)
-
-
-CHANGES = {  # a block, what is done to it, and the first tensor that it moves
-    "activation": ("double_blocks.1", other_activation, "double_blocks.1.img_mlp.1/out"),
-    "modulation": ("double_blocks.0", swapped_modulation, "double_blocks.0.img_attn.qkv/in"),
-    "rope": ("single_blocks.0", other_way_round, "single_blocks.0/attention/q"),
-    "norm": ("single_blocks.1", longer_queries, "single_blocks.1.norm/out"),
-    "weight": ("single_blocks.2", scaled_weight, "single_blocks.2.linear2/out"),
-}
 every_change = pytest.mark.parametrize("change", CHANGES)
-
-
-def changed(pipe, change: str):
-    block, make, _ = CHANGES[change]
-    make(pipe.transformer().get_submodule(block), pipe.spec.name)
-    return pipe
 
 
 @either_family
@@ -340,7 +279,7 @@ def test_few_runs():
     for number in range(1, 66):
         for fault in range(number):
             runs = []
-            departs = lambda start, end: runs.append(end - start) or start <= fault < end  # noqa: B023, E731
+            departs = lambda start, end: runs.append(end - start) or start <= fault < end
             assert first_departure(number, departs) == fault
             assert len(runs) <= 2 * math.log2(fault + 1) + 1 and sum(runs) <= 3 * fault + 1
     assert (
@@ -619,7 +558,7 @@ def broken(name, inputs):
 """
 
 
-def test_the_command(parity, tmp_path):  # noqa: F811
+def test_the_command(parity, tmp_path):
     assert (
         parity(
             "capture",

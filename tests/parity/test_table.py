@@ -19,7 +19,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import parity_rows
-from test_capture import parity  # noqa: F401  a fixture
 
 import flux
 from flux.errors import UserError
@@ -324,7 +323,7 @@ def test_a_readme_without_a_place_for_it_is_told(readme, mark):
 
 
 @pytest.mark.parametrize("library", ["diffusers", "transformers"])
-def test_a_library_that_is_missing_is_told(parity, monkeypatch, library):  # noqa: F811
+def test_a_library_that_is_missing_is_told(parity, monkeypatch, library):
     monkeypatch.delitem(sys.modules, "parity_rows")
     monkeypatch.setitem(sys.modules, library, None)
     code, out, err = parity("table")
@@ -335,7 +334,7 @@ def test_a_library_that_is_missing_is_told(parity, monkeypatch, library):  # noq
     )
 
 
-def test_writing(parity, monkeypatch, readme):  # noqa: F811
+def test_writing(parity, monkeypatch, readme):
     """To the README beside the script, but not in this test."""
     monkeypatch.setattr(parity_rows, "measure", lambda: iter(LINES))
     written, write = [], table.write
@@ -354,5 +353,5 @@ def test_the_threads_are_as_before():
     threads = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError), parity_rows.quietly():
         assert torch.get_num_threads() == 1
-        1 / 0  # noqa: B018
+        1 / 0
     assert torch.get_num_threads() == threads and flux.MODELS["flux.1-dev"].transformer.depth == 19
