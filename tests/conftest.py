@@ -33,3 +33,14 @@ def parity(monkeypatch, capsys, tmp_path):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A chat server without a proxy or a key in the environment."""
+    from support.chat_server import chat_server
+
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with chat_server() as state:
+        yield state

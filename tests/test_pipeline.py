@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.tiny_repositories import home, write_tokenizers
-from test_tokenizers import MISTRAL_TEMPLATE
+from support.tokenizer_files import MISTRAL_TEMPLATE
 from torch import Tensor, nn
 
 import flux

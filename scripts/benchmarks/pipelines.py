@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
-from test_pipeline import home, write_tokenizers
-from test_tokenizers import MISTRAL_TEMPLATE
+from support.tiny_repositories import home, write_tokenizers
+from support.tokenizer_files import MISTRAL_TEMPLATE
 
 import flux
 from benchmarks.measure import peak_bytes

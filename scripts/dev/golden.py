@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support.parity_rows import reference_of
-from test_pipeline import PROMPTS, home, write_tokenizers
-from test_tokenizers import MISTRAL_TEMPLATE
+from support.tiny_repositories import home, write_tokenizers
+from support.tokenizer_files import MISTRAL_TEMPLATE
+from test_pipeline import PROMPTS
 from test_transformer import inputs
 
 from flux.configs import FLUX1Text

@@ -11,9 +11,6 @@ import re
 import shutil
 import socket
 import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +23,8 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from prompt_upsampling import EDIT, EXPAND, upsample_locally, upsample_remotely
 from safetensors.torch import load_file, save_file
-from test_tokenizers import MISTRAL_TEMPLATE, make_mistral
+from support.chat_server import chat_reply
+from support.tokenizer_files import MISTRAL_TEMPLATE, make_mistral
 
 from flux.errors import UserError
 from flux.parity.reference import randomise
@@ -202,45 +200,6 @@ def test_what_local_upsampling_refuses(folder, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- servers
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """`asked` keeps (path, headers, body); `reply` is the status, the headers and the bytes of every answer."""
-    ours = SimpleNamespace(asked=[], reply=(200, {}, b""), delay=0.0)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            ours.asked.append((self.path, self.headers, json.loads(body)))
-            time.sleep(ours.delay)
-            if isinstance(ours.reply, bytes):
-                return self.wfile.write(ours.reply)
-            status, headers, content = ours.reply
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(content))} | headers).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = lambda self: ours.asked.append((self.path, self.headers, None))  # noqa: E731 (a redirect that is followed)
-
-        def log_message(*_):
-            return None
-
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        ours.url = f"http://127.0.0.1:{http.server_port}"
-        yield ours
-        http.shutdown()
-
-
-def said(content):
-    return json.dumps(
-        {"choices": [{"message": {"role": "assistant", "content": content}}]}
-    ).encode()
-
-
 @pytest.mark.parametrize(
     "path, asked",
     [
@@ -253,7 +212,7 @@ def said(content):
     ],
 )
 def test_remote_request(server, monkeypatch, path, asked):
-    server.reply = 200, {}, said(" a fluffy\ncat \x1b[31m\U0001f431\ud83d\n")
+    server.reply = 200, {}, chat_reply(" a fluffy\ncat \x1b[31m\U0001f431\ud83d\n")
     assert (
         upsample_remotely(PROMPT, server.url + path, "some/model") == "a fluffy\ncat [31m\U0001f431"
     )
@@ -287,7 +246,7 @@ def test_remote_request(server, monkeypatch, path, asked):
 
 
 def test_large_pictures_are_sent_smaller(server):
-    server.reply = 200, {}, said("x")
+    server.reply = 200, {}, chat_reply("x")
     upsample_remotely(
         PROMPT,
         server.url,
@@ -322,8 +281,8 @@ def test_large_pictures_are_sent_smaller(server):
             (200, {}, b'{"error": {"message": "no credits"}}'),
             "answered without choices: no credits",
         ),
-        ((200, {}, said(None)), "answered without text"),
-        ((200, {}, said(" \x1b\n")), "answered without text"),
+        ((200, {}, chat_reply(None)), "answered without text"),
+        ((200, {}, chat_reply(" \x1b\n")), "answered without text"),
         (b"", "cannot be reached"),
         (b"220 mail.example\r\n", "cannot be reached"),
     ],

@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import test_prompt_upsampling as test_upsampling
 import test_sample
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.chat_server import chat_reply
+from support.lora_files import control_lora
 from support.tiny_repositories import write_tokenizers
 from test_conditioning import TINY_REDUX, TINY_SIGLIP, photo
-from test_lora import control_lora
 from test_sample import TOY, Run, pixels
 from torch import Tensor
 
@@ -51,12 +51,7 @@ from flux.parity.reference import (
 from flux.pipeline import Pipeline
 from flux.siglip import Redux, SigLIP
 
-cli, script, nothing_here, server = (
-    test_sample.cli,
-    test_sample.script,
-    test_sample.nothing_here,
-    test_upsampling.server,
-)
+cli, script, nothing_here = (test_sample.cli, test_sample.script, test_sample.nothing_here)
 
 PROMPT = "an oil painting of a naïve café"
 A, B = photo(90, 70, seed=1), photo(70, 110, seed=2)  # sides that are no multiples of 16
@@ -756,7 +751,7 @@ def test_scale_that_is_no_number_is_told_before_the_weights_are_looked_for(cli, 
 
 
 def test_prompt_is_written_out_by_a_server_that_sees_the_pictures(cli, here, zoo, server):
-    server.reply = 200, {}, test_upsampling.said(" a cat,\nin fur\x1b \n")
+    server.reply = 200, {}, chat_reply(" a cat,\nin fur\x1b \n")
     flags = (*zoo(KLEIN), *BOTH.split(), "--steps", 2, "--seed", 5)
     path = made(
         run := cli("a cat", *flags, "--upsample", server.url, "--upsample-model", "some/model")
@@ -778,7 +773,7 @@ def test_prompt_is_written_out_by_a_server_that_sees_the_pictures(cli, here, zoo
 
 
 def test_every_prompt_is_written_out_once(cli, server):
-    server.reply = 200, {}, test_upsampling.said("a red ring")
+    server.reply = 200, {}, chat_reply("a red ring")
     flags = (
         *test_sample.QUICK,
         "--upsample",
@@ -803,7 +798,7 @@ def test_a_prompt_that_was_written_out_too_long_for_a_jpeg_is_told_before_the_wo
 ):
     """It fits, and what is kept beside it does not."""
     monkeypatch.setattr(Pipeline, "encode", lambda *_: pytest.fail("a prompt was encoded"))
-    server.reply = 200, {}, test_upsampling.said("a" * 65_000)
+    server.reply = 200, {}, chat_reply("a" * 65_000)
     flags = (
         *test_sample.QUICK,
         "--upsample",

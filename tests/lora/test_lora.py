@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.load_script import script
+from support.lora_files import control_lora, random
 from support.weight_files import refusal, saved
 from torch import Tensor, nn
 
@@ -53,10 +54,6 @@ AB, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.
 @pytest.fixture(params=CONFIGS)
 def network(request) -> Flux:
     return randomise(Flux(CONFIGS[request.param]))
-
-
-def random(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
-    return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts
@@ -636,23 +633,6 @@ def test_differences_of_biases_and_norms(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- control LoRA
-
-
-def control_lora(path: Path, network: Flux) -> Path:
-    """As FLUX.1-Canny-dev-lora has it: A and B with a bias for every Linear, img_in of twice the channels, all new norms."""
-    tensors = {}
-    for i, (name, layer) in enumerate(network.named_modules()):
-        if isinstance(layer, nn.Linear):
-            columns = layer.in_features * (2 if name == "img_in" else 1)
-            rank = min(16, columns, layer.out_features)
-            tensors[f"{name}.lora_A.weight"] = random(rank, columns, seed=i, size=columns**-0.5)
-            tensors[f"{name}.lora_B.weight"] = random(
-                layer.out_features, rank, seed=i + 1, size=0.3 * rank**-0.5
-            )
-            tensors[f"{name}.lora_B.bias"] = random(layer.out_features, seed=i + 2, size=0.1)
-        elif name.endswith("_norm"):
-            tensors[f"{name}.scale"] = 1 + random(len(layer.scale), seed=i, size=0.3)
-    return saved(path, tensors)
 
 
 def hooked(network: Flux, tensors: dict[str, Tensor], scale: float) -> Flux:

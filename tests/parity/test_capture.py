@@ -30,11 +30,7 @@ from flux.parity.capture import Request, Selection, capture, plan
 from flux.parity.capture_file import Capture, Writer, positions, set_budgets
 from flux.parity.compare import compare, errors, first_over, table, to_json
 from flux.parity.hooks import matches, watching
-from flux.parity.reference import (
-    FLUX1_TINY,
-    KLEIN_TINY,
-    randomise,
-)
+from flux.parity.reference import FLUX1_TINY, KLEIN_TINY, randomise
 from flux.transformer import Flux
 
 PROMPT = "a photo of a cat"

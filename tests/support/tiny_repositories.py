@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_tokenizers import make_clip, make_mistral, make_qwen, make_t5
+from support.tokenizer_files import make_clip, make_mistral, make_qwen, make_t5
 
 from flux.configs import MODELS
 from flux.parity.reference import networks, tiny_models, write_weights
