@@ -49,7 +49,7 @@ from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, Memory, Modulation, Nu
 from flux.weights.files import shard_files
 from flux.weights.locate import get_spec, locate, with_decoder_of
 from flux.weights.quantization import FP8Linear, QuantizedLinear
-from flux.weights.quantization.compress import KINDS
+from flux.weights.quantization.quantize import SCHEMES
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
 
@@ -118,9 +118,9 @@ class RuntimeOptions:
     tile: int | None = None  # pixels: the side of the tiles that pictures are decoded in
 
     def __post_init__(self):
-        if self.quantize is not None and self.quantize not in KINDS:
+        if self.quantize is not None and self.quantize not in SCHEMES:
             raise UserError(
-                f"--quantize {self.quantize!s:.40} is unknown; choose from {', '.join(KINDS)}"
+                f"--quantize {self.quantize!s:.40} is unknown; choose from {', '.join(SCHEMES)}"
             )
         if self.offload is not None and self.offload not in OFFLOAD:
             raise UserError(

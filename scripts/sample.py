@@ -625,14 +625,14 @@ def save_latents(picture: Path, latents, metadata: dict) -> None:
 def list_models(weights: Path | None) -> int:
     from flux.configs import MODELS
     from flux.weights.files import weights_folder
-    from flux.weights.locate import is_available_locally, parameters
+    from flux.weights.locate import count_parameters, is_available_locally
 
     weights_folder(weights)
     print(f"{'name':28}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
     for spec in MODELS.values():
         here = "yes" if is_available_locally(spec, weights) else "no"
         print(
-            f"{spec.name:28}{parameters(spec) / 1e9:>10.3g} B  {spec.steps:>5}  {here:5} {spec.licence.name}"
+            f"{spec.name:28}{count_parameters(spec) / 1e9:>10.3g} B  {spec.steps:>5}  {here:5} {spec.licence.name}"
         )
     return 0
 

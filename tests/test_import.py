@@ -71,10 +71,10 @@ def test_blank_modules_have_shapes_and_draw_nothing():
     import torch
     from torch import nn
 
-    from flux.weights.load import blank
+    from flux.weights.load import init_empty
 
     before = torch.get_rng_state()
-    module = blank(lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm(2)))
+    module = init_empty(lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm(2)))
     assert all(p.is_meta for p in module.parameters()) and torch.equal(
         torch.get_rng_state(), before
     )

@@ -500,7 +500,7 @@ def merge(
         layer = module.get_submodule(path)
         changed = dict(_merged(layer, path, group, dtype))
         if isinstance(layer, QuantizedLinear) and "weight" in changed:
-            layer = layer.plain(changed["weight"])
+            layer = layer.to_linear(changed["weight"])
             module.set_submodule(path, layer)
         for name, tensor in changed.items():
             setattr(

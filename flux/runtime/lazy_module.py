@@ -11,9 +11,9 @@ from torch import nn
 from flux.errors import UserError
 from flux.runtime.memory import Weights, mapped_bytes, measure
 from flux.runtime.streaming import stream, tensors_of, unstream
-from flux.weights.load import blank, load_module
-from flux.weights.quantization import FP8, QuantizedLinear, use_native_fp8
-from flux.weights.quantization.compress import compress, whole
+from flux.weights.load import init_empty, load_module
+from flux.weights.quantization import FP8, QuantizedLinear, enable_fp8_matmul
+from flux.weights.quantization.quantize import dequantized, quantize_
 
 CPU = torch.device("cpu")
 GRAPHS = 64  # of one code, by all models and dtypes of a process: the third would meet torch's limit of 8, which is an error
@@ -23,7 +23,7 @@ class LazyModule:
     """`network()` is the module, loaded if it is not there; `release` lets it go.
 
     `lists`: paths of its lists of blocks, in the order of their use. How it is loaded, five attributes say, before it is:
-    `change`, what LoRAs do to it; `compression`, a kind of `quantization.compress`; `native_fp8`, whether float8 layers
+    `change`, what LoRAs do to it; `compression`, a kind of `quantization.quantize`; `native_fp8`, whether float8 layers
     multiply in float8; `compiled`, each block on its own; `resident`, if its blocks are streamed to the device, how many
     bytes of them stay there.
     """
@@ -107,18 +107,18 @@ class LazyModule:
 
     def on_meta(self) -> nn.Module:
         """Its modules and shapes, without weights, none quantised."""
-        return blank(lambda: self.kind(self.config))
+        return init_empty(lambda: self.kind(self.config))
 
     @property
     def weights(self) -> Weights:
         """Bytes of its weights, as they will be held."""
         held = copy.deepcopy(self.shapes) if self.compression or self.changed else self.shapes
         if self.compression:
-            compress(held, self.compression)
+            quantize_(held, self.compression)
         else:
             for path in self.changed:
                 if isinstance(layer := held.get_submodule(path), QuantizedLinear):
-                    held.set_submodule(path, whole(layer, self.dtype))
+                    held.set_submodule(path, dequantized(layer, self.dtype))
         return measure(held, self.lists, self.dtype, self._anew)._replace(merging=self._merging)
 
     @property
@@ -161,7 +161,7 @@ class LazyModule:
         dtype = None if self.compression and not self.change else self.dtype
         module = self._load(CPU if streamed or self.compression else self.device, dtype)
         if self.compression:
-            compress(
+            quantize_(
                 module,
                 self.compression,
                 device=CPU if streamed else self.device,
@@ -171,7 +171,7 @@ class LazyModule:
         elif self.change:
             self.change(module)
         if self.native_fp8:
-            use_native_fp8(module, self.device)
+            enable_fp8_matmul(module, self.device)
         if self.compiled:
             compile_blocks(module, self.lists)
         return (

@@ -24,7 +24,7 @@ from flux.image_io.output import to_mask, to_pixels
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
 from flux.training.trainer import Batch, generator, load, write
-from flux.weights.files import read_header, some
+from flux.weights.files import preview, read_header
 
 # ---------------------------------------------------------------------------------------------------------- folders and sizes
 
@@ -58,7 +58,7 @@ def read_folder(folder: Path) -> list[Item]:
     captions = {path: _text(path.with_suffix(".txt")) for path in pictures}
     if without := [path.name for path, caption in captions.items() if not caption]:
         raise UserError(
-            f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({some(without)}): put it in "
+            f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({preview(without)}): put it in "
             f"{Path(without[0]).stem}.txt beside it, or list all in metadata.jsonl"
         )
     return [Item(path, caption) for path, caption in captions.items()]
@@ -103,11 +103,13 @@ def _listed(path: Path) -> list[Item]:
             ) from None
         if strange := entry.keys() - KEYS:
             raise UserError(
-                f"{path}, line {number}, has {some(sorted(map(repr, strange)))}, which means nothing here: the "
+                f"{path}, line {number}, has {preview(sorted(map(repr, strange)))}, which means nothing here: the "
                 f"names are {', '.join(sorted(KEYS))}"
             )
         if missing := [str(file) for file in (*files, *others.values()) if not file.is_file()]:
-            raise UserError(f"{path}, line {number}, names {some(missing)}, where there is no file")
+            raise UserError(
+                f"{path}, line {number}, names {preview(missing)}, where there is no file"
+            )
         items.append(Item(files[0], caption, tuple(files[1:]), **others))
     if not items:
         raise UserError(f"{path} is empty: it should list pictures and their captions")

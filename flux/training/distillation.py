@@ -18,7 +18,7 @@ from flux.errors import UserError
 from flux.text_encoder import TextFeatures
 from flux.training.trainer import Batch, generator
 from flux.transformer import Flux, timestep_embedding
-from flux.weights.load import blank
+from flux.weights.load import init_empty
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -106,7 +106,7 @@ def teacher_of(student: Flux) -> Flux:
         timestep_embedding(torch.tensor([1000.0])).to(student.time_in.out_layer.bias)
     )[0].float()
     tensors = {name: x for name, x in tensors.items() if not name.startswith("guidance_in.")}
-    teacher = blank(lambda: Flux(replace(student.config, guidance=False), student.numerics))
+    teacher = init_empty(lambda: Flux(replace(student.config, guidance=False), student.numerics))
     teacher.load_state_dict(tensors, assign=True)
     return teacher.requires_grad_(True)
 
@@ -121,7 +121,7 @@ def student_of(teacher: Flux) -> Flux:
         raise UserError(
             "a teacher that is told its guidance was distilled already: choose one with classifier-free guidance"
         )
-    student = blank(lambda: Flux(replace(teacher.config, guidance=True), teacher.numerics))
+    student = init_empty(lambda: Flux(replace(teacher.config, guidance=True), teacher.numerics))
     tensors = teacher.state_dict()
     for name in [name for name in tensors if name.startswith("time_in.")]:
         like = tensors[name] if ".in_layer." in name else torch.zeros_like(tensors[name])

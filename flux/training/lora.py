@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flux.errors import UserError
 from flux.training.distributed import whole
 from flux.transformer import Flux
-from flux.weights.files import some
+from flux.weights.files import preview
 from flux.weights.quantization.linear import QuantizedLinear
 
 LAYERS = {  # of a block -> what diffusers calls its parts, in the order of its rows, in FLUX.1 and in FLUX.2
@@ -62,7 +62,7 @@ def add_lora(network: Flux, rank: int, targets: Sequence[str] = ("*",)) -> list[
     for pattern in targets:
         if not any(fnmatchcase(path, pattern) for path in able):
             raise UserError(
-                f"--targets {pattern}: none of the {len(able)} layers to train ({some(able)}) has such "
+                f"--targets {pattern}: none of the {len(able)} layers to train ({preview(able)}) has such "
                 "a name; use * for any part of one"
             )
     paths = [path for path in able if any(fnmatchcase(path, pattern) for pattern in targets)]

@@ -17,7 +17,7 @@ from flux.training import trainer as training
 from flux.training.log import say
 from flux.transformer import Flux
 from flux.weights.files import shard_files
-from flux.weights.load import blank, infer_config, load_module
+from flux.weights.load import infer_config, init_empty, load_module
 from flux.weights.locate import with_transformer
 from flux.weights.quantization import QuantizedLinear
 
@@ -353,7 +353,7 @@ def given_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
             f"--transformer {args.transformer} is no student of {args.distill}: it {fault}; leave it out, to begin "
             "as the teacher"
         )
-    student = blank(lambda: Flux(config))
+    student = init_empty(lambda: Flux(config))
     load_module(
         student,
         shard_files(args.transformer),

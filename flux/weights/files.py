@@ -37,7 +37,7 @@ BITS = dict(
 BITS |= dict(
     F8_E4M3=8, F8_E5M2=8, F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, F6_E2M3=6, F6_E3M2=6, F4=4
 )
-IMPOSTORS = (  # how a file begins that is something else, and what that is
+NOT_SAFETENSORS = (  # how a file begins that is something else, and what that is
     (
         rb"\s*<",
         "a web page, as sites send it in place of a file that needs a login or an accepted licence",
@@ -136,7 +136,7 @@ def _header_text(path: Path) -> tuple[bytes, int]:
         start[8:9] != b"{"
     ):  # asked first, because a true length may look like anything: 640 bytes like a pickle
         what = next(
-            (what for pattern, what in IMPOSTORS if re.match(pattern, start)),
+            (what for pattern, what in NOT_SAFETENSORS if re.match(pattern, start)),
             "unknown, or damaged; get it again",
         )
         raise UserError(f"{path} is not a safetensors file: it is {what}.")
@@ -173,7 +173,7 @@ def shard_files(path: Path) -> list[Path]:
     shards = [path.parent / name for name in _shard_names(path)]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise UserError(
-            f"{path} names {len(shards)} files that must lie beside it, and lacks {some(missing)}."
+            f"{path} names {len(shards)} files that must lie beside it, and lacks {preview(missing)}."
         )
     return shards
 
@@ -201,7 +201,7 @@ def _shard_names(index: Path) -> list[str]:
     return names
 
 
-def some(names: Sequence[str], shown: int = 3) -> str:
+def preview(names: Sequence[str], shown: int = 3) -> str:
     """The first of many, for a message."""
     return ", ".join(names[:shown]) + (
         f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -211,7 +211,7 @@ def some(names: Sequence[str], shown: int = 3) -> str:
 # ---------------------------------------------------------------------------------------------------------- finding
 
 
-def find(
+def find_file(
     repository: str,
     filename: str,
     weights: Path | None = None,
@@ -252,23 +252,25 @@ def find(
         ) from error
 
 
-def find_all(
+def find_files(
     repository: str,
     filename: str,
     weights: Path | None = None,
     licence: str = "",
     gated: bool = False,
 ) -> list[Path]:
-    """As `find`, for a file that may be a `*.safetensors.index.json`: the shards that it names, all from one place."""
-    path = find(repository, filename, weights, licence, gated)
+    """As `find_file`, for a file that may be a `*.safetensors.index.json`: the shards that it names, all from one place."""
+    path = find_file(repository, filename, weights, licence, gated)
     if is_index(path):
         for name in _shard_names(path):
-            find(repository, str(PurePosixPath(filename).with_name(name)), weights, licence, gated)
+            find_file(
+                repository, str(PurePosixPath(filename).with_name(name)), weights, licence, gated
+            )
     return shard_files(path)
 
 
 def is_local(repository: str, filename: str, weights: Path | None = None) -> bool:
-    """Whether `find_all` would find everything without a download."""
+    """Whether `find_files` would find everything without a download."""
     path = _in_folder(repository, filename, weights) or _in_cache(repository, filename)
     if path is None or not is_index(path):
         return path is not None

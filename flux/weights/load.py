@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from flux.errors import UserError
 from flux.transformer import FluxConfig
 from flux.weights import quantization
-from flux.weights.files import FLOATS, TensorInfo, read_header, shard_files, some
+from flux.weights.files import FLOATS, TensorInfo, preview, read_header, shard_files
 from flux.weights.quantization import QuantizedLinear, gguf
 
 TYPES = {
@@ -39,7 +39,7 @@ class skip_init(TorchFunctionMode):
         return kwargs["tensor"] if drawing else func(*args, **(kwargs or {}))
 
 
-def blank(build: Callable[[], nn.Module]) -> nn.Module:
+def init_empty(build: Callable[[], nn.Module]) -> nn.Module:
     """What `build` makes, on the meta device: shapes without values. None are drawn: there, to draw those of an Embedding
     takes torch's compiler, and to import that takes as long as to import torch."""
     with torch.device("meta"), skip_init():
@@ -78,7 +78,9 @@ def load_module(
         for name, tensor in module.state_dict().items()
         if name.removesuffix(".weight") not in layers
     } | kept
-    sources = {name: info for name, info in sources.items() if not quantization.is_note(name)}
+    sources = {
+        name: info for name, info in sources.items() if not quantization.is_quant_metadata(name)
+    }
     _check_fit(type(module).__name__, files, wanted, sources, renamed=rename is not None)
     tensors = {}
     for name, tensor in _mapped(sources):
@@ -108,7 +110,7 @@ def _quantised_layers(
     linears = {
         path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
     }
-    stored = quantization.find(sources, metadata, linears)
+    stored = quantization.detect_formats(sources, metadata, linears)
     with torch.device("meta"):
         return {
             path: stored[path].make(layer.in_features, layer.out_features, layer.bias is not None)
@@ -230,7 +232,7 @@ def _check_fit(
     if not any(faults.values()):
         return
     listed = "; ".join(
-        f"{len(names)} {fault} ({some(names)})" for fault, names in faults.items() if names
+        f"{len(names)} {fault} ({preview(names)})" for fault, names in faults.items() if names
     )
     kind, right = (
         _looks_like(sources),
@@ -277,7 +279,7 @@ def infer_config(path: Path) -> FluxConfig:
         if not _of_another(name, prefix)
     }
     layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    stored = quantization.find(names, metadata, layers)
+    stored = quantization.detect_formats(names, metadata, layers)
     shapes = {name: info.shape for name, info in names.items()} | {
         f"{layer}.weight": stored[layer].shape for layer in stored
     }

@@ -10,8 +10,8 @@ from flux.autoencoder import AutoEncoderConfig
 from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
-from flux.weights.files import find_all, is_local, read_header
-from flux.weights.load import blank, infer_config
+from flux.weights.files import find_files, is_local, read_header
+from flux.weights.load import infer_config, init_empty
 
 
 def get_spec(name: str | None, transformer: str | Path | None = None) -> ModelSpec:
@@ -94,7 +94,9 @@ def locate(
     if spec.addon:
         terms = spec.licence.name, spec.licence.gated
         for part, name in spec.addon.files:
-            files[part] = given.get(part) or find_all(spec.addon.repository, name, weights, *terms)
+            files[part] = given.get(part) or find_files(
+                spec.addon.repository, name, weights, *terms
+            )
     return files
 
 
@@ -143,9 +145,9 @@ def _find(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list
             )
         return [path]
     name = next((c for c in choices if is_local(spec.repository, c, weights)), choices[0])
-    return find_all(spec.repository, name, weights, spec.licence.name, spec.licence.gated)
+    return find_files(spec.repository, name, weights, spec.licence.name, spec.licence.gated)
 
 
-def parameters(spec: ModelSpec) -> int:
+def count_parameters(spec: ModelSpec) -> int:
     """Of the transformer."""
-    return sum(p.numel() for p in blank(lambda: Flux(spec.transformer)).parameters())
+    return sum(p.numel() for p in init_empty(lambda: Flux(spec.transformer)).parameters())

@@ -33,8 +33,8 @@ from flux.runtime.lazy_module import compile_blocks
 from flux.runtime.memory import can_compile, free_memory
 from flux.t5 import T5
 from flux.transformer import BLOCK_LISTS, Flux
-from flux.weights.quantization.compress import compress
-from flux.weights.quantization.fp8 import use_native_fp8
+from flux.weights.quantization.fp8 import enable_fp8_matmul
+from flux.weights.quantization.quantize import quantize_
 
 Run = Callable[[], Tensor]
 Spent = dict[str, list[float]]  # seconds by stage: ours, floor, theirs
@@ -162,8 +162,8 @@ def float8_rows(case: str, stage: Stage, setting: Setting) -> Iterator[Row]:
     """Products in float8, compiled if those in bfloat16 were: not by turns, since both models might not fit."""
     model, before = stage.modules[0], stage.run()
     (bfloat16,) = by_turns([stage.run], setting.rounds, setting.replayed)
-    compress(model, "fp8")
-    use_native_fp8(model)
+    quantize_(model, "fp8")
+    enable_fp8_matmul(model)
     yield Row(
         f"{case}, in float8, error of the velocity, relative L2",
         "",

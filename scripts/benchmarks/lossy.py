@@ -25,9 +25,9 @@ from flux import sampling
 from flux import toy as shapes
 from flux.configs import KLEIN_4B
 from flux.transformer import Flux, FluxConfig
-from flux.weights.quantization.compress import KINDS, compress, large_linears
-from flux.weights.quantization.fp8 import LARGEST, use_native_fp8
+from flux.weights.quantization.fp8 import LARGEST, enable_fp8_matmul
 from flux.weights.quantization.nvfp4 import e2m1
+from flux.weights.quantization.quantize import SCHEMES, large_linears, quantize_
 
 E4M3 = torch.float8_e4m3fn
 GGUF = {
@@ -94,7 +94,7 @@ def losses(prompts: int = 24, config: FluxConfig = KLEIN_4B) -> Iterator[Loss]:
 
 def modes() -> list[Mode]:
     """float32, what `--quantize` does, and what files hold; GGUF only where its package is installed."""
-    kinds = {kind: partial(compress, kind=kind) for kind in KINDS}
+    kinds = {kind: partial(quantize_, kind=kind) for kind in SCHEMES}
     found = [
         Mode("float32", 4, lambda network: None),
         Mode("bfloat16 weights", 2, rounding(lambda weight: weight.bfloat16().float())),
@@ -102,7 +102,7 @@ def modes() -> list[Mode]:
         Mode(
             "--quantize fp8, products in float8",
             1,
-            lambda network: (compress(network, "fp8"), use_native_fp8(network)),
+            lambda network: (quantize_(network, "fp8"), enable_fp8_matmul(network)),
         ),
         Mode("--quantize int8", 1, kinds["int8"]),
         Mode("--quantize int4", 0.5625, kinds["int4"]),

@@ -41,7 +41,7 @@ from flux.text_encoder import TextFeatures
 from flux.training import lora as adapters
 from flux.training import trainer as training
 from flux.transformer import Flux
-from flux.weights.load import blank, load_module
+from flux.weights.load import init_empty, load_module
 from flux.weights.locate import get_spec
 
 SIDE = 256 // 16  # tokens
@@ -72,7 +72,7 @@ def main() -> int:
             raise UserError(f"--lora-rank {args.lora_rank}: must be at least 1")
         spec = get_spec(args.model)
         path = args.folder / spec.transformer_file
-        written = write(path, blank(lambda: Flux(spec.transformer)))
+        written = write(path, init_empty(lambda: Flux(spec.transformer)))
         with get_context("spawn").Pool(1) as fresh:
             work = partial(train, rank=args.lora_rank) if args.lora_rank else measure
             measured, good = fresh.apply(work, (spec, path))
@@ -125,7 +125,7 @@ def write(path: Path, module: nn.Module) -> str:
 def measure(spec: ModelSpec, path: Path) -> tuple[list[tuple[str, str]], bool]:
     """The rows of the table on loading and on one step; whether its velocity is finite. To be run in a process of its own."""
     config, before, start = spec.transformer, resident("RssAnon"), perf_counter()
-    model = blank(lambda: Flux(config))
+    model = init_empty(lambda: Flux(config))
     load_module(model, [path])
     seconds, after = perf_counter() - start, resident("RssAnon")
     growth = (
@@ -173,7 +173,7 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
     torch.manual_seed(0)
     make = partial(training.untrained, spec.transformer, torch.bfloat16, rank)
     told = training.memory(spec, make, SIDE**2, 1, CPU, torch.bfloat16, ema=False, recompute=True)
-    network = blank(lambda: Flux(spec.transformer))
+    network = init_empty(lambda: Flux(spec.transformer))
     load_module(network, [path])
     adapters.add_lora(network, rank)
     training.enable_gradient_checkpointing(network)

@@ -34,7 +34,7 @@ from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
 from flux.t5 import T5, T5Config
 from flux.text_encoder import clip_unread, language_model_ignore_keys, t5_unread
 from flux.transformer import Flux, FluxConfig
-from flux.weights.files import BITS, find_all, is_local, read_header, shard_files
+from flux.weights.files import BITS, find_files, is_local, read_header, shard_files
 from flux.weights.locate import get_spec
 
 FOLDER = ROOT / "tests" / "manifests"
@@ -362,7 +362,7 @@ def check(spec: ModelSpec, weights: Path | None) -> int:
         if spec.embedded:
             files = [EMBEDDED / spec.name / choices[0]]
         elif found := [name for name in choices if is_local(repository, name, weights)]:
-            files = find_all(repository, found[0], weights)
+            files = find_files(repository, found[0], weights)
         else:
             print(f"{part}: {choices[0]} of {repository} is not here")
             faults += 1

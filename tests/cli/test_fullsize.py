@@ -16,7 +16,7 @@ from flux.configs import MODELS
 from flux.training import lora as adapters
 from flux.transformer import Flux
 from flux.weights.files import read_header
-from flux.weights.load import blank, load_module
+from flux.weights.load import init_empty, load_module
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "dev" / "fullsize.py"
 TRAINED = (
@@ -102,7 +102,7 @@ def test_what_is_not_finite_is_told(measured, tmp_path, flags):
 def test_what_has_moved_and_should_not_is_told(measured, tmp_path):
     fullsize, (file,) = script("dev/fullsize"), measured[0].glob("flux-2-tiny.safetensors")
     path = Path(shutil.copy(file, tmp_path))
-    network = blank(lambda: Flux(MODELS["flux.2-tiny"].transformer))
+    network = init_empty(lambda: Flux(MODELS["flux.2-tiny"].transformer))
     load_module(network, [path])
     count, layers = len(network.state_dict()), adapters.add_lora(network, 2)
     for layer in layers[1:]:

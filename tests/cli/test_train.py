@@ -34,7 +34,7 @@ from flux.training import lora as adapters
 from flux.training import trainer as training
 from flux.transformer import Flux
 from flux.weights import locate as models
-from flux.weights.quantization.compress import compress
+from flux.weights.quantization.quantize import quantize_
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 TOY = models.EMBEDDED / "flux.2-tiny" / "flux-2-tiny.safetensors"
@@ -729,7 +729,7 @@ def test_a_mask_with_nothing_to_fill_in_is_told(train, needy, tmp_path):
 def test_a_lora_of_a_quantised_file(train, pictures, tmp_path):
     """It learns, its file is what was trained, and the matrices stay as they are in theirs."""
     network = flux.load(device="cpu").transformer()
-    compress(network, "fp8")
+    quantize_(network, "fp8")
     training.write(tmp_path / "fp8.safetensors", network.state_dict())
     flags = (*SMALL, "--transformer", tmp_path / "fp8.safetensors", "--checkpointing", "--steps", 3)
     code, out, err = train(pictures, tmp_path / "run", *flags, "--lora-rank", 2)
@@ -1061,7 +1061,7 @@ def test_wrong_teachers_and_students_are_told(train, pictures, flux1, tmp_path):
         told,
     )
     quantised = randomise(Flux(MODELS["flux.1-dev"].transformer))
-    compress(quantised, "fp8")
+    quantize_(quantised, "fp8")
     training.write(tmp_path / "fp8.safetensors", quantised.state_dict())
     told = f"{tmp_path / 'fp8.safetensors'} is quantised, and weights are trained in float32 or beside bfloat16"
     refused(

@@ -107,9 +107,9 @@ def test_quantised_layers_are_measured_as_they_are_held():
 
 @pytest.mark.parametrize("kind", ["Int8Linear", "Int4Linear"])
 def test_a_quantised_matrix_is_whole_within_its_allowance(kind):
-    from flux.weights.quantization import compress
+    from flux.weights.quantization import quantize
 
-    layer = meta(getattr(compress, kind), 3072, 9216, False)
+    layer = meta(getattr(quantize, kind), 3072, 9216, False)
     peak = script("benchmarks/measure").peak_bytes(
         lambda: layer(torch.empty(1, 3072, dtype=torch.bfloat16, device="meta"))
     )

@@ -26,7 +26,7 @@ from flux.parity.reference import (
 from flux.training import lora as adapters
 from flux.training import trainer as training
 from flux.transformer import Flux
-from flux.weights.quantization.compress import KINDS, compressed
+from flux.weights.quantization.quantize import SCHEMES, quantize_linear
 
 
 def trained_lora(network: Flux, rank: int = 3, targets=("*",)) -> Flux:
@@ -127,12 +127,12 @@ def test_a_pattern_that_names_nothing_is_told():
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEMES)
 def test_a_lora_on_a_quantised_matrix_is_one_on_what_it_stands_for(kind):
     """For the backward pass, no whole matrix is kept."""
     torch.manual_seed(0)
-    small = compressed(nn.Linear(128, 256), kind)
-    plain = small.plain(small.dequantize())
+    small = quantize_linear(nn.Linear(128, 256), kind)
+    plain = small.to_linear(small.dequantize())
     results = []
     for base in (small, plain):
         torch.manual_seed(1)

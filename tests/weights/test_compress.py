@@ -1,4 +1,4 @@
-"""flux.weights.quantization.compress: what is rounded, how far, to what, and how much memory that takes."""
+"""flux.weights.quantization.quantize: what is rounded, how far, to what, and how much memory that takes."""
 
 import copy
 import re
@@ -23,9 +23,9 @@ from flux.lora.formats import merge, place, read
 from flux.parity.reference import FLUX1_TINY, KLEIN_TINY, TINY_QWEN, TINY_T5, randomise, relative_l2
 from flux.t5 import T5
 from flux.transformer import Flux
-from flux.weights.quantization import compress as lib
-from flux.weights.quantization.compress import KINDS, compress, compressed, whole
+from flux.weights.quantization import quantize as lib
 from flux.weights.quantization.linear import QuantizedLinear
+from flux.weights.quantization.quantize import SCHEMES, dequantized, quantize_, quantize_linear
 
 FEW = settings(max_examples=20, deadline=None)
 FINITE = [byte for byte in range(256) if byte & 127 != 127]  # of the float8 numbers
@@ -35,7 +35,7 @@ GRIDS = {  # every number that a scale can be multiplied by
     "int4": np.arange(-8.0, 8.0),
 }
 BYTES = {"fp8": 1.0, "int8": 1.0, "int4": 0.5625}  # a weight
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", SCHEMES)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -79,7 +79,7 @@ def test_every_weight_becomes_the_nearest_number_that_its_scale_allows(
         (spread * torch.randn(rows, columns, generator=generator)).clamp(-60000, 60000).to(dtype)
     )
     weight[torch.rand(rows, generator=generator) < 0.1] = 0  # whole rows
-    layer = compressed(linear(weight), kind)
+    layer = quantize_linear(linear(weight), kind)
     exact, scale, made = (
         weight.double().numpy(),
         scales(layer).double().numpy(),
@@ -96,7 +96,7 @@ def test_every_weight_becomes_the_nearest_number_that_its_scale_allows(
 @every_kind
 def test_the_error_is_bounded_as_the_format_says(kind):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
-    layer = compressed(linear(weight), kind)
+    layer = quantize_linear(linear(weight), kind)
     error, scale = (layer.dequantize() - weight).abs(), scales(layer).abs()
     if kind == "fp8":  # three bits of mantissa, and below the smallest normal number steps of 2^-9
         assert (error <= 1.000001 * torch.maximum(weight.abs() / 16, scale * 2**-10)).all()
@@ -116,7 +116,7 @@ def test_the_error_is_bounded_as_the_format_says(kind):
 def test_the_error_on_normal_weights(kind, expected):
     """As simulated in numpy, in float64. int8 on paper: the largest of 3072 is 3.7, and 3.7/127/sqrt(12) is 0.0084."""
     weight = torch.randn(512, 3072, generator=torch.Generator().manual_seed(2))
-    assert relative_l2(compressed(linear(weight), kind).dequantize(), weight) == pytest.approx(
+    assert relative_l2(quantize_linear(linear(weight), kind).dequantize(), weight) == pytest.approx(
         expected, rel=0.02
     )
 
@@ -134,11 +134,11 @@ def test_weights_that_the_kind_can_hold_come_back_to_the_last_bit(kind):
     scale = scale if kind == "int4" else scale.abs()
     weight = codes * scale
     bias = torch.randn(50, generator=generator).bfloat16()
-    layer = compressed(linear(weight, bias), kind)
+    layer = quantize_linear(linear(weight, bias), kind)
     assert torch.equal(layer.dequantize(), weight)
     assert torch.equal(layer.weight_scale.float(), scale)
     assert torch.equal(layer.bias, bias) and layer.bias.dtype == torch.bfloat16
-    again = compressed(whole(layer, torch.float32), kind)
+    again = quantize_linear(dequantized(layer, torch.float32), kind)
     assert all(
         torch.equal(a.float(), b.float())
         for a, b in zip(layer.buffers(), again.buffers(), strict=True)
@@ -166,7 +166,7 @@ def test_fp8_is_rounded_as_by_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
     theirs, scale = utils.quantize_fp8r(weight)
-    ours = compressed(linear(weight), "fp8")
+    ours = quantize_linear(linear(weight), "fp8")
     assert bits(ours.weight.float()) == bits(theirs.float()) and torch.equal(
         ours.weight_scale[:, 0], scale
     )
@@ -179,7 +179,9 @@ def test_int4_is_rounded_as_ggufs_q4_0():
     weight[:, ::32] = weight[:, ::32].sign() * 4  # the largest of each group; its scale is 1/2
     theirs = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_0)
     theirs = gguf.quants.dequantize(theirs, gguf.GGMLQuantizationType.Q4_0)
-    assert torch.equal(compressed(linear(weight), "int4").dequantize(), torch.from_numpy(theirs))
+    assert torch.equal(
+        quantize_linear(linear(weight), "int4").dequantize(), torch.from_numpy(theirs)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -201,7 +203,7 @@ def test_the_layers_that_black_forest_labs_quantise_are_made_small(kind, name, c
         for path, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
     }
-    compress(model, kind)
+    quantize_(model, kind)
     found = quantised(model)
     assert (
         found.keys() == {path for path in before if re.fullmatch(BLOCKS, path)}
@@ -219,7 +221,7 @@ def test_all_linears_of_text_encoders_are_made_small(kind):
     with torch.device("meta"):
         qwen, t5 = LanguageModel(QWEN3_4B), T5(MODELS["flux.1-dev"].text.t5)
     for model, count in ((qwen, 27 * 7), (t5, 24 * 7)):
-        compress(model, kind)
+        quantize_(model, kind)
         assert len(quantised(model)) == count
         assert not any(isinstance(layer, nn.Linear) for layer in model.modules())
 
@@ -252,7 +254,7 @@ def test_a_transformer_still_computes(config, kind, error):
     ]
     with torch.inference_mode():
         right = model(*inputs)
-        compress(model, kind)
+        quantize_(model, kind)
         assert len(quantised(model)) == 2 * 8 + 3 * 2
         assert error / 4 < relative_l2(model(*inputs), right) < 1.6 * error
 
@@ -267,13 +269,13 @@ def test_text_encoders_still_compute(monkeypatch):
     ):
         with torch.inference_mode():
             right = model(ids, *more)
-            compress(model, "int8")
+            quantize_(model, "int8")
             assert quantised(model) and 0 < relative_l2(model(ids, *more), right) < 0.03
 
 
 def test_what_to_keep_is_the_callers_and_small_layers_stay():
     model = randomise(Flux(KLEIN_TINY))
-    compress(model, "int8", keep=frozenset({"double_blocks", "final_layer", "linear2"}))
+    quantize_(model, "int8", keep=frozenset({"double_blocks", "final_layer", "linear2"}))
     found = {re.sub(r"\d+", "N", path) for path in quantised(model)}
     assert found == {  # and not img_in (2048 numbers), txt_in (5120), norms
         "time_in.in_layer",
@@ -290,8 +292,8 @@ def test_what_to_keep_is_the_callers_and_small_layers_stay():
 def test_the_meta_device_knows_all_shapes_and_types(kind):
     real = randomise(Flux(FLUX1_TINY)).bfloat16()
     meta = Flux(FLUX1_TINY).bfloat16().to("meta")
-    compress(real, kind)
-    compress(meta, kind)
+    quantize_(real, kind)
+    quantize_(meta, kind)
     shapes = [
         {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
         for model in (real, meta)
@@ -302,7 +304,7 @@ def test_the_meta_device_knows_all_shapes_and_types(kind):
 @every_kind
 def test_only_what_is_made_small_goes_to_the_device(kind):
     model = randomise(Flux(FLUX1_TINY))
-    compress(model, kind, device="meta")
+    quantize_(model, kind, device="meta")
     on_meta = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     assert on_meta == {
         f"{path}.{name}" for path in quantised(model) for name in ("weight", "weight_scale", "bias")
@@ -351,7 +353,7 @@ def test_layers_go_one_by_one(kind, monkeypatch):
         before, live.peak = live.now, live.now
         # what Linears keep alive elsewhere would be seen here: nothing
         assert before == sum(p.nbytes for p in model.parameters())
-        compress(model, kind)
+        quantize_(model, kind)
         after = live.now
     largest = max(layer.in_features * layer.out_features for layer in quantised(model).values())
     assert after == sum(tensor.nbytes for tensor in model.state_dict().values()) < 0.75 * before
@@ -381,10 +383,10 @@ def test_a_lora_is_merged_one_by_one_too(kind, tmp_path, monkeypatch):
         (patch, 0.5) for patch in place(read(tmp_path / "x.safetensors"), {"transformer": model})
     ]
     merge(in_turn, patches)
-    compress(in_turn, kind)
+    quantize_(in_turn, kind)
     live = LiveBytes()
     with live:
-        compress(model, kind, change=lambda module, each: merge(module, patches, each))
+        quantize_(model, kind, change=lambda module, each: merge(module, patches, each))
     assert all(
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), in_turn.state_dict().values(), strict=True)
@@ -409,13 +411,13 @@ def test_a_lora_is_merged_into_what_was_made_whole_again(kind, tmp_path):
         file,
     )
     patches = [(patch, 0.5) for patch in place(read(file), {"transformer": model})]
-    compress(model, kind)
+    quantize_(model, kind)
     rounded = model.get_submodule(path).dequantize()
-    model.set_submodule(path, whole(model.get_submodule(path), torch.float32))
+    model.set_submodule(path, dequantized(model.get_submodule(path), torch.float32))
     merge(model, patches)
     expected = rounded.double() + 0.5 * (up.double() @ down.double())
     assert relative_l2(model.get_submodule(path).weight, expected) < 2e-7
-    model.set_submodule(path, compressed(model.get_submodule(path), kind))
+    model.set_submodule(path, quantize_linear(model.get_submodule(path), kind))
     assert relative_l2(model.get_submodule(path).dequantize(), expected.float()) < 0.11
 
 
@@ -424,7 +426,7 @@ def test_a_lora_is_merged_into_what_was_made_whole_again(kind, tmp_path):
 def test_a_block_compiles_without_a_break(kind, backend):
     torch._dynamo.reset()
     model = randomise(Flux(FLUX1_TINY)).bfloat16()
-    compress(model, kind)
+    quantize_(model, kind)
     mlp = model.double_blocks[0].img_mlp
     x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(11)).bfloat16()
     with torch.inference_mode():
@@ -437,11 +439,11 @@ def test_a_block_compiles_without_a_break(kind, backend):
 def test_what_cannot_be_made_small_is_refused():
     model = randomise(Flux(KLEIN_TINY))
     with pytest.raises(UserError, match="--quantize nf4 is unknown; choose from fp8, int8, int4"):
-        compress(model, "nf4")
+        quantize_(model, "nf4")
     assert not quantised(model)
-    compress(model, "fp8")
+    quantize_(model, "fp8")
     with pytest.raises(UserError, match=r"already \(FP8Linear\): leave --quantize int8 out"):
-        compress(model, "int8")
+        quantize_(model, "int8")
 
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -483,7 +485,7 @@ def test_losses_are_in_the_order_of_the_bits(monkeypatch):
     chosen = [mode for mode in loss.modes() if mode.name in wanted]
 
     def rounded(w):
-        return compressed(linear(w), "int4").dequantize()
+        return quantize_linear(linear(w), "int4").dequantize()
 
     monkeypatch.setattr(
         loss, "modes", lambda: [*chosen, loss.Mode("again", 0.5625, loss.rounding(rounded))]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from support.weight_files import entry, raw, refusal, saved
 
-from flux.weights.files import find, find_all, is_local, read_header, shard_files
+from flux.weights.files import find_file, find_files, is_local, read_header, shard_files
 
 # ---------------------------------------------------------------------------------------------------------- headers
 
@@ -218,29 +218,30 @@ def cached(root: Path, filename: str, text: str = "") -> Path:
 def test_folder_then_cache_the_most_specific_first(tmp_path, monkeypatch):
     folder = tmp_path / "weights"
     in_cache = cached(tmp_path, FILE)
-    assert find(REPOSITORY, FILE) == in_cache
+    assert find_file(REPOSITORY, FILE) == in_cache
     folder.mkdir()
-    assert find(REPOSITORY, FILE, folder) == in_cache
+    assert find_file(REPOSITORY, FILE, folder) == in_cache
     for place in ("", "flux.9-DEV", "black-forest/Flux.9-dev"):
         path = touch(folder / place / FILE)
-        assert find(REPOSITORY, FILE, folder) == path
+        assert find_file(REPOSITORY, FILE, folder) == path
         assert is_local(REPOSITORY, FILE, folder)
     monkeypatch.setenv("FLUX_WEIGHTS", str(folder))
-    assert find(REPOSITORY, FILE) == path
+    assert find_file(REPOSITORY, FILE) == path
     assert (
-        find(REPOSITORY, FILE, touch(tmp_path / "other" / FILE).parent) == tmp_path / "other" / FILE
+        find_file(REPOSITORY, FILE, touch(tmp_path / "other" / FILE).parent)
+        == tmp_path / "other" / FILE
     )
 
 
 def test_file_that_a_given_folder_lacks_is_not_downloaded(tmp_path, monkeypatch):
-    message = refusal(find, REPOSITORY, FILE, tmp_path, **ASK)
+    message = refusal(find_file, REPOSITORY, FILE, tmp_path, **ASK)
     for place in (tmp_path / FILE, tmp_path / "FLUX.9-dev" / FILE, tmp_path / REPOSITORY / FILE):
         assert str(place) in message
     assert f"https://huggingface.co/{REPOSITORY} under the FLUX Dev licence" in message
     assert not is_local(REPOSITORY, FILE, tmp_path) and not is_local(REPOSITORY, FILE)
-    assert "--weights, is not a folder" in refusal(find, REPOSITORY, FILE, tmp_path / "none")
+    assert "--weights, is not a folder" in refusal(find_file, REPOSITORY, FILE, tmp_path / "none")
     monkeypatch.setenv("FLUX_WEIGHTS", str(touch(tmp_path / FILE)))
-    assert "$FLUX_WEIGHTS, is not a folder" in refusal(find, REPOSITORY, FILE)
+    assert "$FLUX_WEIGHTS, is not a folder" in refusal(find_file, REPOSITORY, FILE)
 
 
 def test_a_folder_that_must_not_be_read_is_told(tmp_path, monkeypatch):
@@ -249,7 +250,7 @@ def test_a_folder_that_must_not_be_read_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "glob", glob)
     assert f"{tmp_path / 'locked'} cannot be read: Permission denied" in refusal(
-        find, REPOSITORY, FILE, tmp_path
+        find_file, REPOSITORY, FILE, tmp_path
     )
 
 
@@ -263,11 +264,11 @@ def test_index_is_local_when_its_shards_are(tmp_path):
         save("text_encoder/x-1.safetensors")
         assert not is_local(REPOSITORY, INDEX, weights)
         if weights:
-            assert "lacks x-2.safetensors" in refusal(find_all, REPOSITORY, INDEX, weights)
+            assert "lacks x-2.safetensors" in refusal(find_files, REPOSITORY, INDEX, weights)
         last = save("text_encoder/x-2.safetensors")
         assert is_local(REPOSITORY, INDEX, weights)
-        assert find_all(REPOSITORY, INDEX, weights) == [path.parent / "x-1.safetensors", last]
-        assert find_all(REPOSITORY, "text_encoder/x-2.safetensors", weights) == [last]
+        assert find_files(REPOSITORY, INDEX, weights) == [path.parent / "x-1.safetensors", last]
+        assert find_files(REPOSITORY, "text_encoder/x-2.safetensors", weights) == [last]
 
 
 @pytest.fixture
@@ -320,7 +321,7 @@ def told(status: int, code: str | None = None, message: str | None = None):
 )
 def test_refusals_of_the_hub_are_told(hub, respond, gated, sentence):
     hub(respond)
-    message = refusal(find, REPOSITORY, FILE, licence="the FLUX Dev licence", gated=gated)
+    message = refusal(find_file, REPOSITORY, FILE, licence="the FLUX Dev licence", gated=gated)
     assert (
         sentence in message and REPOSITORY in message and FILE in message and "--weights" in message
     )
@@ -339,10 +340,10 @@ def test_no_network_and_offline_are_told(hub, monkeypatch):
         raise httpx2.ConnectError("Name or service not known", request=request)
 
     hub(respond)
-    assert "cannot be reached (Name or service not known)" in refusal(find, REPOSITORY, FILE)
+    assert "cannot be reached (Name or service not known)" in refusal(find_file, REPOSITORY, FILE)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
-    assert "HF_HUB_OFFLINE" in refusal(find, REPOSITORY, FILE)
+    assert "HF_HUB_OFFLINE" in refusal(find_file, REPOSITORY, FILE)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +362,7 @@ def test_interrupted_download_is_told(monkeypatch, error, sentence):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    message = refusal(find, REPOSITORY, FILE)
+    message = refusal(find_file, REPOSITORY, FILE)
     assert sentence in message and REPOSITORY in message and FILE in message
 
 
@@ -371,7 +372,7 @@ def test_ctrl_c_is_not_swallowed(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        find(REPOSITORY, FILE)
+        find_file(REPOSITORY, FILE)
 
 
 def test_download_brings_index_and_shards_and_then_needs_no_network(hub, tmp_path):
@@ -391,7 +392,7 @@ def test_download_brings_index_and_shards_and_then_needs_no_network(hub, tmp_pat
         return httpx2.Response(200, headers=headers, content=contents[name], request=request)
 
     hub(respond)
-    assert [path.read_bytes() for path in find_all(REPOSITORY, INDEX)] == [b"one", b"two"]
+    assert [path.read_bytes() for path in find_files(REPOSITORY, INDEX)] == [b"one", b"two"]
     assert {name for _, name in asked} == contents.keys()
     asked.clear()
-    assert len(find_all(REPOSITORY, INDEX)) == 2 and is_local(REPOSITORY, INDEX) and not asked
+    assert len(find_files(REPOSITORY, INDEX)) == 2 and is_local(REPOSITORY, INDEX) and not asked

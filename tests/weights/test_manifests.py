@@ -148,9 +148,9 @@ def write_header(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_network_of_every_model_has_a_manifest(model):
-    networks, adapter = manifest.parts(MODELS[model]), MODELS[model].adapter
+    networks, adapter = manifest.parts(MODELS[model]), MODELS[model].addon
     more = (
-        len(adapter.files) if adapter and MODELS[model].storage == "bfloat16" else 0
+        len(adapter.files) if adapter and MODELS[model].weight_format == "bfloat16" else 0
     )  # else it has the transformer
     assert len(networks) == (4 if model.startswith("flux.1") else 3) + more
     assert all(config in MANIFESTS.values() for config, *_ in networks.values())
@@ -549,7 +549,7 @@ def test_absent_files_are_named(tmp_path, capsys, monkeypatch):
 def test_adapters_are_checked(model, names, tmp_path, capsys, monkeypatch):
     """Beside the networks of the repository that they stand on, none of which is here."""
     monkeypatch.setattr("flux.weights.files._in_cache", lambda repository, filename: None)
-    adapter = MODELS[model].adapter
+    adapter = MODELS[model].addon
     home = tmp_path / adapter.repository.split("/")[1]
     for part, file in adapter.files:
         write_header(home / file, from_json(names[part]))

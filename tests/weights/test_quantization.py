@@ -31,9 +31,9 @@ from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5, T5Config
 from flux.text_encoder import language_model_ignore_keys, t5_unread
 from flux.training import lora as adapters
-from flux.transformer import BLOCKS, Flux, FluxConfig
+from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 from flux.weights.load import infer_config, load_module
-from flux.weights.quantization import BlockFP8Linear, FP8Linear, QuantizedLinear, use_native_fp8
+from flux.weights.quantization import BlockFP8Linear, FP8Linear, QuantizedLinear, enable_fp8_matmul
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FLUX2 = FluxConfig(
@@ -405,7 +405,7 @@ def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_pa
             (p, layer) for p, layer in network.named_modules() if isinstance(layer, QuantizedLinear)
         ]
         for p, layer in quantised if whole else ():
-            network.set_submodule(p, layer.plain(layer.dequantize()))
+            network.set_submodule(p, layer.to_linear(layer.dequantize()))
         torch.manual_seed(0)
         adapters.add_lora(network, 2)
         learnt = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -446,7 +446,7 @@ def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
         path = saved(tmp_path / "x.safetensors", FORMATS[name](layers, state))
     cpu, prefixes = torch.device("cpu"), ("", PREFIX)
     network = LazyModule(
-        Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, lists=BLOCKS, prefixes=prefixes
+        Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, lists=BLOCK_LISTS, prefixes=prefixes
     )
     cast = [p for p in network.shapes.parameters() if p.dtype != torch.bfloat16]
     assert network.weights.mapped == network.bytes - sum(2 * p.numel() for p in cast) and cast
@@ -637,7 +637,7 @@ def test_a_block_is_one_graph(by_row):
     layer = fp8_linear(weight, random(32), weight_scale=scale, input_scale=torch.tensor(0.01))
     x = random(3, 48, size=1)
     for native in (False, True):
-        layer.native = native
+        layer.fp8_matmul = native
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.allclose(compiled(x), layer(x), atol=1e-6)
 
@@ -665,7 +665,7 @@ def test_native_product_is_that_of_the_rounded_numbers(activations, weights, dty
     else:
         steps = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 448
     layer = fp8_linear(weight, random(48).to(dtype) if bias else None, **tensors)
-    assert use_native_fp8(layer) == [] and layer.native
+    assert enable_fp8_matmul(layer) == [] and layer.fp8_matmul
     rounded = (x.float() / steps).clamp(-448, 448).to(E4M3).double() * steps
     expected = F.linear(rounded, layer.dequantize().double(), layer.bias.double() if bias else None)
     found = layer(x)
@@ -698,7 +698,7 @@ def test_who_made_the_file_may_ask_for_whole_activations(tmp_path, name, full_pr
     assert layers and {layer.full_precision for layer in layers} == {full_precision}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        assert len(use_native_fp8(module)) == (len(layers) if full_precision else 0)
+        assert len(enable_fp8_matmul(module)) == (len(layers) if full_precision else 0)
     n = len(layers)
     assert [str(warning.message) for warning in told] == [
         f"{n} of the {n} quantised layers of Flux are made whole, not multiplied in float8: "
@@ -726,12 +726,12 @@ def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_pat
     )
     module["refused"].full_precision = True
     with pytest.warns(UserWarning) as told:
-        assert use_native_fp8(module) == ["narrow", "short", "e5m2", "block", "refused"]
+        assert enable_fp8_matmul(module) == ["narrow", "short", "e5m2", "block", "refused"]
     assert [str(warning.message) for warning in told] == [
         "5 of the 7 quantised layers of ModuleDict are made whole, not multiplied in float8: 2 with a side that is no multiple "
         "of 16, 1 in float8_e5m2, 1 with scales of blocks, 1 whose file asks for whole activations"
     ]
-    assert [name for name, layer in module.items() if getattr(layer, "native", False)] == [
+    assert [name for name, layer in module.items() if getattr(layer, "fp8_matmul", False)] == [
         "fits",
         "unmeasured",
     ]
@@ -752,8 +752,8 @@ def test_a_device_without_it_falls_back_and_says_so_once(monkeypatch, capability
         *(fp8_linear(weight, random(32).to(dtype), weight_scale=scale) for _ in range(3))
     )
     with pytest.warns(UserWarning, match=told) as warned:
-        assert use_native_fp8(module, torch.device("cuda")) == ["0", "1", "2"]
-    assert len(warned) == 1 and not any(layer.native for layer in module)
+        assert enable_fp8_matmul(module, torch.device("cuda")) == ["0", "1", "2"]
+    assert len(warned) == 1 and not any(layer.fp8_matmul for layer in module)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

@@ -15,9 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux.errors import UserError
-from flux.weights.quantization.compress import whole
-from flux.weights.quantization.nf4 import STATE, NF4Linear, State, canonical, lookup, read_state
+from flux.weights.quantization.nf4 import (
+    STATE,
+    NF4Linear,
+    QuantState,
+    canonical,
+    lookup,
+    read_state,
+)
 from flux.weights.quantization.nvfp4 import NVFP4Linear, e2m1, unswizzled
+from flux.weights.quantization.quantize import dequantized
 
 FEW = settings(max_examples=25, deadline=None)
 E2M1 = [
@@ -397,13 +404,13 @@ def test_a_good_state(tmp_path):
         (GOOD | {"nested_blocksize": 256, "nested_offset": 0.5}, (256, 0.5)),
     ):
         save_file({name: torch.tensor(list(json.dumps(table).encode()), dtype=torch.uint8)}, path)
-        assert read_state(path, name) == State((3, 5), 64, *nested)
+        assert read_state(path, name) == QuantState((3, 5), 64, *nested)
 
 
 def test_nf4_of_a_released_layer_has_its_bytes():
     with torch.device("meta"):
-        plain = NF4Linear(3072, 9216, bias=False, state=State((9216, 3072), 64, None, 0.0))
-        double = NF4Linear(3072, 9216, bias=False, state=State((9216, 3072), 64, 256, 0.5))
+        plain = NF4Linear(3072, 9216, bias=False, state=QuantState((9216, 3072), 64, None, 0.0))
+        double = NF4Linear(3072, 9216, bias=False, state=QuantState((9216, 3072), 64, 256, 0.5))
     per_weight = [
         sum(tensor.nbytes for tensor in layer.buffers()) / (3072 * 9216)
         for layer in (plain, double)
@@ -429,7 +436,7 @@ def layers() -> dict[str, torch.nn.Module]:
         )
         out[name] = layer
     for name, nested in (("nf4", None), ("double", 4)):
-        layer = NF4Linear(48, 9, bias=True, state=State((9, 48), 64, nested, 0.25))
+        layer = NF4Linear(48, 9, bias=True, state=QuantState((9, 48), 64, nested, 0.25))
         for tensor in layer.buffers():
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(
@@ -453,7 +460,7 @@ def test_a_layer_multiplies_runs_on_meta_and_compiles_without_a_break(name):
         assert torch.equal(
             made, torch.nn.functional.linear(x, weight.bfloat16(), layer.bias)
         )  # rounded once
-        assert torch.equal(made, whole(layer, torch.bfloat16)(x))
+        assert torch.equal(made, dequantized(layer, torch.bfloat16)(x))
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), made)
     meta = layers()[name].to("meta")

@@ -1,6 +1,6 @@
 """Quantised files: which layers of a file are quantised, and how, from what the file itself says.
 
-    stored = find(infos, metadata, layers)          # "double_blocks.0.img_attn.qkv" -> its shape, and the class to hold it
+    formats = detect_formats(infos, metadata, layers)          # "double_blocks.0.img_attn.qkv" -> its shape, and the class to hold it
 
 A format is told by the first of these that applies: the type is one of GGUF's; there is a `quant_state` of bitsandbytes; the
 header's `_quantization_metadata` names it (Black Forest Labs); a tensor `L.comfy_quant` does (ComfyUI); there is a marker
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from flux.errors import UserError
 from flux.weights.files import FLOATS, TensorInfo
 from flux.weights.quantization import gguf, nf4
-from flux.weights.quantization.fp8 import BlockFP8Linear, FP8Linear, use_native_fp8
+from flux.weights.quantization.fp8 import BlockFP8Linear, FP8Linear, enable_fp8_matmul
 from flux.weights.quantization.gguf import GGUFLinear
 from flux.weights.quantization.linear import QuantizedLinear
 from flux.weights.quantization.nf4 import NF4Linear
@@ -34,11 +34,11 @@ __all__ = [
     "NF4Linear",
     "NVFP4Linear",
     "QuantizedLinear",
-    "Stored",
+    "LayerFormat",
     "canonical",
-    "find",
-    "is_note",
-    "use_native_fp8",
+    "detect_formats",
+    "is_quant_metadata",
+    "enable_fp8_matmul",
 ]
 
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -52,7 +52,7 @@ BNB, METADATA, COMFY, SCALED = (
 )
 
 
-class Stored(NamedTuple):
+class LayerFormat(NamedTuple):
     """How a file keeps the weight of one layer."""
 
     shape: tuple[int, ...]  # of the whole weight: (out_features, in_features)
@@ -66,14 +66,14 @@ def canonical(name: str) -> str:
     return nf4.canonical(re.sub(r"\.scale_(weight|input)$", r".\1_scale", name))
 
 
-def is_note(name: str) -> bool:
+def is_quant_metadata(name: str) -> bool:
     """Whether a tensor is none of the network, but says how others are kept."""
     return bool(re.search(r"\.comfy_quant$|(^|\.)scaled_fp8$", name) or nf4.STATE.fullmatch(name))
 
 
-def find(
+def detect_formats(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], layers: Iterable[str]
-) -> dict[str, Stored]:
+) -> dict[str, LayerFormat]:
     """Those of `layers`, paths in a network, whose weights are quantised. `infos` are of one network, by canonical names.
 
     UserError if the file contradicts itself, or has a format that is not read. Whether scales are missing or misshapen is for
@@ -102,14 +102,14 @@ def _stored(
     infos: Mapping[str, TensorInfo],
     told_by: str | None,
     note: dict | None,
-) -> Stored | None:
+) -> LayerFormat | None:
     """How one layer is kept, by its tensors and by the note on it; None if it is not quantised."""
     scale = infos.get(f"{layer}.weight_scale")
     if weight.dtype in gguf.BLOCKS:
-        return Stored(weight.shape, partial(GGUFLinear, kind=weight.dtype))
+        return LayerFormat(weight.shape, partial(GGUFLinear, kind=weight.dtype))
     if note and told_by == BNB:
         state = nf4.read_state(weight.file, note["name"])
-        return Stored(state.shape, partial(NF4Linear, state=state))
+        return LayerFormat(state.shape, partial(NF4Linear, state=state))
     if note:
         if note["format"] == "nvfp4" and weight.dtype == "U8":
             return _nvfp4(layer, weight, infos, swizzled=True)
@@ -127,7 +127,7 @@ def _stored(
             f"{weight.file} has a scale for {layer!r:.120}, but its {told_by} does not say in which format."
         )
     if f"{layer}.weight_scale_inv" in infos and weight.dtype == "F8_E4M3":
-        return Stored(weight.shape, BlockFP8Linear)
+        return LayerFormat(weight.shape, BlockFP8Linear)
     if weight.dtype == "U8" and f"{layer}.weight_scale_2" in infos:
         return _nvfp4(
             layer, weight, infos, swizzled=False
@@ -147,7 +147,7 @@ def _fp8(
     infos: Mapping[str, TensorInfo],
     scaled: bool,
     full_precision: bool,
-) -> Stored:
+) -> LayerFormat:
     """`scaled`: a scale there must be. It is for the whole weight, unless it is one for each row."""
 
     def shape(name: str, *possible: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,14 +164,14 @@ def _fp8(
         input_scale=input_scale,
         full_precision=full_precision,
     )
-    return Stored(weight.shape, make)
+    return LayerFormat(weight.shape, make)
 
 
 def _nvfp4(
     layer: str, weight: TensorInfo, infos: Mapping[str, TensorInfo], swizzled: bool
-) -> Stored:
+) -> LayerFormat:
     shape = (*weight.shape[:-1], 2 * weight.shape[-1])
-    return Stored(
+    return LayerFormat(
         shape, partial(NVFP4Linear, swizzled=swizzled, input_scale=f"{layer}.input_scale" in infos)
     )
 

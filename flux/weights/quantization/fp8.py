@@ -5,7 +5,7 @@ A file has, for a layer L:
     L.weight            F8_E4M3 (out, in), sometimes F8_E5M2
     L.weight_scale      F32 () in the files of Black Forest Labs and of ComfyUI, (out,) in those of diffusers; absent from files
                         that were merely cast
-    L.input_scale       F32 (): what to divide activations by before they are rounded to float8; only `use_native_fp8` reads it
+    L.input_scale       F32 (): what to divide activations by before they are rounded to float8; only `enable_fp8_matmul` reads it
     L.weight_scale_inv  F32 or BF16 (out/128, in/128), rounded up: in Hugging Face's files
 """
 
@@ -38,7 +38,7 @@ class FP8Linear(QuantizedLinear):
         self.full_precision = (
             full_precision  # whoever made the file does not want activations in float8 here
         )
-        self.native = False  # set by `use_native_fp8`
+        self.fp8_matmul = False  # set by `enable_fp8_matmul`
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=dtype))
         self.register_buffer("weight_scale", None if scale is None else torch.empty(scale))
         self.register_buffer(
@@ -54,9 +54,9 @@ class FP8Linear(QuantizedLinear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x) if self.native else super().forward(x)
+        return self.scaled_mm(x) if self.fp8_matmul else super().forward(x)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def scaled_mm(self, x: Tensor) -> Tensor:
         """As `forward`, with the activations in float8 too, so that the hardware's float8 matrix product can be used.
 
         They are divided by the `input_scale` or, where there is none, each token by its largest value over 448. The product is
@@ -117,7 +117,7 @@ class BlockFP8Linear(QuantizedLinear):
         )
 
 
-def use_native_fp8(module: nn.Module, device: torch.device | None = None) -> list[str]:
+def enable_fp8_matmul(module: nn.Module, device: torch.device | None = None) -> list[str]:
     """Have the FP8Linears of a loaded module multiply in float8; the paths of those quantised layers that cannot are returned,
     and a warning says why.
 
@@ -136,7 +136,7 @@ def use_native_fp8(module: nn.Module, device: torch.device | None = None) -> lis
     obstacles = {path: found for path, layer in layers.items() if (found := _obstacle(layer))}
     for path in layers.keys() - obstacles.keys():
         layer = layers[path]
-        layer.native = True
+        layer.fp8_matmul = True
         if layer.input_scale is not None and layer.input_scale == 1:
             layer.input_scale = None  # ComfyUI writes 1 where nothing was measured
     if obstacles:

@@ -29,22 +29,22 @@ from flux.weights.quantization.linear import QuantizedLinear
 # 32 bytes, whose lowest 2 bits are the first 32 numbers, the next 2 bits the next 32, and so on.
 
 
-def half(b: Tensor) -> Tensor:
+def as_float16(b: Tensor) -> Tensor:
     """Two bytes (n, 2), a float16 -> (n, 1) float32."""
     return b.contiguous().view(torch.float16).float()
 
 
-def fields(b: Tensor, bits: int) -> Tensor:
+def unpack_bits(b: Tensor, bits: int) -> Tensor:
     """Bytes (..., k), each cut into fields, the lowest bits first -> (..., 8/bits, k)."""
     return torch.stack([(b >> low) & (2**bits - 1) for low in range(0, 8, bits)], dim=-2)
 
 
-def runs(b: Tensor, bits: int, length: int) -> Tensor:
+def unpack_runs(b: Tensor, bits: int, length: int) -> Tensor:
     """Bytes (n, bytes) -> (n, weights): the first fields of `length` bytes, their second fields, ...; then the next bytes."""
-    return fields(b.unflatten(1, (-1, length)), bits).flatten(1)
+    return unpack_bits(b.unflatten(1, (-1, length)), bits).flatten(1)
 
 
-def signed(q: Tensor, zero: int) -> Tensor:
+def centered(q: Tensor, zero: int) -> Tensor:
     """What is stored as q is q - zero, from -zero up: int8."""
     return q.view(torch.int8) - zero
 
@@ -60,69 +60,77 @@ def scaled(q: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
 def q8_0(b: Tensor) -> Tensor:
     # 2: scale; 32: weights
     d, q = b.split([2, 32], dim=1)
-    return scaled(q.view(torch.int8), half(d))
+    return scaled(q.view(torch.int8), as_float16(d))
 
 
 def q4_0(b: Tensor) -> Tensor:
     # 2: scale; 16: weights, 2 x 16 of 4 bits
     d, q = b.split([2, 16], dim=1)
-    return scaled(signed(runs(q, 4, 16), 8), half(d))
+    return scaled(centered(unpack_runs(q, 4, 16), 8), as_float16(d))
 
 
 def q4_1(b: Tensor) -> Tensor:
     # 2: scale; 2: minimum; 16: weights, 2 x 16 of 4 bits
     d, m, q = b.split([2, 2, 16], dim=1)
-    return scaled(runs(q, 4, 16), half(d), half(m))
+    return scaled(unpack_runs(q, 4, 16), as_float16(d), as_float16(m))
 
 
 def q5_0(b: Tensor) -> Tensor:
     # 2: scale; 4: the weights' bit 4, in their order; 16: their bits 0-3, 2 x 16 of 4 bits
     d, high, low = b.split([2, 4, 16], dim=1)
-    return scaled(signed(runs(low, 4, 16) | runs(high, 1, 1) << 4, 16), half(d))
+    return scaled(
+        centered(unpack_runs(low, 4, 16) | unpack_runs(high, 1, 1) << 4, 16), as_float16(d)
+    )
 
 
 def q5_1(b: Tensor) -> Tensor:
     # 2: scale; 2: minimum; 4: the weights' bit 4, in their order; 16: their bits 0-3, 2 x 16 of 4 bits
     d, m, high, low = b.split([2, 2, 4, 16], dim=1)
-    return scaled(runs(low, 4, 16) | runs(high, 1, 1) << 4, half(d), half(m))
+    return scaled(
+        unpack_runs(low, 4, 16) | unpack_runs(high, 1, 1) << 4, as_float16(d), as_float16(m)
+    )
 
 
 def q2_k(b: Tensor) -> Tensor:
     # 16: of each of 16 groups, scale (low 4 bits) and minimum (high); 64: weights, twice 4 x 32 of 2 bits; 2, 2: scales of both
     groups, q, d, dm = b.split([16, 64, 2, 2], dim=1)
-    scale, minimum = fields(groups, 4).unbind(1)  # (n, 16) each
-    return scaled(runs(q, 2, 32), half(d) * scale, -half(dm) * minimum)
+    scale, minimum = unpack_bits(groups, 4).unbind(1)  # (n, 16) each
+    return scaled(unpack_runs(q, 2, 32), as_float16(d) * scale, -as_float16(dm) * minimum)
 
 
 def q3_k(b: Tensor) -> Tensor:
     # 32: the weights' bit 2, 8 x 32 of 1 bit; 64: their bits 0-1, twice 4 x 32 of 2 bits;
     # 12: scales of 16 groups, 2 x 8 of their bits 0-3, then 4 x 4 of their bits 4-5; 2: the scales' scale
     high, low, scale_low, scale_high, d = b.split([32, 64, 8, 4, 2], dim=1)
-    scale = runs(scale_low, 4, 8) | runs(scale_high, 2, 4) << 4  # (n, 16)
-    q = runs(low, 2, 32) | runs(high, 1, 32) << 2
-    return scaled(signed(q, 4), half(d) * signed(scale, 32))
+    scale = unpack_runs(scale_low, 4, 8) | unpack_runs(scale_high, 2, 4) << 4  # (n, 16)
+    q = unpack_runs(low, 2, 32) | unpack_runs(high, 1, 32) << 2
+    return scaled(centered(q, 4), as_float16(d) * centered(scale, 32))
 
 
 def q4_k(b: Tensor) -> Tensor:
     # 2, 2: scales of the scales and of the minima; 12: scales and minima of 8 groups; 128: weights, four times 2 x 32 of 4 bits
     d, dm, groups, q = b.split([2, 2, 12, 128], dim=1)
     scale, minimum = scales_and_minima(groups)
-    return scaled(runs(q, 4, 32), half(d) * scale, -half(dm) * minimum)
+    return scaled(unpack_runs(q, 4, 32), as_float16(d) * scale, -as_float16(dm) * minimum)
 
 
 def q5_k(b: Tensor) -> Tensor:
     # 2, 2, 12: as in Q4_K; 32: the weights' bit 4, 8 x 32 of 1 bit; 128: their bits 0-3, four times 2 x 32 of 4 bits
     d, dm, groups, high, low = b.split([2, 2, 12, 32, 128], dim=1)
     scale, minimum = scales_and_minima(groups)
-    return scaled(runs(low, 4, 32) | runs(high, 1, 32) << 4, half(d) * scale, -half(dm) * minimum)
+    return scaled(
+        unpack_runs(low, 4, 32) | unpack_runs(high, 1, 32) << 4,
+        as_float16(d) * scale,
+        -as_float16(dm) * minimum,
+    )
 
 
 def q6_k(b: Tensor) -> Tensor:
     # 128: the weights' bits 0-3, twice 2 x 64 of 4 bits; 64: their bits 4-5, twice 4 x 32 of 2 bits;
     # 16: scales of 16 groups; 2: the scales' scale
     low, high, scale, d = b.split([128, 64, 16, 2], dim=1)
-    q = runs(low, 4, 64) | runs(high, 2, 32) << 4
-    return scaled(signed(q, 32), half(d) * scale.view(torch.int8))
+    q = unpack_runs(low, 4, 64) | unpack_runs(high, 2, 32) << 4
+    return scaled(centered(q, 32), as_float16(d) * scale.view(torch.int8))
 
 
 def scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,32 +147,32 @@ def scales_and_minima(b: Tensor) -> tuple[Tensor, Tensor]:
 def iq4_nl(b: Tensor) -> Tensor:
     # 2: scale; 16: weights, 2 x 16 of 4 bits
     d, q = b.split([2, 16], dim=1)
-    return scaled(uneven(runs(q, 4, 16)), half(d))
+    return scaled(iq4_lookup(unpack_runs(q, 4, 16)), as_float16(d))
 
 
 def iq4_xs(b: Tensor) -> Tensor:
     # 2: the scales' scale; 2, 4: bits 4-5, then bits 0-3 of the scales of 8 groups, in their order;
     # 128: weights, eight times 2 x 16 of 4 bits
     d, scale_high, scale_low, q = b.split([2, 2, 4, 128], dim=1)
-    scale = runs(scale_low, 4, 1) | runs(scale_high, 2, 1) << 4  # (n, 8)
-    return scaled(uneven(runs(q, 4, 16)), half(d) * signed(scale, 32))
+    scale = unpack_runs(scale_low, 4, 1) | unpack_runs(scale_high, 2, 1) << 4  # (n, 8)
+    return scaled(iq4_lookup(unpack_runs(q, 4, 16)), as_float16(d) * centered(scale, 32))
 
 
-def uneven(q: Tensor) -> Tensor:
+def iq4_lookup(q: Tensor) -> Tensor:
     """4 bits -> one of 16 integers, denser around zero."""
     values = (
-        uneven_values if torch.compiler.is_compiling() else kept_values
+        iq4_table if torch.compiler.is_compiling() else cached_iq4_table
     )  # the compiler keeps constants by itself
     return values(q.device).index_select(0, q.flatten().int()).view_as(q)
 
 
-def uneven_values(device: torch.device) -> Tensor:
+def iq4_table(device: torch.device) -> Tensor:
     """`kvalues_iq4nl` in ggml-common.h: (16,) int8."""
     values = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
     return torch.tensor(values, dtype=torch.int8, device=device)
 
 
-kept_values = cache(uneven_values)  # since a copy to a GPU waits for all that it was asked before
+cached_iq4_table = cache(iq4_table)  # since a copy to a GPU waits for all that it was asked before
 
 
 class Block(NamedTuple):

@@ -21,7 +21,7 @@ class QuantizedLinear(nn.Module):
         """The weight: (out_features, in_features), float32."""
         raise NotImplementedError
 
-    def plain(self, weight: Tensor) -> nn.Linear:
+    def to_linear(self, weight: Tensor) -> nn.Linear:
         """A frozen Linear with this weight in place of its own, and the same bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta").train(
             self.training

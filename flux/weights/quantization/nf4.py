@@ -36,7 +36,7 @@ def canonical(name: str) -> str:
     return re.sub(r"\.weight\.((?:nested_)?(?:absmax|quant_map))$", r".\1", name)
 
 
-class State(NamedTuple):
+class QuantState(NamedTuple):
     """What the JSON text says. `nested_blocksize` is None without double quantisation."""
 
     shape: tuple[int, int]  # (out_features, in_features)
@@ -47,7 +47,7 @@ class State(NamedTuple):
     )
 
 
-def read_state(path: Path, name: str) -> State:
+def read_state(path: Path, name: str) -> QuantState:
     """The state of a layer, from the JSON text that is the tensor `name` of the file; UserError if it says nothing good."""
     try:
         with safe_open(path, framework="pt", device="cpu") as mapped:
@@ -77,13 +77,13 @@ def read_state(path: Path, name: str) -> State:
         raise UserError(
             f"{path} has {name!r:.120} of the kind {kind!r:.40}; of bitsandbytes' kinds, nf4 and fp4 are read."
         )
-    return State((rows, columns), size, nested, float(offset))
+    return QuantState((rows, columns), size, nested, float(offset))
 
 
 class NF4Linear(QuantizedLinear):
     """A layer of bitsandbytes' files: 0.5625 bytes a weight, and 0.516 with double quantisation. FP4 has other values."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, state: State):
+    def __init__(self, in_features: int, out_features: int, bias: bool, state: QuantState):
         super().__init__(in_features, out_features, bias)
         self.state = state
         numbers = in_features * out_features

@@ -18,7 +18,7 @@ from flux.weights.quantization.nf4 import lookup
 
 # What stays as it is in a transformer, a part of a path each: what comes in and goes out, and what time and guidance do to
 # every token. Black Forest Labs' own FP8 files keep the same. Embeddings and norms are no Linears, in no network.
-KEPT = frozenset(
+SKIPPED = frozenset(
     {
         "img_in",
         "txt_in",
@@ -39,22 +39,22 @@ ROWS = 1024  # that are rounded at a time, which bounds what is held in float32 
 GROUP = 32  # numbers that share a scale in int4
 
 
-def compress(
+def quantize_(
     module: nn.Module,
     kind: str,
-    keep: Set[str] = KEPT,
+    keep: Set[str] = SKIPPED,
     device: torch.device | str | None = None,
     change: Callable[..., None] | None = None,
 ) -> None:
-    """Replace the large Linears of `module`, except below the names in `keep`, by ones of a kind of `KINDS`, on `device`.
+    """Replace the large Linears of `module`, except below the names in `keep`, by ones of a kind of `SCHEMES`, on `device`.
 
     One after the other, the old one let go: never two copies of the whole. So a mapped file is read once, and a model that fits
     a device only when it is small gets there; what is not replaced stays where it is. On the meta device, only shapes change.
     `change`, which merges LoRAs, is done first; it calls its `each` with the path of a layer when that is as it shall be.
     UserError for another kind, and for weights that were quantised before.
     """
-    if kind not in KINDS:
-        raise UserError(f"--quantize {kind!s:.40} is unknown; choose from {', '.join(KINDS)}.")
+    if kind not in SCHEMES:
+        raise UserError(f"--quantize {kind!s:.40} is unknown; choose from {', '.join(SCHEMES)}.")
     if before := next(
         (layer for layer in module.modules() if isinstance(layer, QuantizedLinear)), None
     ):
@@ -66,7 +66,7 @@ def compress(
     def shrink(path: str) -> None:
         if path in paths:
             paths.remove(path)
-            module.set_submodule(path, compressed(module.get_submodule(path), kind, device))
+            module.set_submodule(path, quantize_linear(module.get_submodule(path), kind, device))
 
     if change:
         change(module, each=shrink)
@@ -74,8 +74,8 @@ def compress(
         shrink(path)
 
 
-def large_linears(module: nn.Module, keep: Set[str] = KEPT) -> list[str]:
-    """The paths of the Linears that `compress` replaces."""
+def large_linears(module: nn.Module, keep: Set[str] = SKIPPED) -> list[str]:
+    """The paths of the Linears that `quantize_` replaces."""
     linears = [
         (path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
     ]
@@ -87,11 +87,11 @@ def large_linears(module: nn.Module, keep: Set[str] = KEPT) -> list[str]:
 
 
 @torch.no_grad()
-def compressed(
+def quantize_linear(
     linear: nn.Linear, kind: str, device: torch.device | str | None = None
 ) -> QuantizedLinear:
     """One Linear of a kind, frozen. The bias is kept."""
-    make, encode = KINDS[kind]
+    make, encode = SCHEMES[kind]
     device = torch.device(device or linear.weight.device)
     with torch.device("meta"):
         small = make(linear.in_features, linear.out_features, linear.bias is not None)
@@ -104,9 +104,9 @@ def compressed(
 
 
 @torch.no_grad()
-def whole(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+def dequantized(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
     """The Linear that computes the same, its weight rounded to `dtype`: what a LoRA can be merged into. Of any format."""
-    return layer.plain(layer.dequantize().to(dtype))
+    return layer.to_linear(layer.dequantize().to(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds
@@ -186,7 +186,7 @@ class Int4Linear(QuantizedLinear):
         return values.mul_(self.weight_scale.float()[..., None]).flatten(1)[:, : self.in_features]
 
 
-KINDS = {
+SCHEMES = {
     "fp8": Kind(fp8_by_rows, encode_fp8),
     "int8": Kind(Int8Linear, encode_int8),
     "int4": Kind(Int4Linear, encode_int4),
