@@ -5,7 +5,6 @@ neighbours are then packed into channels, so that one latent column is one token
 Attribute names are the keys of Black Forest Labs' `ae.safetensors`.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -389,31 +388,3 @@ class GroupNorm(nn.GroupNorm):
             self.bias.to(mean.dtype),
         )
         return lambda part: F.batch_norm(part, *known, eps=self.eps)
-
-
-DIFFUSERS_NAMES = (
-    (r"^quant_conv", "encoder.quant_conv"),
-    (r"^post_quant_conv", "decoder.post_quant_conv"),
-    (r"down_blocks\.(\d)\.", r"down.\1."),
-    (
-        r"up_blocks\.(\d)\.",
-        lambda level: f"up.{3 - int(level[1])}.",
-    ),  # diffusers counts from the coarsest of the four
-    (r"mid_block\.resnets\.0", "mid.block_1"),
-    (r"mid_block\.resnets\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0", "mid.attn_1"),
-    (r"group_norm", "norm"),
-    (r"to_([qkv])\.", r"\1."),
-    (r"to_out\.0", "proj_out"),
-    (r"resnets", "block"),
-    (r"(down|up)samplers\.0", r"\1sample"),
-    (r"conv_shortcut", "nin_shortcut"),
-    (r"conv_norm_out", "norm_out"),
-)
-
-
-def from_diffusers(name: str) -> str:
-    """Our name of a tensor in a `vae/` file, the only form in which FLUX.2 klein's autoencoder was released."""
-    for pattern, ours in DIFFUSERS_NAMES:
-        name = re.sub(pattern, ours, name)
-    return name

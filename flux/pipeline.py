@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import conditioning, sampling
-from flux.autoencoder import AutoEncoder, channels_last, from_diffusers
+from flux.autoencoder import AutoEncoder, channels_last
 from flux.conditioning import Conditions, ImageInputs
 from flux.configs import ModelSpec
 from flux.errors import UserError
@@ -46,6 +46,7 @@ from flux.runtime.memory import (
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys, to_siglip
 from flux.text_encoder import TextFeatures, text_encoder
 from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, Memory, Modulation, Numerics
+from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import shard_files
 from flux.weights.locate import get_spec, locate, with_decoder_of
 from flux.weights.quantization import FP8Linear, QuantizedLinear

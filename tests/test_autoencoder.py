@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import flux
 from flux import autoencoder
-from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers, pack, tiles, unpack
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig, pack, tiles, unpack
 from flux.errors import UserError
 from flux.parity.hooks import watching
 from flux.parity.reference import (
@@ -26,6 +26,7 @@ from flux.parity.reference import (
     randomise,
     shapes,
 )
+from flux.weights.diffusers_names import from_diffusers
 from flux.weights.load import load_module
 
 FLUX1 = AutoEncoderConfig()

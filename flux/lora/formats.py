@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flux.errors import UserError
+from flux.weights.diffusers_names import BLOCKS, diffusers_layer, split_block
 from flux.weights.files import read_header
 from flux.weights.quantization import QuantizedLinear
 
@@ -53,67 +54,16 @@ ROLES = (  # how a key ends, and what its tensor is
     (r"diff_b", "diff_bias"),
     (r"scale|weight", "value"),  # of a norm, whole: Black Forest Labs' control LoRAs bring new ones
 )
-# Rows of a fused weight, as spans in units of the hidden size, None for the end
-ALL = ((0, None),)
-Q, K, V, QKV, MLP = ((0, 1),), ((1, 2),), ((2, 3),), ((0, 3),), ((3, None),)
-SWAPPED = ((1, 2), (0, 1))  # theirs is scale, shift; ours is shift, scale
-NAMES = {  # blocks as we and diffusers say; our layer, its rows, what others (diffusers' FLUX.1 and FLUX.2, XLabs) call them
-    ("", ""): (
-        ("img_in", ALL, "x_embedder"),
-        ("txt_in", ALL, "context_embedder"),
-        ("vector_in.in_layer", ALL, "time_text_embed.text_embedder.linear_1"),
-        ("vector_in.out_layer", ALL, "time_text_embed.text_embedder.linear_2"),
-        *(
-            (
-                f"{ours}_in.{layer}_layer",
-                ALL,
-                f"time_{family}_embed.{theirs}_embedder.linear_{number}",
-            )
-            for ours, theirs in (("time", "timestep"), ("guidance", "guidance"))
-            for layer, number in (("in", 1), ("out", 2))
-            for family in ("text", "guidance")
-        ),
-        ("double_stream_modulation_img.lin", ALL, "double_stream_modulation_img.linear"),
-        ("double_stream_modulation_txt.lin", ALL, "double_stream_modulation_txt.linear"),
-        ("single_stream_modulation.lin", ALL, "single_stream_modulation.linear"),
-        ("final_layer.linear", ALL, "proj_out"),
-        ("final_layer.adaLN_modulation.1", SWAPPED, "norm_out.linear"),
-    ),
-    ("double_blocks.N.", "transformer_blocks.N."): (
-        ("img_mod.lin", ALL, "norm1.linear"),
-        ("txt_mod.lin", ALL, "norm1_context.linear"),
-        ("img_attn.qkv", Q, "attn.to_q"),
-        ("img_attn.qkv", K, "attn.to_k"),
-        ("img_attn.qkv", V, "attn.to_v"),
-        ("txt_attn.qkv", Q, "attn.add_q_proj"),
-        ("txt_attn.qkv", K, "attn.add_k_proj"),
-        ("txt_attn.qkv", V, "attn.add_v_proj"),
-        ("img_attn.qkv", ALL, "attn.to_qkv", "processor.qkv_lora1"),
-        ("txt_attn.qkv", ALL, "attn.to_added_qkv", "processor.qkv_lora2"),
-        ("img_attn.proj", ALL, "attn.to_out.0", "processor.proj_lora1"),
-        ("txt_attn.proj", ALL, "attn.to_add_out", "processor.proj_lora2"),
-        ("img_attn.norm.query_norm", ALL, "attn.norm_q"),
-        ("img_attn.norm.key_norm", ALL, "attn.norm_k"),
-        ("txt_attn.norm.query_norm", ALL, "attn.norm_added_q"),
-        ("txt_attn.norm.key_norm", ALL, "attn.norm_added_k"),
-        ("img_mlp.0", ALL, "ff.net.0.proj", "ff.linear_in"),
-        ("img_mlp.2", ALL, "ff.net.2", "ff.linear_out"),
-        ("txt_mlp.0", ALL, "ff_context.net.0.proj", "ff_context.linear_in"),
-        ("txt_mlp.2", ALL, "ff_context.net.2", "ff_context.linear_out"),
-    ),
-    ("single_blocks.N.", "single_transformer_blocks.N."): (
-        ("modulation.lin", ALL, "norm.linear"),
-        ("linear1", Q, "attn.to_q"),
-        ("linear1", K, "attn.to_k"),
-        ("linear1", V, "attn.to_v"),
-        ("linear1", MLP, "proj_mlp"),
-        ("linear1", QKV, "processor.qkv_lora"),
-        ("linear1", ALL, "attn.to_qkv_mlp_proj"),
-        ("linear2", ALL, "proj_out", "attn.to_out", "processor.proj_lora"),
-        ("norm.query_norm", ALL, "attn.norm_q"),
-        ("norm.key_norm", ALL, "attn.norm_k"),
-    ),
-}
+OTHER_NAMES = (  # our layer, its name fused by diffusers or in XLabs' code, rows / hidden size
+    ("img_attn.qkv", "attn.to_qkv", None),
+    ("txt_attn.qkv", "attn.to_added_qkv", None),
+    ("img_attn.qkv", "processor.qkv_lora1", None),
+    ("txt_attn.qkv", "processor.qkv_lora2", None),
+    ("img_attn.proj", "processor.proj_lora1", None),
+    ("txt_attn.proj", "processor.proj_lora2", None),
+    ("linear1", "processor.qkv_lora", 3),
+    ("linear2", "processor.proj_lora", None),
+)
 TEXT_PARTS = (
     ("clip", r"text_model_|encoder_layers_"),
     ("t5", r"encoder_block_|encoder_final_layer_norm|shared"),
@@ -156,21 +106,17 @@ def known_names(modules: Mapping[str, nn.Module | None]) -> dict[str, Place]:
 
 
 def _aliases(path: str, outputs: int, hidden_size: int) -> dict[str, tuple[tuple[int, int], ...]]:
-    """What others call a layer of the transformer, or some rows of it: name -> rows."""
-    block, number, layer = re.fullmatch(r"(?:(\w+_blocks\.)(\d+)\.)?(.*)", path).groups("")
+    """Return other tools' names of a layer of the transformer, or of some of its rows: name -> rows."""
+    block, number, layer = split_block(path)
+    prefixes = (f"{block}.{number}.", f"{BLOCKS[block]}.{number}.") if block else ("",)
     found = {}
-    for prefixes, table in NAMES.items():
-        for ours, spans, *theirs in table if prefixes[0] == (block and f"{block}N.") else ():
-            if ours == layer:
-                rows = tuple(
-                    (a * hidden_size, outputs if b is None else b * hidden_size) for a, b in spans
-                )
-                found |= {
-                    (prefix + name).replace("N", number): rows
-                    for prefix in prefixes
-                    for name in theirs
-                }
-    return found
+    for flux2 in (False, True):  # tools mix the names of both families
+        for part in diffusers_layer(path, flux2, hidden_size, outputs):
+            found[part.name.removeprefix(prefixes[-1])] = part.rows
+    for ours, name, widths in OTHER_NAMES:
+        if block and ours == layer:
+            found[name] = ((0, widths * hidden_size if widths else outputs),)
+    return {prefix + name: rows for prefix in prefixes for name, rows in found.items()}
 
 
 def address(key: str, names: Mapping[str, Place]) -> tuple[Place, str] | None:

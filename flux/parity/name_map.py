@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flux.parity.hooks import See
 from flux.transformer import Flux
+from flux.weights.diffusers_names import BLOCKS, split_block
 
 TAPS = ("q", "k", "v", "out")  # of attention
 
@@ -67,7 +68,8 @@ def matches_of(reference: ModuleType, ours: Flux) -> dict[str, Match]:
 
     # theirs give text first, and FLUX.1's single blocks text and picture apart
     def whole(block, tap):
-        return f"{reference.renamed(f'{block}.', reference.FLUX_NAMES)[:-1]}/{tap}"
+        blocks, number, _ = split_block(f"{block}.")
+        return f"{BLOCKS[blocks]}.{number}/{tap}"
 
     for block in (f"double_blocks.{i}" for i in range(ours.config.depth)):
         out |= {

@@ -25,6 +25,7 @@ from flux.parity.compare import errors
 from flux.siglip import ReduxConfig, SigLIPConfig
 from flux.t5 import T5, T5Config
 from flux.transformer import Flux, FluxConfig
+from flux.weights.diffusers_names import diffusers_layer, to_diffusers
 
 FLUX1_TINY = FluxConfig(
     in_channels=64,
@@ -110,71 +111,17 @@ def loaded(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 # -------------------------------------------------------------------------------------------------------- transformer
 
-FLUX1_NAMES = (  # pattern in our name, its replacement in diffusers'
-    (r"^time_in\.", "time_text_embed.timestep_embedder."),
-    (r"^guidance_in\.", "time_text_embed.guidance_embedder."),
-    (r"^vector_in\.", "time_text_embed.text_embedder."),
-    (r"\.img_mod\.lin\.", ".norm1.linear."),
-    (r"\.txt_mod\.lin\.", ".norm1_context.linear."),
-    (r"_mlp\.0\.", "_mlp.net.0.proj."),
-    (r"_mlp\.2\.", "_mlp.net.2."),
-    (r"\.modulation\.lin\.", ".norm.linear."),
-    (r"\.linear2\.", ".proj_out."),
-)
-FLUX2_NAMES = (
-    (r"^time_in\.", "time_guidance_embed.timestep_embedder."),
-    (r"^guidance_in\.", "time_guidance_embed.guidance_embedder."),
-    (r"_modulation(_img|_txt|)\.lin\.", r"_modulation\1.linear."),
-    (r"_mlp\.0\.", "_mlp.linear_in."),
-    (r"_mlp\.2\.", "_mlp.linear_out."),
-    (r"\.linear1\.", ".attn.to_qkv_mlp_proj."),
-    (r"\.linear2\.", ".attn.to_out."),
-)
-FLUX_NAMES = (
-    (r"^img_in\.", "x_embedder."),
-    (r"^txt_in\.", "context_embedder."),
-    (r"\.in_layer\.", ".linear_1."),
-    (r"\.out_layer\.", ".linear_2."),
-    (r"^final_layer\.linear\.", "proj_out."),
-    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
-    (r"\.img_attn\.proj\.", ".attn.to_out.0."),
-    (r"\.txt_attn\.proj\.", ".attn.to_add_out."),
-    (r"\.txt_attn\.norm\.(?:(q)uery|(k)ey)_norm\.scale$", r".attn.norm_added_\1\2.weight"),
-    (r"\.(?:img_attn\.)?norm\.(?:(q)uery|(k)ey)_norm\.scale$", r".attn.norm_\1\2.weight"),
-    (r"\.img_mlp\.", ".ff."),
-    (r"\.txt_mlp\.", ".ff_context."),
-    (r"^double_blocks\.", "transformer_blocks."),
-    (r"^single_blocks\.", "single_transformer_blocks."),
-)
-FLUX_SPLITS = {  # one matrix of ours, several of theirs
-    ".img_attn.qkv.": (".attn.to_q.", ".attn.to_k.", ".attn.to_v."),
-    ".txt_attn.qkv.": (".attn.add_q_proj.", ".attn.add_k_proj.", ".attn.add_v_proj."),
-    ".linear1.": (".attn.to_q.", ".attn.to_k.", ".attn.to_v.", ".proj_mlp."),  # FLUX.1 only
-}
-
-
-def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
 
 def transformer_to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tensor]:
-    """Split q, k, v (and FLUX.1's MLP) apart, and put the scale of the final modulation before its shift."""
-    rules = (FLUX2_NAMES if config.shared_modulation else FLUX1_NAMES) + FLUX_NAMES
+    """Return the weights by diffusers' names: q, k and v split, the final modulation's halves swapped."""
     out = {}
     for name, tensor in state.items():
-        if name.startswith("final_layer.adaLN_modulation."):
-            shift, scale = tensor.chunk(2)
-            tensor = torch.cat([scale, shift])
-        joined = next((part for part in FLUX_SPLITS if part in name), None)
-        if joined is None or (joined == ".linear1." and config.shared_modulation):
-            out[renamed(name, rules)] = tensor
-            continue
-        d, parts = config.hidden_size, FLUX_SPLITS[joined]
-        sizes = [d, d, d, len(tensor) - 3 * d][: len(parts)]
-        for part, rows in zip(parts, tensor.split(sizes), strict=True):
-            out[renamed(name.replace(joined, part), rules)] = rows
+        layer, _, leaf = name.rpartition(".")
+        leaf = "weight" if leaf == "scale" else leaf  # of RMSNorm
+        parts = diffusers_layer(layer, config.shared_modulation, config.hidden_size, len(tensor))
+        for part in parts:
+            rows = [tensor[start:stop] for start, stop in part.rows]
+            out[f"{part.name}.{leaf}"] = rows[0] if len(rows) == 1 else torch.cat(rows)
     return out
 
 
@@ -229,35 +176,16 @@ def diffusers_velocity(
 
 # -------------------------------------------------------------------------------------------------------- autoencoder
 
-AUTOENCODER_NAMES = (
-    (r"^encoder\.quant_conv\.", "quant_conv."),
-    (r"^decoder\.post_quant_conv\.", "post_quant_conv."),
-    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
-    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
-    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-)
-
 
 def autoencoder_to_diffusers(
     state: dict[str, Tensor], config: AutoEncoderConfig
 ) -> dict[str, Tensor]:
-    """diffusers counts the decoder's levels from the coarsest, and attends with Linears."""
+    """Return the weights by diffusers' names; its attention has Linears for our 1x1 convolutions."""
     out = {}
     for name, tensor in state.items():
-        name = re.sub(
-            r"\.up\.(\d+)", lambda found: f".up.{len(config.ch_mult) - 1 - int(found[1])}", name
-        )
         if ".attn_1." in name and tensor.ndim == 4:
             tensor = tensor[:, :, 0, 0].contiguous()
-        out[renamed(name, AUTOENCODER_NAMES)] = tensor
+        out[to_diffusers(name, len(config.ch_mult))] = tensor
     return out
 
 

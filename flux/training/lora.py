@@ -12,23 +12,21 @@ from torch import Tensor, nn
 from flux.errors import UserError
 from flux.training.distributed import whole
 from flux.transformer import Flux
+from flux.weights.diffusers_names import diffusers_layer, split_block
 from flux.weights.files import preview
 from flux.weights.quantization.linear import QuantizedLinear
 
-LAYERS = {  # of a block -> what diffusers calls its parts, in the order of its rows, in FLUX.1 and in FLUX.2
-    "img_attn.qkv": ("attn.to_q attn.to_k attn.to_v", "attn.to_q attn.to_k attn.to_v"),
-    "img_attn.proj": ("attn.to_out.0", "attn.to_out.0"),
-    "img_mlp.0": ("ff.net.0.proj", "ff.linear_in"),
-    "img_mlp.2": ("ff.net.2", "ff.linear_out"),
-    "txt_attn.qkv": (
-        "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-        "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-    ),
-    "txt_attn.proj": ("attn.to_add_out", "attn.to_add_out"),
-    "txt_mlp.0": ("ff_context.net.0.proj", "ff_context.linear_in"),
-    "txt_mlp.2": ("ff_context.net.2", "ff_context.linear_out"),
-    "linear1": ("attn.to_q attn.to_k attn.to_v proj_mlp", "attn.to_qkv_mlp_proj"),
-    "linear2": ("proj_out", "attn.to_out"),
+TRAINABLE = {  # layers of a block that get a LoRA
+    "img_attn.qkv",
+    "img_attn.proj",
+    "img_mlp.0",
+    "img_mlp.2",
+    "txt_attn.qkv",
+    "txt_attn.proj",
+    "txt_mlp.0",
+    "txt_mlp.2",
+    "linear1",
+    "linear2",
 }
 
 
@@ -58,7 +56,7 @@ def add_lora(network: Flux, rank: int, targets: Sequence[str] = ("*",)) -> list[
         for path, layer in network.named_modules()
         if isinstance(layer, nn.Linear | QuantizedLinear)
     ]
-    able = [path for path in linears if _layer(path) in LAYERS]
+    able = [path for path in linears if split_block(path)[2] in TRAINABLE]
     for pattern in targets:
         if not any(fnmatchcase(path, pattern) for path in able):
             raise UserError(
@@ -71,27 +69,19 @@ def add_lora(network: Flux, rank: int, targets: Sequence[str] = ("*",)) -> list[
     return paths
 
 
-def _layer(path: str) -> str:
-    """double_blocks.3.img_attn.qkv -> img_attn.qkv"""
-    return path.split(".", 2)[-1] if path.startswith(("double_blocks.", "single_blocks.")) else ""
-
-
 def lora_tensors(network: Flux) -> dict[str, Tensor]:
     """What was added, by the names of diffusers, which every loader of FLUX LoRAs knows.
 
     Where a layer of ours is several of theirs, each has a copy of A, and its rows of B.
     """
-    tensors, width = {}, network.config.hidden_size
+    tensors, c = {}, network.config
     for path, layer in network.named_modules():
-        if isinstance(layer, LoRALinear):
-            blocks, number, name = path.split(".", 2)
-            theirs = LAYERS[name][network.config.shared_modulation].split()
-            rows = [width] * (len(theirs) - 1)
-            a, b = whole(layer.lora_A.weight), whole(layer.lora_B.weight)
-            before = f"transformer.{'single_' if blocks == 'single_blocks' else ''}transformer_blocks.{number}"
-            for name, rows_of_b in zip(theirs, b.split([*rows, len(b) - sum(rows)]), strict=True):
-                tensors[f"{before}.{name}.lora_A.weight"] = (
-                    a.clone()
-                )  # no two names in a file may share memory
-                tensors[f"{before}.{name}.lora_B.weight"] = rows_of_b.clone()
+        if not isinstance(layer, LoRALinear):
+            continue
+        a, b = whole(layer.lora_A.weight), whole(layer.lora_B.weight)
+        for part in diffusers_layer(path, c.shared_modulation, c.hidden_size, len(b)):
+            ((start, stop),) = part.rows
+            # cloned: no two tensors in a file may share memory
+            tensors[f"transformer.{part.name}.lora_A.weight"] = a.clone()
+            tensors[f"transformer.{part.name}.lora_B.weight"] = b[start:stop].clone()
     return tensors

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from flux import configs
-from flux.autoencoder import AutoEncoder, AutoEncoderConfig, from_diffusers
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux.clip import CLIP, CLIPConfig
 from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
 from flux.errors import UserError
@@ -34,6 +34,7 @@ from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
 from flux.t5 import T5, T5Config
 from flux.text_encoder import clip_unread, language_model_ignore_keys, t5_unread
 from flux.transformer import Flux, FluxConfig
+from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import BITS, find_files, is_local, read_header, shard_files
 from flux.weights.locate import get_spec
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux.autoencoder import AutoEncoderConfig, from_diffusers
+from flux.autoencoder import AutoEncoderConfig
 from flux.clip import CLIPConfig
 from flux.configs import AE1, AE2, AE2_SMALL_DECODER, FLUX1, MISTRAL, MODELS
 from flux.language_model import LanguageModelConfig
@@ -26,6 +26,7 @@ from flux.runtime.memory import measure
 from flux.siglip import SigLIPConfig, siglip_ignore_keys
 from flux.t5 import T5Config
 from flux.text_encoder import language_model_ignore_keys
+from flux.weights.diffusers_names import from_diffusers
 from flux.weights.load import infer_config, load_module
 from flux.weights.quantization import QuantizedLinear
 
