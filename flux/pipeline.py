@@ -3,8 +3,9 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, reduce
+from operator import add
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from flux.errors import UserError
 from flux.image_io.input import as_mask, as_picture
 from flux.image_io.output import to_images
 from flux.lora.manager import LoraManager
+from flux.runtime.activation_memory import Workload
 from flux.runtime.checks import (
     Guidance,
     check_cfg,
@@ -29,20 +31,10 @@ from flux.runtime.checks import (
     check_size,
     check_steps,
 )
+from flux.runtime.devices import available_memory, can_compile, choose_device, choose_dtype
 from flux.runtime.lazy_module import LazyModule
-from flux.runtime.memory import (
-    OFFLOAD,
-    Offload,
-    Plan,
-    Weights,
-    Work,
-    can_compile,
-    check_vram,
-    choose_device,
-    choose_dtype,
-    plan,
-    room_on,
-)
+from flux.runtime.memory_plan import MemoryPlan, plan_memory
+from flux.runtime.options import Offload, RuntimeOptions
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys, to_siglip
 from flux.text_encoder import TextFeatures, text_encoder
 from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, Memory, Modulation, Numerics
@@ -50,7 +42,6 @@ from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import shard_files
 from flux.weights.locate import get_spec, locate, with_decoder_of
 from flux.weights.quantization import FP8Linear, QuantizedLinear
-from flux.weights.quantization.quantize import SCHEMES
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, time after it, latents (B, C, h, w)
 
@@ -63,24 +54,27 @@ def load(
     numerics: str | Numerics = "exact",
     transformer: str | Path | None = None,
     autoencoder: str | Path | None = None,
-    check_weights: bool = False,
+    check_finite: bool = False,
     offload: Offload | None = None,
-    vram: float | None = None,
+    max_vram: float | None = None,
     quantize: str | None = None,
-    native_fp8: bool = False,
+    fp8_matmul: bool = False,
     compile: bool = False,
-    tile: int | None = None,
+    vae_tile: int | None = None,
+    decode_dtype: torch.dtype | None = None,
 ) -> "Pipeline":
     """A pipeline for a model of `flux.MODELS`; flux.2-tiny, an embedded toy, where neither `name` nor `transformer` is given.
 
     `weights`: a folder to find the files in; else $FLUX_WEIGHTS, the Hugging Face cache, or a download. `transformer`: a file
     in BFL's layout to use in place of the row's own; without `name`, the row is the first of its shape. `autoencoder`: the
     same, with a decoder of any width. `dtype`: bfloat16 where the device computes in it, and float32 for the toy. Every file is
-    found and checked here, and UserError says what is wrong with it; `check_weights` looks for NaN too.
+    found and checked here, and UserError says what is wrong with it; `check_finite` looks for NaN too.
 
     The rest is `RuntimeOptions`'s.
     """
-    options = RuntimeOptions(offload, vram, quantize, native_fp8, compile, tile)
+    options = RuntimeOptions(
+        offload, max_vram, quantize, fp8_matmul, compile, vae_tile, decode_dtype
+    )
     spec = get_spec(name, transformer)
     if isinstance(numerics, str) and numerics not in NUMERICS:
         raise UserError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
@@ -98,40 +92,7 @@ def load(
         given["autoencoder"] = [Path(autoencoder)]
         spec = replace(spec, autoencoder=with_decoder_of(spec.autoencoder, Path(autoencoder)))
     files = locate(spec, None if weights is None else Path(weights), given)
-    return Pipeline(spec, files, device, dtype, numerics, check_weights, options)
-
-
-@dataclass(frozen=True)
-class RuntimeOptions:
-    """How memory and time are saved. `quantize`, `native_fp8` and `tile` cost exactness: `bench.py --lossy` says how much."""
-
-    offload: Offload | None = (
-        None  # how weights are held; else in the fastest way that fits (`flux.runtime.memory`)
-    )
-    vram: float | None = None  # GB of the device that may be used; else all that are free
-    quantize: str | None = (
-        None  # "fp8", "int8", "int4": of the transformer's and the large text encoders' matrices
-    )
-    native_fp8: bool = False  # float8 matrices are multiplied in float8
-    compile: bool = (
-        False  # the transformer's blocks: takes a minute at first, and saves time on GPUs
-    )
-    tile: int | None = None  # pixels: the side of the tiles that pictures are decoded in
-
-    def __post_init__(self):
-        if self.quantize is not None and self.quantize not in SCHEMES:
-            raise UserError(
-                f"--quantize {self.quantize!s:.40} is unknown; choose from {', '.join(SCHEMES)}"
-            )
-        if self.offload is not None and self.offload not in OFFLOAD:
-            raise UserError(
-                f"--offload {self.offload!s:.40} is unknown; choose from {', '.join(OFFLOAD)}"
-            )
-        check_vram(self.vram)
-        if self.tile is not None and not (self.tile >= 256 and self.tile % 16 == 0):
-            raise UserError(
-                f"--tile {self.tile}: the side of a tile is a multiple of 16, and 256 pixels at least"
-            )
+    return Pipeline(spec, files, device, dtype, numerics, check_finite, options)
 
 
 class Pipeline:
@@ -144,17 +105,19 @@ class Pipeline:
         device: torch.device,
         dtype: torch.dtype,
         numerics: Numerics,
-        check_weights: bool = False,
+        check_finite: bool = False,
         options: RuntimeOptions = RuntimeOptions(),
     ):
         if options.compile and not can_compile(device):
             what = "Triton" if device.type == "cuda" else "a C++ compiler"
             raise UserError(
-                f"--compile needs {what}, which is not here: install it, or leave --compile out"
+                f"compile: needs {what}, which is not installed. Install it, or leave `compile` out."
             )
         if options.quantize == "fp8" and device.type == "mps":
-            raise UserError("--quantize fp8: Apple's GPUs have no float8; use --quantize int8")
-        loading = dict(device=device, dtype=dtype, check_finite=check_weights)
+            raise UserError(
+                'quantize: Apple\'s GPUs have no float8 (got fp8). Use `quantize="int8"`.'
+            )
+        loading = dict(device=device, dtype=dtype, check_finite=check_finite)
         self.options = options
         self.spec, self.files, self.device, self.dtype, self.numerics = (
             spec,
@@ -179,7 +142,7 @@ class Pipeline:
         self.transformer.compiled = options.compile
         for network in (self.transformer, *self.text.networks):
             network.compression = options.quantize if network.lists else None  # CLIP is small
-            network.native_fp8 = options.native_fp8
+            network.native_fp8 = options.fp8_matmul
         self.autoencoder = LazyModule(
             AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **loading
         )
@@ -205,9 +168,9 @@ class Pipeline:
                 **loading,
             )
             self.adapters = siglip, LazyModule(Redux, ReduxConfig(), files["redux"], **loading)
-        if options.native_fp8 and options.quantize != "fp8" and not self._has_fp8:
+        if options.fp8_matmul and options.quantize != "fp8" and not self._has_fp8:
             raise UserError(
-                f"--native-fp8: {spec.name} has no float8 weights here: add --quantize fp8, or use an -fp8 file"
+                f'fp8_matmul: {spec.name} has no float8 weights here. Add `quantize="fp8"`, or use an -fp8 file.'
             )
         # `prepare` decides whether a stage's networks stay when it ends, and keeps for what it did
         self.resident, self.prepared = options.offload in (None, "none"), None
@@ -294,7 +257,7 @@ class Pipeline:
         batch: int = 1,
         conditions: Conditions | None = None,
         pictured: int = 0,
-    ) -> Plan:
+    ) -> MemoryPlan:
         """Decide what is in memory when, for pictures of this size; UserError, with numbers, for what cannot fit.
 
         `pictured`: pixels of the largest picture that is yet to be encoded.
@@ -305,7 +268,7 @@ class Pipeline:
             if network.resident is not None:
                 network.release()
         work = self._work(conditions or self._blank(width, height), steps, batch, pictured)
-        text = reduce(Weights.beside, (network.weights for network in self.text.networks))
+        text = reduce(add, (network.weights for network in self.text.networks))
         stages = {
             "text encoder": text,
             "transformer": self.transformer.weights,
@@ -313,18 +276,18 @@ class Pipeline:
         }
         if pictured:
             encoders = [network.weights for network in (self.encoder, *self.adapters)]
-            stages["picture encoder"] = reduce(Weights.beside, encoders)
-        room = room_on(self.device)
+            stages["image encoder"] = reduce(add, encoders)
+        room = available_memory(self.device)
         held = sum(
             network.held for network in (*self.text.networks, self.transformer, self.autoencoder)
         )  # and counted there
-        decided = plan(
+        decided = plan_memory(
             self.spec,
             stages,
             work,
             room._replace(device=room.device + held),
             self.options.offload,
-            self.options.vram,
+            self.options.max_vram,
             quantizable=self._quantizable,
         )
         self.resident = decided.offload == "none"
@@ -348,7 +311,7 @@ class Pipeline:
 
     def stay(self) -> None:
         """Have no network leave memory from here on, whatever is made: the transformer may be one that is being trained."""
-        self.resident, self.prepared = True, Work(*[sys.maxsize] * 6)
+        self.resident, self.prepared = True, Workload(*[sys.maxsize] * 6)
 
     @property
     def _quantizable(self) -> bool:
@@ -357,11 +320,13 @@ class Pipeline:
             isinstance(m, QuantizedLinear) for m in self.transformer.shapes.modules()
         )
 
-    def _work(self, given: Conditions, steps: int | None, batch: int, pictured: int = 0) -> Work:
+    def _work(
+        self, given: Conditions, steps: int | None, batch: int, pictured: int = 0
+    ) -> Workload:
         def count(tokens):
             return 0 if tokens is None else tokens.shape[1]
 
-        return Work(
+        return Workload(
             given.width,
             given.height,
             batch,
@@ -369,7 +334,7 @@ class Pipeline:
             count(given.text),
             steps or self.spec.steps,
             self.dtype.itemsize,
-            self.options.tile,
+            self.options.vae_tile,
             pictured,
         )
 
@@ -494,7 +459,9 @@ class Pipeline:
             raise UserError(f"{spec.name} needs a picture: give it with --image FILE")
         h, w = (n // 16 for n in check_size(given.height, given.width))
         steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance, steps)
-        if self.prepared is None or not self._work(given, steps, len(seeds)).within(self.prepared):
+        if self.prepared is None or not self._work(given, steps, len(seeds)).fits_within(
+            self.prepared
+        ):
             self.prepare(given.width, given.height, steps, len(seeds), conditions)
         times = sampling.schedule(spec.schedule, steps, h * w)
 
@@ -638,7 +605,7 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) -> pictures, one at a time, so that a batch takes the memory of one."""
-        autoencoder, tile = self.autoencoder(), self.options.tile
+        autoencoder, tile = self.autoencoder(), self.options.vae_tile
         decode = (
             partial(autoencoder.decode_tiled, tile=tile // 16, overlap=tile // 64)
             if tile

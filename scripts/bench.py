@@ -32,7 +32,7 @@ from benchmarks.setting import Setting
 
 from flux.configs import ModelSpec
 from flux.errors import UserError
-from flux.runtime.memory import choose_device
+from flux.runtime.devices import choose_device
 from flux.weights.locate import get_spec
 
 

@@ -475,7 +475,7 @@ def load(args: argparse.Namespace):
         args.transformer,
         args.autoencoder,
         args.check_weights,
-        args.offload,
+        {"stages": "model", "stream": "block"}.get(args.offload, args.offload),
         args.vram,
         args.quantize,
         args.native_fp8,

@@ -425,7 +425,7 @@ def test_nan_in_the_weights_is_told(models, tmp_path):
     with pytest.raises(
         UserError, match="bad.safetensors has NaN or infinity in 'single_blocks.1.linear2.weight'"
     ):
-        model.load(transformer=bad, check_weights=True)
+        model.load(transformer=bad, check_finite=True)
 
 
 def test_distilled_klein_refuses_guidance_and_negative_prompts(models):
@@ -440,7 +440,7 @@ def test_networks_that_are_let_go_between_stages_make_the_same_picture(models, n
     model = models[name]
     pipe = model.load()
     expected = pipe("a cat", 64, 64, 2)
-    pipe.options = replace(pipe.options, offload="stages")
+    pipe.options = replace(pipe.options, offload="model")
     parts = (*pipe.text.networks, pipe.transformer, pipe.autoencoder)
     for _ in range(2):
         (picture,) = pipe("a cat", 64, 64, 2)

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from flux.autoencoder import AutoEncoder
 from flux.errors import UserError
 from flux.pipeline import Pipeline
+from flux.runtime.devices import free_memory
 from flux.runtime.lazy_module import LazyModule
-from flux.runtime.memory import free_memory
 from flux.transformer import DoubleStreamBlock, Flux, Memory, ModulationOut, SingleStreamBlock
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]

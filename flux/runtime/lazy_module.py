@@ -3,13 +3,14 @@
 import copy
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from flux.errors import UserError
-from flux.runtime.memory import Weights, mapped_bytes, measure
+from flux.runtime.memory_plan import WeightSizes, mapped_bytes, measure_weights
 from flux.runtime.streaming import stream, tensors_of, unstream
 from flux.weights.load import init_empty, load_module
 from flux.weights.quantization import FP8, QuantizedLinear, enable_fp8_matmul
@@ -110,7 +111,7 @@ class LazyModule:
         return init_empty(lambda: self.kind(self.config))
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> WeightSizes:
         """Bytes of its weights, as they will be held."""
         held = copy.deepcopy(self.shapes) if self.compression or self.changed else self.shapes
         if self.compression:
@@ -119,7 +120,8 @@ class LazyModule:
             for path in self.changed:
                 if isinstance(layer := held.get_submodule(path), QuantizedLinear):
                     held.set_submodule(path, dequantized(layer, self.dtype))
-        return measure(held, self.lists, self.dtype, self._anew)._replace(merging=self._merging)
+        sizes = measure_weights(held, self.lists, self.dtype, self._anew)
+        return replace(sizes, merging=self._merging)
 
     @property
     def bytes(self) -> int:

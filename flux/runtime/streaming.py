@@ -23,7 +23,7 @@ from flux.errors import UserError
 ALIGNMENT = (
     256  # bytes; where CUDA's own allocator lets tensors begin, and more than any kernel asks for
 )
-SMALL = (
+MIN_STREAMED = (
     1 << 16
 )  # bytes; what is smaller (norms, biases, T5's table of distances) stays: its copy would cost more than its room
 
@@ -91,7 +91,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 def large_tensors(block: nn.Module) -> list[Tensor]:
     """What of a block is streamed."""
-    return [tensor for tensor in tensors_of(block) if tensor.nbytes >= SMALL]
+    return [tensor for tensor in tensors_of(block) if tensor.nbytes >= MIN_STREAMED]
 
 
 class Streamed(nn.ModuleList):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flux.errors import UserError
-from flux.runtime.memory import choose_device
+from flux.runtime.devices import choose_device
 from flux.transformer import DoubleStreamBlock, Flux, Modulation, SingleStreamBlock
 
 

@@ -10,7 +10,7 @@ import torch
 import flux
 from flux.errors import UserError
 from flux.image_io import control
-from flux.runtime.memory import room_on
+from flux.runtime.devices import available_memory
 from flux.training import dataset
 from flux.training import distributed as processes
 from flux.training import trainer as training
@@ -394,7 +394,7 @@ def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[datas
         need = need._replace(weights=pipe.transformer.bytes)
     teacher = pipe.transformer.bytes if args.distill else 0
     need = need._replace(weights=(need.weights + teacher) // world, states=need.states // world)
-    room = room_on(pipe.device).device
+    room = available_memory(pipe.device).device
 
     def gb(size):
         return f"{size / 1e9:.3g}"

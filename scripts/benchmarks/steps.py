@@ -25,8 +25,8 @@ from flux.parity.reference import (
     loaded,
     transformer_to_diffusers,
 )
+from flux.runtime.devices import can_compile
 from flux.runtime.lazy_module import compile_blocks
-from flux.runtime.memory import can_compile
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
 FAMILIES = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B}

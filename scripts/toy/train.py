@@ -38,7 +38,7 @@ from recipe.transformer import train_transformer
 from flux.autoencoder import AutoEncoder
 from flux.configs import AE, MODELS, ModelSpec
 from flux.errors import NonFiniteError, UserError
-from flux.runtime.memory import can_compile, choose_device
+from flux.runtime.devices import can_compile, choose_device
 from flux.training.distillation import teacher_of
 from flux.training.trainer import load, take, write
 from flux.transformer import Flux

@@ -28,7 +28,7 @@ from flux import toy as shapes
 from flux.configs import MODELS
 from flux.errors import NonFiniteError, WriteError
 from flux.parity.reference import max_error, networks, randomise, tiny_models, write_weights
-from flux.runtime.memory import Room
+from flux.runtime.devices import FreeMemory
 from flux.training import dataset
 from flux.training import lora as adapters
 from flux.training import trainer as training
@@ -1137,7 +1137,7 @@ def test_samples_are_those_of_what_is_trained_however_little_memory_there_is(
 ):
     """Where there is too little for all networks at once, a pipeline lets one go when the next comes; but not this one."""
     monkeypatch.setattr(training, "memory", lambda *_: training.Need(0, 0, 0))
-    monkeypatch.setattr("flux.pipeline.room_on", lambda device: Room("cpu", 1.2e7))
+    monkeypatch.setattr("flux.pipeline.available_memory", lambda device: FreeMemory("cpu", 1.2e7))
     steps = ("--lora-rank", 4, "--lr", 5e-2, "--warmup", 1, "--steps", 8, "--sample-every", 8)
     assert train(pictures, tmp_path, "--size", 64, *steps, "--prompt", "a red circle")[0] == 0
     sheet = np.asarray(Image.open(tmp_path / "samples" / "000008.png")).astype(int)
@@ -1209,7 +1209,7 @@ def test_references_for_a_model_without_are_told(train, tmp_path, flux1):
 
 
 def test_too_little_memory_is_told(train, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("flux.training.options.room_on", lambda device: Room("cpu", 1_000_000))
+    monkeypatch.setattr("flux.training.options.available_memory", lambda device: FreeMemory("cpu", 1_000_000))
     code, _, err = train(pictures, tmp_path / "run", "--batch", 64)
     assert (
         code == 2

@@ -32,9 +32,9 @@ from flux.lora import formats as lora
 from flux.parity.reference import FLUX1_TINY, randomise
 from flux.pipeline import Pipeline
 from flux.runtime import lazy_module as network
-from flux.runtime import memory
+from flux.runtime.activation_memory import Workload, activations
+from flux.runtime.devices import FreeMemory
 from flux.runtime.lazy_module import LazyModule
-from flux.runtime.memory import Room
 from flux.runtime.streaming import Streamed
 from flux.text_encoder import TextFeatures
 from flux.transformer import Flux, Modulation
@@ -55,7 +55,7 @@ pytestmark = [
 ASKED = dict(prompts="a cat", width=64, height=80, steps=2, seed=3)
 GIVEN = ("a cat", "--width", 64, "--height", 80, "--steps", 2, "--seed", 3)
 MODULATORS = r"(img_mod|txt_mod|modulation|modulation_img|modulation_txt)\.lin\."
-ENOUGH = Room("cpu", 1e12)
+ENOUGH = FreeMemory("cpu", 1e12)
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
 )
@@ -136,7 +136,7 @@ RUNS = {
 def test_however_weights_are_held_the_picture_is_the_same(zoo, name, dtype):
     model, asked = RUNS[name]
     expected = picture(load(zoo, model, dtype, offload="none"), **asked)
-    for offload in ("stages", "stream"):
+    for offload in ("model", "block"):
         pipe, seen = load(zoo, model, dtype, offload=offload), []
         live, encode_one = Live(), pipe.text.encode_one
 
@@ -168,7 +168,7 @@ def test_however_weights_are_held_the_picture_is_the_same(zoo, name, dtype):
         assert all(size == most[stage] for stage, size in seen if stage == "denoise")
 
 
-@pytest.mark.parametrize("offload", ["stages", "stream"])
+@pytest.mark.parametrize("offload", ["model", "block"])
 def test_when_a_network_is_loaded_no_other_is_there(zoo, offload, monkeypatch):
     """Nor its own former self, where the transformer is laid out anew without its modulation."""
     pipe, seen, ready = load(zoo, KLEIN, offload=offload), [], LazyModule._ready
@@ -180,7 +180,7 @@ def test_when_a_network_is_loaded_no_other_is_there(zoo, offload, monkeypatch):
     assert seen == [0] * 4
 
 
-@pytest.mark.parametrize("offload", ["stages", "stream"])
+@pytest.mark.parametrize("offload", ["model", "block"])
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_picture_takes_one_read_one_merge_and_one_rounding_of_the_transformer(
     zoo, offload, quantize, tmp_path, monkeypatch
@@ -212,7 +212,7 @@ def test_a_picture_takes_one_read_one_merge_and_one_rounding_of_the_transformer(
 
 
 @pytest.mark.parametrize("model", ["flux.1-dev", KLEIN])
-@pytest.mark.parametrize("offload", [None, "stages", "stream"])
+@pytest.mark.parametrize("offload", [None, "model", "block"])
 def test_stages_that_are_called_one_by_one_are_held_as_in_a_call(zoo, offload, model):
     expected, pipe, seen = picture(load(zoo, model)), load(zoo, model, offload=offload), []
 
@@ -232,19 +232,19 @@ def test_stages_that_are_called_one_by_one_are_held_as_in_a_call(zoo, offload, m
         features, [3], 64, 80, 2, callback=lambda *_: seen.append(streams(pipe.transformer))
     )
     assert pipe.decode(latents)[0].tobytes() == expected
-    assert seen == [offload == "stream"] * 3 and all_released(pipe) == bool(offload)
+    assert seen == [offload == "block"] * 3 and all_released(pipe) == bool(offload)
 
 
 def test_a_stage_that_needs_more_than_was_prepared_for_is_planned_anew_or_refused(zoo, monkeypatch):
     pipe = load(zoo, KLEIN, torch.bfloat16)
     features, peak = pipe.encode(["a cat", "a dog"]), pipe.prepare(64, 80, 2).peak
-    planned, plan = [], pipeline.plan
+    planned, plan = [], pipeline.plan_memory
 
     def seen(spec, weights, work, *more, **options):
         planned.append((work.width, work.height, work.batch, work.steps))
         return plan(spec, weights, work, *more, **options)
 
-    monkeypatch.setattr(pipeline, "plan", seen)
+    monkeypatch.setattr(pipeline, "plan_memory", seen)
     one = TextFeatures(features.tokens[:1], None)
     for given, asked in (
         ((one, [3]), (64, 80, 2)),
@@ -256,7 +256,7 @@ def test_a_stage_that_needs_more_than_was_prepared_for_is_planned_anew_or_refuse
         pipe.sample(*given, *asked)
     assert planned == [(64, 96, 1, 2), (64, 64, 2, 2), (64, 64, 1, 3)]
     pipe.prepare(64, 80, 2)
-    monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", peak))
+    monkeypatch.setattr(pipeline, "available_memory", lambda _: FreeMemory("cpu", peak))
     with pytest.raises(flux.errors.UserError, match="at 1024x1024 needs at least"):
         pipe.sample(one, [3], 1024, 1024, 2)
 
@@ -273,30 +273,31 @@ def test_with_room_everything_stays(zoo):
 def test_memory_that_is_short_is_noticed_and_what_was_loaded_goes(zoo, monkeypatch):
     """Stages by itself; also where there was room enough for the picture before."""
     pipe, live = load(zoo, KLEIN, torch.bfloat16), Live()
-    monkeypatch.setattr(pipeline, "room_on", lambda _: ENOUGH)
+    monkeypatch.setattr(pipeline, "available_memory", lambda _: ENOUGH)
     expected, most = picture(pipe), pipe.prepare(64, 80, 2)
     assert most.offload == "none" and live() > 0
-    monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", most.peak - 1000 - live()))
+    monkeypatch.setattr(
+        pipeline, "available_memory", lambda _: FreeMemory("cpu", most.peak - 1000 - live())
+    )
     assert picture(pipe) == expected and all_released(pipe) and live() == 0
-    assert pipe.prepare(64, 80, 2).offload == "stages"
+    assert pipe.prepare(64, 80, 2).offload == "model"
 
 
 def test_its_own_weights_do_not_leave_it_short_of_memory(zoo, monkeypatch):
     """Room for all, once: when they are loaded, less is free, and that is no reason for another plan, or to refuse."""
     pipe, live = load(zoo, KLEIN, torch.bfloat16, offload="none"), Live()
-    monkeypatch.setattr(pipeline, "room_on", lambda _: ENOUGH)
+    monkeypatch.setattr(pipeline, "available_memory", lambda _: ENOUGH)
     total = pipe.prepare(64, 80, 2).peak
-    monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", total - live()))
+    monkeypatch.setattr(pipeline, "available_memory", lambda _: FreeMemory("cpu", total - live()))
     assert (
         picture(pipe) == picture(pipe)
         and live()
-        > 0.9 * total
-        - memory.activations(pipe.spec, memory.Work(64, 80, steps=2), "cpu")["transformer"]
+        > 0.9 * total - activations(pipe.spec, Workload(64, 80, steps=2), "cpu")["transformer"]
     )
     assert pipe.prepare(64, 80, 2).offload == "none"
 
 
-@pytest.mark.parametrize("offload", ["stages", "stream"])
+@pytest.mark.parametrize("offload", ["model", "block"])
 def test_after_an_interruption_nothing_is_left_in_the_way(zoo, offload):
     pipe, live = load(zoo, "flux.1-dev", offload=offload), Live()
     expected = picture(pipe)
@@ -312,7 +313,7 @@ def test_after_an_interruption_nothing_is_left_in_the_way(zoo, offload):
 
 
 def test_pictures_are_encoded_and_their_encoder_goes_on_the_first_call_too(zoo):
-    pipe, live = load(zoo, KLEIN, offload="stages"), Live()
+    pipe, live = load(zoo, KLEIN, offload="model"), Live()
     pipe.condition(ImageInputs((A,)))
     assert live() == 0
 
@@ -339,7 +340,7 @@ def deep(zoo, monkeypatch, tmp_path) -> Pipeline:
     return build
 
 
-@pytest.mark.parametrize("offload", ["stages", "stream"])
+@pytest.mark.parametrize("offload", ["model", "block"])
 def test_a_quarter_of_flux1_is_out_of_memory_while_it_denoises(deep, offload, tmp_path):
     pipe, seen = deep(offload=offload), []
     whole = bytes_of(pipe.files["transformer"], torch.bfloat16)
@@ -361,7 +362,7 @@ def test_a_quarter_of_flux1_is_out_of_memory_while_it_denoises(deep, offload, tm
     )
 
 
-@pytest.mark.parametrize("offload", ["stages", "stream"])
+@pytest.mark.parametrize("offload", ["model", "block"])
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_with_a_lora_too(zoo, offload, quantize, tmp_path):
     """One that changes modulations, as most do for FLUX.1."""
@@ -441,16 +442,16 @@ def test_the_floor_is_enough(cli, zoo):
     flags = (*zoo(KLEIN), "--dtype", "bfloat16")
     run = cli("a cat", *flags, "--width", 1024, "--height", 1024, "--steps", 1, "--vram", 0.001)
     (floor,) = re.findall(r"needs at least ([0-9.]+) GB", run.err)
-    pipe = load(zoo, KLEIN, torch.bfloat16, vram=float(floor))
+    pipe = load(zoo, KLEIN, torch.bfloat16, max_vram=float(floor))
     assert pipe.prepare(1024, 1024, 1).peak <= float(floor) * 1e9
-    low = load(zoo, KLEIN, torch.bfloat16, vram=float(floor) - 0.1)
+    low = load(zoo, KLEIN, torch.bfloat16, max_vram=float(floor) - 0.1)
     with pytest.raises(flux.errors.UserError, match=f"needs at least {re.escape(floor)} GB"):
         low.prepare(1024, 1024, 1)
 
 
 @pytest.mark.parametrize("value", [0, -1, "nan", "inf"])
 def test_memory_that_is_no_amount_is_refused(cli, nothing_is_loaded, value):
-    cli(PROMPT, *QUICK, f"--vram={value}").says(f"--vram {value}", "gigabytes")
+    cli(PROMPT, *QUICK, f"--max_vram={value}").says(f"--vram {value}", "gigabytes")
 
 
 def test_memory_that_is_no_number_is_refused(cli):
@@ -475,16 +476,18 @@ def test_where_memory_is_short_stages_are_chosen_and_said(cli, zoo, monkeypatch)
     expected = pixels(made(cli(*flags, "--offload", "none")))
     most, least = (
         load(zoo, KLEIN, torch.bfloat16, offload=way).prepare(64, 80, 2).peak
-        for way in ("none", "stages")
+        for way in ("none", "model")
     )
-    monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", (most + least) / 2))
+    monkeypatch.setattr(
+        pipeline, "available_memory", lambda _: FreeMemory("cpu", (most + least) / 2)
+    )
     run = cli(*flags)
     assert pixels(made(run)) == expected
     assert (
         "memory: text encoder 0.0 GB, then transformer 0.0 GB, then autoencoder 0.0 GB; at most"
         in run.err
     )
-    monkeypatch.setattr(pipeline, "room_on", lambda _: ENOUGH)
+    monkeypatch.setattr(pipeline, "available_memory", lambda _: ENOUGH)
     run = cli(*flags)
     assert pixels(made(run)) == expected and "all at once" in run.err
 
@@ -501,7 +504,9 @@ def test_references_that_need_too_much_are_refused_before_a_prompt_is_encoded(
     ).peak
     assert larger > alone
     A.resize((1024, 1024)).save("a.png")
-    monkeypatch.setattr(pipeline, "room_on", lambda _: Room("cpu", (alone + larger) / 2))
+    monkeypatch.setattr(
+        pipeline, "available_memory", lambda _: FreeMemory("cpu", (alone + larger) / 2)
+    )
     monkeypatch.setattr(
         type(pipe.text), "encode_one", lambda *_: pytest.fail("a prompt was encoded")
     )
@@ -676,7 +681,7 @@ def test_quantised_transformer_files(cli, toy_fp8, toy_gguf, exact, kind):
     assert pixels(made(cli(PROMPT, "--seed", 7, *flags[:3], other))) == pixels(path)
 
 
-@pytest.mark.parametrize("offload", ["stages", "stream"])
+@pytest.mark.parametrize("offload", ["model", "block"])
 def test_quantised_files_are_offloaded(toy_fp8, toy_gguf, offload):
     for file in (toy_fp8, toy_gguf):
         held = [
@@ -841,7 +846,7 @@ def graphs(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(quantize="int8"), dict(offload="stages"), dict(offload="stream")], ids=str
+    "options", [{}, dict(quantize="int8"), dict(offload="model"), dict(offload="block")], ids=str
 )
 @pytest.mark.parametrize("name", ["flux.1-dev", KLEIN])
 def test_one_graph_for_all_blocks_of_a_kind(zoo, graphs, name, options):
@@ -914,19 +919,19 @@ def test_a_picture_of_tiles_is_nearly_the_same_and_can_be_made_again(cli):
 def test_tiles_are_counted_on_when_memory_is_short(zoo):
     """Decoding takes the most, in large pictures of small models."""
     whole, tiled = (
-        load(zoo, KLEIN, offload="stages", tile=tile).prepare(2048, 2048).peak
+        load(zoo, KLEIN, offload="model", vae_tile=tile).prepare(2048, 2048).peak
         for tile in (None, 256)
     )
     assert tiled < 0.9 * whole
     vram = (whole + tiled) / 2e9
-    assert load(zoo, KLEIN, tile=256, vram=vram).prepare(2048, 2048).peak <= vram * 1e9
+    assert load(zoo, KLEIN, vae_tile=256, max_vram=vram).prepare(2048, 2048).peak <= vram * 1e9
     with pytest.raises(flux.errors.UserError, match="--vram .* needs at least .*--tile 1024"):
-        load(zoo, KLEIN, vram=vram).prepare(2048, 2048)
+        load(zoo, KLEIN, max_vram=vram).prepare(2048, 2048)
 
 
 @pytest.mark.parametrize("side", [0, -256, 240, 255, 264])
 def test_other_tiles_are_refused(cli, nothing_is_loaded, side):
-    cli(PROMPT, *QUICK, f"--tile={side}").says(
+    cli(PROMPT, *QUICK, f"--vae_tile={side}").says(
         f"--tile {side}", "a multiple of 16", "256 pixels at least"
     )
 

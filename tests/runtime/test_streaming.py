@@ -32,7 +32,7 @@ either_family = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(offload, "SMALL", 0)
+    monkeypatch.setattr(offload, "MIN_STREAMED", 0)
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -185,7 +185,7 @@ def test_a_streamed_t5_is_equal(poisoned, monkeypatch):
     """Its first block has a table that is read from outside of the block: it is small, and stays."""
     resident, ids = frozen(T5(TINY_T5)), torch.randint(0, TINY_T5.vocab_size, (2, 10))
     table = resident.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-    monkeypatch.setattr(offload, "SMALL", table.nbytes + 1)
+    monkeypatch.setattr(offload, "MIN_STREAMED", table.nbytes + 1)
     ours = streamed(resident, ["encoder.block"])
     assert torch.equal(ours(ids), resident(ids))
     first = ours.encoder.block[0]

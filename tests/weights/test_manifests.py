@@ -22,7 +22,7 @@ from flux.configs import AE1, AE2, AE2_SMALL_DECODER, FLUX1, MISTRAL, MODELS
 from flux.language_model import LanguageModelConfig
 from flux.lora.formats import Lora, place
 from flux.parity.reference import diffusers_autoencoder, diffusers_transformer, shapes
-from flux.runtime.memory import measure
+from flux.runtime.memory_plan import measure_weights
 from flux.siglip import SigLIPConfig, siglip_ignore_keys
 from flux.t5 import T5Config
 from flux.text_encoder import language_model_ignore_keys
@@ -379,7 +379,7 @@ def test_quantised_file_is_loaded_at_full_size(name, tmp_path):
         torch.uint8: "U8",
     }
     assert {n: (types[tensor.dtype], tuple(tensor.shape)) for n, tensor in state.items()} == held
-    total = measure(network, (), torch.bfloat16).total
+    total = measure_weights(network, (), torch.bfloat16).total
     assert total == size(held) == sum(tensor.nbytes for tensor in state.values())
     quantised = {
         path for path, layer in network.named_modules() if isinstance(layer, QuantizedLinear)
