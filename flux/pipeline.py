@@ -27,7 +27,7 @@ from flux.runtime.checks import (
     check_cfg,
     check_count,
     check_guidance,
-    check_scale,
+    check_true_cfg_scale,
     check_size,
     check_steps,
 )
@@ -469,7 +469,7 @@ class Pipeline:
             return dict(zip(times.tolist(), sampling.per_step_values(values, steps)))
 
         embedded = None if spec.cfg or guidance is None else at_each(guidance)
-        scales = at_each(guidance if spec.cfg else check_scale(cfg_scale, steps))
+        scales = at_each(guidance if spec.cfg else check_true_cfg_scale(cfg_scale, steps))
         times = sampling.truncate_by_strength(times, given.strength)
         if negative is None and max(scales.values()) > 1:
             negative = self.encode([""])

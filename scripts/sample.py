@@ -373,7 +373,7 @@ def run(args: argparse.Namespace) -> int:
     steps = options.check_steps(spec, args.steps)
     for flag, asked in (("--guidance", args.guidance), ("--cfg-scale", args.cfg_scale)):
         if isinstance(asked, tuple) and len(asked) != steps:
-            raise options.miscounted(flag, len(asked), steps)
+            raise options.wrong_count(flag[2:].replace("-", "_"), len(asked), steps)
     guidance = options.check_guidance(spec, args.guidance, steps)
     if args.upsample == "local" and (spec.name != "flux.2-dev"):
         raise UserError(
@@ -389,7 +389,7 @@ def run(args: argparse.Namespace) -> int:
     )  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
     pipe = load(args)
     toy = ", an embedded toy" if spec.embedded else ""
-    guided = "" if guidance is None else f", guidance {options.written(guidance)}"
+    guided = "" if guidance is None else f", guidance {options.format_values(guidance)}"
     run = f"{steps} steps" + (
         f" at strength {pictures.strength:g}" if pictures and pictures.strength else ""
     )

@@ -31,7 +31,7 @@ from flux.parity.capture import Request, describe, run, without_weights
 from flux.parity.capture_file import DTYPES, KEY, Capture, Writer, cannot_write, raw, readable
 from flux.parity.hooks import check_patterns, matches
 from flux.pipeline import Pipeline
-from flux.runtime.checks import written
+from flux.runtime.checks import format_values
 from flux.runtime.lazy_module import LazyModule
 from flux.weights.files import read_header
 
@@ -286,7 +286,7 @@ def readme(pipe: Pipeline, expected: Capture, weights: bool) -> str:
 
 
 def _shown(value) -> str:
-    return written(value) if isinstance(value, list) else str(value)
+    return format_values(value) if isinstance(value, list) else str(value)
 
 
 def mu_of(spec: ModelSpec, tokens: int, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""What may be asked of a model: sizes, steps, guidance, seeds; each wrong value is refused in one sentence."""
+"""Check sizes, steps, guidance and seeds; raise UserError for a wrong value."""
 
 import operator
 import warnings
@@ -8,94 +8,99 @@ from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io.input import MAX_PIXELS
 
-Guidance = float | Sequence[float]  # one value; one a step; or two, the first and the last
+Guidance = float | Sequence[float]  # one value; a first and a last value; or one value a step
+MIN_SIDE, MAX_SIDE = 64, 8192  # pixels
 
 
-def check_whole(flag: str, number: int) -> None:
+def check_range(name: str, value: float, low: float, high: float, advice: str = "") -> None:
+    """Raise UserError unless the argument `name` is from `low` to `high`."""
+    if not low <= value <= high:
+        raise UserError(f"{name}: must be from {low} to {high} (got {value}). {advice}".rstrip())
+
+
+def check_integer(name: str, value: int) -> None:
+    """Raise UserError unless the argument `name` is an integer."""
     try:
-        operator.index(number)
+        operator.index(value)
     except TypeError:
-        raise UserError(f"{flag} {number!r:.40}: must be a whole number") from None
+        raise UserError(f"{name}: must be a whole number (got {value!r:.40}).") from None
 
 
 def check_size(height: int, width: int) -> tuple[int, int]:
-    for name, n in (("width", width), ("height", height)):
-        check_whole(f"--{name}", n)
-        if n % 16 or not 64 <= n <= 8192:
-            low, high = (min(8192, max(64, n // 16 * 16 + more)) for more in (0, 16))
-            nearest = str(low) if not 64 <= n <= 8192 else f"{low} or {high}"
+    """Return height and width; UserError unless they are a size that can be generated."""
+    for name, side in (("width", width), ("height", height)):
+        check_integer(name, side)
+        if side % 16 or not MIN_SIDE <= side <= MAX_SIDE:
+            below = min(MAX_SIDE, max(MIN_SIDE, side // 16 * 16))
+            nearest = f"{below} or {below + 16}" if MIN_SIDE <= side <= MAX_SIDE else f"{below}"
             raise UserError(
-                f"--{name} {n}: sizes are multiples of 16 from 64 to 8192; the nearest is {nearest}"
+                f"{name}: must be a multiple of 16 from {MIN_SIDE} to {MAX_SIDE} (got {side}). "
+                f"Use {nearest}."
             )
     if width * height > MAX_PIXELS:
-        size, most = (
-            f"{pixels / 1e6:.{digits}f}"
-            for pixels, digits in ((width * height, 0), (MAX_PIXELS, 1))
-        )
         raise UserError(
-            f"--width {width} --height {height}: that is {size} megapixels, and at most {most} are possible"
+            f"width: {width} and `height={height}` are {width * height / 1e6:.0f} megapixels "
+            f"(expected at most {MAX_PIXELS / 1e6:.1f}). Use a smaller size."
         )
     return height, width
 
 
 def check_steps(spec: ModelSpec, steps: int | None) -> int:
+    """Return the number of steps, by default the model's; warn if a distilled model has its own."""
     if steps is None:
         return spec.steps
-    check_whole("--steps", steps)
-    if not 1 <= steps <= 1000:
-        raise UserError(
-            f"--steps {steps}: must be from 1 to 1000; {spec.name} is meant for {spec.steps}"
-        )
+    check_integer("steps", steps)
+    check_range("steps", steps, 1, 1000, f"{spec.name} is meant for {spec.steps}.")
     if spec.distilled and steps != spec.steps:
-        warnings.warn(
-            f"{spec.name} was distilled for {spec.steps} steps, not {steps}", stacklevel=4
-        )
+        message = f"{spec.name} was distilled for {spec.steps} steps, not {steps}"
+        warnings.warn(message, stacklevel=4)
     return steps
 
 
 def check_guidance(spec: ModelSpec, guidance: Guidance | None, steps: int) -> list[float] | None:
-    """The guidance to use, as `sampling.per_step_values` takes it; None for a model that has none."""
+    """Return guidance as `sampling.per_step_values` takes it; None for a model without guidance."""
     if guidance is None:
         return None if spec.guidance is None else [spec.guidance]
-    meant = "takes none" if spec.guidance is None else f"is meant for {spec.guidance:g}"
-    values = check_values("--guidance", guidance, steps, f"{spec.name} {meant}")
-    if spec.guidance is None:
-        if values != [1]:
-            why = spec.distilled or "its transformer has no input for it"
-            raise UserError(
-                f"{spec.name} takes no --guidance (here {written(values)}): {why}; leave it out, or use a base or dev model"
-            )
-        return None
-    return values
+    usual = "no guidance" if spec.guidance is None else f"guidance {spec.guidance:g}"
+    values = check_values("guidance", guidance, steps, f"{spec.name} is meant for {usual}.")
+    if spec.guidance is not None:
+        return values
+    if values != [1]:
+        reason = spec.distilled or "its transformer has no guidance input"
+        raise UserError(
+            f"guidance: {spec.name} takes none (got {format_values(values)}): {reason}. "
+            "Leave `guidance` out, or use a base or dev model."
+        )
+    return None
 
 
-def check_scale(cfg_scale: Guidance | None, steps: int) -> list[float]:
-    return (
-        [1.0]
-        if cfg_scale is None
-        else check_values("--cfg-scale", cfg_scale, steps, "1 is off, and 2 to 5 are usual")
-    )
+def check_true_cfg_scale(scale: Guidance | None, steps: int) -> list[float]:
+    """Return the scale of classifier-free guidance as `sampling.per_step_values` takes it."""
+    if scale is None:
+        return [1.0]
+    return check_values("true_cfg_scale", scale, steps, "1 is off; 2 to 5 are usual.")
 
 
-def check_values(flag: str, values: Guidance, steps: int, advice: str) -> list[float]:
-    """A value, two, or one a step."""
+def check_values(name: str, values: Guidance, steps: int, advice: str) -> list[float]:
+    """Return one, two or `steps` values; UserError for another count, or outside 0 to 100."""
     values = list(values) if isinstance(values, Sequence) else [values]
     if len(values) not in (1, 2, steps):
-        raise miscounted(flag, len(values), steps)
+        raise wrong_count(name, len(values), steps)
     for value in values:
-        if not 0 <= value <= 100:
-            raise UserError(f"{flag} {value}: must be from 0 to 100; {advice}")
+        check_range(name, value, 0, 100, advice)
     return values
 
 
-def miscounted(flag: str, count: int, steps: int) -> UserError:
+def wrong_count(name: str, count: int, steps: int) -> UserError:
+    """Return the error about the number of values in the argument `name`."""
     return UserError(
-        f"{flag} has {count} values for {steps} steps: give one, START:END, or one for each step"
+        f"{name}: has {count} values for {steps} steps. "
+        "Give one value, a first and a last value, or one value for each step."
     )
 
 
-def written(values: Sequence[float]) -> str:
-    """As --guidance takes it."""
+def format_values(values: Sequence[float]) -> str:
+    """Return "4", "4:1" (from the first step to the last) or "4,3,2,1" (one value a step)."""
     return (":" if len(values) == 2 else ",").join(f"{value:g}" for value in values)
 
 
@@ -103,34 +108,44 @@ def check_cfg(
     spec: ModelSpec,
     guidance: Guidance | None,
     negative_prompt: str | None,
-    cfg_scale: Guidance | None,
+    true_cfg_scale: Guidance | None,
     steps: int,
 ) -> bool:
-    """Whether a second, unconditional pass is asked for; UserError where that makes no sense."""
-    if spec.cfg and cfg_scale is not None:
+    """Return whether a second, unconditional pass is requested; UserError for contradictions."""
+    if spec.cfg and true_cfg_scale is not None:
         raise UserError(
-            f"--cfg-scale {cfg_scale}: the guidance of {spec.name} is classifier-free already; use --guidance"
+            f"true_cfg_scale: the guidance of {spec.name} is classifier-free already "
+            f"(got {true_cfg_scale}). Use `guidance`."
         )
-    if spec.distilled and (negative_prompt, cfg_scale) != (None, None) and not spec.flux1:
+    if spec.distilled and not spec.flux1:
+        for name, value in (
+            ("negative_prompt", negative_prompt),
+            ("true_cfg_scale", true_cfg_scale),
+        ):
+            if value is not None:
+                raise UserError(
+                    f"{name}: {spec.name} takes none: {spec.distilled}. Use a base model."
+                )
+    name = "guidance" if spec.cfg else "true_cfg_scale"
+    if spec.cfg:
+        scales = check_guidance(spec, guidance, steps) or [1.0]
+    else:
+        scales = check_true_cfg_scale(true_cfg_scale, steps)
+    if negative_prompt is not None and max(scales) <= 1:
         raise UserError(
-            f"{spec.name} takes no negative prompt and no --cfg-scale: {spec.distilled}; use a base model"
+            f"negative_prompt: has an effect only with `{name}` above 1 "
+            f"(got {format_values(scales)}). Use `{name}=3`, for example."
         )
-    scale = max(
-        check_guidance(spec, guidance, steps) if spec.cfg else check_scale(cfg_scale, steps)
-    )
-    if negative_prompt is not None and scale <= 1:
-        flag = "--guidance" if spec.cfg else "--cfg-scale"
-        raise UserError(
-            f"--negative-prompt has an effect only with {flag} above 1; add {flag} 3, for example"
-        )
-    return scale > 1
+    return max(scales) > 1
 
 
 def check_count(count: int, seed: int) -> None:
+    """Check the number of images and the first image's seed; image k has seed + k."""
     if count < 1:
         raise UserError(
-            "there is nothing to make: give at least one prompt, and --num-images of at least 1"
+            "num_images: there is nothing to generate. "
+            "Give at least one prompt, and at least one image for each."
         )
-    check_whole("--seed", seed)
+    check_integer("seed", seed)
     if not 0 <= seed <= 2**63 - count:
-        raise UserError(f"--seed {seed}: must be from 0 to 2^63 - 1")
+        raise UserError(f"seed: must be from 0 to 2^63 - 1 (got {seed}).")
