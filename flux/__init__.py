@@ -7,7 +7,7 @@ __all__ = ["MODELS", "ImageInputs", "Pipeline", "UserError", "load"]
 
 _HOMES = {
     "MODELS": "configs",
-    "ImageInputs": "conditioning",
+    "ImageInputs": "image_io.request",
     "Pipeline": "pipeline",
     "UserError": "errors",
     "load": "pipeline",

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from flux import conditioning, sampling
 from flux.autoencoder import AutoEncoder, channels_last
-from flux.conditioning import Conditions, ImageInputs
+from flux.conditioning import Conditions
 from flux.configs import ModelSpec
 from flux.errors import UserError
-from flux.image_io.input import as_mask, as_picture
+from flux.image_io import request
+from flux.image_io.input import as_image, as_mask
 from flux.image_io.output import to_images
+from flux.image_io.request import ImageInputs
 from flux.lora.manager import LoraManager
 from flux.runtime.activation_memory import Workload
 from flux.runtime.checks import (
@@ -216,7 +218,7 @@ class Pipeline:
         self.prepare(width, height, steps, len(prompts) * num_images, largest)
         self.encode(prompts)  # all, while their encoder is there
         negative = self.encode([negative_prompt or ""]) if cfg else None
-        alike = {id(given): given and given.likeness for given in conditions}
+        alike = {id(given): given and given.batch_key for given in conditions}
         batches = defaultdict(
             list
         )  # of what is alike: that is all, unless each prompt has pictures of its own
@@ -225,7 +227,7 @@ class Pipeline:
         made: dict[int, Image.Image] = {}
         for numbers in batches.values():
             rows = [number // num_images for number in numbers]
-            given = conditions[rows[0]] and conditioning.joined([conditions[row] for row in rows])
+            given = conditions[rows[0]] and conditioning.collate([conditions[row] for row in rows])
             features, seeds = (
                 self.encode([prompts[row] for row in rows]),
                 [seed + number for number in numbers],
@@ -245,7 +247,7 @@ class Pipeline:
             made |= zip(numbers, self.decode(latents), strict=True)
 
         def finish(image, given):
-            return image if given is None else conditioning.finish(image, given)
+            return image if given is None else request.postprocess(image, given.init_image)
 
         return [finish(made[number], conditions[number // num_images]) for number in sorted(made)]
 
@@ -408,11 +410,11 @@ class Pipeline:
         """ImageInputs -> what `sample` takes of them, and the size that it will make."""
         pictures = replace(
             pictures,
-            images=tuple(map(as_picture, pictures.images)),
+            images=tuple(map(as_image, pictures.images)),
             mask=pictures.mask and as_mask(pictures.mask),
         )
-        conditioning.check_pictures(self.spec, pictures)
-        width, height = conditioning.size_of(self.spec, pictures, width, height)
+        request.check_images(self.spec, pictures)
+        width, height = request.output_size(self.spec, pictures, width, height)
         check_size(height, width)
         largest = max(picture.width * picture.height for picture in pictures.images)
         self.prepare(width, height, pictured=min(max(width * height, largest), 2024**2))
@@ -455,8 +457,8 @@ class Pipeline:
             raise UserError(
                 f"the pictures were made ready for {given.width}x{given.height}: leave --width and --height out"
             )
-        if conditions is None and spec.image_mode in conditioning.NEEDY:
-            raise UserError(f"{spec.name} needs a picture: give it with --image FILE")
+        if conditions is None:
+            request.check_images(spec, None)  # UserError where the model needs an image
         h, w = (n // 16 for n in check_size(given.height, given.width))
         steps, guidance = check_steps(spec, steps), check_guidance(spec, guidance, steps)
         if self.prepared is None or not self._work(given, steps, len(seeds)).fits_within(
@@ -487,7 +489,7 @@ class Pipeline:
             return torch.full((batch,), value, device=self.device)
 
         memories = None
-        if given.references is not None and given.cached:
+        if given.references is not None and given.kv_cache:
             first = None if embedded is None else filled(embedded[times[0].item()], 1)
             memories = self._remember(transformer, given, first, len(x))
         at = {
@@ -533,10 +535,10 @@ class Pipeline:
             return rearrange(grid, "b c h w -> b (h w) c").to(self.device)
 
         noise = tokens(noise)
-        if given.start is None:
+        if given.init is None:
             return noise, lambda x, t: x
 
-        def known(t, start=tokens(given.start)):
+        def known(t, start=tokens(given.init)):
             return sampling.scale_noise(start, noise, t)
 
         if given.mask is None:

@@ -276,12 +276,12 @@ def live(args: argparse.Namespace) -> int:
 
 
 def judge(rows, args: argparse.Namespace) -> int:
-    from flux.image_io.output import write_new
+    from flux.image_io.output import write_exclusive
     from flux.parity import compare
 
     if args.json:
         say(
-            f"rows: {write_new(args.json, lambda file: file.write(compare.to_json(rows).encode()))}"
+            f"rows: {write_exclusive(args.json, lambda file: file.write(compare.to_json(rows).encode()))}"
         )
     return int(compare.first_over(rows) is not None)
 
@@ -483,7 +483,7 @@ def called(args: argparse.Namespace):
 
 def replay(args: argparse.Namespace) -> int:
     from flux.errors import UserError
-    from flux.image_io.output import write_new
+    from flux.image_io.output import write_exclusive
     from flux.parity import compare, replay
     from flux.parity import tolerances as budgets
     from flux.parity.modules import Modules
@@ -510,7 +510,7 @@ def replay(args: argparse.Namespace) -> int:
         say(budgets.within(rows, capture, dtype, not args.free))
     if args.json:
         say(
-            f"rows: {write_new(args.json, lambda file: file.write(compare.to_json(rows).encode()))}"
+            f"rows: {write_exclusive(args.json, lambda file: file.write(compare.to_json(rows).encode()))}"
         )
     return int(compare.first_over(rows) is not None)
 

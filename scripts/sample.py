@@ -18,9 +18,27 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+from command_line import with_flags
+
 from flux.errors import NonFiniteError, UserError
 from flux.image_io.metadata import DTYPES, OPTIONS, describe, describe_files, recall, short
 
+FLAGS = {
+    "images": "--image",
+    "mask": "--mask",
+    "strength": "--strength",
+    "outpaint": "--expand",
+    "mask_threshold": "--mask-threshold",
+    "composite=False": "--no-composite",
+    "image_weights": "--image-weight",
+    "match_image_size": "--match-image-size",
+    "keep_input_size": "--keep-input-size",
+    "reference_limit": "--reference-limit",
+    "kv_cache=False": "--no-kv-cache",
+    "kv_cache=True": "--kv-cache",
+    "kv_cache": "--kv-cache",
+    "preprocess_control": "--photo",
+}
 NUMERICS = ("exact", "bfl", "diffusers")
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
@@ -336,7 +354,7 @@ def show_warnings_once() -> None:
     def note(message, *_, **__) -> None:
         if str(message) not in noted:
             noted.add(str(message))
-            say(f"note: {message}")
+            say(f"note: {with_flags(str(message), FLAGS)}")
 
     warnings.showwarning = note
 
@@ -355,7 +373,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from flux import conditioning, sampling
+    from flux import sampling
+    from flux.image_io import request
     from flux.runtime import checks as options
     from flux.weights import locate as models
 
@@ -368,7 +387,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"there is no prompt, and {spec.name} needs one: say what the picture should show"
         )
-    width, height = conditioning.size_of(spec, pictures, args.width, args.height)
+    width, height = request.output_size(spec, pictures, args.width, args.height)
     options.check_size(height, width)
     steps = options.check_steps(spec, args.steps)
     for flag, asked in (("--guidance", args.guidance), ("--cfg-scale", args.cfg_scale)):
@@ -413,7 +432,7 @@ def run(args: argparse.Namespace) -> int:
         for number, (prompt, short_prompt) in enumerate(shown)
     ]
     for metadata in recipes:
-        images.check_room(args.output, metadata)
+        images.check_metadata_fits(args.output, metadata)
 
     # 4. prompts to features, then picture by picture, so that each is the same whatever is made beside it
     conditions = pictures and pipe.condition(pictures, width, height)
@@ -552,38 +571,27 @@ def from_stdin() -> bytes:
 
 
 def gather_pictures(args: argparse.Namespace, spec):
-    """The pictures and what is to be done with them, or None."""
-    from flux import conditioning
+    """Return the checked image inputs of the flags, or None without any."""
     from flux.image_io import input as inputs
     from flux.image_io import output as images
+    from flux.image_io import request
 
-    options = {option: getattr(args, flag) for option, flag in OPTIONS.items()}
-    if not args.image:
-        flags = [
-            conditioning.FLAGS[option]
-            for option in conditioning.asked(conditioning.ImageInputs((), args.mask, **options))
-        ]
-        flags += ["--no-composite"] * (not args.composite) + ["--save-control"] * bool(
-            args.save_control
-        )
-        needed = flags[0] if flags else spec.name if spec.image_mode in conditioning.NEEDY else None
-        if needed:
-            raise UserError(f"{needed} needs a picture: give it with --image FILE")
-        return None
-    mask = inputs.read_mask(args.mask) if args.mask else None
-    pictures = conditioning.ImageInputs(
-        tuple(inputs.read_picture(path) for path in args.image), mask, **options
-    )
-    conditioning.check_pictures(spec, pictures)
-    if conditioning.begins(spec, pictures):
-        conditioning.canvas(pictures)  # refuses a mask or margins that do not fit
     if args.save_control and spec.image_mode != "control":
         raise UserError(
-            f"--save-control means nothing to {spec.name}, which takes no control picture: leave it out"
+            f"--save-control: {spec.name} takes no control image. Leave --save-control out."
         )
     if args.save_control:
         images.check_output(args.save_control, flag="--save-control")
-    return pictures
+    options = {option: getattr(args, flag) for option, flag in OPTIONS.items()}
+    mask = inputs.read_mask(args.mask) if args.mask else None
+    given = request.ImageInputs(tuple(map(inputs.read_image, args.image)), mask, **options)
+    if given == request.ImageInputs(()):
+        given = None
+    try:
+        request.check_images(spec, given)
+    except UserError as error:
+        raise UserError(with_flags(str(error), FLAGS)) from None
+    return given
 
 
 def check_loras(args: argparse.Namespace) -> None:
@@ -616,10 +624,12 @@ def note_unknown_words(prompts: list[str]) -> None:
 def save_latents(picture: Path, latents, metadata: dict) -> None:
     from safetensors.torch import save
 
-    from flux.image_io.output import write_new
+    from flux.image_io.output import write_exclusive
 
     data = save({"latents": latents.cpu().contiguous()}, {"flux": json.dumps(metadata)})
-    say(f"latents: {write_new(picture.with_suffix('.safetensors'), lambda file: file.write(data))}")
+    say(
+        f"latents: {write_exclusive(picture.with_suffix('.safetensors'), lambda file: file.write(data))}"
+    )
 
 
 def list_models(weights: Path | None) -> int:

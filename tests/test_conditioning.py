@@ -17,8 +17,8 @@ from test_pipeline import grid, levels, noise
 from torch import Tensor
 
 import flux
-from flux.conditioning import ImageInputs
 from flux.configs import MODELS, FLUX1Text, FLUX2Text
+from flux.image_io.request import ImageInputs
 from flux.parity.reference import (
     FLUX1_TINY,
     KLEIN_TINY,
@@ -233,7 +233,7 @@ def test_kontext_equals_diffusers(models, monkeypatch):
     theirs = model.variant("FluxKontextPipeline", monkeypatch)
     picture = photo(80, 96)
     given = dict(image=picture, guidance_scale=3.0, _auto_resize=False, max_area=WIDTH * HEIGHT)
-    compare(model, theirs, ImageInputs((picture,), keep_size=True), given, guidance=3.0)
+    compare(model, theirs, ImageInputs((picture,), keep_input_size=True), given, guidance=3.0)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -242,7 +242,9 @@ def test_flux2_references_equal_diffusers(models, monkeypatch, count):
     theirs = model.variant("Flux2Pipeline", monkeypatch)
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)][:count]
     given = dict(image=references, guidance_scale=3.0)
-    compare(model, theirs, ImageInputs(tuple(references), limit=1024), given, guidance=3.0)
+    compare(
+        model, theirs, ImageInputs(tuple(references), reference_limit=1024), given, guidance=3.0
+    )
 
 
 @pytest.mark.parametrize("name", ["flux.2-klein-4b", "flux.2-klein-base-4b"])
@@ -253,7 +255,7 @@ def test_klein_references_equal_diffusers(models, monkeypatch, name):
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
     cfg = dict(guidance=3.0, negative=model.features(2, rows=1)) if model.spec.cfg else {}
     given = dict(image=references, guidance_scale=cfg.get("guidance", 1.0))
-    compare(model, theirs, ImageInputs(tuple(references), limit=1024), given, **cfg)
+    compare(model, theirs, ImageInputs(tuple(references), reference_limit=1024), given, **cfg)
 
 
 def test_klein_kv_equals_diffusers(models, monkeypatch):
@@ -261,7 +263,9 @@ def test_klein_kv_equals_diffusers(models, monkeypatch):
     model = models("flux.2-klein-9b-kv")
     theirs = model.variant("Flux2KleinKVPipeline", monkeypatch)
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
-    compare(model, theirs, ImageInputs(tuple(references), limit=1024), dict(image=references))
+    compare(
+        model, theirs, ImageInputs(tuple(references), reference_limit=1024), dict(image=references)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- text tokens
@@ -289,7 +293,7 @@ def test_redux_equals_diffusers(models, monkeypatch, weights):
     added = torch.einsum(
         "n,ntd->td", torch.tensor(weights or [1.0]), embedded_by_diffusers(model, references)
     )[None]
-    pictures = ImageInputs(tuple(references), weights=weights)
+    pictures = ImageInputs(tuple(references), image_weights=weights)
     assert max_error(model.ours.condition(pictures).text, added) <= 2e-6
 
     features = model.features()
@@ -344,7 +348,7 @@ def test_klein_inpainting_equals_diffusers(models, monkeypatch, name):
         strength=0.6,
         guidance_scale=cfg.get("guidance", 1.0),
     )
-    pictures = ImageInputs((photo(), other), painted(), strength=0.6, limit=1024)
+    pictures = ImageInputs((photo(), other), painted(), strength=0.6, reference_limit=1024)
     compare(model, theirs, pictures, given, noise_given=False, **cfg)
 
 
@@ -379,7 +383,7 @@ def test_kontext_with_several_references_equals_diffusers_networks(models):
         features.pooled,
     )
     expected = tokens[0] - velocity[:, : tokens[0].shape[1]]
-    conditions = model.ours.condition(ImageInputs(references, keep_size=True), WIDTH, HEIGHT)
+    conditions = model.ours.condition(ImageInputs(references, keep_input_size=True), WIDTH, HEIGHT)
     ours = model.ours.sample(features, SEEDS, steps=1, guidance=3.0, conditions=conditions)
     assert max_error(ours, grid(expected, HEIGHT)) <= WITHIN
 

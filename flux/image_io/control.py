@@ -1,8 +1,8 @@
-"""Control pictures for FLUX.1 Canny and Depth, made from a photo as Black Forest Labs' code makes them.
+"""Control images for FLUX.1 Canny and Depth, made from a photo as Black Forest Labs' code does.
 
-Needs the packages of `pip install -e '.[control]'`; a control picture that is at hand needs none of this. The photo is first
-resized to the size that is to be generated. Source: black-forest-labs/flux, src/flux/modules/image_embedders.py. That code
-takes its bytes from [-1, 1] by truncation, whereby levels 1 to 63 lose one; here they are the photo's own.
+Needs the packages of `pip install -e '.[control]'`; a ready control image needs none of this. The
+photo has the size of the output already. Source: black-forest-labs/flux,
+src/flux/modules/image_embedders.py.
 """
 
 from importlib.util import find_spec
@@ -15,50 +15,67 @@ from PIL import Image
 from torch import Tensor
 
 from flux.errors import UserError
+from flux.image_io.output import to_pixels
 
 DEPTH_MODEL = "LiheYoung/depth-anything-large-hf"
-INSTALL = "run `pip install -e '.[control]'`, or give a ready control picture"
+INSTALL = "Run `pip install -e '.[control]'`, or use a ready control image."
 
 
-def check(kind: str) -> None:
-    """UserError unless the package that "canny" or "depth" needs is installed."""
+def check(kind: str | None) -> None:
+    """Raise UserError unless the package that "canny" or "depth" needs is installed."""
     package, name = ("cv2", "OpenCV") if kind == "canny" else ("transformers", "transformers")
     if find_spec(package) is None:
-        raise UserError(f"{kind} needs {name}, which is not installed: {INSTALL}")
+        raise UserError(f"{kind}: needs {name}, which is not installed. {INSTALL}")
 
 
-def canny(picture: Image.Image) -> Image.Image:
-    """An RGB picture -> its edges, white on black, RGB."""
+def control_pixels(kind: str | None, photo: Image.Image, bfl_levels: bool = False) -> Tensor:
+    """Return the control pixels (1, 3, H, W) of an RGB photo; `kind`: "canny" or "depth".
+
+    `bfl_levels`: lower some levels of the photo first, as BFL's code does.
+    """
+    if bfl_levels:
+        photo = truncate_levels(photo)
+    return depth(photo) if kind == "depth" else to_pixels(canny(photo))
+
+
+def truncate_levels(image: Image.Image) -> Image.Image:
+    """Return the bytes that BFL's code computes: (x / 127.5 - 1 + 1) * 127.5 in float32, cut off.
+
+    63 of the 256 levels come out one lower, where the product is just below the level.
+    """
+    levels = ((to_pixels(image) + 1) * 127.5).byte()  # (1, 3, H, W)
+    return Image.fromarray(levels[0].permute(1, 2, 0).contiguous().numpy())
+
+
+def canny(image: Image.Image) -> Image.Image:
+    """Return the edges of an RGB image, white on black, RGB."""
     check("canny")
     import cv2
 
-    return Image.fromarray(cv2.Canny(np.asarray(picture), 50, 200)).convert("RGB")
+    return Image.fromarray(cv2.Canny(np.asarray(image), 50, 200)).convert("RGB")
 
 
 @torch.inference_mode()
 def depth(
-    picture: Image.Image, model: str = DEPTH_MODEL, device: torch.device | str = "cpu"
+    image: Image.Image, model: str = DEPTH_MODEL, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """An RGB picture -> its inverse depth as pixels (1, 3, H, W), float32; near is bright. `model`: a repository or a folder.
+    """Return the inverse depth of an RGB image as pixels (1, 3, H, W), float32; near is bright.
 
-    They are to be used as they are, on the network's own scale, neither normalised nor rounded, nor bound to [-1, 1]; the
-    picture that `to_images` makes of them is to look at.
+    `model`: a repository or a folder. The values stay on the network's own scale: not normalized,
+    not rounded, not clamped to [-1, 1].
     """
     processor, network = _depth_anything(model)
-    inputs = processor(picture, return_tensors="pt")["pixel_values"].to(
-        device
-    )  # (1, 3, 14·h, 14·w)
-    predicted = repeat(network.to(device)(inputs).predicted_depth, "1 h w -> 1 3 h w")
-    size = picture.height, picture.width
-    return (
-        F.interpolate(predicted, size, mode="bicubic", antialias=True) / 127.5 - 1
-    )  # (1, 3, H, W)
+    x = processor(image, return_tensors="pt")["pixel_values"].to(device)  # (1, 3, 14h, 14w)
+    predicted = repeat(network.to(device)(x).predicted_depth, "1 h w -> 1 3 h w")
+    size = image.height, image.width
+    resized = F.interpolate(predicted, size, mode="bicubic", antialias=True)  # (1, 3, H, W)
+    return resized / 127.5 - 1
 
 
 def _depth_anything(model: str):
-    """The processor and the network of a repository or a folder, complete."""
+    """Load the processor and the network of a repository or a folder; UserError if incomplete."""
     check("depth")
-    # this processor resizes with Pillow, as all did at the time of FLUX.1; torchvision's pixels differ
+    # This processor resizes with Pillow, as all did when FLUX.1 appeared; torchvision's differs.
     from transformers import DepthAnythingForDepthEstimation, DPTImageProcessorPil
 
     try:
@@ -69,11 +86,12 @@ def _depth_anything(model: str):
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"the depth model {model} cannot be loaded ({reason:.200}): name another, or give a ready map"
+            f"{model}: the depth model cannot be loaded ({reason:.200}). Use another model, or a "
+            "ready control image."
         ) from None
-    if report["missing_keys"]:  # transformers would leave these random
-        lacks = f"{len(report['missing_keys'])} tensors, {min(report['missing_keys'])} among them"
+    if missing := report["missing_keys"]:  # transformers would leave these random
         raise UserError(
-            f"the depth model {model} lacks {lacks}: it is not a Depth Anything model, or damaged"
+            f"{model}: the depth model lacks {len(missing)} tensors ({min(missing)} is one). It is "
+            "damaged, or not a Depth Anything model."
         )
     return processor, network.eval()

@@ -1,6 +1,6 @@
-"""ImageInputs as input: read from any file or refused with a reason, then brought to the sizes that the models take.
+"""Read images and masks from files, and bring them to the sizes that the models take.
 
-A picture is 8-bit RGB from here on, and a mask 8-bit grey ("L"), in which white is what to change.
+An image is 8-bit RGB from here on. A mask is 8-bit gray ("L"): white is what may change.
 """
 
 import io
@@ -14,169 +14,141 @@ from PIL import Image, ImageFilter, ImageOps
 
 from flux.errors import UserError
 
-# Not all that Pillow knows: EPS and WMF would start other programs
+# Pillow knows more formats; EPS and WMF would start other programs.
+# fmt: off
 FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "AVIF",
-    "JPEG2000",
-    "TIFF",
-    "BMP",
-    "DIB",
-    "GIF",
-    "PPM",
-    "TGA",
-    "QOI",
+    "PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "GIF", "PPM", "TGA", "QOI",
 )
-MAX_PIXELS = 2**24  # of a canvas
+# fmt: on
+MAX_PIXELS = 2**24  # of an output, or of an outpainting canvas
 
-# (width, height), what FLUX.1 Kontext was trained on; black-forest-labs/flux, src/flux/util.py, PREFERED_KONTEXT_RESOLUTIONS
+# (width, height): the sizes that FLUX.1 Kontext was trained on. Source: black-forest-labs/flux,
+# src/flux/util.py, PREFERED_KONTEXT_RESOLUTIONS
+# fmt: off
 KONTEXT_SIZES = [
-    (672, 1568),
-    (688, 1504),
-    (720, 1456),
-    (752, 1392),
-    (800, 1328),
-    (832, 1248),
-    (880, 1184),
-    (944, 1104),
-    (1024, 1024),
-    (1104, 944),
-    (1184, 880),
-    (1248, 832),
-    (1328, 800),
-    (1392, 752),
-    (1456, 720),
-    (1504, 688),
-    (1568, 672),
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248),
+    (880, 1184), (944, 1104), (1024, 1024), (1104, 944), (1184, 880), (1248, 832),
+    (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672),
 ]
+# fmt: on
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------ reading
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """A file -> an upright RGB picture. UserError if it is none, has several frames, or too many pixels."""
-    return as_picture(_open(Path(path)), str(path))
+def read_image(path: str | Path) -> Image.Image:
+    """Read a file as an upright RGB image; UserError if no image, several frames, or too large."""
+    return as_image(_open(Path(path)), str(path))
 
 
 def read_mask(path: str | Path) -> Image.Image:
-    """A file -> a mask, "L", white where to change. UserError as for a picture, and for colours or transparency."""
+    """Read a file as a mask ("L"); UserError as in `read_image`, and for colors or transparency."""
     return as_mask(_open(Path(path)), str(path))
 
 
-def as_picture(image: Image.Image, name: str = "the picture") -> Image.Image:
-    """Any picture of Pillow's -> RGB. What is transparent is put on white, as browsers show it."""
+def as_image(image: Image.Image, name: str = "images") -> Image.Image:
+    """Convert an image of any Pillow mode to RGB, on white where transparent, as browsers do."""
     profile = _profile(image)
     image = _eight_bit(image, name)
     if profile and image.mode != "CMYK" and "srgb" not in profile.lower():
         warnings.warn(
-            f"{name} has the colour profile {profile!r:.60}, which is not applied: colours may be off; save it in "
-            "sRGB to have them kept",
+            f"{name}: the color profile {profile!r:.60} is not applied, so that colors may be off; "
+            "save the image in sRGB to keep them",
             stacklevel=3,
         )
     if image.mode == "CMYK":
         warnings.warn(
-            f"{name} is CMYK and was made RGB without its colour profile; colours may be off",
+            f"{name}: converted from CMYK to RGB without a color profile; colors may be off",
             stacklevel=3,
         )
     if _is_transparent(image):
-        warnings.warn(f"{name} has transparent parts, which were put on white", stacklevel=3)
+        warnings.warn(f"{name}: transparent parts were put on white", stacklevel=3)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def as_mask(image: Image.Image, name: str = "the mask") -> Image.Image:
-    """Any picture of Pillow's, if it is grey and opaque -> "L"."""
+def as_mask(image: Image.Image, name: str = "mask") -> Image.Image:
+    """Convert a gray and opaque image of any Pillow mode to "L"."""
     image = _eight_bit(image, name)
-    if _is_transparent(image):  # some programs mean by it what to change, and some what to keep
+    if _is_transparent(image):  # programs differ: the transparent part changes, or is kept
         raise UserError(
-            f"{name} has transparent parts, which a mask may not: save it opaque, white where to change"
+            f"{name}: a mask must be opaque (got transparent parts). Save it without transparency, "
+            "white where the image may change."
         )
     rgb = image.convert("RGB")
-    if is_coloured(rgb):
+    if is_color(rgb):
         raise UserError(
-            f"{name} has colours, which a mask may not: paint it black and white, white where to change"
+            f"{name}: a mask must be gray (got colors). Paint it black and white, white where the "
+            "image may change."
         )
     return rgb.convert("L")
 
 
-def is_coloured(picture: Image.Image) -> bool:
-    """Whether an RGB picture is more than grey."""
-    levels = np.asarray(picture)  # (H, W, 3)
-    return bool(
-        (levels.max(axis=2) - levels.min(axis=2)).max() > 64
-    )  # JPEG tints greys, but never so much
+def is_color(image: Image.Image) -> bool:
+    """Return whether an RGB image has colors; JPEG tints grays, but by less than 64 levels."""
+    levels = np.asarray(image)  # (H, W, 3)
+    return bool((levels.max(axis=2) - levels.min(axis=2)).max() > 64)
 
 
 def _open(path: Path) -> Image.Image:
-    """The picture in a file, whole and upright."""
+    """Read the upright image in a file, with all of its pixels."""
     try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder. Name an image file.")
         if not path.is_file():
-            what = (
-                "is a folder"
-                if path.is_dir()
-                else "is not a plain file"
-                if path.exists()
-                else "does not exist"
-            )
-            raise UserError(f"{path} {what}: name a picture file")
+            problem = "is not a regular file" if path.exists() else "does not exist"
+            raise UserError(f"{path}: {problem}. Name an image file.")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 frames = getattr(image, "n_frames", 1)
-                if (
-                    frames > 1 and image.format != "MPO"
-                ):  # a photo, with a preview or a gain map as its second frame
-                    raise UserError(
-                        f"{path} holds {frames} pictures: save the one that you mean as a PNG"
-                    )
+                if frames > 1 and image.format != "MPO":  # MPO: a photo and its preview
+                    raise UserError(f"{path}: holds {frames} images. Save one of them as PNG.")
                 return ImageOps.exif_transpose(image)
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
-        raise UserError(f"{path} has more than {most}: scale it down") from None
+        raise UserError(f"{path}: has more than {most}. Scale it down.") from None
     except Image.UnidentifiedImageError:
         raise UserError(
-            f"{path} is not a picture of a kind that can be read: save it as PNG, JPEG or WebP"
+            f"{path}: is not an image of a supported format. Save it as PNG, JPEG or WebP."
         ) from None
     except Exception as error:  # on a damaged file Pillow's readers may fail in any way
         if isinstance(error, OSError) and error.strerror:
             raise UserError(
-                f"{path} cannot be read ({error.strerror}): check its name and its rights"
+                f"{path}: cannot be read ({error.strerror}). Check its name and permissions."
             ) from None
         raise UserError(
-            f"{path} is damaged ({error}): get it again, or save it anew as PNG"
+            f"{path}: is damaged ({error}). Get it again, or save it again as PNG."
         ) from None
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
-    """To 8 bits a channel, by the range that the mode stands for: Pillow's own conversion cuts off at 255."""
+    """Scale to 8 bits a channel by the range of the mode; Pillow's own conversion clips at 255."""
+    if image.mode == "LAB":
+        raise UserError(f"{name}: the LAB color space is not supported. Save it as RGB.")
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        if image.mode == "LAB":
-            raise UserError(f"{name} is in the LAB colour space, which is not read: save it as RGB")
         return image
     values, top = np.asarray(image), 1 if image.mode == "F" else 65535
     if not (values.min() >= 0 and values.max() <= top):  # NaN, too, fails this
-        spread = f"values from {values.min():g} to {values.max():g}, where 0 to {top} is understood"
-        raise UserError(f"{name} has {spread}: scale them, or save it as an 8-bit or 16-bit PNG")
+        raise UserError(
+            f"{name}: has values from {values.min():g} to {values.max():g} (expected 0 to {top}). "
+            "Scale them, or save it as an 8-bit or 16-bit PNG."
+        )
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
 def _profile(image: Image.Image) -> str:
-    """The name of its colour profile, if it has one."""
+    """Return the name of the color profile; "" for none, or for one that cannot be read."""
     if not (data := image.info.get("icc_profile")):
         return ""
-    from PIL import ImageCms  # not above: few pictures have one
-
     try:
+        from PIL import ImageCms  # imported here: few images have a profile
+
         return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(data))).strip()
-    except (
-        ImportError,
-        OSError,
-        ImageCms.PyCMSError,
-    ):  # a Pillow without it, or a damaged profile: as if there were none
+    except (ImportError, OSError):  # Pillow without LittleCMS
+        return ""
+    except ImageCms.PyCMSError:  # a damaged profile
         return ""
 
 
@@ -184,141 +156,133 @@ def _is_transparent(image: Image.Image) -> bool:
     return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
 
 
-# ---------------------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------ sizes
 
 
-def check_reference(picture: Image.Image, name: str = "the reference picture") -> None:
-    """FLUX.2 takes references with sides of at least 64 pixels, in shapes up to 8:1."""
-    width, height = picture.size
+def check_reference(image: Image.Image, name: str = "the reference image") -> None:
+    """Raise UserError for sides below 64 pixels or a shape beyond 8:1, which FLUX.2 refuses."""
+    width, height = image.size
     if min(width, height) < 64:
         raise UserError(
-            f"{name} is {width}x{height}: both sides must be at least 64 pixels; give a larger one"
+            f"{name} is {width}x{height}: both sides must be at least 64 pixels. Use a larger one."
         )
     if max(width, height) > 8 * min(width, height):
         raise UserError(
-            f"{name} is {width}x{height}: one side may be at most 8 times the other; crop it"
+            f"{name} is {width}x{height}: one side may be at most 8 times the other. Crop it."
         )
 
 
-def fit_reference(picture: Image.Image, limit: int) -> Image.Image:
-    """A FLUX.2 reference, scaled down to at most `limit` pixels, then cropped about its centre to multiples of 16.
+def fit_reference(image: Image.Image, limit: int) -> Image.Image:
+    """Scale a FLUX.2 reference down to at most `limit` pixels; crop the center to multiples of 16.
 
-    Black Forest Labs' limit is 2024² for one reference and 1024² for each of several; diffusers' is 1024² for any.
+    BFL's limit is 2024² for one reference and 1024² for each of several; diffusers' is 1024².
     """
-    width, height = picture.size
+    width, height = image.size
     if width * height > limit:
         scale = math.sqrt(limit / (width * height))
-        picture = picture.resize(
-            (int(width * scale), int(height * scale)), Image.Resampling.LANCZOS
-        )
-    width, height = picture.width // 16 * 16, picture.height // 16 * 16
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+        size = int(width * scale), int(height * scale)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    width, height = image.width // 16 * 16, image.height // 16 * 16
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def preferred_size(width: int, height: int) -> tuple[int, int]:
-    """The size of nearest shape among those that FLUX.1 Kontext was trained on; of two as near, the narrower."""
+    """Return the size of `KONTEXT_SIZES` of nearest shape; of two equally near, the narrower."""
     return min(KONTEXT_SIZES, key=lambda size: (abs(width / height - size[0] / size[1]), size))
 
 
 def round_to_16(
     size: tuple[float, float], rounding: Callable[[float], int] = round
 ) -> tuple[int, int]:
-    """Width and height -> multiples of 16, of which the smallest is 64."""
+    """Round width and height to multiples of 16, to 64 at least."""
     width, height = (max(64, 16 * rounding(side / 16)) for side in size)
     return width, height
 
 
-def pad_to_16(picture: Image.Image) -> Image.Image:
-    """A picture or mask whose last column and row are repeated up to multiples of 16; cropping at (0, 0) undoes it."""
-    values = np.asarray(picture)  # (H, W, 3), or of a mask (H, W)
-    more = [(0, -picture.height % 16), (0, -picture.width % 16)] + [(0, 0)] * (values.ndim - 2)
-    return Image.fromarray(np.pad(values, more, "edge"))
+def pad_to_16(image: Image.Image) -> Image.Image:
+    """Repeat the last column and row of an image or mask up to multiples of 16."""
+    values = np.asarray(image)  # (H, W, 3), or (H, W) of a mask
+    padding = [(0, -image.height % 16), (0, -image.width % 16), (0, 0)][: values.ndim]
+    return Image.fromarray(np.pad(values, padding, "edge"))
 
 
-# ---------------------------------------------------------------------------------------------------------- masks
+# ------------------------------------------------------------------------------ masks
 
 
-def expand(
-    picture: Image.Image, left: int, top: int, right: int, bottom: int
+def outpaint_canvas(
+    image: Image.Image, left: int, top: int, right: int, bottom: int
 ) -> tuple[Image.Image, Image.Image]:
-    """Outpainting: the picture, its edges drawn out over a larger canvas, and the mask of what is new there."""
-    margins = f"margins of {left}, {top}, {right}, {bottom} (left, top, right, bottom)"
+    """Return the image on a larger canvas, its edges repeated, and the mask of what is new."""
+    margins = f"outpaint: margins of {left}, {top}, {right}, {bottom} (left, top, right, bottom)"
     if min(left, top, right, bottom) < 0 or not (left or top or right or bottom):
-        raise UserError(f"{margins}: give numbers of pixels from 0, of which one at least is not 0")
-    size = picture.width + left + right, picture.height + top + bottom
-    if size[0] * size[1] > MAX_PIXELS:
-        made = f"{size[0]}x{size[1]}, which is {size[0] * size[1] / 1e6:.0f} megapixels"
+        raise UserError(f"{margins} must be numbers of pixels from 0, at least one above 0.")
+    width, height = image.width + left + right, image.height + top + bottom
+    if width * height > MAX_PIXELS:
         raise UserError(
-            f"{margins} make the picture {made}, and at most {MAX_PIXELS / 1e6:.1f} are possible: give smaller ones"
+            f"{margins} make a canvas of {width}x{height}, {width * height / 1e6:.0f} megapixels "
+            f"(at most {MAX_PIXELS / 1e6:.1f}). Use smaller margins."
         )
-    margin = (top, bottom), (left, right), (0, 0)
-    canvas, mask = (
-        Image.fromarray(np.pad(np.asarray(picture), margin, "edge")),
-        Image.new("L", size, 255),
-    )
-    mask.paste(0, (left, top, left + picture.width, top + picture.height))
+    padding = [(top, bottom), (left, right), (0, 0)]
+    canvas = Image.fromarray(np.pad(np.asarray(image), padding, "edge"))
+    mask = Image.new("L", (width, height), 255)
+    mask.paste(0, (left, top, left + image.width, top + image.height))
     return canvas, mask
 
 
-def reconcile(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """The mask in the picture's size. UserError if it has another shape, or marks nothing."""
-    (width, height), (mask_width, mask_height) = picture.size, mask.size
-    if mask.size != picture.size:
-        sizes = f"the mask is {mask_width}x{mask_height} and the picture {width}x{height}"
-        # one may be the other scaled, each side to within a pixel
-        if abs(mask_width * height - mask_height * width) > max(
-            width, height, mask_width, mask_height
-        ):
-            raise UserError(
-                f"{sizes}, which is another shape: make the mask from the picture, in its size"
-            )
-        warnings.warn(f"{sizes}: the mask was resized", stacklevel=2)
-        mask = mask.resize(
-            picture.size, Image.Resampling.BILINEAR
-        )  # LANCZOS would overshoot at edges
-    check_mask(mask)
+def match_mask_size(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """Resize the mask to the image's size; UserError for another shape, or an all black mask."""
+    (width, height), (mask_width, mask_height) = image.size, mask.size
+    if mask.size != image.size:
+        sizes = f"the mask of {mask_width}x{mask_height} for an image of {width}x{height}"
+        # of equal shape: one is the other scaled, each side to within a pixel
+        difference = abs(mask_width * height - mask_height * width)
+        if difference > max(width, height, mask_width, mask_height):
+            raise UserError(f"mask: {sizes} has another shape. Make the mask from the image.")
+        warnings.warn(f"{sizes} was resized", stacklevel=2)
+        mask = mask.resize(image.size, Image.Resampling.BILINEAR)  # LANCZOS overshoots at edges
+    require_nonempty_mask(mask)
     if mask.getextrema()[0] == 255:
-        warnings.warn("the mask is white all over: nothing of the picture is kept", stacklevel=2)
+        warnings.warn("the mask is all white: nothing of the image is kept", stacklevel=2)
     return mask
 
 
-def check_mask(mask: Image.Image, name: str = "the mask") -> None:
+def require_nonempty_mask(mask: Image.Image, name: str = "mask") -> None:
+    """Raise UserError for a mask that is all black."""
     if mask.getextrema()[1] == 0:
         raise UserError(
-            f"{name} is black all over, so that nothing would change: paint white what is to change"
+            f"{name}: is all black, so that nothing would change. Paint white what may change."
         )
 
 
-def harden(mask: Image.Image, threshold: float) -> Image.Image:
-    """White from `threshold` on, in (0, 1], and else black. UserError if nothing is left white."""
-    hard = mask.point(lambda level: 255 * (level >= threshold * 255))
-    if hard.getextrema()[1] == 0:
-        lightest = f"its lightest grey is {mask.getextrema()[1]} of 255"
+def binarize_mask(mask: Image.Image, threshold: float) -> Image.Image:
+    """Make levels from `threshold` in (0, 1] white and others black; UserError if none is white."""
+    binary = mask.point(lambda level: 255 * (level >= threshold * 255))
+    if binary.getextrema()[1] == 0:
         raise UserError(
-            f"the mask is dark all over ({lightest}), so that nothing would change: paint white what is to change"
+            f"mask: is too dark, so that nothing would change (its lightest gray is "
+            f"{mask.getextrema()[1]} of 255). Paint white what may change."
         )
-    return hard
+    return binary
 
 
 def composite(
     result: Image.Image, original: Image.Image, mask: Image.Image, feather: int = 4
 ) -> Image.Image:
-    """The result where the mask is white, the original, byte for byte, where it is black, and a blend where it is grey.
+    """Blend: `result` where the mask is white, `original`, byte for byte, where it is black.
 
-    The seam is blended over up to `feather` pixels inside the mask, fewer where the mask is narrow, so that its middle is
-    wholly the result's.
+    The seam runs over up to `feather` pixels inside the mask. Where the mask is narrow it runs over
+    fewer, so that the middle is the result's own.
     """
-    depth, eroded = (
-        np.zeros((mask.height, mask.width), np.uint8),
-        mask.point(lambda level: 255 * (level > 0)),
-    )
-    for _ in range(feather + 1):  # how far inside a pixel lies, counted up to feather + 1
-        depth, eroded = depth + (np.asarray(eroded) > 0), eroded.filter(ImageFilter.MinFilter(3))
-    deepest = np.asarray(
+    depth = np.zeros((mask.height, mask.width), np.uint8)  # how deep inside, up to feather + 1
+    eroded = mask.point(lambda level: 255 * (level > 0))
+    for _ in range(feather + 1):
+        depth += np.asarray(eroded) > 0
+        eroded = eroded.filter(ImageFilter.MinFilter(3))
+    deepest_nearby = np.asarray(
         Image.fromarray(depth).filter(ImageFilter.MaxFilter(2 * feather + 1))
-    )  # nearby
-    weight = np.asarray(mask, np.float32) / 255 * depth / np.maximum(deepest, 1)
+    )
+    weight = np.asarray(mask, np.float32) / 255 * depth / np.maximum(deepest_nearby, 1)
     weight = weight[..., None]  # (H, W, 1), exactly 0 and 1 at its ends
     blend = np.asarray(original) * (1 - weight) + np.asarray(result) * weight
     return Image.fromarray(np.rint(blend).astype(np.uint8))

@@ -29,27 +29,27 @@ REMADE = dict(  # what a picture's parameters must hold, and of what type, to ma
 )
 OPTIONS = {  # of flux.ImageInputs -> flags; also what the metadata keep
     "strength": "strength",
-    "expand": "expand",
+    "outpaint": "expand",
     "mask_threshold": "mask_threshold",
     "composite": "composite",
-    "weights": "image_weight",
-    "match": "match_image_size",
-    "keep_size": "keep_input_size",
-    "limit": "reference_limit",
-    "cached": "kv_cache",
-    "photo": "photo",
+    "image_weights": "image_weight",
+    "match_image_size": "match_image_size",
+    "keep_input_size": "keep_input_size",
+    "reference_limit": "reference_limit",
+    "kv_cache": "kv_cache",
+    "preprocess_control": "photo",
 }
 REMADE_PICTURES = dict(  # of these types
     strength=float | int | None,
-    expand=list | None,
+    outpaint=list | None,
     mask_threshold=float | int | None,
     composite=bool,
-    weights=list | None,
-    match=int | None,
-    keep_size=bool,
-    limit=int | None,
-    cached=bool | None,
-    photo=bool,
+    image_weights=list | None,
+    match_image_size=int | None,
+    keep_input_size=bool,
+    reference_limit=int | None,
+    kv_cache=bool | None,
+    preprocess_control=bool,
 )
 
 
@@ -133,10 +133,10 @@ def recall_files(args: Namespace, metadata: dict, default: Callable[[str], objec
     wrong = lacking(options, REMADE_PICTURES)
     if (
         not wrong
-        and options["expand"] is not None
-        and [type(pixels) for pixels in options["expand"]] != [int] * 4
+        and options["outpaint"] is not None
+        and [type(pixels) for pixels in options["outpaint"]] != [int] * 4
     ):
-        wrong = ["expand"]
+        wrong = ["outpaint"]
     if wrong:
         raise UserError(f"{args.remake} lacks what was done with its pictures: {', '.join(wrong)}")
     for option, flag in OPTIONS.items():

@@ -56,7 +56,7 @@ def check_output(path: Path, texts: Iterable[str] = (), flag: str = "--output") 
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unused(path)  # raises if the name is too long for the file system
+        next_free_path(path)  # raises if the name is too long for the file system
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -64,10 +64,10 @@ def check_output(path: Path, texts: Iterable[str] = (), flag: str = "--output") 
             f"{flag} {path}: cannot be written there ({error.strerror}); choose another folder or name"
         ) from None
     for text in texts:
-        check_room(path, {"prompt": text}, flag)
+        check_metadata_fits(path, {"prompt": text}, flag)
 
 
-def check_room(path: Path, metadata: dict, flag: str = "--output") -> None:
+def check_metadata_fits(path: Path, metadata: dict, flag: str = "--output") -> None:
     """Refuse parameters that a picture could not hold, before it is made: a JPEG keeps them in one segment."""
     if FORMATS[path.suffix.lower()] == "JPEG" and len(_xmp(metadata)) > JPEG_ROOM:
         raise UserError(
@@ -81,7 +81,7 @@ def _xmp(metadata: dict) -> bytes:
     ).encode()  # CDATA may not hold its own end
 
 
-def unused(path: Path, beside: Sequence[str] = ()) -> Path:
+def next_free_path(path: Path, beside: Sequence[str] = ()) -> Path:
     """`path`, or the first of path-2, path-3, ... that does not exist, nor does any with a suffix of `beside`."""
     candidate, number = path, 2
     taken = lambda file: file.exists() or file.is_symlink()  # noqa: E731  a link that leads nowhere is there, too
@@ -91,7 +91,7 @@ def unused(path: Path, beside: Sequence[str] = ()) -> Path:
 
 
 def save(image: Image.Image, path: Path, metadata: dict, beside: Sequence[str] = ()) -> Path:
-    """Write a picture and its parameters under a new name; returns the name. `beside`: as for `unused`."""
+    """Write a picture and its parameters under a new name; returns the name. `beside`: as for `next_free_path`."""
     options: dict = {"format": FORMATS[path.suffix.lower()]}
     if options["format"] == "PNG":
         from PIL import PngImagePlugin  # which Pillow too waits with
@@ -105,17 +105,19 @@ def save(image: Image.Image, path: Path, metadata: dict, beside: Sequence[str] =
         options |= {"quality": 95, "xmp": _xmp(metadata)}
     if options["format"] == "JPEG":
         options["subsampling"] = 0
-    return write_new(path, lambda file: image.save(file, **options), beside)
+    return write_exclusive(path, lambda file: image.save(file, **options), beside)
 
 
-def write_new(path: Path, write: Callable[[BinaryIO], object], beside: Sequence[str] = ()) -> Path:
-    """Have a file written under an `unused` name; returns the name. Atomic: there is a whole file or none."""
+def write_exclusive(
+    path: Path, write: Callable[[BinaryIO], object], beside: Sequence[str] = ()
+) -> Path:
+    """Have a file written under an `next_free_path` name; returns the name. Atomic: there is a whole file or none."""
     part = path.parent / f".{uuid4().hex}.part"
     try:
         with part.open("xb") as file:
             write(file)
         while True:
-            target = unused(path, beside)
+            target = next_free_path(path, beside)
             try:
                 os.link(
                     part, target

@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import flux
-from flux import conditioning, sampling
-from flux.conditioning import Conditions, ImageInputs
+from flux import sampling
+from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError
+from flux.image_io.request import ImageInputs, non_default_options, output_size
 from flux.parity.capture_file import Capture, Kind, Writer, check_new, kind_of, readable, stored_as
 from flux.parity.hooks import See, check_patterns, joined, matches, replaced, watching
 from flux.pipeline import Pipeline
@@ -188,10 +189,11 @@ class _Stages:
             replaced(encoder, "encode", lambda f: partial(next_picture, f)),
         ):
             conditions = original(*args)
-        for name in ("references", "reference_ids", "channels", "text", "start", "mask"):
+        for name in ("references", "reference_ids", "channels", "text", "init", "mask"):
             if (tensor := getattr(conditions, name)) is not None:
-                self.see(f"conditions/{name}", tensor)
-        self.memories = conditions.cached and conditions.references is not None
+                recorded = "start" if name == "init" else name  # captures keep the older name
+                self.see(f"conditions/{recorded}", tensor)
+        self.memories = conditions.kv_cache and conditions.references is not None
         return conditions
 
     def encode_one(self, original: Callable, prompt: str) -> TextFeatures:
@@ -336,7 +338,7 @@ def _hollow(network: LazyModule) -> LazyModule:
 def describe(pipe: Pipeline, request: Request) -> dict:
     """Everything that decides the tensors, and what they were computed with."""
     r, spec = request, pipe.spec
-    width, height = conditioning.size_of(spec, r.pictures, r.width, r.height)
+    width, height = output_size(spec, r.pictures, r.width, r.height)
     steps = check_steps(spec, r.steps)
     files = {
         part: [_file(path) for path in paths]
@@ -393,4 +395,4 @@ def _pictures(pictures: ImageInputs) -> dict:
         key: [hashlib.sha256(image.tobytes()).hexdigest() for image in some]
         for key, some in images.items()
     }
-    return {option: getattr(pictures, option) for option in conditioning.asked(pictures)} | hashes
+    return {option: getattr(pictures, option) for option in non_default_options(pictures)} | hashes

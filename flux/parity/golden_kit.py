@@ -108,7 +108,7 @@ def check_possible(pipe: Pipeline, request: Request, folder: Path) -> None:
         raise UserError("a kit is made in float32, in which a port is judged: leave --dtype out")
     pictures = request.pictures
     if pictures and (
-        pipe.spec.kv_cached_references if pictures.cached is None else pictures.cached
+        pipe.spec.kv_cached_references if pictures.kv_cache is None else pictures.kv_cache
     ):
         raise UserError(
             "references that are computed once are no part of a kit: give --no-kv-cache"

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from flux import pipeline, sampling
-from flux.conditioning import ImageInputs
 from flux.errors import UserError
+from flux.image_io.request import ImageInputs
 from flux.parity.capture import Request, run
 from flux.parity.capture_file import DTYPES, Capture, Kind, Record, raw
 from flux.parity.compare import BUDGETS, COARSEST_FIRST, Row, compare

@@ -49,7 +49,7 @@ def write(
         files |= {folder / f"{name}.png": drawing.png() for name, drawing in drawings.items()}
         files |= {folder / f"{name}.png": png_of(picture) for name, picture in pictures.items()}
     return [
-        images.write_new(target, lambda file, data=data: file.write(data))
+        images.write_exclusive(target, lambda file, data=data: file.write(data))
         for target, data in files.items()
     ]
 

@@ -20,6 +20,7 @@ from flux import conditioning
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io import input as inputs
+from flux.image_io.control import control_pixels
 from flux.image_io.output import to_mask, to_pixels
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
@@ -188,7 +189,7 @@ class Cache:
         """Of a picture, (C, h, w), float32."""
         file = self._file("latents", self.content_of(path), reference, self.size, self.pixels_by)
         if not sound(file):
-            picture = inputs.read_picture(path)
+            picture = inputs.read_image(path)
             if max(picture.size) > LONGEST * min(picture.size):
                 raise UserError(
                     f"{path} is {picture.width}x{picture.height}: one side may be at most {LONGEST} times the "
@@ -217,20 +218,20 @@ class Cache:
             "channels", contents, spec.image_mode, spec.control, self.size, self.pixels_by
         )
         if not sound(file):
-            picture = beside = inputs.read_picture(item.picture)
+            picture = beside = inputs.read_image(item.picture)
             if spec.image_mode == "fill":
                 beside = (
                     inputs.read_mask(item.mask) if item.mask else a_mask(picture.size, contents[0])
                 )
             elif item.control:
-                beside = inputs.read_picture(item.control)
+                beside = inputs.read_image(item.control)
             if beside.size != picture.size:
                 raise UserError(
                     f"{other} is {beside.width}x{beside.height}, and {item.picture} {picture.width}x"
                     f"{picture.height}: make them of one size"
                 )
             if spec.image_mode == "fill":
-                inputs.check_mask(beside, str(item.mask))
+                inputs.require_nonempty_mask(beside, str(item.mask))
             picture, beside = fit(picture, self.size), fit(beside, self.size)
             if spec.image_mode == "fill":
                 mask = to_mask(beside)
@@ -239,9 +240,7 @@ class Cache:
                 )
             else:
                 pixels = (
-                    to_pixels(beside)
-                    if item.control
-                    else conditioning.control_pixels(spec.control, picture)
+                    to_pixels(beside) if item.control else control_pixels(spec.control, picture)
                 )
                 channels = rearrange(self._encode(pixels), "1 c h w -> 1 (h w) c")
             write(file, {"channels": channels[0]})

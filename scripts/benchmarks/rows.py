@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from flux.errors import UserError
-from flux.image_io.output import write_new
+from flux.image_io.output import write_exclusive
 
 LIBRARIES = ("torch", "diffusers", "transformers", "triton", "torchao")
 ROUNDING = 0.1  # what two results in bfloat16 may be apart, relative L2, after some dozen layers; mistakes are far above
@@ -136,7 +136,7 @@ class Report:
         """Under a new name, whole or not at all."""
         rows = [asdict(row) | {"ratio": row.ratio, "reached": row.reached} for row in self.rows]
         text = json.dumps(asdict(self) | {"rows": rows}, indent=1, ensure_ascii=False) + "\n"
-        return write_new(path, lambda file: file.write(text.encode()))
+        return write_exclusive(path, lambda file: file.write(text.encode()))
 
 
 def check_json(path: Path) -> None:

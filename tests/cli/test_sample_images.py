@@ -30,11 +30,11 @@ from test_sample import TOY, Run, pixels
 from torch import Tensor
 
 import flux
-from flux.conditioning import ImageInputs
 from flux.configs import MODELS, FLUX1Text, FLUX2Text
 from flux.errors import UserError
 from flux.image_io import input as inputs
 from flux.image_io import output as images
+from flux.image_io.request import ImageInputs
 from flux.parity.reference import (
     FLUX1_TINY,
     KLEIN_TINY,
@@ -237,14 +237,18 @@ MODES = {
     "fill": Mode(FILL, INSIDE, (90, 70)),
     "fill, hard": Mode(FILL, f"{INSIDE} --mask-threshold 0.6", (90, 70), dict(mask_threshold=0.6)),
     "fill, raw": Mode(FILL, f"{INSIDE} --no-composite", (90, 70), dict(composite=False)),
-    "fill, wider": Mode(FILL, f"{ONE} --expand 10,0,6,20", (106, 90), dict(expand=(10, 0, 6, 20))),
+    "fill, wider": Mode(
+        FILL, f"{ONE} --expand 10,0,6,20", (106, 90), dict(outpaint=(10, 0, 6, 20))
+    ),
     "fill, inside and higher": Mode(
-        FILL, f"{INSIDE} --expand 0,3,0,0", (90, 73), dict(expand=(0, 3, 0, 0))
+        FILL, f"{INSIDE} --expand 0,3,0,0", (90, 73), dict(outpaint=(0, 3, 0, 0))
     ),
     "fill, resized": Mode(FILL, f"{INSIDE} --width 64", (64, 64), {}, dict(width=64)),
     "canny": Mode("flux.1-canny-dev", ONE, (96, 64)),
     "canny, width": Mode("flux.1-canny-dev", f"{OTHER} --width 80", (80, 144), {}, dict(width=80)),
-    "canny, photo": Mode("flux.1-canny-dev", f"{ONE} --photo", (96, 64), dict(photo=True)),
+    "canny, photo": Mode(
+        "flux.1-canny-dev", f"{ONE} --photo", (96, 64), dict(preprocess_control=True)
+    ),
     "canny lora": Mode("flux.1-canny-dev-lora", ONE, (96, 64)),
     "depth": Mode("flux.1-depth-dev", OTHER, (64, 112)),
     "depth lora": Mode(
@@ -257,24 +261,31 @@ MODES = {
     "redux": Mode(REDUX, ONE, (96, 96)),
     "redux, no prompt": Mode(REDUX, BOTH, (96, 96), {}, dict(prompts="")),
     "redux, weights": Mode(
-        REDUX, f"{BOTH} --image-weight 0.7 --image-weight 0.4", (96, 96), dict(weights=(0.7, 0.4))
+        REDUX,
+        f"{BOTH} --image-weight 0.7 --image-weight 0.4",
+        (96, 96),
+        dict(image_weights=(0.7, 0.4)),
     ),
     "kontext": Mode(KONTEXT, ONE, (96, 80)),
-    "kontext, own size": Mode(KONTEXT, f"{ONE} --keep-input-size", (80, 64), dict(keep_size=True)),
+    "kontext, own size": Mode(
+        KONTEXT, f"{ONE} --keep-input-size", (80, 64), dict(keep_input_size=True)
+    ),
     "kontext, two": Mode(KONTEXT, BOTH, (96, 80)),
     "kontext, two, the second's size": Mode(
-        KONTEXT, f"{BOTH} --match-image-size 2", (64, 96), dict(match=2)
+        KONTEXT, f"{BOTH} --match-image-size 2", (64, 96), dict(match_image_size=2)
     ),
     "kontext, inside": Mode(KONTEXT, INSIDE, (90, 70)),
     "reference": Mode("flux.2-dev", f"{ONE} --guidance 3:2", (80, 64), {}, dict(guidance=[3, 2])),
     "references": Mode(KLEIN, BOTH, (80, 64)),
     "references, the second's size": Mode(
-        KLEIN, f"{BOTH} --match-image-size 2", (64, 96), dict(match=2)
+        KLEIN, f"{BOTH} --match-image-size 2", (64, 96), dict(match_image_size=2)
     ),
-    "references, small": Mode(KLEIN, f"{ONE} --reference-limit 75", (80, 64), dict(limit=75)),
-    "references, once": Mode(KLEIN, f"{ONE} --kv-cache", (80, 64), dict(cached=True)),
+    "references, small": Mode(
+        KLEIN, f"{ONE} --reference-limit 75", (80, 64), dict(reference_limit=75)
+    ),
+    "references, once": Mode(KLEIN, f"{ONE} --kv-cache", (80, 64), dict(kv_cache=True)),
     "references, kv": Mode(KV, BOTH, (80, 64)),
-    "references, kv, not once": Mode(KV, f"{ONE} --no-kv-cache", (80, 64), dict(cached=False)),
+    "references, kv, not once": Mode(KV, f"{ONE} --no-kv-cache", (80, 64), dict(kv_cache=False)),
     "references, cfg": Mode(
         BASE,
         f"{ONE} --guidance 3 --negative-prompt grey",
@@ -298,15 +309,15 @@ MODES = {
 }
 DEFAULTS = dict(
     strength=None,
-    expand=None,
+    outpaint=None,
     mask_threshold=None,
     composite=True,
-    weights=None,
-    match=None,
-    keep_size=False,
-    limit=None,
-    cached=None,
-    photo=False,
+    image_weights=None,
+    match_image_size=None,
+    keep_input_size=False,
+    reference_limit=None,
+    kv_cache=None,
+    preprocess_control=False,
 )
 
 
@@ -369,19 +380,19 @@ def test_what_the_mask_leaves_alone_keeps_its_bytes(zoo, name):
     [
         (FILL, dict(mask=M), dict(mask_threshold=0.6)),
         (FILL, dict(mask=M), dict(composite=False)),
-        ("flux.1-canny-dev", {}, dict(photo=True)),
-        (REDUX, dict(images=(A, B)), dict(weights=(0.7, 0.4))),
+        ("flux.1-canny-dev", {}, dict(preprocess_control=True)),
+        (REDUX, dict(images=(A, B)), dict(image_weights=(0.7, 0.4))),
         (REDUX, {}, dict(images=(A, B))),
-        (KONTEXT, {}, dict(keep_size=True)),
+        (KONTEXT, {}, dict(keep_input_size=True)),
         (KONTEXT, {}, dict(images=(A, B))),
         (KONTEXT, dict(images=(A, B)), dict(images=(B, A))),
         (KLEIN, {}, dict(images=(A, B))),
         (KLEIN, dict(images=(A, B)), dict(images=(B, A))),
-        (KLEIN, {}, dict(limit=64)),
-        (KLEIN, {}, dict(cached=True)),
+        (KLEIN, {}, dict(reference_limit=64)),
+        (KLEIN, {}, dict(kv_cache=True)),
         (KLEIN, {}, dict(strength=1.0)),
         (KLEIN, dict(strength=1.0), dict(mask=M)),
-        (KV, {}, dict(cached=False)),
+        (KV, {}, dict(kv_cache=False)),
         ("flux.2-tiny", {}, dict(strength=0.5)),
         ("flux.2-tiny", {}, dict(mask=M)),
     ],
@@ -401,11 +412,11 @@ def test_defaults_that_models_bring(zoo):
     """klein 9B KV computes references once, others at every step; strength is 0.8; Redux's pictures share 1."""
     asked = dict(prompts=PROMPT, width=64, height=64, steps=4)
     for model, plain, option in (
-        (KV, {}, dict(cached=True)),
-        (KLEIN, {}, dict(cached=False)),
+        (KV, {}, dict(kv_cache=True)),
+        (KLEIN, {}, dict(kv_cache=False)),
         ("flux.1-dev", {}, dict(strength=0.8)),
-        (REDUX, dict(images=(A, B)), dict(weights=(0.5, 0.5))),
-        (KLEIN, {}, dict(limit=2024)),
+        (REDUX, dict(images=(A, B)), dict(image_weights=(0.5, 0.5))),
+        (KLEIN, {}, dict(reference_limit=2024)),
     ):
         first, second = (
             ImageInputs(**dict(images=(A,)) | options) for options in (plain, plain | option)
@@ -942,15 +953,15 @@ FILE = dict(file="a.png", sha256="0")
             ("lacks what was done with its pictures", "strength", "cached"),
         ),
         (
-            dict(pictures=DEFAULTS | dict(expand=[1, 2, 3])),
+            dict(pictures=DEFAULTS | dict(outpaint=[1, 2, 3])),
             ("lacks what was done with its pictures", "expand"),
         ),
         (
-            dict(pictures=DEFAULTS | dict(expand=[1, 2.5, 3, 4])),
+            dict(pictures=DEFAULTS | dict(outpaint=[1, 2.5, 3, 4])),
             ("lacks what was done with its pictures", "expand"),
         ),
         (
-            dict(pictures=DEFAULTS | dict(weights=["a"])),
+            dict(pictures=DEFAULTS | dict(image_weights=["a"])),
             ("lacks what was done with its pictures", "weights"),
         ),
         (dict(pictures=DEFAULTS | dict(strength=float("nan"))), ("--strength nan",)),
@@ -1251,7 +1262,7 @@ def test_too_many_pictures_are_told(cli, here, model, most, takes):
             ("--mask-threshold nan", "above 0 and at most 1"),
         ),
         (FILL, "--expand 0,0,0,0", ("margins of 0, 0, 0, 0", "one at least is not 0")),
-        (FILL, "--expand=-16,0,0,0", ("margins of -16, 0, 0, 0", "numbers of pixels from 0")),
+        (FILL, "--outpaint=-16,0,0,0", ("margins of -16, 0, 0, 0", "numbers of pixels from 0")),
         (
             FILL,
             "--expand 9999,0,0,9999",

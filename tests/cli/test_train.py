@@ -614,7 +614,7 @@ def test_what_is_read_beside_the_latents_is_what_the_sampler_takes(
             asked.append(flux.ImageInputs((picture,), mask=mask))
         else:
             asked.append(
-                flux.ImageInputs((other.convert("RGB") if kind else picture,), photo=not kind)
+                flux.ImageInputs((other.convert("RGB") if kind else picture,), preprocess_control=not kind)
             )
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     seen, velocity = [], training.velocity
@@ -723,7 +723,7 @@ def test_a_mask_with_nothing_to_fill_in_is_told(train, needy, tmp_path):
         2,
     )
     code, _, err = train(tmp_path, tmp_path / "run", *flags)
-    assert code == 2 and "black.png is black all over" in err
+    assert code == 2 and "black.png: is all black" in err
 
 
 def test_a_lora_of_a_quantised_file(train, pictures, tmp_path):

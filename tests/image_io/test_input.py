@@ -28,7 +28,7 @@ FEW = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 QUIET = pytest.mark.filterwarnings("error")
-both = pytest.mark.parametrize("read", [inputs.read_picture, inputs.read_mask])
+both = pytest.mark.parametrize("read", [inputs.read_image, inputs.read_mask])
 RED, GREY = (200, 30, 10), (90, 90, 90)
 
 
@@ -63,7 +63,7 @@ def test_lossless_formats_come_back_exactly(tmp_path, suffix):
     given_.save(
         path := tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {})
     )
-    made = inputs.read_picture(path)
+    made = inputs.read_image(path)
     assert made.mode == "RGB" and np.array_equal(made, given_)
 
 
@@ -71,7 +71,7 @@ def test_lossless_formats_come_back_exactly(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["jpg", "avif"])
 def test_lossy_formats_are_read(tmp_path, suffix):
     flat(24, 16).save(path := tmp_path / f"a.{suffix}", quality=95)
-    assert np.abs(np.asarray(inputs.read_picture(path), int) - RED).max() <= 3
+    assert np.abs(np.asarray(inputs.read_image(path), int) - RED).max() <= 3
 
 
 @QUIET
@@ -82,7 +82,7 @@ def test_16_bit_grey_is_scaled(tmp_path, suffix):
     nearest = [0, 0, 1, 1, 1, 2, 127, 128, 254, 255, 255]
     Image.fromarray(np.array([values], np.uint16)).save(path := tmp_path / f"a.{suffix}")
     assert levels(inputs.read_mask(path)) == nearest
-    assert levels(inputs.read_picture(path)) == [[v] * 3 for v in nearest]
+    assert levels(inputs.read_image(path)) == [[v] * 3 for v in nearest]
 
 
 @QUIET
@@ -106,7 +106,7 @@ def test_32_bit_grey_of_unknown_range_is_told(tmp_path, value):
     with pytest.raises(
         UserError, match=r"a.tiff has values from .*, where 0 to 65535 is understood: scale"
     ):
-        inputs.read_picture(path)
+        inputs.read_image(path)
 
 
 @QUIET
@@ -133,7 +133,7 @@ def test_16_bit_rgb_is_read(tmp_path, suffix):
     cv2 = pytest.importorskip("cv2")
     values = noise(8, 8, 3, high=65536, dtype=np.uint16)
     cv2.imwrite(str(path := tmp_path / f"a.{suffix}"), values[..., ::-1])
-    assert np.abs(np.asarray(inputs.read_picture(path), int) - values / 257).max() <= 1
+    assert np.abs(np.asarray(inputs.read_image(path), int) - values / 257).max() <= 1
 
 
 @QUIET
@@ -148,7 +148,7 @@ def test_modes_without_transparency(tmp_path):
         given_.save(path := tmp_path / f"{mode}.png")
         with Image.open(path) as image:
             assert image.mode == mode
-        made = inputs.read_picture(path)
+        made = inputs.read_image(path)
         assert made.mode == "RGB" and np.array_equal(made, given_.convert("RGB"))
     for mode in ("L", "1", "LA"):
         made = inputs.read_mask(tmp_path / f"{mode}.png")
@@ -164,24 +164,24 @@ def test_a_colour_profile_that_is_not_applied_is_noted(tmp_path):
     with pytest.warns(
         UserWarning, match="a.png has the colour profile '.*Lab.*', which is not applied"
     ):
-        assert inputs.read_picture(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+        assert inputs.read_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
     for data in (srgb, b"no profile"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", icc_profile=data)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            inputs.read_picture(tmp_path / "a.png")
+            inputs.read_image(tmp_path / "a.png")
 
 
 def test_cmyk_is_read_with_a_warning(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path := tmp_path / "a.tiff")
     with pytest.warns(UserWarning, match="a.tiff is CMYK .* without its colour profile"):
-        assert levels(inputs.read_picture(path))[0] == [255, 0, 0]
+        assert levels(inputs.read_image(path))[0] == [255, 0, 0]
 
 
 def test_lab_is_told(tmp_path):
     Image.new("LAB", (8, 8)).save(path := tmp_path / "a.tiff")
     with pytest.raises(UserError, match="a.tiff is in the LAB colour space.*save it as RGB"):
-        inputs.read_picture(path)
+        inputs.read_image(path)
 
 
 # ---------------------------------------------------------------------------------------------------------- transparency
@@ -210,7 +210,7 @@ def test_what_is_transparent_is_white(tmp_path, mode):
     with Image.open(path) as saved:
         assert saved.mode == mode
     with pytest.warns(UserWarning, match="a.png has transparent parts, which were put on white"):
-        first, second, third = levels(inputs.read_picture(path))
+        first, second, third = levels(inputs.read_image(path))
     colour = GREY if mode == "LA" else RED
     half = colour if mode == "RGB" else tuple(round(0.2 * c + 0.8 * 255) for c in colour)
     assert (tuple(first), third) == (colour, [255, 255, 255])
@@ -322,7 +322,7 @@ def test_pictures_that_are_programs_are_not_run(tmp_path):
     """Pillow would have Ghostscript draw this."""
     flat(8, 8).save(path := tmp_path / "a.eps")
     with pytest.raises(UserError, match="is not a picture of a kind that can be read"):
-        inputs.read_picture(path)
+        inputs.read_image(path)
 
 
 @both
@@ -352,7 +352,7 @@ def test_damaged_file_is_read_or_told(tmp_path, suffix, seed):
         content[fate.randrange(min(len(content), 200))] = fate.randrange(256)
     path.write_bytes(content[: fate.choice([None, fate.randrange(len(content))])])
     try:
-        assert inputs.read_picture(path).mode == "RGB"
+        assert inputs.read_image(path).mode == "RGB"
     except UserError as error:
         assert "a." + suffix in str(error) and "\n" not in str(error)
 
@@ -395,7 +395,7 @@ def test_photo_with_a_preview_is_read(tmp_path):
     )
     with Image.open(path) as image:
         assert (image.format, image.n_frames) == ("MPO", 2)
-    made = inputs.read_picture(path)
+    made = inputs.read_image(path)
     assert made.size == (8, 8) and np.abs(np.asarray(made, int) - RED).max() <= 3
 
 
@@ -501,7 +501,7 @@ def test_padding_repeats_the_edge_and_is_undone(width, height, mode):
 
 def test_expanding():
     given_ = picture(5, 3)
-    canvas, mask = inputs.expand(given_, left=1, top=2, right=3, bottom=4)
+    canvas, mask = inputs.outpaint_canvas(given_, left=1, top=2, right=3, bottom=4)
     assert (canvas.mode, canvas.size, mask.mode, mask.size) == ("RGB", (9, 9), "L", (9, 9))
     assert np.array_equal(np.asarray(canvas)[2:5, 1:6], given_)
     new = np.ones((9, 9), bool)
@@ -512,7 +512,7 @@ def test_expanding():
         np.clip(np.arange(-1, 8), 0, 4),
     )  # beyond an edge, what is on it
     assert np.array_equal(canvas, np.asarray(given_)[rows][:, columns])
-    assert inputs.expand(given_, 0, 0, 1, 0)[0].size == (6, 3)
+    assert inputs.outpaint_canvas(given_, 0, 0, 1, 0)[0].size == (6, 3)
 
 
 @pytest.mark.parametrize("margins", [(0, 0, 0, 0), (-1, 0, 5, 0), (16, 0, 0, -16)])
@@ -521,7 +521,7 @@ def test_expanding_by_nothing_or_less_is_told(margins):
         UserError,
         match=f"margins of {', '.join(map(str, margins))} .*give numbers of pixels from 0",
     ):
-        inputs.expand(flat(8, 8), *margins)
+        inputs.outpaint_canvas(flat(8, 8), *margins)
 
 
 def test_expanding_too_far_is_told():
@@ -530,16 +530,16 @@ def test_expanding_too_far_is_told():
         UserError,
         match="1000064x1000064, which is 1000128 megapixels, and at most 16.8 are possible",
     ):
-        inputs.expand(flat(64, 64), 10**6, 10**6, 0, 0)
-    assert inputs.expand(flat(4096, 16), 0, 4080, 0, 0)[0].size == (4096, 4096)
+        inputs.outpaint_canvas(flat(64, 64), 10**6, 10**6, 0, 0)
+    assert inputs.outpaint_canvas(flat(4096, 16), 0, 4080, 0, 0)[0].size == (4096, 4096)
     with pytest.raises(UserError, match="megapixels"):
-        inputs.expand(flat(4096, 16), 0, 4081, 0, 0)
+        inputs.outpaint_canvas(flat(4096, 16), 0, 4081, 0, 0)
 
 
 @QUIET
 def test_a_mask_of_the_same_size_is_untouched():
     mask = Image.fromarray(noise(48, 64))
-    assert inputs.reconcile(flat(64, 48), mask) is mask
+    assert inputs.match_mask_size(flat(64, 48), mask) is mask
 
 
 @pytest.mark.parametrize("size", [(32, 24), (128, 96), (100, 75), (21, 16), (64, 49), (4, 3)])
@@ -551,7 +551,7 @@ def test_a_mask_of_the_same_shape_is_resized(size):
         UserWarning,
         match=f"the mask is {size[0]}x{size[1]} and the picture 64x48: the mask was resized",
     ):
-        made = np.asarray(inputs.reconcile(flat(64, 48), mask), int)
+        made = np.asarray(inputs.match_mask_size(flat(64, 48), mask), int)
     assert made.shape == (48, 64)
     assert (
         (made[:, :16] == 0).all()
@@ -566,7 +566,7 @@ def test_a_mask_of_another_shape_is_told(size):
         UserError,
         match=f"the mask is {size[0]}x{size[1]} and the picture 64x48, which is another shape",
     ):
-        inputs.reconcile(flat(64, 48), flat(*size, "L"))
+        inputs.match_mask_size(flat(64, 48), flat(*size, "L"))
 
 
 @settings(max_examples=200, deadline=None)
@@ -579,7 +579,7 @@ def test_a_mask_of_another_shape_is_told(size):
 @pytest.mark.filterwarnings("ignore:the mask")
 def test_any_rounding_of_a_scaled_mask_is_of_the_same_shape(width, height, scale, by):
     size = max(1, by(width * scale)), max(1, by(height * scale))
-    assert inputs.reconcile(flat(width, height), flat(*size, "L")).size == (width, height)
+    assert inputs.match_mask_size(flat(width, height), flat(*size, "L")).size == (width, height)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (32, 24)])
@@ -588,7 +588,7 @@ def test_a_mask_that_marks_nothing_is_told(size):
     with pytest.raises(
         UserError, match="black all over, so that nothing would change: paint white"
     ):
-        inputs.reconcile(flat(64, 48), Image.new("L", size))
+        inputs.match_mask_size(flat(64, 48), Image.new("L", size))
 
 
 @pytest.mark.filterwarnings("ignore:.*resized")
@@ -596,12 +596,12 @@ def test_a_mark_that_is_lost_in_resizing_is_told():
     mask = Image.new("L", (6400, 4800))
     mask.putpixel((3, 3), 255)
     with pytest.raises(UserError, match="black all over"):
-        inputs.reconcile(flat(64, 48), mask)
+        inputs.match_mask_size(flat(64, 48), mask)
 
 
 def test_a_mask_that_marks_everything_is_noted():
     with pytest.warns(UserWarning, match="white all over: nothing of the picture is kept"):
-        inputs.reconcile(flat(64, 48), Image.new("L", (64, 48), 255))
+        inputs.match_mask_size(flat(64, 48), Image.new("L", (64, 48), 255))
 
 
 @FEW
@@ -645,7 +645,7 @@ def test_the_middle_of_a_narrow_mask_is_the_results(width, weights):
 
 
 def test_outpainting_leaves_no_seam_of_another_colour():
-    wide, mask = inputs.expand(Image.new("RGB", (20, 20), "white"), 16, 0, 0, 16)
+    wide, mask = inputs.outpaint_canvas(Image.new("RGB", (20, 20), "white"), 16, 0, 0, 16)
     made = inputs.composite(Image.new("RGB", wide.size, "white"), wide, mask)
     assert made.getextrema() == ((255, 255),) * 3
 
@@ -655,7 +655,7 @@ def test_outpainting_leaves_no_seam_of_another_colour():
 )
 def test_hardened_masks(threshold, first_white):
     mask = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    hard = np.asarray(inputs.harden(mask, threshold))
+    hard = np.asarray(inputs.binarize_mask(mask, threshold))
     assert np.array_equal(hard.flatten(), np.where(np.arange(256) >= first_white, 255, 0))
     if threshold == 0.5:
         options = dict(
@@ -669,7 +669,7 @@ def test_masks_with_nothing_left_are_told():
         UserError,
         match="the mask is dark all over .its lightest grey is 100 of 255.*paint white what",
     ):
-        inputs.harden(Image.new("L", (8, 8), 100), 0.5)
+        inputs.binarize_mask(Image.new("L", (8, 8), 100), 0.5)
 
 
 def test_soft_masks_blend():
@@ -691,7 +691,7 @@ def test_soft_masks_blend():
 
 def test_pictures_in_memory_are_named_in_general():
     with pytest.warns(UserWarning, match="the picture has transparent parts"):
-        assert levels(inputs.as_picture(transparent("RGBA")[0]))[2] == [255, 255, 255]
+        assert levels(inputs.as_image(transparent("RGBA")[0]))[2] == [255, 255, 255]
     with pytest.raises(UserError, match="the mask has transparent parts"):
         inputs.as_mask(transparent("RGBA")[0])
     with warnings.catch_warnings():

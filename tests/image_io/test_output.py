@@ -118,7 +118,7 @@ def test_nothing_is_overwritten(tmp_path, suffix):
 
 
 def test_a_name_that_is_taken_at_the_last_moment_is_not_overwritten(tmp_path, monkeypatch):
-    path, look = tmp_path / "a.png", images.unused
+    path, look = tmp_path / "a.png", images.next_free_path
 
     def rival(path: Path, beside=()) -> Path:
         target = look(path)
@@ -126,7 +126,7 @@ def test_a_name_that_is_taken_at_the_last_moment_is_not_overwritten(tmp_path, mo
             target.write_text("mine")
         return target
 
-    monkeypatch.setattr(images, "unused", rival)
+    monkeypatch.setattr(images, "next_free_path", rival)
     assert images.save(picture(), path, {}) == tmp_path / "a-2.png"
     assert path.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
@@ -336,16 +336,16 @@ def test_the_room_of_a_jpeg_is_known_to_the_byte(tmp_path):
     metadata["prompt"] = "a" * (
         65_533 - len(b"http://ns.adobe.com/xap/1.0/\0") - len(images._xmp(metadata))
     )
-    images.check_room(path, metadata)
+    images.check_metadata_fits(path, metadata)
     assert images.read_metadata(images.save(picture(), path, metadata)) == metadata
     metadata["prompt"] += "a"
     with pytest.raises(
         UserError,
         match="a.jpg: a JPEG has no room for so long a prompt; shorten it, or use .png or .webp",
     ):
-        images.check_room(path, metadata)
+        images.check_metadata_fits(path, metadata)
     with pytest.raises(ValueError, match="too long"):  # Pillow's, when the picture is there
         images.save(picture(), path, metadata)
     for other in (tmp_path / "a.png", tmp_path / "a.webp"):
-        images.check_room(other, metadata)
+        images.check_metadata_fits(other, metadata)
         assert images.read_metadata(images.save(picture(), other, metadata)) == metadata

@@ -21,9 +21,10 @@ from torch import Tensor
 
 import flux
 from flux import conditioning, sampling
-from flux.conditioning import ImageInputs
 from flux.configs import MODELS
 from flux.errors import UserError
+from flux.image_io import request
+from flux.image_io.request import ImageInputs
 from flux.parity.reference import FLUX2_TINY, max_error, randomise
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
@@ -87,7 +88,7 @@ def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
         random_features(pipe, 1, seed=2),
     )
     given = pipe.condition(
-        ImageInputs((photo(80, 97, seed=1), photo(150, 70, seed=2)), cached=True), WIDTH, HEIGHT
+        ImageInputs((photo(80, 97, seed=1), photo(150, 70, seed=2)), kv_cache=True), WIDTH, HEIGHT
     )
     scales = dict(guidance=3.0) if pipe.spec.guidance else {}
     cfg = dict(negative=negative) if pipe.spec.cfg else {}
@@ -350,9 +351,9 @@ INSIDE = dict(mask=HALF.resize(MIDDLE))
             [(2464, 1648)],
         ),  # 2024² pixels: 2478x1652, cropped to multiples of 16
         ("flux.2-dev", [LARGE, SMALL], {}, [(1248, 832), (496, 288)]),  # 1024² each: 1254x836
-        ("flux.2-dev", [LARGE], dict(limit=1024), [(1248, 832)]),  # as diffusers has it
-        (KLEIN, [LARGE, LARGE], dict(limit=512), [(624, 416)] * 2),  # 627x418
-        (KLEIN, [LARGE, LARGE], dict(limit=2024), [(2464, 1648)] * 2),
+        ("flux.2-dev", [LARGE], dict(reference_limit=1024), [(1248, 832)]),  # as diffusers has it
+        (KLEIN, [LARGE, LARGE], dict(reference_limit=512), [(624, 416)] * 2),  # 627x418
+        (KLEIN, [LARGE, LARGE], dict(reference_limit=2024), [(2464, 1648)] * 2),
         (KLEIN, [(2024, 2024)], {}, [(2016, 2016)]),
         (KLEIN, [(2048, 2048), SMALL], {}, [(1024, 1024), (496, 288)]),
         (KONTEXT, [MIDDLE], {}, [(1248, 832)]),  # 1.43, between 1184x880 = 1.35 and 1248x832 = 1.5
@@ -362,19 +363,21 @@ INSIDE = dict(mask=HALF.resize(MIDDLE))
             {},
             [(800, 1328), (1024, 1024), (1568, 672)],
         ),
-        (KONTEXT, [MIDDLE, (64, 79)], dict(keep_size=True), [(992, 688), (64, 64)]),
+        (KONTEXT, [MIDDLE, (64, 79)], dict(keep_input_size=True), [(992, 688), (64, 64)]),
     ],
 )
 def test_sizes_in_which_references_are_taken(name, sizes, options, expected):
-    fitted = conditioning.fitted(RELEASED[name], ImageInputs(blank(*sizes), **options))
+    fitted = request.resize_references(RELEASED[name], ImageInputs(blank(*sizes), **options))
     assert [picture.size for picture in fitted] == expected
 
 
 def test_references_of_kontext_are_stretched_and_those_of_flux2_cropped():
     picture = photo(90, 70)
-    (stretched,) = conditioning.fitted(RELEASED[KONTEXT], ImageInputs((picture,), keep_size=True))
+    (stretched,) = request.resize_references(
+        RELEASED[KONTEXT], ImageInputs((picture,), keep_input_size=True)
+    )
     assert np.array_equal(stretched, picture.resize((80, 64), Image.Resampling.LANCZOS))
-    (cropped,) = conditioning.fitted(RELEASED[KLEIN], ImageInputs((picture,)))
+    (cropped,) = request.resize_references(RELEASED[KLEIN], ImageInputs((picture,)))
     assert np.array_equal(cropped, np.asarray(picture)[3:67, 5:85])
 
 
@@ -386,7 +389,7 @@ def test_references_of_kontext_are_stretched_and_those_of_flux2_cropped():
             {},
             [(80, 96), (832, 1248)],
         ),  # of the two, one is left to be capped, but two are seen
-        (KLEIN, dict(limit=512), [(80, 96), (416, 624)]),
+        (KLEIN, dict(reference_limit=512), [(80, 96), (416, 624)]),
         (KONTEXT, {}, [(80, 96), (832, 1248)]),
     ],
 )
@@ -400,7 +403,7 @@ def test_sizes_of_what_is_seen_beside_a_start(name, options, shapes):
 
     pictures = ImageInputs((*blank((96, 80)), *blank(LARGE)), strength=0.5, **options)
     given = conditioning.condition(spec, pictures, 96, 80, encode, embed=None)
-    assert seen == shapes and given.start.shape == (1, 4, 5, 6)
+    assert seen == shapes and given.init.shape == (1, 4, 5, 6)
     assert given.references.shape == (1, sum(h * w // 256 for h, w in shapes), 4)
 
 
@@ -424,18 +427,18 @@ def test_sizes_of_what_is_seen_beside_a_start(name, options, shapes):
         (DEV, [MIDDLE], {}, (512, 512), (512, 512)),
         (DEV, [(2048, 1024)], {}, (None, None), (2048, 1024)),  # twice 1024² at most
         (FILL, [MIDDLE], INSIDE, (None, None), (1008, 704)),
-        (FILL, [MIDDLE], dict(expand=(10, 20, 30, 40)), (None, None), (1040, 768)),  # 1040x760
+        (FILL, [MIDDLE], dict(outpaint=(10, 20, 30, 40)), (None, None), (1040, 768)),  # 1040x760
         (CANNY, [(1001, 700)], {}, (None, None), (1008, 704)),  # stretched to the nearest
         (CANNY, [(999, 695)], {}, (None, None), (992, 688)),
         (CANNY_LORA, [(999, 695)], {}, (None, 688), (992, 688)),
         (KONTEXT, [MIDDLE], {}, (None, None), (1248, 832)),
         (KONTEXT, [LARGE, MIDDLE], {}, (624, None), (624, 416)),
-        (KONTEXT, [MIDDLE], dict(keep_size=True), (None, None), (992, 688)),
+        (KONTEXT, [MIDDLE], dict(keep_input_size=True), (None, None), (992, 688)),
         (KONTEXT, [MIDDLE], dict(strength=0.5), (None, None), (1008, 704)),
         (
             KONTEXT,
             [SMALL, LARGE],
-            dict(match=2),
+            dict(match_image_size=2),
             (None, None),
             (2992, 2000),
         ),  # its own size, rounded down
@@ -446,11 +449,17 @@ def test_sizes_of_what_is_seen_beside_a_start(name, options, shapes):
             (None, None),
             (1248, 832),
         ),  # 1024² pixels, though one reference is seen at 2024²
-        ("flux.2-dev", [LARGE], dict(limit=2024), (None, None), (1248, 832)),
-        ("flux.2-dev", [LARGE], dict(limit=512), (None, None), (624, 416)),
+        ("flux.2-dev", [LARGE], dict(reference_limit=2024), (None, None), (1248, 832)),
+        ("flux.2-dev", [LARGE], dict(reference_limit=512), (None, None), (624, 416)),
         (KLEIN, [SMALL, LARGE], {}, (None, None), (496, 288)),  # the first's
-        (KLEIN, [SMALL, LARGE], dict(match=2), (None, None), (2992, 2000)),
-        (KLEIN, [SMALL, LARGE], dict(match=2), (None, 512), (768, 512)),  # 2992·512/2000 = 766.0
+        (KLEIN, [SMALL, LARGE], dict(match_image_size=2), (None, None), (2992, 2000)),
+        (
+            KLEIN,
+            [SMALL, LARGE],
+            dict(match_image_size=2),
+            (None, 512),
+            (768, 512),
+        ),  # 2992·512/2000 = 766.0
         (KLEIN, [LARGE], {}, (512, None), (512, 336)),  # 832·512/1248 = 341.3
         (KLEIN, [MIDDLE, LARGE], INSIDE, (None, None), (1008, 704)),
     ],
@@ -459,7 +468,7 @@ def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pictures = None if sizes is None else ImageInputs(blank(*sizes), **options)
-        assert conditioning.size_of(RELEASED[name], pictures, *asked) == expected
+        assert request.output_size(RELEASED[name], pictures, *asked) == expected
 
 
 @pytest.mark.parametrize(
@@ -473,7 +482,7 @@ def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
             (1760, 1168),
         ),  # times sqrt(2·1024²/(3008·2000)): 1776.0 by 1180.8
         (DEV, (2049, 1024), {}, (2064, 1024), (2048, 1008)),  # 2056.0 by 1020.0
-        (FILL, LARGE, dict(expand=(8, 0, 0, 0)), (3008, 2000), (1760, 1168)),
+        (FILL, LARGE, dict(outpaint=(8, 0, 0, 0)), (3008, 2000), (1760, 1168)),
         (CANNY, LARGE, {}, (3008, 2000), (1760, 1168)),
         (KLEIN, LARGE, dict(strength=0.5), (3008, 2000), (1760, 1168)),
         (
@@ -489,11 +498,11 @@ def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, 
     spec, pictures = RELEASED[name], ImageInputs(blank(size), **options)
     words = f"{own[0]}x{own[1]} would be large for {name}: {expected[0]}x{expected[1]} is made"
     with pytest.warns(UserWarning, match=words):
-        assert conditioning.size_of(spec, pictures, None, None) == expected
+        assert request.output_size(spec, pictures, None, None) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # whoever gives a size knows it
-        assert conditioning.size_of(spec, pictures, *own) == own
-        assert conditioning.size_of(spec, pictures, expected[0], None)[0] == expected[0]
+        assert request.output_size(spec, pictures, *own) == own
+        assert request.output_size(spec, pictures, expected[0], None)[0] == expected[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- in the pipeline
@@ -503,9 +512,9 @@ def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, 
     "name, options",
     [
         (KLEIN, {}),
-        (KONTEXT, dict(keep_size=True)),
+        (KONTEXT, dict(keep_input_size=True)),
         (DEV, dict(strength=0.5)),
-        (FILL, dict(expand=(6, 10, 0, 0))),
+        (FILL, dict(outpaint=(6, 10, 0, 0))),
         (CANNY_LORA, {}),
     ],
 )

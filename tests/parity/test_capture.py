@@ -22,7 +22,7 @@ from support.tiny_repositories import home, tiny_repositories
 from torch import Tensor, nn
 
 import flux
-from flux.conditioning import ImageInputs
+from flux.image_io.request import ImageInputs
 from flux.configs import MODELS
 from flux.errors import UserError
 from flux.parity import capture_file as record
@@ -248,7 +248,7 @@ def test_pictures(cached, load, tmp_path):
     """Reference pictures, seen at each step or once: the same run, in advance and for real."""
     pipe = load("flux.2-klein-base-4b")
     request = replace(
-        SMALL, guidance=1.0, pictures=ImageInputs((a_picture(), a_picture(80, 64)), cached=cached)
+        SMALL, guidance=1.0, pictures=ImageInputs((a_picture(), a_picture(80, 64)), kv_cache=cached)
     )
     image, latents = make(pipe, request)
     taken = capture(pipe, request, tmp_path / "a.safetensors")

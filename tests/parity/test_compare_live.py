@@ -22,7 +22,7 @@ from support.planted_changes import BLOCKS, CHANGES, changed
 from support.tiny_repositories import tiny_repositories
 
 import flux
-from flux.conditioning import ImageInputs
+from flux.image_io.request import ImageInputs
 from flux.errors import UserError
 from flux.parity import compare_live as against
 from flux.parity import tolerances as budgets
@@ -177,7 +177,7 @@ def test_mistakes_with_diffusers(captures, right, tmp_path, monkeypatch):
 
 
 def test_references_that_are_remembered(right, tmp_path):
-    pictures = ImageInputs((Image.new("RGB", (64, 64), "red"),), cached=True)
+    pictures = ImageInputs((Image.new("RGB", (64, 64), "red"),), kv_cache=True)
     taken = capture(
         right[KLEIN],
         replace(ONE_STEP, pictures=pictures),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import flux
 from flux import transformer
-from flux.conditioning import ImageInputs
+from flux.image_io.request import ImageInputs
 from flux.configs import MODELS
 from flux.parity.capture import Request, Selection, capture
 from flux.parity.capture_file import Capture
@@ -737,7 +737,7 @@ def test_encoding(pipes, tmp_path):
 def test_references_that_are_seen_once(pipes, tmp_path):
     """They go another way through the blocks, with coordinates of their own."""
     request = replace(
-        WIDE, pictures=ImageInputs((Image.new("RGB", (80, 64), "teal"),), cached=True)
+        WIDE, pictures=ImageInputs((Image.new("RGB", (80, 64), "teal"),), kv_cache=True)
     )
     reference = capture(
         pipes[FLUX2], request, tmp_path / "reference.safetensors", Selection(("references",))

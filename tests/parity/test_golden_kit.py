@@ -24,7 +24,7 @@ from support.parity_requests import REQUESTS
 from support.tiny_repositories import tiny_repositories
 
 import flux
-from flux.conditioning import ImageInputs
+from flux.image_io.request import ImageInputs
 from flux.configs import EMBEDDED, MODELS
 from flux.errors import UserError
 from flux.parity import example_port as consumer
@@ -528,7 +528,7 @@ def test_what_cannot_be_made(load, tmp_path, monkeypatch):
         kit.build(pipe, TINY, tmp_path / "full")
     with pytest.raises(UserError, match="made in float32"):
         kit.build(load(FLUX2, torch.bfloat16), TINY, tmp_path / "kit")
-    cached = replace(TINY, pictures=ImageInputs((Image.new("RGB", (64, 64)),), cached=True))
+    cached = replace(TINY, pictures=ImageInputs((Image.new("RGB", (64, 64)),), kv_cache=True))
     with pytest.raises(UserError, match="give --no-kv-cache"):
         kit.build(pipe, cached, tmp_path / "kit")
     with pytest.raises(UserError, match="KB of tensors|MB of tensors"):

@@ -22,7 +22,7 @@ from support.tiny_repositories import tiny_repositories
 from torch import Tensor
 
 import flux
-from flux.conditioning import ImageInputs
+from flux.image_io.request import ImageInputs
 from flux.errors import UserError
 from flux.parity import modules
 from flux.parity import tolerances as budgets
@@ -149,7 +149,7 @@ def test_the_loop_begins_with_what_was_recorded(captures, pipeline, tmp_path):
 @pytest.mark.parametrize("cached", [False, True], ids=["references", "memories"])
 def test_pictures(cached, pipeline, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    pictures = ImageInputs((Image.fromarray(pixels),), cached=cached)
+    pictures = ImageInputs((Image.fromarray(pixels),), kv_cache=cached)
     pipe, request = pipeline(KLEIN), replace(SMALL, guidance=1.0, pictures=pictures)
     taken = capture(pipe, request, tmp_path / "a.safetensors")
     rows = forced(taken, Modules(pipe))

@@ -25,7 +25,7 @@ from torch import nn
 
 import flux
 from flux import pipeline
-from flux.conditioning import ImageInputs
+from flux.image_io.request import ImageInputs
 from flux.configs import MODELS
 from flux.image_io import output as images
 from flux.lora import formats as lora
@@ -126,7 +126,7 @@ RUNS = {
     "kontext": (KONTEXT, dict(pictures=ImageInputs((A,)), width=None, height=None)),
     "klein": (KLEIN, {}),
     "klein, references": (KLEIN, dict(pictures=ImageInputs((A, B)))),
-    "klein, kv-cache": (KLEIN, dict(pictures=ImageInputs((A,), cached=True))),
+    "klein, kv-cache": (KLEIN, dict(pictures=ImageInputs((A,), kv_cache=True))),
     "klein-kv": (KV, dict(pictures=ImageInputs((A, B)))),
 }
 

@@ -35,7 +35,7 @@ from test_pipeline import noise
 from torch import Tensor, nn
 
 import flux
-from flux.conditioning import ImageInputs
+from flux.image_io.request import ImageInputs
 from flux.errors import UserError
 from flux.parity import reference
 from flux.parity.table import Half, Single, figures
@@ -262,7 +262,7 @@ RUNS = {
         "flux.2-klein-4b",
         "Flux2KleinPipeline",
         None,
-        ImageInputs(PAIR, limit=1024),
+        ImageInputs(PAIR, reference_limit=1024),
         dict(image=list(PAIR)),
     ),
 }

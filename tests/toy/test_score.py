@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from support.load_script import script
 
-from flux import MODELS, conditioning
+from flux import MODELS
 from flux import toy as shapes
 from flux.configs import ModelSpec
+from flux.image_io import request
 from flux.runtime import checks as options
 
 score = script("toy/score")
@@ -98,7 +99,7 @@ def test_the_model_takes_what_its_rows_ask_for(spec):
         assert two or "negative_prompt" not in row.options
         for task in row.tasks:
             if task.pictures:
-                conditioning.check_pictures(spec, task.pictures)
+                request.check_images(spec, task.pictures)
 
 
 def test_a_model_without_references_is_not_asked_for_edits(monkeypatch, capsys):
