@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_quantization import bfl, gguf_file, in_blocks, nvfp4, saved
+from support.quantized_files import bfl_fp8, block_linears, nvfp4, save_gguf_q8_0, save_quantized
 from test_sample import PROMPT, QUICK, TOY, pixels
 from test_sample_images import KLEIN, KONTEXT, KV, A, B, Zoo, made
 from torch import nn
@@ -607,16 +607,16 @@ def test_unknown_kind_is_refused_before_any_file_is_looked_for(cli, monkeypatch)
 def toy_fp8(tmp_path) -> Path:
     state = {name: tensor.bfloat16() for name, tensor in load_file(TOY).items()}
     with torch.device("meta"):
-        layers = in_blocks(Flux(MODELS["flux.2-tiny"].transformer))
-    return saved(tmp_path / "toy-fp8.safetensors", bfl(layers, state))
+        layers = block_linears(Flux(MODELS["flux.2-tiny"].transformer))
+    return save_quantized(tmp_path / "toy-fp8.safetensors", bfl_fp8(layers, state))
 
 
 @pytest.fixture
 def toy_gguf(tmp_path) -> Path:
     state = {name: tensor.bfloat16() for name, tensor in load_file(TOY).items()}
     with torch.device("meta"):
-        layers = in_blocks(Flux(MODELS["flux.2-tiny"].transformer))
-    return gguf_file(tmp_path / "toy.gguf", layers, state)[0]
+        layers = block_linears(Flux(MODELS["flux.2-tiny"].transformer))
+    return save_gguf_q8_0(tmp_path / "toy.gguf", layers, state)[0]
 
 
 @pytest.mark.parametrize("kind", LOWEST)
@@ -737,9 +737,9 @@ def quantised_row(zoo, monkeypatch):
             whole = load_file(zoo.folder / base.repository.split("/")[1] / base.transformer_file)
             state = {name: tensor.bfloat16() for name, tensor in whole.items()}
             with torch.device("meta"):
-                layers = in_blocks(Flux(base.transformer))
-            written = (bfl if row.weight_format == "fp8" else nvfp4)(layers, state)
-            saved(path, written)
+                layers = block_linears(Flux(base.transformer))
+            written = (bfl_fp8 if row.weight_format == "fp8" else nvfp4)(layers, state)
+            save_quantized(path, written)
             save_file(
                 {n: written.weights.get(n, t.float()) for n, t in state.items()},
                 path.with_suffix(".whole"),

@@ -12,7 +12,7 @@ from benchmarks import lossy as loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_quantization_4bit import NF4, bits, e4m3
+from support.quantized_files import NF4_VALUES, e4m3_value
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,7 @@ from flux.weights.quantization.quantize import SCHEMES, dequantized, quantize_, 
 FEW = settings(max_examples=20, deadline=None)
 FINITE = [byte for byte in range(256) if byte & 127 != 127]  # of the float8 numbers
 GRIDS = {  # every number that a scale can be multiplied by
-    "fp8": np.array(sorted({e4m3(byte) for byte in FINITE})),
+    "fp8": np.array(sorted({e4m3_value(byte) for byte in FINITE})),
     "int8": np.arange(-127.0, 128.0),
     "int4": np.arange(-8.0, 8.0),
 }
@@ -167,7 +167,7 @@ def test_fp8_is_rounded_as_by_diffusers():
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
     theirs, scale = utils.quantize_fp8r(weight)
     ours = quantize_linear(linear(weight), "fp8")
-    assert bits(ours.weight.float()) == bits(theirs.float()) and torch.equal(
+    assert torch.equal(ours.weight.view(torch.uint8), theirs.view(torch.uint8)) and torch.equal(
         ours.weight_scale[:, 0], scale
     )
 
@@ -459,10 +459,10 @@ def test_rounding_to_nvfp4_is_diffusers():
 
 
 def test_rounding_to_nf4_has_its_values():
-    assert (loss.nf4_values() - torch.tensor(NF4)).abs().max() < 1e-6
+    assert (loss.nf4_values() - torch.tensor(NF4_VALUES)).abs().max() < 1e-6
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(13)).double()
     largest = weight.view(16, 64).abs().amax(dim=1).repeat_interleave(64).view(8, 128)
-    possible = torch.tensor(NF4).double()[:, None, None] * largest
+    possible = torch.tensor(NF4_VALUES).double()[:, None, None] * largest
     least = (possible - weight).abs().amin(dim=0)
     assert ((loss.nf4(weight.float()) - weight).abs() - least).abs().max() < 1e-5
 

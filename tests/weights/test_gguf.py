@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.quantized_files import save_gguf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.errors import UserError
@@ -189,28 +190,6 @@ def test_linear_on_the_meta_device_takes_the_bytes_of_the_file():
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def saved(
-    path: Path,
-    arrays: dict[str, np.ndarray | tuple[np.ndarray, str]],
-    alignment: int | None = None,
-    **metadata,
-) -> Path:
-    """A file by the `gguf` package; a tensor that is not plain comes with its kind."""
-    writer = gguf.GGUFWriter(path, "flux")
-    if alignment:
-        writer.add_custom_alignment(alignment)
-    for key, value in metadata.items():
-        getattr(writer, f"add_{key.split('_')[0]}")(key, value)
-    for name, array in arrays.items():
-        array, kind = array if isinstance(array, tuple) else (array, None)
-        writer.add_tensor(name, array, raw_dtype=Type[kind] if kind else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def plain_arrays() -> dict[str, np.ndarray | tuple[np.ndarray, str]]:
     random = np.random.default_rng(1)
     numbers = {
@@ -229,7 +208,7 @@ def sound(tmp_path_factory) -> Path:
     """A file with a tensor of each type, and one quantised vector."""
     arrays = plain_arrays() | {kind: (random_blocks(kind, 5, 2), kind) for kind in BLOCKS}
     arrays["vector"] = (gguf.quantize(np.arange(64, dtype=np.float32), Type.Q8_0), "Q8_0")
-    return saved(
+    return save_gguf(
         tmp_path_factory.mktemp("sound") / "x.gguf", arrays, string_a="text", array_a=["one", "two"]
     )
 
@@ -252,7 +231,7 @@ def test_header_is_what_was_written(sound):
 @pytest.mark.parametrize("alignment", [None, 8, 64, 4096])
 def test_tensors_are_where_the_package_finds_them(tmp_path, alignment):
     arrays = plain_arrays() | {kind: (random_blocks(kind, 5, 3), kind) for kind in BLOCKS}
-    path = saved(tmp_path / "x.gguf", arrays, alignment)
+    path = save_gguf(tmp_path / "x.gguf", arrays, alignment)
     infos, found = read_header(path)[0], tensors(path)
     reader = gguf.GGUFReader(path)
     assert list(found) == list(infos) == [tensor.name for tensor in reader.tensors] == list(arrays)
@@ -314,7 +293,7 @@ def test_metadata_is_read_and_lists_are_passed_over(tmp_path):
         array_floats=[0.5, 1.5],
         array_truths=[True, False],
     )
-    path = saved(tmp_path / "x.gguf", plain_arrays(), **values, **lists)
+    path = save_gguf(tmp_path / "x.gguf", plain_arrays(), **values, **lists)
     assert read_header(path)[1] == {"general.architecture": "flux"} | values
     assert tensors(path).keys() == plain_arrays().keys()
 
@@ -359,7 +338,7 @@ def test_quantised_transformer_is_the_one_with_decoded_weights(tmp_path, flux2, 
         else:
             arrays[prefix + name] = tensor.numpy().astype(plain)
             tensor.copy_(torch.from_numpy(arrays[prefix + name]))
-    path = saved(tmp_path / "x.gguf", arrays)
+    path = save_gguf(tmp_path / "x.gguf", arrays)
 
     assert infer_config(path) == config
     with torch.device("meta"):

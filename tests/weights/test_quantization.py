@@ -4,23 +4,37 @@ Each format is written here (NVFP4, NF4 and GGUF beside their own tests) from it
 computed by hand, in float32, or by diffusers. Equal means to the last bit; our networks with these weights are the reference.
 """
 
-import json
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.quantized_files import (
+    E4M3,
+    E5M2,
+    FORMATS,
+    PREFIX,
+    QuantizedFile,
+    bfl_fp8,
+    block_linears,
+    fp8_by_block,
+    fp8_layers,
+    json_bytes,
+    metadata_for,
+    random,
+    random_state,
+    save_gguf,
+    save_gguf_q8_0,
+    save_quantized,
+    to_fp8,
+)
 from support.weight_files import anonymous_memory, hollow, refusal
-from test_gguf import saved as saved_gguf
-from test_quantization_4bit import NF4, nf4_tensors, nvfp4_by_hand, nvfp4_tensors, random_nvfp4
 from torch import Tensor, nn
 
 import flux
@@ -35,7 +49,6 @@ from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 from flux.weights.load import infer_config, load_module
 from flux.weights.quantization import BlockFP8Linear, FP8Linear, QuantizedLinear, enable_fp8_matmul
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FLUX2 = FluxConfig(
     in_channels=16,
     out_channels=16,
@@ -57,279 +70,11 @@ FLUX1 = replace(
     shared_modulation=False,
     theta=10000,
 )
-PREFIX = "model.diffusion_model."
-
-
-def random(*shape: int, seed: int = 0, size: float = 0.1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
 
 
 def empty(config: FluxConfig) -> Flux:
     with torch.device("meta"):
         return Flux(config)
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Random, in bfloat16, as the plain tensors of all these files are."""
-    state = module.state_dict()
-    return {
-        n: random(*t.shape, seed=i).add(t.ndim == 1).bfloat16()
-        for i, (n, t) in enumerate(state.items())
-    }
-
-
-def in_blocks(module: nn.Module) -> list[str]:
-    """The layers that Black Forest Labs quantise."""
-    paths = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return [
-        path
-        for path in paths
-        if re.search(r"_blocks\.\d+\.(img_attn|txt_attn|img_mlp|txt_mlp|linear)", path)
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------- writers
-
-
-class Written(NamedTuple):
-    """Tensors and metadata of a file, and the weights that it stands for, float32."""
-
-    tensors: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    metadata: dict[str, str] | None = None
-    prefix: str = ""  # of every name
-
-
-def scaled(
-    weight: Tensor, dtype: torch.dtype = E4M3, by_row: bool = False
-) -> tuple[Tensor, Tensor]:
-    """A weight in float8, and its scale (): or (rows,)."""
-    largest = weight.float().abs().amax(dim=1) if by_row else weight.float().abs().amax()
-    scale = largest / torch.finfo(dtype).max
-    return (weight.float() / (scale[:, None] if by_row else scale)).to(dtype), scale
-
-
-def notes(layers: list[str], name: str, **more) -> dict[str, str]:
-    table = {
-        "format_version": "1.0",
-        "layers": {layer: {"format": name, **more} for layer in layers},
-    }
-    return {"_quantization_metadata": json.dumps(table)}
-
-
-def scaled_layers(
-    layers: list[str],
-    state: dict[str, Tensor],
-    dtype=E4M3,
-    scale="weight_scale",
-    activations="input_scale",
-    shape=(),
-    by_row=False,
-) -> Written:
-    tensors, weights = dict(state), {}
-    for layer in layers:
-        weight, factor = scaled(state[f"{layer}.weight"], dtype, by_row)
-        tensors[f"{layer}.weight"], tensors[f"{layer}.{scale}"] = (
-            weight,
-            factor if by_row else factor.reshape(shape),
-        )
-        weights[f"{layer}.weight"] = weight.float() * (factor[:, None] if by_row else factor)
-        if activations:
-            tensors[f"{layer}.{activations}"] = torch.tensor(0.013).reshape(shape)
-    return Written(tensors, weights)
-
-
-def bfl(layers, state) -> Written:
-    return scaled_layers(layers, state)._replace(metadata=notes(layers, "float8_e4m3fn"))
-
-
-def e5m2(layers, state) -> Written:
-    return scaled_layers(layers, state, E5M2)._replace(metadata=notes(layers, "float8_e5m2"))
-
-
-def bfl_mixed(layers, state) -> Written:
-    """As Comfy-Org's flux2_dev_fp8mixed: no attention. The metadata names the layers without the prefix of the tensors."""
-    layers = [layer for layer in layers if "_attn." not in layer]
-    return scaled_layers(layers, state)._replace(
-        metadata=notes(layers, "float8_e4m3fn"), prefix=PREFIX
-    )
-
-
-def comfy_legacy(layers, state) -> Written:
-    """flux_dev_scaled_fp8_test and its kin: the other spelling, a marker, and biases that were cast too."""
-    written = scaled_layers(layers, state, scale="scale_weight", activations="scale_input")
-    cast = {
-        name: t.to(E4M3) if name.endswith(".bias") else t for name, t in written.tensors.items()
-    }
-    biases = {name: t.float() for name, t in cast.items() if name.endswith(".bias")}
-    return Written(
-        cast | {"scaled_fp8": torch.empty(0, dtype=E4M3)}, written.weights | biases, None, PREFIX
-    )
-
-
-def comfy_legacy_flat(layers, state) -> Written:
-    """Scales of shape (1,), no input scales."""
-    written = scaled_layers(layers, state, scale="scale_weight", activations=None, shape=(1,))
-    return Written(written.tensors | {"scaled_fp8": torch.empty(2, dtype=E4M3)}, written.weights)
-
-
-def comfy_marked(layers, state) -> Written:
-    """The text encoders': the marker, and the newer spelling."""
-    written = scaled_layers(layers, state)
-    return Written(written.tensors | {"scaled_fp8": torch.empty(0, dtype=E4M3)}, written.weights)
-
-
-def as_text(note: dict) -> Tensor:
-    return torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
-
-
-def comfy_notes(layers, state) -> Written:
-    written = scaled_layers(layers, state, activations=None)
-    note = as_text({"format": "float8_e4m3fn", "full_precision_matrix_mult": True})
-    return Written(
-        written.tensors | {f"{layer}.comfy_quant": note for layer in layers},
-        written.weights,
-        None,
-        PREFIX,
-    )
-
-
-def told_thrice(layers, state) -> Written:
-    """Metadata, whose names lack the prefix, notes on layers, and the marker, all of one mind."""
-    written = comfy_notes(layers, state)
-    marker = {"scaled_fp8": torch.empty(0, dtype=E4M3)}
-    return written._replace(
-        tensors=written.tensors | marker, metadata=notes(layers, "float8_e4m3fn")
-    )
-
-
-def raw_cast(layers, state, dtype=E4M3) -> Written:
-    """Everything, biases and norms too."""
-    tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
-    return Written(tensors, {name: tensor.float() for name, tensor in tensors.items()})
-
-
-def bundle(layers, state) -> Written:
-    """As Comfy-Org's flux1-dev-fp8: a raw cast beside other networks."""
-    written = raw_cast(layers, state)
-    others = {
-        "vae.decoder.conv_in.weight": random(4, 4),
-        "text_encoders.clip_l.logit_scale": random(),
-        "text_encoders.t5xxl.transformer.shared.weight": random(4, 4).to(E4M3),
-    }
-    return Written(
-        {PREFIX + name: tensor for name, tensor in written.tensors.items()} | others,
-        written.weights,
-    )
-
-
-def by_rows(layers, state) -> Written:
-    return scaled_layers(layers, state, by_row=True, activations=None)
-
-
-def by_columns(layers, state) -> Written:
-    """The same scales as a column."""
-    written = by_rows(layers, state)
-    return Written(
-        {n: t[:, None] if n.endswith("_scale") else t for n, t in written.tensors.items()},
-        written.weights,
-    )
-
-
-def hugging_face(layers, state) -> Written:
-    tensors, weights = dict(state), {}
-    for number, layer in enumerate(layers):
-        weight = (
-            random(*state[f"{layer}.weight"].shape, seed=number, size=100).clamp(-448, 448).to(E4M3)
-        )
-        rows, columns = weight.shape
-        scale = random(-(-rows // 128), -(-columns // 128), seed=number).to(
-            torch.bfloat16 if number % 2 else torch.float32
-        )
-        tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale_inv"] = weight, scale
-        whole = weight.float().numpy()
-        for row, column in np.ndindex(*scale.shape):
-            whole[128 * row : 128 * (row + 1), 128 * column : 128 * (column + 1)] *= (
-                scale[row, column].float().item()
-            )
-        weights[f"{layer}.weight"] = torch.from_numpy(whole)
-    return Written(tensors, weights)
-
-
-def nvfp4(layers, state, swizzled=True) -> Written:
-    tensors, weights = dict(state), {}
-    for number, layer in enumerate(layers):
-        rows, columns = state[f"{layer}.weight"].shape
-        codes = random_nvfp4(rows, columns // 16, seed=number)
-        tensors |= {
-            f"{layer}.{name}": tensor for name, tensor in nvfp4_tensors(*codes, swizzled).items()
-        }
-        if number % 3 == 0 and swizzled:
-            del tensors[f"{layer}.input_scale"]  # as in flux2-dev-nvfp4-mixed
-        weights[f"{layer}.weight"] = torch.from_numpy(nvfp4_by_hand(*codes))
-    return Written(tensors, weights, notes(layers, "nvfp4") if swizzled else None)
-
-
-def nvfp4_comfy(layers, state) -> Written:
-    written = nvfp4(layers, state)
-    return Written(
-        written.tensors | {f"{x}.comfy_quant": as_text({"format": "nvfp4"}) for x in layers},
-        written.weights,
-    )
-
-
-def nf4(layers, state, nested=False) -> Written:
-    tensors, weights = dict(state), {}
-    for number, layer in enumerate(layers):
-        rng, shape = np.random.default_rng(number), tuple(state[f"{layer}.weight"].shape)
-        codes, blocks = rng.integers(0, 16, shape, dtype=np.uint8), shape[0] * shape[1] // 64
-        absmax, more = rng.uniform(0.01, 0.2, blocks).astype(np.float32), None
-        largest = absmax
-        if nested:
-            absmax, values = (
-                rng.integers(0, 256, blocks, dtype=np.uint8),
-                rng.uniform(-1, 1, 256).astype(np.float32),
-            )
-            outer = rng.uniform(0.01, 0.2, -(-blocks // 256)).astype(np.float32)
-            more = dict(blocksize=256, offset=0.25, absmax=outer, values=values)
-            largest = values[absmax] * outer.repeat(256)[:blocks] + np.float32(0.25)
-        named = nf4_tensors(codes, absmax, NF4, more)
-        tensors |= {name.replace("L.", f"{layer}.", 1): tensor for name, tensor in named.items()}
-        whole = np.array(NF4, np.float32)[codes] * largest.repeat(64).reshape(shape)
-        weights[f"{layer}.weight"] = torch.from_numpy(whole)
-    return Written(tensors, weights, None, PREFIX)  # lllyasviel's flux1-dev-bnb-nf4
-
-
-FORMATS: dict[str, Callable[[list[str], dict[str, Tensor]], Written]] = {
-    "BFL": bfl,
-    "e5m2": e5m2,
-    "mixed": bfl_mixed,
-    "ComfyUI, earlier": comfy_legacy,
-    "ComfyUI, (1,)": comfy_legacy_flat,
-    "ComfyUI, marker": comfy_marked,
-    "ComfyUI": comfy_notes,
-    "told thrice": told_thrice,
-    "cast": raw_cast,
-    "cast, e5m2": lambda *x: raw_cast(*x, E5M2),
-    "bundle": bundle,
-    "diffusers, by rows": by_rows,
-    "by columns": by_columns,
-    "Hugging Face": hugging_face,
-    "NVFP4": nvfp4,
-    "NVFP4, ComfyUI": nvfp4_comfy,
-    "NVFP4, ModelOpt": lambda *x: nvfp4(*x, swizzled=False),
-    "NF4": nf4,
-    "NF4, nested": lambda *x: nf4(*x, nested=True),
-}
-
-
-def saved(path: Path, written: Written) -> Path:
-    tensors = {
-        written.prefix + name: tensor.contiguous().clone()
-        for name, tensor in written.tensors.items()
-    }
-    save_file(tensors, path, metadata=written.metadata)
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- whole networks
@@ -358,12 +103,12 @@ def inputs(config: FluxConfig, dtype: torch.dtype) -> dict[str, Tensor]:
 def test_network_is_the_one_with_the_weights_that_the_file_stands_for(
     tmp_path, config, name, dtype
 ):
-    layers, state = in_blocks(empty(config)), state_of(empty(config))
+    layers, state = block_linears(empty(config)), random_state(empty(config))
     if name == "GGUF":
-        path, weights = gguf_file(tmp_path / "x.gguf", layers, state)
+        path, weights = save_gguf_q8_0(tmp_path / "x.gguf", layers, state)
     else:
         written = FORMATS[name](layers, state)
-        path, weights = saved(tmp_path / "x.safetensors", written), written.weights
+        path, weights = save_quantized(tmp_path / "x.safetensors", written), written.weights
     assert infer_config(path) == config
 
     expected = empty(config)
@@ -392,11 +137,11 @@ def test_network_is_the_one_with_the_weights_that_the_file_stands_for(
 @pytest.mark.parametrize("name", [*FORMATS, "GGUF"])
 @pytest.mark.parametrize("config", [FLUX1, FLUX2], ids=["FLUX.1", "FLUX.2"])
 def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_path, config, name):
-    layers, state = in_blocks(empty(config)), state_of(empty(config))
+    layers, state = block_linears(empty(config)), random_state(empty(config))
     if name == "GGUF":
-        path, _ = gguf_file(tmp_path / "x.gguf", layers, state)
+        path, _ = save_gguf_q8_0(tmp_path / "x.gguf", layers, state)
     else:
-        path = saved(tmp_path / "x.safetensors", FORMATS[name](layers, state))
+        path = save_quantized(tmp_path / "x.safetensors", FORMATS[name](layers, state))
     gradients = []
     for whole in (False, True):
         network = empty(config)
@@ -423,27 +168,14 @@ def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_pa
         )  # a bias is added after the product here, and not in it
 
 
-def gguf_file(
-    path: Path, layers: list[str], state: dict[str, Tensor]
-) -> tuple[Path, dict[str, Tensor]]:
-    arrays, weights = {name: tensor.float().numpy() for name, tensor in state.items()}, {}
-    for layer in layers:
-        raw = gguf.quantize(arrays[f"{layer}.weight"], gguf.GGMLQuantizationType.Q8_0)
-        arrays[f"{layer}.weight"] = raw, "Q8_0"
-        weights[f"{layer}.weight"] = torch.from_numpy(
-            gguf.dequantize(raw, gguf.GGMLQuantizationType.Q8_0).copy()
-        )
-    return saved_gguf(path, arrays), weights
-
-
-@pytest.mark.parametrize("name", ["ComfyUI, earlier", "cast", "GGUF"])
+@pytest.mark.parametrize("name", ["ComfyUI, legacy", "cast", "GGUF"])
 def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
     """Biases and norms, in float32 or float8, are cast, and take memory; matrices are the file's own pages nevertheless."""
-    layers, state = in_blocks(empty(FLUX1)), state_of(empty(FLUX1))
+    layers, state = block_linears(empty(FLUX1)), random_state(empty(FLUX1))
     if name == "GGUF":
-        path, _ = gguf_file(tmp_path / "x.gguf", layers, state)
+        path, _ = save_gguf_q8_0(tmp_path / "x.gguf", layers, state)
     else:
-        path = saved(tmp_path / "x.safetensors", FORMATS[name](layers, state))
+        path = save_quantized(tmp_path / "x.safetensors", FORMATS[name](layers, state))
     cpu, prefixes = torch.device("cpu"), ("", PREFIX)
     network = LazyModule(
         Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, lists=BLOCK_LISTS, prefixes=prefixes
@@ -476,38 +208,40 @@ QWEN = LanguageModelConfig(
 MISTRAL = replace(QWEN, qk_norm=False)
 
 
-def t5_file(state: dict[str, Tensor], linears: list[str]) -> Written:
+def t5_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
     """t5xxl_fp8_e4m3fn_scaled: the marker, the earlier spelling, the tokenizer, and an embedding cast without a scale."""
-    written = scaled_layers(linears, state, scale="scale_weight", activations="scale_input")
+    written = fp8_layers(linears, state, scale_name="scale_weight", input_scale_name="scale_input")
     embedding = state["shared.weight"].to(E4M3)
     extra = {
         "shared.weight": embedding,
         "scaled_fp8": torch.empty(0, dtype=E4M3),
-        "spiece_model": as_text({}),
+        "spiece_model": json_bytes({}),
     }
-    return Written(written.tensors | extra, written.weights | {"shared.weight": embedding.float()})
+    return QuantizedFile(
+        written.tensors | extra, written.weights | {"shared.weight": embedding.float()}
+    )
 
 
-def mistral_file(state: dict[str, Tensor], linears: list[str]) -> Written:
+def mistral_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
     """ComfyUI's: a marker, the newer spelling, the tokenizer, and layers that are not read."""
-    written = scaled_layers(linears, state)
+    written = fp8_layers(linears, state)
     above = {
         name.replace("layers.1.", "layers.2."): tensor
         for name, tensor in written.tensors.items()
         if "layers.1." in name
     }
     named = {f"model.{name}": tensor for name, tensor in (written.tensors | above).items()}
-    return Written(
-        named | {"scaled_fp8": torch.empty(0), "tekken_model": as_text({"vocab": []})},
+    return QuantizedFile(
+        named | {"scaled_fp8": torch.empty(0), "tekken_model": json_bytes({"vocab": []})},
         written.weights,
     )
 
 
-def qwen_file(state: dict[str, Tensor], linears: list[str]) -> Written:
+def qwen_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
     """Qwen/Qwen3-4B-FP8: blocks of 128x128, which 160 and 144 are no multiples of."""
-    written = hugging_face(linears, state)
+    written = fp8_by_block(linears, state)
     named = {f"model.{name}": tensor for name, tensor in written.tensors.items()}
-    return Written(
+    return QuantizedFile(
         named | {"lm_head.weight": random(40, 160), "model.norm.weight": random(160)},
         written.weights,
     )
@@ -542,12 +276,12 @@ def test_text_encoder_is_the_one_with_the_weights_that_the_file_stands_for(
 ):
     with torch.device("meta"):
         ours, expected = kind(config), kind(config)
-    state = state_of(ours)
+    state = random_state(ours)
     linears = [path for path, layer in ours.named_modules() if isinstance(layer, nn.Linear)]
     written = write(state, linears)
     load_module(
         ours,
-        [saved(tmp_path / "x.safetensors", written)],
+        [save_quantized(tmp_path / "x.safetensors", written)],
         dtype=dtype,
         prefixes=prefixes,
         ignore_keys=unread,
@@ -617,7 +351,7 @@ def test_rows_are_scaled_as_by_diffusers():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_dtype_is_for_the_bias_alone(dtype):
-    weight, scale = scaled(random(16, 32))
+    weight, scale = to_fp8(random(16, 32))
     layer = fp8_linear(weight, random(16), weight_scale=scale)
     whole = layer.dequantize()
     x = random(3, 32, size=1).to(dtype)
@@ -633,7 +367,7 @@ def test_a_dtype_is_for_the_bias_alone(dtype):
 
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_block_is_one_graph(by_row):
-    weight, scale = scaled(random(32, 48), by_row=by_row)
+    weight, scale = to_fp8(random(32, 48), by_row=by_row)
     layer = fp8_linear(weight, random(32), weight_scale=scale, input_scale=torch.tensor(0.01))
     x = random(3, 48, size=1)
     for native in (False, True):
@@ -654,7 +388,7 @@ def test_native_product_is_that_of_the_rounded_numbers(activations, weights, dty
     weight, scale = (
         (random(48, 64).to(E4M3), None)
         if weights == "cast"
-        else scaled(random(48, 64), by_row=weights == "by row")
+        else to_fp8(random(48, 64), by_row=weights == "by row")
     )
     x = random(2, 5, 64, size=3).to(dtype)
     x[0, 0, 0], x[1, 2] = 9, 0  # beyond what the static scale holds; a token of zeros
@@ -689,8 +423,9 @@ def test_native_product_is_that_of_the_rounded_numbers(activations, weights, dty
     ],
 )
 def test_who_made_the_file_may_ask_for_whole_activations(tmp_path, name, full_precision):
-    path = saved(
-        tmp_path / "x.safetensors", FORMATS[name](in_blocks(empty(FLUX2)), state_of(empty(FLUX2)))
+    path = save_quantized(
+        tmp_path / "x.safetensors",
+        FORMATS[name](block_linears(empty(FLUX2)), random_state(empty(FLUX2))),
     )
     module = empty(FLUX2)
     load_module(module, [path], dtype=torch.float32, prefixes=("", PREFIX))
@@ -708,7 +443,7 @@ def test_who_made_the_file_may_ask_for_whole_activations(tmp_path, name, full_pr
 
 def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_path):
     def layer(rows: int, columns: int, dtype=E4M3, **more) -> FP8Linear:
-        weight, scale = scaled(random(rows, columns), dtype)
+        weight, scale = to_fp8(random(rows, columns), dtype)
         return fp8_linear(weight, weight_scale=scale, **more)
 
     block = BlockFP8Linear(32, 32, bias=False)
@@ -747,7 +482,7 @@ def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_pat
 )
 def test_a_device_without_it_falls_back_and_says_so_once(monkeypatch, capability, dtype, told):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    weight, scale = scaled(random(32, 48))
+    weight, scale = to_fp8(random(32, 48))
     module = nn.Sequential(
         *(fp8_linear(weight, random(32).to(dtype), weight_scale=scale) for _ in range(3))
     )
@@ -762,11 +497,11 @@ def test_a_device_without_it_falls_back_and_says_so_once(monkeypatch, capability
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="needs Linux' account of a process' memory"
 )
-@pytest.mark.parametrize("name", ["BFL", "diffusers, by rows", "NVFP4, ModelOpt"])
+@pytest.mark.parametrize("name", ["BFL", "by row", "NVFP4, ModelOpt"])
 def test_quantised_weights_stay_mapped(tmp_path, name):
     """Loaded for bfloat16, with float32 beside them in the file: what is cast is small."""
     shape = 2048, 4096
-    weight, scale = scaled(random(*shape), by_row=name != "BFL")
+    weight, scale = to_fp8(random(*shape), by_row=name != "BFL")
     tensors = {"0.weight": weight, "0.weight_scale": scale, "1.weight": random(8)}
     if name.startswith("NVFP4"):
         tensors["0.weight"] = weight.view(torch.uint8)
@@ -774,7 +509,7 @@ def test_quantised_weights_stay_mapped(tmp_path, name):
             "0.weight_scale": random(2048, 512).to(E4M3),
             "0.weight_scale_2": torch.tensor(1.0),
         }
-    path = saved(tmp_path / "x.safetensors", Written(tensors, {}))
+    path = save_quantized(tmp_path / "x.safetensors", QuantizedFile(tensors, {}))
     with torch.device("meta"):
         module = nn.Sequential(
             nn.Linear(4096 if not name.startswith("NVFP4") else 8192, 2048, bias=False),
@@ -788,12 +523,14 @@ def test_quantised_weights_stay_mapped(tmp_path, name):
 
 
 def test_bytes_are_those_that_are_held(tmp_path):
-    state, layers = state_of(empty(FLUX1)), in_blocks(empty(FLUX1))
+    state, layers = random_state(empty(FLUX1)), block_linears(empty(FLUX1))
     paths = {
-        name: saved(tmp_path / f"{name}.safetensors", FORMATS[name](layers, state))
+        name: save_quantized(tmp_path / f"{name}.safetensors", FORMATS[name](layers, state))
         for name in ("BFL", "NVFP4", "cast")
     }
-    paths |= {"bfloat16": saved(tmp_path / "bfloat16.safetensors", Written(state, {}))}
+    paths |= {
+        "bfloat16": save_quantized(tmp_path / "bfloat16.safetensors", QuantizedFile(state, {}))
+    }
     networks = {
         name: LazyModule(
             Flux,
@@ -822,27 +559,27 @@ LAYER = "double_blocks.0.img_attn.qkv"
 WEIGHT = f"{LAYER}.weight"
 
 
-def without(written: Written, *names: str) -> Written:
+def without(written: QuantizedFile, *names: str) -> QuantizedFile:
     return written._replace(
         tensors={name: tensor for name, tensor in written.tensors.items() if name not in names}
     )
 
 
-def plus(written: Written, **tensors: Tensor) -> Written:
+def plus(written: QuantizedFile, **tensors: Tensor) -> QuantizedFile:
     return written._replace(
         tensors=written.tensors | {f"{LAYER}.{name}": tensor for name, tensor in tensors.items()}
     )
 
 
-def metadata(written: Written, text: str) -> Written:
+def metadata(written: QuantizedFile, text: str) -> QuantizedFile:
     return written._replace(metadata={"_quantization_metadata": text})
 
 
-def renamed_format(written: Written, name: str) -> Written:
-    return written._replace(metadata=notes([LAYER], name))
+def renamed_format(written: QuantizedFile, name: str) -> QuantizedFile:
+    return written._replace(metadata=metadata_for([LAYER], name))
 
 
-BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
+BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
     "no scale": (
         "BFL",
         lambda w: without(w, f"{LAYER}.weight_scale"),
@@ -869,7 +606,7 @@ BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
         f"'{LAYER}.input_scale' is (7,) and not ()",
     ),
     "misshapen blocks": (
-        "Hugging Face",
+        "by block",
         lambda w: plus(w, weight_scale_inv=torch.ones(1, 1)),
         f"'{LAYER}.weight_scale_inv' is (1, 1) and not (2, 1)",
     ),
@@ -886,7 +623,7 @@ BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
     "no absmax": ("NF4", lambda w: without(w, f"{WEIGHT}.absmax"), f"1 missing ('{LAYER}.absmax')"),
     "no note": (
         "BFL",
-        lambda w: w._replace(metadata=notes(["elsewhere"], "float8_e4m3fn")),
+        lambda w: w._replace(metadata=metadata_for(["elsewhere"], "float8_e4m3fn")),
         "_quantization_metadata does not say in which format",
     ),
     "mxfp8": (
@@ -905,12 +642,12 @@ BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
         f"keeps '{LAYER}' as 'float8_e4m3fn' (F32), which is not read",
     ),
     "integers": (
-        "diffusers, by rows",
+        "by row",
         lambda w: plus(w, weight=torch.ones(192, 64, dtype=torch.int8)),
         f"keeps '{LAYER}' as I8 with scales in F32, which is not read; get the model in bfloat16, FP8",
     ),
     "E8M0": (
-        "diffusers, by rows",
+        "by row",
         lambda w: plus(w, weight_scale=torch.ones(192, 2).to(torch.float8_e8m0fnu)),
         "as F8_E4M3 with scales in F8_E8M0, which is not read",
     ),
@@ -921,17 +658,17 @@ BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
     ),
     "contradiction": (
         "BFL",
-        lambda w: plus(w, comfy_quant=as_text({"format": "nvfp4"})),
+        lambda w: plus(w, comfy_quant=json_bytes({"format": "nvfp4"})),
         f"contradicts itself: '{LAYER}' is float8_e4m3fn by _quantization_metadata, and nvfp4 by comfy_quant",
     ),
     "two transports": (
         "NF4",
-        lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
+        lambda w: w._replace(metadata=metadata_for([LAYER], "nvfp4")),
         "in 2 ways, of which one must be wrong: quant_state.bitsandbytes and _quantization_metadata",
     ),
     "marker of another": (
-        "ComfyUI, earlier",
-        lambda w: w._replace(metadata=notes([LAYER], "nvfp4")),
+        "ComfyUI, legacy",
+        lambda w: w._replace(metadata=metadata_for([LAYER], "nvfp4")),
         f"keeps '{LAYER}' as 'nvfp4' (F8_E4M3), which is not read",
     ),
     "two spellings": (
@@ -962,7 +699,7 @@ BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
     ),
     "damaged note": (
         "ComfyUI",
-        lambda w: plus(w, comfy_quant=as_text({})[:1]),
+        lambda w: plus(w, comfy_quant=json_bytes({})[:1]),
         "damaged comfy_quant",
     ),
     "note of no bytes": (
@@ -996,19 +733,19 @@ BAD: dict[str, tuple[str, Callable[[Written], Written], str]] = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_file_is_told_in_one_sentence(tmp_path, what):
     name, spoil, told = BAD[what]
-    written = spoil(FORMATS[name](in_blocks(empty(FLUX2)), state_of(empty(FLUX2))))
-    path = saved(tmp_path / "x.safetensors", written._replace(prefix=""))
+    written = spoil(FORMATS[name](block_linears(empty(FLUX2)), random_state(empty(FLUX2))))
+    path = save_quantized(tmp_path / "x.safetensors", written._replace(prefix=""))
     module = empty(FLUX2)
     message = refusal(load_module, module, [path], prefixes=("", PREFIX))
     assert told in message and str(path) in message and message.endswith(".")
     assert all(
-        isinstance(module.get_submodule(layer), nn.Linear) for layer in in_blocks(empty(FLUX2))
+        isinstance(module.get_submodule(layer), nn.Linear) for layer in block_linears(empty(FLUX2))
     )  # as it was
 
 
 def test_another_networks_file_is_told_in_spite_of_its_quantisation(tmp_path):
-    written = bfl(in_blocks(empty(FLUX2)), state_of(empty(FLUX2)))
-    path = saved(tmp_path / "x.safetensors", written)
+    written = bfl_fp8(block_linears(empty(FLUX2)), random_state(empty(FLUX2)))
+    path = save_quantized(tmp_path / "x.safetensors", written)
     assert "looks like a FLUX.2 transformer, and a FLUX.1 transformer is wanted" in refusal(
         load_module, empty(FLUX1), [path]
     )
@@ -1020,9 +757,9 @@ def test_another_networks_file_is_told_in_spite_of_its_quantisation(tmp_path):
     "value, where", [(float("nan"), WEIGHT), (float("inf"), f"{LAYER}.weight_scale")]
 )
 def test_what_is_not_finite_is_found_when_asked_for(tmp_path, value, where):
-    written = bfl(in_blocks(empty(FLUX2)), state_of(empty(FLUX2)))
+    written = bfl_fp8(block_linears(empty(FLUX2)), random_state(empty(FLUX2)))
     wrong = torch.full(written.tensors[where].shape, value).to(written.tensors[where].dtype)
-    path = saved(
+    path = save_quantized(
         tmp_path / "x.safetensors", written._replace(tensors=written.tensors | {where: wrong})
     )
     load_module(empty(FLUX2), [path])
@@ -1042,15 +779,15 @@ def test_a_whole_file_of_svdquant_is_refused_before_its_layout_is(tmp_path):
 
 
 def test_scales_inside_of_blocks_are_looked_at_too(tmp_path):
-    layers, state = in_blocks(empty(FLUX2)), state_of(empty(FLUX2))
+    layers, state = block_linears(empty(FLUX2)), random_state(empty(FLUX2))
     arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
     raw = gguf.quantize(arrays[WEIGHT], gguf.GGMLQuantizationType.Q8_0)
     raw[3, :2] = np.array([np.inf], dtype=np.float16).view(np.uint8)
-    path = saved_gguf(tmp_path / "x.gguf", arrays | {WEIGHT: (raw, "Q8_0")})
+    path = save_gguf(tmp_path / "x.gguf", arrays | {WEIGHT: (raw, "Q8_0")})
     assert f"NaN or infinity in '{WEIGHT}'" in refusal(
         load_module, empty(FLUX2), [path], check_finite=True
     )
-    path, _ = gguf_file(tmp_path / "y.gguf", layers, state)
+    path, _ = save_gguf_q8_0(tmp_path / "y.gguf", layers, state)
     load_module(empty(FLUX2), [path], check_finite=True)
 
 
@@ -1060,13 +797,13 @@ def test_pipeline_takes_a_quantised_transformer(tmp_path):
     Whole weights are mapped, and may lie where a matrix product sums in another order than elsewhere in memory.
     """
     state = load_file(EMBEDDED / "flux.2-tiny" / "flux-2-tiny.safetensors")
-    written = bfl(in_blocks(empty(flux.MODELS["flux.2-tiny"].transformer)), state)
-    whole = Written(
+    written = bfl_fp8(block_linears(empty(flux.MODELS["flux.2-tiny"].transformer)), state)
+    whole = QuantizedFile(
         {name: written.weights.get(name, tensor.float()) for name, tensor in state.items()}, {}
     )
     pictures = []
     for name, file in ("fp8", written), ("whole", whole):
-        pipe = flux.load(transformer=saved(tmp_path / f"{name}.safetensors", file))
+        pipe = flux.load(transformer=save_quantized(tmp_path / f"{name}.safetensors", file))
         pictures.append(np.asarray(pipe("a red circle", steps=2, seed=3)[0]).astype(int))
         assert any(isinstance(layer, FP8Linear) for layer in pipe.transformer().modules()) == (
             name == "fp8"

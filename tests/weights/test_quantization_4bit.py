@@ -12,6 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.quantized_files import (
+    E2M1_VALUES,
+    NF4_VALUES,
+    nf4_tensors,
+    nvfp4_tensors,
+    nvfp4_weight,
+    random_nvfp4,
+)
 from torch import Tensor
 
 from flux.errors import UserError
@@ -27,42 +35,6 @@ from flux.weights.quantization.nvfp4 import NVFP4Linear, e2m1, unswizzled
 from flux.weights.quantization.quantize import dequantized
 
 FEW = settings(max_examples=25, deadline=None)
-E2M1 = [
-    0.0,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    -0.0,
-    -0.5,
-    -1.0,
-    -1.5,
-    -2.0,
-    -3.0,
-    -4.0,
-    -6.0,
-]  # OCP MX 1.0, table 5
-NF4 = [  # bitsandbytes/functional.py, get_4bit_type("nf4"); appendix E of arXiv:2305.14314
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-]
 
 
 def bits(x: Tensor) -> list[int]:
@@ -77,46 +49,6 @@ def same(a: Tensor, b: Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------- NVFP4
 
 
-def e4m3(byte: int) -> float:
-    """Sign, four bits of exponent with bias 7, three of mantissa; no infinities (OCP 8-bit floats, section 5)."""
-    exponent, mantissa = int(byte) >> 3 & 15, int(byte) & 7
-    size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
-    return -size if byte & 128 else size
-
-
-def nvfp4_tensors(
-    codes: np.ndarray, scales: np.ndarray, scale_2: float, swizzled: bool
-) -> dict[str, Tensor]:
-    """A layer of a file, from the 4-bit codes (N, K) and the bytes of the scales (N, K/16), one number at a time."""
-    rows, columns = codes.shape
-    weight = np.zeros((rows, columns // 2), np.uint8)
-    for row, column in np.ndindex(rows, columns):
-        high = (column % 2 == 0) == swizzled
-        weight[row, column // 2] |= codes[row, column] << (4 if high else 0)
-    if swizzled:
-        across = -(-scales.shape[1] // 4)  # tiles
-        stored = np.full(
-            (-(-rows // 128) * across, 32 * 16), 0x55, np.uint8
-        )  # padding must not matter
-        for row, block in np.ndindex(*scales.shape):
-            # the place in a tile as cuBLAS's manual has it
-            stored[
-                row // 128 * across + block // 4, row % 32 * 16 + row % 128 // 32 * 4 + block % 4
-            ] = scales[row, block]
-        scales = stored.reshape(-1, 4 * across)
-    return {
-        "weight": torch.from_numpy(weight),
-        "weight_scale": torch.from_numpy(np.ascontiguousarray(scales)).view(torch.float8_e4m3fn),
-        "weight_scale_2": torch.tensor(scale_2),
-        "input_scale": torch.tensor(0.25),
-    }
-
-
-def nvfp4_by_hand(codes: np.ndarray, scales: np.ndarray, scale_2: float) -> np.ndarray:
-    block = np.vectorize(e4m3)(scales).astype(np.float32) * np.float32(scale_2)
-    return np.array(E2M1, np.float32)[codes] * block.repeat(16, axis=1)
-
-
 def nvfp4(tensors: dict[str, Tensor], swizzled: bool) -> NVFP4Linear:
     rows, half = tensors["weight"].shape
     with torch.device("meta"):
@@ -127,21 +59,8 @@ def nvfp4(tensors: dict[str, Tensor], swizzled: bool) -> NVFP4Linear:
     return layer
 
 
-def random_nvfp4(rows: int, blocks: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
-    rng = np.random.default_rng(seed)
-    scales = (
-        rng.integers(0, 127, (rows, blocks), dtype=np.uint8)
-        | rng.integers(0, 2, (rows, blocks), dtype=np.uint8) << 7
-    )
-    return (
-        rng.integers(0, 16, (rows, 16 * blocks), dtype=np.uint8),
-        scales,
-        float(np.float32(rng.uniform(1e-4, 1))),
-    )
-
-
 def test_the_sixteen_values():
-    assert bits(e2m1(torch.device("cpu"))) == bits(torch.tensor(E2M1))
+    assert bits(e2m1(torch.device("cpu"))) == bits(torch.tensor(E2M1_VALUES))
 
 
 @FEW
@@ -154,7 +73,7 @@ def test_the_sixteen_values():
 def test_nvfp4_equals_what_is_decoded_by_hand(rows, blocks, swizzled, seed):
     codes, scales, scale_2 = random_nvfp4(rows, blocks, seed)
     layer = nvfp4(nvfp4_tensors(codes, scales, scale_2, swizzled), swizzled)
-    assert same(layer.dequantize(), torch.from_numpy(nvfp4_by_hand(codes, scales, scale_2)))
+    assert same(layer.dequantize(), torch.from_numpy(nvfp4_weight(codes, scales, scale_2)))
 
 
 @pytest.mark.parametrize("swizzled", [True, False])
@@ -167,7 +86,7 @@ def test_nvfp4_reads_every_byte_and_every_scale(swizzled):
     scales = scale[:, None].repeat(32, axis=1)
     layer = nvfp4(nvfp4_tensors(codes, scales, 0.75, swizzled), swizzled)
     assert len(set(layer.weight.flatten().tolist())) == 256
-    assert same(layer.dequantize(), torch.from_numpy(nvfp4_by_hand(codes, scales, 0.75)))
+    assert same(layer.dequantize(), torch.from_numpy(nvfp4_weight(codes, scales, 0.75)))
 
 
 def test_the_two_layouts_of_nvfp4_have_equal_shapes_and_are_not_the_same():
@@ -242,36 +161,6 @@ def test_nvfp4_of_a_released_layer_has_its_files_shapes_and_bytes():
 # ---------------------------------------------------------------------------------------------------------- NF4
 
 
-def nf4_tensors(
-    codes: np.ndarray,
-    absmax: np.ndarray,
-    values: list[float],
-    nested: dict | None = None,
-    blocksize: int = 64,
-) -> dict[str, Tensor]:
-    """A layer "L" of a file, from the 4-bit codes (N, K) and, a block, its largest: float32, or bytes if it is `nested`."""
-    flat = [*codes.flatten().tolist(), 0][: codes.size + codes.size % 2]
-    packed = np.array([[a << 4 | b] for a, b in zip(flat[::2], flat[1::2], strict=True)], np.uint8)
-    state = {
-        "quant_type": "nf4",
-        "blocksize": blocksize,
-        "dtype": "bfloat16",
-        "shape": list(codes.shape),
-    }
-    tensors = {"": packed, ".absmax": absmax, ".quant_map": np.array(values, np.float32)}
-    if nested:
-        state |= {
-            "nested_blocksize": nested["blocksize"],
-            "nested_dtype": "float32",
-            "nested_offset": nested["offset"],
-        }
-        tensors |= {".nested_absmax": nested["absmax"], ".nested_quant_map": nested["values"]}
-    tensors[".quant_state.bitsandbytes__nf4"] = np.frombuffer(
-        json.dumps(state).encode(), np.uint8
-    ).copy()
-    return {f"L.weight{name}": torch.from_numpy(tensor) for name, tensor in tensors.items()}
-
-
 def nf4(path, tensors: dict[str, Tensor]) -> NF4Linear:
     """What the loader does with the file of a layer "L"."""
     save_file(tensors, path)
@@ -310,8 +199,10 @@ def test_nf4_equals_what_is_decoded_by_hand(
             offset
         )
     path = tmp_path_factory.mktemp("nf4") / "file.safetensors"
-    layer = nf4(path, nf4_tensors(codes, absmax, NF4, nested, blocksize))
-    by_hand = np.array(NF4, np.float32)[codes].flatten() * largest.repeat(blocksize)[: codes.size]
+    layer = nf4(path, nf4_tensors(codes, absmax, NF4_VALUES, nested, blocksize))
+    by_hand = (
+        np.array(NF4_VALUES, np.float32)[codes].flatten() * largest.repeat(blocksize)[: codes.size]
+    )
     assert same(layer.dequantize(), torch.from_numpy(by_hand.reshape(shape)))
 
 
