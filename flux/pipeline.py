@@ -29,15 +29,22 @@ from flux.runtime.checks import (
     check_cfg,
     check_count,
     check_guidance,
-    check_true_cfg_scale,
     check_size,
     check_steps,
+    check_true_cfg_scale,
 )
 from flux.runtime.devices import available_memory, can_compile, choose_device, choose_dtype
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan, plan_memory
 from flux.runtime.options import Offload, RuntimeOptions
-from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys, to_siglip
+from flux.siglip import (
+    Redux,
+    ReduxConfig,
+    SigLIP,
+    SigLIPConfig,
+    preprocess_for_siglip,
+    siglip_ignore_keys,
+)
 from flux.text_encoder import TextFeatures, text_encoder
 from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, Memory, Modulation, Numerics
 from flux.weights.diffusers_names import from_diffusers
@@ -182,7 +189,7 @@ class Pipeline:
         encoders = {"t5": self.text.t5, "clip": self.text.clip} if spec.flux1 else {}
         adaptable = encoders | {"transformer": self.transformer}
         self._merged = LoraManager(
-            spec, files.get("lora", ()), adaptable, changed=self.text.known.clear
+            spec, files.get("lora", ()), adaptable, changed=self.text.cache.clear
         )
 
     def __call__(
@@ -432,7 +439,13 @@ class Pipeline:
         """A picture -> text tokens (1, 729, D), by FLUX.1 Redux."""
         siglip, redux = (network() for network in self.adapters)
         return (
-            redux(siglip(to_siglip(picture, siglip.config.image_size).to(self.device, self.dtype)))
+            redux(
+                siglip(
+                    preprocess_for_siglip(picture, siglip.config.image_size).to(
+                        self.device, self.dtype
+                    )
+                )
+            )
             .float()
             .cpu()
         )

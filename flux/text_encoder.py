@@ -32,15 +32,15 @@ class TextEncoder:
 
     def __init__(self, length: int):
         self.length = length
-        self.known: dict[str, TextFeatures] = {}
+        self.cache: dict[str, TextFeatures] = {}
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Prompts -> features, on the CPU. One prompt at a time, so that its features do not depend on the others'."""
         for prompt in prompts:
-            if prompt not in self.known:
+            if prompt not in self.cache:
                 with torch.inference_mode():
-                    self.known[prompt] = self.encode_one(prompt).to("cpu", self.dtype)
-        rows = [self.known[prompt] for prompt in prompts]
+                    self.cache[prompt] = self.encode_one(prompt).to("cpu", self.dtype)
+        rows = [self.cache[prompt] for prompt in prompts]
         pooled = None if rows[0].pooled is None else torch.cat([r.pooled for r in rows])
         return TextFeatures(torch.cat([r.tokens for r in rows]), pooled)
 
@@ -114,9 +114,14 @@ def text_encoder(
     options = dict(device=device, dtype=dtype, check_finite=check_finite)
     if isinstance(text, FLUX1Text):
         t5 = LazyModule(
-            T5, text.t5, files["t5"], ignore_keys=t5_unread, lists=("encoder.block",), **options
+            T5,
+            text.t5,
+            files["t5"],
+            ignore_keys=t5_ignore_keys,
+            lists=("encoder.block",),
+            **options,
         )
-        clip = LazyModule(CLIP, text.clip, files["clip"], ignore_keys=clip_unread, **options)
+        clip = LazyModule(CLIP, text.clip, files["clip"], ignore_keys=clip_ignore_keys, **options)
         return FLUX1TextEncoder(t5, clip, files["t5_tokenizer"], files["clip_tokenizer"], length)
     last = max(text.model.layers)
     prefixes = ("model.", "language_model.model.", "model.language_model.", "")
@@ -136,12 +141,12 @@ def text_encoder(
     return FLUX2TextEncoder(model, files["tokenizer"], length)
 
 
-def t5_unread(name: str) -> bool:
+def t5_ignore_keys(name: str) -> bool:
     """The decoder, in files of the whole T5, and the second name of the shared embedding."""
     return name == "encoder.embed_tokens.weight" or name.startswith(("decoder.", "lm_head."))
 
 
-def clip_unread(name: str) -> bool:
+def clip_ignore_keys(name: str) -> bool:
     """The image tower and the projections, in files of the whole CLIP; and positions, which are just counted."""
     others = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
     return name.startswith(others) or name.endswith("embeddings.position_ids")

@@ -23,7 +23,14 @@ from flux.parity.reference import (
     transformers_siglip,
 )
 from flux.runtime.lazy_module import LazyModule
-from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys, to_siglip
+from flux.siglip import (
+    Redux,
+    ReduxConfig,
+    SigLIP,
+    SigLIPConfig,
+    preprocess_for_siglip,
+    siglip_ignore_keys,
+)
 
 # Four pixels left over, as 384 leaves six, and an eps large enough to be missed.
 TINY = SigLIPConfig(image_size=60, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eps=1e-3)
@@ -103,7 +110,7 @@ def test_preprocessing_equals_transformers(width: int, height: int, seed: int):
     """Bit for bit, pictures of any shape, smaller and larger than the square."""
     picture = random_picture(width, height, seed)
     expected = siglip_processor(384)(picture, return_tensors="pt")["pixel_values"]
-    assert torch.equal(to_siglip(picture), expected)
+    assert torch.equal(preprocess_for_siglip(picture), expected)
 
 
 def test_every_level_equals_transformers():
@@ -113,7 +120,7 @@ def test_every_level_equals_transformers():
         .reshape(384, 384, 3)
     )
     picture = Image.fromarray(levels.numpy())
-    pixels = to_siglip(picture)
+    pixels = preprocess_for_siglip(picture)
     assert pixels.unique().numel() == 256 and (pixels.min(), pixels.max()) == (-1, 1)
     assert torch.equal(pixels, siglip_processor(384)(picture, return_tensors="pt")["pixel_values"])
 
@@ -127,7 +134,7 @@ def test_a_picture_becomes_the_text_tokens_of_diffusers():
     picture = random_picture(130, 47)
     expected = pipe.image_embedder(pipe.encode_image(picture, "cpu", 1)).image_embeds
     ours = build(Redux, TINY_REDUX, redux)(
-        build(SigLIP, TINY, siglip)(to_siglip(picture, TINY.image_size))
+        build(SigLIP, TINY, siglip)(preprocess_for_siglip(picture, TINY.image_size))
     )
     assert ours.shape == (1, 16, 40) and torch.equal(ours, expected)
 

@@ -16,7 +16,7 @@ from flux.errors import UserError
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity.reference import randomise
 from flux.t5 import T5, T5Config
-from flux.text_encoder import clip_unread, language_model_ignore_keys, t5_unread
+from flux.text_encoder import clip_ignore_keys, language_model_ignore_keys, t5_ignore_keys
 from flux.weights.load import load_module
 
 CLIP_TINY = CLIPConfig(vocab_size=50, hidden_size=16, num_heads=2, mlp_size=32, depth=2, eos_id=49)
@@ -58,7 +58,7 @@ def test_whole_clip(tmp_path):
         CLIP,
         CLIP_TINY,
         [*others, "text_model.embeddings.position_ids"],
-        ignore_keys=clip_unread,
+        ignore_keys=clip_ignore_keys,
     )
 
 
@@ -68,7 +68,7 @@ def test_whole_t5(tmp_path):
         "decoder.embed_tokens.weight",
         "decoder.block.0.layer.0.layer_norm.weight",
     ]
-    reload(tmp_path, T5, T5_TINY, [*others, "lm_head.weight"], ignore_keys=t5_unread)
+    reload(tmp_path, T5, T5_TINY, [*others, "lm_head.weight"], ignore_keys=t5_ignore_keys)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def run(pipe: Pipeline, request: Request, see: See) -> Image.Image:
             replaced(pipe, "tabulated", lambda _: False)
         )  # what a step is given is then seen in that step
         stack.enter_context(
-            replaced(pipe.text, "known", lambda known: {})
+            replaced(pipe.text, "cache", lambda cache: {})
         )  # or a prompt of before would not be encoded
         asked = (r.width, r.height, r.steps, r.guidance, r.seed, 1, r.negative_prompt, r.cfg_scale)
         (image,) = pipe(r.prompt, *asked, stages.after_step, r.pictures)

@@ -176,7 +176,7 @@ def in_dtype(
     If the networks do not fit in memory together, their blocks stay mapped, and a matrix is cast when it is multiplied with.
     """
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
-    twin.dtype, twin.text.known = dtype, {}
+    twin.dtype, twin.text.cache = dtype, {}
     for owner, part in [
         (twin, "transformer"),
         (twin, "autoencoder"),

@@ -281,7 +281,7 @@ class Live:
 def from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
     """A copy of the pipeline that knows the recorded text features; meanwhile, noise is the recorded noise."""
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
-    twin.text.known = {}
+    twin.text.cache = {}
     kept = [
         where
         for where in ("text", "text/negative")

@@ -262,7 +262,7 @@ class Cache:
                     raise UserError(f"{name}: {error}") from None
             for warning in caught:
                 warnings.warn(f"{name}: {warning.message}", stacklevel=2)
-            self.pipe.text.known.pop(caption)  # the file keeps it
+            self.pipe.text.cache.pop(caption)  # the file keeps it
             write(file, {key: x[0] for key, x in features._asdict().items() if x is not None})
         return file
 

@@ -54,7 +54,7 @@ def prompt_rows(name: str, ours: Pipeline, theirs, folder: Path, setting: Settin
         limits |= dict(text_encoder_out_layers=ours.spec.text.model.layers, guidance_scale=1.0)
 
     def mine() -> None:
-        ours.text.known.clear()
+        ours.text.cache.clear()
         image = ours(PROMPT, SIDE, SIDE, STEPS)[0]
         images.save(image, folder / "ours.png", {"prompt": PROMPT}).unlink()
 

@@ -32,7 +32,7 @@ from flux.errors import UserError
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
 from flux.t5 import T5, T5Config
-from flux.text_encoder import clip_unread, language_model_ignore_keys, t5_unread
+from flux.text_encoder import clip_ignore_keys, language_model_ignore_keys, t5_ignore_keys
 from flux.transformer import Flux, FluxConfig
 from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import BITS, find_files, is_local, read_header, shard_files
@@ -228,7 +228,7 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
     with torch.device("meta"):
         if isinstance(config, T5Config):
             state = reference.transformers_t5(config).state_dict()
-            return {name: tensor for name, tensor in state.items() if not t5_unread(name)}
+            return {name: tensor for name, tensor in state.items() if not t5_ignore_keys(name)}
         if isinstance(config, CLIPConfig):
             state = reference.transformers_clip(config, eos_id=2).state_dict()
             return {f"text_model.{name}": tensor for name, tensor in state.items()}
@@ -387,9 +387,9 @@ def comparable(manifest: Manifest, config: Config) -> Manifest:
                 for n, (d, s) in named.items()
             }
         case T5Config():
-            return {name: entry for name, entry in manifest.items() if not t5_unread(name)}
+            return {name: entry for name, entry in manifest.items() if not t5_ignore_keys(name)}
         case CLIPConfig():
-            return {name: entry for name, entry in manifest.items() if not clip_unread(name)}
+            return {name: entry for name, entry in manifest.items() if not clip_ignore_keys(name)}
         case SigLIPConfig():  # Google's file has a text half too, and early versions of transformers count the positions
             seen = {
                 name: entry for name, entry in manifest.items() if name.startswith("vision_model.")

@@ -126,7 +126,7 @@ def test_the_whole_loop(name, captures, pipeline):
         n for n in captures[name].names if not re.match(r"text/(negative/)?(t5|clip|model)", n)
     ]
     assert [row.name for row in rows] == names and differing(rows) == []
-    assert not pipe.text.known and all(network.module is None for network in pipe.text.networks)
+    assert not pipe.text.cache and all(network.module is None for network in pipe.text.networks)
 
 
 def test_the_loop_begins_with_what_was_recorded(captures, pipeline, tmp_path):

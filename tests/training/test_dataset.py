@@ -251,7 +251,7 @@ def test_the_cache_holds_what_the_networks_make_and_makes_it_once(tmp_path, toy,
     with pytest.raises(TypeError):  # it would have to be encoded: None is called
         cache.features("a blue circle")
     monkeypatch.undo()
-    monkeypatch.setattr(toy.text, "known", {})
+    monkeypatch.setattr(toy.text, "cache", {})
     other = dataset.Cache(tmp_path / "cache", toy, 96).example(
         dataset.Item(tmp_path / "b.png", "a red circle")
     )

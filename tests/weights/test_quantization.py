@@ -43,7 +43,7 @@ from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity.reference import relative_l2
 from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5, T5Config
-from flux.text_encoder import language_model_ignore_keys, t5_unread
+from flux.text_encoder import language_model_ignore_keys, t5_ignore_keys
 from flux.training import lora as adapters
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 from flux.weights.load import infer_config, load_module
@@ -251,7 +251,7 @@ def qwen_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
 @pytest.mark.parametrize(
     "kind, config, write, prefixes, unread, classes",
     [
-        (T5, T5_TINY, t5_file, ("",), t5_unread, {FP8Linear}),
+        (T5, T5_TINY, t5_file, ("",), t5_ignore_keys, {FP8Linear}),
         (
             LanguageModel,
             MISTRAL,
