@@ -55,8 +55,8 @@ class LanguageModel(nn.Module):
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # (L, L)
         visible = causal & mask[:, None, None, :]  # (B, 1, L, L)
         x = self.embed_tokens(ids)  # (B, L, D)
-        cos, sin = rotary_embedding(length, self.config.head_dim, self.config.theta, ids.device)
-        rope = cos.to(x.dtype), sin.to(x.dtype)  # rounded here, as transformers does
+        rope = rotary_embedding(length, self.config.head_dim, self.config.theta, ids.device)
+        rope = rope.to(x.dtype)  # (2, L, d), rounded here, as in transformers
         hidden_states = []
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, rope, visible)
@@ -75,7 +75,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, visible: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, visible)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x  # (B, L, D)
@@ -99,7 +99,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.eps)
             self.k_norm = RMSNorm(config.head_dim, config.eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, visible: Tensor) -> Tensor:
         q = rearrange(self.q_proj(x), "b l (h d) -> b l h d", d=self.head_dim)
         k = rearrange(self.k_proj(x), "b l (h d) -> b l h d", d=self.head_dim)
         v = rearrange(self.v_proj(x), "b l (h d) -> b h l d", d=self.head_dim)
@@ -143,17 +143,15 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)  # the shape of x
 
 
-def rotary_embedding(
-    length: int, dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of position · theta^(-2i/dim), float32 (L, dim) each.
+def rotary_embedding(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
+    """Return cosines and sines of position · theta^(-2i/dim): (2, L, dim) float32.
 
     Channels i and i + dim/2 share an angle.
     """
     frequency = 1 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)  # (dim/2,)
     position = torch.arange(length, device=device).float()  # (L,)
     angle = torch.outer(position, frequency).repeat(1, 2)  # (L, dim)
-    return angle.cos(), angle.sin()
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def with_eps(eps: float) -> Callable[[Case], Tensor]:
             ),  # group norms, of tensors channels last
             (F, "rms_norm", lambda f, *args, **named: f(*args[:3], **named | {"eps": eps})),
             (language_model.RMSNorm, "forward", by_hand),
+            (t5.RMSNorm, "forward", by_hand),
         )
     )
 
@@ -572,6 +573,12 @@ MISTAKES = (
         "GELU is computed exactly, and should be by its tanh approximation",
         "",
         changed(F, "gelu", lambda f, x, approximate="none": f(x)),
+    ),
+    Mistake(
+        "GELU by erf",
+        "GELU is computed exactly, and should be by its tanh approximation",
+        TEXT,
+        changed(t5, "gelu_new", lambda f, x: F.gelu(x)),
     ),
     Mistake(
         "GELU by erf",
