@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import conditioning, sampling
-from flux.autoencoder import AutoEncoder, channels_last
+from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
 from flux.configs import ModelSpec
 from flux.errors import UserError
@@ -37,6 +37,7 @@ from flux.runtime.devices import available_memory, can_compile, choose_device, c
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan, plan_memory
 from flux.runtime.options import Offload, RuntimeOptions
+from flux.runtime.tiling import decode_tiled
 from flux.siglip import (
     Redux,
     ReduxConfig,
@@ -164,8 +165,6 @@ class Pipeline:
             device=device,
             dtype=torch.float32,
         )
-        for network in (self.autoencoder, self.encoder):
-            network.alter(channels_last)
         self.adapters: tuple[LazyModule, ...] = ()
         if "redux" in files:
             siglip = LazyModule(
@@ -622,7 +621,7 @@ class Pipeline:
         """Latents (B, C, h, w) -> pictures, one at a time, so that a batch takes the memory of one."""
         autoencoder, tile = self.autoencoder(), self.options.vae_tile
         decode = (
-            partial(autoencoder.decode_tiled, tile=tile // 16, overlap=tile // 64)
+            partial(decode_tiled, autoencoder, tile_size=tile // 16, overlap=tile // 64)
             if tile
             else autoencoder.decode
         )

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flux import autoencoder, clip, language_model, sampling, t5, transformer
-from flux.autoencoder import AutoEncoder, FusedUpsampleConv
+from flux.autoencoder import AutoEncoder, Upsample
 from flux.parity.rerun import Case
 from flux.transformer import Flux, GatedSiLU, Memory, Modulation, ModulationOut, Numerics, QKNorm
 
@@ -324,17 +324,24 @@ def euler(case: Case, velocity_sign: int = 1, offset: int = 0) -> Tensor:
 
 
 def statistics(mean: bool, std: bool) -> Callable[[Case], Tensor]:
-    """Latents normalised by one of their statistics, or by none."""
+    """Normalise latents by their mean only, by their standard deviation only, or not at all."""
 
-    def kept(f, self):
-        return (f(self)[0] if mean else 0.0, f(self)[1] if std else 1.0)
+    def normalised(f, self, x):
+        offset = f(self, torch.zeros_like(x))  # -mean / std
+        slope = f(self, torch.ones_like(x)) - offset  # 1 / std
+        return (x + offset / slope if mean else x) * (slope if std else 1)
 
-    return changed(AutoEncoder, "statistics", kept)
+    def denormalised(f, self, x):
+        offset = f(self, torch.zeros_like(x))  # mean
+        slope = f(self, torch.ones_like(x)) - offset  # std
+        return x * (slope if std else 1) + (offset if mean else 0)
+
+    changes = (AutoEncoder, "normalise", normalised), (AutoEncoder, "denormalise", denormalised)
+    return lambda case: case.again(*changes)
 
 
-def of_smooth(f: Callable, self: FusedUpsampleConv, x: Tensor) -> Tensor:
-    larger = F.interpolate(x, scale_factor=2.0, mode="bilinear")
-    return F.conv2d(larger, self.weight, self.bias, padding=1)
+def of_smooth(f: Callable, self: Upsample, x: Tensor) -> Tensor:
+    return self.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear"))
 
 
 def truncated(case: Case) -> Tensor:
@@ -778,7 +785,7 @@ MISTAKES = (
         "upsampling smooth",
         "the decoder's upsampling interpolates, and should repeat the nearest value",
         CODER,
-        changed(FusedUpsampleConv, "forward", of_smooth),
+        changed(Upsample, "forward", of_smooth),
     ),
     Mistake(
         "downsampling padded on all sides",

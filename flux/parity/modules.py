@@ -76,13 +76,6 @@ def _run(
     except AttributeError:
         fault = f"{type(network).__name__} has no module {path!r}"
         raise UserError(f"{name}: {fault}; is the capture of another model?") from None
-    if isinstance(
-        network, AutoEncoder
-    ):  # its tensors lie channels last; a file does not keep how they lay
-
-        def cast(x, cast=cast):
-            return cast(x).to(memory_format=torch.channels_last) if x.ndim == 4 else cast(x)
-
     remembering = name.startswith("references") and hasattr(module, "remember")
     return (module.remember if remembering else module)(*_arguments(module, inputs, cast))
 

@@ -14,7 +14,7 @@ from benchmarks.measure import peak_bytes
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.timing import by_turns, pair, random_weights, weight_bytes
-from flux.autoencoder import AutoEncoder, AutoEncoderConfig, channels_last
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux.configs import AE1, AE2, MISTRAL, QWEN3_4B, QWEN3_8B
 from flux.image_io import output as images
 from flux.language_model import LanguageModel, LanguageModelConfig
@@ -134,7 +134,6 @@ def our_autoencoder(config: AutoEncoderConfig, device: torch.device) -> AutoEnco
             random_weights(lambda: AutoEncoder(config), "cpu", torch.bfloat16).state_dict(), path
         )
         network = LazyModule(AutoEncoder, config, [path], device=device, dtype=torch.bfloat16)
-        network.alter(channels_last)
         return network()
 
 
