@@ -127,7 +127,13 @@ class Pipeline:
             raise UserError(
                 'quantize: Apple\'s GPUs have no float8 (got fp8). Use `quantize="int8"`.'
             )
-        loading = dict(device=device, dtype=dtype, check_finite=check_finite)
+        loading = dict(
+            device=device,
+            dtype=dtype,
+            check_finite=check_finite,
+            quantize=options.quantize,
+            fp8_matmul=options.fp8_matmul,
+        )
         self.options = options
         self.spec, self.files, self.device, self.dtype, self.numerics = (
             spec,
@@ -146,13 +152,10 @@ class Pipeline:
             spec.transformer,
             files["transformer"],
             prefixes=("", "model.diffusion_model."),
-            lists=BLOCK_LISTS,
+            block_lists=BLOCK_LISTS,
+            compile=options.compile,
             **loading,
         )
-        self.transformer.compiled = options.compile
-        for network in (self.transformer, *self.text.networks):
-            network.compression = options.quantize if network.lists else None  # CLIP is small
-            network.native_fp8 = options.fp8_matmul
         self.autoencoder = LazyModule(
             AutoEncoder, spec.autoencoder, files["autoencoder"], rename=from_diffusers, **loading
         )
@@ -276,18 +279,19 @@ class Pipeline:
             if network.resident is not None:
                 network.release()
         work = self._work(conditions or self._blank(width, height), steps, batch, pictured)
-        text = reduce(add, (network.weights for network in self.text.networks))
+        text = reduce(add, (network.weight_sizes for network in self.text.networks))
         stages = {
             "text encoder": text,
-            "transformer": self.transformer.weights,
-            "autoencoder": self.autoencoder.weights,
+            "transformer": self.transformer.weight_sizes,
+            "autoencoder": self.autoencoder.weight_sizes,
         }
         if pictured:
-            encoders = [network.weights for network in (self.encoder, *self.adapters)]
+            encoders = [network.weight_sizes for network in (self.encoder, *self.adapters)]
             stages["image encoder"] = reduce(add, encoders)
         room = available_memory(self.device)
         held = sum(
-            network.held for network in (*self.text.networks, self.transformer, self.autoencoder)
+            network.device_bytes
+            for network in (*self.text.networks, self.transformer, self.autoencoder)
         )  # and counted there
         decided = plan_memory(
             self.spec,
@@ -304,9 +308,9 @@ class Pipeline:
         ):  # what was loaded by itself, or when there was room, or was left by an interruption
             for network in self.networks:
                 network.release()
-        self.transformer.hold(decided.resident["transformer"])
+        self.transformer.stream(decided.resident["transformer"])
         for network in self.text.networks:
-            network.hold(decided.resident["text encoder"] if network.lists else None)
+            network.stream(decided.resident["text encoder"] if network.block_lists else None)
         self.prepared = work
         return decided
 
@@ -514,7 +518,7 @@ class Pipeline:
             if f is not None
         ]
         if self.tabulated and not self.resident:
-            transformer = self.transformer.without(
+            transformer = self.transformer.drop_submodules(
                 Modulation
             )  # a quarter of FLUX.1, which has done its work
 

@@ -102,23 +102,18 @@ def warn_if_cut(tokens: Tokens, length: int) -> None:
         )
 
 
-def text_encoder(
-    text: FLUX1Text | FLUX2Text,
-    files: dict,
-    length: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    check_finite: bool,
-) -> TextEncoder:
-    """The text encoder of a row of the table, from the files that `models.locate` found for it."""
-    options = dict(device=device, dtype=dtype, check_finite=check_finite)
+def text_encoder(text: FLUX1Text | FLUX2Text, files: dict, length: int, **options) -> TextEncoder:
+    """The text encoder of a row of the table, from the files that `models.locate` found for it.
+
+    `options`: device, dtype and others, as of LazyModule.
+    """
     if isinstance(text, FLUX1Text):
         t5 = LazyModule(
             T5,
             text.t5,
             files["t5"],
             ignore_keys=t5_ignore_keys,
-            lists=("encoder.block",),
+            block_lists=("encoder.block",),
             **options,
         )
         clip = LazyModule(CLIP, text.clip, files["clip"], ignore_keys=clip_ignore_keys, **options)
@@ -135,7 +130,7 @@ def text_encoder(
         files["model"],
         prefixes=prefixes,
         ignore_keys=ignore_keys,
-        lists=("layers",),
+        block_lists=("layers",),
         **options,
     )
     return FLUX2TextEncoder(model, files["tokenizer"], length)

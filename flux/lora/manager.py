@@ -99,7 +99,7 @@ class LoraManager:
                 if p.place.part == part
             ]
             paths = {patch.place.path for patch, _ in patches}
-            network.alter(bound(_merge_into, patches=patches) if patches else None, paths)
+            network.set_transform(bound(_merge_into, patches=patches) if patches else None, paths)
         self.changed()
 
 
@@ -118,7 +118,7 @@ def _read(path: Path, networks: dict[str, LazyModule], partial: bool = False) ->
     )  # not above: a picture without LoRAs need not wait for it
 
     return place(
-        read(path), {part: network.on_meta() for part, network in networks.items()}, partial
+        read(path), {part: network.meta_module() for part, network in networks.items()}, partial
     )
 
 

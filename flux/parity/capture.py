@@ -320,7 +320,7 @@ def _hollow(network: LazyModule) -> LazyModule:
     twin = copy.copy(network)
     twin.device, twin.module = (
         torch.device("cpu"),
-        network.on_meta().to(network.dtype).eval().requires_grad_(False),
+        network.meta_module().to(network.dtype).eval().requires_grad_(False),
     )
     to_meta = partial(tree_map_only, Tensor, lambda x: x.to("meta"))
     to_zeros = partial(tree_map_only, Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype))

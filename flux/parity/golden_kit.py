@@ -153,7 +153,7 @@ def check_size(
     check_patterns(only, names)
     size, held, free = (
         sum(sizes),
-        sum(network.bytes for network in networks.values()),
+        sum(network.nbytes for network in networks.values()),
         shutil.disk_usage(folder.parent).free,
     )
     if 2 * size + held > free or size + held > limit:  # the tensors are there twice for a while

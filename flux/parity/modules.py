@@ -181,7 +181,7 @@ def in_dtype(
     twin.text.networks = tuple(getattr(twin.text, part) for part in pipe.spec.text.networks)
     networks = twin.transformer, twin.autoencoder, *twin.text.networks
     twin.prepare = lambda *_, **__: None  # what is in memory when, is decided here
-    twin.resident = sum(network.bytes for network in networks) < 0.8 * free_memory(pipe.device)
+    twin.resident = sum(network.nbytes for network in networks) < 0.8 * free_memory(pipe.device)
     if change or not twin.resident:
         for network in networks:
             lend(network, change or (lambda matrix: matrix))
@@ -192,7 +192,7 @@ def in_dtype(
 def lend(network: LazyModule, change: Callable[[Tensor], Tensor]) -> None:
     """Load a network but the matrices in its blocks: each stays as it is in the file, until the moment that it is used."""
     file = copy.copy(network)
-    if network.change is None:  # a LoRA is added to matrices in the dtype that they are used in
+    if network.transform is None:  # a LoRA is added to matrices in the dtype that they are used in
         file.device, file.dtype = torch.device("cpu"), None
     module, to = file(), dict(device=network.device, dtype=network.dtype)
 

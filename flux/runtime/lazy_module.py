@@ -1,225 +1,219 @@
-"""One network and its files: found fit when it is made, loaded when it is called for, in the way that memory allows."""
+"""A module that is checked against its files when it is created and loaded when it is called."""
 
 import copy
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from flux.errors import UserError
 from flux.runtime.memory_plan import WeightSizes, mapped_bytes, measure_weights
-from flux.runtime.streaming import stream, tensors_of, unstream
+from flux.runtime.streaming import all_tensors, stream, unstream
 from flux.weights.load import init_empty, load_module
 from flux.weights.quantization import FP8, QuantizedLinear, enable_fp8_matmul
 from flux.weights.quantization.quantize import dequantized, quantize_
 
 CPU = torch.device("cpu")
-GRAPHS = 64  # of one code, by all models and dtypes of a process: the third would meet torch's limit of 8, which is an error
+MAX_GRAPHS = 64  # of one code object, over all models and dtypes of a process; torch's limit is 8
 
 
 class LazyModule:
-    """`network()` is the module, loaded if it is not there; `release` lets it go.
+    """`lazy()` returns the module and loads it if needed; `release()` frees its weights.
 
-    `lists`: paths of its lists of blocks, in the order of their use. How it is loaded, five attributes say, before it is:
-    `change`, what LoRAs do to it; `compression`, a kind of `quantization.quantize`; `native_fp8`, whether float8 layers
-    multiply in float8; `compiled`, each block on its own; `resident`, if its blocks are streamed to the device, how many
-    bytes of them stay there.
+    `build(config)` creates the module. `block_lists`: paths of its lists of blocks, in the order of
+    use. Only a module with such lists is quantized, compiled or streamed. `quantize`: a scheme of
+    `quantization.quantize`. `load_options`: those of `load_module`.
     """
 
     def __init__(
         self,
-        kind: Callable[..., nn.Module],
-        config,
+        build: Callable[..., nn.Module],
+        config: Any,
         files: Sequence[Path],
         *,
         device: torch.device,
         dtype: torch.dtype,
-        lists: Sequence[str] = (),
+        block_lists: Sequence[str] = (),
+        quantize: str | None = None,
+        fp8_matmul: bool = False,
+        compile: bool = False,
         check_finite: bool = False,
-        **options,
-    ):
-        self.kind, self.config, self.files, self.lists, self.options = (
-            kind,
-            config,
-            files,
-            lists,
-            options,
-        )
-        self.device, self.dtype, self.module = device, dtype, None
-        self.change: Callable[[nn.Module], None] | None = None
-        self.changed: frozenset[str] = frozenset()
-        self.compression: str | None = None
-        self.native_fp8 = self.compiled = False
-        self.resident: int | None = None
-        self.missing: list[str] = []  # paths of what `without` took away
-        checked = self._load(
-            CPU, None, check_finite
-        )  # maps the files and refuses what is wrong with them
-        if device.type == "mps" and any(
-            tensor.dtype in FP8.values() for tensor in tensors_of(checked)
-        ):
+        **load_options: Any,
+    ) -> None:
+        self.build, self.config, self.files = build, config, files
+        self.device, self.dtype = device, dtype
+        self.block_lists, self.load_options = block_lists, load_options
+        self.quantize = quantize if block_lists else None
+        self.fp8_matmul, self.compile = fp8_matmul, compile
+        self.module: nn.Module | None = None
+        self.transform: Callable[..., None] | None = None
+        self.transformed: frozenset[str] = frozenset()  # paths of the modules it changes
+        self.resident: int | None = None  # bytes of blocks on the device; None: not streamed
+        self.dropped: list[str] = []  # paths of the submodules that `drop_submodules` removed
+        mapped = self._load(CPU, None, check_finite)  # UserError if a file is wrong
+        has_float8 = any(tensor.dtype in FP8.values() for tensor in all_tensors(mapped))
+        if device.type == "mps" and has_float8:
             raise UserError(
-                f"{files[0]} is in float8, which Apple's GPUs do not have: use a GGUF file, or --device cpu"
+                f"{files[0]}: is in float8, which Apple's GPUs do not have. "
+                'Use a GGUF file, or `device="cpu"`.'
             )
-        self.shapes = checked.to("meta")  # and types, quantised as in the files
+        self.shapes = mapped.to("meta")  # shapes and dtypes, quantized as in the files
 
     def __call__(self) -> nn.Module:
-        if self.module is not None and self.missing:
-            self._bring_back()
+        if self.module is not None and self.dropped:
+            self._restore_submodules()
         if self.module is None:
-            self.module = self._ready()
+            self.module = self._prepare()
         return self.module
 
     def release(self) -> None:
-        self.module, self.missing = None, []
-        if self.compiled:
+        """Free the weights."""
+        self.module, self.dropped = None, []
+        if self.compile:
             gc.collect()  # a compiled block refers to itself
 
-    def alter(self, change: Callable[[nn.Module], None] | None, paths: Iterable[str] = ()) -> None:
-        """Have `change` made, in place of an earlier one, to what the files hold, whenever the network is loaded.
+    def set_transform(
+        self, transform: Callable[..., None] | None, paths: Iterable[str] = ()
+    ) -> None:
+        """Apply `transform` to the module after each load, instead of an earlier transform.
 
-        `paths`: of the modules whose weights it changes; those that are quantised become whole. Where the network is to be
-        compressed, `change` is given the `each` that `compress` describes.
+        `paths`: of the modules whose weights it changes; quantized ones are dequantized first. With
+        `quantize`, the transform receives the callback `each` that `quantize_` describes.
         """
-        if change or self.change:
-            self.change, self.changed = change, frozenset(paths)
+        if transform or self.transform:
+            self.transform, self.transformed = transform, frozenset(paths)
             self.release()
 
-    def hold(self, resident: int | None) -> None:
-        """Have its blocks streamed, or not; what is loaded already, in another way, is let go."""
+    def stream(self, resident: int | None) -> None:
+        """Stream the blocks, all but `resident` bytes of them; None: do not stream.
+
+        Release what is loaded otherwise.
+        """
         if resident != self.resident:
             self.resident = resident
             self.release()
 
-    def without(self, kind: type[nn.Module]) -> nn.Module:
-        """The module, less all parts of a kind: those have done their work, until it is called for again."""
+    def drop_submodules(self, kind: type[nn.Module]) -> nn.Module:
+        """Return the module without its submodules of a type; the next call brings them back."""
         paths = [path for path, part in self.shapes.named_modules() if isinstance(part, kind)]
         module = self()
         if self.resident is None:
-            remove(module, paths)
-        else:  # what is left of the blocks is laid out anew: more of it can stay
-            remove(unstream(module, self.lists), paths)
-            stream(module, self.lists, self.device, resident=self.resident)
-        self.missing = paths
+            _remove(module, paths)
+        else:  # smaller blocks: more of them fit
+            _remove(unstream(module, self.block_lists), paths)
+            stream(module, self.block_lists, self.device, resident=self.resident)
+        self.dropped = paths
         return module
 
-    def on_meta(self) -> nn.Module:
-        """Its modules and shapes, without weights, none quantised."""
-        return init_empty(lambda: self.kind(self.config))
+    def meta_module(self) -> nn.Module:
+        """Return a new module without weights, not quantized."""
+        return init_empty(lambda: self.build(self.config))
 
     @property
-    def weights(self) -> WeightSizes:
-        """Bytes of its weights, as they will be held."""
-        held = copy.deepcopy(self.shapes) if self.compression or self.changed else self.shapes
-        if self.compression:
-            quantize_(held, self.compression)
+    def weight_sizes(self) -> WeightSizes:
+        """Bytes of the weights in the format in which they will be held."""
+        shapes = self.shapes
+        if self.quantize or self.transformed:
+            shapes = copy.deepcopy(shapes)
+        if self.quantize:
+            quantize_(shapes, self.quantize)
         else:
-            for path in self.changed:
-                if isinstance(layer := held.get_submodule(path), QuantizedLinear):
-                    held.set_submodule(path, dequantized(layer, self.dtype))
-        sizes = measure_weights(held, self.lists, self.dtype, self._anew)
-        return replace(sizes, merging=self._merging)
+            for path in self.transformed:
+                layer = shapes.get_submodule(path)
+                if isinstance(layer, QuantizedLinear):
+                    shapes.set_submodule(path, dequantized(layer, self.dtype))
+        sizes = measure_weights(shapes, self.block_lists, self.dtype, self._replaced)
+        return replace(sizes, merging=self._merging_bytes)
 
     @property
-    def bytes(self) -> int:
-        return self.weights.total
+    def nbytes(self) -> int:
+        """Bytes of the weights in the format in which they will be held."""
+        return self.weight_sizes.total
 
     @property
-    def held(self) -> int:
-        """Bytes of the device's memory that its weights take now; of a streamed network, which no stage leaves there, 0."""
+    def device_bytes(self) -> int:
+        """Bytes of device memory in use; 0 if streamed, since no stage leaves its buffers there."""
         if self.module is None or self.resident is not None:
             return 0
-        pages = (
-            mapped_bytes(self.shapes, self.dtype, self._anew) if self.device.type == "cpu" else 0
-        )
-        return max(0, sum(tensor.nbytes for tensor in tensors_of(self.module)) - pages)
+        held = sum(tensor.nbytes for tensor in all_tensors(self.module))
+        if self.device.type == "cpu":
+            held -= mapped_bytes(self.shapes, self.dtype, self._replaced)
+        return max(0, held)
 
     @property
-    def _anew(self) -> frozenset[str] | None:
-        """Paths of the modules whose weights are not the files' any more; None: of all."""
-        return None if self.compression or (self.change and not self.changed) else self.changed
+    def _replaced(self) -> frozenset[str] | None:
+        """Paths of the modules whose weights are no longer those of the files; None: all."""
+        if self.quantize or (self.transform and not self.transformed):
+            return None
+        return self.transformed
 
     @property
-    def _merging(self) -> int:
-        """Bytes that it takes to change the largest of the matrices: three like it in float32, with DoRA, and the result."""
-        layers = [self.shapes.get_submodule(path) for path in self.changed]
-        largest = max(
-            (
-                layer.in_features * layer.out_features
-                for layer in layers
-                if hasattr(layer, "in_features")
-            ),
-            default=0,
-        )
+    def _merging_bytes(self) -> int:
+        """Bytes to merge into the largest matrix: three float32 copies (DoRA) and the result."""
+        largest = 0
+        for path in self.transformed:
+            layer = self.shapes.get_submodule(path)
+            if hasattr(layer, "in_features"):
+                largest = max(largest, layer.in_features * layer.out_features)
         return largest * (3 * 4 + self.dtype.itemsize)
 
-    def _ready(self) -> nn.Module:
-        """As it will be used."""
+    def _prepare(self) -> nn.Module:
+        """Load, transform, quantize and compile; move to the device, or stream."""
         streamed = self.resident is not None
-        # what is compressed stays mapped until then, and is rounded once; LoRAs are merged in the dtype
-        dtype = None if self.compression and not self.change else self.dtype
-        module = self._load(CPU if streamed or self.compression else self.device, dtype)
-        if self.compression:
-            quantize_(
-                module,
-                self.compression,
-                device=CPU if streamed else self.device,
-                change=self.change,
-            )
+        target = CPU if streamed else self.device
+        if self.quantize:
+            # weights stay mapped until they are quantized, and are rounded once; but a LoRA is
+            # merged in the dtype of the computation
+            module = self._load(CPU, self.dtype if self.transform else None)
+            quantize_(module, self.quantize, device=target, change=self.transform)
             module.to(dtype=self.dtype)
-        elif self.change:
-            self.change(module)
-        if self.native_fp8:
+        else:
+            module = self._load(target, self.dtype)
+            if self.transform:
+                self.transform(module)
+        if self.fp8_matmul:
             enable_fp8_matmul(module, self.device)
-        if self.compiled:
-            compile_blocks(module, self.lists)
-        return (
-            stream(module, self.lists, self.device, resident=self.resident)
-            if streamed
-            else module.to(self.device)
-        )
+        if self.compile:
+            compile_blocks(module, self.block_lists)
+        if streamed:
+            return stream(module, self.block_lists, self.device, resident=self.resident)
+        return module.to(self.device)
 
-    def _bring_back(self) -> None:
-        if (
-            self.change or self.resident is not None
-        ):  # a part of a merge, or of a ring, is not made alone
+    def _restore_submodules(self) -> None:
+        """Load the dropped submodules alone; or release all, if a part cannot be made alone."""
+        if self.transform or self.resident is not None:
             return self.release()
         mapped = self._load(CPU, None)
-        for path in self.missing:
+        for path in self.dropped:
             self.module.set_submodule(path, mapped.get_submodule(path).to(self.device, self.dtype))
-        self.missing = []
+        self.dropped = []
 
     def _load(
         self, device: torch.device, dtype: torch.dtype | None, check_finite: bool = False
     ) -> nn.Module:
-        module = self.on_meta()
-        load_module(
-            module,
-            self.files,
-            device=device,
-            dtype=dtype,
-            check_finite=check_finite,
-            **self.options,
-        )
+        module = self.meta_module()
+        options = dict(device=device, dtype=dtype, check_finite=check_finite, **self.load_options)
+        load_module(module, self.files, **options)
         return module
 
 
-def compile_blocks(module: nn.Module, lists: Sequence[str]) -> None:
-    """Each on its own: blocks of a kind are one code with other weights, so one graph serves all.
+def compile_blocks(module: nn.Module, block_lists: Sequence[str]) -> None:
+    """Compile each block on its own: blocks of a type share one graph.
 
-    Another size or batch takes one more, which then serves all of them.
+    A second size or batch adds one graph, which then serves all other sizes.
     """
-    import torch._dynamo.config as limits  # not above: it takes a second
+    import torch._dynamo.config as dynamo  # not at the top: it takes a second
 
-    limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
-    for path in lists:
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
+    for path in block_lists:
         for block in module.get_submodule(path):
             block.compile(fullgraph=True)
 
 
-def remove(module: nn.Module, paths: Sequence[str]) -> None:
+def _remove(module: nn.Module, paths: Sequence[str]) -> None:
     for path in paths:
-        module.set_submodule(path, nn.Identity())  # which has no weights
+        module.set_submodule(path, nn.Identity())

@@ -24,9 +24,8 @@ from flux.errors import UserError
 from flux.runtime.activation_memory import Workload, activations
 from flux.runtime.devices import FreeMemory
 from flux.runtime.options import OFFLOAD_MODES, Offload, check_max_vram
-from flux.runtime.streaming import MIN_STREAMED
+from flux.runtime.streaming import MIN_STREAMED, NUM_BUFFERS
 
-BUFFERS = 2  # blocks that fit into the ring of a streamed stage
 RESERVED = {"cuda": 600_000_000, "mps": 600_000_000, "cpu": 0}  # library workspaces, rounding
 GB = 1_000_000_000
 
@@ -148,7 +147,7 @@ def required(
     if resident is None:
         held = own if device_type == "cpu" else sizes.total
         return Required(held + max(working, sizes.merging + RESERVED[device_type]), 0)
-    buffers = BUFFERS * max(sizes.blocks)
+    buffers = NUM_BUFFERS * max(sizes.blocks)
     held = 0 if device_type == "cpu" else sizes.fixed + resident
     device = held + buffers + working
     host = max(buffers, sizes.merging) + own  # pinned buffers; weights that were cast or merged

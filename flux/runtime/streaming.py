@@ -1,270 +1,254 @@
-"""Streaming: a network whose blocks lie in the host's memory, and come to the device one after another, each before its turn.
+"""Stream blocks: their weights stay in host memory and come to the device one block at a time.
 
-`stream` puts a `Streamed` in the place of each list of blocks. To iterate over it is to be given each block with its weights on
-the device, while those of the next are on their way: so a network that loops over its blocks is streamed as it stands, and
-the names of its modules and weights stay what they are.
+`stream` replaces each list of blocks by a `StreamedModuleList`. Iterating over the list yields each
+block with its weights on the device, while the weights of the next block are being copied. So a
+network that loops over its blocks is streamed unchanged, and module and weight names stay the same.
 
-    file's pages (host) --memcpy--> staging (host, page-locked) --DMA, on a stream of its own--> slot (device)
+    file's pages (host) --memcpy--> pinned memory (host) --copy stream--> buffer (device)
 
-There are as many stagings as slots, each as large as the largest block, whatever the size of the model: on the host, the
-weights stay the mapped file's own pages. Two events a slot keep order: `filled`, for which computation waits, and `free`, for
-which the next copy waits. On the CPU the events mean nothing and the copies are made at once; all else is the same.
+There are two buffers, each as large as the largest block, whatever the size of the model. On the
+host, the weights stay the pages of the mapped file. Two events per buffer keep the order: `filled`,
+for which the computation waits, and `free`, for which the next copy waits. On the CPU the events
+do nothing and the copies are immediate; all else is the same.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flux.errors import UserError
 
-ALIGNMENT = (
-    256  # bytes; where CUDA's own allocator lets tensors begin, and more than any kernel asks for
-)
-MIN_STREAMED = (
-    1 << 16
-)  # bytes; what is smaller (norms, biases, T5's table of distances) stays: its copy would cost more than its room
+NUM_BUFFERS = 2  # one block is used while the next is copied
+ALIGNMENT = 256  # bytes; that of CUDA's allocator, and more than any kernel needs
+MIN_STREAMED = 1 << 16  # bytes; norms, biases and T5's position table stay: too small to copy
 
 
 def stream(
-    module: nn.Module,
-    lists: Sequence[str],
-    device: torch.device | str,
-    slots: int = 2,
-    resident: int = 0,
+    module: nn.Module, lists: Sequence[str], device: torch.device | str, resident: int = 0
 ) -> nn.Module:
-    """Has a network's blocks streamed to `device`, where the rest of it goes at once; returns the network.
+    """Stream the blocks of a frozen network to `device`, move the rest there; return the network.
 
-    `lists`: paths of its lists of blocks, in the order of their use ("double_blocks", "single_blocks"). `slots`: for how many
-    blocks there is room at a time, 2 or more. `resident`: how many bytes of blocks stay. The network must be frozen.
+    `lists`: paths of the lists of blocks, in the order of use ("double_blocks", "single_blocks").
+    `resident`: bytes of blocks that stay on the device.
     """
-    if slots < 2:
-        raise UserError(
-            f"streaming needs at least 2 slots, not {slots}: one block is used while the next one comes"
-        )
     if any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError(
-            "a streamed network cannot be trained: freeze it, with requires_grad_(False), or do not stream it"
+            "offload: a streamed network cannot be trained. "
+            "Freeze it with requires_grad_(False), or do not stream it."
         )
     blocks = [block for path in lists for block in module.get_submodule(path)]
-    stays = spread(
-        [sum(tensor.nbytes for tensor in large_tensors(block)) for block in blocks], resident
-    )
-    away = [block for block, stay in zip(blocks, stays, strict=True) if not stay]
-    ring = Ring(blocks, away, torch.device(device), slots)
-    streamed = {id(tensor) for block in away for tensor in large_tensors(block)}
-    ring.moved = [
-        (tensor, tensor.data) for tensor in tensors_of(module) if id(tensor) not in streamed
-    ]
-    with torch.inference_mode():
-        for tensor, host in ring.moved:
-            tensor.data = host.to(device)
+    sizes = [sum(tensor.nbytes for tensor in large_tensors(block)) for block in blocks]
+    stays = choose_resident(sizes, resident)
+    streamed = [block for block, stay in zip(blocks, stays, strict=True) if not stay]
+    ring = PrefetchRing(blocks, streamed, torch.device(device))
+    ring.move_rest(module)
     for path in lists:
-        module.set_submodule(path, Streamed(module.get_submodule(path), ring))
+        module.set_submodule(path, StreamedModuleList(module.get_submodule(path), ring))
     return module
 
 
 def unstream(module: nn.Module, lists: Sequence[str]) -> nn.Module:
-    """Undoes `stream`: all weights are on the host, where they were, and none was copied back; returns the network."""
+    """Undo `stream`: all weights are on the host again, without a copy back; return the network."""
     for path in lists:
         streamed = module.get_submodule(path)
         module.set_submodule(path, nn.ModuleList(streamed.children()))
-    streamed.ring.leave()
+    streamed.ring.close()
     return module
 
 
-def spread(sizes: Sequence[int], budget: int) -> list[bool]:
-    """Which blocks stay, in `budget` bytes at most: evenly spaced ones, so that each copy has computation to hide behind."""
-    stays, seen, kept = [], 0, 0
+def choose_resident(sizes: Sequence[int], budget: int) -> list[bool]:
+    """Choose which blocks stay on the device, within `budget` bytes.
+
+    The blocks that stay are evenly spaced, so that each copy runs during the computation of others.
+    """
+    stays: list[bool] = []
+    total, seen, kept = sum(sizes), 0, 0
     for size in sizes:
         seen += size
-        stays.append((kept + size) * sum(sizes) <= budget * seen)
-        kept += size * stays[-1]
+        stays.append((kept + size) * total <= budget * seen)
+        if stays[-1]:
+            kept += size
     return stays
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]  # quantised weights are buffers
+def all_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers; quantized weights are buffers."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def large_tensors(block: nn.Module) -> list[Tensor]:
-    """What of a block is streamed."""
-    return [tensor for tensor in tensors_of(block) if tensor.nbytes >= MIN_STREAMED]
+    """Return the tensors of a block that are streamed."""
+    return [tensor for tensor in all_tensors(block) if tensor.nbytes >= MIN_STREAMED]
 
 
-class Streamed(nn.ModuleList):
-    """A list of blocks that can be used only one by one, as it is iterated over; elsewhere their weights are on the host."""
+class StreamedModuleList(nn.ModuleList):
+    """A list of blocks to iterate over: each block is on the device only until the next one."""
 
-    def __init__(self, blocks: Sequence[nn.Module], ring: "Ring"):
+    def __init__(self, blocks: Sequence[nn.Module], ring: "PrefetchRing") -> None:
         super().__init__(blocks)
         self.ring = ring
 
     def __iter__(self) -> Iterator[nn.Module]:
         for block in super().__iter__():
-            with self.ring.holding(block):
+            with self.ring.using(block):
                 yield block
 
 
-class Piece(NamedTuple):
-    """One tensor of a block, and where it lies in a slot."""
+class TensorSlice(NamedTuple):
+    """One tensor of a block and its place in a buffer."""
 
-    tensor: Tensor  # the module's own; its data are here or there
+    tensor: Tensor  # the module's own; its data is `host`, or a view of a buffer
     host: Tensor
-    start: int
+    start: int  # bytes
 
-    def within(self, memory: Tensor) -> Tensor:
-        """Its place in a slot's bytes, in its own type and shape."""
-        return (
-            memory[self.start : self.start + self.host.nbytes]
-            .view(self.host.dtype)
-            .view(self.host.shape)
-        )
+    def view(self, memory: Tensor) -> Tensor:
+        """Return the slice of a buffer's bytes, in the tensor's dtype and shape."""
+        part = memory[self.start : self.start + self.host.nbytes]
+        return part.view(self.host.dtype).view(self.host.shape)
 
 
-class Slot:
-    """Room on the device for one block at a time, and as much page-locked memory, which its weights pass through."""
+class Buffer:
+    """Device memory for one block, and as much pinned memory that the weights pass through."""
 
-    def __init__(self, size: int, device: torch.device, streams):
+    def __init__(self, size: int, device: torch.device, streams: Any) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.staging = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.pinned = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.filled, self.free = streams.Event(), streams.Event()
         self.block: nn.Module | None = None
-        self.users: set[object] = set()
 
 
-class Ring:
-    """The slots, shared by all lists of a network. Its blocks are used in one order, again and again: so it knows the next."""
+class PrefetchRing:
+    """The buffers that all lists of a network share.
+
+    The blocks are used in one order, again and again, and one at a time. A loop that starts while
+    an earlier loop is unfinished takes over from the earlier one.
+    """
 
     def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        away: Sequence[nn.Module],
-        device: torch.device,
-        slots: int,
-    ):
-        self.device, self.streams = device, device_streams(device)
-        self.moved: list[
-            tuple[Tensor, Tensor]
-        ] = []  # what else went to the device, and what it was on the host
-        with (
-            torch.inference_mode()
-        ):  # else blocks that were loaded in that mode could not use what is in a slot
-            self.pieces = {block: lay_out(large_tensors(block)) for block in away}
-            size = max((place_after(pieces) for pieces in self.pieces.values()), default=0)
-            self.slots = [
-                Slot(size, device, self.streams) for _ in range(slots if away else 0)
-            ]  # the one that was filled first is first
-        self.next: dict[
-            nn.Module, nn.Module
-        ] = {}  # after any block, the first one that is streamed
-        following = away[0] if away else None
-        for block in reversed(blocks):
-            self.next[block] = following
-            following = block if block in self.pieces else following
-        self.copies = self.streams.Stream(device)
-        for slot in self.slots:
-            slot.free.record(
-                self.streams.current_stream(self.device)
-            )  # what had this memory before may still be in use
+        self, blocks: Sequence[nn.Module], streamed: Sequence[nn.Module], device: torch.device
+    ) -> None:
+        self.device = device
+        # The events of torch.cpu do nothing; Apple's GPUs run everything in one stream, in order.
+        self.streams: Any = torch.cuda if device.type == "cuda" else torch.cpu
+        self.order = list(blocks)
+        self.current: Buffer | None = None
+        self.user: object | None = None
+        self.rest: list[tuple[Tensor, Tensor]] = []  # (tensor, its host data)
+        with torch.inference_mode():  # so that blocks loaded in that mode can use the buffers
+            self.slices = {block: lay_out(large_tensors(block)) for block in streamed}
+            size = max((end_of(slices) for slices in self.slices.values()), default=0)
+            count = NUM_BUFFERS if streamed else 0
+            self.buffers = [Buffer(size, device, self.streams) for _ in range(count)]
+        self.copy_stream = self.streams.Stream(device)
+        for buffer in self.buffers:
+            # what had this memory before may still be in use, and the last copy may be running
+            # when the buffer is freed
+            buffer.free.record(self.streams.current_stream(device))
             if device.type == "cuda":
-                slot.memory.record_stream(
-                    self.copies
-                )  # nor is it given away before the last copy ended
+                buffer.memory.record_stream(self.copy_stream)
+
+    @torch.inference_mode()
+    def move_rest(self, module: nn.Module) -> None:
+        """Move the tensors of `module` that are not streamed to the device."""
+        streamed = {id(part.tensor) for slices in self.slices.values() for part in slices}
+        for tensor in all_tensors(module):
+            if id(tensor) not in streamed:
+                self.rest.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(self.device)
 
     @contextmanager
-    def holding(self, block: nn.Module) -> Iterator[None]:
-        """Inside, the block's weights are on the device, and the next blocks' are coming, as far as there is room."""
-        user = object()
+    def using(self, block: nn.Module) -> Iterator[None]:
+        """Hold the weights of `block` on the device, and start to copy those of the next blocks."""
+        self._release()  # of a loop that was left, but not closed: a traceback may keep it
+        user = self.user = object()
         try:
-            slot = self._bring(block, user) if block in self.pieces else None
-            self._bring_next(block)
-            if slot:
-                self.streams.current_stream(self.device).wait_event(slot.filled)
-                self._point(slot)
+            if block in self.slices:
+                self.current = self._fetch(block)
+            self._prefetch(block)
+            if self.current is not None:
+                self.streams.current_stream(self.device).wait_event(self.current.filled)
+                self._point(self.current)
             yield
-        finally:  # also where an iterator is thrown away: by an exception, or by a `zip` that ended early
-            for slot in self.slots:
-                if user in slot.users:
-                    slot.users.remove(user)
-                    if not slot.users:
-                        self._empty(slot)
+        finally:  # also after an exception, or a `zip` that ended early
+            if self.user is user:
+                self._release()
 
     @torch.inference_mode()
-    def leave(self) -> None:
-        """Every tensor is what it was on the host."""
-        for slot in self.slots:
-            if slot.block is not None:
-                self._empty(slot)
-        for tensor, host in self.moved:
+    def close(self) -> None:
+        """Give every tensor its host data again."""
+        self._release()
+        for tensor, host in self.rest:
             tensor.data = host
 
-    def _bring(self, block: nn.Module, user: object) -> Slot:
-        """Into a free slot; else in place of a block that is only expected; else of one whose loop was left, but not let go."""
-        slot = next((slot for slot in self.slots if slot.block is block), None)
-        if slot is None:
-            slot = min(self.slots, key=lambda slot: (len(slot.users) > 0, slot.block is not None))
-            self._fill(slot, block)
-        slot.users.add(user)
-        return slot
+    def _fetch(self, block: nn.Module) -> Buffer:
+        """Return the buffer with `block`, which is there already unless the order was broken."""
+        for buffer in self.buffers:
+            if buffer.block is block:
+                return buffer
+        self._fill(self.buffers[0], block)
+        return self.buffers[0]
 
-    def _bring_next(self, block: nn.Module) -> None:
-        idle = [slot for slot in self.slots if not slot.users]
-        expected = []
-        for _ in idle:
-            block = self.next[block]
-            expected.append(block)
-        there = {slot.block for slot in self.slots}
-        useless = [slot for slot in idle if slot.block not in expected]
-        for block in dict.fromkeys(expected):
-            if block not in there:
-                self._fill(useless.pop(0), block)
+    def _prefetch(self, block: nn.Module) -> None:
+        """Fill the buffers that are not in use with the blocks that follow `block`."""
+        idle = [buffer for buffer in self.buffers if buffer is not self.current]
+        following = self._following(block)[: len(idle)]
+        spare = [buffer for buffer in idle if buffer.block not in following]
+        loaded = [buffer.block for buffer in self.buffers]
+        for block in following:
+            if block not in loaded:
+                self._fill(spare.pop(0), block)
 
-    def _fill(self, slot: Slot, block: nn.Module) -> None:
-        """Starts the copies, tensor by tensor: while one is on its way, the next is staged."""
-        if slot.block is not None:
-            self._empty(slot)
-        self.slots.append(self.slots.pop(self.slots.index(slot)))
-        slot.filled.synchronize()  # until then its staging is being read
-        with self.streams.stream(self.copies), torch.inference_mode():
-            self.copies.wait_event(slot.free)
-            for piece in self.pieces[block]:
-                staged = piece.within(slot.staging).copy_(piece.host)
-                piece.within(slot.memory).copy_(staged, non_blocking=self.streams is not torch.cpu)
-            slot.filled.record(self.copies)
-        slot.block = block
+    def _following(self, block: nn.Module) -> list[nn.Module]:
+        """Return the streamed blocks other than `block`, in the order of use from there on."""
+        index = self.order.index(block)
+        order = self.order[index + 1 :] + self.order[:index]
+        return [block for block in order if block in self.slices]
+
+    def _fill(self, buffer: Buffer, block: nn.Module) -> None:
+        """Start the copies: while one tensor is copied to the device, the next is pinned."""
+        buffer.block = None
+        buffer.filled.synchronize()  # until then its pinned memory is being read
+        with self.streams.stream(self.copy_stream), torch.inference_mode():
+            self.copy_stream.wait_event(buffer.free)
+            for part in self.slices[block]:
+                pinned = part.view(buffer.pinned).copy_(part.host)
+                asynchronous = self.streams is not torch.cpu
+                part.view(buffer.memory).copy_(pinned, non_blocking=asynchronous)
+            buffer.filled.record(self.copy_stream)
+        buffer.block = block
 
     @torch.inference_mode()
-    def _point(self, slot: Slot) -> None:
-        for piece in self.pieces[slot.block]:
-            piece.tensor.data = piece.within(slot.memory)
+    def _point(self, buffer: Buffer) -> None:
+        """Let the tensors of the block use the buffer."""
+        for part in self.slices[buffer.block]:
+            part.tensor.data = part.view(buffer.memory)
 
-    def _empty(self, slot: Slot) -> None:
-        """Its block has its weights on the host again. The slot is free when the device has done what it was asked so far."""
-        for piece in self.pieces[slot.block]:
-            piece.tensor.data = piece.host
-        slot.free.record(self.streams.current_stream(self.device))
-        slot.block = None
-        slot.users.clear()
+    def _release(self) -> None:
+        """Give the current block its host data; its buffer is free after the queued computation."""
+        if self.current is None:
+            return
+        if self.current.block is not None:
+            for part in self.slices[self.current.block]:
+                part.tensor.data = part.host
+        self.current.free.record(self.streams.current_stream(self.device))
+        self.current.block = None
+        self.current = None
 
 
-def lay_out(tensors: Sequence[Tensor]) -> list[Piece]:
-    """One after another."""
-    pieces: list[Piece] = []
+def lay_out(tensors: Sequence[Tensor]) -> list[TensorSlice]:
+    """Place tensors one after another in a buffer."""
+    slices: list[TensorSlice] = []
     for tensor in tensors:
-        pieces.append(Piece(tensor, tensor.data, place_after(pieces)))
-    return pieces
+        slices.append(TensorSlice(tensor, tensor.data, end_of(slices)))
+    return slices
 
 
-def place_after(pieces: Sequence[Piece]) -> int:
-    """The next aligned place."""
-    if not pieces:
+def end_of(slices: Sequence[TensorSlice]) -> int:
+    """Return the aligned end of the last slice, in bytes."""
+    if not slices:
         return 0
-    end = pieces[-1].start + pieces[-1].host.nbytes
+    end = slices[-1].start + slices[-1].host.nbytes
     return -(-end // ALIGNMENT) * ALIGNMENT
-
-
-def device_streams(device: torch.device):
-    """The module of a device's streams and events. Those of the CPU do nothing, and Apple's GPUs have one stream, in order."""
-    return torch.cuda if device.type == "cuda" else torch.cpu

@@ -391,8 +391,8 @@ def tell_memory(args: argparse.Namespace, pipe: flux.Pipeline, items: list[datas
         args.optimizer,
     )
     if is_quantised(pipe.transformer.shapes):
-        need = need._replace(weights=pipe.transformer.bytes)
-    teacher = pipe.transformer.bytes if args.distill else 0
+        need = need._replace(weights=pipe.transformer.nbytes)
+    teacher = pipe.transformer.nbytes if args.distill else 0
     need = need._replace(weights=(need.weights + teacher) // world, states=need.states // world)
     room = available_memory(pipe.device).device
 

@@ -69,7 +69,7 @@ def losses(prompts: int = 24, config: FluxConfig = KLEIN_4B) -> Iterator[Loss]:
     )
     right = None
     for mode in modes():
-        pipe.transformer.alter(mode.change)
+        pipe.transformer.set_transform(mode.change)
         pictures = [np.asarray(image) for image in pipe(texts, seed=0)]
         with torch.device("meta"):
             block = Flux(block.config)

@@ -235,9 +235,9 @@ def quantised_rows(
     """The transformer is in a row's mode until the next row is asked for; half as many pictures as in others, of many rows."""
     tasks = [Task(str(scene), scene) for scene in few[: -(-len(few) // 2)]]
     for mode in modes():
-        pipe.transformer.alter(mode.change)
+        pipe.transformer.set_transform(mode.change)
         yield Row(mode.name, tasks, {}, shapes.score)
-    pipe.transformer.alter(None)
+    pipe.transformer.set_transform(None)
 
 
 PARTS = {"text": text_rows, "edits": edit_rows, "modes": mode_rows, "quantised": quantised_rows}

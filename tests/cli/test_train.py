@@ -118,7 +118,7 @@ def a_batch(config) -> tuple:
 
 def test_a_lora_loads_as_what_was_trained(whole):
     pipe = flux.load(device="cpu")
-    plain, network = pipe.transformer(), pipe.transformer.on_meta().to_empty(device="cpu")
+    plain, network = pipe.transformer(), pipe.transformer.meta_module().to_empty(device="cpu")
     network.load_state_dict(plain.state_dict())
     adapters.add_lora(network, 2)
     average = training.take(training.load(whole / "checkpoint.safetensors"), "average.")

@@ -749,7 +749,7 @@ def test_network_is_that_of_its_files_again_when_nothing_is_merged(tmp_path, net
     )
     whole, changed = loaded(), patches[0].place.path
     for scale in (1.0, math.inf, 1.0, None):
-        loaded.alter(
+        loaded.set_transform(
             None
             if scale is None
             else functools.partial(merge, patches=[(patch, scale) for patch in patches])
@@ -766,7 +766,7 @@ def test_network_is_that_of_its_files_again_when_nothing_is_merged(tmp_path, net
         torch.equal(a, b) for a, b in zip(loaded().parameters(), network.parameters(), strict=True)
     )
     same = loaded()
-    loaded.alter(None)
+    loaded.set_transform(None)
     assert loaded() is same  # nothing to undo
 
 

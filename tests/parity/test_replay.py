@@ -440,7 +440,7 @@ def test_budgets_are_kept_and_used(name, measured, captures, pipeline, tmp_path)
 def test_what_overflows_has_no_budget(captures, pipeline):
     """float16 ends at 65504."""
     pipe = pipeline(KLEIN)
-    pipe.transformer.alter(lambda module: module.final_layer.linear.weight.mul_(1e6))
+    pipe.transformer.set_transform(lambda module: module.final_layer.linear.weight.mul_(1e6))
     found = budgets.measure(
         captures[KLEIN], pipe, REQUESTS[KLEIN], "float16", ["final_layer.linear", "latents"]
     )

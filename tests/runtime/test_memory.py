@@ -18,7 +18,7 @@ from flux.runtime import devices
 from flux.runtime.activation_memory import Workload, activations
 from flux.runtime.devices import FreeMemory
 from flux.runtime.memory_plan import (
-    BUFFERS,
+    NUM_BUFFERS,
     RESERVED,
     WeightSizes,
     measure_weights,
@@ -331,11 +331,11 @@ def test_apples_gpus_stage_in_the_same_memory():
     held, active = KLEIN_WEIGHTS["transformer"], 10**9
     assert (
         required(held, active, "mps", 0).device - required(held, active, "cuda", 0).device
-        == BUFFERS * 490_733_568
+        == NUM_BUFFERS * 490_733_568
     )
     assert (
         required(held, active, "mps", 0).host == 0
-        and required(held, active, "cuda", 0).host == BUFFERS * 490_733_568
+        and required(held, active, "cuda", 0).host == NUM_BUFFERS * 490_733_568
     )
 
 
@@ -463,10 +463,10 @@ def test_no_plan_exceeds_the_memory_there_is(weights, working, room, spare):
             beside = 0
             if stay is not None:
                 assert mode == "block" and 0 <= stay <= sum(held.blocks)
-                used = (0 if room.device_type == "cpu" else held.fixed + stay) + BUFFERS * max(
+                used = (0 if room.device_type == "cpu" else held.fixed + stay) + NUM_BUFFERS * max(
                     held.blocks
                 )
-                beside = BUFFERS * max(held.blocks) + held.total - held.mapped
+                beside = NUM_BUFFERS * max(held.blocks) + held.total - held.mapped
             used += working + held.scratch + RESERVED[room.device_type]
             if room.device_type == "cuda":
                 assert beside <= room.host

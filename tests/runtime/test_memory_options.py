@@ -223,7 +223,7 @@ def test_stages_that_are_called_one_by_one_are_held_as_in_a_call(zoo, offload, m
 
     def encode(prompt):
         features = encode_one(prompt)
-        seen.extend(streams(network) for network in pipe.text.networks if network.lists)
+        seen.extend(streams(network) for network in pipe.text.networks if network.block_lists)
         return features
 
     pipe.text.encode_one = encode
@@ -267,7 +267,7 @@ def test_with_room_everything_stays(zoo):
         picture(pipe, callback=lambda *_: seen.append(live()))
     parts = [pipe.text.model, pipe.transformer, pipe.autoencoder]
     assert all(network.module is not None for network in parts)
-    assert seen[-1] == live() == pytest.approx(sum(network.bytes for network in parts), rel=1e-4)
+    assert seen[-1] == live() == pytest.approx(sum(network.nbytes for network in parts), rel=1e-4)
 
 
 def test_memory_that_is_short_is_noticed_and_what_was_loaded_goes(zoo, monkeypatch):
@@ -345,7 +345,7 @@ def test_a_quarter_of_flux1_is_out_of_memory_while_it_denoises(deep, offload, tm
     pipe, seen = deep(offload=offload), []
     whole = bytes_of(pipe.files["transformer"], torch.bfloat16)
     assert (
-        pipe.transformer.bytes
+        pipe.transformer.nbytes
         == whole
         == sum(t.nbytes for t in load_file(tmp_path / "deep.safetensors").values())
     )
@@ -401,12 +401,12 @@ def test_with_a_lora_too(zoo, offload, quantize, tmp_path):
 def test_a_network_brings_back_what_was_taken_away(zoo, resident, change):
     network = load(zoo, "flux.1-dev", torch.bfloat16).transformer
     if change:
-        network.alter(lambda module: module.img_in.bias.add_(1))
-    network.hold(resident)
+        network.set_transform(lambda module: module.img_in.bias.add_(1))
+    network.stream(resident)
     with torch.inference_mode():
         state = {name: tensor.clone() for name, tensor in network().state_dict().items()}
         for _ in range(2):
-            less = network.without(Modulation).state_dict()
+            less = network.drop_submodules(Modulation).state_dict()
             assert {name for name in state if name not in less} == {
                 name for name in state if re.search(MODULATORS, name)
             }
@@ -556,7 +556,7 @@ def test_quantised_models_take_less_memory_and_say_so(zoo):
         for kind in (None, "fp8", "int8", "int4"):
             pipe = load(zoo, name, torch.bfloat16, quantize=kind)
             planned = pipe.prepare(64, 64)
-            sizes[kind] = pipe.transformer.bytes, planned.peak
+            sizes[kind] = pipe.transformer.nbytes, planned.peak
             held = [
                 layer
                 for network in pipe.networks
@@ -564,7 +564,7 @@ def test_quantised_models_take_less_memory_and_say_so(zoo):
                 if isinstance(layer, QuantizedLinear)
             ]
             assert bool(held) == bool(kind)
-            assert pipe.transformer.bytes == sum(
+            assert pipe.transformer.nbytes == sum(
                 t.nbytes for t in pipe.transformer().state_dict().values()
             )
             assert not any(
@@ -776,7 +776,7 @@ def test_every_row_of_a_quantised_file_makes_pictures(cli, zoo, quantised_row, n
     whole = flux.load(
         BASES[name], zoo.folder, "cpu", torch.float32, transformer=path.with_suffix(".whole")
     )
-    whole.transformer.alter(realigned)
+    whole.transformer.set_transform(realigned)
     torch.set_flush_denormal(True)
     try:
         assert pixels(found) == picture(whole)

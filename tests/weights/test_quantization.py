@@ -178,19 +178,19 @@ def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
         path = save_quantized(tmp_path / "x.safetensors", FORMATS[name](layers, state))
     cpu, prefixes = torch.device("cpu"), ("", PREFIX)
     network = LazyModule(
-        Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, lists=BLOCK_LISTS, prefixes=prefixes
+        Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, block_lists=BLOCK_LISTS, prefixes=prefixes
     )
     cast = [p for p in network.shapes.parameters() if p.dtype != torch.bfloat16]
-    assert network.weights.mapped == network.bytes - sum(2 * p.numel() for p in cast) and cast
+    assert network.weight_sizes.mapped == network.nbytes - sum(2 * p.numel() for p in cast) and cast
     network()
-    assert network.held == sum(2 * p.numel() for p in cast)
-    network.alter(lambda module: None, ["single_blocks.0.linear1"])
+    assert network.device_bytes == sum(2 * p.numel() for p in cast)
+    network.set_transform(lambda module: None, ["single_blocks.0.linear1"])
     linear1 = network.shapes.single_blocks[0].linear1
-    stays = network.bytes - sum(2 * p.numel() for p in cast)
-    assert network.weights.mapped == stays - 2 * linear1.in_features * linear1.out_features
-    assert network.weights.merging == 14 * linear1.in_features * linear1.out_features
-    network.compression = "int8"
-    assert "quantised already" in refusal(lambda: network.weights)
+    stays = network.nbytes - sum(2 * p.numel() for p in cast)
+    assert network.weight_sizes.mapped == stays - 2 * linear1.in_features * linear1.out_features
+    assert network.weight_sizes.merging == 14 * linear1.in_features * linear1.out_features
+    network.quantize = "int8"
+    assert "quantised already" in refusal(lambda: network.weight_sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------- text encoders
@@ -544,13 +544,13 @@ def test_bytes_are_those_that_are_held(tmp_path):
     }
     packed = sum(state[f"{layer}.weight"].numel() for layer in layers)
     whole = sum(tensor.numel() for tensor in state.values()) - packed
-    assert networks["bfloat16"].bytes == 4 * (whole + packed)
-    assert networks["BFL"].bytes == 4 * whole + packed + 8 * len(layers)
+    assert networks["bfloat16"].nbytes == 4 * (whole + packed)
+    assert networks["BFL"].nbytes == 4 * whole + packed + 8 * len(layers)
     linears = sum(t.numel() for n, t in state.items() if n.endswith("weight"))
-    assert networks["cast"].bytes == linears + 4 * (whole + packed - linears)
+    assert networks["cast"].nbytes == linears + 4 * (whole + packed - linears)
     for name, network in networks.items():
-        assert network.bytes == sum(tensor.nbytes for tensor in network().state_dict().values())
-    assert networks["NVFP4"].bytes < networks["BFL"].bytes
+        assert network.nbytes == sum(tensor.nbytes for tensor in network().state_dict().values())
+    assert networks["NVFP4"].nbytes < networks["BFL"].nbytes
 
 
 # ---------------------------------------------------------------------------------------------------------- bad files
