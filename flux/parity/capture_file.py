@@ -1,13 +1,18 @@
-"""The file of a capture: a plain .safetensors, whose metadata holds one JSON text under the key "flux.parity".
+"""The file of a capture: a plain .safetensors with a JSON text under "flux.parity".
 
-    {"schema": 1, "recipe": {...}, "tensors": {name: {ordinal, kind, dtype, shape, sha256, statistics, same, budget}}}
+    {"schema": 2, "recipe": {...}, "tensors": {name: {ordinal, kind, dtype, shape, sha256,
+                                                      statistics, same, budget}}}
 
-`dtype` and `shape` are the tensor's own, and `sha256` is of its bytes, whatever is kept of it:
+`dtype`, `shape` and `sha256` are those of the recorded tensor, whatever is stored of it:
 
-    full        all of it, under its name; or `same` names an earlier tensor with the very same bytes, and nothing is stored
+    full        all values, under its name, or under the name in `same`, which has equal bytes
     slice       the first 16 along every axis
-    probe       4096 values, at the places that `positions` draws from the name, and `<name>/tokens`, the L2 of each token
-    statistics  nothing but what the metadata hold: min, max, mean, std, l2, nan, inf and a histogram of 32 bins
+    probe       4096 values, at the places that `positions` draws from the name, and
+                `<name>/tokens`, the L2 norm of each token
+    statistics  nothing but the metadata: min, max, mean, std, l2, nan, inf, histogram of 32 bins
+
+`budget` is the tolerance of the tensor, if it was measured. Schema 1 (until version 0.1) recorded
+1 + scale in place of a modulation's scale: see `_upgrade`.
 """
 
 import errno
@@ -15,8 +20,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -35,7 +42,7 @@ from flux.errors import UserError
 from flux.weights.files import MAX_HEADER, read_header
 
 Kind = Literal["full", "slice", "probe", "statistics"]
-KEY, SCHEMA = "flux.parity", 1
+KEY, SCHEMA = "flux.parity", 2
 PROBE, SLICE, BINS = 4096, 16, 32
 DTYPES = {
     torch.float64: "F64",
@@ -55,28 +62,28 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Record:
-    """What the metadata say of one tensor."""
+    """The metadata of one tensor."""
 
     ordinal: int  # in the order of execution
     kind: Kind
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
-    sha256: str = ""  # "" in a file that is no capture
+    sha256: str = ""  # "" in a plain file
     statistics: dict | None = None
     same: str | None = None  # the name under which the same bytes are stored
-    budget: float | None = None  # relative L2 that is allowed, if it was measured
+    tolerance: float | None = None  # relative L2, if it was measured; "budget" in the file
 
 
-# ---------------------------------------------------------------- what is kept of a tensor
+# ---------------------------------------------------------------- what is stored of a tensor
 
 
-def kind_of(tensor: Tensor, asked: Kind) -> Kind:
-    """Small tensors are kept whole."""
-    return "full" if asked != "statistics" and tensor.numel() <= PROBE else asked
+def kind_of(tensor: Tensor, requested: Kind) -> Kind:
+    """Return "full" for small tensors, else the requested kind."""
+    return "full" if requested != "statistics" and tensor.numel() <= PROBE else requested
 
 
 def reduce(name: str, tensor: Tensor, kind: Kind) -> Tensor:
-    """What is stored of a tensor under its name; nothing, for statistics."""
+    """Return the values that are stored under the tensor's name; none for statistics."""
     if kind == "full":
         return tensor
     if kind == "slice":
@@ -87,9 +94,10 @@ def reduce(name: str, tensor: Tensor, kind: Kind) -> Tensor:
 
 
 def positions(name: str, numel: int) -> np.ndarray:
-    """PROBE flat positions, (4096,) int64: hash the name (FNV-1a), count on from there, and mix each number (splitmix64).
+    """Return PROBE flat positions, (4096,) int64, drawn from the name.
 
-    Public-domain functions of 64-bit integers alone, so that any language can draw the same.
+    Numbers are counted from the name's hash (FNV-1a), and each is mixed (splitmix64): both are
+    public-domain functions of 64-bit integers, so any language can draw the same.
     """
     seed = 0xCBF29CE484222325
     for byte in name.encode():
@@ -101,9 +109,9 @@ def positions(name: str, numel: int) -> np.ndarray:
 
 
 def token_norms(tensor: Tensor) -> Tensor:
-    """L2 of each token, float32: tokens lie along the last axis but one, and batches along the first.
+    """Return the L2 norm of each token, float32. Tokens are on the last axis but one.
 
-    (B, N, D) and, with heads, (B, H, N, d) -> (B, N); (N, D) -> (N,); of a picture (B, C, H, W), its rows (B, H).
+    (B, N, D) and (B, H, N, d) -> (B, N); (N, D) -> (N,); an image (B, C, H, W) -> its rows (B, H).
     """
     if tensor.ndim < 2:
         return tensor.float().norm()[None]
@@ -112,7 +120,7 @@ def token_norms(tensor: Tensor) -> Tensor:
 
 
 def statistics(tensor: Tensor) -> dict:
-    """Of the finite values, in float64."""
+    """Return statistics of the finite values, in float64."""
     x = tensor.flatten().double()
     finite = x[x.isfinite()]
     out = {"nan": int(x.isnan().sum()), "inf": int(x.isinf().sum())}
@@ -127,7 +135,7 @@ def statistics(tensor: Tensor) -> dict:
 
 
 def stored_as(tensor: Tensor, kind: Kind) -> int:
-    """Bytes that are stored of a tensor, which may be without values."""
+    """Return the number of bytes stored for a tensor, which may be on the meta device."""
     if kind == "probe":
         return PROBE * tensor.itemsize + 4 * token_norms(tensor).numel()
     if kind == "statistics":
@@ -138,7 +146,7 @@ def stored_as(tensor: Tensor, kind: Kind) -> int:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """Its bytes, row by row, as safetensors stores them."""
+    """Return the bytes of a tensor in row-major order, as safetensors stores them."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
@@ -146,10 +154,10 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 class Writer:
-    """Streams a capture to disk; `with` gives a whole file at the end, or, where that fails, none.
+    """Stream a capture to disk. The file appears when the `with` block ends without an error.
 
-    The header is only known at the end: `reserve` bytes are left for it, padded with spaces. A run that stops half-way on
-    purpose may still be kept: `recipe` can be added to until the end. UserError if the file exists, if it would pass
+    The header is known at the end only: `reserve` bytes are left for it, padded with spaces.
+    `recipe` can be changed until the end. UserError if the file exists, if it would be larger than
     `limit` bytes, or if the disk is full.
     """
 
@@ -169,22 +177,24 @@ class Writer:
         self._file.seek(self.start)
 
     def add(self, name: str, tensor: Tensor, kind: Kind = "full") -> None:
-        """Record a tensor as it is now. A name that comes again, where a module is called twice, gets ~2."""
+        """Record the present values of a tensor. The second call with a name records `name~2`."""
         self._times[name] += 1
-        name += f"~{self._times[name]}" * (self._times[name] > 1)
+        if self._times[name] > 1:
+            name += f"~{self._times[name]}"
         x = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         x = x.detach().cpu()
-        bytes_of = DTYPES[x.dtype], tuple(x.shape), hashlib.sha256(raw(x)).hexdigest()
-        first = self._first.setdefault(bytes_of, name)
-        known = self.records[first].statistics if first != name else statistics(x)
-        same = (
-            first
-            if first != name and self.records[first].kind == kind_of(x, kind) == "full"
-            else None
-        )
-        record = self.records[name] = Record(
-            len(self.records), kind_of(x, kind), *bytes_of, known, same
-        )
+        kind = kind_of(x, kind)
+        content = DTYPES[x.dtype], tuple(x.shape), hashlib.sha256(raw(x)).hexdigest()
+        first = self._first.setdefault(content, name)
+        same = None
+        if first == name:
+            summary = statistics(x)
+        else:
+            summary = self.records[first].statistics
+            if self.records[first].kind == kind == "full":
+                same = first
+        record = Record(len(self.records), kind, *content, summary, same)
+        self.records[name] = record
         if record.kind != "statistics" and record.same is None:
             self._put(name, reduce(name, x, record.kind))
         if record.kind == "probe":
@@ -193,15 +203,13 @@ class Writer:
     def _put(self, name: str, tensor: Tensor) -> None:
         data = raw(tensor)
         if self.size + len(data) > self.limit:
-            fault = (
-                f"{self.path} would be larger than its limit of {readable(self.limit)} at {name}"
-            )
             raise UserError(
-                f"{fault}: choose tensors with --only, keep less with --keep probe, or raise --limit"
+                f"{self.path}: would be larger than its limit of {readable(self.limit)} at {name}. "
+                'Select tensors with `only`, pass `keep="probe"`, or raise `limit`.'
             )
         if len(data) % 8 == 0:
             self._append(name, tensor, data)
-        else:  # later, so that all others begin at multiples of 8
+        else:  # at the end, so that all others begin at multiples of 8
             self._odd.append((name, tensor.clone()))
 
     def _append(self, name: str, tensor: Tensor, data: memoryview) -> None:
@@ -225,17 +233,14 @@ class Writer:
             if kind is None:
                 self._finish()
         finally:
-            with suppress(OSError):  # what could not be written before cannot be now
+            with suppress(OSError):  # the error of the write is already raised
                 self._file.close()
             self._part.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         for name, tensor in sorted(self._odd, key=lambda item: -item[1].itemsize):
             self._append(name, tensor, raw(tensor))
-        tensors = {
-            name: {k: v for k, v in asdict(r).items() if v is not None}
-            for name, r in self.records.items()
-        }
+        tensors = {name: to_entry(record) for name, record in self.records.items()}
         try:
             self._file.close()
             seal(
@@ -249,14 +254,22 @@ class Writer:
             raise cannot_write(self.path, error) from error
 
 
+def to_entry(record: Record) -> dict:
+    """Return a record as the file has it."""
+    entry = {key: value for key, value in asdict(record).items() if value is not None}
+    if "tolerance" in entry:
+        entry["budget"] = entry.pop("tolerance")
+    return entry
+
+
 def seal(path: Path, start: int, entries: dict, document: dict) -> None:
-    """Give a file, whose data begin at `start`, its header; where that finds too little room, the data move up."""
+    """Write the header of a file whose data begin at `start`; move the data if it is too long."""
     text = json.dumps(
         {"__metadata__": {KEY: json.dumps(document, separators=(",", ":"))}, **entries}
     ).encode()
     if len(text) > MAX_HEADER:
         raise UserError(
-            f"{len(document['tensors']):,} tensors are more than one file can name: choose with --only"
+            f"only: one file cannot name {len(document['tensors']):,} tensors. Select fewer."
         )
     length = max(start - 8, -(-len(text) // 8) * 8)
     header = length.to_bytes(8, "little") + text.ljust(length)
@@ -276,12 +289,13 @@ def seal(path: Path, start: int, entries: dict, document: dict) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Refuse, before any work is done, a file that is there or could not be written."""
+    """Raise UserError for a file that exists or cannot be written."""
     if path.suffix != ".safetensors":
-        raise UserError(f"--output {path}: a capture is a .safetensors file; give it that suffix")
+        raise UserError(f"{path}: a capture must be a .safetensors file. Change the suffix.")
     if path.exists():
         raise UserError(
-            f"--output {path}: the file exists, and captures are never overwritten; delete it, or choose another"
+            f"{path}: the file exists, and captures are never overwritten. "
+            "Delete it, or choose another name."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,32 +306,30 @@ def check_new(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fault = (
-        "the disk is full: make room, or keep less with --only or --keep"
-        if full
-        else error.strerror
-    )
-    return UserError(f"{path} cannot be written: {fault}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"{path}: cannot be written, the disk is full. "
+            "Make room, or record less with `only` or `keep`."
+        )
+    return UserError(f"{path}: cannot be written ({error.strerror}).")
 
 
 def readable(size: float) -> str:
-    unit, name = next(
-        (unit, name)
-        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (0, "bytes"))
-        if size >= unit
-    )
-    return f"{size / (unit or 1):.3g} {name}"
+    """Return a number of bytes with three digits and a unit."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.3g} bytes"
 
 
 # ---------------------------------------------------------------- reading
 
 
 class Capture:
-    """A capture that was written; tensors stay mapped until they are asked for.
+    """A file of named tensors, which stay mapped until they are read.
 
-    `recipe`, `names` in the order of execution, `records` by name. A plain safetensors file is a capture too, without a
-    recipe, of tensors in the order of the file: so a port in any language can write one. UserError for anything else.
+    `recipe`, `names` in the order of execution, `records` by name. A plain safetensors file, which
+    any language can write, is read as a capture without a recipe. UserError for any other file.
     """
 
     def __init__(self, path: str | Path):
@@ -325,54 +337,56 @@ class Capture:
         try:
             infos, metadata = read_header(self.path)
         except UserError as error:
-            raise UserError(str(error).replace("download it", "capture it")) from None
-        plain = {
-            name: Record(ordinal, "full", info.dtype, info.shape)
-            for ordinal, (name, info) in enumerate(infos.items())
-        }
-        self.recipe, self.records = (
-            self._read(metadata[KEY], infos) if KEY in metadata else ({}, plain)
-        )
+            raise UserError(str(error).replace("ownload it", "apture it")) from None
+        if KEY in metadata:
+            self.recipe, self.records = self._read(metadata[KEY], infos)
+        else:
+            self.recipe, self.records = {}, {}
+            for ordinal, (name, info) in enumerate(infos.items()):
+                self.records[name] = Record(ordinal, "full", info.dtype, info.shape)
         self.names = sorted(self.records, key=lambda name: self.records[name].ordinal)
         self._file = safe_open(self.path, framework="pt")
 
     def _read(self, text: str, stored: Mapping) -> tuple[dict, dict[str, Record]]:
         try:
             document = json.loads(text)
-            if document["schema"] != SCHEMA:
+            if document["schema"] not in (1, SCHEMA):
                 raise UserError(
-                    f"{self.path} is a capture of schema {document['schema']!s:.20}, and this reads {SCHEMA}."
+                    f"{self.path}: has an unknown schema (got {document['schema']!s:.20}, "
+                    f"expected {SCHEMA}). Capture it again, or update flux."
                 )
-            records = {
-                name: Record(**entry | {"shape": tuple(entry["shape"])})
-                for name, entry in document["tensors"].items()
-            }
-            for name, record in records.items():
+            records = {}
+            for name, entry in document["tensors"].items():
+                fields = dict(entry, shape=tuple(entry["shape"]))
+                fields["tolerance"] = fields.pop("budget", None)
+                records[name] = record = Record(**fields)
                 if record.kind != "statistics" and (record.same or name) not in stored:
                     raise KeyError(name)
+            if document["schema"] == 1:
+                records = _upgrade(records, self.path)
             return document["recipe"], records
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(
-                f"{self.path} is a damaged capture ({error!s:.80}); capture it again."
+                f"{self.path}: is a damaged capture ({error!s:.80}). Capture it again."
             ) from None
 
     @cached_property
     def tensors(self) -> "Tensors":
-        """name -> what is kept of the tensor."""
+        """Return a mapping from names to the stored values."""
         return Tensors(self)
 
     def kind(self, name: str) -> Kind:
         return self.records[name].kind
 
     def tokens(self, name: str) -> Tensor:
-        """The L2 of each token of a tensor of which a probe is kept."""
+        """Return the L2 norm of each token of a tensor that is stored as a probe."""
         return self._file.get_tensor(f"{name}/tokens")
 
 
 class Tensors(Mapping[str, Tensor]):
-    """What a capture keeps, read when it is asked for."""
+    """The stored values of a capture, by name, read from the file on access."""
 
     def __init__(self, capture: Capture):
         self.capture = capture
@@ -388,20 +402,43 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def set_budgets(path: str | Path, budgets: Mapping[str, float]) -> None:
-    """Store the relative L2 that each tensor is allowed in a capture."""
-    if unknown := [name for name in budgets if name not in Capture(path).records]:
-        raise UserError(f"{path} has no tensor {unknown[0]} to set a budget for")
+CHANGED_IN_2 = re.compile(
+    r".*(?:(?:img_mod|txt_mod|modulation|modulation_img|modulation_txt)/(?:in|out)\b.*"
+    r"|(?:double|single)_blocks\.\d+/in\b.*|references/.*)"
+)
+
+
+def _upgrade(records: dict[str, Record], path: Path) -> dict[str, Record]:
+    """Drop tensors that have another meaning since schema 2, with a warning that says so.
+
+    Schema 1 recorded silu(vec) as a modulation's input and 1 + scale as its output.
+    """
+    kept = {name: record for name, record in records.items() if not CHANGED_IN_2.fullmatch(name)}
+    if skipped := len(records) - len(kept):
+        warnings.warn(
+            f"{path}: was captured by an older version; {skipped:,} tensors of modulations, block "
+            "inputs and cached references are skipped, since they are recorded differently now.",
+            stacklevel=2,
+        )
+    return kept
+
+
+def set_tolerances(path: str | Path, tolerances: Mapping[str, float]) -> None:
+    """Store the tolerance (relative L2) of tensors in a capture."""
+    known = Capture(path).records
+    for name in tolerances:
+        if name not in known:
+            raise UserError(f"{path}: has no tensor {name} to set a tolerance for.")
 
     def write(document: dict) -> None:
-        for name, budget in budgets.items():
-            document["tensors"][name]["budget"] = budget
+        for name, tolerance in tolerances.items():
+            document["tensors"][name]["budget"] = tolerance
 
     amend(Path(path), write)
 
 
 def amend(path: Path, change: Callable[[dict], None]) -> None:
-    """Change what the header of a capture says of its tensors; the file is replaced as a whole, or stays."""
+    """Change the metadata of a capture; the file is replaced at once, or stays as it is."""
     part = path.parent / f".{uuid4().hex}.part"
     try:
         shutil.copyfile(path, part)
@@ -411,7 +448,7 @@ def amend(path: Path, change: Callable[[dict], None]) -> None:
         metadata = entries.pop("__metadata__", {})
         if KEY not in metadata:
             raise UserError(
-                f"{path} is a plain file, without a place for budgets: capture it with parity.py"
+                f"{path}: is a plain file and cannot store tolerances. Capture it with parity.py."
             )
         document = json.loads(metadata[KEY])
         change(document)

@@ -1,10 +1,9 @@
-"""Watching networks run: every module's inputs and outputs and, inside each attention, q, k, v and what comes of them.
+"""Observe running networks: the inputs and outputs of modules, and q, k, v and output of attention.
 
-A name is `<where>/<module>/<tap>`: the caller's name of the network, the module's path, which is the checkpoint's key, and
-`in` or `out`, numbered where there are several tensors (`in.0`, `in.1`). Attention is no module: it is seen as the call of
-`F.scaled_dot_product_attention` that it is, and named by the module around it, `double_blocks.3/attention/q`. Nothing in a
-network knows of this, and outputs stay the same to the bit. What is computed in stripes (`stripes.py`) is computed as a whole
-while it is watched: the same arithmetic, in other calls of the same kernels.
+A name is `<where>/<module>/<tap>`. `where` is the caller's name of the network, the module's path
+is the checkpoint's key, and the tap is `in` or `out`, numbered (`in.0`, `in.1`) if there are several
+tensors. Attention is not a module: each call of `F.scaled_dot_product_attention` is observed and
+named after the module around it, `double_blocks.3/attention/q`. Outputs stay the same to the bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,94 +20,97 @@ from torch.utils._pytree import tree_leaves
 
 from flux.errors import UserError
 
-See = Callable[
-    [str, Tensor], None
-]  # a name, and the tensor, which may be overwritten later: copy what is to be kept
+# Called with a name and a tensor, which may be overwritten later: copy it to keep it.
+Observer = Callable[[str, Tensor], None]
+See = Observer
 
 
 @contextmanager
 def watching(
-    networks: Mapping[str, nn.Module], see: See, only: Sequence[str] = ()
+    networks: Mapping[str, nn.Module], observer: Observer, only: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Within, `see(name, tensor)` is called for each tensor that matches `only`, in the order of execution.
+    """Call `observer(name, tensor)` for each tensor that matches `only`, in the order of execution.
 
-    `networks`: where -> network; with "" for where, names begin with the module. On leaving, all hooks are gone.
+    `networks`: where -> network; with "" for where, names begin with the module. All hooks are
+    removed when the block ends.
     """
-    running: list[str] = []  # the modules that are at work, the innermost last
+    running: list[str] = []  # names of the modules that are running, the innermost last
 
-    def show(place: str, tap: str, values) -> None:
+    def observe(place: str, tap: str, values) -> None:
         tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
         for number, tensor in enumerate(tensors):
             name = joined(place, tap if len(tensors) == 1 else f"{tap}.{number}")
             if matches(name, only):
-                with (
-                    torch._C.DisableTorchFunction()
-                ):  # or each operation in `see` would be looked at, too
-                    see(name, tensor)
+                with torch._C.DisableTorchFunction():  # operations of the observer are not observed
+                    observer(name, tensor)
 
-    def enter(place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         running.append(place)
-        show(place, "in", (args, kwargs))
+        observe(place, "in", (args, kwargs))
 
-    def leave(place: str, module: nn.Module, args: tuple, out) -> None:
-        show(place, "out", out)
+    def after(place: str, module: nn.Module, args: tuple, out) -> None:
+        observe(place, "out", out)
         running.pop()
 
-    def entering(place: str, method: Callable) -> Callable:
-        """A method beside `forward`, which hooks do not reach: the same is done by hand."""
+    def method_hook(place: str, method: Callable) -> Callable:
+        """Observe a method other than `forward`, which hooks do not reach."""
 
         def run(*args, **kwargs):
-            enter(place, None, args, kwargs)
+            before(place, None, args, kwargs)
             out = method(*args, **kwargs)
-            leave(place, None, args, out)
+            after(place, None, args, out)
             return out
 
         return run
 
-    def attended(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        for tap, tensor in zip("q k v out".split(), (q, k, v, out)):
-            show(joined(running[-1] if running else "", "attention"), tap, tensor)
+    def after_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        place = joined(running[-1] if running else "", "attention")
+        for tap, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+            observe(place, tap, tensor)
 
     with ExitStack() as stack:
         for where, network in networks.items():
             for path, module in network.named_modules():
                 place = joined(where, path)
                 for handle in (
-                    module.register_forward_pre_hook(partial(enter, place), with_kwargs=True),
-                    module.register_forward_hook(partial(leave, place)),
+                    module.register_forward_pre_hook(partial(before, place), with_kwargs=True),
+                    module.register_forward_hook(partial(after, place)),
                 ):
                     stack.callback(handle.remove)
-                if hasattr(
-                    module, "remember"
-                ):  # how references are computed once: another way through the blocks
-                    stack.enter_context(replaced(module, "remember", partial(entering, place)))
-        stack.enter_context(_AttentionCalls(attended))
+                if hasattr(module, "remember"):  # how references are computed
+                    stack.enter_context(replaced(module, "remember", partial(method_hook, place)))
+        stack.enter_context(_AttentionCalls(after_attention))
         yield
 
 
 class _AttentionCalls(TorchFunctionMode):
-    def __init__(self, attended: Callable[[Tensor, Tensor, Tensor, Tensor], None]):
+    """Call `after_attention(q, k, v, out)` after each call of the attention function."""
+
+    def __init__(self, after_attention: Callable[[Tensor, Tensor, Tensor, Tensor], None]):
         super().__init__()
-        self.attended = attended
+        self.after_attention = after_attention
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
-            self.attended(*[*args, *named][:3], out)
+            self.after_attention(*[*args, *named][:3], out)
         return out
 
 
 @contextmanager
 def replaced(owner: object, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Within, the attribute `name` of `owner` is `make(what it was)`."""
-    own, original = name in vars(owner), getattr(owner, name)
+    """Set the attribute `name` of `owner` to `make(its value)` inside the block."""
+    is_own, original = name in vars(owner), getattr(owner, name)
     setattr(owner, name, make(original))
     try:
         yield
     finally:
-        setattr(owner, name, original) if own else delattr(owner, name)
+        if is_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
 
 
 def joined(*parts: str) -> str:
@@ -119,9 +121,10 @@ def joined(*parts: str) -> str:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the shell globs, if there are any, fits the name, a part of it, or what that part lies in.
+    """Return whether there are no patterns, or a shell pattern matches one of `places(name)`.
 
-    `*.img_attn` selects `step.001/double_blocks.3.img_attn.qkv/out`; so do `step.001`, `double_blocks.3`, `*.qkv`, `out`.
+    `*.img_attn` selects `step.001/double_blocks.3.img_attn.qkv/out`; so do `step.001`,
+    `double_blocks.3`, `*.qkv` and `out`.
     """
     return not patterns or any(
         fnmatchcase(place, pattern) for place in places(name) for pattern in patterns
@@ -129,18 +132,23 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def places(name: str) -> list[str]:
-    """The name, its parts between slashes, and each part cut short at each of its dots."""
-    parts = [part.split(".") for part in name.split("/")]
-    return [name, *(".".join(part[:end]) for part in parts for end in range(len(part), 0, -1))]
+    """Return the name, its parts between slashes, and each part cut short at each of its dots."""
+    out = [name]
+    for part in name.split("/"):
+        modules = part.split(".")
+        for end in range(len(modules), 0, -1):
+            out.append(".".join(modules[:end]))
+    return out
 
 
 def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
-    """UserError for the first pattern that fits none of the names, with the nearest that there are."""
+    """Raise UserError for the first pattern that matches no name, with the nearest names."""
     known = dict.fromkeys(place for name in names for place in places(name))
     for pattern in patterns:
-        if not any(fnmatchcase(place, pattern) for place in known):
-            suffixes = [f"*.{place.rsplit('.')[-1]}" for place in known if "." in place]
-            spelt = {place.lower(): place for place in (*known, *suffixes)}
-            near = get_close_matches(pattern.lower(), spelt, n=3, cutoff=0.3) or list(spelt)[:3]
-            nearest = ", ".join(spelt[place] for place in near)
-            raise UserError(f"--only {pattern} matches nothing; the nearest names are {nearest}")
+        if any(fnmatchcase(place, pattern) for place in known):
+            continue
+        suffixes = [f"*.{place.rsplit('.')[-1]}" for place in known if "." in place]
+        spelled = {place.lower(): place for place in (*known, *suffixes)}
+        near = get_close_matches(pattern.lower(), spelled, n=3, cutoff=0.3) or list(spelled)[:3]
+        nearest = ", ".join(spelled[place] for place in near)
+        raise UserError(f"only: {pattern} matches no name. The nearest names are {nearest}.")

@@ -27,7 +27,7 @@ from flux.configs import MODELS
 from flux.errors import UserError
 from flux.parity import capture_file as record
 from flux.parity.capture import Request, Selection, capture, plan
-from flux.parity.capture_file import Capture, Writer, positions, set_budgets
+from flux.parity.capture_file import Capture, Writer, positions, set_tolerances
 from flux.parity.compare import compare, errors, first_over, table, to_json
 from flux.parity.hooks import matches, watching
 from flux.parity.reference import FLUX1_TINY, KLEIN_TINY, randomise
@@ -476,7 +476,7 @@ def test_budgets_are_stored(tmp_path):
     with Writer(path, {"seed": 1}, reserve=0) as writer:
         for name, tensor in tensors().items():
             writer.add(name, tensor)
-    set_budgets(path, {"floats/1": 0.5, "turned": 0.25})
+    set_tolerances(path, {"floats/1": 0.5, "turned": 0.25})
     read = Capture(path)
     assert {name: r.budget for name, r in read.records.items() if r.budget} == {
         "floats/1": 0.5,
@@ -660,7 +660,7 @@ def test_the_first_that_differs(truth, tmp_path):
         first_over(compare(a, b, budget={"step.001/double_blocks.2/out": 0.2})).name
         == "step.001/double_blocks.3/out"
     )
-    set_budgets(b.path, dict.fromkeys(b.names, 0.2))
+    set_tolerances(b.path, dict.fromkeys(b.names, 0.2))
     assert first_over(compare(a, Capture(b.path))) is None
     listed = json.loads(to_json(rows))
     assert [row["over"] for row in listed] == [False, False, True, True] and listed[2]["errors"][
