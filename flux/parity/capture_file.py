@@ -337,7 +337,8 @@ class Capture:
         try:
             infos, metadata = read_header(self.path)
         except UserError as error:
-            raise UserError(str(error).replace("ownload it", "apture it")) from None
+            text = str(error).replace("download it", "capture it")
+            raise UserError(text.replace("Download it", "Capture it")) from None
         if KEY in metadata:
             self.recipe, self.records = self._read(metadata[KEY], infos)
         else:

@@ -81,7 +81,7 @@ def frame(
 ) -> tuple[Drawing, LogScale]:
     """The axis of relative L2, wide enough for all errors and budgets, and its two rails where they are needed."""
     out, errors = Drawing(title, WIDTH, height), [shown(row) for row in rows]
-    y = LogScale.around([*errors, *(row.budget for row in rows)], top, height - low)
+    y = LogScale.around([*errors, *(row.tolerance for row in rows)], top, height - low)
     for tick in y.ticks():
         out.shapes += [Line([(LEFT, y(tick)), (WIDTH - RIGHT, y(tick))], "grid", 1)]
         out.shapes += [Label(LEFT - 8, y(tick) + 4, power(tick), anchor="end")]
@@ -105,9 +105,9 @@ def budget_line(
 ) -> list[Line]:
     """Level along each tensor; nothing for those that are allowed nothing. Corners only, since most budgets are alike."""
     lines = []
-    for allowed, run in groupby(rows, key=lambda row: row.budget > 0):
+    for allowed, run in groupby(rows, key=lambda row: row.tolerance > 0):
         points = [
-            (x(row) + side * half, y(row.budget)) for row in run if allowed for side in (-1, 1)
+            (x(row) + side * half, y(row.tolerance)) for row in run if allowed for side in (-1, 1)
         ]
         inner = zip(points, points[1:], points[2:])
         corners = [b for a, b, c in inner if not a[1] == b[1] == c[1]]

@@ -7,18 +7,15 @@
 Here, errors add up over a run; beside diffusers, over one run of the transformer; in an adaptor, over a module.
 """
 
-import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from flux.errors import UserError
-from flux.parity import modules
+from flux.parity import modules, reference
 from flux.parity.capture_file import DTYPES, Capture
 from flux.parity.compare import Row, compare
 from flux.parity.hooks import check_patterns, joined, matches, watching
@@ -38,8 +35,6 @@ from flux.parity.tolerances import budgets, stored
 from flux.pipeline import Pipeline
 from flux.sampling import per_step_values
 from flux.transformer import Flux, FluxConfig
-
-REFERENCE = Path(__file__).with_name("reference.py")
 
 
 def allowed(
@@ -66,7 +61,7 @@ def named(text: str) -> Call:
 
 
 def adaptor(
-    capture: Capture, call: Call, only: Sequence[str] = (), budget: float | None = None
+    capture: Capture, call: Call, only: Sequence[str] = (), tolerance: float | None = None
 ) -> list[Row]:
     """Every recorded module of which an output fits `only`; or the capture of which the adaptor gives the path.
 
@@ -74,13 +69,13 @@ def adaptor(
     """
     check_patterns(only, capture.names)
     precision, rows, call = capture.recipe.get("dtype"), [], guarded(call)
-    alone = allowed(capture, precision, budget, alone=True)
+    alone = allowed(capture, precision, tolerance, alone=True)
     for each in (
         recorded(capture, only) or recorded(capture)[:1]
     ):  # a capture has more than what modules give
         answer = call(each.name, inputs_of(capture, each))
         if isinstance(answer, str | os.PathLike):
-            return compare(Capture(answer), capture, allowed(capture, precision, budget), only)
+            return compare(Capture(answer), capture, allowed(capture, precision, tolerance), only)
         if not rows:
             check_patterns(
                 only, [name for each in recorded(capture) for name in each.outputs.values()]
@@ -114,13 +109,13 @@ def _checked(capture: Capture, each: Recorded, answer) -> dict[str, Tensor]:
 
 
 def diffusers(
-    capture: Capture, pipe: Pipeline, only: Sequence[str] = (), budget: Budget = None
+    capture: Capture, pipe: Pipeline, only: Sequence[str] = (), tolerance: Budget = None
 ) -> list[Row]:
     """Its transformer in every recorded pass: rows of the tensors that both have, in the order of our execution."""
     check_model(capture, pipe)
     places = passes(capture, pipe.spec.transformer)
-    reference, ours = the_reference(), pipe.transformer()
-    matching, theirs, rows = matches_of(reference, ours), with_weights_of(reference, ours, pipe), []
+    ours = pipe.transformer()
+    matching, theirs, rows = matches_of(ours), with_weights_of(ours, pipe), []
     have = {
         place: {n: m for n, m in matching.items() if joined(place, n) in capture.records}
         for place in places
@@ -134,25 +129,14 @@ def diffusers(
         }
 
         def judge(name, tensor):
-            return rows.extend(judged(capture, {name: tensor}, budget, whole=True))
+            return rows.extend(judged(capture, {name: tensor}, tolerance, whole=True))
 
         with torch.inference_mode(), watching({"": theirs}, gathering(wanted, judge)):
             reference.diffusers_velocity(theirs, **_inputs(capture, place, pipe))
     return sorted(rows, key=lambda row: capture.records[row.name].ordinal)
 
 
-def the_reference() -> ModuleType:
-    if not REFERENCE.is_file():
-        raise UserError(
-            "--against diffusers needs flux/parity/reference.py: run scripts/parity.py in a clone of the repository"
-        )
-    spec = importlib.util.spec_from_file_location("flux_reference", REFERENCE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def with_weights_of(reference: ModuleType, ours: Flux, pipe: Pipeline) -> nn.Module:
+def with_weights_of(ours: Flux, pipe: Pipeline) -> nn.Module:
     """diffusers' transformer, which is imported here and nowhere before."""
     state = {name: tensor.to(pipe.device, pipe.dtype) for name, tensor in ours.state_dict().items()}
     try:

@@ -7,13 +7,13 @@ comes out of each layer with weights, and q, k, v and what comes of them, in eac
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flux.parity.hooks import See
+from flux.parity.reference import transformer_to_diffusers
 from flux.transformer import Flux
 from flux.weights.diffusers_names import BLOCKS, split_block
 
@@ -27,7 +27,7 @@ class Match(NamedTuple):
     join: Callable[[list[Tensor]], Tensor] = lambda tensors: tensors[0]
 
 
-def matches_of(reference: ModuleType, ours: Flux) -> dict[str, Match]:
+def matches_of(ours: Flux) -> dict[str, Match]:
     """Names in a pass of ours -> what of theirs they are.
 
     Each row of our matrices is given a number, and the map of the weights tells where it goes: so the parts of a matrix
@@ -41,7 +41,7 @@ def matches_of(reference: ModuleType, ours: Flux) -> dict[str, Match]:
     weights = list(lengths)
     numbered = {name: k * 2**32 + torch.arange(lengths[name]) for k, name in enumerate(weights)}
     parts, out = defaultdict(list), {"out": Match(("out",))}
-    for name, rows in reference.transformer_to_diffusers(numbered, ours.config).items():
+    for name, rows in transformer_to_diffusers(numbered, ours.config).items():
         parts[_module(weights[rows[0] >> 32])].append((_module(name), rows % 2**32))
     for module, pieces in parts.items():
         if module.endswith(

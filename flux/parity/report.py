@@ -174,7 +174,7 @@ def failing(row: Row | None, drawing: Drawing | None) -> str:
     e = row.errors
     values = [
         ("relative L2", number(e.relative_l2)),
-        ("budget", number(row.budget)),
+        ("budget", number(row.tolerance)),
         ("multiple of it", number(row.ratio, ".3g")),
         ("worst token", f"{number(e.worst_token)} at {e.worst_token_at}"),
         ("|a| / |b|", number(e.norm_ratio, ".6g")),
@@ -438,5 +438,5 @@ def line(row: Row, first: bool) -> str:
     )
     ulp = " / ".join(f"{n:,}" if n < 10_000 else f"{n:.0e}" for n in e.ulp)
     cells = "".join(f"<td>{value}</td>" for value in (*values, ulp + broken))
-    numbers = f"<td>{number(e.relative_l2)}</td><td>{number(row.budget)}</td><td>{swatch}{number(row.ratio, '.2g')}</td>"
+    numbers = f"<td>{number(e.relative_l2)}</td><td>{number(row.tolerance)}</td><td>{swatch}{number(row.ratio, '.2g')}</td>"
     return f"{start}{numbers}{cells}</tr>"

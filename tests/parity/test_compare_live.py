@@ -22,8 +22,8 @@ from support.planted_changes import BLOCKS, CHANGES, changed
 from support.tiny_repositories import tiny_repositories
 
 import flux
-from flux.image_io.request import ImageInputs
 from flux.errors import UserError
+from flux.image_io.request import ImageInputs
 from flux.parity import compare_live as against
 from flux.parity import tolerances as budgets
 from flux.parity.capture import Selection, capture
@@ -71,7 +71,7 @@ def captures(right, tmp_path_factory):
 @either_family
 def test_every_tensor_is_that_of_diffusers(name, captures, right):
     """Seen: the same to the bit, but for 1.5e-7 in FLUX.2 from the last modulation on."""
-    rows = against.diffusers(captures[name], right[name], budget=2e-6)
+    rows = against.diffusers(captures[name], right[name], tolerance=2e-6)
     assert first_over(rows) is None
     names = [row.name for row in rows]
     assert names == [
@@ -111,7 +111,7 @@ def test_bfloat16_in_its_numerics(name, pipeline, tmp_path):
 def test_a_fault_of_ours_is_found_where_it_is(name, change, pipeline, right, tmp_path):
     pipe = changed(pipeline(name), change)
     taken = capture(pipe, ONE_STEP, tmp_path / "a.safetensors", Selection(("step.001", "ids")))
-    first = first_over(against.diffusers(taken, right[name], budget=2e-6))
+    first = first_over(against.diffusers(taken, right[name], tolerance=2e-6))
     assert first.name == f"step.001/{FIRST.get(change, CHANGES[change][2])}" and first.ratio > 50
 
 
@@ -125,7 +125,7 @@ def test_guidance_of_a_run_that_starts_from_a_picture(right, tmp_path):
         pictures=ImageInputs((Image.fromarray(pixels),), strength=0.5),
     )
     taken = capture(right["flux.1-dev"], request, tmp_path / "a.safetensors")
-    rows = against.diffusers(taken, right["flux.1-dev"], ["guidance_in.*", "out"], budget=2e-6)
+    rows = against.diffusers(taken, right["flux.1-dev"], ["guidance_in.*", "out"], tolerance=2e-6)
     names = {row.name for row in rows if "guidance_in.in_layer" in row.name}
     assert first_over(rows) is None and names == {
         f"step.00{n}/guidance_in.in_layer/{tap}" for n in (1, 2) for tap in ("in", "out")
@@ -148,7 +148,7 @@ def test_mistakes_with_diffusers(captures, right, tmp_path, monkeypatch):
         against.diffusers(captures["flux.1-dev"], pipe)
     with pytest.raises(
         UserError,
-        match=r"--only double_block\.0 matches nothing; the nearest names are .*double_blocks\.0",
+        match=r"only: double_block\.0 matches no name. The nearest names are .*double_blocks\.0",
     ):
         against.diffusers(taken, pipe, ["double_block.0"])
     for lost, where in LOST.items():
@@ -167,12 +167,6 @@ def test_mistakes_with_diffusers(captures, right, tmp_path, monkeypatch):
         pytest.raises(UserError, match="it is not installed, or too old .*; run `pip install"),
     ):
         patch.setitem(sys.modules, "diffusers", None)
-        against.diffusers(taken, pipe)
-    monkeypatch.setattr(against, "REFERENCE", tmp_path / "reference.py")
-    with pytest.raises(
-        UserError,
-        match=r"needs tests/reference\.py: run scripts/parity\.py in a clone of the repository",
-    ):
         against.diffusers(taken, pipe)
 
 
@@ -225,7 +219,7 @@ def test_an_adaptor_that_writes_a_capture(captures, tmp_path):
     assert len(asked) == 1
     assert (
         against.adaptor(
-            taken, lambda name, inputs: str(tmp_path / "theirs.safetensors"), budget=0.1
+            taken, lambda name, inputs: str(tmp_path / "theirs.safetensors"), tolerance=0.1
         )[1].over
         is False
     )
@@ -272,7 +266,7 @@ def test_an_adaptor_that_fails(captures):
     ):
         against.adaptor(captures[KLEIN], lambda name, inputs: 1 / 0, ["step.001/img_in/out"])
     with pytest.raises(
-        UserError, match="--only imgin matches nothing; the nearest names are .*img_in"
+        UserError, match="only: imgin matches no name. The nearest names are .*img_in"
     ):
         against.adaptor(captures[KLEIN], lambda name, inputs: inputs, ["imgin"])
 
@@ -314,7 +308,7 @@ def test_the_command(parity):
         "--budget",
         1e-5,
     )
-    assert code == 1 and "tensors are over budget" in out
+    assert code == 1 and "tensors are over tolerance" in out
 
     Path("another_port.py").write_text(PORT)
     code, out, _ = parity("compare", "a.safetensors", "--against", "another_port:port")
@@ -355,4 +349,4 @@ def test_the_command(parity):
         *json_file,
     )
     (row,) = json.loads(Path("allowed.json").read_text())
-    assert code == 0 and row["budget"] == pytest.approx(2 * measured.accumulated)
+    assert code == 0 and row["tolerance"] == pytest.approx(2 * measured.accumulated)

@@ -22,8 +22,8 @@ from support.tiny_repositories import tiny_repositories
 from torch import Tensor
 
 import flux
-from flux.image_io.request import ImageInputs
 from flux.errors import UserError
+from flux.image_io.request import ImageInputs
 from flux.parity import modules
 from flux.parity import tolerances as budgets
 from flux.parity.bisect import bisect, first_departure
@@ -476,7 +476,7 @@ def test_mistakes(captures, pipeline, tmp_path):
         bisect(only_latents, changed(pipeline(KLEIN), "activation"), REQUESTS[KLEIN])
     with pytest.raises(
         UserError,
-        match=r"--only double_block\.0 matches nothing; the nearest names are .*double_blocks\.0",
+        match=r"only: double_block\.0 matches no name. The nearest names are .*double_blocks\.0",
     ):
         forced(taken, Modules(pipe), ["double_block.0"])
     with pytest.raises(
@@ -623,7 +623,7 @@ def test_the_command(parity, tmp_path):
             ("replay", "a.safetensors", "--call", "a_port:broken"),
             "the adaptor failed at text/model/embed_tokens with KeyError",
         ),
-        (("budgets", "a.safetensors", "--only", "nosuch"), "--only nosuch matches nothing"),
+        (("budgets", "a.safetensors", "--only", "nosuch"), "--only nosuch matches no name"),
         (("replay", "a.safetensors", "--image", "none.png"), "none.png"),
     ):
         code, _, err = parity(*arguments)
