@@ -31,30 +31,56 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
-        embeddings = {
-            "token_embedding": nn.Embedding(config.vocab_size, config.hidden_size),
-            "position_embedding": nn.Embedding(config.max_length, config.hidden_size),
-        }
-        layers = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(embeddings),
-                "encoder": nn.ModuleDict({"layers": layers}),
-                "final_layer_norm": nn.LayerNorm(config.hidden_size, eps=config.eps),
-            }
-        )
+        self.text_model = TextModel(config)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) -> pooled vector (B, D). L <= max_length; each row has an end of text."""
-        embeddings = self.text_model.embeddings
-        position = torch.arange(ids.shape[1], device=ids.device)  # (L,)
-        x = embeddings.token_embedding(ids) + embeddings.position_embedding(position)  # (B, L, D)
-        for block in self.text_model.encoder.layers:
-            x = block(x)
-        x = self.text_model.final_layer_norm(x)
+        """Token ids (B, L), L <= max_length, an end of text in each -> pooled vector (B, D)."""
+        return self.text_model(ids)
+
+
+class TextModel(nn.Module):
+    """Embeddings, blocks, norm, then the hidden state of the end of the text."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.eos_id = config.eos_id
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)  # (B, L, D)
+        x = self.encoder(x)
+        x = self.final_layer_norm(x)
         # The tokenizer pads with the end-of-text token: argmax finds the first one.
-        end = (ids == self.config.eos_id).int().argmax(dim=1)  # (B,)
+        end = (ids == self.eos_id).int().argmax(dim=1)  # (B,)
         return x[torch.arange(len(ids), device=ids.device), end]  # (B, D)
+
+
+class Embeddings(nn.Module):
+    """A vector for each token plus a vector for each position."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        position = torch.arange(ids.shape[1], device=ids.device)  # (L,)
+        return self.token_embedding(ids) + self.position_embedding(position)  # (B, L, D)
+
+
+class Encoder(nn.Module):
+    """The blocks, one after the other."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = block(x)
+        return x  # (B, L, D)
 
 
 class Block(nn.Module):

@@ -46,7 +46,7 @@ from flux.siglip import (
     preprocess_for_siglip,
     siglip_ignore_keys,
 )
-from flux.text_encoder import TextFeatures, text_encoder
+from flux.text_encoder import TextFeatures, build_text_encoder
 from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, Memory, Modulation, Numerics
 from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import shard_files
@@ -142,7 +142,7 @@ class Pipeline:
             dtype,
             numerics,
         )
-        self.text = text_encoder(spec.text, files, spec.text_length, **loading)
+        self.text = build_text_encoder(spec.text, files, spec.text_length, **loading)
 
         def build(config):
             return Flux(config, numerics)

@@ -56,31 +56,49 @@ class SigLIP(nn.Module):
     def __init__(self, config: SigLIPConfig):
         super().__init__()
         self.config = config
-        # 384 is no multiple of 14: there are 27x27 patches, and the last 6 rows and columns of
-        # pixels are not used.
-        num_patches = (config.image_size // config.patch_size) ** 2
-        patch_embedding = nn.Conv2d(
-            3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-        self.embeddings = nn.ModuleDict(
-            {
-                "patch_embedding": patch_embedding,
-                "position_embedding": nn.Embedding(num_patches, config.hidden_size),
-            }
-        )
-        layers = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.encoder = nn.ModuleDict({"layers": layers})
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, image_size, image_size) in [-1, 1] -> hidden states (B, L, D)."""
-        x = self.embeddings.patch_embedding(pixels)  # (B, D, h, w)
+        x = self.embeddings(pixels)  # (B, L, D)
+        x = self.encoder(x)
+        return self.post_layernorm(x)
+
+
+class Embeddings(nn.Module):
+    """A vector for each patch of pixels plus a vector for each position.
+
+    384 is no multiple of 14: there are 27x27 patches, and the last 6 rows and columns of pixels are
+    not used.
+    """
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        size = config.patch_size
+        num_patches = (config.image_size // size) ** 2
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=size, stride=size)
+        self.position_embedding = nn.Embedding(num_patches, config.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch_embedding(pixels)  # (B, D, h, w)
         x = rearrange(x, "b d h w -> b (h w) d")  # (B, L, D), row by row
         position = torch.arange(x.shape[1], device=x.device)  # (L,)
-        x = x + self.embeddings.position_embedding(position)
-        for block in self.encoder.layers:
+        return x + self.position_embedding(position)  # (B, L, D)
+
+
+class Encoder(nn.Module):
+    """The blocks, one after the other."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
             x = block(x)
-        return self.post_layernorm(x)
+        return x  # (B, L, D)
 
 
 class Block(nn.Module):

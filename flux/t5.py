@@ -35,27 +35,35 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.encoder = nn.ModuleDict(
-            {
-                "block": nn.ModuleList(Block(config, i == 0) for i in range(config.depth)),
-                "final_layer_norm": RMSNorm(config.hidden_size, config.eps),
-            }
-        )
+        self.encoder = Encoder(config)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> hidden states (B, L, D)."""
-        bias = self.position_bias(ids.shape[1], ids.device)  # (1, H, L, L)
         x = self.shared(ids)  # (B, L, D)
-        for block in self.encoder.block:
-            x = block(x, bias)
-        return self.encoder.final_layer_norm(x)
+        return self.encoder(x)
 
-    def position_bias(self, length: int, device: torch.device) -> Tensor:
+
+class Encoder(nn.Module):
+    """The blocks, one after the other, and a norm. All blocks use one position bias."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.block = nn.ModuleList(Block(config, i == 0) for i in range(config.depth))
+        self.final_layer_norm = RMSNorm(config.hidden_size, config.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.position_bias(x.shape[1], x.device)  # (1, H, L, L)
+        for block in self.block:
+            x = block(x, bias)
+        return self.final_layer_norm(x)  # (B, L, D)
+
+    def position_bias(self, length: int, device: torch.device | str) -> Tensor:
         """Return what each head adds to the logit of each (query, key): (1, H, L, L).
 
-        Block 0 owns the table; all blocks use it.
+        Block 0 owns the table.
         """
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        table = self.block[0].get_submodule("layer.0.SelfAttention.relative_attention_bias")
         position = torch.arange(length, device=device)  # (L,)
         offset = position[None, :] - position[:, None]  # (L, L): key - query
         bucket = relative_position_bucket(offset, self.config.num_buckets, self.config.max_distance)

@@ -1,10 +1,10 @@
-"""Prompt -> text features: the tokenizers and encoders of a family, loaded when a new prompt needs them."""
+"""Prompt -> text features: the tokenizers and text encoders of a model family."""
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,33 +18,44 @@ from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5To
 
 
 class TextFeatures(NamedTuple):
-    """What the transformer reads of a prompt: a token sequence and, in FLUX.1, one pooled vector."""
+    """What the transformer reads of a prompt."""
 
     tokens: Tensor  # (B, T, D)
-    pooled: Tensor | None  # (B, V)
+    pooled: Tensor | None  # (B, V); None in FLUX.2
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "TextFeatures":
-        return TextFeatures(*(None if x is None else x.to(device, dtype) for x in self))
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return TextFeatures(self.tokens.to(device, dtype), pooled)
 
 
 class TextEncoder:
-    """`encode` keeps every prompt's features, on the CPU; `release` lets the networks go and keeps the features."""
+    """Base of the two families' text encoders. `cache` keeps the features of every prompt."""
+
+    networks: tuple[LazyModule, ...]
 
     def __init__(self, length: int):
-        self.length = length
+        self.length = length  # tokens, padding included
         self.cache: dict[str, TextFeatures] = {}
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """Prompts -> features, on the CPU. One prompt at a time, so that its features do not depend on the others'."""
+        """Return the prompts' features, on the CPU.
+
+        Prompts are encoded one at a time, so that features do not depend on the batch.
+        """
         for prompt in prompts:
             if prompt not in self.cache:
                 with torch.inference_mode():
                     self.cache[prompt] = self.encode_one(prompt).to("cpu", self.dtype)
-        rows = [self.cache[prompt] for prompt in prompts]
-        pooled = None if rows[0].pooled is None else torch.cat([r.pooled for r in rows])
-        return TextFeatures(torch.cat([r.tokens for r in rows]), pooled)
+        features = [self.cache[prompt] for prompt in prompts]
+        tokens = torch.cat([one.tokens for one in features])  # (B, T, D)
+        pooled = [one.pooled for one in features if one.pooled is not None]
+        return TextFeatures(tokens, torch.cat(pooled) if pooled else None)  # pooled: (B, V)
+
+    def encode_one(self, prompt: str) -> TextFeatures:
+        raise NotImplementedError
 
     def release(self) -> None:
+        """Unload the networks. The cache stays."""
         for network in self.networks:
             network.release()
 
@@ -54,6 +65,8 @@ class TextEncoder:
 
 
 class FLUX1TextEncoder(TextEncoder):
+    """T5 gives the tokens, CLIP the pooled vector."""
+
     def __init__(
         self,
         t5: LazyModule,
@@ -63,49 +76,55 @@ class FLUX1TextEncoder(TextEncoder):
         length: int,
     ):
         super().__init__(length)
-        self.networks = self.t5, self.clip = t5, clip
-        self.t5_tokenizer, self.clip_tokenizer = (
-            T5Tokenizer(t5_tokenizer),
-            CLIPTokenizer(clip_tokenizer),
-        )
+        self.t5, self.clip = t5, clip
+        self.networks = t5, clip
+        self.t5_tokenizer = T5Tokenizer(t5_tokenizer)
+        self.clip_tokenizer = CLIPTokenizer(clip_tokenizer)
 
     def encode_one(self, prompt: str) -> TextFeatures:
-        long = self.t5_tokenizer([prompt], self.length)
-        short = self.clip_tokenizer([prompt], self.clip.config.max_length)
-        warn_if_cut(
-            long, self.length
-        )  # CLIP's 77 are few, but only set the tone: what T5 read is not lost
-        tokens = self.t5()(long.ids.to(self.t5.device))  # (1, T, D)
-        return TextFeatures(tokens, self.clip()(short.ids.to(self.clip.device)))
+        t5_tokens = self.t5_tokenizer([prompt], self.length)
+        clip_tokens = self.clip_tokenizer([prompt], self.clip.config.max_length)
+        # No warning for CLIP's 77 tokens: T5 still reads the whole prompt.
+        warn_if_truncated(t5_tokens, self.length)
+        tokens = self.t5()(t5_tokens.ids.to(self.t5.device))  # (1, T, D)
+        pooled = self.clip()(clip_tokens.ids.to(self.clip.device))  # (1, V)
+        return TextFeatures(tokens, pooled)
 
 
 class FLUX2TextEncoder(TextEncoder):
+    """Qwen3 or Mistral gives the tokens; there is no pooled vector."""
+
     def __init__(self, model: LazyModule, tokenizer: Path, length: int):
         super().__init__(length)
-        self.networks = (self.model,) = (model,)
-        self.tokenizer = (QwenTokenizer if model.config.qk_norm else MistralTokenizer)(tokenizer)
+        self.model = model
+        self.networks = (model,)
+        kind = QwenTokenizer if model.config.qk_norm else MistralTokenizer
+        self.tokenizer = kind(tokenizer)
 
     def encode_one(self, prompt: str) -> TextFeatures:
         tokens = self.tokenizer([prompt], self.length)
-        warn_if_cut(tokens, self.length)
-        return TextFeatures(
-            self.model()(tokens.ids.to(self.model.device), tokens.mask.to(self.model.device)), None
-        )
+        warn_if_truncated(tokens, self.length)
+        ids, mask = tokens.ids.to(self.model.device), tokens.mask.to(self.model.device)
+        return TextFeatures(self.model()(ids, mask), None)  # (1, T, D)
 
 
-def warn_if_cut(tokens: Tokens, length: int) -> None:
-    for lost in filter(None, tokens.cut):
-        shown = lost if len(lost) <= 200 else f"{lost[:200]}..."
-        warnings.warn(
-            f"the prompt is longer than {length} tokens; what did not fit was cut off: {shown!r}",
-            stacklevel=4,
-        )
+def warn_if_truncated(tokens: Tokens, length: int) -> None:
+    """Warn of each prompt that is longer than `length` tokens, with the text that is lost."""
+    for lost in tokens.truncated:
+        if lost:
+            shown = lost if len(lost) <= 200 else f"{lost[:200]}..."
+            warnings.warn(
+                f"the prompt is longer than {length} tokens; this end was cut off: {shown!r}",
+                stacklevel=4,
+            )
 
 
-def text_encoder(text: FLUX1Text | FLUX2Text, files: dict, length: int, **options) -> TextEncoder:
-    """The text encoder of a row of the table, from the files that `models.locate` found for it.
+def build_text_encoder(
+    text: FLUX1Text | FLUX2Text, files: Mapping[str, Any], length: int, **loading
+) -> TextEncoder:
+    """Build the text encoder of a model from the files that `weights.locate` found for it.
 
-    `options`: device, dtype and others, as of LazyModule.
+    `loading`: options of LazyModule that all networks share, such as device and dtype.
     """
     if isinstance(text, FLUX1Text):
         t5 = LazyModule(
@@ -114,43 +133,46 @@ def text_encoder(text: FLUX1Text | FLUX2Text, files: dict, length: int, **option
             files["t5"],
             ignore_keys=t5_ignore_keys,
             block_lists=("encoder.block",),
-            **options,
+            **loading,
         )
-        clip = LazyModule(CLIP, text.clip, files["clip"], ignore_keys=clip_ignore_keys, **options)
+        clip = LazyModule(CLIP, text.clip, files["clip"], ignore_keys=clip_ignore_keys, **loading)
         return FLUX1TextEncoder(t5, clip, files["t5_tokenizer"], files["clip_tokenizer"], length)
-    last = max(text.model.layers)
-    prefixes = ("model.", "language_model.model.", "model.language_model.", "")
 
-    def ignore_keys(name):
-        return language_model_ignore_keys(name, last)
+    depth = max(text.model.layers)
+
+    def ignore_keys(name: str) -> bool:
+        return language_model_ignore_keys(name, depth)
 
     model = LazyModule(
         LanguageModel,
         text.model,
         files["model"],
-        prefixes=prefixes,
+        prefixes=("model.", "language_model.model.", "model.language_model.", ""),
         ignore_keys=ignore_keys,
         block_lists=("layers",),
-        **options,
+        **loading,
     )
     return FLUX2TextEncoder(model, files["tokenizer"], length)
 
 
+# The following tell of a tensor's name in a file whether the network has no use for the tensor.
+
+
 def t5_ignore_keys(name: str) -> bool:
-    """The decoder, in files of the whole T5, and the second name of the shared embedding."""
+    """The decoder, in files of all of T5, and the second name of the shared embedding."""
     return name == "encoder.embed_tokens.weight" or name.startswith(("decoder.", "lm_head."))
 
 
 def clip_ignore_keys(name: str) -> bool:
-    """The image tower and the projections, in files of the whole CLIP; and positions, which are just counted."""
-    others = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-    return name.startswith(others) or name.endswith("embeddings.position_ids")
+    """The image encoder and the projections, in files of all of CLIP; the numbers of positions."""
+    parts = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    return name.startswith(parts) or name.endswith("embeddings.position_ids")
 
 
-def language_model_ignore_keys(name: str, last: int) -> bool:
-    """Everything above the last layer that is read, and what Mistral Small sees pictures with."""
+def language_model_ignore_keys(name: str, depth: int) -> bool:
+    """Everything above the first `depth` layers, and the vision parts of Mistral Small."""
     if layer := re.match(r"layers\.(\d+)\.", name):
-        return int(layer[1]) >= last
+        return int(layer[1]) >= depth
     parts = (
         "norm.",
         "lm_head.",

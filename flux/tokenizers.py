@@ -1,8 +1,8 @@
-"""Prompt -> token ids, exactly as the released pipelines make them: FLUX.1's T5 and CLIP, FLUX.2's Qwen3 and Mistral.
+"""Prompt -> token ids, exactly as in the released pipelines: T5 and CLIP, Qwen3, Mistral.
 
-Each tokenizer is read from the folder that its repository ships: from `tokenizer.json` when there is one, else from the
-older files that the class names. Special tokens typed inside a prompt (`</s>`, `<|im_end|>`, `[/INST]`) are parsed as
-special tokens, as the released pipelines do.
+Each tokenizer is read from the folder in its repository: from `tokenizer.json` where there is one,
+otherwise from the older files that the class names. Special tokens typed inside a prompt (`</s>`,
+`<|im_end|>`, `[/INST]`) are parsed as special tokens, as in the released pipelines.
 """
 
 import json
@@ -10,197 +10,199 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flux.errors import UserError
 
-NOT_TEXT = re.compile(
-    "[\0\ud800-\udfff]"
-)  # NUL and lone surrogates: the debris of a broken decoding
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates, left by a wrong decoding
 CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokens(NamedTuple):
-    """A batch of prompts as ids, padded to one length, and per prompt the text that did not fit ("" if all did)."""
+    """A batch of prompts as token ids, padded to one length."""
 
     ids: Tensor  # (B, L) int64
     mask: Tensor  # (B, L) bool, True on real tokens
-    cut: list[str]  # B
+    truncated: list[str]  # B: the end of each prompt that was cut off, "" if nothing was
 
 
 class PromptTokenizer:
-    """What the four tokenizers share; each of them states its files, its template and its padding.
+    """Base of the four tokenizers. Each states its files, template and padding.
 
-    Raises UserError for a folder without its files, for a broken file, and for the vocabulary of another model.
+    UserError for a folder without its files, a broken file, and the vocabulary of another model.
     """
 
-    home: str  # the repositories' folder that holds the files, for error messages
+    repository_hint: str  # where the files come from, for error messages
     files: tuple[str, ...] = ()  # what to read where there is no tokenizer.json
-    frame = "$A"  # special tokens around the ids $A of the text: truncation keeps these
-    before, after = (
-        "",
-        "",
-    )  # text around the prompt, tokenized with it: truncation cuts this like the prompt
-    pad: str
+    special_token_template = "$A"  # special tokens around the ids $A; truncation keeps them
+    prefix = ""  # text before the prompt, tokenized with it; truncation cuts it like the prompt
+    suffix = ""  # text after the prompt, likewise
+    pad: str  # the token that pads
     pad_side = "right"
-    required: tuple[str, ...] = ()  # special tokens that `before` and `after` need
+    required: tuple[str, ...] = ()  # special tokens in `prefix` and `suffix`
 
     def __init__(self, folder: Path):
         from tokenizers.processors import TemplateProcessing
 
         self.tokenizer = self._load(Path(folder))
-        names = (*re.findall(r"<\S+>", self.frame), self.pad, *self.required)
+        names = (*re.findall(r"<\S+>", self.special_token_template), self.pad, *self.required)
         special = {name: self.tokenizer.token_to_id(name) for name in names}
         for name, index in special.items():
             if index is None:
                 raise UserError(
-                    f"the tokenizer in {folder} has no token {name!r}, so it is not the one of {self.home}"
+                    f"{folder}: the tokenizer has no token {name!r}, it is another model's. "
+                    f"Take the files from {self.repository_hint}."
                 )
-        # In place of the file's own, which would add a second <s> to Mistral's template.
+        # Replaces the file's own template, which would add a second <s> to Mistral's.
         self.tokenizer.post_processor = TemplateProcessing(
-            single=self.frame, special_tokens=list(special.items())
+            single=self.special_token_template, special_tokens=list(special.items())
         )
         self.pad_id = special[self.pad]
 
     def __call__(self, prompts: list[str], length: int) -> Tokens:
-        """Every prompt as `length` ids, cut at the right or padded. Raises UserError for NUL and lone surrogates."""
+        """Return each prompt as `length` ids, truncated at the right or padded.
+
+        UserError for NUL and lone surrogates in a prompt.
+        """
         for number, prompt in enumerate(prompts, 1):
-            if bad := NOT_TEXT.search(prompt):
-                where = f"prompt {number} holds {bad[0]!r} at position {bad.start()}"
-                raise UserError(f"{where}, which is not text: remove it")
+            if found := NOT_TEXT.search(prompt):
+                raise UserError(
+                    f"prompts: prompt {number} contains {found[0]!r} at position {found.start()}, "
+                    "which is not text. Remove it."
+                )
         self.tokenizer.enable_truncation(length)
         self.tokenizer.enable_padding(
             direction=self.pad_side, pad_id=self.pad_id, pad_token=self.pad, length=length
         )
-        # Not encode_batch: its threads make every later fork (a data loader's) warn.
-        rows = [self.tokenizer.encode(self.before + prompt + self.after) for prompt in prompts]
-        ids = torch.tensor([row.ids for row in rows])  # (B, L)
-        mask = torch.tensor([row.attention_mask for row in rows], dtype=torch.bool)  # (B, L)
-        return Tokens(ids, mask, [self._cut(prompt, row) for prompt, row in zip(prompts, rows)])
+        # encode_batch would start threads, and every later fork (a data loader's) would warn.
+        encodings = [self.tokenizer.encode(self.prefix + p + self.suffix) for p in prompts]
+        ids = torch.tensor([encoding.ids for encoding in encodings])  # (B, L)
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings]).bool()  # (B, L)
+        truncated = [self._truncated(p, encoding) for p, encoding in zip(prompts, encodings)]
+        return Tokens(ids, mask, truncated)
 
-    def _cut(self, prompt: str, row) -> str:
-        """The end of the prompt from the first character that lost a token, as it was typed."""
-        if not row.overflowing:
+    def _truncated(self, prompt: str, encoding) -> str:
+        """Return the end of the prompt from the first character that lost a token."""
+        if not encoding.overflowing:
             return ""
-        lost = row.overflowing[0]
-        start = next(
+        lost = encoding.overflowing[0]
+        starts = [
             start
             for (start, _), special in zip(lost.offsets, lost.special_tokens_mask)
             if not special
-        )
-        return prompt[max(0, start - len(self.before)) :]
+        ]
+        return prompt[max(0, starts[0] - len(self.prefix)) :]
 
     def _load(self, folder: Path):
         from tokenizers import Tokenizer
 
-        names = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else self.files
+        has_json = (folder / "tokenizer.json").is_file()
+        names = ("tokenizer.json",) if has_json else self.files
         if not names or not all((folder / name).is_file() for name in names):
-            wanted = " or ".join(filter(None, ("tokenizer.json", " with ".join(self.files))))
-            raise UserError(f"{folder} lacks its tokenizer, {wanted}: take it from {self.home}")
-        try:
-            return (
-                Tokenizer.from_file(str(folder / names[0]))
-                if names[0] == "tokenizer.json"
-                else self._build(folder)
-            )
-        except Exception as error:  # the library raises no narrower type
-            broken = f"{' with '.join(names)} in {folder}"
+            wanted = "tokenizer.json"
+            if self.files:
+                wanted += " or " + " with ".join(self.files)
             raise UserError(
-                f"{broken} cannot be read ({error}): take it anew from {self.home}"
+                f"{folder}: no tokenizer ({wanted}). Take it from {self.repository_hint}."
+            )
+        try:
+            if has_json:
+                return Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return self._build(folder)
+        except Exception as error:  # the library raises no narrower type
+            raise UserError(
+                f"{folder}: cannot read {' with '.join(names)} ({error}). "
+                f"Download the files again from {self.repository_hint}."
             ) from error
 
     def _build(self, folder: Path):
-        """The tokenizer that `files` describe; it needs no post-processor."""
+        """Build the tokenizer that `files` describe, without a post-processor."""
         raise NotImplementedError
 
 
 class T5Tokenizer(PromptTokenizer):
-    """FLUX.1's long prompt: Unigram pieces and a final `</s>`, 512 ids (schnell: 256). Its encoder gets no mask."""
+    """Tokenize for T5 in FLUX.1: Unigram pieces and a final `</s>`, 512 ids (schnell: 256)."""
 
-    home = "tokenizer_2/ of a FLUX.1 repository"
+    repository_hint = "tokenizer_2/ of a FLUX.1 repository"
     files = ("spiece.model",)
-    frame, pad = "$A </s>", "<pad>"
+    special_token_template = "$A </s>"
+    pad = "<pad>"
 
     def _build(self, folder: Path):
-        # The pipelines run T5TokenizerFast: sentencepiece's vocabulary and character map, but not sentencepiece itself,
-        # which reads special tokens in a prompt as text and maps combining characters differently.
+        # The pipelines run T5TokenizerFast: sentencepiece's vocabulary and character map, without
+        # sentencepiece itself, which reads special tokens in a prompt as text and maps combining
+        # characters differently.
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
         pieces, charsmap = _read_sentencepiece((folder / "spiece.model").read_bytes())
         names = [name for name, _ in pieces]
-        extra = [
-            f"<extra_id_{i}>" for i in reversed(range(100))
-        ]  # T5's sentinels, which the file leaves out
-        model = models.Unigram(
-            [*pieces, *((name, 0.0) for name in extra)], unk_id=names.index("<unk>")
-        )
-        tokenizer = Tokenizer(model)
+        sentinels = [f"<extra_id_{i}>" for i in reversed(range(100))]  # not in the file
+        pieces += [(name, 0.0) for name in sentinels]
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=names.index("<unk>")))
         if charsmap:
             tokenizer.normalizer = normalizers.Precompiled(charsmap)
         words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
-        tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", *extra])
+        tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", *sentinels])
         return tokenizer
 
 
 class CLIPTokenizer(PromptTokenizer):
-    """FLUX.1's pooled prompt: lower-cased byte-level BPE between `<|startoftext|>` and `<|endoftext|>`, 77 ids."""
+    """Tokenize for CLIP in FLUX.1: lower-cased byte-level BPE in two special tokens, 77 ids."""
 
-    home = "tokenizer/ of a FLUX.1 repository"
+    repository_hint = "tokenizer/ of a FLUX.1 repository"
     files = ("vocab.json", "merges.txt")
-    frame = "<|startoftext|> $A <|endoftext|>"
-    pad = "<|endoftext|>"  # so the mask, not the id, tells the end from the padding
+    special_token_template = "<|startoftext|> $A <|endoftext|>"
+    pad = "<|endoftext|>"  # also ends the text: only the mask tells the two apart
 
     def _build(self, folder: Path):
         from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
         paths = [str(folder / name) for name in self.files]
-        tokenizer = Tokenizer(
-            models.BPE.from_file(*paths, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
-        )
-        # transformers before 5 also mended mojibake here when ftfy was installed, and dropped control characters.
+        bpe = models.BPE.from_file(*paths, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
+        tokenizer = Tokenizer(bpe)
+        # transformers before 5 also repaired mojibake where ftfy was installed, and dropped control
+        # characters.
         spaces = normalizers.Replace(Regex(r"\s+"), " ")
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), spaces, normalizers.Lowercase()]
-        )
+        steps = [normalizers.NFC(), spaces, normalizers.Lowercase()]
+        tokenizer.normalizer = normalizers.Sequence(steps)
         words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [words, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        # As FLUX.1's tokenizer_config.json has it, the first is found after lower-casing and the second before.
-        tokenizer.add_special_tokens(
-            [AddedToken("<|startoftext|>", normalized=True), "<|endoftext|>"]
-        )
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+        # As in FLUX.1's tokenizer_config.json: the first is matched after lower-casing, the second
+        # before.
+        start = AddedToken("<|startoftext|>", normalized=True)
+        tokenizer.add_special_tokens([start, "<|endoftext|>"])
         return tokenizer
 
 
 class QwenTokenizer(PromptTokenizer):
-    """FLUX.2 klein's prompt: one user turn of Qwen3's chat, answered without thinking, 512 ids.
+    """Tokenize for Qwen3 in FLUX.2 klein: one user turn of its chat, without thinking, 512 ids.
 
-    Truncation cuts the templated text at its right end, so a prompt that is cut has also lost the template's tail.
+    Truncation cuts the text at its right end: a truncated prompt has also lost `suffix`.
     """
 
-    home = "tokenizer/ of a FLUX.2-klein repository, or Qwen/Qwen3-4B or -8B"
+    repository_hint = "tokenizer/ of a FLUX.2-klein repository, or Qwen/Qwen3-4B or -8B"
     files = ("vocab.json", "merges.txt", "tokenizer_config.json")
-    before, after = (
-        "<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-    )
+    prefix = "<|im_start|>user\n"
+    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     pad = "<|endoftext|>"
     required = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
     def _build(self, folder: Path):
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-        tokenizer = Tokenizer(
-            models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-        )
+        bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        tokenizer = Tokenizer(bpe)
         tokenizer.normalizer = normalizers.NFC()
         words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -210,78 +212,91 @@ class QwenTokenizer(PromptTokenizer):
 
 
 class MistralTokenizer(PromptTokenizer):
-    """FLUX.2-dev's prompt: BFL's system message and one user turn, 512 ids, padded on the LEFT.
+    """Tokenize for Mistral in FLUX.2 [dev]: BFL's system message and one user turn, 512 ids.
 
-    Truncation cuts the templated text at its right end, so a prompt that is cut has also lost its `[/INST]`.
+    Padding is on the LEFT. Truncation cuts the text at its right end: a truncated prompt has also
+    lost its `[/INST]`.
     """
 
-    home = "tokenizer/ of the FLUX.2-dev repository"
-    before = (
-        "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing "
-        "on object relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]"
+    repository_hint = "tokenizer/ of the FLUX.2-dev repository"
+    prefix = (
+        "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give "
+        "structured responses focusing on object relationships, object\nattribution and actions "
+        "without speculation.[/SYSTEM_PROMPT][INST]"
     )
-    after = "[/INST]"
-    pad, pad_side = "<pad>", "left"
+    suffix = "[/INST]"
+    pad = "<pad>"
+    pad_side = "left"
     required = ("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")
 
     def __call__(self, prompts: list[str], length: int) -> Tokens:
-        """As every PromptTokenizer. `[IMG]` is dropped from the prompts: it stands for an image, and none is given."""
+        """Tokenize without `[IMG]`, which would stand for an image."""
         return super().__call__([prompt.replace("[IMG]", "") for prompt in prompts], length)
 
 
 def _add_listed_tokens(tokenizer, config: Path) -> None:
-    """Add the tokens that tokenizer_config.json lists beside the vocabulary; their ids must come out as listed."""
+    """Add the tokens that tokenizer_config.json lists; ValueError if their ids differ."""
     from tokenizers import AddedToken
 
     listed = json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"]
     for index, token in sorted(listed.items(), key=lambda item: int(item[0])):
         name = token["content"]
         tokenizer.add_tokens([AddedToken(**token)])
-        if tokenizer.token_to_id(name) != int(index):
+        actual = tokenizer.token_to_id(name)
+        if actual != int(index):
             raise ValueError(
-                f"{config.name} gives {name!r} the id {index}, vocab.json {tokenizer.token_to_id(name)}"
+                f"{config.name} gives {name!r} the id {index}, vocab.json the id {actual}"
             )
 
 
 def _read_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
-    """Pieces with their scores, and the normaliser's character map, of a serialised sentencepiece ModelProto.
+    """Return (piece, score) of each piece, and the normalizer's character map, of a ModelProto.
 
-    Its fields, by sentencepiece's src/sentencepiece_model.proto: pieces = 1 {piece = 1, score = 2} and, after them,
-    normalizer_spec = 3 {precompiled_charsmap = 2}. The sentencepiece package does not give the map away.
+    Fields, by sentencepiece's src/sentencepiece_model.proto: pieces = 1 {piece = 1, score = 2},
+    then normalizer_spec = 3 {precompiled_charsmap = 2}. The sentencepiece package hides the map.
     """
-    pieces, charsmap = [], None
+    pieces: list[tuple[str, float]] = []
+    charsmap = None
     for number, value in _protobuf_fields(data):
         if number == 1:
             piece = dict(_protobuf_fields(value))
-            pieces.append((piece[1].decode(), *struct.unpack("<f", piece[2])))
+            pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0]))
         elif number == 3:
             charsmap = dict(_protobuf_fields(value)).get(2, b"")
     if charsmap is None:
-        raise ValueError("it ends before its normalizer_spec")
+        raise ValueError("the file ends before its normalizer_spec")
     return pieces, charsmap
 
 
-def _protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message: varints as integers, all else as bytes."""
-    at = 0
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (field number, value) of a protobuf message: varints as int, everything else as bytes.
 
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            value |= (byte & 127) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
+    https://protobuf.dev/programming-guides/encoding
+    """
+    start = 0
+    while start < len(data):
+        tag, start = _varint(data, start)
+        number, wire_type = divmod(tag, 8)
+        if wire_type == 0:
+            value, start = _varint(data, start)
+            yield number, value
             continue
-        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        if at + size > len(data):
-            raise ValueError("it ends in the middle of a field")
-        yield number, data[at : at + size]
-        at += size
+        if wire_type == 2:  # length-delimited
+            size, start = _varint(data, start)
+        else:
+            size = {1: 8, 5: 4}[wire_type]
+        if start + size > len(data):
+            raise ValueError("the file ends inside a field")
+        yield number, data[start : start + size]
+        start += size
+
+
+def _varint(data: bytes, start: int) -> tuple[int, int]:
+    """Return the integer at `start`, seven bits a byte, lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[start]
+        value |= (byte & 127) << shift
+        start, shift = start + 1, shift + 7
+        if byte < 128:
+            return value, start

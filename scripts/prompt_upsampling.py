@@ -58,7 +58,7 @@ def upsample_locally(
     grid, seen = _see(pictures, model) if pictures else ("", {})
     chat = MistralTokenizer(folder / "tokenizer")
     picture = f"[INST]{grid}[/INST]" if grid else ""
-    chat.before = f"<s>[SYSTEM_PROMPT]{EDIT if pictures else EXPAND}[/SYSTEM_PROMPT]{picture}[INST]"
+    chat.prefix = f"<s>[SYSTEM_PROMPT]{EDIT if pictures else EXPAND}[/SYSTEM_PROMPT]{picture}[INST]"
     tokens = chat([prompt], MAX_TOKENS + 1)
     ids = tokens.ids[tokens.mask][None].to(device)  # (1, L), unpadded
     if ids.shape[1] > MAX_TOKENS:

@@ -1,6 +1,7 @@
-"""flux.language_model against transformers' Qwen3 and Mistral3, live, with the same random weights: bit for bit.
+"""flux.language_model equals transformers' Qwen3 and Mistral3 to the bit.
 
-The reference attends with PyTorch's SDPA, as it does by default: padding that sees no token attends to nothing.
+The reference attends with PyTorch's SDPA, its default: padding that sees no token attends to
+nothing.
 """
 
 from dataclasses import replace
@@ -21,7 +22,7 @@ from flux.parity.reference import (
     with_trunk,
 )
 
-# Heads that do not add up to the hidden size, two query heads to a key head, and layers above the last that is read.
+# Heads that do not add up to the hidden size, two query heads for each key head.
 QWEN = LanguageModelConfig(
     layers=(2, 4, 6),
     vocab_size=100,
@@ -43,7 +44,7 @@ def prompts() -> Tensor:
 
 
 def mask(side: str) -> Tensor:
-    """Rows of 20, 13, 6 and 1 real tokens (or 20 each, with padding at no side)."""
+    """Return rows of 20, 13, 6 and 1 real tokens; without padding, of 20 each."""
     real = torch.arange(LENGTH) < torch.tensor([20, 13, 6, 1])[:, None]
     return {"right": real, "left": real.flip(1), "no": torch.ones_like(real)}[side]
 
@@ -53,26 +54,22 @@ def mask(side: str) -> Tensor:
 @either_model
 @torch.no_grad()
 def test_every_row_equals_transformers(config, side, dtype):
-    """Padding included, since the FLUX transformer attends to it."""
+    """Rows of padding too, since the FLUX transformer attends to them."""
     ours = randomise(LanguageModel(config)).to(dtype)
     mistral = not config.qk_norm
     theirs = with_trunk(
         transformers_language_model(config, DEPTH, mistral), ours.state_dict(), mistral
     )
-    given = prompts(), mask(side)
-    features, expected = ours(*given), transformers_features(theirs, *given, config.layers)
-    assert (
-        features.shape == (4, LENGTH, config.features)
-        and features.dtype == dtype
-        and expected.std() > 0.5
-    )
-    assert torch.equal(features, expected)
+    inputs = prompts(), mask(side)
+    features, expected = ours(*inputs), transformers_features(theirs, *inputs, config.layers)
+    assert features.shape == (4, LENGTH, config.features) and features.dtype == dtype
+    assert expected.std() > 0.5 and torch.equal(features, expected)
 
 
 @either_model
 @torch.no_grad()
 def test_bfloat16_rounds_little(config):
-    """Against float32 arithmetic on the same bfloat16 weights; being equal to it, the reference rounds as much."""
+    """Against float32 arithmetic with the same bfloat16 weights."""
     ours = randomise(LanguageModel(config)).bfloat16()
     narrow = ours(prompts(), mask("left"))
     assert 1e-3 < relative_l2(narrow, ours.float()(prompts(), mask("left"))) <= 0.015
@@ -80,7 +77,7 @@ def test_bfloat16_rounds_little(config):
 
 @either_model
 @torch.no_grad()
-def test_a_trunk_that_ends_early_is_the_longer_one_up_to_there(config):
+def test_short_model_equals_the_first_layers_of_a_long_one(config):
     longer = randomise(LanguageModel(replace(config, layers=(*config.layers, DEPTH))))
     shorter = LanguageModel(config)
     shorter.load_state_dict({name: longer.state_dict()[name] for name in shorter.state_dict()})
@@ -92,21 +89,21 @@ def test_a_trunk_that_ends_early_is_the_longer_one_up_to_there(config):
 @either_model
 @torch.no_grad()
 def test_padding_on_the_left_attends_to_nothing(config):
-    """It sees no token, not even itself: it is its embedding, changed by the MLPs alone."""
+    """Padding sees no token, not even itself: only the MLPs change its embedding."""
     ours, padding = randomise(LanguageModel(config)), ~mask("left")
-    x, read = ours.embed_tokens(prompts()), []
+    x, hidden_states = ours.embed_tokens(prompts()), []
     for number, layer in enumerate(ours.layers, start=1):
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-        read += [x] if number in config.layers else []
-    assert (
-        max_error(ours(prompts(), mask("left"))[padding], torch.cat(read, dim=-1)[padding]) <= 1e-6
-    )
+        if number in config.layers:
+            hidden_states.append(x)
+    expected = torch.cat(hidden_states, dim=-1)
+    assert max_error(ours(prompts(), mask("left"))[padding], expected[padding]) <= 1e-6
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @either_model
 @torch.no_grad()
-def test_a_padded_token_is_seen_by_itself_alone(config, side):
+def test_padding_is_seen_by_itself_only(config, side):
     ours, ids, row = randomise(LanguageModel(config)), prompts(), 2  # 6 real tokens
     column = 3 if side == "left" else LENGTH - 3
     other = ids.clone()
@@ -117,7 +114,7 @@ def test_a_padded_token_is_seen_by_itself_alone(config, side):
 
 @either_model
 @torch.no_grad()
-def test_real_tokens_on_the_left_do_not_see_padding_on_the_right(config):
+def test_padding_on_the_right_does_not_change_real_tokens(config):
     ours, ids = randomise(LanguageModel(config)), prompts()
     padded = ours(ids, mask("right"))
     for row, length in enumerate((20, 13, 6, 1)):
@@ -125,7 +122,7 @@ def test_real_tokens_on_the_left_do_not_see_padding_on_the_right(config):
         assert max_error(padded[row : row + 1, :length], alone) <= 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------- full size
+# ------------------------------------------------------------------ full size
 
 QWEN_4B = LanguageModelConfig()
 QWEN_8B = replace(QWEN_4B, hidden_size=4096, mlp_size=12288)
@@ -141,7 +138,7 @@ MISTRAL_SMALL = LanguageModelConfig(
 
 
 @pytest.mark.parametrize(
-    "config, depth, tied, whole, tensors, parameters",
+    "config, depth, tied, published, tensors, parameters",
     [
         (QWEN_4B, 36, True, 4_022_468_096, 298, 3_114_088_192),
         (QWEN_8B, 36, False, 8_190_735_360, 298, 5_831_883_520),
@@ -149,13 +146,12 @@ MISTRAL_SMALL = LanguageModelConfig(
     ],
     ids=["qwen-4b", "qwen-8b", "mistral-small"],
 )
-def test_full_size_tensors_equal_transformers(config, depth, tied, whole, tensors, parameters):
-    """`whole` is the published size of the language model, final norm and head included."""
+def test_full_size_tensors_equal_transformers(config, depth, tied, published, tensors, parameters):
+    """`published`: parameters of the language model, final norm and head included."""
     mistral = not config.qk_norm
     with torch.device("meta"):
-        ours, full = (
-            LanguageModel(c).state_dict() for c in (config, replace(config, layers=(depth,)))
-        )
+        ours = LanguageModel(config).state_dict()
+        full = LanguageModel(replace(config, layers=(depth,))).state_dict()
         theirs = shapes(transformers_language_model(config, depth, mistral).state_dict())
     no_trunk = ("lm_head.", "norm.weight", "vision_tower.", "multi_modal_projector.")
     trunk = {
@@ -169,4 +165,4 @@ def test_full_size_tensors_equal_transformers(config, depth, tied, whole, tensor
 
     assert (len(ours), sum(tensor.numel() for tensor in ours.values())) == (tensors, parameters)
     head = 0 if tied else config.vocab_size * config.hidden_size
-    assert sum(tensor.numel() for tensor in full.values()) + config.hidden_size + head == whole
+    assert sum(tensor.numel() for tensor in full.values()) + config.hidden_size + head == published

@@ -1,4 +1,4 @@
-"""flux.siglip against transformers' SiglipVisionModel and diffusers' Redux: equal numbers, equal tensors at full size."""
+"""flux.siglip equals transformers' SiglipVisionModel and diffusers' Redux, to the bit."""
 
 from pathlib import Path
 
@@ -32,14 +32,14 @@ from flux.siglip import (
     siglip_ignore_keys,
 )
 
-# Four pixels left over, as 384 leaves six, and an eps large enough to be missed.
+# Four pixels are not used, as six of 384, and an eps large enough to change results.
 TINY = SigLIPConfig(image_size=60, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eps=1e-3)
 TINY_REDUX = ReduxConfig(siglip_dim=48, hidden_dim=120, context_dim=40)
 PREFIXES = ("vision_model.", "")
 
 
 def build(kind: type[nn.Module], config, theirs: nn.Module) -> nn.Module:
-    """Ours with the reference's weights, made as the loader makes it."""
+    """Build ours with the reference's weights."""
     with torch.device("meta"):
         module = kind(config)
     return loaded(
@@ -59,20 +59,20 @@ def random_pixels(batch: int, config: SigLIPConfig = TINY, seed: int = 1) -> Ten
     )
 
 
-def random_picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     noise = torch.randint(
         256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
     return Image.fromarray(noise.numpy())
 
 
-# ---------------------------------------------------------------------------------------------------------- parity
+# ------------------------------------------------------------------ parity
 
 
 @pytest.mark.parametrize("attention, tolerance", [("sdpa", 0), ("eager", 1e-6)])
 @torch.no_grad()
 def test_siglip_in_float32_equals_transformers(attention: str, tolerance: float):
-    """Bit for bit with the same fused attention; the written-out one sums in another order."""
+    """To the bit with the same fused attention; without it, sums have another order."""
     theirs, pixels = randomise(transformers_siglip(TINY, attention)), random_pixels(3)
     expected = theirs(pixels).last_hidden_state
     ours = build(SigLIP, TINY, theirs)(pixels)
@@ -81,7 +81,7 @@ def test_siglip_in_float32_equals_transformers(attention: str, tolerance: float)
 
 @torch.no_grad()
 def test_siglip_in_bfloat16_equals_transformers():
-    """Bit for bit, and a rounding away from float32 arithmetic on the same weights."""
+    """To the bit, and near float32 arithmetic with the same weights."""
     theirs, pixels = randomise(transformers_siglip(TINY)).bfloat16(), random_pixels(3).bfloat16()
     expected, ours = theirs(pixels).last_hidden_state, build(SigLIP, TINY, theirs)(pixels)
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected)
@@ -89,7 +89,7 @@ def test_siglip_in_bfloat16_equals_transformers():
 
 
 @torch.no_grad()
-def test_a_picture_does_not_depend_on_its_batch():
+def test_image_does_not_depend_on_batch():
     model, pixels = build(SigLIP, TINY, randomise(transformers_siglip(TINY))), random_pixels(3)
     batch = model(pixels)
     for row in range(3):
@@ -107,10 +107,10 @@ def test_redux_equals_diffusers(dtype: torch.dtype):
 @settings(max_examples=20, deadline=None)
 @given(width=st.integers(1, 900), height=st.integers(1, 900), seed=st.integers(0, 99))
 def test_preprocessing_equals_transformers(width: int, height: int, seed: int):
-    """Bit for bit, pictures of any shape, smaller and larger than the square."""
-    picture = random_picture(width, height, seed)
-    expected = siglip_processor(384)(picture, return_tensors="pt")["pixel_values"]
-    assert torch.equal(preprocess_for_siglip(picture), expected)
+    """To the bit, for images of any shape, smaller and larger than the square."""
+    image = random_image(width, height, seed)
+    expected = siglip_processor(384)(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(preprocess_for_siglip(image), expected)
 
 
 def test_every_level_equals_transformers():
@@ -119,34 +119,35 @@ def test_every_level_equals_transformers():
         .repeat_interleave(3 * 384 * 384 // 256)
         .reshape(384, 384, 3)
     )
-    picture = Image.fromarray(levels.numpy())
-    pixels = preprocess_for_siglip(picture)
+    image = Image.fromarray(levels.numpy())
+    pixels = preprocess_for_siglip(image)
     assert pixels.unique().numel() == 256 and (pixels.min(), pixels.max()) == (-1, 1)
-    assert torch.equal(pixels, siglip_processor(384)(picture, return_tensors="pt")["pixel_values"])
+    assert torch.equal(pixels, siglip_processor(384)(image, return_tensors="pt")["pixel_values"])
 
 
 @torch.no_grad()
-def test_a_picture_becomes_the_text_tokens_of_diffusers():
+def test_tokens_of_an_image_equal_diffusers():
     from diffusers import FluxPriorReduxPipeline
 
     siglip, redux = randomise(transformers_siglip(TINY)), randomise(diffusers_redux(TINY_REDUX))
     pipe = FluxPriorReduxPipeline(siglip, siglip_processor(60), redux)
-    picture = random_picture(130, 47)
-    expected = pipe.image_embedder(pipe.encode_image(picture, "cpu", 1)).image_embeds
+    image = random_image(130, 47)
+    expected = pipe.image_embedder(pipe.encode_image(image, "cpu", 1)).image_embeds
     ours = build(Redux, TINY_REDUX, redux)(
-        build(SigLIP, TINY, siglip)(preprocess_for_siglip(picture, TINY.image_size))
+        build(SigLIP, TINY, siglip)(preprocess_for_siglip(image, TINY.image_size))
     )
     assert ours.shape == (1, 16, 40) and torch.equal(ours, expected)
 
 
-# ---------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------ loading
 
 
 def layouts() -> dict[str, dict[str, Tensor]]:
-    """Files that hold one image encoder. transformers' SiglipModel still has the names of the released files.
+    """Return the tensors of files that hold one image encoder.
 
-    Released are the names under `vision_model.`, and, in google/siglip-so400m-patch14-384, all of them; today's
-    transformers saves the image encoder alone without a prefix; its early versions saved the positions' numbers, too.
+    The released names are those under `vision_model.`, or all of transformers' SiglipModel in
+    google/siglip-so400m-patch14-384. transformers now saves the image encoder without a prefix.
+    Early versions saved the numbers of positions too.
     """
     import transformers
 
@@ -160,11 +161,13 @@ def layouts() -> dict[str, dict[str, Tensor]]:
     config = transformers.SiglipConfig(
         text_config=text, vision_config=siglip_config(TINY).to_dict()
     )
-    whole = dict(randomise(transformers.SiglipModel(config)).state_dict())
-    released = {name: tensor for name, tensor in whole.items() if name.startswith("vision_model.")}
+    complete = dict(randomise(transformers.SiglipModel(config)).state_dict())
+    released = {
+        name: tensor for name, tensor in complete.items() if name.startswith("vision_model.")
+    }
     return {
         "released": released,
-        "whole": whole,
+        "complete": complete,
         "bare": {name.removeprefix("vision_model."): tensor for name, tensor in released.items()},
         "early": released | {"vision_model.embeddings.position_ids": torch.arange(16)[None]},
     }
@@ -183,10 +186,10 @@ def network(state: dict[str, Tensor], path: Path, dtype: torch.dtype = torch.flo
     )
 
 
-@pytest.mark.parametrize("layout", ["released", "whole", "bare", "early"])
+@pytest.mark.parametrize("layout", ["released", "complete", "bare", "early"])
 @torch.no_grad()
 def test_siglip_loads_from_a_file(tmp_path, layout: str):
-    """Strictly; the tensors end where transformers' own are, and are all that it needs but the pooling head."""
+    """Strictly: every tensor but the pooling head is read, and equals transformers' own."""
     state, pixels = layouts()[layout], random_pixels(2)
     assert any("head.probe" in name for name in state)
     ours = network(state, tmp_path / "model.safetensors")()
@@ -198,7 +201,7 @@ def test_siglip_loads_from_a_file(tmp_path, layout: str):
 
 
 @pytest.mark.parametrize("name", ["post_layernorm.bias", "embeddings.position_embedding.weight"])
-def test_siglip_is_loaded_strictly(tmp_path, name: str):
+def test_siglip_with_wrong_tensors_is_refused(tmp_path, name: str):
     state, path = layouts()["released"], tmp_path / "model.safetensors"
     tensor = state.pop("vision_model." + name)
     with pytest.raises(UserError, match=rf"1 missing \('{name}'\)"):
@@ -224,14 +227,15 @@ def test_redux_loads_from_a_file(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- full size
+# ------------------------------------------------------------------ full size
 
 
 def test_full_size_siglip_equals_transformers():
-    """Nothing but the pooling head is left out.
+    """Only the pooling head is left out.
 
-    448 tensors and 428,225,600 parameters, head included, are what users of google/siglip-so400m-patch14-384 report; in
-    bfloat16 they fill the 857 MB of the released `image_encoder/model.safetensors`.
+    448 tensors and 428,225,600 parameters, head included, are what users of
+    google/siglip-so400m-patch14-384 report. In bfloat16 they fill the 857 MB of the released
+    `image_encoder/model.safetensors`.
     """
     with torch.device("meta"):
         ours, theirs = (
@@ -248,7 +252,7 @@ def test_full_size_siglip_equals_transformers():
 
 
 def test_full_size_redux_equals_diffusers():
-    """The released file, in bfloat16, is listed at 129 MB."""
+    """The released file in bfloat16 has 129 MB."""
     with torch.device("meta"):
         ours, theirs = (
             Redux(ReduxConfig()).state_dict(),
@@ -259,13 +263,13 @@ def test_full_size_redux_equals_diffusers():
     assert round(2e-6 * sum(tensor.numel() for tensor in ours.values())) == 129
 
 
-def test_full_size_picture_is_729_tokens():
+def test_full_size_image_has_729_tokens():
     with torch.device("meta"):
         tokens = Redux(ReduxConfig())(SigLIP(SigLIPConfig())(torch.empty(1, 3, 384, 384)))
     assert tokens.shape == (1, 729, 4096)
 
 
 def test_defaults_that_no_shape_shows():
-    """From config.json of google/siglip-so400m-patch14-384; the eps, which it leaves out, from transformers' defaults."""
+    """From config.json of google/siglip-so400m-patch14-384; eps from transformers' default."""
     config = SigLIPConfig()
     assert (config.image_size, config.num_heads, config.eps) == (384, 16, 1e-6)

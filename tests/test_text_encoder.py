@@ -1,8 +1,9 @@
-"""flux.text_encoder: text encoders load from the original repositories' files too, whatever stands before the names and beside them.
+"""flux.text_encoder loads text encoders from the original repositories' files too.
 
-The layouts are those of openai/clip-vit-large-patch14 (text and image towers, projections, positions), google/t5-v1_1-xxl (the
-decoder, and the embedding under two names), Qwen/Qwen3-8B (a head, a final norm, more layers) and Mistral-Small-3.2 (a vision
-tower; two spellings of the prefix). Features against transformers' are in tests/test_pipeline.py.
+These files have other prefixes and more tensors: openai/clip-vit-large-patch14 (an image encoder,
+projections, positions), google/t5-v1_1-xxl (the decoder, and the embedding under two names),
+Qwen/Qwen3-8B (a head, a final norm, more layers) and Mistral-Small-3.2 (a vision tower; two
+spellings of the prefix). tests/test_pipeline.py compares features with transformers'.
 """
 
 from dataclasses import replace
@@ -32,21 +33,24 @@ LM_TINY = LanguageModelConfig(
 )
 
 
+def two_layers_ignore_keys(name: str) -> bool:
+    return language_model_ignore_keys(name, 2)
+
+
 def reload(tmp_path, kind, config, others, prefix="", **options):
-    """Random weights, saved under `prefix` with other tensors around them, come back through `load_module`."""
-    whole = randomise(kind(config))
-    tensors = {prefix + name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    """Save random weights under `prefix` among other tensors; check that load_module finds them."""
+    original = randomise(kind(config)).state_dict()
+    tensors = {prefix + name: tensor.clone() for name, tensor in original.items()}
     save_file(tensors | {name: torch.ones(2) for name in others}, tmp_path / "model.safetensors")
     with torch.device("meta"):
         loaded = kind(config)
     load_module(loaded, [tmp_path / "model.safetensors"], **options)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(whole.state_dict().values(), loaded.state_dict().values(), strict=True)
-    )
+    assert original.keys() == loaded.state_dict().keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, original[name]), name
 
 
-def test_whole_clip(tmp_path):
+def test_file_of_all_of_clip_loads(tmp_path):
     others = [
         "vision_model.embeddings.class_embedding",
         "visual_projection.weight",
@@ -62,7 +66,7 @@ def test_whole_clip(tmp_path):
     )
 
 
-def test_whole_t5(tmp_path):
+def test_file_of_all_of_t5_loads(tmp_path):
     others = [
         "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight",
@@ -80,7 +84,7 @@ def test_whole_t5(tmp_path):
         ("", "lm_head."),
     ],
 )
-def test_language_model(tmp_path, prefix, head):
+def test_file_of_a_language_model_loads(tmp_path, prefix, head):
     vision = [f"{before}vision_tower.patch_conv.weight" for before in ("", "model.")]
     above = [
         f"{prefix}layers.2.mlp.up_proj.weight",
@@ -91,25 +95,19 @@ def test_language_model(tmp_path, prefix, head):
     options = dict(prefixes=("model.", "language_model.model.", "model.language_model.", ""))
     for qk_norm in (True, False):
         config = replace(LM_TINY, qk_norm=qk_norm)
-
-        def unread(name):
-            return language_model_ignore_keys(name, 2)
-
         reload(
             tmp_path,
             LanguageModel,
             config,
             [*vision, *above],
             prefix,
-            ignore_keys=unread,
+            ignore_keys=two_layers_ignore_keys,
             **options,
         )
 
 
-def test_what_is_not_known_is_still_refused(tmp_path):
+def test_unknown_tensor_is_refused(tmp_path):
     with pytest.raises(UserError, match="layers.0.extra"):
-
-        def unread(name):
-            return language_model_ignore_keys(name, 2)
-
-        reload(tmp_path, LanguageModel, LM_TINY, ["layers.0.extra"], ignore_keys=unread)
+        reload(
+            tmp_path, LanguageModel, LM_TINY, ["layers.0.extra"], ignore_keys=two_layers_ignore_keys
+        )

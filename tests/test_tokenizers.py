@@ -1,7 +1,7 @@
-"""Token ids, masks and cut text of the four tokenizers are those of the released pipelines.
+"""flux.tokenizers: ids, masks and truncated text equal those of the released pipelines.
 
-The truth is transformers' tokenizers, behind diffusers' own FLUX.2 prompt code, loaded from the same folders. Tiny
-vocabularies are made here in the released file formats: what differs from the released files is only the size.
+The reference: transformers' tokenizers, for FLUX.2 behind diffusers' own prompt code, loaded from
+the same folders.
 """
 
 import json
@@ -31,7 +31,7 @@ from transformers import (
 from flux.errors import UserError
 from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
 
-NASTY = [
+HARD_PROMPTS = [
     "",
     " ",
     "\n",
@@ -75,57 +75,57 @@ NASTY = [
     " ".join(PROSE),
 ]
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
-PROMPTS = st.lists(st.sampled_from(NASTY) | TEXT, max_size=6).map("".join)
+PROMPTS = st.lists(st.sampled_from(HARD_PROMPTS) | TEXT, max_size=6).map("".join)
 HYPOTHESIS = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-class Asked(Exception):
-    """Carries what a text encoder was asked for."""
+class Encoded(Exception):
+    """Carries the arguments of a text encoder."""
 
 
 class Encoder(torch.nn.Module):
-    """A text encoder that stops the pipeline at its door."""
+    """A text encoder that raises its arguments."""
 
     dtype, device = torch.float32, "cpu"
 
     def forward(self, input_ids, attention_mask, **_):
-        raise Asked(input_ids, attention_mask.bool())
+        raise Encoded(input_ids, attention_mask.bool())
 
 
-def plain(tokenizer):
-    """The released call of FLUX.1's two tokenizers."""
+def transformers_tokens(tokenizer):
+    """Return prompts, length -> ids, mask, by the call in FLUX.1's pipeline."""
 
-    def ask(prompts, length):
+    def tokenize(prompts, length):
         both = tokenizer(
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         return both.input_ids, both.attention_mask.bool()
 
-    return ask
+    return tokenize
 
 
-def piped(embed, tokenizer):
-    """What diffusers' pipeline gives its text encoder."""
+def diffusers_tokens(embed, tokenizer):
+    """Return prompts, length -> ids, mask, as diffusers' pipeline gives them to its encoder."""
 
-    def ask(prompts, length):
-        with pytest.raises(Asked) as asked:
+    def tokenize(prompts, length):
+        with pytest.raises(Encoded) as encoded:
             embed(Encoder(), tokenizer, prompts, max_sequence_length=length)
-        return asked.value.args
+        return encoded.value.args
 
-    return ask
+    return tokenize
 
 
 class Case:
-    """One tokenizer of ours, the released way to the same ids, and the raw tokenizer behind that."""
+    """One of our tokenizers, the reference, and the tokenizer behind the reference."""
 
-    def __init__(self, ours, released, raw, frame):
-        self.ours, self.released, self.raw = ours, released, raw
-        self.frame = frame  # how many ids of the frame survive truncation
+    def __init__(self, ours, reference, raw, kept):
+        self.ours, self.reference, self.raw = ours, reference, raw
+        self.kept = kept  # how many special tokens truncation keeps
 
     def body(self, text):
-        """The ids of a text without the frame, and where each starts in the text."""
+        """Return the ids of a text without special tokens, and where each starts in the text."""
         encoded = self.raw(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded.input_ids, [start for start, _ in encoded.offset_mapping]
 
@@ -135,7 +135,7 @@ NAMES = ["t5", "t5-json", "clip", "clip-json", "qwen", "qwen-old", "mistral"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder of tokenizer files for every name."""
+    """A folder of tokenizer files for each name."""
     folder = {name: tmp_path_factory.mktemp(name) for name in NAMES}
     make_t5(folder["t5"])
     make_clip(folder["clip"])
@@ -162,13 +162,17 @@ def cases(folders):
         Flux2Pipeline._get_mistral_3_small_prompt_embeds,
     )
     return {
-        "t5": Case(T5Tokenizer(folders["t5"]), plain(t5), t5, 1),
-        "t5-json": Case(T5Tokenizer(folders["t5-json"]), plain(t5), t5, 1),
-        "clip": Case(CLIPTokenizer(folders["clip"]), plain(clip), clip, 2),
-        "clip-json": Case(CLIPTokenizer(folders["clip-json"]), plain(clip), clip, 2),
-        "qwen": Case(QwenTokenizer(folders["qwen"]), piped(klein, qwen), qwen, 0),
-        "qwen-old": Case(QwenTokenizer(folders["qwen-old"]), piped(klein, qwen), qwen, 0),
-        "mistral": Case(MistralTokenizer(folders["mistral"]), piped(dev, mistral), mistral, 0),
+        "t5": Case(T5Tokenizer(folders["t5"]), transformers_tokens(t5), t5, 1),
+        "t5-json": Case(T5Tokenizer(folders["t5-json"]), transformers_tokens(t5), t5, 1),
+        "clip": Case(CLIPTokenizer(folders["clip"]), transformers_tokens(clip), clip, 2),
+        "clip-json": Case(CLIPTokenizer(folders["clip-json"]), transformers_tokens(clip), clip, 2),
+        "qwen": Case(QwenTokenizer(folders["qwen"]), diffusers_tokens(klein, qwen), qwen, 0),
+        "qwen-old": Case(
+            QwenTokenizer(folders["qwen-old"]), diffusers_tokens(klein, qwen), qwen, 0
+        ),
+        "mistral": Case(
+            MistralTokenizer(folders["mistral"]), diffusers_tokens(dev, mistral), mistral, 0
+        ),
     }
 
 
@@ -179,80 +183,72 @@ def case(request, cases):
 
 def check(case: Case, prompts: list[str], length: int) -> None:
     tokens = case.ours(prompts, length)
-    ids, mask = case.released(prompts, length)
+    ids, mask = case.reference(prompts, length)
     assert tokens.ids.dtype == torch.int64 and tokens.mask.dtype == torch.bool
     assert torch.equal(tokens.ids, ids) and torch.equal(tokens.mask, mask)
-    for prompt, cut in zip(prompts, tokens.cut, strict=True):
-        before, prompt = (
-            case.ours.before,
-            prompt.replace("[IMG]", "") if "[INST]" in case.ours.before else prompt,
-        )
-        starts = case.body(before + prompt + case.ours.after)[1]
-        room = length - case.frame
-        assert cut == ("" if len(starts) <= room else prompt[max(0, starts[room] - len(before)) :])
+    room = length - case.kept
+    for prompt, truncated in zip(prompts, tokens.truncated, strict=True):
+        prefix = case.ours.prefix
+        if "[INST]" in prefix:
+            prompt = prompt.replace("[IMG]", "")
+        starts = case.body(prefix + prompt + case.ours.suffix)[1]
+        expected = ""
+        if len(starts) > room:
+            expected = prompt[max(0, starts[room] - len(prefix)) :]
+        assert truncated == expected
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 20, 77, 512])
-def test_ids_masks_and_cut_of_nasty_prompts(case, length):
-    check(case, NASTY, length)
+def test_hard_prompts_equal_reference(case, length):
+    check(case, HARD_PROMPTS, length)
 
 
 @HYPOTHESIS
 @given(PROMPTS, st.integers(2, 120))
-def test_ids_masks_and_cut_of_any_prompt(case, prompt, length):
+def test_any_prompt_equals_reference(case, prompt, length):
     check(case, [prompt], length)
 
 
-def test_cut_is_exactly_the_words_that_do_not_fit(case):
-    """Without offsets: a length that just holds the first k words leaves the others over."""
+def test_truncated_is_the_words_that_do_not_fit(case):
+    """A length that just holds the first k words leaves the others, without a look at offsets."""
     words = "The quick brown fox sitting on a mat beside the naïve café".split()
     for k in range(1, len(words)):
         kept, rest = " ".join(words[:k]), " ".join(words[k:])
-        length = len(case.body(case.ours.before + kept)[0]) + case.frame
+        length = len(case.body(case.ours.prefix + kept)[0]) + case.kept
         tokens = case.ours([" ".join(words), kept], length)
-        assert tokens.cut == [tokens.cut[0], ""] and tokens.cut[0].strip() == rest
+        assert tokens.truncated == [tokens.truncated[0], ""] and tokens.truncated[0].strip() == rest
         assert tokens.mask.all() and torch.equal(tokens.ids[0], tokens.ids[1])
 
 
 def test_special_ids_and_padding(cases):
-    """Literals: T5 ends in 1 and pads with 0; CLIP pads with its last id; Mistral pads with 11 on the left, one <s>."""
-    t5, clip, qwen, mistral = (
-        cases[name].ours(["a cat", ""], length)
-        for name, length in (("t5", 80), ("clip", 80), ("qwen", 80), ("mistral", 400))
-    )
+    """T5 ends in 1 and pads with 0, CLIP pads with its last id, Mistral on the left with 11."""
+    prompts = ["a cat", ""]
+    t5, clip = cases["t5"].ours(prompts, 80), cases["clip"].ours(prompts, 80)
+    qwen, mistral = cases["qwen"].ours(prompts, 80), cases["mistral"].ours(prompts, 400)
     assert t5.ids[1].tolist() == [1] + [0] * 79 and t5.mask[1].tolist() == [True] + [False] * 79
     end = cases["clip"].raw.eos_token_id
     assert clip.ids[1].tolist() == [end - 1] + [end] * 79 and clip.mask[1].sum() == 2
     pad, start, *_ = cases["qwen"].raw.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>"])
-    assert (
-        qwen.ids[0, 0] == start
-        and (qwen.ids == pad).equal(~qwen.mask)
-        and not qwen.mask[:, -1].any()
-    )
+    assert qwen.ids[0, 0] == start and not qwen.mask[:, -1].any()
+    assert (qwen.ids == pad).equal(~qwen.mask)
     row = mistral.ids[0].tolist()
-    assert (
-        row[0] == 11
-        and row[-1] == 4
-        and row.count(1) == 1
-        and (mistral.ids == 11).equal(~mistral.mask)
-    )
+    assert row[0] == 11 and row[-1] == 4 and row.count(1) == 1
+    assert (mistral.ids == 11).equal(~mistral.mask)
     assert cases["mistral"].ours(["a [IMG]cat"], 400).ids[0].equal(mistral.ids[0])
 
 
-def test_cut_of_a_character_split_in_bytes_keeps_the_character(cases):
-    """U+1F600 is four byte tokens here: when only some of them fit, the whole character counts as cut."""
+def test_truncated_holds_all_of_a_character_split_in_bytes(cases):
+    """U+1F600 is four tokens here: when only some fit, all of the character counts as truncated."""
     case = cases["qwen"]
-    room = len(case.body(case.ours.before + "ab")[0])
+    room = len(case.body(case.ours.prefix + "ab")[0])
     for extra in (0, 1, 2, 3):
-        assert case.ours(["ab\U0001f600!"], room + extra).cut == ["\U0001f600!"]
-    assert case.ours(["ab\U0001f600!"], room + 4).cut == ["!"]
-    assert case.ours(["ab\U0001f600!"], room + 5).cut == [
-        ""
-    ]  # the template's tail is lost, the prompt is whole
+        assert case.ours(["ab\U0001f600!"], room + extra).truncated == ["\U0001f600!"]
+    assert case.ours(["ab\U0001f600!"], room + 4).truncated == ["!"]
+    assert case.ours(["ab\U0001f600!"], room + 5).truncated == [""]  # only the suffix is lost
 
 
-def test_t5_from_either_generation_of_tokenizer_json(folders, tmp_path):
-    """The file as transformers 4 makes it gives the same ids, but U+0085 is a space only to version 5."""
+def test_t5_reads_tokenizer_json_of_transformers_4(folders, tmp_path):
+    """It gives the same ids, but U+0085 is a space only to version 5."""
     ours = T5Tokenizer(folders["t5-json"])
     content = json.loads((folders["t5-json"] / "tokenizer.json").read_text(encoding="utf-8"))
     spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
@@ -264,25 +260,24 @@ def test_t5_from_either_generation_of_tokenizer_json(folders, tmp_path):
     content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]
     write_json(tmp_path / "tokenizer.json", content)
     older = T5Tokenizer(tmp_path)
-    for prompt in NASTY:
+    for prompt in HARD_PROMPTS:
         same = torch.equal(older([prompt], 99).ids, ours([prompt], 99).ids)
         assert same == ("\x85" not in prompt)
 
 
-def test_what_is_not_text_is_refused(case):
+def test_prompt_that_is_not_text_is_refused(case):
     for bad, named in [
         ("a\ud83d cat", r"'\\ud83d' at position 1"),
         ("cat\0", r"'\\x00' at position 3"),
     ]:
-        with pytest.raises(UserError, match="prompt 2 holds " + named):
+        with pytest.raises(UserError, match="^prompts: prompt 2 contains " + named):
             case.ours(["fine", bad], 20)
 
 
 @pytest.mark.parametrize("kind", [T5Tokenizer, CLIPTokenizer, QwenTokenizer, MistralTokenizer])
 def test_missing_and_broken_files_are_named(kind, tmp_path):
-    with pytest.raises(
-        UserError, match=f"{tmp_path}/nowhere lacks its tokenizer, tokenizer.json.*FLUX"
-    ):
+    missing = f"^{tmp_path}/nowhere: no tokenizer .tokenizer.json.*FLUX"
+    with pytest.raises(UserError, match=missing):
         kind(tmp_path / "nowhere")
     for content in ("", "not json", "{}", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'):
         (tmp_path / "tokenizer.json").write_text(content)
@@ -290,7 +285,7 @@ def test_missing_and_broken_files_are_named(kind, tmp_path):
             kind(tmp_path)
 
 
-def test_another_models_vocabulary_is_refused(folders):
+def test_vocabulary_of_another_model_is_refused(folders):
     with pytest.raises(UserError, match="no token '<.endoftext.>'.*FLUX.2-klein"):
         QwenTokenizer(folders["mistral"])
     with pytest.raises(UserError, match="no token '</s>'.*tokenizer_2/ of a FLUX.1"):
@@ -302,33 +297,32 @@ def test_another_models_vocabulary_is_refused(folders):
 )
 def test_broken_older_files_are_named(kind, name, folders, tmp_path):
     for broken in kind.files:
-        whole = (folders[name] / broken).read_bytes()
-        halves = (
-            [b"", whole[: len(whole) // 2]] if broken != "merges.txt" else []
-        )  # fewer merges are a valid file
-        for content in [b"\xff\xfe\x00garbage", *halves]:
+        complete = (folders[name] / broken).read_bytes()
+        contents = [b"\xff\xfe\x00garbage"]
+        if broken != "merges.txt":  # fewer merges are a valid file
+            contents += [b"", complete[: len(complete) // 2]]
+        for content in contents:
             shutil.copytree(folders[name], tmp_path, dirs_exist_ok=True)
             (tmp_path / broken).write_bytes(content)
-            with pytest.raises(UserError, match=f"{broken}.* in {tmp_path} cannot be read"):
+            with pytest.raises(UserError, match=f"^{tmp_path}: cannot read .*{broken}"):
                 kind(tmp_path)
 
 
-def test_ids_that_disagree_with_the_vocabulary_are_refused(folders, tmp_path):
+def test_ids_other_than_the_vocabularys_are_refused(folders, tmp_path):
     shutil.copytree(folders["qwen-old"], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     listed = config["added_tokens_decoder"]
     listed["9000"] = listed.pop(max(listed, key=int))
     write_json(tmp_path / "tokenizer_config.json", config)
-    with pytest.raises(UserError, match="gives '</think>' the id 9000, vocab.json 3"):
+    with pytest.raises(UserError, match="gives '</think>' the id 9000, vocab.json the id 3"):
         QwenTokenizer(tmp_path)
 
 
 @HYPOTHESIS
 @given(st.data())
-def test_a_truncated_spiece_model_is_refused(folders, tmp_path, data):
-    whole = (folders["t5"] / "spiece.model").read_bytes()
-    (tmp_path / "spiece.model").write_bytes(
-        whole[: data.draw(st.integers(0, len(whole) * 9 // 10))]
-    )
-    with pytest.raises(UserError, match="spiece.model in .* cannot be read"):
+def test_incomplete_spiece_model_is_refused(folders, tmp_path, data):
+    complete = (folders["t5"] / "spiece.model").read_bytes()
+    length = data.draw(st.integers(0, len(complete) * 9 // 10))
+    (tmp_path / "spiece.model").write_bytes(complete[:length])
+    with pytest.raises(UserError, match="cannot read spiece.model"):
         T5Tokenizer(tmp_path)

@@ -197,7 +197,7 @@ def test_what_local_upsampling_refuses(folder, tmp_path, monkeypatch):
         upsample_locally(PROMPT, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------- servers
+# ------------------------------------------------------------------ servers
 
 
 @pytest.mark.parametrize(

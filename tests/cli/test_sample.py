@@ -298,7 +298,7 @@ def test_what_the_toy_does_not_know_is_noted_once(cli):
 def test_prompt_beyond_the_limit_is_cut_and_the_loss_noted_once(cli):
     prompt = "a red circle " + " ".join(f"and ring number {k}" for k in range(40))
     run = cli(prompt, *QUICK)
-    note = rf"note: the prompt is longer than {SPEC.text_length} tokens; what did not fit was cut off: '(.*?)(?:\.\.\.)?'"
+    note = rf"note: the prompt is longer than {SPEC.text_length} tokens; this end was cut off: '(.*?)(?:\.\.\.)?'"
     (lost,) = re.findall(note, run.err)
     assert run.code == 0 and lost.strip() in prompt and len(lost) > 50
     assert images.read_metadata(*run.pictures)["prompt"] == prompt

@@ -56,7 +56,7 @@ def network(request) -> Flux:
     return randomise(Flux(CONFIGS[request.param]))
 
 
-# ---------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------ layouts
 
 
 def our_layers(module: nn.Module) -> Layers:
@@ -263,7 +263,7 @@ def test_block_diagonal_factors_are_three_loras(tmp_path, network):
     assert max_error(network.get_submodule(path).weight.double(), expected) < TOLERANCE
 
 
-# ---------------------------------------------------------------------------------------------------------- text encoders
+# ------------------------------------------------------------------ text encoders
 
 TEXT = {  # part, our path, keys without their end: sd-scripts (FLUX.1: te1 is CLIP; SD3's count: te3 is T5), ComfyUI, diffusers
     "clip": (
@@ -332,7 +332,7 @@ def test_parts_that_are_none_are_left_out(tmp_path):
     assert "10 tensors" in refusal(place, lora, {"transformer": network, "t5": None})
 
 
-# ---------------------------------------------------------------------------------------------------------- diffusers
+# ------------------------------------------------------------------ diffusers
 
 
 def inputs(config: FluxConfig) -> dict[str, Tensor]:
@@ -431,7 +431,7 @@ def test_velocity_is_that_of_diffusers_with_its_own_loader(tmp_path, case):
     assert max_error(ours, theirs) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------- PEFT
+# ------------------------------------------------------------------ PEFT
 
 
 def adapters() -> dict[str, object]:
@@ -632,7 +632,7 @@ def test_differences_of_biases_and_norms(tmp_path):
     assert max_error(network.single_blocks[0].norm.key_norm.scale.double(), expected[1]) < 1e-7
 
 
-# ---------------------------------------------------------------------------------------------------------- control LoRA
+# ------------------------------------------------------------------ control LoRA
 
 
 def hooked(network: Flux, tensors: dict[str, Tensor], scale: float) -> Flux:
@@ -717,7 +717,7 @@ def test_control_lora_and_a_plain_one_share_img_in(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- merging
+# ------------------------------------------------------------------ merging
 
 
 def test_merging_leaves_the_old_tensors_and_all_paths(tmp_path, network):
@@ -826,7 +826,7 @@ def test_placing_needs_no_weights(tmp_path, network):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- quantised weights
+# ------------------------------------------------------------------ quantised weights
 
 
 def quantised(path: Path, network: Flux, dtype: torch.dtype) -> Flux:
@@ -900,7 +900,7 @@ def test_a_quantised_layer_whose_bias_alone_is_changed_stays(tmp_path):
     assert max_error(layer.bias.double(), bias + SCALE * change.double()) < 1e-7
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------ bad input
 
 TO_K = "transformer.transformer_blocks.0.attn.to_k"
 GOOD = {f"{TO_K}.lora_A.weight": random(4, 128), f"{TO_K}.lora_B.weight": random(128, 4)}

@@ -226,7 +226,7 @@ def test_heads_of_t5_begin_with_looks_back_and_ahead_near_and_far():
     torch.manual_seed(0)
     t5 = new_networks(SPEC1).text.t5
     weights = (
-        t5.position_bias(32, "cpu")[0].softmax(-1)[:, 16].detach()
+        t5.encoder.position_bias(32, "cpu")[0].softmax(-1)[:, 16].detach()
     )  # (heads, keys): by the bias alone
     centres = (weights * (torch.arange(32) - 16)).sum(-1).tolist()
     assert centres[2] < centres[0] < -0.4 and 0.4 < centres[1] < centres[3]

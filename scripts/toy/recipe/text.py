@@ -51,7 +51,7 @@ class Tokenizer:
 def whole(tokenizer: PromptTokenizer, texts: list[str], length: int) -> Tokens:
     """UserError if a text has more tokens."""
     tokens = tokenizer(texts, length)
-    if cut := [text for text, rest in zip(texts, tokens.cut, strict=True) if rest]:
+    if cut := [text for text, rest in zip(texts, tokens.truncated, strict=True) if rest]:
         raise UserError(
             f"{cut[0]!r} has more than {length} tokens: give the model a larger text_length, or the grammar less"
         )
