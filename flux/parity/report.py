@@ -1,7 +1,6 @@
-"""A comparison as a page to look at: one HTML file that needs nothing else, and its plots as PNG.
+"""Write a comparison as one HTML page that needs no other file: figures are embedded as PNG.
 
-The page has no script, and what it shows is in it: drawings as SVG, pictures as data URIs, the style sheet in its head. It
-is well-formed XML besides, so that it can be read by programs.
+The page has no script, every text from a file is escaped, and the page is well-formed XML.
 """
 
 import base64
@@ -9,7 +8,8 @@ import io
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from itertools import groupby
 from pathlib import Path
 
@@ -20,45 +20,50 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from flux.errors import UserError
-from flux.image_io import output as images
-from flux.parity import charts
+from flux.image_io.output import write_exclusive
+from flux.parity import figures
 from flux.parity.capture_file import Capture, token_norms
-from flux.parity.compare import Row, first_over, unmatched, verdict
-from flux.parity.page import PAGE, facts, figure, many, number, said, section, style
-from flux.parity.plots import Drawing, shade
+from flux.parity.compare import Row, first_over, format_ulp, unmatched, verdict
 
-OPEN = 200  # rows that are all shown at once; of more, only the part with the first one over budget
+IMAGE = "picture"
+OPEN = 200  # show all rows at once up to this number, else those of the first part over tolerance
 
 
 def write(
     a: Capture, b: Capture, rows: Sequence[Row], path: str | Path, png: str | Path | None = None
 ) -> list[Path]:
-    """Write the page, and the plots and pictures into the folder `png`; returns the files, none of which was there before.
+    """Write the page, and its figures and images into the folder `png`. Return the new files.
 
-    `rows` are `compare(a, b)`. UserError if there are none, or where nothing can be written.
+    `path`: an .html file, or a folder. `rows`: of `compare(a, b)`. UserError without rows, without
+    matplotlib, and where files cannot be written. Existing files are never overwritten.
     """
-    path, folder = Path(path), png and Path(png)
+    path, folder = page_path(path), Path(png) if png else None
     check_output(path, folder)
     if not rows:
-        raise UserError(
-            f"{a.path} and {b.path}: no tensor was compared, so that there is nothing to report"
-        )
-    text, drawings, pictures = page(a, b, rows)
+        raise UserError(f"{a.path}: no tensor was compared with {b.path}. There is no report.")
+    text, pngs = page(a, b, rows)
     files = {path: text.encode()}
     if folder:
-        files |= {folder / f"{name}.png": drawing.png() for name, drawing in drawings.items()}
-        files |= {folder / f"{name}.png": png_of(picture) for name, picture in pictures.items()}
+        files |= {folder / f"{name}.png": data for name, data in pngs.items()}
     return [
-        images.write_exclusive(target, lambda file, data=data: file.write(data))
+        write_exclusive(target, lambda file, data=data: file.write(data))
         for target, data in files.items()
     ]
 
 
-def check_output(path: Path, folder: Path | None) -> None:
-    """Refuse, before any work is done, what could not be written."""
+def page_path(path: str | Path) -> Path:
+    """Return the page's file: report.html inside of a folder."""
+    path = Path(path)
+    return path / "report.html" if path.is_dir() or not path.suffix else path
+
+
+def check_output(path: str | Path, folder: str | Path | None = None) -> None:
+    """Raise UserError if matplotlib is missing or a file cannot be written."""
+    figures.check_matplotlib()
+    path = page_path(path)
     if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--output {path}: a report is a web page; give it the suffix .html")
-    for flag, place in (("--output", path.parent), ("--png", folder)):
+        raise UserError(f"output: must be an .html file or a folder (got {path}).")
+    for field, place in (("output", path.parent), ("png", folder and Path(folder))):
         try:
             if place is not None:
                 place.mkdir(parents=True, exist_ok=True)
@@ -66,142 +71,168 @@ def check_output(path: Path, folder: Path | None) -> None:
                     pass
         except OSError as error:
             raise UserError(
-                f"{flag} {place}: cannot be written there ({error.strerror}); choose another folder"
+                f"{field}: cannot write to {place} ({error.strerror}). Choose another folder."
             ) from None
 
 
-def page(
-    a: Capture, b: Capture, rows: Sequence[Row]
-) -> tuple[str, dict[str, Drawing], dict[str, Image.Image]]:
-    """The HTML, the drawings and the pictures in it."""
+def page(a: Capture, b: Capture, rows: Sequence[Row]) -> tuple[str, dict[str, bytes]]:
+    """Return the HTML, and its figures and images as PNG by name."""
     first = first_over(rows)
-    found = token_errors(a, b, first) if first and first.errors else None
-    drawings = {
-        "depth": charts.depth(rows),
-        "steps": charts.over_steps(rows),
-        "blocks": charts.blocks(rows),
-        "tokens": charts.tokens(found) if found is not None else None,
+    grid = token_errors(a, b, first) if first and first.errors else None
+    drawn = {
+        "depth": figures.along_run(rows),
+        "tokens": None if grid is None else figures.by_token(grid),
+        "blocks": figures.by_block(rows),
+        "steps": figures.by_step(rows),
     }
-    drawings = {name: drawing for name, drawing in drawings.items() if drawing}
-    pictures, about = pictures_of(a, b)
-    parts = [
+    images, about = images_of(a, b)
+    pngs = {name: data for name, data in drawn.items() if data}
+    pngs |= {name: png_of(image) for name, image in images.items()}
+    shown = "".join(img(pngs, name, IMAGE_NAMES[name]) for name in images)
+    body = [
         heading(a, b, rows),
-        figure("Error against depth", DEPTH, drawings.get("depth")),
-        failing(first, drawings.get("tokens")),
-        figure("Blocks over steps", BLOCKS, drawings.get("blocks")),
-        figure("Error against step", STEPS, drawings.get("steps")),
-        gallery(pictures, about),
+        section("Error along the run", ALONG_RUN, img(pngs, "depth")),
+        first_over_tolerance(first, img(pngs, "tokens")),
+        section("Blocks by steps", BY_BLOCK, img(pngs, "blocks")) if "blocks" in pngs else "",
+        section("Error by step", BY_STEP, img(pngs, "steps")) if "steps" in pngs else "",
+        section("The images", escaped(about), f'<div class="images">{shown}</div>'),
         recipes(a, b),
-        listing(rows),
+        all_rows(rows),
     ]
-    body = "\n".join(filter(None, parts))
+    title = f"parity: {escaped(a.path.name)}"
+    return PAGE.format(title=title, body="\n".join(filter(None, body))), pngs
+
+
+ALONG_RUN = "Relative L2 of every tensor to the reference, in the order of execution."
+BY_BLOCK = "In each cell, the tensor with the largest multiple of its tolerance."
+BY_STEP = "The growth of rounding, or of a fault, from step to step."
+IMAGE_NAMES = {"image-a": "A, judged", "image-b": "B, the reference", "difference": "difference"}
+COLUMNS = (
+    "rel. L2",
+    "tolerance",
+    "× tolerance",
+    "worst token",
+    "|a|/|b| − 1",
+    "max |a − b|",
+    "1 − PCC",
+    "ULP p50 / p99 / max",
+)
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
+code, td, tbody th {{ font-family: ui-monospace, monospace; font-size: 13px }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: 2px 8px; text-align: left; border-top: 1px solid #ddd; overflow-wrap: anywhere }}
+.over {{ color: #d55e00; font-weight: 600 }}
+.rows td {{ text-align: right; white-space: nowrap }}
+.scroll {{ overflow-x: auto }}
+img {{ max-width: 100% }}
+.images figure {{ display: inline-block; margin: 0 1em 0 0 }}
+</style></head>
+<body>
+{body}
+</body></html>
+"""
+
+
+# ---------------------------------------------------------------- text
+
+
+def escaped(value: object) -> str:
+    """Return text without markup, control characters and halves of surrogate pairs."""
+    allowed = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+    return escape(re.sub(allowed, "\ufffd", str(value)))
+
+
+def number(value: float, form: str = ".2e") -> str:
+    """Return 0 for exactly 0, and a dash for an unknown number."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞"
+    return "0" if value == 0 else format(value, form)
+
+
+def section(title: str, text: str, body: str) -> str:
+    return f"<section><h2>{title}</h2><p>{text}</p>{body}</section>"
+
+
+def table(lines: Iterable[tuple[str, str]]) -> str:
+    rows = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in lines)
+    return f"<table><tbody>{rows}</tbody></table>"
+
+
+def img(pngs: dict[str, bytes], name: str, caption: str = "") -> str:
+    if name not in pngs:
+        return ""
+    data = base64.b64encode(pngs[name]).decode()
     return (
-        PAGE.format(title=f"parity: {said(a.path.name)}", style=style(), body=body),
-        drawings,
-        pictures,
+        f'<figure><img alt="{caption or name}" src="data:image/png;base64,{data}"/>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
-
-DEPTH = (
-    "Relative L2 to the reference of every tensor in the order of execution. Lines join the outputs of the blocks. Where the "
-    "line leaves the floor is where the two part."
-)
-BLOCKS = "Each cell is the tensor of a block, at one step, that comes nearest to its budget or goes farthest beyond it."
-STEPS = "How far rounding, or a fault, has grown from step to step. The largest is of any tensor that the step computes."
 
 # ---------------------------------------------------------------- the verdict
 
 
 def heading(a: Capture, b: Capture, rows: Sequence[Row]) -> str:
-    """The verdict, the figures behind it, and what the reader should know before believing them."""
-    first, over = first_over(rows), sum(row.over for row in rows)
-    equal = sum(
-        row.errors is not None and row.errors.ulp == (0, 0, 0) and row.ratio == 0 for row in rows
+    """Return the verdict, the two files, and what limits the comparison."""
+    first, text = first_over(rows), verdict(rows)
+    notes = []
+    for capture, names in zip((a, b), unmatched(a, b)):
+        if "stopped" in capture.recipe:
+            notes.append(f"{capture.path} stopped early: {capture.recipe['stopped']}")
+        if names:
+            few = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            notes.append(f"{len(names):,} tensors are in {capture.path} alone: {few}")
+    head = '<h1 class="over">Over tolerance</h1>' if first else "<h1>Within tolerance</h1>"
+    link = f'<p><a href="#first"><code>{escaped(first.name)}</code></a></p>' if first else ""
+    lines = "".join(f'<p class="note">{escaped(note)}</p>' for note in notes)
+    return (
+        f"<header>{head}{link}<p>{escaped(text[:1].upper() + text[1:])}.</p>"
+        f"<p>A, judged: <code>{escaped(a.path)}</code><br/>"
+        f"B, the reference: <code>{escaped(b.path)}</code></p>{lines}</header>"
     )
-    text = verdict(rows)
-    sign, word = ("over", "Over budget") if first else ("fine", "Within budget")
-    nearest = max(rows, key=lambda row: row.ratio)
-    largest = (
-        "–"
-        if math.isinf(nearest.ratio) and nearest.errors is None
-        else number(nearest.ratio, ".3g") + "×"
-    )
-    tiles = [
-        ("tensors compared", f"{len(rows):,}"),
-        ("over budget", f"{over:,}"),
-        ("equal", f"{equal:,}"),
-    ]
-    tiles += [("largest multiple of a budget", largest)]
-    stopped = [
-        f"{said(x.path)} stopped early: {said(x.recipe['stopped'])}"
-        for x in (a, b)
-        if x.recipe.get("stopped")
-    ]
-    lost = [(x.path, names) for x, names in zip((a, b), unmatched(a, b)) if names]
-
-    def few(names):
-        return said(", ".join(names[:3])) + " …" * (len(names) > 3)
-
-    notes = [
-        f"{many(len(names), 'tensor')} in {said(path)} alone: {few(names)}" for path, names in lost
-    ]
-    where = (
-        f'<p class="where"><span>first over budget</span><a href="#first"><code>{said(first.name)}</code></a></p>'
-        if first
-        else ""
-    )
-    return f"""<header>
-<p class="eyebrow">flux parity</p>
-<h1 class="{sign}">{word}</h1>
-{where}<p class="verdict">{said(text[:1].upper() + text[1:])}.</p>
-<p class="sides"><span>A, judged</span><code>{said(a.path)}</code><span>B, the reference</span><code>{said(b.path)}</code></p>
-{facts(tiles)}{"".join(f'<p class="note">{note}</p>' for note in stopped + notes)}
-</header>"""
 
 
-def failing(row: Row | None, drawing: Drawing | None) -> str:
-    """All that is known of the first tensor over budget."""
+def first_over_tolerance(row: Row | None, figure: str) -> str:
+    """Return every number of the first tensor over tolerance, and the map of its tokens."""
     if row is None:
         return ""
-    shape = [
-        ("shape", "×".join(map(str, row.shape)) or "one number"),
-        ("dtype", row.dtype),
-        ("kept", row.kind),
-    ]
+    facts = [("shape", "×".join(map(str, row.shape))), ("dtype", row.dtype), ("stored", row.kind)]
     if row.errors is None:
-        body = f'<div class="card">{facts(shape)}<p>It {said(row.fault)}.</p></div>'
-        return section("The first tensor over budget", body, f"<code>{said(row.name)}</code>")
-    e = row.errors
-    values = [
-        ("relative L2", number(e.relative_l2)),
-        ("budget", number(row.tolerance)),
-        ("multiple of it", number(row.ratio, ".3g")),
-        ("worst token", f"{number(e.worst_token)} at {e.worst_token_at}"),
-        ("|a| / |b|", number(e.norm_ratio, ".6g")),
-        ("largest |a − b|", f"{number(e.max_abs)} at {e.worst_index}"),
-        ("cosine", number(e.cosine, ".9f")),
-        ("1 − PCC", number(1 - e.pcc)),
-        ("ULP p50, p99, max", ", ".join(f"{n:,}" for n in e.ulp)),
-        ("NaN or infinite", f"{e.nonfinite:,}, misplaced {e.misplaced:,}"),
-        *shape,
-    ]
-    map_of_it = "<p>Its tokens do not lie on the latent grid, or were not kept.</p>"
-    if drawing:
-        caption = "Relative L2 of each token on the picture's latent grid, on a logarithmic scale of its own."
-        map_of_it = f"<figure>{drawing.svg()}<figcaption>{caption}</figcaption></figure>"
-    body = f'<div class="card split">{map_of_it}{facts(values)}</div>'
-    return section("The first tensor over budget", body, f"<code>{said(row.name)}</code>")
+        facts.append(("fault", escaped(row.fault)))
+    else:
+        e = row.errors
+        facts += [
+            ("relative L2", number(e.relative_l2)),
+            ("tolerance", number(row.tolerance)),
+            ("multiple of the tolerance", number(row.ratio, ".3g")),
+            ("worst token", f"{number(e.worst_token)} at {e.worst_token_at}"),
+            ("|a| / |b|", number(e.norm_ratio, ".6g")),
+            ("largest |a − b|", f"{number(e.max_abs)} at {e.worst_index}"),
+            ("cosine", number(e.cosine, ".9f")),
+            ("1 − PCC", number(1 - e.pcc)),
+            ("ULP p50, p99, max", ", ".join(f"{n:,}" for n in e.ulp)),
+            ("NaN or infinite", f"{e.nonfinite:,}, misplaced {e.misplaced:,}"),
+        ]
+    missing = "<p>Its tokens are not on the latent grid, or were not stored.</p>"
+    name = f"<code>{escaped(row.name)}</code>"
+    return section("The first tensor over tolerance", name, table(facts) + (figure or missing))
+
+
+# ---------------------------------------------------------------- tokens
 
 
 def token_errors(a: Capture, b: Capture, row: Row) -> np.ndarray | None:
-    """(rows, columns), relative L2 of each token of an image tensor, as `compare` reckons it; None of any other.
+    """Return the relative L2 of each token of an image, (rows, columns); None of other tensors.
 
-    Of a decoder's (B, C, H, W), of each pixel, and where they are many the worst of neighbours. Of a batch, the worst.
+    Of a decoder's (B, C, H, W): of each pixel, pooled to at most 64 x 64. Of a batch: the worst.
     """
-    name, ids = (
-        row.name,
-        next((x.tensors["ids/img"] for x in (b, a) if "ids/img" in x.tensors.names), None),
-    )
+    name, ids = row.name, None
+    for capture in (a, b):
+        if "ids/img" in capture.tensors.names:
+            ids = capture.tensors["ids/img"]
     if row.kind in ("slice", "statistics"):
         return None
     if spatial(name, row.shape):
@@ -224,7 +255,7 @@ def token_errors(a: Capture, b: Capture, row: Row) -> np.ndarray | None:
 
 
 def relative(distance: Tensor, norm: Tensor) -> Tensor:
-    """As the worst token's in `compare`: where the norm is less than a tenth of the average, that counts in its place."""
+    """Return |a - b| / |b| with |b| at least a tenth of the RMS norm, as `compare` does."""
     finite = norm.isfinite() & distance.isfinite()
     floor = norm[finite].double().square().mean().sqrt() / 10 if finite.any() else torch.tensor(0.0)
     found = distance.double() / norm.double().clamp(min=floor) if floor else distance.double()
@@ -232,13 +263,14 @@ def relative(distance: Tensor, norm: Tensor) -> Tensor:
 
 
 def spatial(name: str, shape: Sequence[int]) -> bool:
-    """(B, C, h, w), and not the (B, heads, N, d) of attention."""
-    picture = name.startswith(("decoder/", "encoder.")) and "/attention/" not in name
-    return len(shape) == 4 and (picture or name in ("noise", "pixels") or name.endswith("/latents"))
+    """Return whether a tensor is (B, C, h, w), not attention's (B, heads, N, d)."""
+    convolved = name.startswith(("decoder/", "encoder.")) and "/attention/" not in name
+    latents = name in ("noise", "pixels") or name.endswith("/latents")
+    return len(shape) == 4 and (convolved or latents)
 
 
 def on_grid(found: Tensor, name: str, ids: Tensor | None) -> np.ndarray | None:
-    """(B, N) tokens, with text before them or references after them or neither -> (rows, columns) of the picture's own."""
+    """Map tokens (B, N) to the image's (rows, columns): text may precede, references follow."""
     text = (
         name.startswith("text/")
         or "txt" in name
@@ -246,10 +278,8 @@ def on_grid(found: Tensor, name: str, ids: Tensor | None) -> np.ndarray | None:
     )
     if text or found.ndim != 2 or ids is None or ids.ndim != 2 or ids.shape[1] < 3:
         return None
-    own, count = (
-        ids[ids[:, 0] == 0].long(),
-        found.shape[1],
-    )  # (t, row, column): t of the picture that is made is 0
+    own = ids[ids[:, 0] == 0].long()  # (t, row, column): references have another t
+    count = found.shape[1]
     joined = count > len(ids) and ("single_blocks" in name or "/attention/" in name)
     if not len(own) or not (joined or count in (len(own), len(ids))):
         return None
@@ -263,180 +293,113 @@ def on_grid(found: Tensor, name: str, ids: Tensor | None) -> np.ndarray | None:
     return grid.numpy()
 
 
-# ---------------------------------------------------------------- the pictures
+# ---------------------------------------------------------------- images
 
 
-def pictures_of(a: Capture, b: Capture) -> tuple[dict[str, Image.Image], str]:
-    """Both pictures and their difference, as far as there are any, and a sentence about them."""
-    arrays = {}
+def images_of(a: Capture, b: Capture) -> tuple[dict[str, Image.Image], str]:
+    """Return both images and their amplified difference, as far as stored, and a sentence."""
+    arrays: dict[str, np.ndarray] = {}
     for side, capture in (("a", a), ("b", b)):
-        record = capture.records.get("picture")
-        if (
-            record
-            and record.kind == "full"
-            and record.dtype == "U8"
-            and len(record.shape) == 3
-            and record.shape[2] == 3
-        ):
-            arrays[f"picture-{side}"] = capture.tensors["picture"].numpy()
-    pictures = {name: Image.fromarray(array) for name, array in arrays.items()}
+        record = capture.records.get(IMAGE)
+        if record and (record.kind, record.dtype) == ("full", "U8") and record.shape[2:] == (3,):
+            arrays[f"image-{side}"] = capture.tensors[IMAGE].numpy()
+    images = {name: Image.fromarray(array) for name, array in arrays.items()}
     if len(arrays) < 2:
-        missing = [
-            str(x.path) for side, x in (("a", a), ("b", b)) if f"picture-{side}" not in arrays
-        ]
-        return (
-            pictures,
-            f"No whole picture is in {' or in '.join(missing)}: capture it with --keep full.",
-        )
+        missing = [str(x.path) for side, x in zip("ab", (a, b)) if f"image-{side}" not in arrays]
+        return images, f'No image is in {" or in ".join(missing)}. Capture it with keep="full".'
     x, y = (array.astype(np.int64) for array in arrays.values())
     if x.shape != y.shape:
         sizes = " and ".join(f"{w}×{h}" for h, w, _ in (x.shape, y.shape))
-        return (
-            pictures,
-            f"The pictures are {sizes} pixels: pictures of different size have no difference to show.",
-        )
+        return images, f"The images are {sizes} pixels, so they have no difference to show."
     distance = np.abs(x - y)
-    most = int(distance.max(initial=0))
-    if not most:
-        return pictures, "The pictures are equal in every pixel."
-    times = 255 // most
-    pictures["difference"] = Image.fromarray((distance * times).astype(np.uint8))
+    largest = int(distance.max(initial=0))
+    if not largest:
+        return images, "The images are equal in every pixel."
+    factor = 255 // largest
+    images["difference"] = Image.fromarray((distance * factor).astype(np.uint8))
     share, psnr = (distance > 0).mean(), 10 * math.log10(255**2 / (distance**2).mean())
-    levels = (
-        f"{many(most, 'level')} of 255 at most, in {share:.2g} of the values; PSNR {psnr:.1f} dB"
-    )
-    return pictures, f"They differ by {levels}. The difference is |A − B|, {times} times as bright."
-
-
-def gallery(pictures: dict[str, Image.Image], about: str) -> str:
-    names = {
-        "picture-a": "A, judged",
-        "picture-b": "B, the reference",
-        "difference": "their difference, amplified",
-    }
-    shown = "".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(png_of(picture)).decode()}" alt="{names[name]}" '
-        f'width="{picture.width}" height="{picture.height}"/><figcaption>{names[name]}</figcaption></figure>'
-        for name, picture in pictures.items()
-    )
-    return section(
-        "The pictures", f'<div class="card pictures">{shown}</div>' if shown else "", said(about)
+    return images, (
+        f"They differ by at most {largest} of 255, in {share:.2g} of the values; "
+        f"PSNR {psnr:.1f} dB. The difference is |A − B|, {factor} times as bright."
     )
 
 
-def png_of(picture: Image.Image) -> bytes:
+def png_of(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
-# ---------------------------------------------------------------- the recipes
+# ---------------------------------------------------------------- recipes and rows
 
 
 def recipes(a: Capture, b: Capture) -> str:
-    """Both recipes, line by line; where they say different things, both are marked."""
-    ours, theirs = (dict(flat(x.recipe)) for x in (a, b))
-    keys = list(dict.fromkeys([*theirs, *ours]))
-    if not keys:
-        return section(
-            "The recipes", "", "Neither file has a recipe: they were not written by parity.py."
-        )
-    lines = []
-    for key in keys:
-        values = [side.get(key, "–") for side in (ours, theirs)]
-        differ = values[0] != values[1]
-        cells = "".join(f"<td>{said(value)}</td>" for value in values)
-        start, mark = ('<tr class="differs">', "≠") if differ else ("<tr>", "")
-        lines.append(
-            f'{start}<td class="mark">{mark}</td><th scope="row">{said(key)}</th>{cells}</tr>'
-        )
-    count = sum(line.startswith('<tr class="differs">') for line in lines)
-    names = "".join(
-        f'<th scope="col">{name}</th>' for name in ("what", "A, judged", "B, the reference")
-    )
-    text = (
-        f"Lines that differ, marked with ≠: {count} of {len(lines)}."
-        if count
-        else "They are the same in every line."
-    )
-    table = f'<table class="recipe"><thead><tr><th></th>{names}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return section("The recipes", f'<div class="card scroll">{table}</div>', text)
+    """Return both recipes, line by line; lines that differ are marked."""
+    ours, theirs = dict(flat(a.recipe)), dict(flat(b.recipe))
+    lines, differing = [], 0
+    for key in dict.fromkeys([*theirs, *ours]):
+        x, y = ours.get(key, "–"), theirs.get(key, "–")
+        differing += x != y
+        mark, style = ("≠", ' class="over"') if x != y else ("", "")
+        cells = "".join(f"<td>{escaped(text)}</td>" for text in (mark, x, y))
+        lines.append(f'<tr{style}><th scope="row">{escaped(key)}</th>{cells}</tr>')
+    text = f"Lines that differ, marked with ≠: {differing} of {len(lines)}."
+    if not lines:
+        text = "Neither file has a recipe."
+    body = f'<table class="recipe"><tbody>{"".join(lines)}</tbody></table>' if lines else ""
+    return section("The recipes", text, body)
 
 
-def flat(value: object, key: str = "") -> Iterable[tuple[str, str]]:
-    """A recipe as lines: `versions.torch`, `files.transformer.0.sha256`."""
-    if (
-        isinstance(value, dict)
-        or isinstance(value, list)
-        and any(isinstance(item, dict) for item in value)
-    ):
+def flat(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield a recipe as lines: `versions.torch`, `files.transformer.0.sha256`."""
+    nested = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    if isinstance(value, dict) or nested:
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from flat(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        yield key, ", ".join(map(str, value))
     else:
-        yield key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        yield key, str(value)
 
 
-# ---------------------------------------------------------------- all rows
-
-
-def listing(rows: Sequence[Row]) -> str:
-    """Every row, folded by the part of the run that it belongs to."""
+def all_rows(rows: Sequence[Row]) -> str:
+    """Return every row, folded by the part of the run."""
     first, parts = first_over(rows), []
+    head = "".join(f"<th>{name}</th>" for name in ("", "tensor", "shape", *COLUMNS))
     for name, group in groupby(rows, key=lambda row: row.name.split("/")[0]):
         group = list(group)
         over = sum(row.over for row in group)
-        opened = len(rows) <= OPEN or any(row is first for row in group)
-        count = f'<b class="over">◆ {over:,} over budget</b>' if over else ""
-        summary = f"<summary><code>{said(name)}</code><span>{many(len(group), 'tensor')}</span>{count}</summary>"
-        lines = "".join(line(row, row is first) for row in group)
-        body = f'<div class="scroll"><table class="rows">{HEAD}<tbody>{lines}</tbody></table></div>'
-        start = '<details open="open">' if opened else "<details>"
-        parts.append(f"{start}{summary}{body}</details>")
-    text = "In the order of execution. A diamond marks what is over budget; p50, p99 and the largest are counted in ULP."
-    return section("All tensors", f'<div class="card list">{"".join(parts)}</div>', text)
-
-
-HEAD = (
-    "<thead><tr><th></th><th scope='col'>tensor</th><th scope='col'>shape</th>"
-    + "".join(
-        f"<th scope='col' class='n'>{name}</th>"
-        for name in (
-            "rel. L2",
-            "budget",
-            "× budget",
-            "worst token",
-            "|a|/|b| − 1",
-            "max |a − b|",
-            "1 − PCC",
-            "ULP",
+        unfold = len(rows) <= OPEN or any(row is first for row in group)
+        start = '<details open="open">' if unfold else "<details>"
+        lines = "".join(row_line(row, row is first) for row in group)
+        parts.append(
+            f"{start}<summary>{escaped(name)}: {len(group):,} "
+            f'tensors, {over:,} over tolerance</summary><div class="scroll"><table class="rows">'
+            f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div></details>"
         )
-    )
-    + "</tr></thead>"
-)
+    return section("All tensors", "In the order of execution.", "".join(parts))
 
 
-def line(row: Row, first: bool) -> str:
-    anchor = ' id="first"' if first else ""
-    start = f'<tr class="over"{anchor}><td class="mark">◆</td>' if row.over else "<tr><td></td>"
-    kept = f" {row.kind}" * (row.kind != "full")
-    shape = "×".join(map(str, row.shape))
-    start += f'<th scope="row">{said(row.name)}</th><td class="s">{shape} {row.dtype}{kept}</td>'
+def row_line(row: Row, is_first: bool) -> str:
+    style = ' class="over"' if row.over else ""
+    anchor = ' id="first"' if is_first else ""
+    shape = f"{'×'.join(map(str, row.shape))} {row.dtype}"
+    if row.kind != "full":
+        shape += f" {row.kind}"
+    mark = "◆" if row.over else ""
+    cells = f'<td>{mark}</td><th scope="row">{escaped(row.name)}</th><td>{shape}</td>'
     if row.errors is None:
-        return f'{start}<td colspan="8">{said(row.fault)}</td></tr>'
+        return f'<tr{style}{anchor}>{cells}<td colspan="8">{escaped(row.fault)}</td></tr>'
     e = row.errors
-    broken = (
-        f"<br/>{e.nonfinite:,} NaN or infinite, {e.misplaced:,} misplaced"
-        if e.nonfinite or e.misplaced
-        else ""
-    )
-    swatch = f'<i style="background:var(--{shade(row.ratio, row.over)})"></i>'
+    broken = f" {e.nonfinite:,} NaN or infinite, {e.misplaced:,} misplaced"
     values = (
+        number(e.relative_l2),
+        number(row.tolerance),
+        number(row.ratio, ".2g"),
         number(e.worst_token),
         number(e.norm_ratio - 1, "+.1e"),
         number(e.max_abs),
         number(1 - e.pcc),
+        format_ulp(e) + (broken if e.nonfinite or e.misplaced else ""),
     )
-    ulp = " / ".join(f"{n:,}" if n < 10_000 else f"{n:.0e}" for n in e.ulp)
-    cells = "".join(f"<td>{value}</td>" for value in (*values, ulp + broken))
-    numbers = f"<td>{number(e.relative_l2)}</td><td>{number(row.tolerance)}</td><td>{swatch}{number(row.ratio, '.2g')}</td>"
-    return f"{start}{numbers}{cells}</tr>"
+    return f"<tr{style}{anchor}>{cells}{''.join(f'<td>{value}</td>' for value in values)}</tr>"
