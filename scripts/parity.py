@@ -25,14 +25,15 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import sample
-from sample import say
+from command_line import add_hidden_alias, close_stdout, say, with_flags
 
+FLAGS = sample.flags_of(sample.parser())
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 NOT_OURS = (  # of sample.py's flags: about many pictures, and about where they go
     "help",
     "num_images",
     "seed",
-    "remake",
+    "from_image",
     "upsample",
     "upsample_model",
     "save_control",
@@ -95,8 +96,16 @@ def add_request(p: argparse.ArgumentParser) -> None:
         ours = p.add_argument_group(group.title) if wanted else None
         for action in wanted:
             ours._add_action(action)
+    add_aliases(p)
     p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.set_defaults(save_control=None)
+
+
+def add_aliases(p: argparse.ArgumentParser) -> None:
+    """Accept the older names of those flags of sample.py that `p` has."""
+    for old, new in sample.ALIASES.items():
+        if new in p._option_string_actions:
+            add_hidden_alias(p, old, new)
 
 
 def add_selection(p: argparse.ArgumentParser) -> None:
@@ -166,11 +175,11 @@ def prepare(args: argparse.Namespace):
         raise UserError(
             f"a capture is of one prompt, and {len(prompts)} are given: capture them one by one"
         )
-    pictures = sample.gather_pictures(args, models.get_spec(args.model, args.transformer))
+    pictures = sample.gather_images(args, models.get_spec(args.model, args.transformer))
     pipe = sample.load(args)
     size = args.width, args.height, args.steps, args.guidance
     return pipe, Request(
-        prompts[0], *size, args.seed, args.negative_prompt, args.cfg_scale, pictures
+        prompts[0], *size, args.seed, args.negative_prompt, args.true_cfg_scale, pictures
     )
 
 
@@ -360,7 +369,7 @@ AGAIN = (
     "transformer",
     "autoencoder",
     "lora",
-    "lora_partial",
+    "lora_ignore_unmatched",
 )  # of sample.py's flags
 
 
@@ -429,10 +438,11 @@ def add_again(p: argparse.ArgumentParser) -> None:
 def add_how(p: argparse._ActionsContainer) -> None:
     """How the run of a capture is made again: the model and what was asked for are in it."""
     for group in sample.parser()._action_groups:
-        pictures = group.title.startswith("pictures")
+        pictures = group.title.startswith("images")
         for action in group._group_actions:
             if action.dest in AGAIN or (pictures and action.dest not in NOT_OURS):
                 p._add_action(action)
+    add_aliases(p)
     p.set_defaults(numerics=None, save_control=None)
 
 
@@ -459,7 +469,7 @@ def again(args: argparse.Namespace):
     from flux.weights.locate import get_spec
 
     capture = Capture(args.capture)
-    pictures = sample.gather_pictures(args, get_spec(replay.recipe_of(capture)["model"]))
+    pictures = sample.gather_images(args, get_spec(replay.recipe_of(capture)["model"]))
     request = replay.request_of(capture, pictures)
     return capture, pipeline_of(capture, args), request
 
@@ -470,7 +480,7 @@ def pipeline_of(capture, args: argparse.Namespace):
     from flux.parity import replay
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    files = args.transformer, args.autoencoder, args.lora, args.lora_partial
+    files = args.transformer, args.autoencoder, args.lora, args.lora_ignore_unmatched
     return replay.load(capture, args.weights, args.device, dtype, args.numerics, *files)
 
 
@@ -597,6 +607,7 @@ def add_doctor(commands) -> None:
     for action in sample.parser()._actions:
         if action.dest in AGAIN:
             p._add_action(action)
+    add_aliases(p)
     p.set_defaults(numerics=None)
 
 
@@ -659,21 +670,21 @@ def table(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parser().parse_args()
-    sample.show_warnings_once()
+    sample.show_warnings_once(FLAGS)
     from flux.errors import NonFiniteError, UserError
 
     try:
         return args.run(args)
     except UserError as error:
-        return fail(str(error))
+        return fail(with_flags(str(error), FLAGS))
     except NonFiniteError as error:
-        return fail(str(error), 1)
+        return fail(with_flags(str(error), FLAGS), 1)
     except ModuleNotFoundError as error:
         return fail(
             f"the package {error.name!r} is missing: run `pip install -e .` in the repository"
         )
     except BrokenPipeError:  # `| head` has seen enough
-        sample.close_stdout()
+        close_stdout()
         return 1
     except OSError as error:
         return fail(f"{error.filename or 'the output'}: {error.strerror or error}")

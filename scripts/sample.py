@@ -1,9 +1,9 @@
-"""Text and pictures to picture with any FLUX model, or with one of the toys that are part of the package.
+"""Generate images from text, and from images, with any FLUX model or an embedded toy.
 
 python scripts/sample.py "a small yellow star above a large blue ring on a white background"
 python scripts/sample.py "a cat holding a sign that says hello world" --model flux.2-klein-4b
-python scripts/sample.py "the cat of the first picture in the armchair of the second" --model flux.2-klein-4b \\
-    --image cat.jpg --image chair.jpg
+python scripts/sample.py "the cat of the first image in the armchair of the second" \\
+    --model flux.2-klein-4b --image cat.jpg --image chair.jpg
 python scripts/sample.py "a red door" --model flux.1-fill-dev --image house.jpg --mask door.png
 """
 
@@ -13,35 +13,59 @@ import math
 import os
 import re
 import sys
-import warnings
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from command_line import with_flags
+from command_line import add_hidden_alias, close_stdout, exit_code, say, show_warnings_once
 
-from flux.errors import NonFiniteError, UserError
-from flux.image_io.metadata import DTYPES, OPTIONS, describe, describe_files, recall, short
+from flux.errors import UserError
+from flux.image_io.metadata import (
+    DTYPES,
+    IMAGE_OPTIONS,
+    describe,
+    describe_files,
+    restore_args,
+    short,
+)
 
-FLAGS = {
-    "images": "--image",
-    "mask": "--mask",
-    "strength": "--strength",
-    "outpaint": "--expand",
-    "mask_threshold": "--mask-threshold",
-    "composite=False": "--no-composite",
-    "image_weights": "--image-weight",
-    "match_image_size": "--match-image-size",
-    "keep_input_size": "--keep-input-size",
-    "reference_limit": "--reference-limit",
-    "kv_cache=False": "--no-kv-cache",
-    "kv_cache=True": "--kv-cache",
-    "kv_cache": "--kv-cache",
-    "preprocess_control": "--photo",
-}
 NUMERICS = ("exact", "bfl", "diffusers")
-CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
+OLD_OFFLOAD = {"stages": "model", "stream": "block"}
+ALIASES = {  # an older name of a flag -> the flag
+    "--remake": "--from-image",
+    "--expand": "--outpaint",
+    "--photo": "--preprocess-control",
+    "--cfg-scale": "--true-cfg-scale",
+    "--vram": "--max-vram",
+    "--native-fp8": "--fp8-matmul",
+    "--tile": "--vae-tile",
+    "--lora-partial": "--lora-ignore-unmatched",
+    "--check-weights": "--check-finite",
+}
+FLAGS = {  # the library's arguments whose flag is not their name with dashes
+    "name": "--model",
+    "images": "--image",
+    "image_weights": "--image-weight",
+    "composite=False": "--no-composite",
+    "kv_cache=True": "--kv-cache",
+    "kv_cache=False": "--no-kv-cache",
+    "preprocess_control=True": "--preprocess-control",
+    "fp8_matmul=True": "--fp8-matmul",
+    "compile=True": "--compile",
+    "check_finite=True": "--check-finite",
+    "dtype=torch.float32": "--dtype float32",
+    "dtype=torch.bfloat16": "--dtype bfloat16",
+    "decode_dtype=torch.float32": "--decode-dtype float32",
+    "loras": "--lora",
+    "ignore_unmatched": "--lora-ignore-unmatched",
+    "ignore_unmatched=True": "--lora-ignore-unmatched",
+    "partial": "--lora-ignore-unmatched",
+    "partial=True": "--lora-ignore-unmatched",
+}
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
+
+
+# ------------------------------------------------------------------------------ flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,624 +75,566 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = p.add_argument_group("what to make")
-    what.add_argument("prompts", nargs="*", metavar="PROMPT", help="one or more prompts")
-    what.add_argument(
-        "--prompt", action="append", default=[], help="the same, as a flag (repeatable)"
-    )
-    what.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="one prompt a line; - for standard input"
-    )
-    what.add_argument(
+    add_request(p.add_argument_group("what to generate"))
+    add_images(p.add_argument_group("images as input (README: which model takes what)"))
+    add_sampling(p.add_argument_group("model and sampling"))
+    add_memory_and_speed(p.add_argument_group("memory and speed (README: what is lossless)"))
+    add_files(p.add_argument_group("files"))
+    for old, new in ALIASES.items():
+        add_hidden_alias(p, old, new)
+    return p
+
+
+def add_request(group) -> None:
+    add = group.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="one or more prompts")
+    add("--prompt", action="append", default=[], help="a prompt, as a flag (repeatable)")
+    add("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; -: standard input")
+    add(
         "--negative-prompt",
         metavar="TEXT",
-        help="what to keep away from (with classifier-free guidance)",
+        help="what to move away from (with classifier-free guidance)",
     )
-    what.add_argument(
-        "--seed",
-        type=int,
-        help="of the first picture; the next ones count up (default: at random, and printed)",
-    )
-    what.add_argument(
-        "--num-images",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pictures of each prompt (default: 1)",
-    )
-    what.add_argument(
-        "--width", type=int, help="in pixels, a multiple of 16 (default: the model's)"
-    )
-    what.add_argument(
-        "--height", type=int, help="in pixels, a multiple of 16 (default: the model's)"
-    )
-    what.add_argument(
-        "--remake",
+    add("--seed", type=int, help="of the first image; the next count up (default: random)")
+    add("--num-images", type=int, default=1, metavar="N", help="images per prompt (default: 1)")
+    add("--width", type=int, help="in pixels, a multiple of 16 (default: the model's)")
+    add("--height", type=int, help="in pixels, a multiple of 16 (default: the model's)")
+    add(
+        "--from-image",
         type=Path,
-        metavar="PICTURE",
-        help="make a picture again from the parameters that it carries",
+        metavar="FILE",
+        help="make an image again from the metadata in its file",
     )
-    what.add_argument(
+    add(
         "--upsample",
         metavar="local|URL",
-        help="have the prompt written out: by the text encoder of "
-        "flux.2-dev (with --model flux.2-dev), or by a server that speaks OpenAI's protocol",
+        help="expand the prompt first: local, by the text encoder of flux.2-dev, or by a server "
+        "with OpenAI's protocol",
     )
-    what.add_argument("--upsample-model", metavar="NAME", help="of the server's models")
-    given = p.add_argument_group("pictures as input (README: which model does what with them)")
-    given.add_argument(
-        "--image",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="repeatable, where a model takes several",
-    )
-    given.add_argument(
-        "--mask", type=Path, metavar="FILE", help="white is what may change: filling in, inpainting"
-    )
-    given.add_argument(
+    add("--upsample-model", metavar="NAME", help="model of that server")
+
+
+def add_images(group) -> None:
+    add = group.add_argument
+    add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
+    add("--mask", type=Path, metavar="FILE", help="inpainting, Fill: white is what may change")
+    add(
         "--strength",
         type=float,
         metavar="S",
-        help="image to image: the share of the steps that is run, to 1, "
-        "which keeps nothing of the picture (default: 0.8)",
+        help="image to image, inpainting: share of the steps that is run; 1 keeps nothing of the "
+        "image (default: 0.8)",
     )
-    given.add_argument(
-        "--expand", type=margins, metavar="L,T,R,B", help="fill: pixels of new canvas at each side"
+    add(
+        "--outpaint",
+        type=margins,
+        metavar="L,T,R,B",
+        help="Fill: pixels to add at the left, top, right and bottom",
     )
-    given.add_argument(
+    add(
         "--mask-threshold",
         type=float,
         metavar="X",
-        help="fill: harden a soft mask, white from X on",
+        help="Fill: binarize a soft mask, white from X on",
     )
-    given.add_argument(
+    add(
         "--no-composite",
         dest="composite",
         action="store_false",
-        help="do not put the input's own pixels back where the mask is black",
+        help="keep the model's pixels where the mask is black, instead of the input's",
     )
-    given.add_argument(
-        "--photo",
+    add(
+        "--preprocess-control",
         action="store_true",
-        help="canny, depth: --image is a photo, find the edges or the depth in it",
+        help="Canny, Depth: --image is a photo: find its edges or its depth first",
     )
-    given.add_argument(
+    add(
         "--save-control",
         type=Path,
         metavar="FILE",
-        help="canny, depth: where to save the control picture",
+        help="Canny, Depth: write the control image to this file",
     )
-    given.add_argument(
+    add(
         "--image-weight",
+        dest="image_weights",
         type=float,
         action="append",
         metavar="W",
-        help="redux: of each --image (default: they share 1)",
+        help="Redux: weight of each --image (default: equal weights, with sum 1)",
     )
-    given.add_argument(
+    add(
         "--match-image-size",
         type=int,
         metavar="K",
-        help="make a picture of the size of the K-th --image",
+        help="references: generate at the size of the K-th --image",
     )
-    given.add_argument(
+    add(
         "--keep-input-size",
         action="store_true",
-        help="kontext: do not resize to a preferred resolution",
+        help="Kontext: do not resize references to a preferred resolution",
     )
-    given.add_argument(
+    add(
         "--reference-limit",
         type=int,
         metavar="SIDE",
-        help="FLUX.2: references have at most SIDE x SIDE pixels "
-        "(default: 2024 for one, 1024 for several)",
+        help="FLUX.2: scale references down to at most SIDE x SIDE pixels (default: 2024 for one, "
+        "1024 for several)",
     )
-    given.add_argument(
+    add(
         "--kv-cache",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="FLUX.2: compute references once; exact for klein-9b-kv, an approximation for others",
+        help="FLUX.2: compute references once; exact for klein-9b-kv, else an approximation",
     )
-    how = p.add_argument_group("how")
-    how.add_argument(
-        "--model", metavar="NAME", help="see --list-models (default: flux.2-tiny, an embedded toy)"
-    )
-    how.add_argument("--steps", type=int, metavar="N", help="default: the model's")
-    how.add_argument(
+
+
+def add_sampling(group) -> None:
+    add = group.add_argument
+    add("--model", metavar="NAME", help="see --list-models (default: the toy flux.2-tiny)")
+    add("--steps", type=int, metavar="N", help="default: the model's")
+    add(
         "--guidance",
         type=values,
         metavar="G",
-        help="a number, START:END, or one a step with commas (default: "
-        "the model's; distilled models take none)",
+        help="a number, START:END, or a comma-separated value per step (default: the model's; "
+        "distilled models take none)",
     )
-    how.add_argument(
-        "--cfg-scale",
+    add(
+        "--true-cfg-scale",
         type=values,
         metavar="S",
-        help="classifier-free guidance for models that have none (1: off)",
+        help="classifier-free guidance for guidance-distilled models (1: off)",
     )
-    how.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
-    how.add_argument("--dtype", choices=DTYPES, help="default: bfloat16; float32 for the toy")
-    how.add_argument("--numerics", choices=NUMERICS, help="whose rounding (default: exact)")
-    means = p.add_argument_group(
-        "memory and speed (README: what is lossless, and what the rest costs)"
-    )
-    means.add_argument(
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest available)")
+    add("--dtype", choices=DTYPES, help="default: bfloat16; float32 for the toy")
+    add("--decode-dtype", choices=DTYPES, help="of the decoder (default: by --numerics)")
+    add("--numerics", choices=NUMERICS, help="whose rounding to reproduce (default: exact)")
+
+
+def add_memory_and_speed(group) -> None:
+    add = group.add_argument
+    add(
         "--offload",
-        choices=("none", "stages", "stream"),
-        help="weights on the device: all; those of one stage "
-        "at a time; blocks one after another (default: the first that fits)",
+        type=lambda mode: OLD_OFFLOAD.get(mode, mode),
+        choices=("none", "model", "block"),
+        help="weights on the device: all; one network at a time; one block at a time (default: "
+        "the first that fits)",
     )
-    means.add_argument(
-        "--vram", type=float, metavar="GB", help="use no more of the device's memory"
-    )
-    means.add_argument(
+    add("--max-vram", type=float, metavar="GB", help="device memory to use at most")
+    add(
         "--quantize",
         metavar="KIND",
-        help="fp8, int8 or int4: round the large matrices when they are loaded",
+        help="fp8, int8 or int4: quantize large matrices as they are loaded",
     )
-    means.add_argument(
-        "--native-fp8",
-        action="store_true",
-        help="multiply float8 matrices in float8, where the GPU can",
-    )
-    means.add_argument(
+    add("--fp8-matmul", action="store_true", help="multiply in float8, where the GPU can")
+    add(
         "--compile",
         action="store_true",
         help="compile the blocks: takes a minute, then saves time on a GPU",
     )
-    means.add_argument(
-        "--tile",
-        type=int,
-        metavar="PIXELS",
-        help="decode in tiles of this side, if a picture is too large",
-    )
-    files = p.add_argument_group("files")
-    files.add_argument(
+    add("--vae-tile", type=int, metavar="PIXELS", help="decode in tiles of this side")
+
+
+def add_files(group) -> None:
+    add = group.add_argument
+    add(
         "--weights",
         type=Path,
         metavar="DIR",
-        help="where the models' files are; without it, in $FLUX_WEIGHTS, "
-        "in the Hugging Face cache, or downloaded",
+        help="folder of the models' files (default: $FLUX_WEIGHTS, the Hugging Face cache, or a "
+        "download)",
     )
-    files.add_argument(
+    add(
         "--transformer",
         type=Path,
         metavar="FILE",
-        help="another one in BFL's layout: a fine-tune, for example",
+        help="use this transformer: a fine-tune, for example",
     )
-    files.add_argument(
+    add(
         "--autoencoder",
         type=Path,
         metavar="FILE",
-        help="another one: the FLUX.2 small decoder, for example",
+        help="use this autoencoder: the FLUX.2 small decoder, for example",
     )
-    files.add_argument(
+    add(
         "--lora",
         type=lora,
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="repeatable; any common format, merged in their order",
+        help="repeatable; any common format, merged in order",
     )
-    files.add_argument(
-        "--lora-partial",
+    add(
+        "--lora-ignore-unmatched",
         action="store_true",
-        help="leave out what has no place in the model, where it is an error",
+        help="skip LoRA tensors that match no layer of the model, instead of stopping",
     )
-    files.add_argument(
-        "--check-weights",
-        action="store_true",
-        help="look for NaN and infinity in every tensor first",
-    )
-    files.add_argument(
+    add("--check-finite", action="store_true", help="look for NaN and infinity in the weights")
+    add(
         "--output",
         type=Path,
         default=Path("outputs/flux.png"),
         metavar="FILE",
-        help="PNG, JPEG or WebP by its "
-        "suffix; never overwrites, but counts up (default: outputs/flux.png)",
+        help="PNG, JPEG or WebP, by its suffix; a number is added rather than overwrite a file "
+        "(default: outputs/flux.png)",
     )
-    files.add_argument(
-        "--save-latents",
-        action="store_true",
-        help="also write the latents, as .safetensors beside the picture",
-    )
-    files.add_argument(
-        "--list-models", action="store_true", help="show the table of models, and which are here"
-    )
-    return p
+    add("--save-latents", action="store_true", help="also write the latents, as .safetensors")
+    add("--list-models", action="store_true", help="print the models, and which are available")
 
 
 def values(text: str) -> float | list[float] | tuple[float, ...]:
-    """4, or 4:1 for a straight line over the steps, or, as a tuple, 4,3,2,1 for a value at each."""
+    """Parse "4", "4:1" (a list: from the first step to the last), "4,3,2,1" (a tuple: per step)."""
     try:
         numbers = [float(part) for part in text.replace(":", ",").split(",")]
         if ":" in text and len(numbers) != 2:
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number, nor START:END, nor numbers with commas"
+            f"expected a number, START:END, or comma-separated numbers (got {text!r})"
         ) from None
-    return numbers[0] if len(numbers) == 1 else numbers if ":" in text else tuple(numbers)
+    if len(numbers) == 1:
+        return numbers[0]
+    return numbers if ":" in text else tuple(numbers)
 
 
 def lora(text: str) -> tuple[Path, float]:
+    """Parse FILE or FILE:SCALE."""
     path, colon, scale = text.rpartition(":")
     try:
         return (Path(path), float(scale)) if colon else (Path(text), 1.0)
-    except ValueError:  # a colon in the name
+    except ValueError:  # the colon belongs to the name
         return Path(text), 1.0
 
 
 def margins(text: str) -> tuple[int, ...]:
+    """Parse LEFT,TOP,RIGHT,BOTTOM."""
     try:
         left, top, right, bottom = map(int, text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM in pixels"
+            f"expected LEFT,TOP,RIGHT,BOTTOM in pixels (got {text!r})"
         ) from None
     return left, top, right, bottom
 
 
+def flags_of(p: argparse.ArgumentParser) -> dict[str, str]:
+    """Return what `with_flags` takes: the library's argument names and their flags."""
+    own = {action.dest: action.option_strings[0] for action in p._actions if action.option_strings}
+    return own | FLAGS
+
+
+# ------------------------------------------------------------------------------ running
+
+
 def main() -> int:
-    args = parser().parse_args()
-    show_warnings_once()
-    if sys.stdout is not None:  # a name may have bytes that are no text
+    p = parser()
+    args, flags = p.parse_args(), flags_of(p)
+    show_warnings_once(flags)
+    if sys.stdout is not None:  # a file name may have bytes that are not text
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        return list_models(args.weights) if args.list_models else run(args)
-    except UserError as error:
-        return fail(str(error), 2)
-    except NonFiniteError as error:
-        return fail(str(error))
-    except ModuleNotFoundError as error:
-        return fail(
-            f"the package {error.name!r} is missing: run `pip install -e .` in the repository"
-        )
-    except BrokenPipeError:  # `--list-models | head` has seen enough
-        close_stdout()
-        return 1
-    except OSError as error:  # the disk is full, for example
-        return fail(f"{error.filename or args.output}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        return fail("stopped; the pictures that were finished are kept", 130)
-    except MemoryError:
-        return fail(
-            "out of memory: make the picture smaller, or choose a smaller model (weights.md has what each needs)"
-        )
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        return fail(
-            "out of memory: make the picture smaller, or choose a smaller model (weights.md has what each needs)"
-        )
-
-
-def show_warnings_once() -> None:
-    """As notes: some are raised while the request is checked, and again in the work."""
-    noted: set[str] = set()
-
-    def note(message, *_, **__) -> None:
-        if str(message) not in noted:
-            noted.add(str(message))
-            say(f"note: {with_flags(str(message), FLAGS)}")
-
-    warnings.showwarning = note
+    stopped = "stopped; finished images are kept"
+    command = list_models if args.list_models else run
+    return exit_code(lambda: command(args), flags, args.output, stopped)
 
 
 def run(args: argparse.Namespace) -> int:
-    # 1. everything that can be wrong with the request, before anything heavy is imported
-    from flux.image_io import output as images
+    # 1. Check the request before anything heavy is imported, and before any download.
+    from flux.image_io import output
 
-    if args.remake:
-        recall(args, images.read_metadata(args.remake), parser().get_default)
+    if args.from_image:
+        restore_args(args, output.read_metadata(args.from_image), parser().get_default)
     args.numerics = args.numerics or "exact"
     prompts = gather_prompts(args)
-    images.check_output(args.output, [p + (args.negative_prompt or "") for p in prompts])
-    seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
+    output.check_output(args.output, [p + (args.negative_prompt or "") for p in prompts])
+    first_seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
 
     import torch
-    from tqdm import tqdm
 
-    from flux import sampling
     from flux.image_io import request
-    from flux.runtime import checks as options
-    from flux.weights import locate as models
+    from flux.runtime import checks
+    from flux.weights.locate import get_spec
 
-    if args.lora:
-        check_loras(args)
-    options.check_count(len(prompts) * args.num_images, seed)
-    spec = models.get_spec(args.model, args.transformer)
-    pictures, files = gather_pictures(args, spec), describe_files(args)
+    check_loras(args)
+    checks.check_count(len(prompts) * args.num_images, first_seed)
+    spec = get_spec(args.model, args.transformer)
+    images, files = gather_images(args, spec), describe_files(args)
     if prompts == [""] and spec.image_mode != "redux":
-        raise UserError(
-            f"there is no prompt, and {spec.name} needs one: say what the picture should show"
-        )
-    width, height = request.output_size(spec, pictures, args.width, args.height)
-    options.check_size(height, width)
-    steps = options.check_steps(spec, args.steps)
-    for flag, asked in (("--guidance", args.guidance), ("--cfg-scale", args.cfg_scale)):
-        if isinstance(asked, tuple) and len(asked) != steps:
-            raise options.wrong_count(flag[2:].replace("-", "_"), len(asked), steps)
-    guidance = options.check_guidance(spec, args.guidance, steps)
-    if args.upsample == "local" and (spec.name != "flux.2-dev"):
-        raise UserError(
-            f"--upsample local works with flux.2-dev alone, whose text encoder can write, not with {spec.name}: give a URL"
-        )
-    if (args.upsample not in (None, "local")) != (args.upsample_model is not None):
-        raise UserError("--upsample URL and --upsample-model NAME go together")
-    cfg = options.check_cfg(spec, args.guidance, args.negative_prompt, args.cfg_scale, steps)
+        raise UserError(f"prompt: {spec.name} needs one. Say what the image should show.")
+    width, height = request.output_size(spec, images, args.width, args.height)
+    checks.check_size(height, width)
+    steps = checks.check_steps(spec, args.steps)
+    for name in ("guidance", "true_cfg_scale"):
+        listed = getattr(args, name)
+        if isinstance(listed, tuple) and len(listed) != steps:
+            raise checks.wrong_count(name, len(listed), steps)
+    guidance = checks.check_guidance(spec, args.guidance, steps)
+    cfg = checks.check_cfg(spec, args.guidance, args.negative_prompt, args.true_cfg_scale, steps)
+    check_upsampling(args, spec)
 
-    # 2. the model
-    torch.set_flush_denormal(
-        True
-    )  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
+    # 2. Load the model.
+    torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     pipe = load(args)
-    toy = ", an embedded toy" if spec.embedded else ""
-    guided = "" if guidance is None else f", guidance {options.format_values(guidance)}"
-    run = f"{steps} steps" + (
-        f" at strength {pictures.strength:g}" if pictures and pictures.strength else ""
-    )
-    say(
-        f"{spec.name}{toy}: {width}x{height}, {run}{guided}, on {pipe.device} in {short(pipe.dtype)}"
-    )
+    say(summary(args, pipe, width, height, steps, guidance))
     if spec.embedded:
         note_unknown_words(prompts)
-    how = pipe.prepare(width, height, steps, pictured=width * height if pictures else 0)
-    if not spec.embedded or any((args.offload, args.vram, args.quantize)):
-        say(f"memory: {how.message}")
+    plan = pipe.prepare(width, height, steps, pictured=width * height if images else 0)
+    if not spec.embedded or args.offload or args.max_vram or args.quantize:
+        say(f"memory: {plan.message}")
 
-    # 3. the prompts written out, if that is asked for
-    plain, prompts = prompts, [upsample(args, pipe, prompt, pictures, seed) for prompt in prompts]
+    # 3. Expand the prompts, if requested.
+    shown = images.images if images else ()
+    expanded = [upsample(args, pipe, prompt, shown, first_seed) for prompt in prompts]
+    metadata_of_each = []
+    for number in range(len(prompts) * args.num_images):
+        row, seed = number // args.num_images, first_seed + number
+        size = width, height, steps, guidance
+        metadata = describe(args, pipe, expanded[row], *size, seed) | files
+        metadata["upsampled_from"] = prompts[row] if args.upsample else None
+        output.check_metadata_fits(args.output, metadata)
+        metadata_of_each.append(metadata)
 
-    shown = [pair for pair in zip(prompts, plain) for _ in range(args.num_images)]
-    recipes = [
-        describe(args, pipe, prompt, width, height, steps, guidance, seed + number)
-        | files
-        | {"upsampled_from": short_prompt if args.upsample else None}
-        for number, (prompt, short_prompt) in enumerate(shown)
-    ]
-    for metadata in recipes:
-        images.check_metadata_fits(args.output, metadata)
-
-    # 4. prompts to features, then picture by picture, so that each is the same whatever is made beside it
-    conditions = pictures and pipe.condition(pictures, width, height)
+    # 4. Encode everything, then generate one by one: no image depends on the others.
+    conditions = images and pipe.condition(images, width, height)
     if conditions:
-        pipe.prepare(steps=steps, conditions=conditions)  # now it is known how many tokens they are
+        pipe.prepare(steps=steps, conditions=conditions)  # now the number of tokens is known
     if args.save_control:
-        say(f"control: {images.save(conditions.control, args.save_control, {})}")
-    pipe.encode(prompts + [args.negative_prompt or ""] * cfg)
-    total = (
-        len(sampling.truncate_by_strength(range(steps + 1), conditions.strength)) - 1
-        if conditions
-        else steps
-    )
-    for metadata in recipes:
-        prompt, name, kept = metadata["prompt"], f"seed {metadata['seed']}", []
-        with tqdm(
-            total=total,
-            desc=name,
-            unit="step",
-            leave=False,
-            disable=not (sys.stderr and sys.stderr.isatty()),
-        ) as bar:
-
-            def see(step: int, t: float, latents: torch.Tensor, bar=bar, kept=kept) -> None:
-                bar.update()
-                kept[:] = [latents]
-
-            asked = dict(
-                negative_prompt=args.negative_prompt,
-                cfg_scale=args.cfg_scale,
-                callback=see,
-                pictures=conditions,
-            )
-            size = (None, None) if conditions else (width, height)
-            (image,) = pipe(prompt, *size, steps, args.guidance, metadata["seed"], **asked)
-        path = images.save(
-            image, args.output, metadata, beside=[".safetensors"] * args.save_latents
-        )
+        say(f"control: {output.save(conditions.control_image, args.save_control, {})}")
+    pipe.encode(expanded + ([args.negative_prompt or ""] if cfg else []))
+    for metadata in metadata_of_each:
+        seed, prompt = metadata["seed"], metadata["prompt"]
+        image, latents = generate(args, pipe, prompt, seed, steps, conditions)
+        suffixes = [".safetensors"] if args.save_latents else []
+        path = output.save(image, args.output, metadata, suffixes)
         if args.save_latents:
-            save_latents(path, kept[0], metadata)
-        say(f"{name}: {prompt}")
-        tell(path)
+            save_latents(path, latents, metadata)
+        say(f"seed {seed}: {prompt}")
+        print_path(path)
     return 0
 
 
+def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int, conditions):
+    """Generate one image behind a progress bar; return it and its latents."""
+    from tqdm import tqdm
+
+    from flux.sampling import truncate_by_strength
+
+    strength = conditions.strength if conditions else 1.0
+    total = len(truncate_by_strength(range(steps + 1), strength)) - 1
+    hidden = not (sys.stderr and sys.stderr.isatty())
+    latents = None
+    with tqdm(total=total, desc=f"seed {seed}", unit="step", leave=False, disable=hidden) as bar:
+
+        def after_step(step: int, t: float, x) -> None:
+            nonlocal latents
+            latents = x
+            bar.update()
+
+        (image,) = pipe(
+            prompt,
+            None if conditions else args.width,
+            None if conditions else args.height,
+            steps,
+            args.guidance,
+            seed,
+            negative_prompt=args.negative_prompt,
+            cfg_scale=args.true_cfg_scale,
+            callback=after_step,
+            pictures=conditions,
+        )
+    return image, latents
+
+
 def load(args: argparse.Namespace):
-    """The pipeline that the flags ask for, with its LoRAs."""
+    """Load the pipeline that the flags name, with its LoRAs."""
     import torch
 
-    from flux import pipeline
+    import flux
 
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    pipe = pipeline.load(
-        args.model,
-        args.weights,
-        args.device,
-        dtype,
-        args.numerics or "exact",
-        args.transformer,
-        args.autoencoder,
-        args.check_weights,
-        {"stages": "model", "stream": "block"}.get(args.offload, args.offload),
-        args.vram,
-        args.quantize,
-        args.native_fp8,
-        args.compile,
-        args.tile,
-    )
+    names = "weights device transformer autoencoder check_finite offload max_vram quantize"
+    names += " fp8_matmul compile vae_tile"
+    options = {name: getattr(args, name) for name in names.split()}
+    for name in ("dtype", "decode_dtype"):
+        options[name] = getattr(torch, getattr(args, name)) if getattr(args, name) else None
+    pipe = flux.load(args.model, numerics=args.numerics or "exact", **options)
     for path, scale in args.lora:
-        pipe.load_lora(path, scale, args.lora_partial)
+        pipe.load_lora(path, scale, args.lora_ignore_unmatched)
     return pipe
 
 
-def upsample(args: argparse.Namespace, pipe, prompt: str, pictures, seed: int) -> str:
-    """The prompt, written out by a language model if --upsample says by which."""
-    if not args.upsample:
-        return prompt
-    import prompt_upsampling as upsampling
-
-    from flux.weights import locate as models
-
-    shown = pictures.images if pictures else ()
-    if args.upsample == "local":
-        models.locate_one(pipe.spec, "text_encoder/config.json", args.weights)
-        written = upsampling.upsample_locally(
-            prompt, pipe.files["tokenizer"].parent, shown, seed, pipe.device
-        )
-    else:
-        written = upsampling.upsample_remotely(
-            prompt, args.upsample, args.upsample_model, pictures=shown
-        )
-    say(f"prompt: {written}")
-    return written
+# ------------------------------------------------------------------------------ input
 
 
 def gather_prompts(args: argparse.Namespace) -> list[str]:
-    """From the command line and the file, in this order."""
+    """Return the prompts of the command line and of the file, in this order."""
     prompts = args.prompts + args.prompt
     if args.prompt_file:
-        try:
-            raw = from_stdin() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
-            lines = [line.strip() for line in re.split(r"\r\n|\r|\n", raw.decode("utf-8-sig"))]
-            if b"\0" in raw:  # UTF-16 without its mark reads as UTF-8 with zeros
-                raise ValueError
-        except OSError as error:
-            raise UserError(
-                f"--prompt-file {args.prompt_file}: cannot be read ({error.strerror})"
-            ) from None
-        except ValueError:
-            raise UserError(
-                f"--prompt-file {args.prompt_file}: is not UTF-8 text; save it as UTF-8, one prompt a line"
-            ) from None
-        if not any(lines):
-            raise UserError(f"--prompt-file {args.prompt_file}: holds no prompt; write one a line")
-        prompts += filter(None, lines)
+        prompts += read_prompts(args.prompt_file)
     if not prompts and args.image:  # FLUX.1 Redux needs none
         return [""]
     if not prompts:
         raise UserError(
-            "there is no prompt: give one in quotes, or --prompt-file FILE, or --remake PICTURE"
+            "prompt: is missing. Give one in quotes, or --prompt-file FILE, or --from-image FILE."
         )
-    if any(not p.strip() for p in prompts):
-        raise UserError("a prompt is empty: say what the picture should show")
+    if any(not prompt.strip() for prompt in prompts):
+        raise UserError("prompt: is empty. Say what the image should show.")
     for text in (*prompts, args.negative_prompt or ""):
         if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
-            raise UserError(
-                f"the prompt {text!r:.120} holds bytes that are no UTF-8 text: type it anew"
-            )
+            raise UserError(f"prompt: {text!r:.120} has bytes that are not UTF-8 text.")
     return prompts
 
 
-def from_stdin() -> bytes:
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file, or of standard input for "-"; empty lines are left out."""
+    try:
+        raw = read_stdin() if str(path) == "-" else path.read_bytes()
+        lines = [line.strip() for line in re.split(r"\r\n|\r|\n", raw.decode("utf-8-sig"))]
+        if b"\0" in raw:  # UTF-16 without its mark reads as UTF-8 with zeros
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"prompt_file: {path} cannot be read ({error.strerror}).") from None
+    except ValueError:
+        raise UserError(
+            f"prompt_file: {path} is not UTF-8 text. Save it as UTF-8, one prompt a line."
+        ) from None
+    if not any(lines):
+        raise UserError(f"prompt_file: {path} has no prompt. Write one a line.")
+    return [line for line in lines if line]
+
+
+def read_stdin() -> bytes:
     if sys.stdin is None:
-        raise UserError("--prompt-file -: there is no standard input; name a file")
+        raise UserError("prompt_file: - needs a standard input. Name a file.")
     return sys.stdin.buffer.read()
 
 
-def gather_pictures(args: argparse.Namespace, spec):
-    """Return the checked image inputs of the flags, or None without any."""
+def gather_images(args: argparse.Namespace, spec):
+    """Return the checked `ImageInputs` of the flags, or None without any."""
     from flux.image_io import input as inputs
-    from flux.image_io import output as images
-    from flux.image_io import request
+    from flux.image_io import output, request
 
-    if args.save_control and spec.image_mode != "control":
-        raise UserError(
-            f"--save-control: {spec.name} takes no control image. Leave --save-control out."
-        )
     if args.save_control:
-        images.check_output(args.save_control, flag="--save-control")
-    options = {option: getattr(args, flag) for option, flag in OPTIONS.items()}
+        if spec.image_mode != "control":
+            raise UserError(f"save_control: {spec.name} takes no control image. Leave it out.")
+        output.check_output(args.save_control, name="save_control")
     mask = inputs.read_mask(args.mask) if args.mask else None
-    given = request.ImageInputs(tuple(map(inputs.read_image, args.image)), mask, **options)
-    if given == request.ImageInputs(()):
-        given = None
-    try:
-        request.check_images(spec, given)
-    except UserError as error:
-        raise UserError(with_flags(str(error), FLAGS)) from None
-    return given
+    options = {name: getattr(args, name) for name in IMAGE_OPTIONS}
+    images = request.ImageInputs(tuple(map(inputs.read_image, args.image)), mask, **options)
+    if images == request.ImageInputs(()):
+        images = None
+    request.check_images(spec, images)
+    return images
 
 
 def check_loras(args: argparse.Namespace) -> None:
-    """Refuse what is no LoRA before a model is looked for, which may take a download."""
+    """Raise UserError for a wrong LoRA file before the model is downloaded."""
+    if not args.lora:
+        return
     from flux.lora.formats import read
 
-    for number, (path, scale) in enumerate(args.lora):
+    paths = [path for path, _ in args.lora]
+    for path, scale in args.lora:
         read(path)
         if not math.isfinite(scale):
-            raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
-        if path in [other for other, _ in args.lora[:number]]:
+            raise UserError(f"loras: the scale of {path} must be a finite number (got {scale}).")
+        if paths.count(path) > 1:
             raise UserError(
-                f"--lora {path} is given twice: give it once, with the sum of the scales"
+                f"loras: {path} is given twice. Give it once, with the sum of the scales."
             )
 
 
-def note_unknown_words(prompts: list[str]) -> None:
-    from flux import toy as shapes
+def check_upsampling(args: argparse.Namespace, spec) -> None:
+    if args.upsample == "local" and spec.name != "flux.2-dev":
+        raise UserError(
+            f"upsample: local needs the text encoder of flux.2-dev (got {spec.name}). Give a URL."
+        )
+    by_server = args.upsample not in (None, "local")
+    if by_server != (args.upsample_model is not None):
+        raise UserError("upsample: a URL needs `upsample_model`, and the other way round.")
 
-    if unknown := [word for prompt in prompts for word in shapes.unknown_words(prompt)]:
+
+def upsample(args: argparse.Namespace, pipe, prompt: str, images: tuple, seed: int) -> str:
+    """Return the prompt, expanded by the language model of --upsample if there is one."""
+    if not args.upsample:
+        return prompt
+    import prompt_upsampling as upsampling
+
+    from flux.weights import locate
+
+    if args.upsample == "local":
+        locate.locate_one(pipe.spec, "text_encoder/config.json", args.weights)
+        folder = pipe.files["tokenizer"].parent
+        prompt = upsampling.upsample_locally(prompt, folder, images, seed, pipe.device)
+    else:
+        prompt = upsampling.upsample_remotely(
+            prompt, args.upsample, args.upsample_model, pictures=images
+        )
+    say(f"prompt: {prompt}")
+    return prompt
+
+
+# ------------------------------------------------------------------------------ output
+
+
+def summary(args: argparse.Namespace, pipe, width: int, height: int, steps: int, guidance) -> str:
+    """Return one line: model, size, steps, guidance, device, dtype."""
+    from flux.runtime.checks import format_values
+
+    name = f"{pipe.spec.name}, an embedded toy" if pipe.spec.embedded else pipe.spec.name
+    text = f"{name}: {width}x{height}, {steps} steps"
+    if args.strength:
+        text += f" at strength {args.strength:g}"
+    if guidance is not None:
+        text += f", guidance {format_values(guidance)}"
+    return f"{text}, on {pipe.device} in {short(pipe.dtype)}"
+
+
+def note_unknown_words(prompts: list[str]) -> None:
+    """Say which words of the prompts the toy does not know, and which it knows."""
+    from flux import toy
+
+    unknown = [word for prompt in prompts for word in toy.unknown_words(prompt)]
+    if unknown:
         words = ", ".join(repr(word) for word in dict.fromkeys(unknown))
+        known = "; ".join(map(", ".join, (toy.SHAPES, toy.COLOURS, toy.PATTERNS, toy.SIZES)))
         say(
-            f"note: the toy does not know {words}. It knows the shapes {', '.join(shapes.SHAPES)}; the colours "
-            f"{', '.join(shapes.COLOURS)}; {', '.join(shapes.PATTERNS)}; {', '.join(shapes.SIZES)}; places such as 'at the top "
-            "left'; above, below, to the left of, to the right of; '... background'; and 'the word \"ABCD\" in red'. --model "
-            "names a real model."
+            f"note: the toy does not know {words}. It knows {known}; places such as 'at the top "
+            "left'; above, below, to the left of, to the right of; '... background'; and 'the word "
+            '"ABCD" in red\'. --model names a real model.'
         )
 
 
-def save_latents(picture: Path, latents, metadata: dict) -> None:
+def save_latents(image: Path, latents, metadata: dict) -> None:
+    """Write the latents next to the image."""
     from safetensors.torch import save
 
     from flux.image_io.output import write_exclusive
 
     data = save({"latents": latents.cpu().contiguous()}, {"flux": json.dumps(metadata)})
-    say(
-        f"latents: {write_exclusive(picture.with_suffix('.safetensors'), lambda file: file.write(data))}"
-    )
+    path = write_exclusive(image.with_suffix(".safetensors"), lambda file: file.write(data))
+    say(f"latents: {path}")
 
 
-def list_models(weights: Path | None) -> int:
+def list_models(args: argparse.Namespace) -> int:
+    """Print the table of models."""
     from flux.configs import MODELS
     from flux.weights.files import weights_folder
     from flux.weights.locate import count_parameters, is_available_locally
 
-    weights_folder(weights)
+    weights_folder(args.weights)
     print(f"{'name':28}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
     for spec in MODELS.values():
-        here = "yes" if is_available_locally(spec, weights) else "no"
-        print(
-            f"{spec.name:28}{count_parameters(spec) / 1e9:>10.3g} B  {spec.steps:>5}  {here:5} {spec.licence.name}"
-        )
+        here = "yes" if is_available_locally(spec, args.weights) else "no"
+        size = f"{count_parameters(spec) / 1e9:.3g}"
+        print(f"{spec.name:28}{size:>10} B  {spec.steps:>5}  {here:5} {spec.licence.name}")
     return 0
 
 
-def tell(path: Path) -> None:
-    """On standard output, unless nobody reads it any more: the pictures are made all the same."""
+def print_path(path: Path) -> None:
+    """Print to standard output; go on if its reader has gone."""
     try:
         print(path, flush=True)
     except BrokenPipeError:
         close_stdout()
-
-
-def close_stdout() -> None:
-    """Where it leads nowhere any more: Python's own last flush would fail, too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say(text: str) -> None:
-    """On standard error, if there is one; without what would steer a terminal, since files from elsewhere have a part in it."""
-    if sys.stderr is not None:
-        print(CONTROL.sub("", text), file=sys.stderr, flush=True)
-
-
-def fail(text: str, code: int = 1) -> int:
-    say(f"error: {text}")
-    return code
 
 
 if __name__ == "__main__":

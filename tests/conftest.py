@@ -1,6 +1,7 @@
 """Fixtures of several test modules. Puts the folders of tests/ on sys.path."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,73 @@ def parity(monkeypatch, capsys, tmp_path):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def sample_script():
+    """scripts/sample.py as a module."""
+    from support.load_script import script
+
+    return script("sample")
+
+
+@pytest.fixture
+def no_weights_here(tmp_path, monkeypatch):
+    """An empty cache and no network for huggingface_hub, which read its settings when imported."""
+    import huggingface_hub.constants
+
+    monkeypatch.delenv("FLUX_WEIGHTS", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def cli(sample_script, no_weights_here, tmp_path, monkeypatch, capsys):
+    """Run scripts/sample.py in this process, on the CPU, in an empty folder: arguments -> Run."""
+    from support.sample_run import SCRIPT, Run, files_in
+
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+    def call(*arguments) -> Run:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        before = tuple(files_in(folder))
+        with warnings.catch_warnings():  # restores showwarning, too
+            warnings.simplefilter("default")
+            try:
+                code = sample_script.main()
+            except SystemExit as stop:  # argparse
+                code = stop.code
+            finally:
+                torch.set_flush_denormal(False)
+        return Run(code, *capsys.readouterr(), folder, before)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Tiny random models under the released names."""
+    from support.model_zoo import TINY_REDUX, TINY_SIGLIP, Zoo
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLUX_WEIGHTS", raising=False)
+        patch.setattr("flux.pipeline.SigLIPConfig", lambda: TINY_SIGLIP)
+        patch.setattr("flux.pipeline.ReduxConfig", lambda: TINY_REDUX)
+        yield Zoo(tmp_path_factory.mktemp("zoo"), patch)
+
+
+@pytest.fixture(scope="module")
+def small_kontext_sizes():
+    """Let Kontext prefer sizes that a test can generate."""
+    from support.model_zoo import SMALL_KONTEXT_SIZES
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flux.image_io.input.KONTEXT_SIZES", SMALL_KONTEXT_SIZES)
+        yield
 
 
 @pytest.fixture

@@ -4,119 +4,28 @@ Where diffusers draws a sample of the autoencoder's posterior and Black Forest L
 the mean: only so can both be given the same noise.
 """
 
-import inspect
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from support.tiny_repositories import write_tokenizers
-from test_pipeline import grid, levels, noise
+from support.conditioned_model import HEIGHT, SEEDS, STEPS, WIDTH, Model, grid, levels, noise
+from support.drawn_images import photo, soft_mask
+from support.model_zoo import TINY_REDUX, TINY_SIGLIP
 from torch import Tensor
 
-import flux
-from flux.configs import MODELS, FLUX1Text, FLUX2Text
 from flux.image_io.request import ImageInputs
 from flux.parity.reference import (
-    FLUX1_TINY,
-    KLEIN_TINY,
-    TINY_AE1,
-    TINY_AE2,
-    TINY_CLIP,
-    TINY_MISTRAL,
-    TINY_QWEN,
-    TINY_T5,
     diffusers_encode,
-    diffusers_pipeline,
     diffusers_redux,
     diffusers_velocity,
     max_error,
-    networks,
-    randomise,
     siglip_processor,
     transformers_siglip,
-    write_weights,
 )
-from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
 from flux.text_encoder import TextFeatures
 
-WIDTH, HEIGHT, STEPS, SEEDS = 96, 64, 4, (5, 6)
-WITHIN = 2e-5  # of the largest latent; four steps of float32 rounding through random networks, seen: up to 7e-6
-
-KLEIN = replace(KLEIN_TINY, context_dim=TINY_QWEN.features)
-TRANSFORMERS = {
-    "flux.1-dev": FLUX1_TINY,
-    "flux.1-fill-dev": replace(FLUX1_TINY, in_channels=384),
-    "flux.1-canny-dev": replace(FLUX1_TINY, in_channels=128),
-    "flux.1-kontext-dev": FLUX1_TINY,
-    "flux.1-redux-dev": FLUX1_TINY,
-    "flux.2-dev": replace(KLEIN, guidance=True),
-    "flux.2-klein-4b": KLEIN,
-    "flux.2-klein-9b-kv": KLEIN,
-    "flux.2-klein-base-4b": KLEIN,
-}
-TINY_SIGLIP = SigLIPConfig(image_size=60, hidden_size=48, num_heads=4, mlp_size=80, depth=2)
-TINY_REDUX = ReduxConfig(48, 3 * FLUX1_TINY.context_dim, FLUX1_TINY.context_dim)
-
-
-class Model:
-    """A tiny row of the table in the files of its repositories, our pipeline, and diffusers' for text to image."""
-
-    def __init__(self, name: str, folder, patch):
-        home = folder / MODELS[name].repository.split("/")[1]
-        flux1 = name.startswith("flux.1")
-        last = write_tokenizers(home, "flux.1-dev" if flux1 else name)
-        text = (
-            FLUX1Text(TINY_T5, replace(TINY_CLIP, eos_id=last))
-            if flux1
-            else FLUX2Text(TINY_MISTRAL if name == "flux.2-dev" else TINY_QWEN)
-        )
-        self.spec = replace(
-            MODELS[name],
-            transformer=TRANSFORMERS[name],
-            text=text,
-            text_length=64,
-            autoencoder=TINY_AE1 if flux1 else TINY_AE2,
-        )
-        patch.setitem(MODELS, name, self.spec)
-        self.parts = networks(self.spec)
-        write_weights(home, self.spec, self.parts)
-        if self.spec.addon:
-            self.write_redux(folder / self.spec.addon.repository.split("/")[1])
-        self.ours = flux.load(name, weights=folder, device="cpu", dtype=torch.float32)
-        self.theirs = diffusers_pipeline(self.spec, self.parts)
-        self.flux1 = flux1
-
-    def write_redux(self, home):
-        self.siglip, self.redux = randomise(SigLIP(TINY_SIGLIP)), randomise(Redux(TINY_REDUX))
-        (home / "image_encoder").mkdir(parents=True)
-        save_file(self.siglip.state_dict(), home / "image_encoder/model.safetensors")
-        save_file(self.redux.state_dict(), home / "flux1-redux-dev.safetensors")
-
-    def features(self, seed: int = 1, rows: int = len(SEEDS)) -> TextFeatures:
-        config, generator = self.spec.transformer, torch.Generator().manual_seed(seed)
-        pooled = torch.randn(rows, config.vector_dim, generator=generator) if self.flux1 else None
-        return TextFeatures(torch.randn(rows, 7, config.context_dim, generator=generator), pooled)
-
-    def variant(self, family: str, patch):
-        """Another of diffusers' pipelines with the same parts, that takes the mean of the posterior."""
-        import diffusers
-
-        kind, posterior = (
-            getattr(diffusers, family),
-            diffusers.models.autoencoders.vae.DiagonalGaussianDistribution,
-        )
-        patch.setattr(posterior, "sample", lambda self, generator=None: self.mean)
-        takes = inspect.signature(kind).parameters
-        distilled = {"is_distilled": not self.spec.cfg} if "Klein" in family else {}
-        pipe = kind(
-            **{part: value for part, value in self.theirs.components.items() if part in takes},
-            **distilled,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+# of the largest latent; four steps of float32 rounding in random networks, seen: up to 7e-6
+WITHIN = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -133,22 +42,6 @@ def models(tmp_path_factory):
             return made[name]
 
         yield model
-
-
-def photo(width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> Image.Image:
-    """Smooth waves, so that resizing does not make it grey."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width] / 40
-    waves = [np.sin(a * x + b * y + c) for a, b, c in rng.uniform(-3, 3, (3, 3))]
-    return Image.fromarray(np.rint(127.5 + 127 * np.stack(waves, -1)).astype(np.uint8))
-
-
-def painted(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """A mask with a hard block and a soft ramp."""
-    mask = np.zeros((height, width), np.uint8)
-    mask[height // 4 : height // 2, width // 3 :] = 255
-    mask[height // 2 :, : width // 2] = np.linspace(0, 255, width // 2)
-    return Image.fromarray(mask)
 
 
 def compare(
@@ -207,7 +100,7 @@ def test_fill_equals_diffusers(models, monkeypatch):
     """diffusers makes the mask hard, so ours is made so here."""
     model = models("flux.1-fill-dev")
     theirs = model.variant("FluxFillPipeline", monkeypatch)
-    picture, mask = photo(), painted()
+    picture, mask = photo(), soft_mask()
     pictures = ImageInputs((picture,), mask, mask_threshold=0.5)
     compare(
         model,
@@ -324,11 +217,11 @@ def test_image_to_image_equals_diffusers(models, monkeypatch, strength):
 def test_inpainting_equals_diffusers(models, monkeypatch, strength):
     model = models("flux.1-dev")
     theirs = model.variant("FluxInpaintPipeline", monkeypatch)
-    given = dict(image=photo(), mask_image=painted(), strength=strength, guidance_scale=3.0)
+    given = dict(image=photo(), mask_image=soft_mask(), strength=strength, guidance_scale=3.0)
     compare(
         model,
         theirs,
-        ImageInputs((photo(),), painted(), strength=strength),
+        ImageInputs((photo(),), soft_mask(), strength=strength),
         given,
         noise_given=False,
         guidance=3.0,
@@ -343,12 +236,12 @@ def test_klein_inpainting_equals_diffusers(models, monkeypatch, name):
     cfg = dict(guidance=3.0, negative=model.features(2, rows=1)) if model.spec.cfg else {}
     given = dict(
         image=photo(),
-        mask_image=painted(),
+        mask_image=soft_mask(),
         image_reference=other,
         strength=0.6,
         guidance_scale=cfg.get("guidance", 1.0),
     )
-    pictures = ImageInputs((photo(), other), painted(), strength=0.6, reference_limit=1024)
+    pictures = ImageInputs((photo(), other), soft_mask(), strength=0.6, reference_limit=1024)
     compare(model, theirs, pictures, given, noise_given=False, **cfg)
 
 

@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.conditioned_model import grid, levels, noise
 from support.tiny_repositories import home, write_tokenizers
 from support.tokenizer_files import MISTRAL_TEMPLATE
 from torch import Tensor, nn
 
 import flux
-from flux import sampling
 from flux.configs import MODELS, ModelSpec
 from flux.errors import NonFiniteError, UserError
 from flux.parity.reference import (
@@ -108,22 +108,6 @@ def random_features(model: Model, rows: int, seed: int) -> TextFeatures:
     return TextFeatures(torch.randn(rows, 7, config.context_dim, generator=generator), pooled)
 
 
-def grid(tokens: Tensor, height: int) -> Tensor:
-    return rearrange(tokens, "b (h w) c -> b c h w", h=height // 16)
-
-
-def noise(model: Model, seeds, width: int = WIDTH, height: int = HEIGHT) -> Tensor:
-    """Our noise as diffusers takes it: FLUX.1 as tokens, FLUX.2 as a grid."""
-    drawn = sampling.noise(
-        seeds,
-        model.spec.autoencoder.latent_channels,
-        height // 16,
-        width // 16,
-        spatial=model.flux1,
-    )
-    return rearrange(drawn, "b c h w -> b (h w) c") if model.flux1 else drawn
-
-
 def by_diffusers(
     theirs,
     model: Model,
@@ -184,12 +168,6 @@ def setting(
     model, asked = models[run.split()[0]], RUNS[run]
     negative = random_features(model, 1, seed=2) if model.spec.cfg or "cfg_scale" in asked else None
     return model, asked, random_features(model, 2, seed=1), negative
-
-
-def levels(a: Image.Image, b: Image.Image) -> int:
-    """The largest difference of two pictures, of 255."""
-    assert a.size == b.size and a.mode == b.mode == "RGB"
-    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
 # ---------------------------------------------------------------------------------------------------------- parity

@@ -1,45 +1,36 @@
-"""What a picture carries with it: the parameters that made it, to be told and to make it again."""
+"""The metadata of an image: everything that decides its pixels, to show and to make it again."""
 
 import hashlib
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
 
 from flux.errors import UserError
 
 DTYPES = ("bfloat16", "float32")
-REMADE = dict(  # what a picture's parameters must hold, and of what type, to make it again
+Types = dict[str, type | UnionType]
+REQUIRED: Types = dict(  # metadata of every image -> type; a list is of numbers
     prompt=str,
     negative_prompt=str | None,
     width=int,
     height=int,
     steps=int,
     guidance=float | int | list | None,
-    cfg_scale=float | int | list | None,
+    true_cfg_scale=float | int | list | None,
     seed=int,
     numerics=str,
     model=str,
     dtype=str,
+    decode_dtype=str | None,
     transformer=str | None,
     autoencoder=str | None,
     quantize=str | None,
-    native_fp8=bool,
+    fp8_matmul=bool,
     compile=bool,
-    tile=int | None,
+    vae_tile=int | None,
 )
-OPTIONS = {  # of flux.ImageInputs -> flags; also what the metadata keep
-    "strength": "strength",
-    "outpaint": "expand",
-    "mask_threshold": "mask_threshold",
-    "composite": "composite",
-    "image_weights": "image_weight",
-    "match_image_size": "match_image_size",
-    "keep_input_size": "keep_input_size",
-    "reference_limit": "reference_limit",
-    "kv_cache": "kv_cache",
-    "preprocess_control": "photo",
-}
-REMADE_PICTURES = dict(  # of these types
+IMAGE_OPTIONS: Types = dict(  # of `flux.ImageInputs`, in the metadata's `image_options`
     strength=float | int | None,
     outpaint=list | None,
     mask_threshold=float | int | None,
@@ -51,115 +42,39 @@ REMADE_PICTURES = dict(  # of these types
     kv_cache=bool | None,
     preprocess_control=bool,
 )
+OLD_NAMES = {  # in images of version 0.1.0 -> today
+    "cfg_scale": "true_cfg_scale",
+    "native_fp8": "fp8_matmul",
+    "tile": "vae_tile",
+    "pictures": "image_options",
+}
+OLD_OPTION_NAMES = {
+    "expand": "outpaint",
+    "weights": "image_weights",
+    "match": "match_image_size",
+    "keep_size": "keep_input_size",
+    "limit": "reference_limit",
+    "cached": "kv_cache",
+    "photo": "preprocess_control",
+}
 
 
-def recall(args: Namespace, metadata: dict, default: Callable[[str], object]) -> None:
-    """Take from a picture what made it; what is typed beside --remake wins, and is told from `default`, of a flag."""
-    if args.prompts or args.prompt or args.prompt_file:
-        raise UserError("--remake brings its own prompt: leave the prompt out")
-    if wrong := lacking(metadata, REMADE):
-        raise UserError(
-            f"{args.remake} lacks parameters that are needed to remake it: {', '.join(wrong)}"
-        )
-    if not args.dtype and metadata["dtype"] not in DTYPES:
-        raise UserError(
-            f"{args.remake} says that its dtype was {metadata['dtype']!r:.40}: give another with --dtype"
-        )
-    for part in ("transformer", "autoencoder"):
-        if metadata[part] and not getattr(args, part):
-            raise UserError(
-                f"{args.remake} was made with another {part}, {metadata[part]}: give it with --{part}"
-            )
-    recall_files(args, metadata, default)
-    args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
-    for key in REMADE.keys() - {"prompt", "transformer", "autoencoder"}:
-        typed = getattr(args, key)
-        if typed is None or typed is False:  # a seed of 0 was typed
-            setattr(args, key, metadata[key])
-
-
-def lacking(metadata: dict, kinds: dict) -> list[str]:
-    """The names whose values are missing, of another type, or beyond all measure; lists are of numbers."""
-
-    def fits(key: str, kind) -> bool:
-        if key not in metadata or not isinstance(value := metadata[key], kind):
-            return False
-        if isinstance(value, bool):  # which is an int to Python
-            return kind in (bool, bool | None)
-        numbers = value if isinstance(value, list) else [value] * isinstance(value, int | float)
-        return all(type(x) in (int, float) and not abs(x) >= 2**64 for x in numbers)
-
-    return [key for key, kind in kinds.items() if not fits(key, kind)]
-
-
-def recall_files(args: Namespace, metadata: dict, default: Callable[[str], object]) -> None:
-    """The same pictures and LoRAs, if they are where they were; given anew, they must still be the same."""
-    kept = {
-        flag: metadata.get(key)
-        for flag, key in (("--image", "images"), ("--mask", "mask"), ("--lora", "loras"))
-    }
-    kept["--mask"] = [] if kept["--mask"] is None and "mask" in metadata else [kept["--mask"]]
-    typed = {
-        "--image": args.image,
-        "--mask": [args.mask] if args.mask else [],
-        "--lora": [path for path, _ in args.lora],
-    }
-    for flag, files in kept.items():
-        if not isinstance(files, list) or not all(map(is_described, files)):
-            raise UserError(f"{args.remake} does not say which files {flag} had")
-        paths = typed[flag] or [Path(file["file"]) for file in files]
-        if len(paths) != len(files):
-            raise UserError(
-                f"{args.remake} was made with {flag} given {len(files)} times, not {len(paths)}"
-            )
-        for path, file in zip(paths, files):
-            if not path.is_file():
-                raise UserError(
-                    f"{path}, which {args.remake} was made with, is not there: give it with {flag}"
-                )
-            if describe_file(path)["sha256"] != file["sha256"]:
-                raise UserError(
-                    f"{path} is not the file that {args.remake} was made with: give that with {flag}"
-                )
-        typed[flag] = paths
-    args.image, args.mask = typed["--image"], next(iter(typed["--mask"]), None)
-    args.lora = args.lora or [
-        (path, file.get("scale", 1.0)) for path, file in zip(typed["--lora"], kept["--lora"])
-    ]
-    args.lora_partial |= any(file.get("partial") for file in kept["--lora"])
-    if not args.image:
-        return
-    options = metadata["pictures"] if isinstance(metadata.get("pictures"), dict) else {}
-    wrong = lacking(options, REMADE_PICTURES)
-    if (
-        not wrong
-        and options["outpaint"] is not None
-        and [type(pixels) for pixels in options["outpaint"]] != [int] * 4
-    ):
-        wrong = ["outpaint"]
-    if wrong:
-        raise UserError(f"{args.remake} lacks what was done with its pictures: {', '.join(wrong)}")
-    for option, flag in OPTIONS.items():
-        if getattr(args, flag) == default(flag):
-            setattr(args, flag, options[option])
-
-
-def is_described(file: object) -> bool:
-    """Whether this is what `describe_file` wrote, with the scale of a LoRA perhaps."""
-    return isinstance(file, dict) and not lacking(
-        {"scale": 1.0} | file, dict(file=str, sha256=str, scale=float | int)
-    )
+# ------------------------------------------------------------------------------ writing
 
 
 def describe(
     args: Namespace, pipe, prompt: str, width: int, height: int, steps: int, guidance, seed: int
 ) -> dict:
-    """Everything that decides the picture, and what it ran on."""
+    """Return everything that decides an image but its files, and what the image was made on."""
     import torch
 
     import flux
 
     spec = pipe.spec
+    options = {name: getattr(args, name) for name in IMAGE_OPTIONS} if args.image else None
+    note = None
+    if spec.embedded:
+        note = "made by an embedded toy model: shows the code at work, not what FLUX can do"
     return dict(
         model=spec.name,
         prompt=prompt,
@@ -168,46 +83,168 @@ def describe(
         height=height,
         steps=steps,
         guidance=guidance[0] if guidance and len(guidance) == 1 else guidance,
-        cfg_scale=args.cfg_scale,
+        true_cfg_scale=args.true_cfg_scale,
         seed=seed,
         numerics=args.numerics,
         dtype=short(pipe.dtype),
+        decode_dtype=args.decode_dtype,
         device=pipe.device.type,
         transformer=args.transformer.name if args.transformer else None,
         autoencoder=args.autoencoder.name if args.autoencoder else None,
         quantize=args.quantize,
-        native_fp8=args.native_fp8,
+        fp8_matmul=args.fp8_matmul,
         compile=args.compile,
-        tile=args.tile,
-        pictures={option: getattr(args, flag) for option, flag in OPTIONS.items()}
-        if args.image
-        else None,
-        note="made by an embedded toy model: shows the code at work, not what FLUX can do"
-        if spec.embedded
-        else None,
+        vae_tile=args.vae_tile,
+        image_options=options,
+        note=note,
         licence=spec.licence.name,
         software=f"flux {flux.__version__}, torch {torch.__version__}",
     )
 
 
 def describe_files(args: Namespace) -> dict:
-    """The files that decide the picture beside the model's."""
-    images, mask = (
-        [describe_file(path) for path in args.image],
-        describe_file(args.mask) if args.mask else None,
-    )
-    loras = [
-        describe_file(path) | {"scale": scale, "partial": args.lora_partial}
-        for path, scale in args.lora
-    ]
-    return dict(images=images, mask=mask, loras=loras)
+    """Return the user's files that decide an image: input images, mask, LoRAs."""
+    loras = []
+    for path, scale in args.lora:
+        merged = {"scale": scale, "ignore_unmatched": args.lora_ignore_unmatched}
+        loras.append(describe_file(path) | merged)
+    mask = describe_file(args.mask) if args.mask else None
+    return dict(images=[describe_file(path) for path in args.image], mask=mask, loras=loras)
 
 
 def describe_file(path: Path) -> dict:
-    """Enough to find it again, and to know that it is the same."""
+    """Return the name and the SHA-256 of a file."""
     with path.open("rb") as file:
         return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def short(dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def restore_args(args: Namespace, metadata: dict, default: Callable[[str], object]) -> None:
+    """Fill `args` with the metadata of the image `args.from_image`.
+
+    A typed argument wins over the metadata. `default(name)` is an argument's value when not typed.
+    """
+    source, metadata = args.from_image, with_current_names(metadata)
+    if args.prompts or args.prompt or args.prompt_file:
+        raise UserError("from_image: the image brings its own prompt. Leave the prompt out.")
+    if wrong := wrong_values(metadata, REQUIRED):
+        raise UserError(f"{source}: metadata are missing or wrong: {', '.join(wrong)}.")
+    for name in ("dtype", "decode_dtype"):
+        if not getattr(args, name) and metadata[name] not in (*DTYPES, None):
+            raise UserError(
+                f"{source}: was made with the unknown {name} {metadata[name]!r:.40}. "
+                f"Pass another `{name}`."
+            )
+    for part in ("transformer", "autoencoder"):
+        if metadata[part] and not getattr(args, part):
+            raise UserError(
+                f"{source}: was made with the {part} {metadata[part]}. Pass it as `{part}`."
+            )
+    restore_files(args, metadata)
+    if args.image:
+        restore_image_options(args, metadata, default)
+    args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
+    for name in REQUIRED.keys() - {"prompt", "transformer", "autoencoder"}:
+        if getattr(args, name) is None or getattr(args, name) is False:  # 0 is a typed seed
+            setattr(args, name, metadata[name])
+
+
+def with_current_names(metadata: dict) -> dict:
+    """Rename what older versions wrote, and fill in what they did not have."""
+    current = {"decode_dtype": None} | _renamed(metadata, OLD_NAMES)
+    if isinstance(options := current.get("image_options"), dict):
+        current["image_options"] = _renamed(options, OLD_OPTION_NAMES)
+    if isinstance(loras := current.get("loras"), list):
+        renamed = {"partial": "ignore_unmatched"}
+        current["loras"] = [_renamed(x, renamed) if isinstance(x, dict) else x for x in loras]
+    return current
+
+
+def _renamed(values: dict, names: dict[str, str]) -> dict:
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def wrong_values(values: dict, types: Types) -> list[str]:
+    """Return the names whose values are missing, of another type, or not of a usable size."""
+    return [name for name, kind in types.items() if not _fits(values, name, kind)]
+
+
+def _fits(values: dict, name: str, kind: type | UnionType) -> bool:
+    if name not in values or not isinstance(value := values[name], kind):
+        return False
+    if isinstance(value, bool):  # which is an int to Python
+        return kind in (bool, bool | None)
+    if isinstance(value, int | float):
+        value = [value]
+    if not isinstance(value, list):
+        return True
+    return all(type(number) in (int, float) and not abs(number) >= 2**64 for number in value)
+
+
+def restore_files(args: Namespace, metadata: dict) -> None:
+    """Set `args.image`, `args.mask` and `args.lora` to the files of the metadata; check typed ones."""
+    mask = metadata.get("mask", False)  # None: the image had no mask
+    args.image = _restore_paths(args, "images", args.image, metadata.get("images"))
+    masks = _restore_paths(
+        args, "mask", [args.mask] if args.mask else [], [] if mask is None else [mask]
+    )
+    args.mask = masks[0] if masks else None
+    loras = metadata.get("loras")
+    paths = _restore_paths(args, "loras", [path for path, _ in args.lora], loras)
+    if not args.lora:
+        args.lora = [(path, lora.get("scale", 1.0)) for path, lora in zip(paths, loras or [])]
+    if any(lora.get("ignore_unmatched") for lora in loras or []):
+        args.lora_ignore_unmatched = True
+
+
+def _restore_paths(args: Namespace, name: str, typed: list[Path], files: object) -> list[Path]:
+    """Return typed paths, or those of the metadata; UserError unless the files are the same."""
+    source = args.from_image
+    if not isinstance(files, list) or not all(map(is_described, files)):
+        raise UserError(f"{source}: the metadata do not say which files `{name}` had.")
+    paths = typed or [Path(file["file"]) for file in files]
+    if len(paths) != len(files):
+        raise UserError(
+            f"{source}: was made with {len(files)} files for `{name}` (got {len(paths)})."
+        )
+    for path, file in zip(paths, files):
+        if not path.is_file():
+            raise UserError(
+                f"{path}: does not exist, but {source} was made with it. Pass it in `{name}`."
+            )
+        if describe_file(path)["sha256"] != file["sha256"]:
+            raise UserError(
+                f"{path}: is not the file that {source} was made with. Pass that in `{name}`."
+            )
+    return paths
+
+
+def is_described(file: object) -> bool:
+    """Return whether `describe_file` may have written this; a LoRA has a scale too."""
+    types: Types = dict(file=str, sha256=str, scale=float | int)
+    return isinstance(file, dict) and not wrong_values({"scale": 1.0} | file, types)
+
+
+def restore_image_options(
+    args: Namespace, metadata: dict, default: Callable[[str], object]
+) -> None:
+    """Set the options of the input images that were not typed."""
+    options = metadata.get("image_options")
+    options = options if isinstance(options, dict) else {}
+    wrong = wrong_values(options, IMAGE_OPTIONS)
+    margins = options.get("outpaint")
+    if not wrong and margins is not None and [type(pixels) for pixels in margins] != [int] * 4:
+        wrong = ["outpaint"]
+    if wrong:
+        raise UserError(
+            f"{args.from_image}: image options are missing or wrong: {', '.join(wrong)}."
+        )
+    for name in IMAGE_OPTIONS:
+        if getattr(args, name) == default(name):
+            setattr(args, name, options[name])

@@ -614,7 +614,9 @@ def test_what_is_read_beside_the_latents_is_what_the_sampler_takes(
             asked.append(flux.ImageInputs((picture,), mask=mask))
         else:
             asked.append(
-                flux.ImageInputs((other.convert("RGB") if kind else picture,), preprocess_control=not kind)
+                flux.ImageInputs(
+                    (other.convert("RGB") if kind else picture,), preprocess_control=not kind
+                )
             )
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     seen, velocity = [], training.velocity
@@ -1209,7 +1211,9 @@ def test_references_for_a_model_without_are_told(train, tmp_path, flux1):
 
 
 def test_too_little_memory_is_told(train, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("flux.training.options.available_memory", lambda device: FreeMemory("cpu", 1_000_000))
+    monkeypatch.setattr(
+        "flux.training.options.available_memory", lambda device: FreeMemory("cpu", 1_000_000)
+    )
     code, _, err = train(pictures, tmp_path / "run", "--batch", 64)
     assert (
         code == 2

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_conditioning import TINY_REDUX, TINY_SIGLIP, photo
-from test_sample_images import BASE, FILL, KLEIN, KONTEXT, KV, REDUX, Zoo
+from support.drawn_images import photo
+from support.model_zoo import BASE, FILL, KLEIN, KONTEXT, KV, REDUX, RELEASED, Zoo
 from torch import Tensor
 
 import flux
 from flux import conditioning, sampling
-from flux.configs import MODELS
 from flux.errors import UserError
 from flux.image_io import request
 from flux.image_io.request import ImageInputs
@@ -30,7 +29,6 @@ from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
 from flux.transformer import Flux, Memory
 
-RELEASED = dict(MODELS)  # before tiny rows take the place of some
 CANNY, CANNY_LORA, DEV = "flux.1-canny-dev", "flux.1-canny-dev-lora", "flux.1-dev"
 WIDTH, HEIGHT, SEEDS = 96, 80, (5, 6)
 HALF = Image.fromarray(
@@ -38,18 +36,9 @@ HALF = Image.fromarray(
 )  # black, then white
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* was distilled for"),
-    pytest.mark.filterwarnings("ignore:.* was not trained with --(no-)?kv-cache"),
-    pytest.mark.filterwarnings("ignore:the picture is in colour"),
+    pytest.mark.filterwarnings("ignore:.* was not trained with"),
+    pytest.mark.filterwarnings("ignore:the image has colors"),
 ]
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        patch.setattr("flux.pipeline.SigLIPConfig", lambda: TINY_SIGLIP)
-        patch.setattr("flux.pipeline.ReduxConfig", lambda: TINY_REDUX)
-        yield Zoo(tmp_path_factory.mktemp("zoo"), patch)
 
 
 def loaded_anew(zoo: Zoo, name: str, dtype: torch.dtype = torch.float32) -> Pipeline:
@@ -496,7 +485,7 @@ def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
 )
 def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, expected):
     spec, pictures = RELEASED[name], ImageInputs(blank(size), **options)
-    words = f"{own[0]}x{own[1]} would be large for {name}: {expected[0]}x{expected[1]} is made"
+    words = f"{own[0]}x{own[1]} is large for {name}: the output is {expected[0]}x{expected[1]}"
     with pytest.warns(UserWarning, match=words):
         assert request.output_size(spec, pictures, None, None) == expected
     with warnings.catch_warnings():
@@ -596,7 +585,7 @@ def test_pictures_in_any_mode_are_what_they_show(zoo, name, kind):
     assert given.keys() == expected.keys() and all(
         torch.equal(given[part], expected[part]) for part in given
     )
-    told = ["transparent parts, which were put on white" in str(note.message) for note in notes]
+    told = ["transparent parts were put on white" in str(note.message) for note in notes]
     assert told == [True] * (kind == "transparent")
 
 
@@ -612,14 +601,14 @@ def test_masks_in_any_mode_are_what_they_show(zoo):
 @pytest.mark.parametrize(
     "mask, words",
     [
-        (photo(WIDTH, HEIGHT), "the mask has colours, which a mask may not"),
-        (SHOWN["transparent"][0], "the mask has transparent parts, which a mask may not"),
+        (photo(WIDTH, HEIGHT), "mask: a mask must be gray (got colors)"),
+        (SHOWN["transparent"][0], "mask: a mask must be opaque (got transparent parts)"),
         (
             Image.new("L", (HEIGHT, WIDTH), 255),
-            "the mask is 80x96 and the picture 96x80, which is another shape",
+            "mask: the mask of 80x96 for an image of 96x80 has another shape",
         ),
-        (Image.new("L", (WIDTH, HEIGHT)), "the mask is black all over"),
-        (Image.new("LAB", (WIDTH, HEIGHT)), "the mask is in the LAB colour space"),
+        (Image.new("L", (WIDTH, HEIGHT)), "mask: is all black"),
+        (Image.new("LAB", (WIDTH, HEIGHT)), "mask: the LAB color space is not supported"),
     ],
 )
 @pytest.mark.parametrize("name", [DEV, FILL])
@@ -634,7 +623,7 @@ def test_a_mask_that_no_latent_sees_is_told(zoo, name):
     """It would change nothing but what the autoencoder changes."""
     thin = Image.new("L", (WIDTH, HEIGHT))
     thin.paste(255, (17, 0, 19, HEIGHT))
-    assert "so thin that they fall between latents" in refusal(
+    assert "too thin: they fall between latents" in refusal(
         zoo.pipe(name), "a cat", pictures=ImageInputs((photo(WIDTH, HEIGHT),), thin)
     )
 
@@ -642,7 +631,7 @@ def test_a_mask_that_no_latent_sees_is_told(zoo, name):
 def test_a_picture_that_is_stretched_is_noted(zoo):
     given = ImageInputs((photo(WIDTH, HEIGHT),), strength=0.5)
     with pytest.warns(
-        UserWarning, match=f"the picture is {WIDTH}x{HEIGHT}, and stretched to 64x128: leave"
+        UserWarning, match=f"the image of {WIDTH}x{HEIGHT} is stretched to 64x128: leave"
     ):
         zoo.pipe(DEV).condition(given, 64, 128)
     with warnings.catch_warnings():
@@ -653,7 +642,7 @@ def test_a_picture_that_is_stretched_is_noted(zoo):
 @pytest.mark.parametrize("name", [FILL, CANNY, CANNY_LORA, REDUX])
 def test_models_that_need_a_picture_say_so(zoo, name):
     pipe = zoo.pipe(name)
-    assert refusal(pipe, "a cat") == f"{name} needs a picture: give it with --image FILE"
+    assert refusal(pipe, "a cat") == f"images: {name} needs an image. Pass one."
     assert f"{name} takes" in refusal(pipe, "a cat", pictures=ImageInputs(()))
 
 

@@ -12,22 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_sample
-import test_sample_images as test_sample_pictures
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.drawn_images import A, B
+from support.model_zoo import KLEIN, KONTEXT, KV, Zoo
 from support.quantized_files import bfl_fp8, block_linears, nvfp4, save_gguf_q8_0, save_quantized
-from test_sample import PROMPT, QUICK, TOY, pixels
-from test_sample_images import KLEIN, KONTEXT, KV, A, B, Zoo, made
+from support.sample_run import PROMPT, QUICK, TOY, pixels
+from support.sample_run import image_of as made
 from torch import nn
 
 import flux
 from flux import pipeline
-from flux.image_io.request import ImageInputs
 from flux.configs import MODELS
 from flux.image_io import output as images
+from flux.image_io.request import ImageInputs
 from flux.lora import formats as lora
 from flux.parity.reference import FLUX1_TINY, randomise
 from flux.pipeline import Pipeline
@@ -41,14 +41,8 @@ from flux.transformer import Flux, Modulation
 from flux.weights.locate import get_spec, is_available_locally
 from flux.weights.quantization import FP8Linear, NVFP4Linear, QuantizedLinear, fp8
 
-cli, script, nothing_here, zoo = (
-    test_sample.cli,
-    test_sample.script,
-    test_sample.nothing_here,
-    test_sample_pictures.zoo,
-)
-
 pytestmark = [
+    pytest.mark.usefixtures("small_kontext_sizes"),
     pytest.mark.filterwarnings("ignore:.* was distilled for"),
     pytest.mark.filterwarnings("ignore:.* was not trained with --(no-)?kv-cache"),
 ]
@@ -434,7 +428,7 @@ def nothing_is_loaded(monkeypatch):
 def test_too_little_memory_is_refused_with_the_floor(cli, zoo, nothing_is_loaded, model, offload):
     run = cli(*GIVEN, *zoo(model), "--vram", 0.001, *offload)
     how = f" with --offload {offload[1]}" if offload else ""
-    run.says(f"--vram 0.001: {model} at 64x80{how} needs at least ", " GB")
+    run.fails_with(f"--vram 0.001: {model} at 64x80{how} needs at least ", " GB")
 
 
 def test_the_floor_is_enough(cli, zoo):
@@ -451,7 +445,7 @@ def test_the_floor_is_enough(cli, zoo):
 
 @pytest.mark.parametrize("value", [0, -1, "nan", "inf"])
 def test_memory_that_is_no_amount_is_refused(cli, nothing_is_loaded, value):
-    cli(PROMPT, *QUICK, f"--max_vram={value}").says(f"--vram {value}", "gigabytes")
+    cli(PROMPT, *QUICK, f"--max-vram={value}").fails_with(f"--vram {value}", "gigabytes")
 
 
 def test_memory_that_is_no_number_is_refused(cli):
@@ -510,7 +504,7 @@ def test_references_that_need_too_much_are_refused_before_a_prompt_is_encoded(
     monkeypatch.setattr(
         type(pipe.text), "encode_one", lambda *_: pytest.fail("a prompt was encoded")
     )
-    cli(*GIVEN, *zoo(KLEIN), "--image", "a.png").says("needs at least", "GB")
+    cli(*GIVEN, *zoo(KLEIN), "--image", "a.png").fails_with("needs at least", "GB")
 
 
 # ---------------------------------------------------------------------------------------------------------- --quantize
@@ -600,7 +594,9 @@ def test_what_is_quantised_is_rounded_once_and_never_cast_as_a_whole(zoo, monkey
 
 def test_unknown_kind_is_refused_before_any_file_is_looked_for(cli, monkeypatch):
     monkeypatch.setattr(pipeline, "locate", lambda *_: pytest.fail("files were looked for"))
-    cli(PROMPT, *QUICK, "--quantize", "int2").says("--quantize int2 is unknown", "fp8, int8, int4")
+    cli(PROMPT, *QUICK, "--quantize", "int2").fails_with(
+        "--quantize int2 is unknown", "fp8, int8, int4"
+    )
 
 
 @pytest.fixture
@@ -625,7 +621,7 @@ def test_quantised_files_are_not_quantised_again(cli, toy_fp8, toy_gguf, nothing
         run = cli(
             PROMPT, *QUICK, "--model", "flux.2-tiny", "--transformer", path, "--quantize", kind
         )
-        run.says("quantised already", name, f"leave --quantize {kind} out")
+        run.fails_with("quantised already", name, f"leave --quantize {kind} out")
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -659,7 +655,7 @@ def test_a_device_without_float8_products_is_said_once_and_makes_the_same_pictur
 
 @pytest.mark.parametrize("flags", [(), ("--quantize", "int8")])
 def test_float8_products_of_no_float8_weights_are_refused(cli, nothing_is_loaded, flags):
-    cli(PROMPT, *QUICK, "--native-fp8", *flags).says(
+    cli(PROMPT, *QUICK, "--native-fp8", *flags).fails_with(
         "--native-fp8", "no float8 weights", "--quantize fp8"
     )
 
@@ -811,7 +807,7 @@ def test_a_row_that_is_not_here_says_where_to_get_it(cli, tmp_path, name):
     weights = tmp_path / "empty"
     weights.mkdir()
     run = cli("a cat", "--model", name, "--weights", weights)
-    run.says("get it from https://huggingface.co/black-forest-labs/")
+    run.fails_with("get it from https://huggingface.co/black-forest-labs/")
 
 
 def test_a_file_of_klein_names_no_quantised_row(zoo, quantised_row, recwarn):
@@ -931,7 +927,7 @@ def test_tiles_are_counted_on_when_memory_is_short(zoo):
 
 @pytest.mark.parametrize("side", [0, -256, 240, 255, 264])
 def test_other_tiles_are_refused(cli, nothing_is_loaded, side):
-    cli(PROMPT, *QUICK, f"--vae_tile={side}").says(
+    cli(PROMPT, *QUICK, f"--vae-tile={side}").fails_with(
         f"--tile {side}", "a multiple of 16", "256 pixels at least"
     )
 

@@ -19,24 +19,15 @@ import pytest
 import torch
 import transformers
 from einops import rearrange
-from test_conditioning import (
-    HEIGHT,
-    SEEDS,
-    STEPS,
-    TINY_REDUX,
-    TINY_SIGLIP,
-    WIDTH,
-    Model,
-    painted,
-    photo,
-)
+from support.conditioned_model import HEIGHT, SEEDS, STEPS, WIDTH, Model, noise
+from support.drawn_images import photo, soft_mask
+from support.model_zoo import TINY_REDUX, TINY_SIGLIP
 from test_golden import golden
-from test_pipeline import noise
 from torch import Tensor, nn
 
 import flux
-from flux.image_io.request import ImageInputs
 from flux.errors import UserError
+from flux.image_io.request import ImageInputs
 from flux.parity import reference
 from flux.parity.table import Half, Single, figures
 from flux.siglip import Redux, SigLIP
@@ -246,7 +237,7 @@ class Run:
     given: dict = field(default_factory=dict)  # the same pictures, to diffusers
 
 
-PHOTO, MASK, PAIR = photo(), painted(), (photo(80, 97, seed=1), photo(150, 70, seed=2))
+PHOTO, MASK, PAIR = photo(), soft_mask(), (photo(80, 97, seed=1), photo(150, 70, seed=2))
 RUNS = {
     "FLUX.1-dev, text to image": Run("flux.1-dev", "FluxPipeline", 3.0),
     "FLUX.1-Fill": Run(

@@ -1,0 +1,211 @@
+"""scripts/sample.py before a model runs: flags, older flag names, prompts, errors of one line.
+
+What the library refuses is tested at the library. Here: an error reaches the user in one line, in
+the words of the command line, with exit code 2, before anything is loaded or written.
+"""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import with_flags
+from PIL import Image
+from support.sample_run import PROMPT, QUICK
+
+from flux.configs import MODELS
+from flux.image_io import output
+
+
+@pytest.fixture
+def flags(sample_script):
+    return sample_script.flags_of(sample_script.parser())
+
+
+# ------------------------------------------------------------------------------ flags
+
+
+def test_older_flag_names_set_the_same_arguments(sample_script):
+    parse = sample_script.parser().parse_args
+    values = {"--remake": "a.png", "--expand": "1,2,3,4", "--cfg-scale": "2", "--tile": "512"}
+    values |= {"--vram": "8"}
+    for old, new in sample_script.ALIASES.items():
+        value = [values[old]] if old in values else []
+        assert parse([old, *value]) == parse([new, *value]) != parse([])
+    for old, new in (("stages", "model"), ("stream", "block")):
+        assert parse(["--offload", old]).offload == parse(["--offload", new]).offload == new
+
+
+def test_help_lists_new_flag_names_only(sample_script):
+    text = sample_script.parser().format_help()
+    assert all(new in text for new in sample_script.ALIASES.values())
+    assert not [old for old in sample_script.ALIASES if f"{old} " in text or f"{old}]" in text]
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("width: wrong. Leave `height` out.", "--width: wrong. Leave --height out."),
+        ("mask_threshold: wrong", "--mask-threshold: wrong"),
+        ("images: two", "--image: two"),
+        ("name: unknown", "--model: unknown"),
+        ("image_weights: two", "--image-weight: two"),
+        ("composite=False: no effect", "--no-composite: no effect"),
+        ("x with `kv_cache=True`, `kv_cache=False`", "x with --kv-cache, --no-kv-cache"),
+        ("no. Use `guidance=3`.", "no. Use --guidance 3."),
+        ('or pass `offload="block"`', "or pass --offload block"),
+        ("Decode in `dtype=torch.float32`.", "Decode in --dtype float32."),
+        ("a.png: is `new`, see `pip install -e '.[control]'`", None),
+    ],
+)
+def test_message_names_flags(flags, message, expected):
+    assert with_flags(message, flags) == (expected or message)
+
+
+def test_values_are_parsed_as_a_number_a_line_or_one_per_step(sample_script):
+    assert sample_script.values("4") == 4.0
+    assert sample_script.values("4:1") == [4.0, 1.0]
+    assert sample_script.values("4,3.5,1") == (4.0, 3.5, 1.0)
+    assert sample_script.margins("1,2,3,4") == (1, 2, 3, 4)
+    assert sample_script.lora("a:b.safetensors:-0.5") == (Path("a:b.safetensors"), -0.5)
+    assert sample_script.lora("a:b.safetensors") == (Path("a:b.safetensors"), 1.0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--width wide", "--seed 1.5", "--dtype float16", "--decode-dtype int8", "--wid 64"),
+        *("--outpaint 1,2,3", "--outpaint 1.5,0,0,0", "--strength half", "--reference-limit x"),
+        *("--guidance 1:2:3", "--guidance 4:x", "--match-image-size 1.5", "--image-weight a"),
+        "--offload disk",
+    ],
+)
+def test_argparse_refuses_what_it_cannot_parse(cli, flags):
+    run = cli(PROMPT, *flags.split())
+    assert run.code == 2 and flags.split()[0] in run.err.splitlines()[-1]
+    assert "Traceback" not in run.err and not run.files
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--width 100", ("--width: must be a multiple of 16", "(got 100)")),
+        ("--num-images 0", ("--num-images: there is nothing",)),
+        ("--seed -1", ("--seed: must be",)),
+        ("--guidance 1 --negative-prompt x", ("--negative-prompt: ", "Use --guidance 3")),
+        ("--model flux.1-dev --negative-prompt x", ("--negative-prompt: ", "--true-cfg-scale 3")),
+        (
+            "--model flux.1-dev --true-cfg-scale 3,2,1 --steps 4",
+            ("--true-cfg-scale: has 3 values",),
+        ),
+        ("--guidance 4,1 --steps 8", ("--guidance: has 2 values for 8 steps",)),
+        ("--model flux-dev", ("--model", "flux-dev", "did you mean", "flux.1-dev")),
+        ("--model flux.1-dev --weights none", ("none", "--weights", "is not a folder")),
+        ("--device abacus", ("--device", "abacus", "cpu")),
+        ("--max-vram -1", ("--max-vram: must be",)),
+        ("--strength 0.5", ("--strength: needs an image. Pass one in --image.",)),
+        ("--no-kv-cache", ("--kv-cache: needs an image",)),
+        ("--model flux.1-redux-dev", ("--image: flux.1-redux-dev needs an image",)),
+        ("--image a.png --no-composite", ("--no-composite: has no effect", "--mask")),
+        ("--image a.png --image-weight 1", ("--image-weight: not supported by flux.2-tiny",)),
+        ("--image a.png --save-control c.png", ("--save-control: flux.2-tiny takes no control",)),
+        ("--model flux.1-canny-dev --image a.png --save-control c.x", ("--save-control: c.x",)),
+        ("--save-control c.png", ("--save-control: flux.2-tiny takes no control image",)),
+        ("--output a.bmp", ("--output: a.bmp",)),
+        ("--from-image a.png", ("--from-image: the image brings its own prompt",)),
+        ("--lora none.safetensors", ("none.safetensors", "does not exist")),
+        ("--upsample local", ("--upsample: local needs", "flux.2-tiny", "URL")),
+        ("--upsample http://127.0.0.1", ("--upsample: a URL needs --upsample-model",)),
+        ("--upsample-model m", ("--upsample: a URL needs --upsample-model",)),
+        ("--list-models --weights none", ("none", "--weights", "is not a folder")),
+    ],
+)
+def test_refusal_is_one_line_in_flags_and_writes_nothing(cli, arguments, words):
+    output.save(Image.new("RGB", (64, 64)), Path("a.png"), {})
+    run = cli(PROMPT, *arguments.split())
+    run.fails_with(*words)
+    assert run.err.count("\n") == 1, run.err
+
+
+def test_images_without_a_prompt_are_refused_except_by_redux(cli):
+    Image.new("RGB", (64, 64)).save("a.png")
+    run = cli("--image", "a.png")
+    run.fails_with("--prompt: flux.2-tiny needs one")
+    run = cli("--image", "a.png", "--model", "flux.1-redux-dev")
+    run.fails_with("black-forest-labs/FLUX.1-", ".safetensors")  # goes on to look for the weights
+
+
+# ------------------------------------------------------------------------------ prompts
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((), ("--prompt: is missing", "--prompt-file", "--from-image")),
+        (("",), ("--prompt: is empty",)),
+        ((" \n ",), ("--prompt: is empty",)),
+        ((PROMPT, "--prompt", ""), ("--prompt: is empty",)),
+        (("a \0 cat",), ("--prompt: 'a \\x00 cat'", "not UTF-8 text")),
+        (("a \udcff cat",), ("--prompt:", "not UTF-8 text")),  # a byte that is not UTF-8
+        (("a cat", "--negative-prompt", "\udcff"), ("--prompt:", "not UTF-8 text")),
+        (("x" * 70_000, "--output", "a.jpg"), ("--output: the prompt is too long", ".png")),
+        (("--prompt-file", "none"), ("--prompt-file: none cannot be read", "No such file")),
+        (("--prompt-file", "."), ("--prompt-file: . cannot be read",)),
+    ],
+)
+def test_wrong_prompt_is_refused(cli, arguments, words):
+    cli(*arguments, *QUICK).fails_with(*words)
+
+
+def test_prompt_file_without_utf8_prompts_is_refused(cli):
+    empty = "--prompt-file: prompts.txt has no prompt. Write one a line."
+    other = "--prompt-file: prompts.txt is not UTF-8 text. Save it as UTF-8, one prompt a line."
+    contents = {b"": empty, b" \n\t\r\n": empty, b"\xef\xbb\xbf": empty}
+    contents |= {bytes(range(256)): other, "naïve".encode("latin-1"): other}
+    contents |= {"a cat".encode(encoding): other for encoding in ("utf-16", "utf-16-le")}
+    for content, words in contents.items():
+        Path("prompts.txt").write_bytes(content)
+        cli("--prompt-file", "prompts.txt", *QUICK).fails_with(words)
+
+
+def test_prompts_are_split_at_newlines_only(sample_script, tmp_path, monkeypatch):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red\x0bstar\u2028\x0c\r\n  a blue ring\ra star \n\n".encode())
+    assert sample_script.read_prompts(path) == ["a red\x0bstar", "a blue ring", "a star"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a näive ring".encode())))
+    assert sample_script.read_prompts(Path("-")) == ["a näive ring"]
+
+
+# ------------------------------------------------------------------------------ models
+
+
+def test_list_of_models_names_every_model(cli):
+    run = cli("--list-models")
+    lines = {line.split()[0]: line for line in run.out.splitlines()[1:]}
+    assert run.code == 0 and lines.keys() == MODELS.keys() and not run.files
+    available = {name for name, line in lines.items() if " yes " in line}
+    assert available == {"flux.1-tiny", "flux.2-tiny"}
+    sizes = {"flux.1-dev": " 11.9 B ", "flux.2-klein-4b": " 3.88 B ", "flux.2-dev": " 32.2 B "}
+    assert all(size in lines[name] for name, size in sizes.items())
+    assert all(spec.licence.name in lines[name] for name, spec in MODELS.items())
+
+
+def test_real_model_without_weights_is_refused_and_not_replaced_by_the_toy(cli, tmp_path):
+    (empty := tmp_path / "empty").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for name, spec in MODELS.items():
+        if spec.embedded:
+            continue
+        request = [PROMPT, "--model", name]
+        if spec.image_mode in ("fill", "control", "redux"):
+            request += ["--image", tmp_path / "a.png"]
+        if spec.image_mode == "fill":
+            request += ["--outpaint", "16,0,0,0"]
+        url = f"https://huggingface.co/{spec.repository}"
+        known = (spec.repository, ".safetensors", url, spec.licence.name, "--weights", str(empty))
+        cli(*request, "--weights", empty).fails_with(*known)
+        offline = (spec.repository, ".safetensors", "HF_HUB_OFFLINE is set", "--weights")
+        cli(*request).fails_with(*offline)
