@@ -1,8 +1,39 @@
-"""Count the bytes of activations that each stage takes next to its weights."""
+"""Count the bytes of activations that each stage takes next to its weights.
 
-from dataclasses import dataclass
+The counts come from a forward pass of the networks themselves, on the CPU. Activations grow in
+proportion to the width of a network and to the number of tokens or pixels. So a narrow copy, with
+one block of each type, is run on a small input, and its peak is scaled up. (The meta device would
+need no copy, but its kernels import torch's compiler, which takes seconds.)
+"""
 
-from flux.configs import FLUX1Text, ModelSpec
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flux.autoencoder import AutoEncoder, AutoEncoderConfig
+from flux.configs import FLUX1Text, FLUX2Text, ModelSpec
+from flux.language_model import LanguageModel
+from flux.t5 import T5
+from flux.transformer import Flux, FluxConfig, Modulation
+from flux.weights.load import skip_init
+
+ALLOCATOR = 1.1  # allocators round up, by less than a tenth
+# A convolution's workspace is not counted. With this factor, the bound for 1024x1024 in bfloat16 is
+# 2.5 GiB; diffusers takes 2.4 GiB on a GPU.
+CONVOLUTION = 5 / 3
+TOKENS = 64  # about so many tokens pass through the narrow transformer
+SIDE = 64  # pixels: side of the image that passes through the narrow autoencoder
+T5_NARROWING = 8  # not more: the bucket of each pair of positions does not get narrower
 
 
 @dataclass(frozen=True)
@@ -18,6 +49,7 @@ class Workload:
     itemsize: int = 2  # bytes of an activation
     tile: int | None = None  # pixels: side of the tiles of a tiled decode
     encoded_pixels: int = 0  # pixels of the largest image that is encoded
+    decode_itemsize: int | None = None  # bytes of an activation of the decoder; default: `itemsize`
 
     def fits_within(self, other: "Workload") -> bool:
         """Return whether no stage after the encoding of images takes more memory than `other`."""
@@ -29,66 +61,242 @@ class Workload:
         return all(mine <= theirs for mine, theirs in zip(sizes(self), sizes(other)))
 
 
-def activations(spec: ModelSpec, work: Workload, kind: str) -> dict[str, int]:
-    """Bytes that each stage takes beside its weights, at the most: sums of the largest tensors that are there at once."""
-    decoder, pixels = spec.autoencoder, work.width * work.height
-    width = decoder.ch_mult[1] * (decoder.decoder_ch or decoder.ch)
+def activations(spec: ModelSpec, work: Workload, device_type: str) -> dict[str, int]:
+    """Return the bytes of activations of each stage, as an upper bound near the real peak."""
+    ae, pixels = spec.autoencoder, work.width * work.height
     decoded = min(pixels, work.tile**2) if work.tile else pixels
-    whole = 12 * pixels if work.tile else 0  # what the tiles are put together in, in float32
+    canvas = 12 * pixels if work.tile else 0  # the image that tiles are added to, in float32
+    encoded = work.encoded_pixels or pixels
+    decoding, encoding = work.decode_itemsize or work.itemsize, 4  # images are encoded in float32
+    step = _step_bytes(spec, work)
+    decode = decoded * _decode_bytes_per_pixel(ae, decoding)
+    encode = encoded * _encode_bytes_per_pixel(ae, encoding)
+    if device_type == "mps":  # without fused attention: scores and probabilities
+        step += (
+            2 * work.batch * spec.transformer.num_heads * _tokens(spec, work) ** 2 * work.itemsize
+        )
+        decode = max(decode, 2 * (decoded // 64) ** 2 * decoding)
+        encode = max(encode, 2 * (encoded // 64) ** 2 * encoding)
     return {
-        "text encoder": _text_activations(spec, work),
-        "image encoder": _picture_activations(
-            work.encoded_pixels or pixels, decoder.ch, 4, kind
-        ),  # always in float32
-        "transformer": _transformer_activations(spec, work, kind),
-        "autoencoder": _picture_activations(decoded, width, work.itemsize, kind) + whole,
+        "text encoder": _text_encoder_bytes(spec.text, spec.text_length, work.itemsize),
+        "image encoder": int(encode),
+        "transformer": int(step),
+        "autoencoder": int(decode) + canvas,
     }
 
 
-def _transformer_activations(spec: ModelSpec, work: Workload, kind: str) -> int:
-    c, e = spec.transformer, work.itemsize
+def _tokens(spec: ModelSpec, work: Workload) -> int:
     image = (work.width // 16) * (work.height // 16) + work.reference_tokens
+    return spec.text_length + work.image_text_tokens + image
+
+
+def _step_bytes(spec: ModelSpec, work: Workload) -> float:
+    """Return the bytes of a step, the precomputed modulations and the cached references."""
+    c = spec.transformer
     text = spec.text_length + work.image_text_tokens
-    tokens = work.batch * (text + image)
-    hidden = tokens * c.hidden_size  # one tensor as wide as the residual stream, in elements
-    mlp = (2 if c.gated_mlp else 1) * c.mlp_ratio  # first layer of the MLP, in such tensors
-    # a double block turns q and k: x twice; q, k, v of each stream and of both; q and k normed; in float32, q and k five times
-    turning = hidden * ((2 + 3 + 3 + 2) * e + 5 * 2 * 4)
-    # its MLP: x, q, k, v as above, q and k normed and turned, attention's, whole and in two; what the MLP's layers make
-    feeding = hidden * ((2 + 3 + 3 + 2 + 2 + 2 + 2 * mlp) * e + 2 * 4)
-    # a single block ends: x twice, linear1's output, q and k, attention's, activation's, both side by side, and linear2's twice
-    joining = hidden * (2 + 3 + mlp + 2 + 1 + c.mlp_ratio + 1 + c.mlp_ratio + 2) * e
-    given = work.batch * (text * c.context_dim + 2 * image * (c.in_channels + c.out_channels)) * 4
-    rope = (text + image) * c.hidden_size // c.num_heads * 2 * 4
-    per_step = 9 if c.shared_modulation else 12 * c.depth + 3 * c.depth_single
-    table = (2 if spec.cfg else 1) * work.steps * work.batch * (per_step + 3) * c.hidden_size * e
-    memories = (
-        2 * work.reference_tokens * c.hidden_size * (c.depth + c.depth_single) * e
-        if spec.kv_cached_references
-        else 0
+    image = _tokens(spec, work) - text
+    scale = max(1, (text + image) // TOKENS)
+    narrow_text, narrow_image = math.ceil(text / scale), math.ceil(image / scale)
+    step, modulations = _count_step(c, narrow_text, narrow_image, work.itemsize)
+    passes = 2 if spec.cfg else 1
+    table = passes * work.steps * modulations
+    # latents, noise and text features in float32, which the pipeline keeps
+    inputs = 4 * (text * c.context_dim + 2 * image * (c.in_channels + c.out_channels))
+    rope = 4 * (text + image) * sum(c.axes_dim) // 2 * 4  # 2x2 matrices in float32
+    cached = 0
+    if spec.kv_cached_references:  # keys and values of each block
+        cached = 2 * work.reference_tokens * c.hidden_size * (c.depth + c.depth_single)
+    cached *= work.itemsize
+    return work.batch * (ALLOCATOR * scale * step + table + inputs) + rope + cached
+
+
+# ------------------------------------------------------------------ networks
+
+
+@lru_cache(maxsize=256)
+def _count_step(config: FluxConfig, text: int, image: int, itemsize: int) -> tuple[int, int]:
+    """Return the peak of a step with so many tokens, and the modulations of all blocks for it."""
+    heads = config.num_heads
+    narrow = replace(
+        config,
+        hidden_size=config.hidden_size // heads,
+        num_heads=1,
+        depth=1,
+        depth_single=1,
+        in_channels=math.ceil(config.in_channels / heads),
+        out_channels=math.ceil(config.out_channels / heads),
+        context_dim=math.ceil(config.context_dim / heads),
+        vector_dim=config.vector_dim and math.ceil(config.vector_dim / heads),
     )
-    scores = (
-        2 * work.batch * c.num_heads * (text + image) ** 2 * e if kind == "mps" else 0
-    )  # no fused attention
-    return int(1.1 * max(turning, feeding, joining)) + given + rope + table + memories + scores
+    dtype = _dtype(itemsize)
+    network = _zeros(lambda: Flux(narrow), dtype)
+    rope = torch.zeros(1, sum(config.axes_dim) // 2, 2, 2).expand(text + image, -1, -1, -1)
+    network.rope = lambda txt_ids, img_ids: rope  # the table does not get narrower: not counted
+    depths = {"double_blocks": config.depth, "single_blocks": config.depth_single}
+    modulations = []
+
+    def step() -> None:
+        axes = len(config.axes_dim)
+        network(
+            img=torch.zeros(1, image, narrow.in_channels, dtype=dtype),
+            img_ids=torch.zeros(image, axes),
+            txt=torch.zeros(1, text, narrow.context_dim, dtype=dtype),
+            txt_ids=torch.zeros(text, axes),
+            t=torch.zeros(1),
+            guidance=torch.zeros(1) if narrow.guidance else None,
+            vector=torch.zeros(1, narrow.vector_dim, dtype=dtype) if narrow.vector_dim else None,
+        )
+
+    def count(blocks: int, module: nn.Module, args: tuple, out: Any) -> None:
+        modulations.append(blocks * sum(x.nbytes for x in tree_leaves(out)))
+
+    for path, module in network.named_modules():
+        if isinstance(module, Modulation):
+            blocks = depths.get(path.split(".")[0], 1)
+            module.register_forward_hook(partial(count, blocks))
+    with FusedAttention():
+        peak = peak_bytes(step)
+    vec = 3 * narrow.hidden_size * itemsize  # the vector of each step, and what it is the sum of
+    return heads * peak, heads * (sum(modulations) + vec)
 
 
-def _picture_activations(pixels: int, width: int, itemsize: int, kind: str) -> int:
-    """Of an autoencoder, one picture at a time: five maps of `width` channels and full size; or the attention in its middle."""
-    middle = (
-        2 * (pixels // 64) ** 2 * itemsize if kind == "mps" else 0
-    )  # one head, each place with each
-    return max(5 * width * pixels * itemsize, middle)
+@lru_cache(maxsize=64)
+def _decode_bytes_per_pixel(config: AutoEncoderConfig, itemsize: int) -> float:
+    network, narrow = _narrow_autoencoder(config, itemsize)
+    z = torch.zeros(1, narrow.latent_channels, SIDE // 16, SIDE // 16, dtype=_dtype(itemsize))
+    width = config.decoder_ch or config.ch
+    with FusedAttention():
+        peak = peak_bytes(lambda: network.decode(z))
+    return _per_pixel(peak, width / narrow.ch)
 
 
-def _text_activations(spec: ModelSpec, work: Workload) -> int:
-    """Of one prompt at a time: ten tensors as wide as the residual stream, three of the MLP; scores, since there is a mask."""
-    c = spec.text.t5 if isinstance(spec.text, FLUX1Text) else spec.text.model
-    length = spec.text_length
-    kept = 0 if isinstance(spec.text, FLUX1Text) else 2 * c.features
-    streams = (
-        length
-        * (10 * max(c.hidden_size, c.num_heads * c.head_dim) + 3 * c.mlp_size + kept)
-        * work.itemsize
-    )
-    return streams + 2 * c.num_heads * length**2 * 4
+@lru_cache(maxsize=64)
+def _encode_bytes_per_pixel(config: AutoEncoderConfig, itemsize: int) -> float:
+    network, narrow = _narrow_autoencoder(config, itemsize)
+    pixels = torch.zeros(1, 3, SIDE, SIDE, dtype=_dtype(itemsize))
+    with FusedAttention():
+        peak = peak_bytes(lambda: network.encode(pixels))
+    return _per_pixel(peak, config.ch / narrow.ch)
+
+
+def _narrow_autoencoder(
+    config: AutoEncoderConfig, itemsize: int
+) -> tuple[AutoEncoder, AutoEncoderConfig]:
+    """Return an autoencoder with one channel per group of a norm."""
+    narrow = replace(config, ch=config.norm_groups, decoder_ch=None)
+    return _zeros(lambda: AutoEncoder(narrow), _dtype(itemsize)), narrow
+
+
+def _per_pixel(peak: int, narrowing: float) -> float:
+    return CONVOLUTION * narrowing * peak / SIDE**2
+
+
+@lru_cache(maxsize=64)
+def _text_encoder_bytes(text: FLUX1Text | FLUX2Text, length: int, itemsize: int) -> int:
+    """Return the bytes to encode one prompt."""
+    ids = torch.zeros(1, length, dtype=torch.long)
+    if isinstance(text, FLUX1Text):
+        c = text.t5
+        scale = math.gcd(c.num_heads, T5_NARROWING)
+        narrow = replace(
+            c,
+            vocab_size=1,
+            hidden_size=math.ceil(c.hidden_size / scale),
+            mlp_size=math.ceil(c.mlp_size / scale),
+            num_heads=c.num_heads // scale,
+            depth=1,
+        )
+        t5 = _zeros(lambda: T5(narrow), _dtype(itemsize))
+        with FusedAttention():
+            peak = peak_bytes(lambda: t5(ids))
+    else:
+        m = text.model
+        scale = m.num_kv_heads
+        small = replace(
+            m,
+            layers=tuple(range(1, len(m.layers) + 1)),  # as many hidden states
+            vocab_size=1,
+            hidden_size=math.ceil(m.hidden_size / scale),
+            mlp_size=math.ceil(m.mlp_size / scale),
+            num_heads=m.num_heads // scale,
+            num_kv_heads=1,
+        )
+        model = _zeros(lambda: LanguageModel(small), _dtype(itemsize))
+        with FusedAttention():
+            peak = peak_bytes(lambda: model(ids, torch.ones(1, length, dtype=torch.bool)))
+    return int(ALLOCATOR * scale * peak)
+
+
+def _zeros(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """Return a network whose weights are zeros; no random numbers are drawn."""
+    with skip_init():
+        network = build().to(dtype)
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data.zero_()
+    return network
+
+
+def _dtype(itemsize: int) -> torch.dtype:
+    return torch.float32 if itemsize == 4 else torch.bfloat16
+
+
+# ------------------------------------------------------------------ counting
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Return the most bytes that tensors made in `function` take at one time, without gradients.
+
+    The count is taken after each operation, so workspaces of an operation are not included.
+    """
+    with torch.no_grad(), _LiveBytes() as live:
+        function()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operation imports torch's compiler, which takes seconds
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Storages made elsewhere. A reference keeps the address from being used again.
+        self.others: dict[int, StorageWeakRef] = {}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for key, ref, _ in _storages((args, kwargs)):
+            if key not in self.made:
+                self.others[key] = ref
+        out = function(*args, **(kwargs or {}))
+        for key, ref, size in _storages(out):
+            if key not in self.others:
+                self.made[key] = ref, size
+        self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+        return out
+
+
+def _storages(values: Any) -> list[tuple[int, StorageWeakRef, int]]:
+    storages = []
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages.append((storage._cdata, StorageWeakRef(storage), storage.nbytes()))
+    return storages
+
+
+class FusedAttention(TorchFunctionMode):
+    """Replace attention by its shape: a fused kernel makes no scores, unless there is a mask."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        q, k, v = args[:3]
+        if kwargs.get("attn_mask") is not None:
+            scores = q.new_empty(*q.shape[:-1], k.shape[-2], dtype=torch.float32)
+            probabilities = torch.empty_like(scores)
+            del scores, probabilities
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])

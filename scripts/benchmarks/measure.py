@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from flux.runtime.activation_memory import peak_bytes
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most bytes held at one time by tensors that were made within `function`, without gradients.
-
-    Looked at after every operation: what one takes for itself meanwhile, such as a convolution's workspace, is not seen.
-    """
-    with torch.no_grad(), _LiveBytes() as live:
-        function()
-    return live.peak
+__all__ = ["Resident", "kernels", "peak_bytes", "peak_memory", "proc", "resident"]
 
 
 def kernels(function: Callable[[], object]) -> Counter[str]:
@@ -68,36 +60,6 @@ def proc(name: str) -> dict[str, int]:
     """The bytes in one of the kernel's files on this process, `status` or `smaps_rollup`, by their names there."""
     fields = (line.split() for line in Path("/proc/self", name).read_text().splitlines())
     return {words[0].rstrip(":"): 1024 * int(words[1]) for words in fields if words[-1] == "kB"}
-
-
-class _LiveBytes(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.others: dict[
-            int, StorageWeakRef
-        ] = {}  # made elsewhere; a storage's address is not used again while it is here
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for key, ref, _ in _storages((args, kwargs)):
-            if key not in self.made:
-                self.others[key] = ref
-        out = function(*args, **(kwargs or {}))
-        for key, ref, size in _storages(out):
-            if key not in self.others:
-                self.made[key] = ref, size
-        self.made = {
-            key: (ref, size) for key, (ref, size) in self.made.items() if not ref.expired()
-        }
-        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
-        return out
-
-
-def _storages(values) -> list[tuple[int, StorageWeakRef, int]]:
-    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return [(storage._cdata, StorageWeakRef(storage), storage.nbytes()) for storage in storages]
 
 
 class _Kernels(TorchDispatchMode):
