@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ CONVOLUTION = 5 / 3
 TOKENS = 64  # about so many tokens pass through the narrow transformer
 SIDE = 64  # pixels: side of the image that passes through the narrow autoencoder
 T5_NARROWING = 8  # not more: the bucket of each pair of positions does not get narrower
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def _count_step(config: FluxConfig, text: int, image: int, itemsize: int) -> tup
     dtype = _dtype(itemsize)
     network = _zeros(lambda: Flux(narrow), dtype)
     rope = torch.zeros(1, sum(config.axes_dim) // 2, 2, 2).expand(text + image, -1, -1, -1)
-    network.rope = lambda txt_ids, img_ids: rope  # the table does not get narrower: not counted
+    # the table does not get narrower: not counted
+    network.rope = lambda txt_ids, img_ids: rope  # type: ignore[method-assign, assignment]
     depths = {"double_blocks": config.depth, "single_blocks": config.depth_single}
     modulations = []
 
@@ -227,7 +230,7 @@ def _text_encoder_bytes(text: FLUX1Text | FLUX2Text, length: int, itemsize: int)
     return int(ALLOCATOR * scale * peak)
 
 
-def _zeros(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+def _zeros(build: Callable[[], Network], dtype: torch.dtype) -> Network:
     """Return a network whose weights are zeros; no random numbers are drawn."""
     with skip_init():
         network = build().to(dtype)

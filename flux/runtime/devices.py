@@ -61,7 +61,8 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        has_bfloat16 = ampere or torch.version.hip is not None
     elif device.type == "mps":
         name = "macOS before version 14"
         has_bfloat16 = torch.backends.mps.is_macos_or_newer(14, 0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flux.errors import UserError
-from flux.runtime.memory_plan import WeightSizes, mapped_bytes, measure_weights
+from flux.runtime.memory_plan import WeightSizes, mapped_bytes, matrix_size, measure_weights
 from flux.runtime.streaming import all_tensors, stream, unstream
 from flux.weights.load import init_empty, load_module
 from flux.weights.quantization import FP8, QuantizedLinear, enable_fp8_matmul
@@ -65,7 +65,7 @@ class LazyModule:
 
     def __call__(self) -> nn.Module:
         if self.module is not None and self.dropped:
-            self._restore_submodules()
+            self._restore_submodules(self.module)
         if self.module is None:
             self.module = self._prepare()
         return self.module
@@ -154,17 +154,12 @@ class LazyModule:
     @property
     def _merging_bytes(self) -> int:
         """Bytes to merge into the largest matrix: three float32 copies (DoRA) and the result."""
-        largest = 0
-        for path in self.transformed:
-            layer = self.shapes.get_submodule(path)
-            if hasattr(layer, "in_features"):
-                largest = max(largest, layer.in_features * layer.out_features)
-        return largest * (3 * 4 + self.dtype.itemsize)
+        sizes = [matrix_size(self.shapes.get_submodule(path)) for path in self.transformed]
+        return max(sizes, default=0) * (3 * 4 + self.dtype.itemsize)
 
     def _prepare(self) -> nn.Module:
         """Load, transform, quantize and compile; move to the device, or stream."""
-        streamed = self.resident is not None
-        target = CPU if streamed else self.device
+        target = self.device if self.resident is None else CPU
         if self.quantize:
             # weights stay mapped until they are quantized, and are rounded once; but a LoRA is
             # merged in the dtype of the computation
@@ -179,17 +174,17 @@ class LazyModule:
             enable_fp8_matmul(module, self.device)
         if self.compile:
             compile_blocks(module, self.block_lists)
-        if streamed:
+        if self.resident is not None:
             return stream(module, self.block_lists, self.device, resident=self.resident)
         return module.to(self.device)
 
-    def _restore_submodules(self) -> None:
+    def _restore_submodules(self, module: nn.Module) -> None:
         """Load the dropped submodules alone; or release all, if a part cannot be made alone."""
         if self.transform or self.resident is not None:
             return self.release()
         mapped = self._load(CPU, None)
         for path in self.dropped:
-            self.module.set_submodule(path, mapped.get_submodule(path).to(self.device, self.dtype))
+            module.set_submodule(path, mapped.get_submodule(path).to(self.device, self.dtype))
         self.dropped = []
 
     def _load(
@@ -210,7 +205,7 @@ def compile_blocks(module: nn.Module, block_lists: Sequence[str]) -> None:
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
     for path in block_lists:
-        for block in module.get_submodule(path):
+        for block in module.get_submodule(path).children():
             block.compile(fullgraph=True)
 
 

@@ -14,7 +14,7 @@ own. On Apple's GPUs, device and host share one memory.
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -312,10 +312,15 @@ def measure_weights(
     largest = 0
     for layer in module.modules():
         if hasattr(layer, "dequantize"):
-            largest = max(largest, layer.in_features * layer.out_features)
+            largest = max(largest, matrix_size(layer))
     # float32 before and after the scale; or after the scale, and rounded
     scratch = largest * 8
     return WeightSizes(fixed, tuple(blocks), mapped_bytes(module, dtype, replaced), scratch)
+
+
+def matrix_size(layer: Any) -> int:
+    """Return the number of weights of a Linear; 0 for other layers."""
+    return layer.in_features * layer.out_features if hasattr(layer, "in_features") else 0
 
 
 def mapped_bytes(module: nn.Module, dtype: torch.dtype, replaced: Container[str] | None) -> int:

@@ -39,14 +39,15 @@ def stream(
             "offload: a streamed network cannot be trained. "
             "Freeze it with requires_grad_(False), or do not stream it."
         )
-    blocks = [block for path in lists for block in module.get_submodule(path)]
+    blocks = [block for path in lists for block in module.get_submodule(path).children()]
     sizes = [sum(tensor.nbytes for tensor in large_tensors(block)) for block in blocks]
     stays = choose_resident(sizes, resident)
     streamed = [block for block, stay in zip(blocks, stays, strict=True) if not stay]
     ring = PrefetchRing(blocks, streamed, torch.device(device))
     ring.move_rest(module)
     for path in lists:
-        module.set_submodule(path, StreamedModuleList(module.get_submodule(path), ring))
+        blocks = list(module.get_submodule(path).children())
+        module.set_submodule(path, StreamedModuleList(blocks, ring))
     return module
 
 
@@ -54,8 +55,9 @@ def unstream(module: nn.Module, lists: Sequence[str]) -> nn.Module:
     """Undo `stream`: all weights are on the host again, without a copy back; return the network."""
     for path in lists:
         streamed = module.get_submodule(path)
+        assert isinstance(streamed, StreamedModuleList)
+        streamed.ring.close()
         module.set_submodule(path, nn.ModuleList(streamed.children()))
-    streamed.ring.close()
     return module
 
 
@@ -170,7 +172,7 @@ class PrefetchRing:
             self._prefetch(block)
             if self.current is not None:
                 self.streams.current_stream(self.device).wait_event(self.current.filled)
-                self._point(self.current)
+                self._point(block, self.current)
             yield
         finally:  # also after an exception, or a `zip` that ended early
             if self.user is user:
@@ -221,9 +223,9 @@ class PrefetchRing:
         buffer.block = block
 
     @torch.inference_mode()
-    def _point(self, buffer: Buffer) -> None:
-        """Let the tensors of the block use the buffer."""
-        for part in self.slices[buffer.block]:
+    def _point(self, block: nn.Module, buffer: Buffer) -> None:
+        """Let the tensors of `block` use the buffer."""
+        for part in self.slices[block]:
             part.tensor.data = part.view(buffer.memory)
 
     def _release(self) -> None:
