@@ -10,7 +10,7 @@ _HOMES = {
     "ImageInputs": "image_io.request",
     "Pipeline": "pipeline",
     "UserError": "errors",
-    "load": "pipeline",
+    "load": "loading",
 }
 
 

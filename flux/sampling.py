@@ -1,39 +1,49 @@
-"""Noise to latents: noise, coordinates, the schedule of times, and Euler's method.
+"""From noise to latents: noise, positions, the schedule of times, and Euler's method.
 
-Time t runs from 1 (noise) to 0 (picture) along straight lines, x_t = (1 - t) · picture + t · noise, whose velocity
-dx/dt = noise - picture is what the network predicts (rectified flow; Liu et al. 2022, Esser et al. 2024).
-Nothing here knows a network: the sampler takes any function velocity(x, t).
+Time t runs from 1 (noise) to 0 (image) along straight lines, x_t = (1 - t) * image + t * noise. The
+network predicts their velocity, dx/dt = noise - image.
+
+References: rectified flow, Liu et al. 2022, https://arxiv.org/abs/2209.03003; shifted schedules,
+Esser et al. 2024, https://arxiv.org/abs/2403.03206; classifier-free guidance, Ho & Salimans 2022,
+https://arxiv.org/abs/2207.12598.
+
+Nothing here knows a network. The sampler takes any function velocity(x, t).
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from flux.autoencoder import pack
 from flux.errors import NonFiniteError
-from flux.transformer import NUMERICS, Numerics
+
+# ------------------------------------------------------------------ noise and positions
 
 
 def noise(seeds: Sequence[int], channels: int, height: int, width: int, spatial: bool) -> Tensor:
-    """Standard normal latents (B, channels, height, width), float32, one generator an image, always drawn on the CPU.
+    """Return standard normal latents, (B, channels, height, width) float32, drawn on the CPU.
 
-    So image k of a batch with seeds s, s + 1, ... is the image of seed s + k alone, on every device. `spatial`: FLUX.1 draws
-    before the 2x2 packing, FLUX.2 after it; the same seed means the same numbers in another order.
+    Each seed has its own generator. So image k of a batch with seeds s, s + 1, ... equals the image
+    of seed s + k alone, on every device. `spatial`: FLUX.1 draws before it packs 2x2 patches into
+    channels, FLUX.2 draws packed latents.
     """
     shape = (channels // 4, 2 * height, 2 * width) if spatial else (channels, height, width)
-    drawn = torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
-    return pack(drawn) if spatial else drawn
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    x = torch.stack(drawn)  # (B, channels/4, 2h, 2w) or (B, channels, h, w)
+    if spatial:
+        x = rearrange(x, "b c (h ph) (w pw) -> b (c ph pw) h w", ph=2, pw=2)
+    return x
 
 
 def image_ids(height: int, width: int, axes: int, t: int = 0, left: int = 0) -> Tensor:
-    """Coordinates of image tokens, row by row: (height·width, axes) int64 of (t, row, left + column[, 0]).
+    """Return positions of image tokens, row by row: (height * width, axes), int64.
 
-    `t` tells pictures apart: 0 is the one that is made; references are 1 (Kontext) or 10, 20, ... (FLUX.2).
+    A position is (t, row, left + column[, 0]). `t` tells images apart: 0 is the generated image,
+    references have 1 (Kontext) or 10, 20, ... (FLUX.2).
     """
     ids = torch.zeros(height, width, axes, dtype=torch.int64)
     ids[..., 0] = t
@@ -43,61 +53,93 @@ def image_ids(height: int, width: int, axes: int, t: int = 0, left: int = 0) -> 
 
 
 def text_ids(length: int, axes: int) -> Tensor:
-    """Coordinates of text tokens, (length, axes) int64: all zero in FLUX.1 (3 axes), counted on the last axis in FLUX.2 (4)."""
+    """Return positions of text tokens, (length, axes), int64.
+
+    FLUX.1 (3 axes) has zeros. FLUX.2 (4 axes) counts tokens on the last axis.
+    """
     ids = torch.zeros(length, axes, dtype=torch.int64)
     if axes == 4:
         ids[:, 3] = torch.arange(length)
     return ids
 
 
-def schedule(kind: str, steps: int, tokens: int) -> Tensor:
-    """Times from 1 to 0, (steps + 1,) float32. `tokens`: image tokens of the picture that is made, references not counted.
+# ------------------------------------------------------------------ times
 
-    "unshifted" (schnell) is even; "linear" (FLUX.1) and "empirical" (FLUX.2) shift by mu, so that more tokens spend more
-    steps near the noise: t -> e^mu / (e^mu + 1/t - 1).
+
+def schedule(
+    kind: str, steps: int, tokens: int, rounding: Literal["float64", "bfl", "diffusers"] = "float64"
+) -> Tensor:
+    """Return times from 1 to 0, (steps + 1,) float32.
+
+    `kind`: "unshifted" (schnell) is even. "linear" (FLUX.1) and "empirical" (FLUX.2) shift by mu,
+    t -> e^mu / (e^mu + 1/t - 1), so that larger images spend more steps near the noise. `tokens`
+    counts the generated image's tokens, without references. `rounding`: the arithmetic, float64
+    or the float32 of a published implementation, which differs in the last bits.
     """
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if rounding == "diffusers":
+        times = np.linspace(1, 1 / steps, steps).astype(np.float32)  # 0 is appended, unshifted
+    elif rounding == "bfl":
+        times = torch.linspace(1, 0, steps + 1)
+    else:
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if kind != "unshifted":
-        shift = math.exp(
-            {"linear": calculate_shift, "empirical": compute_empirical_mu}[kind](tokens, steps)
-        )
-        t = shift / (shift + (1 / t - 1))  # at t = 0: shift / infinity
-    return t.float()
+        mu = compute_empirical_mu(tokens, steps) if kind == "empirical" else calculate_shift(tokens)
+        times = math.exp(mu) / (math.exp(mu) + (1 / times - 1))  # e^mu / infinity at t = 0
+    if rounding == "diffusers":
+        return torch.cat([torch.from_numpy(times), torch.zeros(1)])
+    return times.float()
 
 
-def truncate_by_strength(times: Sequence, strength: float) -> Sequence:
-    """The last `strength` of the steps, (n + 1,): where a picture is changed and not made, noise is not begun with."""
+def calculate_shift(tokens: int) -> float:
+    """Return FLUX.1's mu, on the line through (256 tokens, 0.5) and (4096 tokens, 1.15)."""
+    slope = (1.15 - 0.5) / (4096 - 256)
+    return slope * tokens + (0.5 - slope * 256)
+
+
+def compute_empirical_mu(tokens: int, steps: int) -> float:
+    """Return FLUX.2's mu, from BFL's fits at 10 and at 200 steps, interpolated in the steps.
+
+    Above 4300 tokens, about one megapixel, BFL ignores the steps. mu jumps there (2.04 to 1.18
+    at 50 steps), as published.
+    """
+    at_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    slope = (at_200 - at_10) / 190
+    return slope * steps + (at_200 - 200 * slope)
+
+
+def truncate_by_strength(
+    times: Sequence, strength: float, rounding: Literal["rounded", "bfl"] = "rounded"
+) -> Sequence:
+    """Return the last times, for image to image: a `strength` of 1 keeps all steps.
+
+    Of 50 steps at strength 0.8, diffusers runs 40 and BFL's demos ("bfl") run 41.
+    """
     steps = len(times) - 1
-    return times[int(max(steps - steps * strength, 0)) :]
+    skipped = (1 - strength) * steps if rounding == "bfl" else max(steps - steps * strength, 0)
+    return times[int(skipped) :]
 
 
-def scale_noise(picture: Tensor, noise: Tensor, t: float) -> Tensor:
-    """Where the flow is at t, on the straight line from the noise to the picture."""
-    return (1 - t) * picture + t * noise
+def scale_noise(image: Tensor, noise: Tensor, t: float) -> Tensor:
+    """Return the point at time t on the straight line from the image to the noise."""
+    return (1 - t) * image + t * noise
 
 
 def per_step_values(values: Sequence[float], steps: int) -> list[float]:
-    """A value a step: of one value, always that; of as many as there are steps, these; of two, the straight line between."""
+    """Return one value for each step.
+
+    One value is repeated. As many values as steps stay as they are. Two values are the ends of a
+    straight line.
+    """
     if len(values) == steps:
         return list(values)
     start, end = values[0], values[-1]
     return [start + (end - start) * step / max(steps - 1, 1) for step in range(steps)]
 
 
-def calculate_shift(tokens: int, steps: int) -> float:
-    """FLUX.1: the line through (256 tokens, 0.5) and (4096 tokens, 1.15), whatever the steps."""
-    return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-
-
-def compute_empirical_mu(tokens: int, steps: int) -> float:
-    """FLUX.2: BFL's fit at 10 and at 200 steps, interpolated in the steps."""
-    at_200 = 0.00016927 * tokens + 0.45666666
-    if (
-        tokens > 4300
-    ):  # above about one megapixel BFL drops the steps, and mu jumps (2.04 to 1.18 at 50 steps); as published
-        return at_200
-    at_10 = 8.73809524e-05 * tokens + 1.89833333
-    return at_200 + (at_10 - at_200) * (200 - steps) / 190
+# ------------------------------------------------------------------ Euler's method
 
 
 def denoise(
@@ -105,38 +147,40 @@ def denoise(
     x: Tensor,
     times: Tensor,
     callback: Callable[[int, float, Tensor], None] | None = None,
-    numerics: Numerics = NUMERICS["exact"],
-    blend: Callable[[Tensor, float], Tensor] = lambda x, t: x,
+    state: Literal["float32", "bfl", "diffusers"] = "float32",
+    blend: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    """Euler's method along `times`: x <- x + (t' - t) · velocity(x, t). Any shape of x; float32 unless numerics say otherwise.
+    """Follow the velocity from `times[0]` to `times[-1]`: x <- x + (t' - t) * velocity(x, t).
 
-    `callback(step, t', x)` sees every step, counted from 1, after `blend(x, t')`, which may put known parts of the picture
-    back. NonFiniteError names the step at which x stopped being finite.
+    x has any shape. `callback(step, t', x)` is called after each step, counted from 1.
+    `blend(x, t')` may replace known parts of the image before that. `state` says how x is rounded
+    between steps. Raise NonFiniteError at the first step after which x is not finite.
     """
-    for step, (now, after) in enumerate(
-        zip(times[:-1].tolist(), times[1:].tolist(), strict=True), start=1
-    ):
-        v = velocity(x, now)
-        if numerics.state == "float32":
-            x = x + (after - now) * v.float()
-        elif (
-            numerics.state == "bfl"
-        ):  # latents stay in the network's dtype, and every step rounds them
-            x = x.to(v.dtype) + (after - now) * v
-        else:  # diffusers rounds the noise, t' - t, its product with v, and the sum; only the addition is in float32
-            dt = torch.tensor(after - now, dtype=v.dtype, device=v.device)
-            x = (x.to(v.dtype).float() + dt * v).to(v.dtype)
-        x = blend(x, after)
+    for step, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist()), start=1):
+        x = euler_step(x, velocity(x, t), t_next - t, state)
+        if blend is not None:
+            x = blend(x, t_next)
         if not torch.isfinite(x).all():
             raise NonFiniteError(
-                f"the latents are not finite after step {step} of {len(times) - 1} (t = {after:.4f}): "
-                "look for NaN in the weights with --check-weights, or try --dtype float32"
+                f"latents: not finite after step {step} of {len(times) - 1} (t = {t_next:.4f}). "
+                "Look for NaN in the weights with `check_finite=True`, or try `dtype=float32`."
             )
-        if callback:
-            callback(step, after, x)
+        if callback is not None:
+            callback(step, t_next, x)
     return x
 
 
+def euler_step(x: Tensor, v: Tensor, dt: float, state: str) -> Tensor:
+    """Return x + dt * v, rounded as `state` says."""
+    if state == "float32":
+        return x + dt * v.float()
+    if state == "bfl":  # x has the network's dtype
+        return x.to(v.dtype) + dt * v
+    # diffusers rounds x, dt, their product and the sum; it adds in float32
+    rounded = torch.tensor(dt, dtype=v.dtype, device=v.device)
+    return (x.to(v.dtype).float() + rounded * v).to(v.dtype)
+
+
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): away from the unconditional velocity, `scale` times the difference."""
+    """Move away from the unconditional velocity by `scale` times the difference."""
     return unconditional + scale * (conditional - unconditional)

@@ -23,6 +23,15 @@ class TextFeatures(NamedTuple):
     tokens: Tensor  # (B, T, D)
     pooled: Tensor | None  # (B, V); None in FLUX.2
 
+    def rows(self, rows: Sequence[int]) -> "TextFeatures":
+        """Return the features of some of the prompts, which may repeat."""
+        return TextFeatures(*(None if x is None else x[list(rows)] for x in self))
+
+    def append(self, tokens: Tensor) -> "TextFeatures":
+        """Append the same tokens (1, T', D) to every prompt's: (B, T + T', D)."""
+        tokens = tokens.to(self.tokens).expand(len(self.tokens), -1, -1)
+        return self._replace(tokens=torch.cat([self.tokens, tokens], dim=1))
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "TextFeatures":
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
         return TextFeatures(self.tokens.to(device, dtype), pooled)

@@ -377,7 +377,7 @@ def run(args: argparse.Namespace) -> int:
     say(summary(args, pipe, width, height, steps, guidance))
     if spec.embedded:
         note_unknown_words(prompts)
-    plan = pipe.prepare(width, height, steps, pictured=width * height if images else 0)
+    plan = pipe.plan_memory(width, height, steps, encoded_pixels=width * height if images else 0)
     if not spec.embedded or args.offload or args.max_vram or args.quantize:
         say(f"memory: {plan.message}")
 
@@ -396,7 +396,7 @@ def run(args: argparse.Namespace) -> int:
     # 4. Encode everything, then generate one by one: no image depends on the others.
     conditions = images and pipe.condition(images, width, height)
     if conditions:
-        pipe.prepare(steps=steps, conditions=conditions)  # now the number of tokens is known
+        pipe.plan_memory(steps=steps, conditions=conditions)  # now the number of tokens is known
     if args.save_control:
         say(f"control: {output.save(conditions.control_image, args.save_control, {})}")
     pipe.encode(expanded + ([args.negative_prompt or ""] if cfg else []))
@@ -437,9 +437,9 @@ def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int,
             args.guidance,
             seed,
             negative_prompt=args.negative_prompt,
-            cfg_scale=args.true_cfg_scale,
+            true_cfg_scale=args.true_cfg_scale,
             callback=after_step,
-            pictures=conditions,
+            images=conditions,
         )
     return image, latents
 

@@ -92,8 +92,8 @@ def train(args: argparse.Namespace) -> int:
         empty = cache.features("")
         samples = prepare_samples(args, cache, examples) if args.sample_every else []
     pipe.text.release()
-    pipe.encoder.release()
-    pipe.stay()
+    pipe.image_encoder.release()
+    pipe.residency.keep_loaded()
 
     # 3. the network
     torch.manual_seed(args.seed)

@@ -88,8 +88,8 @@ def zoo(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FLUX_WEIGHTS", raising=False)
-        patch.setattr("flux.pipeline.SigLIPConfig", lambda: TINY_SIGLIP)
-        patch.setattr("flux.pipeline.ReduxConfig", lambda: TINY_REDUX)
+        patch.setattr("flux.loading.SigLIPConfig", lambda: TINY_SIGLIP)
+        patch.setattr("flux.loading.ReduxConfig", lambda: TINY_REDUX)
         yield Zoo(tmp_path_factory.mktemp("zoo"), patch)
 
 

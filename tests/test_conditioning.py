@@ -33,8 +33,8 @@ def models(tmp_path_factory):
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FLUX_WEIGHTS", raising=False)
-        patch.setattr("flux.pipeline.SigLIPConfig", lambda: TINY_SIGLIP)
-        patch.setattr("flux.pipeline.ReduxConfig", lambda: TINY_REDUX)
+        patch.setattr("flux.loading.SigLIPConfig", lambda: TINY_SIGLIP)
+        patch.setattr("flux.loading.ReduxConfig", lambda: TINY_REDUX)
 
         def model(name: str) -> Model:
             if name not in made:

@@ -13,7 +13,7 @@ import flux
 from flux import configs
 from flux.configs import EMBEDDED, MODELS, Addon, FLUX1Text, FLUX2Text
 from flux.errors import UserError
-from flux.pipeline import load
+from flux.loading import load
 from flux.runtime.checks import check_guidance
 from flux.weights import locate as models
 from flux.weights.locate import get_spec, with_transformer

@@ -1,7 +1,7 @@
-"""flux.sampling: schedules, coordinates, noise and Euler's method.
+"""flux.sampling: schedules, positions, noise and Euler's method.
 
-The truth: schedules that were computed with Black Forest Labs' and diffusers' own code, kept here as numbers; diffusers
-0.42.1, live; and differential equations whose solution, or whose Euler sum, is known in closed form.
+Three truths: schedules that Black Forest Labs' and diffusers' own code computed, kept here as
+numbers; diffusers 0.42.1, live; and differential equations with a solution in closed form.
 """
 
 import numpy as np
@@ -27,17 +27,32 @@ SHIFTED = [
     ("empirical", 4, 4301),
     ("empirical", 250, 8100),
 ]
+BFL_TIMES = [
+    # (kind, steps, tokens, bits): get_schedule of black-forest-labs/flux 802fb47, flux2 ab7cca6, torch 2.13
+    ("linear", 28, 4096, 428816592955),
+    ("linear", 50, 4080, 1345933120845),
+    ("linear", 1, 16, 1065353216),
+    ("linear", 30, 1560, 489974707076),
+    ("empirical", 4, 4096, 10632191532),
+    ("empirical", 50, 4096, 1350971399039),
+    ("empirical", 28, 1024, 430114159414),
+    ("empirical", 4, 4300, 10632488194),
+    ("empirical", 4, 4301, 10606528701),
+    ("empirical", 250, 8100, 33199498847691),
+    ("unshifted", 4, 4096, 10552868864),
+    ("unshifted", 7, 100, 29466783169),
+]
 steps_, tokens_ = st.integers(1, 1000), st.integers(16, 65536)
 MODERATE = settings(max_examples=50, deadline=None)
 
 
-# ---------------------------------------------------------------------------------------------------------- schedules
+# ------------------------------------------------------------------ schedules
 
 
 @pytest.mark.parametrize(
     "kind, steps, tokens, first, last",
     [
-        # The sigmas of diffusers 0.42.1's scheduler, configured as the FLUX.1-dev and FLUX.1-schnell repositories do.
+        # The sigmas of diffusers 0.42.1's scheduler, with the settings of FLUX.1-dev and -schnell.
         ("linear", 28, 4096, [1, 0.988408625, 0.976222456, 0.963394403, 0.949872553], 0.104720898),
         ("linear", 50, 4096, [1], 0.060550276),
         ("linear", 28, 1024, [1, 0.980655968, 0.960643768], 0.0650196),
@@ -72,9 +87,9 @@ def test_klein_schedule_as_published(width, height, times):
 
 def test_mu_as_published():
     """By BFL's code: FLUX.1 whatever the steps, FLUX.2 by the steps up to 4300 tokens, where its mu falls off a cliff."""
-    assert [
-        sampling.calculate_shift(n, s) for n, s in ((256, 4), (1024, 28), (4080, 50), (4096, 1))
-    ] == pytest.approx([0.5, 0.63, 1.14729166, 1.15], abs=1e-8)
+    assert [sampling.calculate_shift(n) for n in (256, 1024, 4080, 4096)] == pytest.approx(
+        [0.5, 0.63, 1.14729166, 1.15], abs=1e-8
+    )
     assert sampling.compute_empirical_mu(4096, 4) == pytest.approx(2.291179894115571, rel=1e-14)
     assert sampling.compute_empirical_mu(4096, 50) == pytest.approx(2.0233511571292637, rel=1e-14)
     assert sampling.compute_empirical_mu(4096, 28) == pytest.approx(2.151443161774889, rel=1e-14)
@@ -119,8 +134,25 @@ def by_diffusers(kind: str, steps: int, tokens: int):
     "kind, steps, tokens", [*SHIFTED, ("unshifted", 4, 4096), ("unshifted", 7, 100)]
 )
 def test_schedule_equals_diffusers(kind, steps, tokens):
-    difference = sampling.schedule(kind, steps, tokens) - by_diffusers(kind, steps, tokens).sigmas
-    assert difference.abs().max() <= ULP
+    """To the bit with diffusers' arithmetic. The default computes in float64 and rounds once."""
+    theirs = by_diffusers(kind, steps, tokens).sigmas
+    assert torch.equal(sampling.schedule(kind, steps, tokens, rounding="diffusers"), theirs)
+    assert (sampling.schedule(kind, steps, tokens) - theirs).abs().max() <= ULP
+
+
+@MODERATE
+@given(kind=st.sampled_from(["unshifted", "linear", "empirical"]), steps=steps_, tokens=tokens_)
+def test_diffusers_schedule_equals_diffusers_to_the_bit(kind, steps, tokens):
+    theirs = by_diffusers(kind, steps, tokens).sigmas
+    assert torch.equal(sampling.schedule(kind, steps, tokens, rounding="diffusers"), theirs)
+
+
+@pytest.mark.parametrize("kind, steps, tokens, bits", BFL_TIMES)
+def test_bfl_schedule_equals_bfl_to_the_bit(kind, steps, tokens, bits):
+    """The sum of the int32 views of all times identifies them, an ulp off in one would change it."""
+    times = sampling.schedule(kind, steps, tokens, rounding="bfl")
+    weights = torch.arange(1, len(times) + 1)
+    assert (times.view(torch.int32).long() * weights).sum().item() == bits
 
 
 @pytest.mark.parametrize("kind", ["unshifted", "linear", "empirical"])
@@ -138,14 +170,14 @@ def test_times_fall_from_one_to_zero(kind, steps, tokens):
 @pytest.mark.parametrize("kind, most", [("linear", 16384), ("empirical", 4300)])
 @MODERATE
 @given(data=st.data(), steps=st.integers(2, 100))
-def test_larger_pictures_stay_longer_near_the_noise(kind, most, data, steps):
+def test_larger_images_spend_more_steps_near_the_noise(kind, most, data, steps):
     few = data.draw(st.integers(16, most // 2))
     more = data.draw(st.integers(2 * few, most))
     before, after = (sampling.schedule(kind, steps, n)[1:-1] for n in (few, more))
     assert (after > before).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- coordinates
+# ------------------------------------------------------------------ coordinates
 
 
 def test_ids_equal_diffusers():
@@ -166,7 +198,7 @@ def test_ids_equal_diffusers():
     )
 
 
-def test_ids_of_a_small_picture():
+def test_ids_of_a_small_image():
     assert sampling.image_ids(2, 3, axes=3, t=1).tolist() == [
         [1, r, c] for r in range(2) for c in range(3)
     ]
@@ -180,7 +212,7 @@ def test_ids_of_a_small_picture():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- noise
+# ------------------------------------------------------------------ noise
 
 
 @pytest.mark.parametrize("spatial", [True, False])
@@ -224,7 +256,7 @@ def test_noise_is_standard_normal_and_leaves_the_global_generator_alone(spatial)
     assert abs((x[0] * x[1]).mean()) < 0.014 and abs((x[..., 1:] * x[..., :-1]).mean()) < 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------- Euler
+# ------------------------------------------------------------------ Euler
 
 
 def even(steps: int) -> Tensor:
@@ -233,20 +265,18 @@ def even(steps: int) -> Tensor:
 
 @settings(max_examples=25, deadline=None)
 @given(steps=st.integers(1, 60), kind=st.sampled_from(["unshifted", "linear", "empirical"]))
-def test_a_straight_line_ends_at_its_picture_in_any_number_of_steps(steps, kind):
+def test_straight_line_ends_at_its_image_in_any_number_of_steps(steps, kind):
     generator = torch.Generator().manual_seed(steps)
-    noise, picture = (
+    noise, image = (
         torch.randn(2, 3, 5, generator=generator),
         torch.randn(2, 3, 5, generator=generator),
     )
-    made = sampling.denoise(
-        lambda x, t: noise - picture, noise, sampling.schedule(kind, steps, 1024)
-    )
-    assert (made - picture).abs().max() <= 1e-5
+    made = sampling.denoise(lambda x, t: noise - image, noise, sampling.schedule(kind, steps, 1024))
+    assert (made - image).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 250])
-def test_euler_sums_in_closed_form(steps):
+def test_euler_sums_equal_closed_forms(steps):
     """In N even steps from t = 1 to 0: dx/dt = t ends at -(N + 1) / 2N, from 0, and dx/dt = x at (1 - 1/N)^N, from 1."""
     zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     made = sampling.denoise(lambda x, t: torch.full_like(x, t), zero, even(steps))
@@ -255,7 +285,7 @@ def test_euler_sums_in_closed_form(steps):
     assert made.tolist() == pytest.approx([(1 - 1 / steps) ** steps] * 3, rel=1e-5, abs=1e-12)
 
 
-def test_velocity_sees_each_time_and_state_and_the_callback_what_comes_of_it():
+def test_velocity_gets_each_state_and_callback_gets_each_result():
     times, seen, told = sampling.schedule("linear", 5, 1024), [], []
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -285,7 +315,7 @@ def bfloat16_run(
     def note(step, t, x):
         return states.append(x)
 
-    sampling.denoise(lambda x, t: next(left), noise, times, note, NUMERICS[numerics])
+    sampling.denoise(lambda x, t: next(left), noise, times, note, NUMERICS[numerics].state)
     return velocities, noise, states, times
 
 
@@ -308,7 +338,7 @@ def test_bfloat16_state_of_bfl_is_rounded_at_every_step():
         assert state.dtype == torch.bfloat16 and torch.equal(state, x)
 
 
-def test_exact_state_is_float32_and_the_numerics_do_differ():
+def test_exact_state_is_float32_and_presets_differ():
     velocities, noise, states, times = bfloat16_run("exact")
     truth = noise.double() + sum(
         (b - a) * v.double() for a, b, v in zip(times, times[1:], velocities, strict=False)
@@ -319,20 +349,20 @@ def test_exact_state_is_float32_and_the_numerics_do_differ():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_state_that_is_not_finite_is_told_by_its_step(value):
+def test_non_finite_state_raises_with_its_step(value):
     told = []
 
     def velocity(x: Tensor, t: float) -> Tensor:
         return torch.where(torch.arange(4) == 2, value, 0.0) if t < 0.5 else torch.zeros(4)
 
     with pytest.raises(
-        NonFiniteError, match=r"step 4 of 5 \(t = 0.2000\).*--check-weights.*--dtype float32"
+        NonFiniteError, match=r"step 4 of 5 \(t = 0.2000\).*check_finite=True.*dtype=float32"
     ):
         sampling.denoise(velocity, torch.zeros(4), even(5), lambda step, t, x: told.append(step))
     assert told == [1, 2, 3]
 
 
-def test_guidance():
+def test_classifier_free_guidance_is_linear():
     generator = torch.Generator().manual_seed(0)
     c, u = torch.randn(100, generator=generator), torch.randn(100, generator=generator)
     assert torch.equal(sampling.classifier_free_guidance(c, u, 0), u)
@@ -345,7 +375,7 @@ def test_guidance():
 
 @pytest.mark.parametrize("steps", [1, 4, 28, 50])
 @pytest.mark.parametrize("strength", [0.01, 0.3, 0.6, 0.999, 1.0])
-def test_strength_leaves_the_steps_that_diffusers_leaves(steps, strength):
+def test_strength_keeps_the_steps_that_diffusers_keeps(steps, strength):
     """FluxImg2ImgPipeline.get_timesteps, of the Euler scheduler's first order; it refuses where none is left."""
     from diffusers import FluxImg2ImgPipeline
 
@@ -359,14 +389,21 @@ def test_strength_leaves_the_steps_that_diffusers_leaves(steps, strength):
     assert len(ours) - 1 == count == len(left) and torch.equal(ours, times[steps - count :])
 
 
-def test_a_picture_is_mixed_with_noise_on_the_straight_line():
+def test_bfl_strength_skips_int_of_the_skipped_share():
+    """BFL's demos run 41 of 50 steps at strength 0.8: int((1 - 0.8) * 50) = 9."""
+    times = even(50)
+    assert len(sampling.truncate_by_strength(times, 0.8, "bfl")) - 1 == 41
+    assert len(sampling.truncate_by_strength(times, 0.8)) - 1 == 40
+
+
+def test_scale_noise_interpolates():
     assert (
         sampling.scale_noise(torch.tensor(3.0), torch.tensor(-1.0), 0.25) == 2
     )  # a quarter of the way to the noise
     assert sampling.scale_noise(3.0, -1.0, 0) == 3 and sampling.scale_noise(3.0, -1.0, 1) == -1
 
 
-def test_values_over_the_steps():
+def test_per_step_values():
     assert sampling.per_step_values([3], 4) == [3, 3, 3, 3] and sampling.per_step_values(
         [5, 2], 4
     ) == [5, 4, 3, 2]
@@ -376,7 +413,7 @@ def test_values_over_the_steps():
     assert sampling.per_step_values([5, 2], 2) == [5, 2] and sampling.per_step_values([7], 1) == [7]
 
 
-def test_known_parts_are_put_back_after_every_step():
+def test_blend_runs_before_the_callback():
     """Before the callback sees it; here the second number is always what `blend` says."""
     seen = []
 

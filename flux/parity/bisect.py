@@ -213,12 +213,11 @@ class _Loop:
             )[0].to(img.device)
 
         r, pipe = self.request, copy.copy(self.pipe)
-        pipe.tabulated = False  # `velocity` is all there is of the transformer
         pipe.transformer = copy.copy(self.pipe.transformer)
         pipe.transformer.module = copy.copy(
             self.pipe.transformer()
         )  # with the same weights, in which `call` may run
-        pipe.transformer.module.velocity = velocity
+        pipe.transformer.module.denoise = velocity
         size = (None, None) if self.conditions else (r.width, r.height)
         with replaced(sampling, "denoise", lambda original: partial(denoise, original)):
             latents = pipe.sample(

@@ -176,7 +176,7 @@ class _Stages:
         self.see(joined(self.where, name), tensor)
 
     def condition(self, original: Callable, *args) -> Conditions:
-        encoder = self.pipe.encoder()
+        encoder = self.pipe.image_encoder()
 
         def next_picture(encode: Callable, pixels: Tensor) -> Tensor:
             self.pictures += 1
@@ -306,10 +306,11 @@ def plan(pipe: Pipeline, request: Request, selection: Selection = Selection()) -
 def without_weights(pipe: Pipeline) -> Pipeline:
     """The same pipeline on the CPU, whose networks compute nothing but shapes, and answer zeros."""
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
-    twin.device, twin.resident, twin.prepare = torch.device("cpu"), True, lambda *_, **__: None
-    for part in ("transformer", "autoencoder", "encoder"):
+    twin.device, twin.residency = torch.device("cpu"), copy.copy(pipe.residency)
+    twin.residency.keep_loaded()
+    for part in ("transformer", "autoencoder", "image_encoder"):
         setattr(twin, part, _hollow(getattr(pipe, part)))
-    twin.adapters = tuple(map(_hollow, pipe.adapters))
+    twin.redux_networks = tuple(map(_hollow, pipe.redux_networks))
     for part in pipe.spec.text.networks:
         setattr(twin.text, part, _hollow(getattr(pipe.text, part)))
     return twin
@@ -324,7 +325,7 @@ def _hollow(network: LazyModule) -> LazyModule:
     )
     to_meta = partial(tree_map_only, Tensor, lambda x: x.to("meta"))
     to_zeros = partial(tree_map_only, Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype))
-    for name in ("forward", "vec", "modulations", "velocity", "remember", "encode", "decode"):
+    for name in ("forward", "vec", "modulations", "denoise", "encode", "decode"):
         if method := getattr(twin.module, name, None):
             setattr(
                 twin.module, name, lambda *args, method=method: to_zeros(method(*to_meta(args)))

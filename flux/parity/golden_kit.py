@@ -82,7 +82,7 @@ def build(
         write_run(pipe, request, only, part)
         for name, network in networks.items():
             write(part / f"weights/{name}.safetensors", network().state_dict())
-            if not pipe.resident:
+            if not pipe.residency.keep:
                 network.release()
         shutil.copyfile(consumer.__file__, part / "consumer.py")
         expected = Capture(part / "expected.safetensors")

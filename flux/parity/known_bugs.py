@@ -17,7 +17,7 @@ from torch import Tensor
 from flux import autoencoder, clip, language_model, sampling, t5, transformer
 from flux.autoencoder import AutoEncoder, Upsample
 from flux.parity.rerun import Case
-from flux.transformer import Flux, GatedSiLU, Memory, Modulation, ModulationOut, Numerics, QKNorm
+from flux.transformer import Flux, GatedSiLU, KVCache, Modulation, ModulationOut, Numerics, QKNorm
 
 
 class Mistake(NamedTuple):
@@ -183,7 +183,7 @@ def padding_masked(case: Case) -> Tensor:
     hidden = pads(case)
 
     def attention(
-        f: Callable, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None
+        f: Callable, q: Tensor, k: Tensor, v: Tensor, memory: KVCache | None = None
     ) -> Tensor:
         visible = F.pad(~hidden, (0, k.shape[1] - len(hidden)), value=True)
         q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))

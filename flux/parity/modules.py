@@ -19,7 +19,7 @@ from flux.errors import UserError
 from flux.pipeline import Pipeline
 from flux.runtime.devices import free_memory
 from flux.runtime.lazy_module import LazyModule
-from flux.transformer import DoubleStreamBlock, Flux, Memory, ModulationOut, SingleStreamBlock
+from flux.transformer import DoubleStreamBlock, Flux, KVCache, ModulationOut, SingleStreamBlock
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]
 PLACE = re.compile(
@@ -91,7 +91,7 @@ def _network(network: nn.Module, name: str, inputs: list[Tensor], cast: Callable
             cast(references), rope.to(vec.device), network.modulations(cast(vec))
         )
     img, txt, rope, vec, *rest = inputs
-    memories = [Memory(cast(k), cast(v)) for k, v in zip(rest[::2], rest[1::2], strict=True)]
+    memories = [KVCache(cast(k), cast(v)) for k, v in zip(rest[::2], rest[1::2], strict=True)]
     mods = network.modulations(cast(vec))
     return network.velocity(cast(img), cast(txt), rope.to(mods.vec.device), mods, memories or None)
 
@@ -111,7 +111,7 @@ def _arguments(module: nn.Module, inputs: list[Tensor], cast: Callable[[Tensor],
         [cast(x) for x in inputs[streams + 1 :]],
     )
     mods = [ModulationOut(*rest[i : i + 3]) for i in range(0, 3 * branches, 3)]
-    memory = [Memory(*rest[3 * branches :])] if len(rest) > 3 * branches else []
+    memory = [KVCache(*rest[3 * branches :])] if len(rest) > 3 * branches else []
     pairs = [mods[i : i + 2] for i in range(0, branches, 2)] if double else mods
     return [*x, rope.to(x[0].device), *pairs, *memory]
 
@@ -122,7 +122,7 @@ def networks_of(pipe: Pipeline) -> dict[str, LazyModule]:
         step=pipe.transformer,
         references=pipe.transformer,
         decoder=pipe.autoencoder,
-        encoder=pipe.encoder,
+        encoder=pipe.image_encoder,
     )
 
 
@@ -180,12 +180,12 @@ def in_dtype(
         setattr(owner, part, network)
     twin.text.networks = tuple(getattr(twin.text, part) for part in pipe.spec.text.networks)
     networks = twin.transformer, twin.autoencoder, *twin.text.networks
-    twin.prepare = lambda *_, **__: None  # what is in memory when, is decided here
-    twin.resident = sum(network.nbytes for network in networks) < 0.8 * free_memory(pipe.device)
-    if change or not twin.resident:
+    twin.residency = copy.copy(pipe.residency)
+    twin.residency.keep_loaded()  # what is in memory when, is decided here
+    fits = sum(network.nbytes for network in networks) < 0.8 * free_memory(pipe.device)
+    if change or not fits:
         for network in networks:
             lend(network, change or (lambda matrix: matrix))
-        twin.resident = True
     return twin
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux import pipeline, sampling
+from flux import loading, sampling
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs
 from flux.parity.capture import Request, run
@@ -330,9 +330,7 @@ def load(
     if lost := [lora["file"] for lora in recipe.get("loras", ())][len(loras) :]:
         raise UserError(f"{capture.path} was made with the LoRA {lost[0]}: give it with --lora")
     dtype, numerics = dtype or getattr(torch, recipe["dtype"]), numerics or recipe["numerics"]
-    pipe = pipeline.load(
-        recipe["model"], weights, device, dtype, numerics, transformer, autoencoder
-    )
+    pipe = loading.load(recipe["model"], weights, device, dtype, numerics, transformer, autoencoder)
     for path, scale in loras:
         pipe.load_lora(path, scale, partial)
     return in_dtype(pipe, dtype)

@@ -167,7 +167,7 @@ class Cache:
         self.content_of = cache(
             content_of
         )  # a picture is read beside its mask too, and may be before several edits
-        self.pixels_by = fingerprint(pipe.encoder.files)
+        self.pixels_by = fingerprint(pipe.image_encoder.files)
         self.text_by = (
             *(fingerprint(network.files) for network in pipe.text.networks),
             pipe.spec.text_length,
@@ -248,7 +248,7 @@ class Cache:
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> Tensor:
-        return self.pipe.encoder().encode(pixels.to(self.pipe.device)).cpu()
+        return self.pipe.image_encoder().encode(pixels.to(self.pipe.device)).cpu()
 
     def features(self, caption: str, name: str = "--prompt") -> Path:
         """Of a caption, (T, D) and, in FLUX.1, the pooled (V,); `name` is for what the tokenizer may have to say."""

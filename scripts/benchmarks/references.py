@@ -12,7 +12,7 @@ from benchmarks.setting import Setting
 from benchmarks.timing import by_turns, random_weights
 from flux import sampling
 from flux.configs import KLEIN_9B
-from flux.transformer import Flux, FluxConfig
+from flux.transformer import Flux, FluxConfig, KVCache
 
 EVERY = "at every step"
 
@@ -61,14 +61,17 @@ def generate(model: Flux, side: int, count: int, cached: bool, steps: int = 4) -
     img_ids, txt_ids = sampling.image_ids(side, side, axes), sampling.text_ids(512, axes)
     ids = torch.cat([sampling.image_ids(side, side, axes, t=10 * k) for k in range(1, count + 1)])
 
-    def turned(*ids):
+    def rope_of(*ids):
         return model.rope(*ids).to(weight.device)
 
     def mods(t):
-        return model.modulations(model.vec(torch.full((1,), t, device=weight.device)))
+        return model.modulations([model.vec(torch.full((1,), t, device=weight.device))])[0]
 
-    memories = model.remember(references, turned(ids[:0], ids), mods(0.0)) if cached else None
-    rope = turned(txt_ids, img_ids if cached else torch.cat([img_ids, ids]))
+    caches = None
+    if cached:
+        caches = [KVCache(len(txt_ids)) for _ in (*model.double_blocks, *model.single_blocks)]
+        model.denoise(references, txt[:, :0], rope_of(ids[:0], ids), mods(0.0), caches)
+    rope = rope_of(txt_ids, img_ids if cached else torch.cat([img_ids, ids]))
     for step in range(steps):
         tokens = img if cached else torch.cat([img, references], dim=1)
-        model.velocity(tokens, txt, rope, mods(1 - step / steps), memories)
+        model.denoise(tokens, txt, rope, mods(1 - step / steps), caches)

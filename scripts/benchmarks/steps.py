@@ -161,10 +161,9 @@ def our_step(model: Flux, given: dict[str, Tensor]) -> Step:
         given["txt"],
         model.rope(given["txt_ids"], given["img_ids"]).to(given["img"].device),
     )
-    mods = model.modulations(
-        model.vec(**{name: given[name] for name in ("t", "guidance", "vector") if name in given})
-    )
-    return lambda: model.velocity(img, txt, rope, mods)
+    inputs = {name: given[name] for name in ("t", "guidance", "vector") if name in given}
+    mods = model.modulations([model.vec(**inputs)])[0]
+    return lambda: model.denoise(img, txt, rope, mods)
 
 
 def their_step(model: nn.Module, given: dict[str, Tensor]) -> Step:

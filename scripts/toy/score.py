@@ -224,7 +224,7 @@ def mode_rows(
     negative = "a large circle"
     options = {"negative_prompt": negative}
     if not pipe.spec.cfg:  # two passes, in place of the guidance that is an input, not on top of it
-        options |= {"cfg_scale": pipe.spec.guidance, "guidance": 1.0}
+        options |= {"true_cfg_scale": pipe.spec.guidance, "guidance": 1.0}
     yield Row("sizes left open: those that are not large", tasks, {}, not_large)
     yield Row(f'the same, negative prompt "{negative}"', tasks, options, not_large)
 
@@ -328,14 +328,14 @@ def made(pipe: flux.Pipeline, row: Row, seed: int) -> list[np.ndarray]:
         tasks = row.tasks[start : start + BATCH]
         pictures = [task.pictures for task in tasks] if tasks[0].pictures else None
         result += pipe(
-            [task.prompt for task in tasks], seed=seed + start, pictures=pictures, **row.options
+            [task.prompt for task in tasks], seed=seed + start, images=pictures, **row.options
         )
     return [np.asarray(image) for image in result]
 
 
 def through(pipe: flux.Pipeline, drawn: list[np.ndarray]) -> list[np.ndarray]:
     """ImageInputs (H, W, 3) uint8, encoded and decoded."""
-    encoder, result = pipe.encoder(), []
+    encoder, result = pipe.image_encoder(), []
     for picture in drawn:
         with torch.inference_mode():
             result += pipe.decode(

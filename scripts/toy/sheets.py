@@ -56,7 +56,7 @@ def edits_sheet(pipe: flux.Pipeline, seed: int) -> Image.Image:
         before = [Image.fromarray(shapes.draw(layout, size, size, rng)) for layout in edit.before]
         cells.append(
             (
-                [*before, *pipe(str(edit), seed=seed, pictures=flux.ImageInputs(tuple(before)))],
+                [*before, *pipe(str(edit), seed=seed, images=flux.ImageInputs(tuple(before)))],
                 str(edit),
             )
         )

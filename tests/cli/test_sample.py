@@ -23,10 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.sample_run import PROMPT, QUICK, SCRIPT, SPEC, TOY, Run, pixels, subprocess_environment
 
-from flux import pipeline
+from flux import loading
 from flux.configs import EMBEDDED, MODELS
 from flux.image_io.output import read_metadata
 from flux.parity.reference import FLUX1_TINY, randomise
+from flux.pipeline import Pipeline
 from flux.transformer import Flux
 from flux.weights import locate
 
@@ -115,7 +116,7 @@ def test_latents_are_written_next_to_the_image_and_overwrite_nothing(cli):
     assert Path("a.safetensors").read_text() == "mine" and "a-2.safetensors" in run.err
     with safe_open("a-2.safetensors", "pt") as file:
         latents, metadata = file.get_tensor("latents"), file.metadata()["flux"]
-    (image,) = pipeline.load(device="cpu").decode(latents)
+    (image,) = loading.load(device="cpu").decode(latents)
     assert latents.shape == (1, SPEC.transformer.in_channels, 4, 4) and PROMPT in metadata
     assert image.tobytes() == pixels(Path("a-2.png"))
 
@@ -280,7 +281,7 @@ def test_failure_on_the_way_is_one_line(cli, monkeypatch, error, words):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(pipeline.Pipeline, "sample", fail)
+    monkeypatch.setattr(Pipeline, "sample", fail)
     cli(PROMPT, *QUICK).fails_with(*words, code=1)
 
 
@@ -288,7 +289,7 @@ def test_bug_keeps_its_traceback(cli, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(pipeline.Pipeline, "sample", fail)
+    monkeypatch.setattr(Pipeline, "sample", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         cli(PROMPT, *QUICK)
 

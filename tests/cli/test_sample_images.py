@@ -167,7 +167,7 @@ DEFAULTS = dict(
 @pytest.mark.parametrize("name", MODES)
 def test_image_equals_pythons_and_states_its_request(cli, here, zoo, name):
     mode = MODES[name]
-    request = dict(prompts=PROMPT, steps=2, seed=5, pictures=mode.images) | mode.request
+    request = dict(prompts=PROMPT, steps=2, seed=5, images=mode.images) | mode.request
     prompt = [request["prompts"]] if request["prompts"] else []
     flags = (*zoo(mode.model), *mode.flags.split(), "--steps", 2, "--seed", 5)
     path = image_of(run := cli(*prompt, *flags))
@@ -219,7 +219,7 @@ def test_composite_keeps_the_bytes_where_the_mask_is_black(zoo, name):
     mode = MODES[name]
     left, top, right, bottom = mode.options.get("outpaint", (0, 0, 0, 0))
     black = np.asarray(M) == 0 if mode.images.mask else np.ones((70, 90), bool)
-    request = dict(prompts=PROMPT, steps=1, pictures=mode.images) | mode.request
+    request = dict(prompts=PROMPT, steps=1, images=mode.images) | mode.request
     pixels_made = np.frombuffer(by_python(zoo.pipe(mode.model), **request), np.uint8)
     image = pixels_made.reshape(mode.size[1], mode.size[0], 3)
     own = np.asarray(A)
@@ -260,7 +260,7 @@ def test_every_option_changes_the_image(zoo, model, plain, option):
     with_option = plain | option
     first, second = (ImageInputs(**dict(images=(A,)) | x) for x in (plain, with_option))
     pipe = zoo.pipe(model)
-    assert by_python(pipe, **request, pictures=first) != by_python(pipe, **request, pictures=second)
+    assert by_python(pipe, **request, images=first) != by_python(pipe, **request, images=second)
 
 
 def test_default_options_are_those_of_the_model(zoo):
@@ -275,9 +275,7 @@ def test_default_options_are_those_of_the_model(zoo):
     ):
         with_option, pipe = plain | option, zoo.pipe(model)
         first, second = (ImageInputs(**dict(images=(A,)) | x) for x in (plain, with_option))
-        assert by_python(pipe, **request, pictures=first) == by_python(
-            pipe, **request, pictures=second
-        )
+        assert by_python(pipe, **request, images=first) == by_python(pipe, **request, images=second)
 
 
 def test_saved_control_image_shows_the_edges_of_the_resized_photo(cli, here, zoo):
@@ -310,19 +308,19 @@ def test_image_inputs_of_each_prompt_give_the_images_of_single_calls(zoo):
     pipe, prompts = zoo.pipe(KLEIN), [PROMPT, "a cat"]
     request = dict(width=96, height=80, steps=2, num_images=2)
     each = [ImageInputs((B,)), ImageInputs((A, B), M, strength=0.9)]
-    together = pipe(prompts, seed=5, pictures=each, **request)
-    alone = [pipe(p, seed=s, pictures=own, **request) for p, s, own in zip(prompts, (5, 7), each)]
+    together = pipe(prompts, seed=5, images=each, **request)
+    alone = [pipe(p, seed=s, images=own, **request) for p, s, own in zip(prompts, (5, 7), each)]
     assert [x.tobytes() for x in together] == [x.tobytes() for x in sum(alone, [])]
     assert len({x.tobytes() for x in together}) == 4
-    swapped = pipe(prompts, seed=5, pictures=each[::-1], **request)
+    swapped = pipe(prompts, seed=5, images=each[::-1], **request)
     assert all(x.tobytes() != y.tobytes() for x, y in zip(together, swapped))
-    one = pipe(prompts[0], seed=6, pictures=each[0], **request | dict(num_images=1))
+    one = pipe(prompts[0], seed=6, images=each[0], **request | dict(num_images=1))
     assert levels(one[0], together[1]) <= 1  # of a batch of two, in float32
     turned = A.transpose(Image.Transpose.ROTATE_180)
     alike = [ImageInputs((A,)), ImageInputs((turned,))]  # these are one batch
-    together = pipe(prompts, seed=5, pictures=alike, **request)
+    together = pipe(prompts, seed=5, images=alike, **request)
     for prompt, seed, own, pair in zip(prompts, (5, 7), alike, (together[:2], together[2:])):
-        for x, y in zip(pipe(prompt, seed=seed, pictures=own, **request), pair, strict=True):
+        for x, y in zip(pipe(prompt, seed=seed, images=own, **request), pair, strict=True):
             assert levels(x, y) <= 1
 
 
@@ -547,7 +545,7 @@ def test_files_are_read_for_what_they_show(cli, zoo, kind):
     Image.fromarray(saved).save("x.png")
     run = cli(PROMPT, *"--image x.png --steps 2 --strength 0.5 --seed 5".split())
     images = ImageInputs((Image.fromarray(shown.astype(np.uint8)),), strength=0.5)
-    request = dict(prompts=PROMPT, steps=2, seed=5, pictures=images)
+    request = dict(prompts=PROMPT, steps=2, seed=5, images=images)
     assert pixels(image_of(run)) == by_python(zoo.pipe("flux.2-tiny"), **request)
     assert run.err.count("note: x.png") == bool(note) and note in run.err
 

@@ -1139,7 +1139,9 @@ def test_samples_are_those_of_what_is_trained_however_little_memory_there_is(
 ):
     """Where there is too little for all networks at once, a pipeline lets one go when the next comes; but not this one."""
     monkeypatch.setattr(training, "memory", lambda *_: training.Need(0, 0, 0))
-    monkeypatch.setattr("flux.pipeline.available_memory", lambda device: FreeMemory("cpu", 1.2e7))
+    monkeypatch.setattr(
+        "flux.runtime.residency.available_memory", lambda device: FreeMemory("cpu", 1.2e7)
+    )
     steps = ("--lora-rank", 4, "--lr", 5e-2, "--warmup", 1, "--steps", 8, "--sample-every", 8)
     assert train(pictures, tmp_path, "--size", 64, *steps, "--prompt", "a red circle")[0] == 0
     sheet = np.asarray(Image.open(tmp_path / "samples" / "000008.png")).astype(int)

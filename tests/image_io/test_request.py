@@ -27,7 +27,7 @@ from flux.image_io.request import ImageInputs
 from flux.parity.reference import FLUX2_TINY, max_error, randomise
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
-from flux.transformer import Flux, Memory
+from flux.transformer import Flux, KVCache
 
 CANNY, CANNY_LORA, DEV = "flux.1-canny-dev", "flux.1-canny-dev-lora", "flux.1-dev"
 WIDTH, HEIGHT, SEEDS = 96, 80, (5, 6)
@@ -68,7 +68,7 @@ def refusal(call, *arguments, **options) -> str:
 
 
 @pytest.mark.parametrize("name", [KV, "flux.2-dev", BASE])
-def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
+def test_cached_references_equal_references_of_every_step(zoo, name):
     """Bit for bit, with guidance built in, and in both passes of classifier-free guidance: no time passes for them."""
     pipe = zoo.pipe(name)
     model, features, negative = (
@@ -86,20 +86,18 @@ def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
     h, w = HEIGHT // 16, WIDTH // 16
     rope = model.rope(sampling.text_ids(7, 4), sampling.image_ids(h, w, 4))
     guidance = torch.full((2,), 3.0) if pipe.spec.transformer.guidance else None
-    remembered = []
+    kept = []
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        still = model.modulations(
-            model.vec(torch.zeros(1), None if guidance is None else guidance[:1])
-        )
-        memories = model.remember(
-            given.references, model.rope(given.reference_ids[:0], given.reference_ids), still
-        )
-        remembered.append(memories[-1].k)
-        memories = [Memory(*(y.expand(2, -1, -1, -1) for y in memory)) for memory in memories]
-        now = model.modulations(model.vec(torch.full((2,), t), guidance))
+        vec = model.vec(torch.zeros(1), None if guidance is None else guidance[:1])
+        caches = [KVCache(7) for _ in (*model.double_blocks, *model.single_blocks)]
+        reference_rope = model.rope(given.reference_ids[:0], given.reference_ids)
+        no_text, (mods,) = features.tokens[:1, :0], model.modulations([vec])
+        model.denoise(given.references, no_text, reference_rope, mods, caches)
+        kept.append(caches[-1].k)
+        (now,) = model.modulations([model.vec(torch.full((2,), t), guidance)])
         passes = [
-            model.velocity(x, tokens.expand(2, -1, -1), rope, now, memories)
+            model.denoise(x, tokens.expand(2, -1, -1), rope, now, caches)
             for tokens in (features.tokens, *([negative.tokens] if cfg else []))
         ]
         return passes[1] + 3.0 * (passes[0] - passes[1]) if cfg else passes[0]
@@ -109,7 +107,7 @@ def test_references_computed_once_are_those_computed_at_every_step(zoo, name):
         x = sampling.denoise(
             velocity, drawn.flatten(2).mT.contiguous(), sampling.schedule("empirical", 4, h * w)
         )
-    assert len(remembered) == 4 and torch.equal(x.mT.reshape_as(once), once)
+    assert len(kept) == 4 and torch.equal(x.mT.reshape_as(once), once)
 
 
 def dense(
@@ -207,7 +205,7 @@ def dense(
 
 @pytest.mark.parametrize("depth, depth_single", [(2, 0), (0, 2), (2, 3)])
 @torch.no_grad()
-def test_memories_are_one_sequence_with_a_mask(depth, depth_single):
+def test_kv_cache_equals_one_sequence_with_a_mask(depth, depth_single):
     """Two blocks at least: the first reads references as they came, whatever they see."""
     model = randomise(Flux(replace(FLUX2_TINY, depth=depth, depth_single=depth_single)))
     references, txt, img = (
@@ -218,8 +216,10 @@ def test_memories_are_one_sequence_with_a_mask(depth, depth_single):
     ids = [sampling.image_ids(2, 5, 4, t=10), sampling.text_ids(5, 4), sampling.image_ids(3, 4, 4)]
     t, guidance = torch.tensor([0.8, 0.3]), torch.tensor([3.5, 2.0])
     still, now = model.vec(torch.zeros(2), guidance), model.vec(t, guidance)
-    memories = model.remember(references, model.rope(ids[0][:0], ids[0]), model.modulations(still))
-    ours = model.velocity(img, txt, model.rope(*ids[1:]), model.modulations(now), memories)
+    caches = [KVCache(text_length=5) for _ in range(depth + depth_single)]
+    before, after = model.modulations([still, now])
+    model.denoise(references, txt[:, :0], model.rope(ids[0][:0], ids[0]), before, caches)
+    ours = model.denoise(img, txt, model.rope(*ids[1:]), after, caches)
     for row in range(2):
         *tokens, before, after = (x[row].double() for x in (references, txt, img, still, now))
         expected = dense(model, *tokens, torch.cat(ids), before, after)
@@ -531,9 +531,9 @@ def test_composite_with_a_soft_mask(zoo, name, hard):
     pictures = ImageInputs((picture,), Image.fromarray(level[None].repeat(HEIGHT, 0)))
     made, raw = (
         np.asarray(
-            zoo.pipe(name)(
-                "a cat", steps=2, seed=5, pictures=replace(pictures, composite=composite)
-            )[0],
+            zoo.pipe(name)("a cat", steps=2, seed=5, images=replace(pictures, composite=composite))[
+                0
+            ],
             float,
         )
         for composite in (True, False)
@@ -614,7 +614,7 @@ def test_masks_in_any_mode_are_what_they_show(zoo):
 @pytest.mark.parametrize("name", [DEV, FILL])
 def test_masks_that_may_not_be_are_told(zoo, name, mask, words):
     assert words in refusal(
-        zoo.pipe(name), "a cat", pictures=ImageInputs((photo(WIDTH, HEIGHT),), mask)
+        zoo.pipe(name), "a cat", images=ImageInputs((photo(WIDTH, HEIGHT),), mask)
     )
 
 
@@ -624,7 +624,7 @@ def test_a_mask_that_no_latent_sees_is_told(zoo, name):
     thin = Image.new("L", (WIDTH, HEIGHT))
     thin.paste(255, (17, 0, 19, HEIGHT))
     assert "too thin: they fall between latents" in refusal(
-        zoo.pipe(name), "a cat", pictures=ImageInputs((photo(WIDTH, HEIGHT),), thin)
+        zoo.pipe(name), "a cat", images=ImageInputs((photo(WIDTH, HEIGHT),), thin)
     )
 
 
@@ -643,7 +643,7 @@ def test_a_picture_that_is_stretched_is_noted(zoo):
 def test_models_that_need_a_picture_say_so(zoo, name):
     pipe = zoo.pipe(name)
     assert refusal(pipe, "a cat") == f"images: {name} needs an image. Pass one."
-    assert f"{name} takes" in refusal(pipe, "a cat", pictures=ImageInputs(()))
+    assert f"{name} takes" in refusal(pipe, "a cat", images=ImageInputs(()))
 
 
 @pytest.mark.parametrize("name", [DEV, KLEIN])
@@ -656,10 +656,10 @@ def test_conditions_have_their_size(zoo, name):
         dict(width=64, height=64),
         dict(width=80, height=96),
     ):
-        told = refusal(pipe, "a cat", pictures=given, **asked)
+        told = refusal(pipe, "a cat", images=given, **asked)
         assert told == "the pictures were made ready for 96x80: leave --width and --height out"
-    (one,) = pipe("a cat", pictures=given, steps=1, width=96, height=80)
-    (other,) = pipe("a cat", pictures=pictures, steps=1, width=96, height=80)
+    (one,) = pipe("a cat", images=given, steps=1, width=96, height=80)
+    (other,) = pipe("a cat", images=pictures, steps=1, width=96, height=80)
     assert one.tobytes() == other.tobytes()
 
 
@@ -673,7 +673,7 @@ def test_pictures_for_another_number_of_prompts_are_told(zoo):
     ):
         count = 1 if isinstance(prompts, str) else len(prompts)
         words = f"there are {count} prompts, and pictures for {len(pictures)}: give ImageInputs for each"
-        assert refusal(pipe, prompts, num_images=2, pictures=pictures) == words
+        assert refusal(pipe, prompts, num_images=2, images=pictures) == words
 
 
 # ---------------------------------------------------------------------------------------------------------- LoRAs

@@ -779,7 +779,9 @@ def test_captures_that_differ(truth, tmp_path):
     ):
         compare(b, b, only=["double_block.0"])
     reshaped = written(tmp_path / "d.safetensors", {n: x.mT for n, x in truth.items()})
-    assert first_over(compare(reshaped, b)).fault == "has shape (1, 128, 300) (expected (1, 300, 128))"
+    assert (
+        first_over(compare(reshaped, b)).fault == "has shape (1, 128, 300) (expected (1, 300, 128))"
+    )
     assert "expected (1, 300, 128)" in table(compare(reshaped, b)) and json.loads(
         to_json(compare(reshaped, b))
     )

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import flux
 from flux import transformer
-from flux.image_io.request import ImageInputs
 from flux.configs import MODELS
+from flux.image_io.request import ImageInputs
 from flux.parity.capture import Request, Selection, capture
 from flux.parity.capture_file import Capture
 from flux.parity.compare import compare

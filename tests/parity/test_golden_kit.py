@@ -24,9 +24,9 @@ from support.parity_requests import REQUESTS
 from support.tiny_repositories import tiny_repositories
 
 import flux
-from flux.image_io.request import ImageInputs
 from flux.configs import EMBEDDED, MODELS
 from flux.errors import UserError
+from flux.image_io.request import ImageInputs
 from flux.parity import example_port as consumer
 from flux.parity import golden_kit as kit
 from flux.parity import reference

@@ -24,7 +24,7 @@ from support.sample_run import image_of as made
 from torch import nn
 
 import flux
-from flux import pipeline
+from flux import loading
 from flux.configs import MODELS
 from flux.image_io import output as images
 from flux.image_io.request import ImageInputs
@@ -32,6 +32,7 @@ from flux.lora import formats as lora
 from flux.parity.reference import FLUX1_TINY, randomise
 from flux.pipeline import Pipeline
 from flux.runtime import lazy_module as network
+from flux.runtime import residency
 from flux.runtime.activation_memory import Workload, activations
 from flux.runtime.devices import FreeMemory
 from flux.runtime.lazy_module import LazyModule
@@ -109,19 +110,19 @@ def picture(pipe: Pipeline, **options) -> bytes:
 
 
 def all_released(pipe: Pipeline) -> bool:
-    return all(network.module is None for network in pipe.networks)
+    return all(network.module is None for network in pipe.residency.networks.all)
 
 
 # ---------------------------------------------------------------------------------------------------------- offload
 
 RUNS = {
     "flux.1": ("flux.1-dev", {}),
-    "flux.1, cfg": ("flux.1-dev", dict(cfg_scale=2.0, negative_prompt="grey")),
-    "kontext": (KONTEXT, dict(pictures=ImageInputs((A,)), width=None, height=None)),
+    "flux.1, cfg": ("flux.1-dev", dict(true_cfg_scale=2.0, negative_prompt="grey")),
+    "kontext": (KONTEXT, dict(images=ImageInputs((A,)), width=None, height=None)),
     "klein": (KLEIN, {}),
-    "klein, references": (KLEIN, dict(pictures=ImageInputs((A, B)))),
-    "klein, kv-cache": (KLEIN, dict(pictures=ImageInputs((A,), kv_cache=True))),
-    "klein-kv": (KV, dict(pictures=ImageInputs((A, B)))),
+    "klein, references": (KLEIN, dict(images=ImageInputs((A, B)))),
+    "klein, kv-cache": (KLEIN, dict(images=ImageInputs((A,), kv_cache=True))),
+    "klein-kv": (KV, dict(images=ImageInputs((A, B)))),
 }
 
 
@@ -170,7 +171,7 @@ def test_when_a_network_is_loaded_no_other_is_there(zoo, offload, monkeypatch):
     monkeypatch.setattr(
         LazyModule, "_ready", lambda *arguments: (seen.append(live()), ready(*arguments))[1]
     )
-    picture(pipe, pictures=ImageInputs((A,)))
+    picture(pipe, images=ImageInputs((A,)))
     assert seen == [0] * 4
 
 
@@ -231,14 +232,14 @@ def test_stages_that_are_called_one_by_one_are_held_as_in_a_call(zoo, offload, m
 
 def test_a_stage_that_needs_more_than_was_prepared_for_is_planned_anew_or_refused(zoo, monkeypatch):
     pipe = load(zoo, KLEIN, torch.bfloat16)
-    features, peak = pipe.encode(["a cat", "a dog"]), pipe.prepare(64, 80, 2).peak
-    planned, plan = [], pipeline.plan_memory
+    features, peak = pipe.encode(["a cat", "a dog"]), pipe.plan_memory(64, 80, 2).peak
+    planned, plan = [], residency.plan_memory
 
     def seen(spec, weights, work, *more, **options):
         planned.append((work.width, work.height, work.batch, work.steps))
         return plan(spec, weights, work, *more, **options)
 
-    monkeypatch.setattr(pipeline, "plan_memory", seen)
+    monkeypatch.setattr(residency, "plan_memory", seen)
     one = TextFeatures(features.tokens[:1], None)
     for given, asked in (
         ((one, [3]), (64, 80, 2)),
@@ -249,8 +250,8 @@ def test_a_stage_that_needs_more_than_was_prepared_for_is_planned_anew_or_refuse
     ):
         pipe.sample(*given, *asked)
     assert planned == [(64, 96, 1, 2), (64, 64, 2, 2), (64, 64, 1, 3)]
-    pipe.prepare(64, 80, 2)
-    monkeypatch.setattr(pipeline, "available_memory", lambda _: FreeMemory("cpu", peak))
+    pipe.plan_memory(64, 80, 2)
+    monkeypatch.setattr(residency, "available_memory", lambda _: FreeMemory("cpu", peak))
     with pytest.raises(flux.errors.UserError, match="at 1024x1024 needs at least"):
         pipe.sample(one, [3], 1024, 1024, 2)
 
@@ -267,28 +268,28 @@ def test_with_room_everything_stays(zoo):
 def test_memory_that_is_short_is_noticed_and_what_was_loaded_goes(zoo, monkeypatch):
     """Stages by itself; also where there was room enough for the picture before."""
     pipe, live = load(zoo, KLEIN, torch.bfloat16), Live()
-    monkeypatch.setattr(pipeline, "available_memory", lambda _: ENOUGH)
-    expected, most = picture(pipe), pipe.prepare(64, 80, 2)
+    monkeypatch.setattr(residency, "available_memory", lambda _: ENOUGH)
+    expected, most = picture(pipe), pipe.plan_memory(64, 80, 2)
     assert most.offload == "none" and live() > 0
     monkeypatch.setattr(
-        pipeline, "available_memory", lambda _: FreeMemory("cpu", most.peak - 1000 - live())
+        residency, "available_memory", lambda _: FreeMemory("cpu", most.peak - 1000 - live())
     )
     assert picture(pipe) == expected and all_released(pipe) and live() == 0
-    assert pipe.prepare(64, 80, 2).offload == "model"
+    assert pipe.plan_memory(64, 80, 2).offload == "model"
 
 
 def test_its_own_weights_do_not_leave_it_short_of_memory(zoo, monkeypatch):
     """Room for all, once: when they are loaded, less is free, and that is no reason for another plan, or to refuse."""
     pipe, live = load(zoo, KLEIN, torch.bfloat16, offload="none"), Live()
-    monkeypatch.setattr(pipeline, "available_memory", lambda _: ENOUGH)
-    total = pipe.prepare(64, 80, 2).peak
-    monkeypatch.setattr(pipeline, "available_memory", lambda _: FreeMemory("cpu", total - live()))
+    monkeypatch.setattr(residency, "available_memory", lambda _: ENOUGH)
+    total = pipe.plan_memory(64, 80, 2).peak
+    monkeypatch.setattr(residency, "available_memory", lambda _: FreeMemory("cpu", total - live()))
     assert (
         picture(pipe) == picture(pipe)
         and live()
         > 0.9 * total - activations(pipe.spec, Workload(64, 80, steps=2), "cpu")["transformer"]
     )
-    assert pipe.prepare(64, 80, 2).offload == "none"
+    assert pipe.plan_memory(64, 80, 2).offload == "none"
 
 
 @pytest.mark.parametrize("offload", ["model", "block"])
@@ -437,10 +438,10 @@ def test_the_floor_is_enough(cli, zoo):
     run = cli("a cat", *flags, "--width", 1024, "--height", 1024, "--steps", 1, "--vram", 0.001)
     (floor,) = re.findall(r"needs at least ([0-9.]+) GB", run.err)
     pipe = load(zoo, KLEIN, torch.bfloat16, max_vram=float(floor))
-    assert pipe.prepare(1024, 1024, 1).peak <= float(floor) * 1e9
+    assert pipe.plan_memory(1024, 1024, 1).peak <= float(floor) * 1e9
     low = load(zoo, KLEIN, torch.bfloat16, max_vram=float(floor) - 0.1)
     with pytest.raises(flux.errors.UserError, match=f"needs at least {re.escape(floor)} GB"):
-        low.prepare(1024, 1024, 1)
+        low.plan_memory(1024, 1024, 1)
 
 
 @pytest.mark.parametrize("value", [0, -1, "nan", "inf"])
@@ -469,11 +470,11 @@ def test_where_memory_is_short_stages_are_chosen_and_said(cli, zoo, monkeypatch)
     flags = (*GIVEN, *zoo(KLEIN), "--dtype", "bfloat16")
     expected = pixels(made(cli(*flags, "--offload", "none")))
     most, least = (
-        load(zoo, KLEIN, torch.bfloat16, offload=way).prepare(64, 80, 2).peak
+        load(zoo, KLEIN, torch.bfloat16, offload=way).plan_memory(64, 80, 2).peak
         for way in ("none", "model")
     )
     monkeypatch.setattr(
-        pipeline, "available_memory", lambda _: FreeMemory("cpu", (most + least) / 2)
+        residency, "available_memory", lambda _: FreeMemory("cpu", (most + least) / 2)
     )
     run = cli(*flags)
     assert pixels(made(run)) == expected
@@ -481,7 +482,7 @@ def test_where_memory_is_short_stages_are_chosen_and_said(cli, zoo, monkeypatch)
         "memory: text encoder 0.0 GB, then transformer 0.0 GB, then autoencoder 0.0 GB; at most"
         in run.err
     )
-    monkeypatch.setattr(pipeline, "available_memory", lambda _: ENOUGH)
+    monkeypatch.setattr(residency, "available_memory", lambda _: ENOUGH)
     run = cli(*flags)
     assert pixels(made(run)) == expected and "all at once" in run.err
 
@@ -492,14 +493,14 @@ def test_references_that_need_too_much_are_refused_before_a_prompt_is_encoded(
     """How many tokens they are is known when they are encoded, and not before."""
     A.save("a.png")
     pipe = load(zoo, KLEIN)
-    alone = pipe.prepare(64, 80, 2, pictured=64 * 80).peak
-    larger = pipe.prepare(
+    alone = pipe.plan_memory(64, 80, 2, encoded_pixels=64 * 80).peak
+    larger = pipe.plan_memory(
         steps=2, conditions=pipe.condition(ImageInputs((A.resize((1024, 1024)),)), 64, 80)
     ).peak
     assert larger > alone
     A.resize((1024, 1024)).save("a.png")
     monkeypatch.setattr(
-        pipeline, "available_memory", lambda _: FreeMemory("cpu", (alone + larger) / 2)
+        residency, "available_memory", lambda _: FreeMemory("cpu", (alone + larger) / 2)
     )
     monkeypatch.setattr(
         type(pipe.text), "encode_one", lambda *_: pytest.fail("a prompt was encoded")
@@ -549,11 +550,11 @@ def test_quantised_models_take_less_memory_and_say_so(zoo):
         sizes = {}
         for kind in (None, "fp8", "int8", "int4"):
             pipe = load(zoo, name, torch.bfloat16, quantize=kind)
-            planned = pipe.prepare(64, 64)
+            planned = pipe.plan_memory(64, 64)
             sizes[kind] = pipe.transformer.nbytes, planned.peak
             held = [
                 layer
-                for network in pipe.networks
+                for network in pipe.residency.networks.all
                 for layer in network().modules()
                 if isinstance(layer, QuantizedLinear)
             ]
@@ -593,7 +594,7 @@ def test_what_is_quantised_is_rounded_once_and_never_cast_as_a_whole(zoo, monkey
 
 
 def test_unknown_kind_is_refused_before_any_file_is_looked_for(cli, monkeypatch):
-    monkeypatch.setattr(pipeline, "locate", lambda *_: pytest.fail("files were looked for"))
+    monkeypatch.setattr(loading, "locate", lambda *_: pytest.fail("files were looked for"))
     cli(PROMPT, *QUICK, "--quantize", "int2").fails_with(
         "--quantize int2 is unknown", "fp8, int8, int4"
     )
@@ -915,14 +916,14 @@ def test_a_picture_of_tiles_is_nearly_the_same_and_can_be_made_again(cli):
 def test_tiles_are_counted_on_when_memory_is_short(zoo):
     """Decoding takes the most, in large pictures of small models."""
     whole, tiled = (
-        load(zoo, KLEIN, offload="model", vae_tile=tile).prepare(2048, 2048).peak
+        load(zoo, KLEIN, offload="model", vae_tile=tile).plan_memory(2048, 2048).peak
         for tile in (None, 256)
     )
     assert tiled < 0.9 * whole
     vram = (whole + tiled) / 2e9
-    assert load(zoo, KLEIN, vae_tile=256, max_vram=vram).prepare(2048, 2048).peak <= vram * 1e9
+    assert load(zoo, KLEIN, vae_tile=256, max_vram=vram).plan_memory(2048, 2048).peak <= vram * 1e9
     with pytest.raises(flux.errors.UserError, match="--vram .* needs at least .*--tile 1024"):
-        load(zoo, KLEIN, max_vram=vram).prepare(2048, 2048)
+        load(zoo, KLEIN, max_vram=vram).plan_memory(2048, 2048)
 
 
 @pytest.mark.parametrize("side", [0, -256, 240, 255, 264])

@@ -116,7 +116,7 @@ def noise(model, seeds, width: int = WIDTH, height: int = HEIGHT) -> Tensor:
     channels = model.spec.autoencoder.latent_channels
     h, w = height // 16, width // 16
     drawn = sampling.noise(seeds, channels, h, w, spatial=model.flux1)
-    return rearrange(drawn, "b c h w -> b (h w) c") if model.flux1 else drawn
+    return rearrange(drawn, "b c h w -> b (h w) c").contiguous() if model.flux1 else drawn
 
 
 def levels(a: Image.Image, b: Image.Image) -> int:

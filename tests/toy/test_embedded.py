@@ -85,7 +85,7 @@ def test_edits_change_what_they_say_and_nothing_else(pipe):
         for edit in EDITS
     ]
     edited = [
-        np.asarray(image) for image in pipe([str(edit) for edit in EDITS], seed=0, pictures=before)
+        np.asarray(image) for image in pipe([str(edit) for edit in EDITS], seed=0, images=before)
     ]
     assert shapes.score_edits(edited, EDITS)["all"] >= 0.85
 
@@ -137,7 +137,7 @@ def test_guidance_that_is_an_input_does_what_two_passes_do():
     plain, told, two = (
         after_a_step(guidance=1.0),
         after_a_step(guidance=4.0),
-        after_a_step(guidance=1.0, cfg_scale=4.0),
+        after_a_step(guidance=1.0, true_cfg_scale=4.0),
     )
     moved = (two - plain).norm()
     assert (told - two).norm() < 0.8 * moved, (

@@ -30,7 +30,7 @@ from flux.weights.load import infer_config
 toy = script("toy/train")  # whose folder is where the recipe is found from now on
 from recipe import autoencoder
 from recipe.attention import attention
-from recipe.batches import Batches, ImageInputs
+from recipe.batches import Batches, Pictures
 from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, pictures, shown
 from recipe.neighbours import neighbours_loss
 from recipe.networks import (
@@ -430,7 +430,7 @@ def digits(latents: torch.Tensor) -> torch.Tensor:
 def files(run, count: int = 400, seed: int = 0) -> None:
     """As `encode_all` writes them, but a token's latents say where it is: in which picture of an edit, row and column.
 
-    What it shows is the number of its text in the file, and the same, in digits. ImageInputs are in no order.
+    What it shows is the number of its text in the file, and the same, in digits. Pictures are in no order.
     """
     rng = np.random.default_rng(seed)
     for name, (width, height), others in [
@@ -506,8 +506,8 @@ def test_windows_hold_all_that_a_picture_shows_with_room_to_spare(tmp_path):
     files(tmp_path)
     rng, corners = np.random.default_rng(0), set()
     for some in (
-        ImageInputs(tmp_path / "latents-256x256.safetensors"),
-        ImageInputs(tmp_path / "latents-320x192.safetensors"),
+        Pictures(tmp_path / "latents-256x256.safetensors"),
+        Pictures(tmp_path / "latents-320x192.safetensors"),
     ):
         for _ in range(200):
             rows, corner, size = some.some(8, rng)

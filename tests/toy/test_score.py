@@ -30,10 +30,10 @@ class Painter:
     def expect(self, tasks):
         self.known |= {(task.prompt, id(task.pictures)): task for task in tasks}
 
-    def __call__(self, prompts, seed=0, pictures=None, width=256, height=256, **options):
+    def __call__(self, prompts, seed=0, images=None, width=256, height=256, **options):
         self.asked.append(options)
         rng, made = np.random.default_rng(seed), []
-        for prompt, given in zip(prompts, pictures or [None] * len(prompts), strict=True):
+        for prompt, given in zip(prompts, images or [None] * len(prompts), strict=True):
             task = self.known[prompt, id(given)]
             what = task.asked.after if isinstance(task.asked, shapes.Edit) else task.asked
             if self.deaf:
@@ -94,7 +94,7 @@ def test_the_model_takes_what_its_rows_ask_for(spec):
     for row in [row for part in parts[:-1] for row in rows_of(part, 5, 5, spec)]:
         steps = options.check_steps(spec, row.options.get("steps"))
         two = options.check_cfg(
-            spec, *map(row.options.get, ("guidance", "negative_prompt", "cfg_scale")), steps
+            spec, *map(row.options.get, ("guidance", "negative_prompt", "true_cfg_scale")), steps
         )
         assert two or "negative_prompt" not in row.options
         for task in row.tasks:

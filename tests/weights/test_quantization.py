@@ -178,7 +178,13 @@ def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
         path = save_quantized(tmp_path / "x.safetensors", FORMATS[name](layers, state))
     cpu, prefixes = torch.device("cpu"), ("", PREFIX)
     network = LazyModule(
-        Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, block_lists=BLOCK_LISTS, prefixes=prefixes
+        Flux,
+        FLUX1,
+        [path],
+        device=cpu,
+        dtype=torch.bfloat16,
+        block_lists=BLOCK_LISTS,
+        prefixes=prefixes,
     )
     cast = [p for p in network.shapes.parameters() if p.dtype != torch.bfloat16]
     assert network.weight_sizes.mapped == network.nbytes - sum(2 * p.numel() for p in cast) and cast

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flux import transformer
-from flux.transformer import Memory
+from flux.transformer import KVCache
 
 
 class Attention(torch.autograd.Function):
@@ -29,9 +29,13 @@ plain = transformer.attention
 
 
 @torch.compiler.disable  # its kernels are torch's own
-def attention(q: Tensor, k: Tensor, v: Tensor, memory: Memory | None = None) -> Tensor:
-    """As the transformer's, (B, N, H, d) x 3 -> (B, N, H·d); and just that without autocast, and with memory."""
-    if memory is not None or not torch.is_autocast_enabled("cpu"):
-        return plain(q, k, v, memory)
-    heads = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B·H, N, d)
+def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
+    """Compute the transformer's `attention`, (B, N, H, d) each -> (B, N, D).
+
+    Without autocast, or with a cache, run the transformer's own function.
+    """
+    if cache is not None or not torch.is_autocast_enabled("cpu"):
+        return plain(q, k, v, rope, cache)
+    q, k = transformer.apply_rope(q, rope), transformer.apply_rope(k, rope)
+    heads = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B H, N, d)
     return Attention.apply(*heads).unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2)

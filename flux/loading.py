@@ -1,0 +1,170 @@
+"""`flux.load`: find and check a model's files, and build its networks, which load when they run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flux.autoencoder import AutoEncoder
+from flux.configs import ModelSpec
+from flux.errors import UserError
+from flux.pipeline import Pipeline
+from flux.runtime.devices import can_compile, choose_device, choose_dtype
+from flux.runtime.lazy_module import LazyModule
+from flux.runtime.options import Offload, RuntimeOptions
+from flux.runtime.residency import Networks
+from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys
+from flux.text_encoder import build_text_encoder
+from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, FluxConfig, Numerics
+from flux.weights.diffusers_names import from_diffusers
+from flux.weights.files import shard_files
+from flux.weights.locate import get_spec, locate, with_decoder_of
+from flux.weights.quantization import FP8Linear
+
+
+def load(
+    name: str | None = None,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    numerics: str | Numerics = "exact",
+    transformer: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    check_finite: bool = False,
+    offload: Offload | None = None,
+    max_vram: float | None = None,
+    quantize: str | None = None,
+    fp8_matmul: bool = False,
+    compile: bool = False,
+    vae_tile: int | None = None,
+    decode_dtype: torch.dtype | None = None,
+) -> Pipeline:
+    """Return a pipeline for a model of `flux.MODELS`, or for a transformer file.
+
+    Without `name` and `transformer`, load flux.2-tiny, the embedded toy. Every file is found and
+    checked here; UserError says what is wrong with a file.
+
+    weights: folder with the files; else $FLUX_WEIGHTS, the Hugging Face cache, a download.
+    device, dtype: default to the best device, and to bfloat16 if the device computes in it.
+    numerics: a preset of `flux.transformer.NUMERICS`, or a Numerics.
+    transformer, autoencoder: files that replace the model's own. Without `name`, the model is the
+        first in the table with the shapes of the transformer file.
+    check_finite: look for NaN and infinity in all weights.
+    The other arguments are fields of `RuntimeOptions`.
+    """
+    options = RuntimeOptions(
+        offload, max_vram, quantize, fp8_matmul, compile, vae_tile, decode_dtype
+    )
+    spec = get_spec(name, transformer)
+    if isinstance(numerics, str):
+        if numerics not in NUMERICS:
+            known = ", ".join(NUMERICS)
+            raise UserError(f"numerics: unknown (got {numerics!r}, expected one of {known}).")
+        numerics = NUMERICS[numerics]
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    ):
+        raise UserError(
+            f"dtype: networks do not compute in this type (got {dtype!r:.40}). "
+            "Use torch.bfloat16 or torch.float32."
+        )
+    device = choose_device(device)
+    if dtype is None:
+        dtype = torch.float32 if spec.embedded else choose_dtype(device)
+    files = {}  # these replace the model's own, which need not exist
+    if transformer is not None:
+        files["transformer"] = shard_files(Path(transformer))
+    if autoencoder is not None:
+        files["autoencoder"] = [Path(autoencoder)]
+        config = with_decoder_of(spec.autoencoder, Path(autoencoder))
+        spec = replace(spec, autoencoder=config)
+    files = locate(spec, None if weights is None else Path(weights), files)
+    networks = build_networks(spec, files, device, dtype, numerics, check_finite, options)
+    return Pipeline(spec, networks, files, device, dtype, numerics, options)
+
+
+def build_networks(
+    spec: ModelSpec,
+    files: dict,
+    device: torch.device,
+    dtype: torch.dtype,
+    numerics: Numerics,
+    check_finite: bool,
+    options: RuntimeOptions,
+) -> Networks:
+    """Return a model's networks, whose files are checked now and loaded when they are called."""
+    if options.compile and not can_compile(device):
+        compiler = "Triton" if device.type == "cuda" else "a C++ compiler"
+        raise UserError(f"compile: {compiler} is missing. Install it, or leave `compile` out.")
+    if options.quantize == "fp8" and device.type == "mps":
+        raise UserError('quantize: Apple\'s GPUs have no float8 (got fp8). Use `quantize="int8"`.')
+    common = dict(
+        device=device,
+        dtype=dtype,
+        check_finite=check_finite,
+        quantize=options.quantize,
+        fp8_matmul=options.fp8_matmul,
+    )
+
+    def build_transformer(config: FluxConfig) -> Flux:
+        return Flux(config, numerics)
+
+    text = build_text_encoder(spec.text, files, spec.text_length, **common)
+    transformer = LazyModule(
+        build_transformer,
+        spec.transformer,
+        files["transformer"],
+        prefixes=("", "model.diffusion_model."),
+        block_lists=BLOCK_LISTS,
+        compile=options.compile,
+        **common,
+    )
+    if (
+        options.fp8_matmul
+        and options.quantize != "fp8"
+        and not has_fp8(transformer, *text.networks)
+    ):
+        raise UserError(
+            f"fp8_matmul: {spec.name} has no float8 weights here. "
+            'Add `quantize="fp8"`, or use an -fp8 file.'
+        )
+
+    def load_autoencoder(dtype: torch.dtype, check_finite: bool) -> LazyModule:
+        return LazyModule(
+            AutoEncoder,
+            spec.autoencoder,
+            files["autoencoder"],
+            rename=from_diffusers,
+            device=device,
+            dtype=dtype,
+            check_finite=check_finite,
+        )
+
+    # images are encoded in float32, as in BFL's code: bfloat16 moves latents by some per cent
+    image_encoder = load_autoencoder(torch.float32, check_finite=False)
+    autoencoder = load_autoencoder(
+        options.decode_dtype or decode_dtype(numerics, dtype), check_finite
+    )
+    redux: tuple[LazyModule, ...] = ()
+    if "redux" in files:
+        siglip = LazyModule(
+            SigLIP,
+            SigLIPConfig(),
+            files["siglip"],
+            prefixes=("vision_model.", ""),
+            ignore_keys=siglip_ignore_keys,
+            **common,
+        )
+        redux = siglip, LazyModule(Redux, ReduxConfig(), files["redux"], **common)
+    return Networks(text, transformer, autoencoder, image_encoder, redux)
+
+
+def decode_dtype(numerics: Numerics, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the decoder's weights: the model's, or float32."""
+    return dtype if numerics.decode == "model" else torch.float32
+
+
+def has_fp8(*networks: LazyModule) -> bool:
+    return any(
+        isinstance(layer, FP8Linear) for network in networks for layer in network.shapes.modules()
+    )

@@ -1,0 +1,119 @@
+"""Which networks of a pipeline are in memory, and when.
+
+A run has stages: the prompt is encoded, input images are encoded, the transformer runs, latents are
+decoded. Before the first, `plan` decides whether all weights stay on the device, only those of the
+stage that runs, or only some of its blocks. After each stage, `done` releases what must go.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+
+from flux.configs import ModelSpec
+from flux.runtime.activation_memory import Workload
+from flux.runtime.devices import available_memory
+from flux.runtime.lazy_module import LazyModule
+from flux.runtime.memory_plan import MemoryPlan, WeightSizes, plan_memory
+from flux.runtime.options import RuntimeOptions
+from flux.text_encoder import TextEncoder
+from flux.weights.quantization import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a model. A LazyModule loads its module when it is called."""
+
+    text: TextEncoder
+    transformer: LazyModule
+    autoencoder: LazyModule  # the decoder, in the dtype of decoding
+    image_encoder: LazyModule  # the same autoencoder in float32
+    redux: tuple[LazyModule, ...] = ()  # SigLIP and the projection of FLUX.1 Redux
+
+    @property
+    def encoders(self) -> tuple[LazyModule, ...]:
+        """What input images are encoded with."""
+        return self.image_encoder, *self.redux
+
+    @property
+    def all(self) -> tuple[LazyModule, ...]:
+        return *self.text.networks, self.transformer, self.autoencoder, *self.encoders
+
+
+class Residency:
+    """Plans which networks are in memory when, and releases those that must go."""
+
+    def __init__(
+        self, spec: ModelSpec, networks: Networks, device: torch.device, options: RuntimeOptions
+    ):
+        self.spec, self.networks, self.device, self.options = spec, networks, device, options
+        self.keep = options.offload in (None, "none")  # networks stay loaded after their stage
+        self.planned: Workload | None = None  # the largest workload of the current plan
+        self.pinned = False
+
+    def plan(self, work: Workload) -> MemoryPlan | None:
+        """Decide what is in memory when. Raise UserError, with numbers, if `work` cannot fit.
+
+        Return None after `keep_loaded`, which leaves nothing to decide.
+        """
+        if self.pinned:
+            return None
+        networks = self.networks
+        for network in networks.all:
+            if network.resident is not None:  # an interrupted run left it streaming
+                network.release()
+        sizes = {
+            "text encoder": total_size(networks.text.networks),
+            "transformer": networks.transformer.weight_sizes,
+            "autoencoder": networks.autoencoder.weight_sizes,
+        }
+        if work.encoded_pixels:
+            sizes["image encoder"] = total_size(networks.encoders)
+        free = available_memory(self.device)
+        stages = (*networks.text.networks, networks.transformer, networks.autoencoder)
+        loaded = sum(network.device_bytes for network in stages)  # `sizes` counts these again
+        decided = plan_memory(
+            self.spec,
+            sizes,
+            work,
+            free._replace(device=free.device + loaded),
+            self.options.offload,
+            self.options.max_vram,
+            quantizable=self._quantizable,
+        )
+        self.keep = decided.offload == "none"
+        if not self.keep:  # an earlier plan, or a stage that ran alone, may have loaded them
+            for network in networks.all:
+                network.release()
+        networks.transformer.stream(decided.resident["transformer"])
+        for network in networks.text.networks:
+            network.stream(decided.resident["text encoder"] if network.block_lists else None)
+        self.planned = work
+        return decided
+
+    def covers(self, work: Workload) -> bool:
+        """Return whether the current plan has memory for `work`."""
+        planned = self.planned
+        return self.pinned or (planned is not None and work.fits_within(planned))
+
+    def keep_loaded(self) -> None:
+        """Keep all networks loaded from now on, for example while one of them is trained."""
+        self.keep = self.pinned = True
+
+    def done(self, *networks: LazyModule) -> None:
+        """Release the networks of a finished stage, unless the plan keeps them."""
+        if not self.keep:
+            for network in networks:
+                network.release()
+
+    @property
+    def _quantizable(self) -> bool:
+        modules = self.networks.transformer.shapes.modules()
+        quantized = any(isinstance(module, QuantizedLinear) for module in modules)
+        return not self.options.quantize and not quantized
+
+
+def total_size(networks: Sequence[LazyModule]) -> WeightSizes:
+    return reduce(add, (network.weight_sizes for network in networks))
