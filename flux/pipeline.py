@@ -262,7 +262,7 @@ class Pipeline:
 
         x = sampling.denoise(velocity, x, times, after_step, self.numerics.state, blend)
         self.residency.done(self.transformer)
-        return rearrange(x, "b (h w) c -> b c h w", h=h).float()
+        return rearrange(x, "b (h w) c -> b c h w", h=h).float().contiguous()
 
     def _check_conditions(
         self, conditions: Conditions | None, width: int | None, height: int | None
@@ -401,7 +401,8 @@ class Pipeline:
 
         One image is decoded at a time, so that a batch takes the memory of one image.
         """
-        images = [to_images(self._decode(x))[0] for x in latents.split(1)]
+        dtype = self.dtype if self.numerics.decode == "model" else torch.float32
+        images = [to_images(self._decode(x), dtype)[0] for x in latents.split(1)]
         self.residency.done(self.autoencoder)
         return images
 

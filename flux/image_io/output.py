@@ -23,19 +23,17 @@ XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><flux><![CDATA[{}]]></flux></x:xmpmet
 JPEG_ROOM = 65_504  # bytes: a segment of 65,535, less its length (2) and the name of XMP (29)
 
 
-# ------------------------------------------------------------------------------ pixels
+def to_images(pixels: Tensor, dtype: torch.dtype = torch.float32) -> list[Image.Image]:
+    """Return the images of pixels (B, 3, H, W), nominally in [-1, 1].
 
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Round pixels (B, 3, H, W), nominally in [-1, 1], to images; BFL's code truncates instead."""
-    extremes = torch.stack(pixels.aminmax())
-    if not extremes.isfinite().all():  # NaN is both the minimum and the maximum
-        raise NonFiniteError(
-            "the decoded pixels are not finite. Decode in float32 (`dtype=torch.float32`)."
-        )
-    levels = pixels.permute(0, 2, 3, 1).float().clamp(-1, 1)  # (B, H, W, 3)
-    levels = levels.div_(2).add_(0.5).mul_(255).round_().byte().contiguous()
-    return [Image.fromarray(image) for image in levels.cpu().numpy()]
+    Levels are rounded to the nearest; BFL's code truncates, which darkens. `dtype`: of the map to
+    [0, 1]; diffusers maps in the model's. Raise NonFiniteError for NaN or infinity.
+    """
+    if not torch.stack(pixels.aminmax()).isfinite().all():
+        raise NonFiniteError("pixels: not finite after decoding. Try `decode_dtype=float32`.")
+    levels = (pixels.to(dtype) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
+    levels = levels.float().mul_(255).round_().byte().contiguous().cpu()
+    return [Image.fromarray(image) for image in levels.numpy()]
 
 
 def to_pixels(image: Image.Image) -> Tensor:
