@@ -14,7 +14,7 @@ from flux.errors import UserError
 from flux.runtime.memory_plan import WeightSizes, mapped_bytes, matrix_size, measure_weights
 from flux.runtime.streaming import all_tensors, stream, unstream
 from flux.weights.load import init_empty, load_module
-from flux.weights.quantization import FP8, QuantizedLinear, enable_fp8_matmul
+from flux.weights.quantization import FP8_DTYPES, QuantizedLinear, enable_fp8_matmul
 from flux.weights.quantization.quantize import dequantized, quantize_
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ class LazyModule:
         self.resident: int | None = None  # bytes of blocks on the device; None: not streamed
         self.dropped: list[str] = []  # paths of the submodules that `drop_submodules` removed
         mapped = self._load(CPU, None, check_finite)  # UserError if a file is wrong
-        has_float8 = any(tensor.dtype in FP8.values() for tensor in all_tensors(mapped))
+        has_float8 = any(tensor.dtype in FP8_DTYPES.values() for tensor in all_tensors(mapped))
         if device.type == "mps" and has_float8:
             raise UserError(
                 f"{files[0]}: is in float8, which Apple's GPUs do not have. "
@@ -164,7 +164,7 @@ class LazyModule:
             # weights stay mapped until they are quantized, and are rounded once; but a LoRA is
             # merged in the dtype of the computation
             module = self._load(CPU, self.dtype if self.transform else None)
-            quantize_(module, self.quantize, device=target, change=self.transform)
+            quantize_(module, self.quantize, device=target, transform=self.transform)
             module.to(dtype=self.dtype)
         else:
             module = self._load(target, self.dtype)

@@ -1,6 +1,8 @@
-"""Files of weights: find them, and read what their headers say of the tensors, before anything is loaded.
+"""Find weight files, and read from their headers what tensors they hold, before anything is loaded.
 
-Each claim of a header is checked against the others and against the size of the file. Nothing is ever unpickled.
+`read_header` checks every claim of a safetensors header against the others and the file's size.
+`find_file` looks in the folder `weights`, in the Hugging Face cache, and then downloads.
+Nothing is ever unpickled.
 """
 
 import errno
@@ -14,33 +16,24 @@ from typing import NamedTuple
 
 from flux.errors import UserError
 
-# ---------------------------------------------------------------------------------------------------------- headers
+# ---------------------------------------------------------------- headers
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 FLOATS = ("F64", "F32", "F16", "BF16")
-BITS = dict(
-    F64=64,
-    I64=64,
-    U64=64,
-    C64=64,
-    F32=32,
-    I32=32,
-    U32=32,
-    F16=16,
-    BF16=16,
-    I16=16,
-    U16=16,
-    BOOL=8,
-    I8=8,
-    U8=8,
-)
-BITS |= dict(
-    F8_E4M3=8, F8_E5M2=8, F8_E8M0=8, F8_E4M3FNUZ=8, F8_E5M2FNUZ=8, F6_E2M3=6, F6_E3M2=6, F4=4
-)
-NOT_SAFETENSORS = (  # how a file begins that is something else, and what that is
+# fmt: off
+BITS = {  # of one number, by dtype
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "BOOL": 8, "I8": 8, "U8": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}
+# fmt: on
+NOT_SAFETENSORS = (  # the first bytes of another kind of file, and what that file is
     (
         rb"\s*<",
-        "a web page, as sites send it in place of a file that needs a login or an accepted licence",
+        "a web page, which sites send in place of a file that needs a login or an accepted licence",
     ),
     (
         rb"version https://git-lfs",
@@ -52,19 +45,19 @@ NOT_SAFETENSORS = (  # how a file begins that is something else, and what that i
     ),
     (
         rb"GGUF",
-        "a GGUF file, in which only transformers and text encoders are read; get it as safetensors",
+        "a GGUF file, which works for transformers and text encoders only; get it as safetensors",
     ),
     (rb"\s*\{", "a JSON text, not weights"),
     (
         rb"Invalid username|Entry not found|Access to |Repository not found",
-        "what Hugging Face answers where it sends no file",
+        "an error message of Hugging Face, saved in place of the file",
     ),
     (rb"\x1f\x8b", "a gzip file; unpack it"),
 )
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of one tensor; `dtype` as safetensors spells it: "BF16", "F32", "F8_E4M3"; or as GGUF does: "Q4_K"."""
+    """One tensor of a file. `dtype` is safetensors' ("BF16", "F8_E4M3") or GGUF's name ("Q4_K")."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -73,10 +66,11 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Name -> info, and the metadata, of a safetensors file, which is not loaded; UserError if it is anything else.
+    """Return a safetensors file's tensors by name, and its metadata, without loading weights.
 
-    The format (https://github.com/huggingface/safetensors#format): the header's length in 8 little-endian bytes, the
-    header in JSON, the tensors' bytes. Each claim of the header is checked against the others and the file's size.
+    The file holds the header's length (8 bytes, little-endian), the header in JSON, and the bytes
+    of the tensors: https://github.com/huggingface/safetensors#format.
+    UserError if the file is anything else, or if its header contradicts itself or the file's size.
     """
     path = Path(path)
     text, data_size = _header_text(path)
@@ -94,18 +88,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     position = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != position:
-            fault = "overlaps another" if begin < position else "leaves a hole before it"
+            problem = "overlaps another" if begin < position else "leaves a hole before it"
             raise UserError(
-                f"{path} has a damaged header: tensor {name!r:.120} {fault}; download it again."
+                f"{path} has a damaged header: tensor {name!r:.120} {problem}; download it again."
             )
         position = end
     if position != data_size:
-        start, fault = (
-            8 + len(text),
-            "is truncated" if position > data_size else "goes on after its end",
-        )
+        start = 8 + len(text)
+        problem = "is truncated" if position > data_size else "goes on after its end"
         sizes = f"{start + position:,} bytes expected, {start + data_size:,} found"
-        raise UserError(f"{path} {fault}: {sizes}; download it again.")
+        raise UserError(f"{path} {problem}: {sizes}; download it again.")
     infos = {
         name: TensorInfo(entry["dtype"], tuple(entry["shape"]), path, name)
         for name, entry in header.items()
@@ -114,14 +106,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _header_text(path: Path) -> tuple[bytes, int]:
-    """The JSON text of the header, and the number of bytes that follow it."""
+    """Return the JSON text of the header, and the number of bytes after it."""
     try:
         if not path.exists():
             raise UserError(f"{path} does not exist.")
         if not path.is_file():
-            raise UserError(
-                f"{path} is a {'folder' if path.is_dir() else 'special file'}, not a safetensors file."
-            )
+            kind = "folder" if path.is_dir() else "special file"
+            raise UserError(f"{path} is a {kind}, not a safetensors file.")
         with path.open("rb") as file:
             size = path.stat().st_size
             start = file.read(64)
@@ -132,14 +123,15 @@ def _header_text(path: Path) -> tuple[bytes, int]:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if size == 0:
         raise UserError(f"{path} is empty; download it again.")
-    if (
-        start[8:9] != b"{"
-    ):  # asked first, because a true length may look like anything: 640 bytes like a pickle
-        what = next(
-            (what for pattern, what in NOT_SAFETENSORS if re.match(pattern, start)),
-            "unknown, or damaged; get it again",
-        )
-        raise UserError(f"{path} is not a safetensors file: it is {what}.")
+    # Only a file without "{" here is another kind of file: the 8 bytes of a true length may look
+    # like the start of any format. A length of 640 looks like a pickle.
+    if start[8:9] != b"{":
+        kind = "unknown, or damaged; get it again"
+        for pattern, description in NOT_SAFETENSORS:
+            if re.match(pattern, start):
+                kind = description
+                break
+        raise UserError(f"{path} is not a safetensors file: it is {kind}.")
     if length > MAX_HEADER:
         raise UserError(
             f"{path} is not a safetensors file: its header would be {length:,} bytes long."
@@ -151,29 +143,43 @@ def _header_text(path: Path) -> tuple[bytes, int]:
 
 
 def _span(path: Path, name: str, entry: dict) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end, from the end of the header."""
+    """Return where a tensor's bytes begin and end, counted from the end of the header."""
     try:
         bits, shape, (begin, end) = BITS[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        what = f"what it says of tensor {name!r:.120} is not understood: {entry!s:.120}"
-        raise UserError(f"{path} is damaged, or newer than this loader: {what}.") from error
+        raise UserError(
+            f"{path} is damaged, or newer than this loader: the header's entry for tensor "
+            f"{name!r:.120} is not understood: {entry!s:.120}."
+        ) from error
     if (end - begin) * 8 != prod(shape) * bits:
-        what = f"{end - begin:,} bytes for tensor {name!r:.120}, {entry['dtype']} of shape {shape!s:.120}"
-        raise UserError(f"{path} has a damaged header, with {what}; download it again.")
+        raise UserError(
+            f"{path} has a damaged header, with {end - begin:,} bytes for tensor {name!r:.120}, "
+            f"{entry['dtype']} of shape {shape!s:.120}; download it again."
+        )
     return begin, end
 
 
+def preview(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first of many names, for a message: "a, b, c and 7 more"."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+# ---------------------------------------------------------------- shards
+
+
 def shard_files(path: Path) -> list[Path]:
-    """The file itself, or the shards that a `*.safetensors.index.json` names: all present, all beside it."""
+    """Return the file itself, or all shards that a `*.safetensors.index.json` names, next to it."""
     path = Path(path)
     if not is_index(path):
         return [path]
     shards = [path.parent / name for name in _shard_names(path)]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise UserError(
-            f"{path} names {len(shards)} files that must lie beside it, and lacks {preview(missing)}."
+            f"{path} names {len(shards)} files that must lie next to it, and lacks "
+            f"{preview(missing)}."
         )
     return shards
 
@@ -193,7 +199,7 @@ def _shard_names(index: Path) -> list[str]:
         raise UserError(
             f"{index} is not an index of safetensors files: it has no `weight_map` of file names."
         )
-    for name in names:  # an index comes from elsewhere: it may not reach out of its folder
+    for name in names:  # anyone can write an index: a name must not lead out of its folder
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{,200}\.safetensors", name):
             raise UserError(
                 f"{index} names {name!r:.120}, which is not the plain name of a safetensors file."
@@ -201,14 +207,7 @@ def _shard_names(index: Path) -> list[str]:
     return names
 
 
-def preview(names: Sequence[str], shown: int = 3) -> str:
-    """The first of many, for a message."""
-    return ", ".join(names[:shown]) + (
-        f" and {len(names) - shown} more" if len(names) > shown else ""
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- finding
+# ---------------------------------------------------------------- finding
 
 
 def find_file(
@@ -218,37 +217,34 @@ def find_file(
     licence: str = "",
     gated: bool = False,
 ) -> Path:
-    """A file of a Hugging Face repository: in the folder `weights` or $FLUX_WEIGHTS, in the local cache, or downloaded.
+    """Return a file of a Hugging Face repository, found locally or downloaded.
 
-    In the folder it lies as `filename`, `<name>/filename` or `<owner>/<name>/filename`; where a folder is given,
-    nothing is downloaded. `licence` and `gated` are for the UserError that tells why the file cannot be had.
+    The order is: the folder `weights`, or else $FLUX_WEIGHTS; the Hugging Face cache; a download.
+    In the folder the file is `filename`, `<name>/filename` or `<owner>/<name>/filename`.
+    With a folder, nothing is downloaded. UserError, with `licence` and what `gated` means, if the
+    file cannot be had.
     """
     if path := _in_folder(repository, filename, weights) or _in_cache(repository, filename):
         return path
-    get = f"get it from https://huggingface.co/{repository}" + (
-        f" under {licence}" if licence else ""
-    )
+    page = f"https://huggingface.co/{repository}"
     if folder := weights_folder(weights):
-        places = " or ".join(
-            str(folder / home / filename) for home in ("", repository.split("/")[-1], repository)
-        )
+        places = [folder / home / filename for home in ("", repository.split("/")[-1], repository)]
+        terms = f" under {licence}" if licence else ""
         raise UserError(
-            f"{filename} of {repository} is neither at {places} nor in the Hugging Face cache; {get}, or "
-            "leave --weights and $FLUX_WEIGHTS out to have it downloaded."
+            f"{filename} of {repository} is neither at {' or '.join(map(str, places))} nor in the "
+            f"Hugging Face cache; get it from {page}{terms}, or leave `weights` and $FLUX_WEIGHTS "
+            "out to download it."
         )
-    import huggingface_hub  # not above: what is found without it needs no second of waiting for it
+    import huggingface_hub  # imported here: a local file must not wait a second for the import
 
     try:
         return Path(huggingface_hub.hf_hub_download(repository, filename))
-    except (
-        Exception
-    ) as error:  # its own, httpx's, hf_xet's or the system's: whichever, the file did not come
-        fault = _download_fault(
-            error, f"https://huggingface.co/{repository}", licence or "its licence", gated
-        )
-        instead = "or put it into a folder and give that with --weights"
+    # Any error, of the hub, httpx, hf_xet or the system, means that the file did not come.
+    except Exception as error:
+        reason = _download_problem(error, page, licence or "its licence", gated)
         raise UserError(
-            f"{filename} of {repository} was not downloaded: {fault}; {instead}."
+            f"{filename} of {repository} was not downloaded: {reason}; or put the file into a "
+            "folder and pass that folder as `weights`."
         ) from error
 
 
@@ -259,18 +255,17 @@ def find_files(
     licence: str = "",
     gated: bool = False,
 ) -> list[Path]:
-    """As `find_file`, for a file that may be a `*.safetensors.index.json`: the shards that it names, all from one place."""
+    """Return the file as `find_file` does, or all shards of a `*.safetensors.index.json`."""
     path = find_file(repository, filename, weights, licence, gated)
     if is_index(path):
         for name in _shard_names(path):
-            find_file(
-                repository, str(PurePosixPath(filename).with_name(name)), weights, licence, gated
-            )
+            shard = str(PurePosixPath(filename).with_name(name))
+            find_file(repository, shard, weights, licence, gated)
     return shard_files(path)
 
 
 def is_local(repository: str, filename: str, weights: Path | None = None) -> bool:
-    """Whether `find_files` would find everything without a download."""
+    """Return whether `find_files` would find everything without a download."""
     path = _in_folder(repository, filename, weights) or _in_cache(repository, filename)
     if path is None or not is_index(path):
         return path is not None
@@ -278,34 +273,36 @@ def is_local(repository: str, filename: str, weights: Path | None = None) -> boo
 
 
 def weights_folder(weights: Path | None) -> Path | None:
-    """The folder that is given, if one is; UserError if there is none such."""
-    given = weights or os.environ.get("FLUX_WEIGHTS")
-    if not given:
+    """Return the folder `weights`, or else $FLUX_WEIGHTS; None if neither is set."""
+    value = weights or os.environ.get("FLUX_WEIGHTS")
+    if not value:
         return None
-    source = f"{given}, given by {'--weights' if weights else '$FLUX_WEIGHTS'},"
+    source = "weights" if weights else "$FLUX_WEIGHTS"
     try:
-        folder = Path(given).expanduser()
+        folder = Path(value).expanduser()
         if not folder.is_dir():
-            raise UserError(f"{source} is not a folder.")
+            raise UserError(f"{source}: {value} is not a folder.")
         return folder
-    except RuntimeError as error:  # of a ~ that is nobody's
-        raise UserError(f"{source} is not a folder: {error}") from error
+    except RuntimeError as error:  # "~name" of an unknown user
+        raise UserError(f"{source}: {value} is not a folder: {error}") from error
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{source}: {value} cannot be read: {error.strerror}.") from error
 
 
 def _in_folder(repository: str, filename: str, weights: Path | None) -> Path | None:
     folder = weights_folder(weights)
     if folder is None:
         return None
-    # As on the hub, capitals do not matter. A repository's own folder comes first: a flat one may hold another's file.
+    # Capitals do not matter, as on the hub. The repository's own folder comes first, because a
+    # file at the top may belong to another repository.
     names = (repository.lower(), repository.lower().split("/")[-1])
     try:
         below = (*folder.glob("*/*"), *folder.glob("*"))
         homes = [home for home in below if home.relative_to(folder).as_posix().lower() in names]
-        return next(
-            (home / filename for home in (*homes, folder) if (home / filename).is_file()), None
-        )
+        for home in (*homes, folder):
+            if (home / filename).is_file():
+                return home / filename
+        return None
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
@@ -313,46 +310,53 @@ def _in_folder(repository: str, filename: str, weights: Path | None) -> Path | N
 def _in_cache(repository: str, filename: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(
-        repository, filename
-    )  # a str; or else None, or a mark that there is no such file
-    return Path(path) if isinstance(path, str) else None
+    path = try_to_load_from_cache(repository, filename)
+    return Path(path) if isinstance(path, str) else None  # else None, or a mark "no such file"
 
 
-def _download_fault(error: BaseException, page: str, licence: str, gated: bool) -> str:
-    """Why a download failed, and what to do."""
+def _download_problem(error: BaseException, page: str, licence: str, gated: bool) -> str:
+    """Return why a download failed, and what to do."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     cause = error.__cause__
-    log_in = "create a READ token at https://huggingface.co/settings/tokens and run `hf auth login` or set HF_TOKEN"
+    is_gated = gated or isinstance(error, errors.GatedRepoError)
+    log_in = (
+        "create a READ token at https://huggingface.co/settings/tokens and run `hf auth login` "
+        "or set HF_TOKEN"
+    )
     match error:
         case errors.LocalEntryNotFoundError() if isinstance(cause, errors.HfHubHTTPError):
-            return _download_fault(
-                cause, page, licence, gated
-            )  # the hub wraps 403, 429 and 5xx in this one
+            # the hub wraps 403, 429 and 5xx in this error
+            return _download_problem(cause, page, licence, gated)
         case errors.LocalEntryNotFoundError() if isinstance(cause, errors.OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set and the Hugging Face cache lacks it; unset HF_HUB_OFFLINE"
         case errors.LocalEntryNotFoundError():
-            return f"huggingface.co cannot be reached ({cause!s:.120}); check the network and run again"
-        case errors.HfHubHTTPError() if status == 401 and (
-            gated or isinstance(error, errors.GatedRepoError)
-        ):
-            return f"it is gated and no valid Hugging Face token was sent; accept {licence} at {page}, {log_in}"
-        case errors.HfHubHTTPError() if status == 403 and (
-            gated or isinstance(error, errors.GatedRepoError)
-        ):
-            allow = "and allow the token to read gated repositories"
-            return f"it is gated and your token's account has no access; accept {licence} at {page} with it, {allow}"
+            return (
+                f"huggingface.co cannot be reached ({cause!s:.120}); check the network and run "
+                "again"
+            )
+        case errors.HfHubHTTPError() if status == 401 and is_gated:
+            return (
+                "it is gated and no valid Hugging Face token was sent; "
+                f"accept {licence} at {page}, {log_in}"
+            )
+        case errors.HfHubHTTPError() if status == 403 and is_gated:
+            return (
+                f"it is gated and your token's account has no access; accept {licence} at {page} "
+                "with that account, and allow the token to read gated repositories"
+            )
         case errors.RepositoryNotFoundError():
-            return f"there is no public repository {page}; check its name or, if it is private, {log_in}"
+            return (
+                f"there is no public repository {page}; check its name or, if it is private, "
+                f"{log_in}"
+            )
         case errors.RemoteEntryNotFoundError():
             return f"{page} has no such file; check its name"
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "the disk is full; make room, or set HF_HOME to a folder on another disk, and run again (it resumes)"
-    reason = (
-        f"HTTP {status}"
-        if status
-        else f"{type(error).__name__}, {' '.join(str(error).split()):.120}"
-    )
-    return f"{reason}; run again (it resumes)"
+            return (
+                "the disk is full; free some space, or set HF_HOME to a folder on another disk, "
+                "and run again (the download resumes)"
+            )
+    reason = f"{type(error).__name__}, {' '.join(str(error).split()):.120}"
+    return f"{f'HTTP {status}' if status else reason}; run again (the download resumes)"

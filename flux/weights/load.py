@@ -1,8 +1,9 @@
-"""Weights: check files, and map them, strictly, into a module that was built on the meta device.
+"""Load weight files, strictly, into a module that was built on the meta device.
 
-Our module names are the released checkpoints' keys, so nothing is renamed. A file is mapped, not read: its tensors are
-the file's own pages, and take no memory of their own until they are cast or moved. Nothing is ever unpickled.
-Linears whose weights the file keeps quantised are replaced by modules that keep them so.
+Our module names are the released checkpoints' keys, so nothing is renamed. A file is mapped, not
+read: its tensors are the file's own pages, and take no memory until they are cast or moved.
+Linears whose weights the file stores quantized are replaced by modules that keep them quantized.
+Nothing is ever unpickled.
 """
 
 import difflib
@@ -17,33 +18,43 @@ from torch.overrides import TorchFunctionMode
 
 from flux.errors import UserError
 from flux.transformer import FluxConfig
-from flux.weights import quantization
 from flux.weights.files import FLOATS, TensorInfo, preview, read_header, shard_files
-from flux.weights.quantization import QuantizedLinear, gguf
+from flux.weights.quantization import (
+    QuantizedLinear,
+    canonical,
+    detect_formats,
+    gguf,
+    is_quant_metadata,
+)
 
-TYPES = {
-    torch.int64: ("I64",),
-    torch.uint8: ("U8",),
-    torch.float8_e4m3fn: ("F8_E4M3",),
-    torch.float8_e5m2: ("F8_E5M2",),
-}
-
-# ---------------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------- modules without values
 
 
 class skip_init(TorchFunctionMode):
-    """Inside, `torch.nn.init` does nothing."""
+    """Make `torch.nn.init` do nothing inside this context."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        drawing = getattr(func, "__module__", None) == "torch.nn.init"
-        return kwargs["tensor"] if drawing else func(*args, **(kwargs or {}))
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def init_empty(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes, on the meta device: shapes without values. None are drawn: there, to draw those of an Embedding
-    takes torch's compiler, and to import that takes as long as to import torch."""
+    """Return `build()` on the meta device: shapes without values, and no random numbers drawn.
+
+    Drawing an Embedding on the meta device would import torch's compiler, which takes as long as
+    importing torch.
+    """
     with torch.device("meta"), skip_init():
         return build()
+
+
+# ---------------------------------------------------------------- loading
+
+
+def keep_all(name: str) -> bool:
+    """The default of `ignore_keys`: ignore no tensor."""
+    return False
 
 
 def load_module(
@@ -53,90 +64,64 @@ def load_module(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     prefixes: Sequence[str] = ("",),
-    ignore_keys: Callable[[str], bool] = lambda name: False,
+    ignore_keys: Callable[[str], bool] = keep_all,
     rename: Callable[[str], str] | None = None,
     check_finite: bool = False,
 ) -> None:
-    """Give the tensors of `files` to a module that was built on the meta device, frozen, in evaluation mode.
+    """Load `files` into a module on the meta device; freeze it and set evaluation mode.
 
-    On the CPU and in the files' own `dtype` they stay mapped; else the floats are cast, one tensor at a time, but for quantised
-    weights and their scales: Linears with such become QuantizedLinears.
-    `prefixes`: what may stand before the names in the files; the one that fits best is taken away. `ignore_keys`: which of
-    the names left are known and not wanted. `rename`: from these to the module's, for a foreign layout.
-    UserError, before anything is loaded, if a tensor is missing, unknown, misshapen or of a wrong type.
+    On the CPU and in the files' own dtype (`dtype=None`) tensors stay mapped. Otherwise floats are
+    cast one tensor at a time, except quantized weights and their scales.
+
+    prefixes: what may stand before the names in the files; the best fit is removed.
+    ignore_keys: whether a tensor of this name, without prefix, is known and not needed.
+    rename: from a name in the file, without prefix, to the module's name, for a foreign layout.
+    check_finite: raise UserError if a weight is NaN or infinite.
+
+    UserError, before anything is loaded, if a tensor is missing, unknown, or of a wrong shape or
+    dtype.
     """
-    infos, metadata = _merged_headers(files)
-    sources = _sources(infos, module.state_dict(), prefixes, ignore_keys, rename)
-    layers = _quantised_layers(module, sources, metadata)
-    kept = {
+    infos, metadata = _read_headers(files)
+    sources = _match_names(infos, module.state_dict(), prefixes, ignore_keys, rename)
+    layers = _quantized_layers(module, sources, metadata)
+    quantized = {
         f"{path}.{name}": buffer
         for path, layer in layers.items()
         for name, buffer in layer.named_buffers()
     }
-    wanted = {
+    expected = {
         name: tensor
         for name, tensor in module.state_dict().items()
         if name.removesuffix(".weight") not in layers
-    } | kept
-    sources = {
-        name: info for name, info in sources.items() if not quantization.is_quant_metadata(name)
     }
-    _check_fit(type(module).__name__, files, wanted, sources, renamed=rename is not None)
+    expected |= quantized
+    sources = {name: info for name, info in sources.items() if not is_quant_metadata(name)}
+    _check_fit(type(module).__name__, files, expected, sources, renamed=rename is not None)
     tensors = {}
-    for name, tensor in _mapped(sources):
+    for name, tensor in _map_tensors(sources):
         if check_finite and tensor.is_floating_point() and not tensor.float().isfinite().all():
-            file, source = sources[name].file, sources[name].name
-            raise UserError(f"{file} has NaN or infinity in {source!r:.120}; download it again.")
-        cast = tensor.is_floating_point() and name not in kept
-        tensors[name] = tensor.view(wanted[name].shape).to(
-            device=device, dtype=dtype if cast else None
-        )
+            raise _not_finite(sources[name])
+        cast = tensor.is_floating_point() and name not in quantized
+        tensor = tensor.view(expected[name].shape)
+        tensors[name] = tensor.to(device=device, dtype=dtype if cast else None)
     for path, layer in layers.items():
         module.set_submodule(path, layer)
     module.requires_grad_(False).load_state_dict(tensors, strict=True, assign=True)
-    for path, layer in layers.items() if check_finite else ():  # scales may be inside of bytes
-        if not layer.dequantize().isfinite().all():
-            source = sources[f"{path}.weight"]
-            raise UserError(
-                f"{source.file} has NaN or infinity in {source.name!r:.120}; download it again."
-            )
+    if check_finite:
+        for path, layer in layers.items():  # GGUF has scales inside its bytes
+            if not layer.dequantize().isfinite().all():
+                raise _not_finite(sources[f"{path}.weight"])
     module.eval()
 
 
-def _quantised_layers(
-    module: nn.Module, sources: Mapping[str, TensorInfo], metadata: Mapping[str, str]
-) -> dict[str, QuantizedLinear]:
-    """What to put in place of Linears, by their paths; without weights yet."""
-    linears = {
-        path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
-    }
-    stored = quantization.detect_formats(sources, metadata, linears)
-    with torch.device("meta"):
-        return {
-            path: stored[path].make(layer.in_features, layer.out_features, layer.bias is not None)
-            for path, layer in linears.items()
-            if path in stored
-        }
+def _not_finite(info: TensorInfo) -> UserError:
+    return UserError(f"{info.file} has NaN or infinity in {info.name!r:.120}; download it again.")
 
 
-def _mapped(sources: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name -> tensor, whose memory is the pages of its file."""
-    for file in {info.file: None for info in sources.values()}:
-        names = {name: info.name for name, info in sources.items() if info.file == file}
-        if _is_gguf(file):
-            tensors = gguf.tensors(file)
-            yield from ((name, tensors[source]) for name, source in names.items())
-            continue
-        try:
-            with safe_open(file, framework="pt", device="cpu") as mapped:
-                yield from ((name, mapped.get_tensor(source)) for name, source in names.items())
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be mapped: {error}.") from error
-
-
-def _merged_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict]:
+    """Return the tensors and the metadata of all files; UserError if two have the same name."""
     merged: dict[str, TensorInfo] = {}
-    notes: dict[str, str] = {}
+    merged_metadata: dict = {}
     for file in files:
         infos, metadata = gguf.read_header(file) if _is_gguf(file) else read_header(file)
         for name in merged.keys() & infos.keys():
@@ -144,110 +129,121 @@ def _merged_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict[
                 f"{merged[name].file} and {file} do not belong together: both hold {name!r:.120}."
             )
         merged |= infos
-        notes |= metadata
-    return merged, notes
+        merged_metadata |= metadata
+    return merged, merged_metadata
 
 
 def _is_gguf(file: Path) -> bool:
     try:
-        if not file.is_file():  # a pipe would have to be waited for
+        if not file.is_file():  # opening a pipe would wait for its writer
             return False
         with open(file, "rb") as start:
             return start.read(4) == b"GGUF"
-    except OSError:  # which reading the header will tell
+    except OSError:  # `read_header` reports the error
         return False
 
 
-def _sources(
+def _match_names(
     infos: Mapping[str, TensorInfo],
-    wanted: Iterable[str],
+    expected: Iterable[str],
     prefixes: Sequence[str],
     ignore_keys: Callable[[str], bool],
     rename: Callable[[str], str] | None,
 ) -> dict[str, TensorInfo]:
-    """Name in the module -> tensor in the files, for every one that is not `ignore_keys`."""
-
-    def without(prefix: str) -> dict[str, str]:
-        names = {
-            source: _canonical(source.removeprefix(prefix))
-            for source in infos
-            if not _of_another(source, prefix)
-        }
-        return {
-            source: rename(name) if rename else name
-            for source, name in names.items()
-            if not ignore_keys(name)
-        }
-
-    names = max(map(without, prefixes), key=lambda names: len(set(wanted) & set(names.values())))
+    """Return the files' tensors by the module's names, without the ignored ones."""
+    expected = set(expected)
+    candidates = [_without_prefix(infos, prefix, ignore_keys, rename) for prefix in prefixes]
+    best = max(candidates, key=lambda names: len(expected & set(names.values())))
     sources: dict[str, TensorInfo] = {}
-    for source, name in names.items():
+    for source, name in best.items():
         if name in sources:
             raise UserError(
-                f"{infos[source].file} has {name!r:.120} twice: {sources[name].name!r:.120}, {source!r:.120}."
+                f"{infos[source].file} has {name!r:.120} twice: {sources[name].name!r:.120}, "
+                f"{source!r:.120}."
             )
         sources[name] = infos[source]
     return sources
 
 
-def _of_another(name: str, prefix: str) -> bool:
-    """Whether a tensor belongs to another network: ComfyUI keeps all of a model, and even tokenizers, in one file."""
-    others = r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\.|(tekken|spiece)_model$"
+def _without_prefix(
+    infos: Iterable[str],
+    prefix: str,
+    ignore_keys: Callable[[str], bool],
+    rename: Callable[[str], str] | None,
+) -> dict[str, str]:
+    """Return the module's name of each tensor in the files, if `prefix` stands before all names."""
+    names = {}
+    for source in infos:
+        if not _of_other_network(source, prefix):
+            name = _canonical(source.removeprefix(prefix))
+            name = rename(name) if rename else name
+            if not ignore_keys(name):
+                names[source] = name
+    return names
+
+
+def _of_other_network(name: str, prefix: str) -> bool:
+    """Return whether a tensor belongs to another network.
+
+    ComfyUI keeps all networks of a model, and even tokenizers, in one file.
+    """
+    others = (
+        r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\.|"
+        r"(tekken|spiece)_model$"
+    )
     return bool(re.match(others, name)) and not (prefix and name.startswith(prefix))
 
 
 def _canonical(name: str) -> str:
-    # Some community files call the scale of the query and key norms "weight", as torch.nn.RMSNorm does.
-    return re.sub(r"\b(query|key)_norm\.weight$", r"\1_norm.scale", quantization.canonical(name))
+    # Some community files call the scale of QK-norm "weight", as torch.nn.RMSNorm does.
+    name = canonical(name)
+    return re.sub(r"\b(query|key)_norm\.weight$", r"\1_norm.scale", name)
 
 
-def _check_fit(
-    module: str,
-    files: Sequence[Path],
-    wanted: Mapping[str, torch.Tensor],
-    sources: Mapping[str, TensorInfo],
-    renamed: bool,
-) -> None:
-    """UserError unless there is a tensor of the right shape and type for every wanted one, and no other."""
-    faults: dict[str, list[str]] = {
-        "missing": [repr(name) for name in wanted if name not in sources]
+def _quantized_layers(
+    module: nn.Module, sources: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> dict[str, QuantizedLinear]:
+    """Return the replacements of Linears by path, on the meta device."""
+    linears = {
+        path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
     }
-    for name, info in sources.items():
-        tensor = wanted.get(name)
-        shown = f"{info.name!r:.120}" + (f" in {info.file.name}" if len(files) > 1 else "")
-        if tensor is None:
-            faults.setdefault("unknown", []).append(shown)
+    formats = detect_formats(sources, metadata, linears)
+    layers = {}
+    with torch.device("meta"):
+        for path, format in formats.items():
+            linear = linears[path]
+            layers[path] = format.make(
+                linear.in_features, linear.out_features, linear.bias is not None
+            )
+    return layers
+
+
+def _map_tensors(sources: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield names and tensors, whose memory is the pages of their file."""
+    for file in {info.file: None for info in sources.values()}:
+        names = {name: info.name for name, info in sources.items() if info.file == file}
+        if _is_gguf(file):
+            tensors = gguf.tensors(file)
+            for name, source in names.items():
+                yield name, tensors[source]
             continue
-        if info.dtype in gguf.BLOCKS and tensor.dtype == torch.uint8:
-            info = info._replace(dtype="U8", shape=gguf.stored_shape(info.dtype, info.shape))
-        # diffusers keeps the 1x1 convolutions of an autoencoder as Linear: (C, C) for our (C, C, 1, 1)
-        if tensor.shape not in (info.shape, (*info.shape, 1, 1) if renamed else info.shape):
-            faults.setdefault("misshapen", []).append(
-                f"{shown} is {info.shape!s:.120} and not {tuple(tensor.shape)}"
-            )
-        if info.dtype not in (types := TYPES.get(tensor.dtype, (*FLOATS, "F8_E4M3", "F8_E5M2"))):
-            faults.setdefault("of a wrong type", []).append(
-                f"{shown} is {info.dtype} and not {'/'.join(types)}"
-            )
-    if not any(faults.values()):
-        return
-    listed = "; ".join(
-        f"{len(names)} {fault} ({preview(names)})" for fault, names in faults.items() if names
-    )
-    kind, right = (
-        _looks_like(sources),
-        _looks_like(wanted),
-    )  # in the module's names: less prefix, and renamed
-    if kind != right:
-        listed += f"; the file looks like {kind}, and {right} is wanted"
-    elif faults["missing"] and "unknown" in faults:
-        nearest = difflib.get_close_matches(faults["missing"][0], faults["unknown"], 1)
-        listed += f"; {nearest[0]} is close to {faults['missing'][0]}" if nearest else ""
-    place = str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    raise UserError(f"{place} does not fit {module}: of {len(wanted)} tensors, {listed}.")
+        try:
+            with safe_open(file, framework="pt", device="cpu") as mapped:
+                for name, source in names.items():
+                    yield name, mapped.get_tensor(source)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be mapped: {error}.") from error
 
 
-KINDS = (  # marks in the names of tensors, and what they are the marks of; the first one found counts
+# ---------------------------------------------------------------- what does not fit
+
+DTYPES = {  # what a file may hold for a tensor of this dtype; any float for all others
+    torch.int64: ("I64",),
+    torch.uint8: ("U8",),
+    torch.float8_e4m3fn: ("F8_E4M3",),
+    torch.float8_e5m2: ("F8_E5M2",),
+}
+LOOKS_LIKE = (  # a pattern in tensor names, and the network that has such names; the first counts
     (r"\.lora_|^lora_|\.lokr_|\.hada_", "a LoRA"),
     (r"^redux_(up|down)\.", "the FLUX.1 Redux adapter"),
     (r"transformer_blocks\.\d|^x_embedder\.", "a transformer in diffusers' layout"),
@@ -261,74 +257,139 @@ KINDS = (  # marks in the names of tensors, and what they are the marks of; the 
 )
 
 
+def _check_fit(
+    module: str,
+    files: Sequence[Path],
+    expected: Mapping[str, torch.Tensor],
+    sources: Mapping[str, TensorInfo],
+    renamed: bool,
+) -> None:
+    """Raise UserError unless `sources` are exactly the expected names, shapes and dtypes."""
+    missing = [repr(name) for name in expected if name not in sources]
+    unknown, misshapen, wrong_dtype = [], [], []
+    for name, info in sources.items():
+        tensor = expected.get(name)
+        shown = f"{info.name!r:.120}"
+        if len(files) > 1:
+            shown += f" in {info.file.name}"
+        if tensor is None:
+            unknown.append(shown)
+            continue
+        if info.dtype in gguf.BLOCKS and tensor.dtype == torch.uint8:
+            info = info._replace(dtype="U8", shape=gguf.stored_shape(info.dtype, info.shape))
+        # diffusers stores 1x1 convolutions of an autoencoder as Linear: (C, C), not (C, C, 1, 1)
+        shape = (*info.shape, 1, 1) if renamed else info.shape
+        if tensor.shape not in (info.shape, shape):
+            misshapen.append(f"{shown} is {info.shape!s:.120} and not {tuple(tensor.shape)}")
+        dtypes = DTYPES.get(tensor.dtype, (*FLOATS, "F8_E4M3", "F8_E5M2"))
+        if info.dtype not in dtypes:
+            wrong_dtype.append(f"{shown} is {info.dtype} and not {'/'.join(dtypes)}")
+    problems = {
+        "missing": missing,
+        "unknown": unknown,
+        "misshapen": misshapen,
+        "of a wrong type": wrong_dtype,
+    }
+    listed = [
+        f"{len(names)} {problem} ({preview(names)})" for problem, names in problems.items() if names
+    ]
+    if not listed:
+        return
+    found, needed = _looks_like(sources), _looks_like(expected)
+    if found != needed:
+        listed.append(f"the file looks like {found}, and {needed} is wanted")
+    elif missing and unknown:
+        for nearest in difflib.get_close_matches(missing[0], unknown, 1):
+            listed.append(f"{nearest} is close to {missing[0]}")
+    place = str(files[0])
+    if len(files) > 1:
+        place += f" and {len(files) - 1} more"
+    raise UserError(
+        f"{place} does not fit {module}: of {len(expected)} tensors, {'; '.join(listed)}."
+    )
+
+
 def _looks_like(names: Iterable[str]) -> str:
     names = list(names)
-    return next(
-        (kind for mark, kind in KINDS if any(re.search(mark, name) for name in names)),
-        "something else",
-    )
+    for pattern, network in LOOKS_LIKE:
+        if any(re.search(pattern, name) for name in names):
+            return network
+    return "something else"
+
+
+# ---------------------------------------------------------------- the configuration in a file
+
+SIZES = {  # tensors that give the sizes of a transformer, and their numbers of dimensions
+    "img_in.weight": 2,
+    "double_blocks.0.img_attn.norm.query_norm.scale": 1,
+    "double_blocks.0.img_mlp.0.weight": 2,
+    "double_blocks.0.img_mlp.2.weight": 2,
+    "final_layer.linear.weight": 2,
+    "txt_in.weight": 2,
+}
+VECTOR_IN = "vector_in.in_layer.weight"  # FLUX.1's input for CLIP's pooled text
+FLUX2_MODULATION = "double_stream_modulation_img.lin.weight"
 
 
 def infer_config(path: Path) -> FluxConfig:
-    """The configuration of a transformer in BFL's layout, from the names and shapes in its file (or index)."""
-    infos, metadata = _merged_headers(shard_files(path))
+    """Return the configuration of a transformer in BFL's layout, from its names and shapes.
+
+    `path`: a safetensors or GGUF file, quantized or not, or a `*.safetensors.index.json`.
+    """
+    infos, metadata = _read_headers(shard_files(path))
     prefix = "model.diffusion_model."
-    names = {
-        _canonical(name.removeprefix(prefix)): info
-        for name, info in infos.items()
-        if not _of_another(name, prefix)
-    }
-    layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    stored = quantization.detect_formats(names, metadata, layers)
-    shapes = {name: info.shape for name, info in names.items()} | {
-        f"{layer}.weight": stored[layer].shape for layer in stored
-    }
+    tensors = {}
+    for name, info in infos.items():
+        if not _of_other_network(name, prefix):
+            tensors[_canonical(name.removeprefix(prefix))] = info
+    layers = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    shapes = {name: info.shape for name, info in tensors.items()}
+    for layer, format in detect_formats(tensors, metadata, layers).items():
+        shapes[f"{layer}.weight"] = format.shape
 
-    def shape(name: str, dimensions: int = 2) -> tuple[int, ...]:
-        if len(shapes.get(name, ())) != dimensions or 0 in shapes[name]:
-            fault = "has no" if name not in shapes else f"has shape {shapes[name]!s:.120} for"
-            kind = f"it {fault} '{name}' and looks like {_looks_like(infos)}"
-            raise UserError(f"{path} is not a whole FLUX transformer in BFL's layout: {kind}.")
-        return shapes[name]
-
-    def count(blocks: str) -> int:
-        return len({name.split(".")[1] for name in names if name.startswith(blocks)})
-
-    hidden_size, in_channels = shape("img_in.weight")
-    (head_dim,) = shape("double_blocks.0.img_attn.norm.query_norm.scale", 1)
-    mlp_rows, mlp_size = (
-        shape("double_blocks.0.img_mlp.0.weight")[0],
-        shape("double_blocks.0.img_mlp.2.weight")[1],
-    )
-    flux2 = "double_stream_modulation_img.lin.weight" in names
-    shares = (
-        (1, 1, 1, 1) if flux2 else (2, 7, 7)
-    )  # no tensor tells the axes or theta; each family has one choice
+    sizes = SIZES | ({VECTOR_IN: 2} if VECTOR_IN in shapes else {})
+    for name, dimensions in sizes.items():
+        shape = shapes.get(name)
+        if shape is None or len(shape) != dimensions or 0 in shape:
+            problem = "has no" if shape is None else f"has shape {shape!s:.120} for"
+            raise UserError(
+                f"{path} is not a complete FLUX transformer in BFL's layout: it {problem} '{name}' "
+                f"and looks like {_looks_like(infos)}."
+            )
+    hidden_size, in_channels = shapes["img_in.weight"]
+    (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+    mlp_rows = shapes["double_blocks.0.img_mlp.0.weight"][0]
+    mlp_size = shapes["double_blocks.0.img_mlp.2.weight"][1]
+    flux2 = FLUX2_MODULATION in shapes
+    # No tensor holds the axes of RoPE or theta; each family has one choice.
+    shares = (1, 1, 1, 1) if flux2 else (2, 7, 7)
     if (
         hidden_size % head_dim
         or head_dim % (2 * sum(shares))
         or mlp_rows not in (mlp_size, 2 * mlp_size)
     ):
-        sizes = (
-            f"hidden size {hidden_size}, heads of {head_dim}, an MLP of {mlp_rows} and {mlp_size}"
+        raise UserError(
+            f"{path} has sizes of no FLUX transformer: hidden size {hidden_size}, heads of "
+            f"{head_dim}, an MLP of {mlp_rows} and {mlp_size}."
         )
-        raise UserError(f"{path} has sizes of no FLUX transformer: {sizes}.")
     return FluxConfig(
         in_channels=in_channels,
-        out_channels=shape("final_layer.linear.weight")[0],
-        context_dim=shape("txt_in.weight")[1],
+        out_channels=shapes["final_layer.linear.weight"][0],
+        context_dim=shapes["txt_in.weight"][1],
         hidden_size=hidden_size,
         num_heads=hidden_size // head_dim,
-        depth=count("double_blocks."),
-        depth_single=count("single_blocks."),
+        depth=_count_blocks(shapes, "double_blocks."),
+        depth_single=_count_blocks(shapes, "single_blocks."),
         mlp_ratio=mlp_size / hidden_size,
         axes_dim=tuple(head_dim * share // sum(shares) for share in shares),
         theta=2000 if flux2 else 10000,
-        vector_dim=shape("vector_in.in_layer.weight")[1]
-        if "vector_in.in_layer.weight" in names
-        else None,
-        guidance="guidance_in.in_layer.weight" in names,
-        bias="img_in.bias" in names,
+        vector_dim=shapes[VECTOR_IN][1] if VECTOR_IN in shapes else None,
+        guidance="guidance_in.in_layer.weight" in shapes,
+        bias="img_in.bias" in shapes,
         gated_mlp=mlp_rows == 2 * mlp_size,
         shared_modulation=flux2,
     )
+
+
+def _count_blocks(names: Iterable[str], prefix: str) -> int:
+    return len({name.split(".")[1] for name in names if name.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""A row of the table of models by its name or by the shapes in a file, and the files that it needs."""
+"""Choose a row of the table of models, by name or by the shapes in a file, and find its files."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,40 +13,31 @@ from flux.transformer import Flux, FluxConfig
 from flux.weights.files import find_files, is_local, read_header
 from flux.weights.load import infer_config, init_empty
 
+# ---------------------------------------------------------------- which model
+
 
 def get_spec(name: str | None, transformer: str | Path | None = None) -> ModelSpec:
-    """A row of the table by its name, with the shapes of another transformer file if one is given."""
+    """Return a row of `flux.MODELS`, with the shapes of another transformer file if there is one.
+
+    Without a name, the shapes in the file choose the row; without either, it is flux.2-tiny.
+    """
     if name is not None and name.lower() not in MODELS:
         near = get_close_matches(name.lower(), MODELS, n=3, cutoff=0.3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(
-            f"--model {name}: there is no such model; {hint}The choices are {', '.join(MODELS)}"
+            f"name: there is no such model (got {name}); {hint}The choices are {', '.join(MODELS)}."
         )
     if transformer is None:
         return MODELS[(name or "flux.2-tiny").lower()]
     config = infer_config(Path(transformer))
-    if name is not None:
-        spec = MODELS[name.lower()]
-        if config.context_dim != spec.transformer.context_dim:
-            raise UserError(
-                f"--transformer {transformer} reads text of width {config.context_dim}, but the text encoder of {spec.name} "
-                f"gives {spec.transformer.context_dim}: choose another --model, or leave it out"
-            )
-        if config.vector_dim != spec.transformer.vector_dim:
-            reads, gives = (
-                f"a pooled text of {c.vector_dim or 'no'} numbers"
-                for c in (config, spec.transformer)
-            )
-            raise UserError(
-                f"--transformer {transformer} reads {reads}, and {spec.name} gives {gives}: if no other --model "
-                "does, it is of a kind that is not made here"
-            )
-        if config.in_channels != spec.transformer.in_channels:
-            raise UserError(
-                f"--transformer {transformer} takes {config.in_channels} channels and {spec.name} "
-                f"{spec.transformer.in_channels}: choose another --model, or leave it out"
-            )
-        return with_transformer(spec, config)
+    if name is None:
+        return _spec_of_shapes(config, transformer)
+    spec = MODELS[name.lower()]
+    _check_inputs(config, spec, transformer)
+    return with_transformer(spec, config)
+
+
+def _spec_of_shapes(config: FluxConfig, transformer: str | Path) -> ModelSpec:
     alike = [
         spec
         for spec in MODELS.values()
@@ -54,20 +45,48 @@ def get_spec(name: str | None, transformer: str | Path | None = None) -> ModelSp
     ]
     if not alike:
         raise UserError(
-            f"--transformer {transformer} has the shape of no released model: name the one that it derives from with --model"
+            f"transformer: {transformer} has the shapes of no released model. "
+            "Pass the model that it derives from as `name`."
         )
     if len(alike) > 1:
         others = ", ".join(spec.name for spec in alike[1:])
         warnings.warn(
-            f"{transformer} has the shape of {alike[0].name}, which is assumed; if it derives from {others}, "
-            "say so with --model",
-            stacklevel=3,
+            f"{transformer} has the shapes of {alike[0].name}, which is assumed; if it derives "
+            f"from {others}, pass that model as `name`",
+            stacklevel=4,
         )
     return alike[0]
 
 
+def _check_inputs(config: FluxConfig, spec: ModelSpec, transformer: str | Path) -> None:
+    """Raise UserError unless the transformer takes the text features and channels of `spec`."""
+    expected = spec.transformer
+    if config.context_dim != expected.context_dim:
+        raise UserError(
+            f"transformer: {transformer} reads text of width {config.context_dim}, but the text "
+            f"encoder of {spec.name} gives {expected.context_dim}. Choose another `name`, or leave "
+            "`name` out."
+        )
+    if config.vector_dim != expected.vector_dim:
+        raise UserError(
+            f"transformer: {transformer} reads a pooled text vector of "
+            f"{config.vector_dim or 'no'} numbers, but {spec.name} gives "
+            f"{expected.vector_dim or 'none'}. Choose another `name`; if no model of flux.MODELS "
+            "fits, this kind of transformer is not supported."
+        )
+    if config.in_channels != expected.in_channels:
+        raise UserError(
+            f"transformer: {transformer} takes {config.in_channels} channels, but {spec.name} "
+            f"takes {expected.in_channels}. Choose another `name`, or leave `name` out."
+        )
+
+
 def with_transformer(spec: ModelSpec, config: FluxConfig) -> ModelSpec:
-    """A row with another transformer. It is told its guidance if that has an input for it, and else guided as the row is."""
+    """Return the row with another transformer.
+
+    A transformer with a guidance input gets the guidance as a number, and runs once a step.
+    Any other transformer is guided as the row says.
+    """
     if config.guidance:
         usual = MODELS["flux.2-dev" if config.vector_dim is None else "flux.1-dev"].guidance
         return replace(spec, transformer=config, cfg=False, guidance=spec.guidance or usual)
@@ -75,79 +94,89 @@ def with_transformer(spec: ModelSpec, config: FluxConfig) -> ModelSpec:
 
 
 def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
-    """FLUX.2 has a second, narrower decoder for the same latents: tell them apart by the width of its first layer."""
+    """Return the configuration with the decoder of this file: FLUX.2 has a second, narrower one.
+
+    The width of the decoder's first layer tells them apart.
+    """
     infos, _ = read_header(path)
-    shape = infos["decoder.conv_in.weight"].shape if "decoder.conv_in.weight" in infos else ()
-    return replace(config, decoder_ch=shape[0] // config.ch_mult[-1] or None if shape else None)
+    if "decoder.conv_in.weight" not in infos or not infos["decoder.conv_in.weight"].shape:
+        return replace(config, decoder_ch=None)
+    width = infos["decoder.conv_in.weight"].shape[0]
+    return replace(config, decoder_ch=width // config.ch_mult[-1] or None)
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """Return the number of parameters of the row's transformer."""
+    return sum(p.numel() for p in init_empty(lambda: Flux(spec.transformer)).parameters())
+
+
+# ---------------------------------------------------------------- which files
 
 
 def locate(
-    spec: ModelSpec, weights: Path | None, given: Mapping[str, list[Path]]
+    spec: ModelSpec, weights: Path | None, local_files: Mapping[str, list[Path]]
 ) -> dict[str, list[Path] | Path]:
-    """Every file that a row needs: lists of weights for networks, folders for tokenizers. What is `given` is not looked for."""
-    files: dict[str, list[Path] | Path] = {
-        part: given.get(part) or _find(spec, choices, weights)
-        for part, choices in networks(spec).items()
-    }
+    """Return every file of a row: a list of weight files by network, a folder by tokenizer.
+
+    `local_files` replace the row's own files of a network, which then need not exist.
+    """
+    files: dict[str, list[Path] | Path] = {}
+    for part, choices in networks(spec).items():
+        files[part] = local_files.get(part) or _locate(spec, choices, weights)
     for part, names in spec.text.tokenizers.items():
-        files[part] = [locate_one(spec, name, weights) for name in names][0].parent
+        paths = [locate_one(spec, name, weights) for name in names]
+        files[part] = paths[0].parent
     if spec.addon:
         terms = spec.licence.name, spec.licence.gated
         for part, name in spec.addon.files:
-            files[part] = given.get(part) or find_files(
+            files[part] = local_files.get(part) or find_files(
                 spec.addon.repository, name, weights, *terms
             )
     return files
 
 
 def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """The files of each network in the row's own repository, any of which will do."""
+    """Return the files of each network in the row's own repository; any one of them is enough."""
     own = {
         **spec.text.networks,
         "transformer": (spec.transformer_file,),
         "autoencoder": spec.autoencoder_files,
     }
-    brought = {part for part, _ in spec.addon.files} if spec.addon else ()
-    return {part: choices for part, choices in own.items() if part not in brought}
+    from_addon = {part for part, _ in spec.addon.files} if spec.addon else set()
+    return {part: choices for part, choices in own.items() if part not in from_addon}
 
 
 def is_available_locally(spec: ModelSpec, weights: Path | None = None) -> bool:
-    """Whether a row could be loaded without a download."""
-    needed = (
-        *networks(spec).values(),
-        *((name,) for names in spec.text.tokenizers.values() for name in names),
-    )
+    """Return whether a row can be loaded without a download."""
+    needed = [*networks(spec).values()]
+    for names in spec.text.tokenizers.values():
+        needed += [(name,) for name in names]
     if spec.embedded:
         return all((EMBEDDED / spec.name / choices[0]).is_file() for choices in needed)
-    adapter = [(spec.addon.repository, name) for _, name in spec.addon.files] if spec.addon else []
+    addon = [(spec.addon.repository, name) for _, name in spec.addon.files] if spec.addon else []
     try:
-        ours = all(
+        return all(
             any(is_local(spec.repository, name, weights) for name in choices) for choices in needed
-        )
-        return ours and all(is_local(repository, name, weights) for repository, name in adapter)
+        ) and all(is_local(repository, name, weights) for repository, name in addon)
     except UserError:  # a damaged index
         return False
 
 
 def locate_one(spec: ModelSpec, name: str, weights: Path | None) -> Path:
-    """One more file of a row's repository."""
-    return _find(spec, (name,), weights)[0]
+    """Return one more file of the row's repository."""
+    return _locate(spec, (name,), weights)[0]
 
 
-def _find(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list[Path]:
-    """The first of `choices` that is at hand, or else the first, downloaded."""
+def _locate(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list[Path]:
+    """Return the first of `choices` that is available locally, or else download the first one."""
     if spec.embedded:
         path = EMBEDDED / spec.name / choices[0]
         if not path.is_file():
             raise UserError(
-                f"{spec.name} has to be made first, in some hours (scripts/toy/train.py --model {spec.name} --export "
-                f"{EMBEDDED / spec.name}): {path.name} is not there"
+                f"{path.name} of {spec.name} does not exist: train the model first, which takes "
+                f"some hours (scripts/toy/train.py --model {spec.name} --export "
+                f"{EMBEDDED / spec.name})."
             )
         return [path]
-    name = next((c for c in choices if is_local(spec.repository, c, weights)), choices[0])
+    name = next((name for name in choices if is_local(spec.repository, name, weights)), choices[0])
     return find_files(spec.repository, name, weights, spec.licence.name, spec.licence.gated)
-
-
-def count_parameters(spec: ModelSpec) -> int:
-    """Of the transformer."""
-    return sum(p.numel() for p in init_empty(lambda: Flux(spec.transformer)).parameters())

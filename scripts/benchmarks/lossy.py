@@ -25,7 +25,7 @@ from flux import sampling
 from flux import toy as shapes
 from flux.configs import KLEIN_4B
 from flux.transformer import Flux, FluxConfig
-from flux.weights.quantization.fp8 import LARGEST, enable_fp8_matmul
+from flux.weights.quantization.fp8 import E4M3_MAX, enable_fp8_matmul
 from flux.weights.quantization.nvfp4 import e2m1
 from flux.weights.quantization.quantize import SCHEMES, large_linears, quantize_
 
@@ -94,7 +94,7 @@ def losses(prompts: int = 24, config: FluxConfig = KLEIN_4B) -> Iterator[Loss]:
 
 def modes() -> list[Mode]:
     """float32, what `--quantize` does, and what files hold; GGUF only where its package is installed."""
-    kinds = {kind: partial(quantize_, kind=kind) for kind in SCHEMES}
+    kinds = {kind: partial(quantize_, scheme=kind) for kind in SCHEMES}
     found = [
         Mode("float32", 4, lambda network: None),
         Mode("bfloat16 weights", 2, rounding(lambda weight: weight.bfloat16().float())),
@@ -110,7 +110,7 @@ def modes() -> list[Mode]:
         Mode(
             "FP8, cast",
             1,
-            rounding(lambda weight: weight.clamp(-LARGEST, LARGEST).to(E4M3).float()),
+            rounding(lambda weight: weight.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).float()),
         ),
         Mode("FP8, blocks of 128x128", 1, rounding(fp8_blocks)),
         Mode("NVFP4", 0.5625, rounding(nvfp4)),
@@ -139,7 +139,7 @@ def rounding(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None
 
 
 def fp8(weight: Tensor) -> Tensor:
-    scale = weight.abs().max() / LARGEST
+    scale = weight.abs().max() / E4M3_MAX
     return (weight / scale).to(E4M3).float() * scale
 
 
@@ -147,12 +147,12 @@ def fp8_blocks(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     padded = F.pad(weight, (0, -columns % 128, 0, -rows % 128))
     tiles = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))  # (a, 128, b, 128)
-    scale = tiles.abs().amax(dim=(1, 3), keepdim=True).clamp(min=1e-12) / LARGEST
+    scale = tiles.abs().amax(dim=(1, 3), keepdim=True).clamp(min=1e-12) / E4M3_MAX
     return ((tiles / scale).to(E4M3).float() * scale).flatten(0, 1).flatten(1)[:rows, :columns]
 
 
 def nvfp4(weight: Tensor) -> Tensor:
-    blocks, scale_2 = weight.unflatten(1, (-1, 16)), weight.abs().max() / (6 * LARGEST)
+    blocks, scale_2 = weight.unflatten(1, (-1, 16)), weight.abs().max() / (6 * E4M3_MAX)
     scale = (blocks.abs().amax(dim=-1, keepdim=True) / 6 / scale_2).to(E4M3).float() * scale_2
     return (nearest(blocks / scale, e2m1(weight.device).sort().values) * scale).flatten(1)
 

@@ -196,7 +196,7 @@ def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
     assert network.weight_sizes.mapped == stays - 2 * linear1.in_features * linear1.out_features
     assert network.weight_sizes.merging == 14 * linear1.in_features * linear1.out_features
     network.quantize = "int8"
-    assert "quantised already" in refusal(lambda: network.weight_sizes)
+    assert "quantized already" in refusal(lambda: network.weight_sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------- text encoders
@@ -442,8 +442,8 @@ def test_who_made_the_file_may_ask_for_whole_activations(tmp_path, name, full_pr
         assert len(enable_fp8_matmul(module)) == (len(layers) if full_precision else 0)
     n = len(layers)
     assert [str(warning.message) for warning in told] == [
-        f"{n} of the {n} quantised layers of Flux are made whole, not multiplied in float8: "
-        f"{n} whose file asks for whole activations"
+        f"{n} of the {n} quantized layers of Flux are dequantized, not multiplied in float8: "
+        f"{n} whose file asks for activations in full precision"
     ] * full_precision
 
 
@@ -469,8 +469,8 @@ def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_pat
     with pytest.warns(UserWarning) as told:
         assert enable_fp8_matmul(module) == ["narrow", "short", "e5m2", "block", "refused"]
     assert [str(warning.message) for warning in told] == [
-        "5 of the 7 quantised layers of ModuleDict are made whole, not multiplied in float8: 2 with a side that is no multiple "
-        "of 16, 1 in float8_e5m2, 1 with scales of blocks, 1 whose file asks for whole activations"
+        "5 of the 7 quantized layers of ModuleDict are dequantized, not multiplied in float8: "
+        "2 with a side that is not a multiple of 16, 1 in float8_e5m2, 1 with scales of blocks, 1 whose file asks for activations in full precision"
     ]
     assert [name for name, layer in module.items() if getattr(layer, "fp8_matmul", False)] == [
         "fits",
@@ -635,32 +635,32 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
     "mxfp8": (
         "BFL",
         lambda w: renamed_format(w, "mxfp8"),
-        f"keeps '{LAYER}' as 'mxfp8' (F8_E4M3), which is not read; get the model",
+        f"stores '{LAYER}' as 'mxfp8' (F8_E4M3), which is not supported; get the model",
     ),
     "int8": (
         "BFL",
         lambda w: renamed_format(w, "int8_tensorwise"),
-        "'int8_tensorwise' (F8_E4M3), which is not read",
+        "'int8_tensorwise' (F8_E4M3), which is not supported",
     ),
     "other type": (
         "BFL",
         lambda w: plus(w, weight=random(192, 64)),
-        f"keeps '{LAYER}' as 'float8_e4m3fn' (F32), which is not read",
+        f"stores '{LAYER}' as 'float8_e4m3fn' (F32), which is not supported",
     ),
     "integers": (
         "by row",
         lambda w: plus(w, weight=torch.ones(192, 64, dtype=torch.int8)),
-        f"keeps '{LAYER}' as I8 with scales in F32, which is not read; get the model in bfloat16, FP8",
+        f"stores '{LAYER}' as I8 with scales in F32, which is not supported; get the model in bfloat16, FP8",
     ),
     "E8M0": (
         "by row",
         lambda w: plus(w, weight_scale=torch.ones(192, 2).to(torch.float8_e8m0fnu)),
-        "as F8_E4M3 with scales in F8_E8M0, which is not read",
+        "as F8_E4M3 with scales in F8_E8M0, which is not supported",
     ),
     "SVDQuant": (
         "BFL",
         lambda w: plus(w, qweight=torch.ones(192, 32, dtype=torch.int8)),
-        f"keeps '{LAYER}' as packed integers for other programs' kernels (SVDQuant",
+        f"stores '{LAYER}' as packed integers for other programs' kernels (SVDQuant",
     ),
     "contradiction": (
         "BFL",
@@ -670,12 +670,12 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
     "two transports": (
         "NF4",
         lambda w: w._replace(metadata=metadata_for([LAYER], "nvfp4")),
-        "in 2 ways, of which one must be wrong: quant_state.bitsandbytes and _quantization_metadata",
+        "in 2 notations, of which one must be wrong: quant_state.bitsandbytes and _quantization_metadata",
     ),
     "marker of another": (
         "ComfyUI, legacy",
         lambda w: w._replace(metadata=metadata_for([LAYER], "nvfp4")),
-        f"keeps '{LAYER}' as 'nvfp4' (F8_E4M3), which is not read",
+        f"stores '{LAYER}' as 'nvfp4' (F8_E4M3), which is not supported",
     ),
     "two spellings": (
         "BFL",
@@ -696,7 +696,7 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
     "format of no text": (
         "BFL",
         lambda w: renamed_format(w, 8),
-        f"the format of '{LAYER}' is no text",
+        f"the format of '{LAYER}' is not text",
     ),
     "deep metadata": (
         "BFL",

@@ -275,7 +275,7 @@ def test_text_encoders_still_compute(monkeypatch):
 
 def test_what_to_keep_is_the_callers_and_small_layers_stay():
     model = randomise(Flux(KLEIN_TINY))
-    quantize_(model, "int8", keep=frozenset({"double_blocks", "final_layer", "linear2"}))
+    quantize_(model, "int8", skip=frozenset({"double_blocks", "final_layer", "linear2"}))
     found = {re.sub(r"\d+", "N", path) for path in quantised(model)}
     assert found == {  # and not img_in (2048 numbers), txt_in (5120), norms
         "time_in.in_layer",
@@ -386,7 +386,7 @@ def test_a_lora_is_merged_one_by_one_too(kind, tmp_path, monkeypatch):
     quantize_(in_turn, kind)
     live = LiveBytes()
     with live:
-        quantize_(model, kind, change=lambda module, each: merge(module, patches, each))
+        quantize_(model, kind, transform=lambda module, each: merge(module, patches, each))
     assert all(
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), in_turn.state_dict().values(), strict=True)
@@ -438,11 +438,11 @@ def test_a_block_compiles_without_a_break(kind, backend):
 
 def test_what_cannot_be_made_small_is_refused():
     model = randomise(Flux(KLEIN_TINY))
-    with pytest.raises(UserError, match="--quantize nf4 is unknown; choose from fp8, int8, int4"):
+    with pytest.raises(UserError, match=r"quantize: unknown scheme \(got nf4\). Choose from fp8, int8, int4"):
         quantize_(model, "nf4")
     assert not quantised(model)
     quantize_(model, "fp8")
-    with pytest.raises(UserError, match=r"already \(FP8Linear\): leave --quantize int8 out"):
+    with pytest.raises(UserError, match=r'already \(FP8Linear\). Leave `quantize="int8"` out'):
         quantize_(model, "int8")
 
 

@@ -1,12 +1,14 @@
-"""Weights in float8, with a scale for the whole, for each row or for none of it, or for each block of 128x128.
+"""FP8: one byte a weight, with a scale for the whole matrix, for each row, for each block, or none.
 
-A file has, for a layer L:
+Both float8 types are specified by "OCP 8-bit Floating Point Specification (OFP8)". A file has, for
+a layer L:
 
     L.weight            F8_E4M3 (out, in), sometimes F8_E5M2
-    L.weight_scale      F32 () in the files of Black Forest Labs and of ComfyUI, (out,) in those of diffusers; absent from files
-                        that were merely cast
-    L.input_scale       F32 (): what to divide activations by before they are rounded to float8; only `enable_fp8_matmul` reads it
-    L.weight_scale_inv  F32 or BF16 (out/128, in/128), rounded up: in Hugging Face's files
+    L.weight_scale      F32 () in files of Black Forest Labs and ComfyUI, (out,) in diffusers';
+                        absent after a plain cast
+    L.input_scale       F32 (): divides the activations before they are rounded to float8; only
+                        `enable_fp8_matmul` reads it
+    L.weight_scale_inv  F32 or BF16 (ceil(out/128), ceil(in/128)): Hugging Face's fine-grained FP8
 """
 
 import warnings
@@ -18,11 +20,19 @@ from torch import Tensor, nn
 
 from flux.weights.quantization.linear import QuantizedLinear
 
-LARGEST = 448.0  # of float8_e4m3fn
+E4M3_MAX = 448.0  # of float8_e4m3fn
 
 
 class FP8Linear(QuantizedLinear):
-    """One byte a weight. `scale` and `input_scale` are the shapes of these tensors, None where there is none."""
+    """A float8 weight, and its scale: of the whole matrix, of each row, or none.
+
+    Each weight is one byte: float8_e4m3fn (4 bits of exponent, 3 of mantissa) or float8_e5m2.
+    weight = value * weight_scale. Without a scale, the value is the weight.
+    Black Forest Labs, ComfyUI and diffusers write such files; their README and loaders say how.
+    """
+
+    weight_scale: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(
         self,
@@ -30,14 +40,12 @@ class FP8Linear(QuantizedLinear):
         out_features: int,
         bias: bool,
         dtype: torch.dtype = torch.float8_e4m3fn,
-        scale: tuple[int, ...] | None = (),
-        input_scale: tuple[int, ...] | None = None,
+        scale: tuple[int, ...] | None = (),  # the shape of weight_scale; None: there is none
+        input_scale: tuple[int, ...] | None = None,  # the shape of input_scale
         full_precision: bool = False,
     ):
         super().__init__(in_features, out_features, bias)
-        self.full_precision = (
-            full_precision  # whoever made the file does not want activations in float8 here
-        )
+        self.full_precision = full_precision  # the file asks not to round activations to float8
         self.fp8_matmul = False  # set by `enable_fp8_matmul`
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=dtype))
         self.register_buffer("weight_scale", None if scale is None else torch.empty(scale))
@@ -46,124 +54,129 @@ class FP8Linear(QuantizedLinear):
         )
 
     def dequantize(self) -> Tensor:
-        weight = self.weight.float()  # a copy, which may be changed
-        return (
-            weight
-            if self.weight_scale is None
-            else weight.mul_(self.weight_scale.float().reshape(-1, 1))
-        )
+        weight = self.weight.float()  # a copy, so that it may be changed in place
+        if self.weight_scale is None:
+            return weight
+        return weight.mul_(self.weight_scale.float().reshape(-1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scaled_mm(x) if self.fp8_matmul else super().forward(x)
 
     def scaled_mm(self, x: Tensor) -> Tensor:
-        """As `forward`, with the activations in float8 too, so that the hardware's float8 matrix product can be used.
+        """Multiply with activations in float8 too, by the hardware's float8 matrix product.
 
-        They are divided by the `input_scale` or, where there is none, each token by its largest value over 448. The product is
-        summed in float32, multiplied by both scales, and rounded once.
+        Activations are divided by `input_scale` or, without one, each token by its largest value
+        over 448. The product is summed in float32, multiplied by both scales, and rounded once.
         """
         rows = x.reshape(-1, self.in_features).float()  # (n, in)
         if self.input_scale is None:
-            scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST  # (n, 1)
+            scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / E4M3_MAX  # (n, 1)
         else:
             scale = self.input_scale.float().reshape(1, 1)
-        quantised = (rows / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        weight_scale = (
-            scale.new_ones(1, 1)
-            if self.weight_scale is None
-            else self.weight_scale.float().reshape(1, -1)
-        )
-        if (
-            scale.numel() > 1 or weight_scale.numel() > 1
-        ):  # scales go by rows on both sides, or on neither
+        quantized = (rows / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        if self.weight_scale is None:
+            weight_scale = scale.new_ones(1, 1)
+        else:
+            weight_scale = self.weight_scale.float().reshape(1, -1)
+        by_row = scale.numel() > 1 or weight_scale.numel() > 1
+        if by_row:  # torch._scaled_mm takes scales by row on both sides, or on neither
             scale = scale.expand(len(rows), 1).contiguous()
             weight_scale = weight_scale.expand(1, self.out_features).contiguous()
-        if (
-            scale.numel() > 1 and x.is_cpu and torch.__version__ < "2.13"
-        ):  # whose CPU kernel knows one scale for all alone
-            y = F.linear(quantised.float(), self.weight.float()) * scale * weight_scale
+        if by_row and x.is_cpu and torch.__version__ < "2.13":  # its CPU kernel has no such scales
+            y = F.linear(quantized.float(), self.weight.float()) * scale * weight_scale
             y = (y if self.bias is None else y + self.bias.float()).to(x.dtype)  # (n, out)
         else:
             y = torch._scaled_mm(
-                quantised, self.weight.t(), scale, weight_scale, self.bias, out_dtype=x.dtype
+                quantized, self.weight.t(), scale, weight_scale, self.bias, out_dtype=x.dtype
             )  # (n, out)
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
 class BlockFP8Linear(QuantizedLinear):
-    """One byte a weight, and a scale for each block of 128x128; the last row and column of blocks may be cut short.
+    """A float8 weight with a scale for each block of 128x128; the last blocks may be cut short.
 
-    In spite of its name, `weight_scale_inv` is what the weights are multiplied by.
+    weight = value * weight_scale_inv of its block. In spite of the name, the scale multiplies.
+    DeepSeek-V3 introduced the format; transformers specifies it as FineGrainedFP8Config, and
+    Qwen/Qwen3-4B-FP8 is such a file.
     """
 
     BLOCK = 128
+    weight_scale_inv: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias)
+        blocks = -(-out_features // self.BLOCK), -(-in_features // self.BLOCK)
         self.register_buffer(
             "weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
         )
-        self.register_buffer(
-            "weight_scale_inv",
-            torch.empty(-(-out_features // self.BLOCK), -(-in_features // self.BLOCK)),
-        )
+        self.register_buffer("weight_scale_inv", torch.empty(blocks))
 
     def dequantize(self) -> Tensor:
-        rows = self.weight_scale_inv.float().repeat_interleave(self.BLOCK, dim=0)[
-            : self.out_features
-        ]
-        return self.weight.float().mul_(
-            rows.repeat_interleave(self.BLOCK, dim=1)[:, : self.in_features]
-        )
+        scale = self.weight_scale_inv.float()
+        scale = scale.repeat_interleave(self.BLOCK, dim=0)[: self.out_features]
+        scale = scale.repeat_interleave(self.BLOCK, dim=1)[:, : self.in_features]
+        return self.weight.float().mul_(scale)
+
+
+# ---------------------------------------------------------------- matrix products in float8
 
 
 def enable_fp8_matmul(module: nn.Module, device: torch.device | None = None) -> list[str]:
-    """Have the FP8Linears of a loaded module multiply in float8; the paths of those quantised layers that cannot are returned,
-    and a warning says why.
+    """Let the FP8Linears of a loaded module multiply in float8; return the layers that cannot.
 
-    It is faster, and lossy: activations are rounded to 3 bits of mantissa. Needs CUDA of capability 8.9 (Ada, Hopper) or above
-    and bfloat16; elsewhere a warning says so, once, and nothing changes. (On the CPU it works, for tests, and gains nothing.)
-    `device`: where it will compute, if that is not where the weights are now.
+    The products are faster, and lossy: activations are rounded to 3 bits of mantissa. They need
+    CUDA of compute capability 8.9 (Ada, Hopper) or above, and bfloat16. Elsewhere nothing changes,
+    and one warning says why. On the CPU they work, for tests, and are not faster.
+
+    device: where the module will run, if its weights are elsewhere now.
     """
     layers = {
         path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)
     }
-    if layers and (lack := _lack(device or next(iter(layers.values())).weight.device, module)):
+    if not layers:
+        return []
+    device = device or next(iter(layers.values())).weight.device
+    if requirement := _unmet_requirement(device, module):
         warnings.warn(
-            f"float8 matrix products need {lack}: weights are made whole instead", stacklevel=2
+            f"float8 matrix products need {requirement}: weights are dequantized instead",
+            stacklevel=2,
         )
         return list(layers)
-    obstacles = {path: found for path, layer in layers.items() if (found := _obstacle(layer))}
-    for path in layers.keys() - obstacles.keys():
-        layer = layers[path]
+    unsuitable = {}
+    for path, layer in layers.items():
+        if reason := _unsuitable(layer):
+            unsuitable[path] = reason
+            continue
+        assert isinstance(layer, FP8Linear)
         layer.fp8_matmul = True
         if layer.input_scale is not None and layer.input_scale == 1:
             layer.input_scale = None  # ComfyUI writes 1 where nothing was measured
-    if obstacles:
-        reasons = ", ".join(
-            f"{count} {obstacle}" for obstacle, count in Counter(obstacles.values()).items()
-        )
+    if unsuitable:
+        counts = Counter(unsuitable.values()).items()
         warnings.warn(
-            f"{len(obstacles)} of the {len(layers)} quantised layers of {type(module).__name__} are made whole, not "
-            f"multiplied in float8: {reasons}",
+            f"{len(unsuitable)} of the {len(layers)} quantized layers of {type(module).__name__} "
+            "are dequantized, not multiplied in float8: "
+            + ", ".join(f"{count} {reason}" for reason, count in counts),
             stacklevel=2,
         )
-    return list(obstacles)
+    return list(unsuitable)
 
 
-def _obstacle(layer: QuantizedLinear) -> str | None:
-    """Why a layer cannot multiply in float8, if so."""
+def _unsuitable(layer: QuantizedLinear) -> str | None:
+    """Return why a layer cannot multiply in float8; None if it can."""
+    if isinstance(layer, BlockFP8Linear):
+        return "with scales of blocks"
     if not isinstance(layer, FP8Linear):
-        return "with scales of blocks" if isinstance(layer, BlockFP8Linear) else "in another format"
+        return "in another format"
     if layer.weight.dtype != torch.float8_e4m3fn:
         return f"in {str(layer.weight.dtype).removeprefix('torch.')}"
-    if layer.in_features % 16 or layer.out_features % 16:  # as the hardware's kernels ask
-        return "with a side that is no multiple of 16"
-    return "whose file asks for whole activations" if layer.full_precision else None
+    if layer.in_features % 16 or layer.out_features % 16:  # the hardware's kernels need multiples
+        return "with a side that is not a multiple of 16"
+    return "whose file asks for activations in full precision" if layer.full_precision else None
 
 
-def _lack(device: torch.device, module: nn.Module) -> str | None:
-    """What is missing for float8 matrix products, if anything is."""
+def _unmet_requirement(device: torch.device, module: nn.Module) -> str | None:
+    """Return what float8 matrix products need and do not have here; None if nothing is missing."""
     if device.type == "cpu":
         return None
     if (

@@ -6,54 +6,62 @@ from torch import Tensor, nn
 
 
 class QuantizedLinear(nn.Module):
-    """Keeps its weight as the file does, in buffers of the file's names, shapes and types; makes it whole when it is used.
+    """Keep the weight as its file stores it, and dequantize it each time it is used.
 
-    So only one layer is whole at a time. The weight is computed in float32 and rounded once, to the dtype of the input.
-    The bias is never quantised. Each format is a subclass, which says how its tensors make a weight.
+    Buffers have the file's names, shapes and dtypes. Only one layer is dequantized at a time. The
+    weight is computed in float32 and rounded once, to the dtype of the input. The bias is never
+    quantized. A subclass for each format says how its tensors make a weight.
     """
+
+    weight: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features))
 
     def dequantize(self) -> Tensor:
-        """The weight: (out_features, in_features), float32."""
+        """Return the weight: (out_features, in_features), float32."""
         raise NotImplementedError
-
-    def to_linear(self, weight: Tensor) -> nn.Linear:
-        """A frozen Linear with this weight in place of its own, and the same bias."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta").train(
-            self.training
-        )
-        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
-        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
     def differentiable(self, x: Tensor) -> Tensor:
-        """As `forward`, in autocast's dtype if it is on, with a gradient for x: the weight is made whole anew for that."""
+        """Run `forward` with a gradient for x, in autocast's dtype if autocast is on.
+
+        The backward pass dequantizes the weight again.
+        """
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        out = _Product.apply(x.to(dtype), self)
+        out = _LinearWithoutSavedWeight.apply(x.to(dtype), self)
         return out if self.bias is None else out + self.bias.to(dtype)
 
+    def to_linear(self, weight: Tensor) -> nn.Linear:
+        """Return a frozen Linear with this weight instead of the layer's own, and the same bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        """What `.to()`, `.half()` and the like call: a dtype is for the bias alone, a device for all."""
+        """Run `.to()`, `.half()` and the like: a dtype is for the bias alone, a device for all."""
         as_in_file = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, buffer in as_in_file.items():
-            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+        for name, before in as_in_file.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
         return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
 
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ. A graph that kept W would in the end keep the whole network's, twice or four times as large as the file."""
+class _LinearWithoutSavedWeight(torch.autograd.Function):
+    """x Wᵀ, without W in the graph: dequantized weights of all layers are 2 to 4 times the file."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:

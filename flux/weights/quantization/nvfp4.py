@@ -1,16 +1,18 @@
-"""NVFP4: 4-bit floats, in blocks of 16 along a row, each with a float8 scale, and one float32 scale for all of them.
+"""NVFP4: 4-bit floats with a float8 scale for 16 weights, and one float32 scale for the matrix.
 
-weight = number · (weight_scale of its block · weight_scale_2). A file has, for a layer L of (out, in) weights:
+A file has, for a layer L:
 
     L.weight            U8       (out, in/2)     two numbers a byte
-    L.weight_scale      F8_E4M3  (out, in/16)    of a block
-    L.weight_scale_2    F32      ()              of the whole weight
-    L.input_scale       F32      ()              of what is multiplied with it, where hardware computes in 4 bits; may be absent
+    L.weight_scale      F8_E4M3  (out, in/16)    of each block of 16 along a row
+    L.weight_scale_2    F32      ()              of the whole matrix
+    L.input_scale       F32      ()              of activations, if hardware multiplies in 4
+                                                 bits; may be absent
 
-There are two layouts. Black Forest Labs' files and ComfyUI's are `swizzled`: the even column is in a byte's high half, and the
-scales lie as cuBLAS reads them, in tiles of 128 rows and 4 blocks, padded to whole tiles. NVIDIA's ModelOpt and diffusers
-have the even column in the low half and the scales in rows. Both use the same names, and for most sizes the same shapes: only
-metadata (`_quantization_metadata`, `.comfy_quant`), which the first have and the others lack, tells them apart.
+There are two layouts under the same names and, for most sizes, of the same shapes.
+Files of Black Forest Labs and ComfyUI are `swizzled`: the even column is in a byte's high half,
+and scales lie in cuBLAS's order, in tiles of 128 rows and 4 blocks, padded to full tiles.
+NVIDIA's ModelOpt and diffusers put the even column in the low half, and scales in rows.
+Only metadata tells them apart: the first have `_quantization_metadata` or `.comfy_quant`.
 """
 
 import torch
@@ -25,7 +27,17 @@ BLOCK = 16
 
 
 class NVFP4Linear(QuantizedLinear):
-    """0.5625 bytes a weight. UserError unless in_features is a multiple of 16."""
+    """A weight of 4-bit floats: 0.5625 bytes each.
+
+    Each number is an E2M1: sign, 2 bits of exponent, 1 of mantissa (OCP MX 1.0, section 5.3.3).
+    weight = number * (weight_scale of its block * weight_scale_2).
+    cuBLAS's manual specifies the order of swizzled scales ("1D Block Scaling Factors Layout").
+    UserError unless in_features is a multiple of 16.
+    """
+
+    weight_scale: Tensor
+    weight_scale_2: Tensor
+    input_scale: Tensor | None
 
     def __init__(
         self,
@@ -38,7 +50,8 @@ class NVFP4Linear(QuantizedLinear):
         super().__init__(in_features, out_features, bias)
         if in_features % BLOCK:
             raise UserError(
-                f"a layer of {in_features} inputs cannot be NVFP4, which has blocks of {BLOCK} along a row."
+                f"a layer of {in_features} inputs cannot be NVFP4, which has blocks of {BLOCK} "
+                "along a row."
             )
         self.swizzled = swizzled
         rows, blocks = out_features, in_features // BLOCK
@@ -56,16 +69,13 @@ class NVFP4Linear(QuantizedLinear):
         if self.swizzled:
             scale = unswizzled(scale)[: self.out_features, : self.in_features // BLOCK]
         scale = scale * self.weight_scale_2  # (out, in/16)
-        values = lookup(
-            self.weight, e2m1(self.weight.device), high_first=self.swizzled
-        )  # (out, in)
-        return (
-            values.unflatten(1, (-1, BLOCK)).mul_(scale[..., None]).flatten(1)
-        )  # in place, since nothing else is as large
+        values = lookup(self.weight, e2m1(self.weight.device), high_first=self.swizzled)
+        blocks = values.unflatten(1, (-1, BLOCK))  # (out, in/16, 16)
+        return blocks.mul_(scale[..., None]).flatten(1)  # in place: nothing else is as large
 
 
 def unswizzled(scale: Tensor) -> Tensor:
-    """(128·a, 4·b) scales, from the order in which cuBLAS reads them ("1D Block Scaling Factors Layout") to that of the blocks.
+    """Put (128·a, 4·b) scales from cuBLAS's order into the order of the blocks.
 
     A tile is 32 lines of 16: line i has four scales each of rows i, i + 32, i + 64, i + 96.
     """
@@ -74,9 +84,9 @@ def unswizzled(scale: Tensor) -> Tensor:
 
 
 def e2m1(device: torch.device) -> Tensor:
-    """The values of the 16 4-bit floats, of a sign, two bits of exponent and one of mantissa (OCP MX 1.0, 5.3.3).
+    """Return the 16 values of an E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and their negatives.
 
-    They are 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the negatives; computed, since a table would be copied to the device at every use.
+    They are computed, because each use would copy a table to the device.
     """
     bits = torch.arange(8, device=device)
     quarters = torch.where(bits < 2, 2 * bits, (2 + bits % 2) << (bits // 2)).float()

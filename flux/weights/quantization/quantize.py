@@ -1,7 +1,8 @@
-"""`--quantize fp8|int8|int4`: the large Linears of a network made small when it is loaded, each weight rounded to nearest.
+"""Quantize the large Linears of a network to fp8, int8 or int4 when it is loaded.
 
-Plain PyTorch, because rounding a matrix is three lines, and torchao's tensor subclasses would put a second system of modules,
-names and versions between the reader and the weights. Nothing is calibrated: the same weights give the same result, always.
+Each weight is rounded to the nearest number; nothing is calibrated, so the same weights always
+give the same result. The code is plain PyTorch: rounding a matrix takes three lines, and torchao's
+tensor subclasses would be a second system of modules and names.
 """
 
 from collections.abc import Callable, Set
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.errors import UserError
-from flux.weights.quantization.fp8 import LARGEST, FP8Linear
+from flux.weights.quantization.fp8 import E4M3_MAX, FP8Linear
 from flux.weights.quantization.linear import QuantizedLinear
 from flux.weights.quantization.nf4 import lookup
 
-# What stays as it is in a transformer, a part of a path each: what comes in and goes out, and what time and guidance do to
-# every token. Black Forest Labs' own FP8 files keep the same. Embeddings and norms are no Linears, in no network.
+# Parts of paths in a transformer that stay as they are: inputs, outputs, time, guidance and
+# modulation, which act on every token. Black Forest Labs' own FP8 files keep the same layers.
 SKIPPED = frozenset(
     {
         "img_in",
@@ -34,128 +35,147 @@ SKIPPED = frozenset(
         "single_stream_modulation",  # FLUX.2
     }
 )
-SMALL = 2**14  # a weight of fewer numbers stays too: there is nothing to gain
-ROWS = 1024  # that are rounded at a time, which bounds what is held in float32 meanwhile
-GROUP = 32  # numbers that share a scale in int4
+SMALL = 2**14  # a Linear with fewer weights is skipped too: it saves nothing
+ROWS = 1024  # rounded at a time, which bounds the memory for float32 copies
+GROUP = 32  # weights that share a scale in int4
 
 
 def quantize_(
     module: nn.Module,
-    kind: str,
-    keep: Set[str] = SKIPPED,
+    scheme: str,
+    skip: Set[str] = SKIPPED,
     device: torch.device | str | None = None,
-    change: Callable[..., None] | None = None,
+    transform: Callable[..., None] | None = None,
 ) -> None:
-    """Replace the large Linears of `module`, except below the names in `keep`, by ones of a kind of `SCHEMES`, on `device`.
+    """Replace the large Linears of `module` by those of a scheme in `SCHEMES`, on `device`.
 
-    One after the other, the old one let go: never two copies of the whole. So a mapped file is read once, and a model that fits
-    a device only when it is small gets there; what is not replaced stays where it is. On the meta device, only shapes change.
-    `change`, which merges LoRAs, is done first; it calls its `each` with the path of a layer when that is as it shall be.
-    UserError for another kind, and for weights that were quantised before.
+    Layers are replaced one by one, and each old one is freed: there are never two copies of the
+    module. So a mapped file is read once, and the device holds only what is quantized; all else
+    stays where it is. On the meta device only shapes change.
+
+    skip: parts of paths whose Linears stay.
+    transform: merges LoRAs; called first, as transform(module, each=function). It calls each(path)
+        after it has changed a layer, so that the layer is quantized at once.
+
+    UserError for an unknown scheme, and for a module that has quantized layers already.
     """
-    if kind not in SCHEMES:
-        raise UserError(f"--quantize {kind!s:.40} is unknown; choose from {', '.join(SCHEMES)}.")
-    if before := next(
-        (layer for layer in module.modules() if isinstance(layer, QuantizedLinear)), None
-    ):
+    if scheme not in SCHEMES:
         raise UserError(
-            f"the weights are quantised already ({type(before).__name__}): leave --quantize {kind} out."
+            f"quantize: unknown scheme (got {scheme!s:.40}). Choose from {', '.join(SCHEMES)}."
         )
-    paths = large_linears(module, keep)
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear):
+            raise UserError(
+                f"quantize: the weights are quantized already ({type(layer).__name__}). "
+                f'Leave `quantize="{scheme}"` out.'
+            )
+    paths = large_linears(module, skip)
 
-    def shrink(path: str) -> None:
+    def replace(path: str) -> None:
         if path in paths:
             paths.remove(path)
-            module.set_submodule(path, quantize_linear(module.get_submodule(path), kind, device))
+            linear = module.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            module.set_submodule(path, quantize_linear(linear, scheme, device))
 
-    if change:
-        change(module, each=shrink)
+    if transform:
+        transform(module, each=replace)
     for path in list(paths):
-        shrink(path)
+        replace(path)
 
 
-def large_linears(module: nn.Module, keep: Set[str] = SKIPPED) -> list[str]:
-    """The paths of the Linears that `quantize_` replaces."""
-    linears = [
-        (path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
-    ]
+def large_linears(module: nn.Module, skip: Set[str] = SKIPPED) -> list[str]:
+    """Return the paths of the Linears that `quantize_` replaces."""
     return [
         path
-        for path, layer in linears
-        if layer.weight.numel() >= SMALL and keep.isdisjoint(path.split("."))
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and layer.weight.numel() >= SMALL
+        and skip.isdisjoint(path.split("."))
     ]
 
 
 @torch.no_grad()
 def quantize_linear(
-    linear: nn.Linear, kind: str, device: torch.device | str | None = None
+    linear: nn.Linear, scheme: str, device: torch.device | str | None = None
 ) -> QuantizedLinear:
-    """One Linear of a kind, frozen. The bias is kept."""
-    make, encode = SCHEMES[kind]
+    """Return one Linear, quantized and frozen. The bias is kept."""
+    make, encode = SCHEMES[scheme]
     device = torch.device(device or linear.weight.device)
     with torch.device("meta"):
-        small = make(linear.in_features, linear.out_features, linear.bias is not None)
+        quantized = make(linear.in_features, linear.out_features, linear.bias is not None)
     if linear.bias is not None:
-        small.bias = nn.Parameter(linear.bias.to(device), requires_grad=False)
+        quantized.bias = nn.Parameter(linear.bias.to(device), requires_grad=False)
     if device.type != "meta":
-        pieces = [encode(rows.to(device, torch.float32)) for rows in linear.weight.split(ROWS)]
-        small.weight, small.weight_scale = map(torch.cat, zip(*pieces, strict=True))
-    return small.train(linear.training)
+        weights, scales = [], []
+        for rows in linear.weight.split(ROWS):
+            weight, scale = encode(rows.to(device, torch.float32))
+            weights.append(weight)
+            scales.append(scale)
+        quantized.weight, quantized.weight_scale = torch.cat(weights), torch.cat(scales)
+    return quantized.train(linear.training)
 
 
 @torch.no_grad()
 def dequantized(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
-    """The Linear that computes the same, its weight rounded to `dtype`: what a LoRA can be merged into. Of any format."""
+    """Return the Linear that computes the same, its weight rounded to `dtype`.
+
+    A LoRA can be merged into that Linear. The layer may be of any format.
+    """
     return layer.to_linear(layer.dequantize().to(dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------- kinds
-
-
-class Kind(NamedTuple):
-    make: Callable[[int, int, bool], QuantizedLinear]  # (in_features, out_features, bias)
-    encode: Callable[
-        [Tensor], tuple[Tensor, Tensor]
-    ]  # rows (n, in), float32 -> their part of `weight` and of `weight_scale`
+# ---------------------------------------------------------------- schemes
+# Each encoder: rows (n, in), float32 -> their part of `weight` and of `weight_scale`.
 
 
 def encode_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """1 byte a weight, and 4 a row: float8_e4m3fn, the largest of each row 448. The error is at most 1/16 of a weight."""
-    scale = weight.abs().amax(dim=1, keepdim=True) / LARGEST  # (n, 1)
-    return _divided(weight, scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+    """Round to float8_e4m3fn, with a scale that makes the largest of each row 448.
+
+    1 byte a weight, and 4 a row. The error is at most 1/16 of a weight.
+    """
+    scale = weight.abs().amax(dim=1, keepdim=True) / E4M3_MAX  # (n, 1)
+    rounded = _divide(weight, scale).clamp(-E4M3_MAX, E4M3_MAX)
+    return rounded.to(torch.float8_e4m3fn), scale
 
 
 def encode_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """1 byte a weight, and 4 a row: -127 to 127. The error is at most half the row's scale, which is its largest over 127."""
+    """Round to -127 ... 127, with a scale that makes the largest of each row 127.
+
+    1 byte a weight, and 4 a row. The error is at most half the row's scale.
+    """
     scale = weight.abs().amax(dim=1, keepdim=True) / 127  # (n, 1)
-    return _divided(weight, scale).round().clamp(-127, 127).to(torch.int8), scale
+    return _divide(weight, scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def encode_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """0.5625 bytes a weight: -8 to 7, two a byte, the first in the high half; a bfloat16 scale for 32. Rows are padded to that.
+    """Round to -8 ... 7, two a byte, the first in the high half; a bfloat16 scale for 32 weights.
 
-    The largest of a group, whatever its sign, becomes -8, as in GGUF's Q4_0: 8.6 % error on normal numbers. From -7 to 7 it
-    would be 9.7 %; with a minimum beside the scale, for 64, which takes as many bytes, 9.0 %.
+    0.5625 bytes a weight. Rows are padded to a multiple of 32. The largest of a group, whatever its
+    sign, becomes -8, as in GGUF's Q4_0: 8.6 % error on normal numbers. From -7 to 7 the error is
+    9.7 %; with a minimum beside the scale, for 64 weights and as many bytes, 9.0 %.
     """
-    groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(
-        1, (-1, GROUP)
-    )  # (n, groups, 32)
+    padded = F.pad(weight, (0, -weight.shape[1] % GROUP))
+    groups = padded.unflatten(1, (-1, GROUP))  # (n, groups, 32)
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))  # (n, groups, 1)
-    scale = (largest / -8).bfloat16()  # rounded first, since this is what will be multiplied
-    codes = (_divided(groups, scale.float()).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
-    return codes[:, ::2] << 4 | codes[:, 1::2], scale.squeeze(-1)
+    scale = (largest / -8).bfloat16()  # rounded first, because the rounded scale multiplies
+    numbers = _divide(groups, scale.float()).round().clamp(-8, 7) + 8
+    numbers = numbers.to(torch.uint8).flatten(1)  # (n, groups * 32)
+    return numbers[:, ::2] << 4 | numbers[:, 1::2], scale.squeeze(-1)
 
 
-def _divided(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight / torch.where(scale == 0, 1, scale)  # 0 where all that share it are 0
+def _divide(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight / torch.where(scale == 0, 1, scale)  # 0 where all weights of a scale are 0
 
 
-def fp8_by_rows(in_features: int, out_features: int, bias: bool) -> FP8Linear:
+def fp8_by_row(in_features: int, out_features: int, bias: bool) -> FP8Linear:
     return FP8Linear(in_features, out_features, bias, scale=(out_features, 1))
 
 
 class Int8Linear(QuantizedLinear):
-    """What `encode_int8` makes."""
+    """The weight that `encode_int8` makes: weight = number * weight_scale of its row."""
+
+    weight_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias)
@@ -167,7 +187,9 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """What `encode_int4` makes."""
+    """The weight that `encode_int4` makes: weight = (number - 8) * weight_scale of its group."""
+
+    weight_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias)
@@ -180,14 +202,18 @@ class Int4Linear(QuantizedLinear):
         )
 
     def dequantize(self) -> Tensor:
-        values = lookup(self.weight, torch.arange(-8.0, 8.0, device=self.weight.device)).unflatten(
-            1, (-1, GROUP)
-        )
-        return values.mul_(self.weight_scale.float()[..., None]).flatten(1)[:, : self.in_features]
+        values = lookup(self.weight, torch.arange(-8.0, 8.0, device=self.weight.device))
+        groups = values.unflatten(1, (-1, GROUP))  # (out, groups, 32)
+        return groups.mul_(self.weight_scale.float()[..., None]).flatten(1)[:, : self.in_features]
+
+
+class Scheme(NamedTuple):
+    make: Callable[[int, int, bool], QuantizedLinear]  # (in_features, out_features, bias)
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 SCHEMES = {
-    "fp8": Kind(fp8_by_rows, encode_fp8),
-    "int8": Kind(Int8Linear, encode_int8),
-    "int4": Kind(Int4Linear, encode_int4),
+    "fp8": Scheme(fp8_by_row, encode_fp8),
+    "int8": Scheme(Int8Linear, encode_int8),
+    "int4": Scheme(Int4Linear, encode_int4),
 }
