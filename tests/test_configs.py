@@ -375,15 +375,15 @@ def test_another_transformer_is_guided_as_it_can_be(name, told, guidance, cfg):
 )
 def test_unknown_name_is_told_with_the_nearest(wrong, near):
     with pytest.raises(
-        UserError, match="there is no such model; did you mean .*The choices are"
+        UserError, match=r"there is no such model \(got .*\); did you mean .*The choices are"
     ) as told:
         get_spec(wrong)
-    assert f"--model {wrong}" in str(told.value)
+    assert f"name: there is no such model (got {wrong})" in str(told.value)
     assert near in str(told.value).partition("did you mean ")[2].partition("?")[0]
 
 
 @pytest.mark.parametrize("wrong", ["", "zzz", "../../etc/passwd"])
 def test_unknown_name_with_nothing_near_is_told(wrong):
-    with pytest.raises(UserError, match="there is no such model; The choices are") as told:
+    with pytest.raises(UserError, match=r"there is no such model \(got .*\); The choices are") as told:
         get_spec(wrong)
     assert all(name in str(told.value) for name in MODELS)

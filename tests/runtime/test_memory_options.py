@@ -622,7 +622,7 @@ def test_quantised_files_are_not_quantised_again(cli, toy_fp8, toy_gguf, nothing
         run = cli(
             PROMPT, *QUICK, "--model", "flux.2-tiny", "--transformer", path, "--quantize", kind
         )
-        run.fails_with("quantised already", name, f"leave --quantize {kind} out")
+        run.fails_with("quantized already", name, f"Leave --quantize {kind} out")
 
 
 @pytest.mark.parametrize("streamed", [False, True])
