@@ -2,34 +2,35 @@
 
 python scripts/parity.py capture "a red circle" --output a.safetensors
 python scripts/parity.py capture "a red circle" --model flux.2-klein-4b --output b.safetensors \\
-    --only "double_blocks.3.*" --steps-of 1,4 --keep probe
+    --filter "double_blocks.3.*" --at-steps 1,4 --store probe
 python scripts/parity.py compare port.safetensors a.safetensors
 python scripts/parity.py compare a.safetensors --against diffusers
-python scripts/parity.py doctor port.safetensors a.safetensors
+python scripts/parity.py diagnose port.safetensors a.safetensors
 python scripts/parity.py report port.safetensors a.safetensors --output report.html
-python scripts/parity.py kit --output kit
-python scripts/parity.py kit --random flux.1 --output kit
+python scripts/parity.py golden-kit --output kit
+python scripts/parity.py golden-kit --random flux.1 --output kit
 python scripts/parity.py replay a.safetensors --dtype bfloat16
 python scripts/parity.py bisect a.safetensors --transformer mine.safetensors
-python scripts/parity.py budgets a.safetensors
+python scripts/parity.py calibrate a.safetensors
 python scripts/parity.py table
 
-Exit codes: 0 within budget, 1 over budget or stopped at NaN, 2 a mistake in what was asked, 130 Ctrl-C.
+Exit codes: 0 within tolerance, 1 over tolerance or stopped at NaN, 2 wrong arguments, 130 Ctrl-C.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import sample
-from command_line import add_hidden_alias, close_stdout, say, with_flags
+from command_line import add_hidden_alias, exit_code, say, show_warnings_once
 
-FLAGS = sample.flags_of(sample.parser())
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
-NOT_OURS = (  # of sample.py's flags: about many pictures, and about where they go
+# flags of sample.py that parity.py does not take: about several images, and about their files
+EXCLUDED = {
     "help",
     "num_images",
     "seed",
@@ -40,7 +41,31 @@ NOT_OURS = (  # of sample.py's flags: about many pictures, and about where they 
     "output",
     "save_latents",
     "list_models",
+}
+# flags of sample.py that say how to run; the model and the request come from the capture
+HOW_TO_RUN = (
+    "device",
+    "dtype",
+    "numerics",
+    "weights",
+    "transformer",
+    "autoencoder",
+    "lora",
+    "lora_ignore_unmatched",
 )
+# the library's arguments and their flags
+FLAGS = sample.flags_of(sample.parser()) | {
+    "only": "--filter",
+    "at_steps": "--at-steps",
+    "store": "--store",
+    "limit": "--limit",
+    "tolerance": "--tolerance",
+    "against": "--against",
+    "module_fn": "--module-fn",
+    "inside": "--inside",
+    "precision": "--precision",
+    "include_weights=False": "--without-weights",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,131 +76,139 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        add_capture,
-        add_compare,
-        add_kit,
-        add_replay,
-        add_bisect,
-        add_budgets,
-        add_report,
-        add_doctor,
-        add_table,
-    ):
-        add(commands)
+    add_capture(commands)
+    add_compare(commands)
+    add_diagnose(commands)
+    add_report(commands)
+    add_replay(commands)
+    add_bisect(commands)
+    add_calibrate(commands)
+    add_golden_kit(commands)
+    add_table(commands)
     return p
 
 
-def command(commands, run, name: str, text: str) -> argparse.ArgumentParser:
-    """A subcommand, which is done by `run(args)`, whose result is the exit code."""
+def add_command(
+    commands, run: Callable, name: str, text: str, old: str = ""
+) -> argparse.ArgumentParser:
+    """Add a subcommand. run(args) returns the exit code. `old` is a hidden name."""
     p = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     p.set_defaults(run=run)
+    if old:
+        commands._name_parser_map[old] = p
     return p
+
+
+def add_flags_of_sample(p: argparse._ActionsContainer, accept: Callable[[str, str], bool]) -> None:
+    """Add sample.py's flags for which accept(name, title of their group) is true."""
+    theirs = sample.parser()
+    for group in theirs._action_groups:
+        wanted = [a for a in group._group_actions if accept(a.dest, group.title)]
+        titled = isinstance(p, argparse.ArgumentParser) and wanted
+        ours = p.add_argument_group(group.title) if titled else p
+        for action in wanted:
+            ours._add_action(action)
+            for option, other in theirs._option_string_actions.items():
+                if other is action:  # hidden aliases too
+                    p._option_string_actions.setdefault(option, action)
+
+
+def add_filter(p: argparse._ActionsContainer, text: str = "as for capture (repeatable)") -> None:
+    p.add_argument(
+        "--filter", action="append", default=[], dest="only", metavar="PATTERN", help=text
+    )
+    add_hidden_alias(p, "--only", "--filter")
+
+
+def add_tolerance(p: argparse._ActionsContainer, text: str = "as for compare") -> None:
+    p.add_argument("--tolerance", type=non_negative, metavar="X", help=text)
+    add_hidden_alias(p, "--budget", "--tolerance")
+
+
+def add_json(p: argparse._ActionsContainer) -> None:
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+
+
+def non_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on (got {text!r})")
+    return number
+
+
+def integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas (got {text!r})") from None
 
 
 # ---------------------------------------------------------------- capture
 
 
 def add_capture(commands) -> None:
-    p = command(commands, capture, "capture", "run a model and record its tensors in one file")
+    p = add_command(commands, capture, "capture", "run a model and record its tensors in one file")
     add_request(p)
-    add_selection(p)
+    group = p.add_argument_group("what to record")
+    add_filter(
+        group,
+        "record only tensors whose name, a part of it, or a module around it matches: "
+        "'double_blocks.3.*', '*.img_attn', step.001, out (repeatable)",
+    )
+    group.add_argument(
+        "--at-steps", type=integers, default=(), metavar="N,N..", help="only these steps"
+    )
+    add_hidden_alias(group, "--steps-of", "--at-steps")
+    group.add_argument(
+        "--store",
+        choices=("full", "probe", "statistics", "slice"),
+        default="full",
+        help="what to store of each tensor: all of it, 4096 values and the norm of each token, "
+        "statistics, or a corner (default: full)",
+    )
+    add_hidden_alias(group, "--keep", "--store")
+    group.add_argument(
+        "--limit",
+        type=non_negative,
+        default=10.0,
+        metavar="GB",
+        help="largest size of the file (default: 10)",
+    )
     p.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="a .safetensors file that is not there yet",
+        "--output", type=Path, required=True, metavar="FILE", help="a new .safetensors file"
     )
 
 
 def add_request(p: argparse.ArgumentParser) -> None:
-    """What to make: the very flags of sample.py."""
-    for group in sample.parser()._action_groups:
-        wanted = [action for action in group._group_actions if action.dest not in NOT_OURS]
-        ours = p.add_argument_group(group.title) if wanted else None
-        for action in wanted:
-            ours._add_action(action)
-    add_aliases(p)
+    """Add the flags of sample.py that describe one image."""
+    add_flags_of_sample(p, lambda name, title: name not in EXCLUDED)
     p.add_argument("--seed", type=int, default=0, help="default: 0")
     p.set_defaults(save_control=None)
 
 
-def add_aliases(p: argparse.ArgumentParser) -> None:
-    """Accept the older names of those flags of sample.py that `p` has."""
-    for old, new in sample.ALIASES.items():
-        if new in p._option_string_actions:
-            add_hidden_alias(p, old, new)
-
-
-def add_selection(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("what to record of it")
-    group.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="tensors whose name, a part of it, or a "
-        "module around it fits: 'double_blocks.3.*', '*.img_attn', step.001, out (repeatable)",
-    )
-    group.add_argument(
-        "--steps-of",
-        type=numbers,
-        default=(),
-        metavar="N,N..",
-        help="these steps alone (default: all)",
-    )
-    group.add_argument(
-        "--keep",
-        choices=("full", "probe", "statistics", "slice"),
-        default="full",
-        help="of each tensor: all "
-        "of it, 4096 values and each token's norm, a summary, or a corner (default: full)",
-    )
-    group.add_argument(
-        "--limit",
-        type=amount,
-        default=10.0,
-        metavar="GB",
-        help="refuse to record more (default: 10)",
-    )
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas") from None
-
-
 def capture(args: argparse.Namespace) -> int:
-    from flux.parity.capture import capture
+    from flux.parity.capture import Selection, capture
 
     pipe, request = prepare(args)
-    made = capture(pipe, request, args.output, selection(args), say)
+    selection = Selection(tuple(args.only), args.at_steps, args.store, args.limit * 1e9)
+    recorded = capture(pipe, request, args.output, selection, say)
     print(args.output)
-    return int("stopped" in made.recipe)
-
-
-def amount(text: str) -> float:
-    """A finite number that is not negative."""
-    if not 0 <= (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
-    return number
+    return int("stopped" in recorded.recipe)
 
 
 def prepare(args: argparse.Namespace):
-    """The pipeline, and the request to it."""
+    """Return the pipeline and the request that the flags describe."""
     from flux.errors import UserError
     from flux.parity.capture import Request
-    from flux.weights import locate as models
+    from flux.weights.locate import get_spec
 
     prompts = sample.gather_prompts(args)
     if len(prompts) > 1:
-        raise UserError(
-            f"a capture is of one prompt, and {len(prompts)} are given: capture them one by one"
-        )
-    pictures = sample.gather_images(args, models.get_spec(args.model, args.transformer))
+        raise UserError(f"prompts: one capture has one prompt (got {len(prompts)})")
+    pictures = sample.gather_images(args, get_spec(args.model, args.transformer))
     pipe = sample.load(args)
     size = args.width, args.height, args.steps, args.guidance
     return pipe, Request(
@@ -183,49 +216,36 @@ def prepare(args: argparse.Namespace):
     )
 
 
-def selection(args: argparse.Namespace):
-    from flux.parity.capture import Selection
-
-    return Selection(tuple(args.only), args.steps_of, args.keep, args.limit * 1e9)
-
-
 # ---------------------------------------------------------------- compare
 
 
 def add_compare(commands) -> None:
-    p = command(
-        commands,
-        compare,
-        "compare",
-        "compare two captures, or a live run and a capture, tensor by tensor",
+    p = add_command(
+        commands, compare, "compare", "compare a capture with another one, or with a live run"
     )
     p.add_argument(
         "judged",
         type=Path,
         metavar="A",
-        help="a capture, or any safetensors file of tensors by the same names",
+        help="a capture, or any .safetensors file of tensors with the same names",
     )
-    p.add_argument("reference", type=Path, nargs="?", metavar="B", help="what A should be")
+    p.add_argument("reference", type=Path, nargs="?", metavar="B", help="the reference")
     p.add_argument(
         "--against",
         metavar="X",
-        help="instead of B, what is run live, and should be as A is: "
-        "`here`, the pipeline, from the prompt on; `diffusers`, its transformer with the same weights, in each "
-        "recorded pass; MODULE:FUNCTION, as for --call of replay, or one that gives the path of a capture; or the "
-        "same as B, a file",
+        help="instead of B, compare a live run with A, which is then the reference: `here` (the "
+        "pipeline, from the prompt on), `diffusers` (its transformer with the same weights, in "
+        "each recorded pass), or MODULE:FUNCTION (see --module-fn of replay; the function may "
+        "also return the path of a capture). A file is used as B",
     )
-    p.add_argument(
-        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
+    add_filter(p)
+    add_tolerance(
+        p,
+        "largest relative L2 error (default: what calibrate stored in the reference, else by "
+        "dtype: 1e-4 in float32, 2e-2 in bfloat16)",
     )
-    p.add_argument(
-        "--budget",
-        type=amount,
-        metavar="X",
-        help="relative L2 that is allowed (default: what was measured and "
-        "stored in the reference, else by dtype: 1e-4 in float32, 2e-2 in bfloat16)",
-    )
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
-    add_how(p.add_argument_group("how to run, with --against here or diffusers"))
+    add_json(p)
+    add_how_to_run(p.add_argument_group("how to run, with --against here or diffusers"), p)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -233,343 +253,125 @@ def compare(args: argparse.Namespace) -> int:
     from flux.parity import compare
     from flux.parity.capture_file import Capture
     from flux.parity.compare_live import allowed
-    from flux.parity.tolerances import stored, within
+    from flux.parity.tolerances import format_ratio, stored_rounding
 
     if (args.reference is None) == (args.against is None):
-        raise UserError("compare takes A and either B or --against X: give one of the two")
-    idle = [flag for flag in (*AGAIN, "image", "mask") if getattr(args, flag)]
-    if idle and args.against not in ("here", "diffusers"):
+        raise UserError("compare takes A and either B or --against X. Pass one of the two")
+    unused = [flag for flag in (*HOW_TO_RUN, "image", "mask") if getattr(args, flag, None)]
+    if unused and args.against not in ("here", "diffusers"):
         raise UserError(
-            f"--{idle[0].replace('_', '-')} is for --against here or diffusers, where something is run: leave it out"
+            f"--{unused[0].replace('_', '-')}: applies only with --against here or diffusers. "
+            "Leave it out"
         )
     if args.against and not args.against.endswith(".safetensors"):
-        return live(args)
-    args.reference = args.reference or Path(args.against)
-    a, b = Capture(args.judged), Capture(args.reference)
+        return compare_live(args)
+    reference_path = args.reference or Path(args.against)
+    a, b = Capture(args.judged), Capture(reference_path)
     precision = a.recipe.get("dtype")
-    rows = compare.compare(a, b, allowed(b, precision, args.budget), args.only)
+    rows = compare.compare(a, b, allowed(b, precision, args.tolerance), args.only)
     print(compare.table(rows))
-    if precision in stored(b):
-        print(within(rows, b, precision))
-    for path, lost in zip((args.judged, args.reference), compare.unmatched(a, b)):
-        if lost:
-            say(
-                f"note: {len(lost):,} tensors are in {path} alone: {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}"
-            )
-    return judge(rows, args)
+    if precision in stored_rounding(b):
+        print(format_ratio(rows, b, precision))
+    for path, names in zip((args.judged, reference_path), compare.unmatched(a, b)):
+        if names:
+            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            say(f"note: {len(names):,} tensors are only in {path}: {listed}")
+    return finish(rows, args)
 
 
-def live(args: argparse.Namespace) -> int:
-    """What is live is judged, and A is the reference."""
-    from flux.parity import compare, replay
-    from flux.parity import compare_live as against
+def compare_live(args: argparse.Namespace) -> int:
+    """Compare a live run with the capture A."""
+    from flux.parity import compare, compare_live, replay
     from flux.parity.capture_file import Capture
 
-    args.capture = args.judged
     if args.against == "here":
-        capture, pipe, request = again(args)
-        budget = against.allowed(capture, str(pipe.dtype).removeprefix("torch."), args.budget)
-        rows = replay.against(capture, pipe, request, args.only, budget)
+        capture, pipe, request = load_run(args.judged, args)
+        tolerance = compare_live.allowed(capture, dtype_name(pipe), args.tolerance)
+        rows = replay.run_and_compare(capture, pipe, request, args.only, tolerance)
     elif args.against == "diffusers":
         capture = Capture(args.judged)
-        pipe = pipeline_of(capture, args)
-        budget = against.allowed(capture, str(pipe.dtype).removeprefix("torch."), args.budget)
-        rows = against.diffusers(capture, pipe, args.only, budget)
+        pipe = load_pipeline(capture, args)
+        tolerance = compare_live.allowed(capture, dtype_name(pipe), args.tolerance)
+        rows = compare_live.diffusers(capture, pipe, args.only, tolerance)
     else:
-        sys.path.append("")  # a function may be in a file beside one
-        rows = against.adaptor(
-            Capture(args.judged), against.named(args.against), args.only, args.budget
-        )
+        sys.path.append("")  # the function may be in a file of the current folder
+        function = compare_live.named(args.against)
+        rows = compare_live.adaptor(Capture(args.judged), function, args.only, args.tolerance)
     print(compare.table(rows))
-    return judge(rows, args)
+    return finish(rows, args)
 
 
-def judge(rows, args: argparse.Namespace) -> int:
+def dtype_name(pipe) -> str:
+    return str(pipe.dtype).removeprefix("torch.")
+
+
+def finish(rows, args: argparse.Namespace) -> int:
+    """Write the rows where --json says. Return the exit code."""
     from flux.image_io.output import write_exclusive
     from flux.parity import compare
 
     if args.json:
-        say(
-            f"rows: {write_exclusive(args.json, lambda file: file.write(compare.to_json(rows).encode()))}"
-        )
+        content = compare.to_json(rows).encode()
+        say(f"rows: {write_exclusive(args.json, lambda file: file.write(content))}")
     return int(compare.first_over(rows) is not None)
 
 
-# ---------------------------------------------------------------- kit
+# ---------------------------------------------------------------- diagnose
 
 
-def add_kit(commands) -> None:
-    p = command(
-        commands, kit, "kit", "write a folder that a port in any language can be tested against"
-    )
-    add_request(p)
-    group = p.add_argument_group("the kit")
-    group.add_argument(
-        "--random",
-        choices=("flux.1", "flux.2"),
-        help="of a tiny model of this family with random weights, "
-        "which needs no files, in place of --model",
-    )
-    group.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="that is not there yet"
-    )
-    group.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="as for capture; the block that the example reads is always there (repeatable)",
-    )
-    group.add_argument(
-        "--without-weights",
-        action="store_true",
-        help="of a model that is at hand, or too large to copy",
-    )
-    group.add_argument(
-        "--limit", type=amount, default=1.0, metavar="GB", help="refuse to write more (default: 1)"
-    )
-
-
-def kit(args: argparse.Namespace) -> int:
-    from flux.errors import UserError
-    from flux.parity.random_model import random_model
-
-    if not args.random:
-        return build_kit(args)
-    if args.model or args.weights or args.transformer or args.autoencoder:
-        raise UserError(
-            "--random makes a model of its own: leave out --model, --weights, --transformer and --autoencoder"
-        )
-    with random_model(args.random) as (args.model, args.weights):
-        return build_kit(args)
-
-
-def build_kit(args: argparse.Namespace) -> int:
-    from flux.parity import golden_kit as kit
-
-    if not (args.prompts or args.prompt or args.prompt_file or args.image):
-        args.prompts = [kit.PROMPT]
-    args.dtype = args.dtype or "float32"
-    pipe, request = prepare(args)
-    request = kit.small(pipe.spec, request)
-    kit.build(
-        pipe, request, args.output, args.only, not args.without_weights, args.limit * 1e9, say
-    )
-    print(args.output)
-    return 0
-
-
-# ---------------------------------------------------------------- replay, bisect, budgets
-
-AGAIN = (
-    "device",
-    "dtype",
-    "numerics",
-    "weights",
-    "transformer",
-    "autoencoder",
-    "lora",
-    "lora_ignore_unmatched",
-)  # of sample.py's flags
-
-
-def add_replay(commands) -> None:
-    p = command(
+def add_diagnose(commands) -> None:
+    p = add_command(
         commands,
-        replay,
-        "replay",
-        "run modules on the inputs that a capture recorded, so that errors do not add up",
+        diagnose,
+        "diagnose",
+        "name the known bug that explains the first tensor over its tolerance",
+        old="doctor",
     )
-    add_again(p)
-    add_judgement(p)
+    p.add_argument("judged", type=Path, metavar="PORT", help="as A of compare")
     p.add_argument(
-        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
+        "reference", type=Path, metavar="REFERENCE", help="a capture with every tensor in full"
     )
-    p.add_argument(
-        "--free",
-        action="store_true",
-        help="the whole loop, from the recorded noise and features on: they add up",
-    )
-    p.add_argument(
-        "--inside",
-        metavar="NAME",
-        help="one module, step.001/double_blocks.3, or network, step.001, and all in it",
-    )
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    add_filter(p)
+    add_tolerance(p)
+    add_flags_of_sample(p, lambda name, title: name in HOW_TO_RUN)
+    p.set_defaults(numerics=None)
 
 
-def add_bisect(commands) -> None:
-    p = command(
-        commands,
-        bisect,
-        "bisect",
-        "find the first step and module that departs from a capture, in few runs",
-    )
-    add_again(p)
-    add_judgement(p)
-
-
-def add_budgets(commands) -> None:
-    p = command(
-        commands,
-        budgets,
-        "budgets",
-        "measure how far rounding moves each tensor of a capture, and keep that in it",
-    )
-    add_again(p)
-    p.add_argument(
-        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
-    )
-    p.add_argument(
-        "--precision",
-        action="append",
-        choices=("bfloat16", "float16", "float8"),
-        metavar="P",
-        help="bfloat16, "
-        "float16 or float8 (repeatable; default: all); twice the first is what `compare` then allows",
-    )
-
-
-def add_again(p: argparse.ArgumentParser) -> None:
-    p.add_argument("capture", type=Path, metavar="CAPTURE")
-    add_how(p)
-
-
-def add_how(p: argparse._ActionsContainer) -> None:
-    """How the run of a capture is made again: the model and what was asked for are in it."""
-    for group in sample.parser()._action_groups:
-        pictures = group.title.startswith("images")
-        for action in group._group_actions:
-            if action.dest in AGAIN or (pictures and action.dest not in NOT_OURS):
-                p._add_action(action)
-    add_aliases(p)
-    p.set_defaults(numerics=None, save_control=None)
-
-
-def add_judgement(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--call",
-        metavar="MODULE:FUNCTION",
-        help="a function to judge in place of the networks here: it is "
-        "given the name of a module and a list of tensors, and gives a list of tensors",
-    )
-    p.add_argument(
-        "--budget",
-        type=amount,
-        metavar="X",
-        help="relative L2 that is allowed (default: what was measured for "
-        "this dtype, else by dtype: 1e-5 in float32)",
-    )
-
-
-def again(args: argparse.Namespace):
-    """The capture, the pipeline that it is of, and the request to it."""
+def diagnose(args: argparse.Namespace) -> int:
     from flux.parity import replay
     from flux.parity.capture_file import Capture
-    from flux.weights.locate import get_spec
+    from flux.parity.compare import compare, verdict
+    from flux.parity.diagnose import diagnose, format_diagnosis
 
-    capture = Capture(args.capture)
-    pictures = sample.gather_images(args, get_spec(replay.recipe_of(capture)["model"]))
-    request = replay.request_of(capture, pictures)
-    return capture, pipeline_of(capture, args), request
-
-
-def pipeline_of(capture, args: argparse.Namespace):
-    import torch
-
-    from flux.parity import replay
-
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    files = args.transformer, args.autoencoder, args.lora, args.lora_ignore_unmatched
-    return replay.load(capture, args.weights, args.device, dtype, args.numerics, *files)
-
-
-def called(args: argparse.Namespace):
-    from flux.parity.modules import guarded, named
-
-    sys.path.append("")  # a function may be in a file beside one
-    return guarded(named(args.call)) if args.call else None
-
-
-def replay(args: argparse.Namespace) -> int:
-    from flux.errors import UserError
-    from flux.image_io.output import write_exclusive
-    from flux.parity import compare, replay
-    from flux.parity import tolerances as budgets
-    from flux.parity.modules import Modules
-
-    if bool(args.free) + bool(args.inside) + bool(args.call) > 1:
-        raise UserError("--free, --inside and --call exclude each other: give one of them")
-    call = called(args)
-    capture, pipe, request = again(args)
-    dtype = str(pipe.dtype).removeprefix("torch.")
-    measured = dtype in budgets.stored(capture)
-    budget = (
-        budgets.budgets(capture, dtype, not args.free)
-        if measured and args.budget is None
-        else args.budget
-    )
-    if args.free:
-        rows = replay.free(capture, pipe, request, args.only, budget)
-    elif args.inside:
-        rows = replay.inside(capture, Modules(pipe), args.inside, args.only, budget)
-    else:
-        rows = replay.forced(capture, call or Modules(pipe), args.only, budget)
-    print(compare.table(rows))
-    if measured:
-        say(budgets.within(rows, capture, dtype, not args.free))
-    if args.json:
-        say(
-            f"rows: {write_exclusive(args.json, lambda file: file.write(compare.to_json(rows).encode()))}"
-        )
-    return int(compare.first_over(rows) is not None)
-
-
-def bisect(args: argparse.Namespace) -> int:
-    from flux.parity.bisect import bisect
-
-    call = called(args)
-    found = bisect(*again(args), call, args.budget)
-    print(found or "no step departs")
-    return int(found is not None)
-
-
-def budgets(args: argparse.Namespace) -> int:
-    from flux.parity import tolerances as budgets
-
-    capture, pipe, request = again(args)
-    precisions = args.precision or budgets.PRECISIONS
-    measured = {
-        name: budgets.measure(capture, pipe, request, name, args.only) for name in precisions
-    }
-    budgets.store(capture.path, measured, precisions[0])
-    print(budgets.table(measured))
-    say(
-        f"kept in {capture.path}: `compare` allows {budgets.ALLOWED} times what {precisions[0]} does in a run"
-    )
-    return 0
+    port, reference = Capture(args.judged), Capture(args.reference)
+    replay.recipe_of(reference)
+    rows = compare(port, reference, args.tolerance, args.only)
+    if not any(row.over for row in rows):
+        print(verdict(rows))
+        return 0
+    pipe = load_pipeline(reference, args)
+    print(format_diagnosis(diagnose(rows, port, reference, pipe)))
+    return 1
 
 
 # ---------------------------------------------------------------- report
 
 
 def add_report(commands) -> None:
-    p = command(commands, report, "report", "compare two captures, and write a web page to look at")
+    p = add_command(commands, report, "report", "compare two captures, and write a web page")
     p.add_argument("judged", type=Path, metavar="A", help="as for compare")
-    p.add_argument("reference", type=Path, metavar="B", help="what A should be")
-    p.add_argument(
-        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
-    )
-    p.add_argument("--budget", type=amount, metavar="X", help="as for compare")
+    p.add_argument("reference", type=Path, metavar="B", help="the reference")
+    add_filter(p)
+    add_tolerance(p)
     p.add_argument(
         "--output",
         type=Path,
         required=True,
         metavar="FILE",
-        help="an .html file that needs nothing else",
+        help="a new .html file that needs no other file",
     )
     p.add_argument(
-        "--png", type=Path, metavar="FOLDER", help="also write its plots and pictures there"
+        "--png", type=Path, metavar="FOLDER", help="also write its plots and images to FOLDER"
     )
 
 
@@ -579,69 +381,266 @@ def report(args: argparse.Namespace) -> int:
 
     report.check_output(args.output, args.png)
     a, b = Capture(args.judged), Capture(args.reference)
-    rows = compare.compare(a, b, args.budget, args.only)
+    rows = compare.compare(a, b, args.tolerance, args.only)
     for path in report.write(a, b, rows, args.output, args.png):
         print(path)
     say(compare.verdict(rows))
     return int(compare.first_over(rows) is not None)
 
 
-# ---------------------------------------------------------------- doctor
+# ---------------------------------------------------------------- replay, bisect, calibrate
 
 
-def add_doctor(commands) -> None:
-    p = command(
+def add_replay(commands) -> None:
+    p = add_command(
         commands,
-        doctor,
-        "doctor",
-        "try the known mistakes on the first tensor over budget, and name the one it is",
+        replay,
+        "replay",
+        "run each module on the inputs that a capture recorded: errors do not accumulate",
     )
-    p.add_argument("judged", type=Path, metavar="PORT", help="as for compare")
+    add_capture_to_run(p)
+    add_module_fn(p)
+    add_filter(p)
     p.add_argument(
-        "reference", type=Path, metavar="REFERENCE", help="a capture with every tensor in full"
+        "--end-to-end",
+        action="store_true",
+        help="run the whole loop from the recorded noise and text features: errors accumulate",
     )
+    add_hidden_alias(p, "--free", "--end-to-end")
     p.add_argument(
-        "--only", action="append", default=[], metavar="PATTERN", help="as for capture (repeatable)"
+        "--inside",
+        metavar="NAME",
+        help="run one module (step.001/double_blocks.3) or network (step.001), and compare every "
+        "tensor inside it",
     )
-    p.add_argument("--budget", type=amount, metavar="X", help="as for compare")
-    for action in sample.parser()._actions:
-        if action.dest in AGAIN:
-            p._add_action(action)
-    add_aliases(p)
-    p.set_defaults(numerics=None)
+    add_json(p)
 
 
-def doctor(args: argparse.Namespace) -> int:
-    from flux.parity import diagnose as doctor
+def add_bisect(commands) -> None:
+    p = add_command(
+        commands,
+        bisect,
+        "bisect",
+        "find the first step and module that differ from a capture, in few runs",
+    )
+    add_capture_to_run(p)
+    add_module_fn(p)
+
+
+def add_calibrate(commands) -> None:
+    p = add_command(
+        commands,
+        calibrate,
+        "calibrate",
+        "measure how far rounding moves each tensor, and store tolerances in the capture",
+        old="budgets",
+    )
+    add_capture_to_run(p)
+    add_filter(p)
+    p.add_argument(
+        "--precision",
+        action="append",
+        choices=("bfloat16", "float16", "float8"),
+        metavar="P",
+        help="bfloat16, float16 or float8 (repeatable; default: all); twice the first one's error "
+        "becomes the tolerance of compare",
+    )
+
+
+def add_capture_to_run(p: argparse.ArgumentParser) -> None:
+    p.add_argument("capture", type=Path, metavar="CAPTURE")
+    add_how_to_run(p, p)
+
+
+def add_how_to_run(p: argparse._ActionsContainer, parser: argparse.ArgumentParser) -> None:
+    """Add the flags that repeat a capture's run. The model and the request are in the capture."""
+
+    def accept(name: str, title: str) -> bool:
+        return name in HOW_TO_RUN or (title.startswith("images") and name not in EXCLUDED)
+
+    add_flags_of_sample(p, accept)
+    parser.set_defaults(numerics=None, save_control=None)
+
+
+def add_module_fn(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--module-fn",
+        metavar="MODULE:FUNCTION",
+        help="a function to compare instead of the networks here: it takes the name of a module "
+        "and a list of tensors, and returns a list of tensors",
+    )
+    add_hidden_alias(p, "--call", "--module-fn")
+    add_tolerance(
+        p,
+        "largest relative L2 error (default: what calibrate stored for this dtype, else by dtype: "
+        "1e-5 in float32)",
+    )
+
+
+def load_run(path: Path, args: argparse.Namespace):
+    """Return the capture, its pipeline and its request."""
     from flux.parity import replay
     from flux.parity.capture_file import Capture
-    from flux.parity.compare import compare, verdict
+    from flux.weights.locate import get_spec
 
-    port, reference = Capture(args.judged), Capture(args.reference)
-    replay.recipe_of(reference)
-    rows = compare(port, reference, args.budget, args.only)
-    if not any(row.over for row in rows):
-        print(verdict(rows))
-        return 0
-    print(doctor.told(doctor.diagnose(rows, port, reference, pipeline_of(reference, args))))
-    return 1
+    capture = Capture(path)
+    pictures = sample.gather_images(args, get_spec(replay.recipe_of(capture)["model"]))
+    request = replay.request_of(capture, pictures)
+    return capture, load_pipeline(capture, args), request
+
+
+def load_pipeline(capture, args: argparse.Namespace):
+    import torch
+
+    from flux.parity import replay
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    files = args.transformer, args.autoencoder, args.lora, args.lora_ignore_unmatched
+    return replay.load_pipeline(capture, args.weights, args.device, dtype, args.numerics, *files)
+
+
+def load_module_fn(args: argparse.Namespace):
+    from flux.parity.modules import guarded, named
+
+    sys.path.append("")  # the function may be in a file of the current folder
+    return guarded(named(args.module_fn)) if args.module_fn else None
+
+
+def replay(args: argparse.Namespace) -> int:
+    from flux.errors import UserError
+    from flux.parity import compare, replay, tolerances
+    from flux.parity.modules import Modules
+
+    if bool(args.end_to_end) + bool(args.inside) + bool(args.module_fn) > 1:
+        raise UserError("--end-to-end, --inside and --module-fn exclude each other. Pass one")
+    module_fn = load_module_fn(args)
+    capture, pipe, request = load_run(args.capture, args)
+    precision, local = dtype_name(pipe), not args.end_to_end
+    measured, tolerance = precision in tolerances.stored_rounding(capture), args.tolerance
+    if measured and tolerance is None:
+        tolerance = tolerances.measured_tolerances(capture, precision, local)
+    if args.end_to_end:
+        rows = replay.replay_loop(capture, pipe, request, args.only, tolerance)
+    elif args.inside:
+        rows = replay.replay_inside(capture, Modules(pipe), args.inside, args.only, tolerance)
+    else:
+        call = module_fn or Modules(pipe)
+        rows = replay.replay_modules(capture, call, args.only, tolerance)
+    print(compare.table(rows))
+    if measured:
+        say(tolerances.format_ratio(rows, capture, precision, local))
+    return finish(rows, args)
+
+
+def bisect(args: argparse.Namespace) -> int:
+    from flux.parity.bisect import bisect
+
+    module_fn = load_module_fn(args)
+    found = bisect(*load_run(args.capture, args), module_fn, args.tolerance)
+    print(found or "no step differs")
+    return int(found is not None)
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    from flux.parity import tolerances
+
+    capture, pipe, request = load_run(args.capture, args)
+    precisions = args.precision or tolerances.PRECISIONS
+    measured = {
+        precision: tolerances.measure_rounding(capture, pipe, request, precision, args.only)
+        for precision in precisions
+    }
+    tolerances.store_rounding(capture.path, measured, precisions[0])
+    print(tolerances.format_table(measured))
+    say(
+        f"stored in {capture.path}: compare allows {tolerances.FACTOR} times the error of "
+        f"{precisions[0]} in a run"
+    )
+    return 0
+
+
+# ---------------------------------------------------------------- golden-kit
+
+
+def add_golden_kit(commands) -> None:
+    p = add_command(
+        commands,
+        golden_kit,
+        "golden-kit",
+        "write a folder to test a port in any language against",
+        old="kit",
+    )
+    add_request(p)
+    group = p.add_argument_group("the kit")
+    group.add_argument(
+        "--random",
+        choices=("flux.1", "flux.2"),
+        help="use a tiny model of this family with random weights, which needs no files",
+    )
+    group.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder"
+    )
+    add_filter(group, "as for capture; the block of the example is always included (repeatable)")
+    group.add_argument(
+        "--without-weights",
+        action="store_true",
+        help="leave the weights out, of a model that you have or that is too large to copy",
+    )
+    group.add_argument(
+        "--limit",
+        type=non_negative,
+        default=1.0,
+        metavar="GB",
+        help="largest size of the kit (default: 1)",
+    )
+
+
+def golden_kit(args: argparse.Namespace) -> int:
+    from flux.errors import UserError
+    from flux.parity.random_model import random_model
+
+    if not args.random:
+        return build_kit(args)
+    if args.model or args.weights or args.transformer or args.autoencoder:
+        raise UserError(
+            "--random: has a model of its own. Leave out --model, --weights, --transformer and "
+            "--autoencoder"
+        )
+    with random_model(args.random) as (args.model, args.weights):
+        return build_kit(args)
+
+
+def build_kit(args: argparse.Namespace) -> int:
+    from flux.parity import golden_kit
+
+    if not (args.prompts or args.prompt or args.prompt_file or args.image):
+        args.prompts = [golden_kit.PROMPT]
+    args.dtype = args.dtype or "float32"
+    pipe, request = prepare(args)
+    golden_kit.build(
+        pipe,
+        golden_kit.small_request(pipe.spec, request),
+        args.output,
+        args.only,
+        not args.without_weights,
+        args.limit * 1e9,
+        say,
+    )
+    print(args.output)
+    return 0
 
 
 # ---------------------------------------------------------------- table
 
 
 def add_table(commands) -> None:
-    p = command(
+    p = add_command(
         commands,
         table,
         "table",
-        "measure each network and pipeline against diffusers and transformers, tiny and random",
+        "measure each network and pipeline, tiny and random, against diffusers and transformers",
     )
-    p.add_argument(
-        "--write",
-        action="store_true",
-        help="put the table into README.md as well, in the place of the one there",
-    )
+    p.add_argument("--write", action="store_true", help="also replace the table in the README")
 
 
 def table(args: argparse.Namespace) -> int:
@@ -649,15 +648,15 @@ def table(args: argparse.Namespace) -> int:
     from flux.parity import table
 
     root = Path(__file__).resolve().parents[1]
-    sys.path.append(str(root / "tests"))  # where the references are built
+    sys.path.append(str(root / "tests"))  # the rows are measured by what the tests use
     try:
         from support.parity_rows import measure, ran_on
 
         text = table.markdown(list(measure()), ran_on())
     except ImportError as error:
-        lacking = f"table needs diffusers, transformers and what the tests do, and {error.name or error} is missing or too old"
         raise UserError(
-            f'{lacking}: run `pip install -e ".[test]"` in a clone of the repository'
+            f"table needs diffusers, transformers and the tests' packages: {error.name or error} "
+            'is missing or too old. Run `pip install -e ".[test]"` in a clone of the repository'
         ) from None
     print(text)
     if args.write:
@@ -665,42 +664,14 @@ def table(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- running
+# ---------------------------------------------------------------- main
 
 
 def main() -> int:
     args = parser().parse_args()
-    sample.show_warnings_once(FLAGS)
-    from flux.errors import NonFiniteError, UserError
-
-    try:
-        return args.run(args)
-    except UserError as error:
-        return fail(with_flags(str(error), FLAGS))
-    except NonFiniteError as error:
-        return fail(with_flags(str(error), FLAGS), 1)
-    except ModuleNotFoundError as error:
-        return fail(
-            f"the package {error.name!r} is missing: run `pip install -e .` in the repository"
-        )
-    except BrokenPipeError:  # `| head` has seen enough
-        close_stdout()
-        return 1
-    except OSError as error:
-        return fail(f"{error.filename or 'the output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        return fail("stopped, and nothing is kept", 130)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(
-            x in str(error) for x in ("out of memory", "can't allocate memory")
-        ):
-            raise
-        return fail("out of memory: make the picture smaller, or choose a smaller model")
-
-
-def fail(text: str, code: int = 2) -> int:
-    say(f"error: {text}")
-    return code
+    show_warnings_once(FLAGS)
+    stopped = "stopped; nothing was written"
+    return exit_code(lambda: args.run(args), FLAGS, getattr(args, "output", "the output"), stopped)
 
 
 if __name__ == "__main__":

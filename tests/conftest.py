@@ -18,7 +18,7 @@ def same_random_numbers_every_time():
 
 @pytest.fixture
 def parity(monkeypatch, capsys, tmp_path):
-    """Run scripts/parity.py in this process, in an empty folder: arguments -> (exit code, stdout, stderr)."""
+    """Run scripts/parity.py in an empty folder: arguments -> (exit code, stdout, stderr)."""
     from support.load_script import script
 
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,9 @@
-"""Find the first step and the first module at which a network departs from a capture, in few runs, by replay.
+"""Find the first step and the first module at which a network differs from a capture, in few runs.
 
-Steps, and then the blocks of the step that is found, are run in stretches, each from what was recorded before it, and judged
-at its end: 1, 2, 4, ... of them, until a stretch departs; that one is halved until one step, or one block, is left. So k good
-ones before a fault cost at most 2·log2(k + 1) + 1 stretches, in which at most 3·k + 1 steps or blocks are run. Only the
-block that is found is looked into.
+Steps run in stretches of 1, 2, 4, ..., each from the recorded latents before it and compared at its
+end. The first stretch that differs is halved until one step is left. The blocks of that step are
+searched in the same way. So k good steps before a fault cost at most 2·log2(k + 1) + 1 stretches,
+of at most 3·k + 1 steps together. Only the block that is found is compared tensor by tensor.
 """
 
 import copy
@@ -12,64 +12,65 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from flux import sampling
 from flux.errors import NonFiniteError, UserError
 from flux.parity.capture import Request
 from flux.parity.capture_file import DTYPES, Capture
-from flux.parity.compare import BUDGETS, Row, first_over
+from flux.parity.compare import TOLERANCES, Row, first_over
 from flux.parity.hooks import replaced
-from flux.parity.modules import PLACE, Call, Modules
+from flux.parity.modules import Call, Modules
 from flux.parity.replay import (
-    Recorded,
-    asked,
-    from_recorded,
-    inputs_of,
-    inside,
-    judged,
-    local,
-    passes,
-    recorded,
+    ModuleRun,
+    call_checked,
+    compare_to_recorded,
+    module_runs,
+    passes_of_step,
+    recorded_inputs,
+    replay_inside,
+    replay_module,
+    split_place,
+    start_from_recorded,
 )
 from flux.pipeline import Pipeline
 from flux.runtime.checks import check_cfg, check_steps
-from flux.transformer import Modulations
+from flux.transformer import KVCache, Modulations
 
 BLOCK = re.compile(r"(double|single)_blocks\.(\d+)")
-SEARCH = BUDGETS | {"F32": 1e-5}  # by the dtype of the pipeline
+SEARCH_TOLERANCES = TOLERANCES | {"F32": 1e-5}  # by the dtype of the pipeline
 
 
 @dataclass(frozen=True)
-class Departure:
-    """Where a network departs: in which `step`, in which `block` if it is in one, and the first tensor, as a row."""
+class FirstDifference:
+    """Where a network differs first: the step, the block if any, and the row of the tensor.
+
+    `runs` counts "stretches", and the runs of a "network" and of a "block" in them.
+    """
 
     step: int
     block: str | None
     row: Row
-    runs: Counter  # how many "stretches" were run to find it, and how many times a "network" and a "block" were in them
+    runs: Counter
 
     def __str__(self) -> str:
-        errors, where = self.row.errors, self.block or f"step {self.step}, outside the blocks"
-        error = (
-            self.row.fault
-            if errors is None
-            else f"relative L2 {errors.relative_l2:.2g} of {self.row.budget:.2g}"
+        where = self.block or f"step {self.step}, outside the blocks"
+        if self.row.errors is None:
+            error = self.row.fault
+        else:
+            error = f"relative L2 {self.row.errors.relative_l2:.2g} of {self.row.tolerance:.2g}"
+        subject = "the first difference is at"
+        if not self.row.over:
+            subject = "errors accumulate, and no module alone is over its tolerance; the nearest is"
+        runs = (
+            f"{self.runs['stretches']} stretches: {self.runs['network']} runs of the network, "
+            f"{self.runs['block']} of a block"
         )
-        what = (
-            "the first to depart is"
-            if self.row.over
-            else "errors add up, and no module alone is over budget; nearest is"
-        )
-        found = f"found in {self.runs['stretches']} stretches: {self.runs['network']} runs of the network"
-        return (
-            f"{what} {self.row.name}, in {where}: {error}\n{found}, {self.runs['block']} of a block"
-        )
+        return f"{subject} {self.row.name}, in {where}: {error}\nfound in {runs}"
 
 
 def bisect(
@@ -77,149 +78,134 @@ def bisect(
     pipe: Pipeline,
     request: Request,
     call: Call | None = None,
-    budget: float | None = None,
-) -> Departure | None:
-    """The first departure from a capture of a whole run; None if nothing is over budget.
+    tolerance: float | None = None,
+) -> FirstDifference | None:
+    """Return the first difference from the capture of a complete run; None if there is none.
 
-    `pipe` has the schedule, the guidance and the sampler; `call` the networks, if they are not its own. A fault that the rest
-    of a stretch makes smaller than the budget is not seen: `replay.forced` runs everything, and misses none.
+    `pipe` supplies schedule, guidance and sampler, and the networks unless `call` does. A fault
+    that the rest of its stretch makes smaller than the tolerance is missed. `replay_modules` misses
+    none.
     """
-    budget = SEARCH[DTYPES[pipe.dtype]] if budget is None else budget
-    call = _Counted(call or Modules(pipe))
-    with from_recorded(capture, pipe) as twin:
-        loop = _Loop(capture, twin, request, call)
-        found = call.first(loop.steps, lambda start, end: loop.row(start, end, budget).over)
+    tolerance = SEARCH_TOLERANCES[DTYPES[pipe.dtype]] if tolerance is None else tolerance
+    counted = _CountedCall(call or Modules(pipe))
+    with start_from_recorded(capture, pipe) as copied:
+        loop = _Loop(capture, copied, request, counted)
+
+        def steps_differ(start: int, end: int) -> bool:
+            return loop.row(start, end, tolerance).over
+
+        found = counted.search(loop.steps, steps_differ)
         if found is None:
             return None
         step = found + 1
-        for where in passes(capture, step):
-            blocks = _blocks(capture, where)
-            at = call.first(
-                len(blocks), lambda start, end: _departs(capture, call, blocks[start:end], budget)
-            )
+        for place in passes_of_step(capture, step):
+            blocks = _blocks(capture, place)
+
+            def blocks_differ(start: int, end: int, blocks: list[ModuleRun] = blocks) -> bool:
+                return _output_differs(capture, counted, blocks[start:end], tolerance)
+
+            at = counted.search(len(blocks), blocks_differ)
             if at is not None:
-                return Departure(
-                    step,
-                    blocks[at].name,
-                    _look_into(capture, call.call, blocks[at], budget),
-                    call.runs,
-                )
-        row = _outside_blocks(capture, call, step, budget) or loop.row(found, step, budget)
-        return Departure(step, None, row, call.runs)
+                row = _first_inside(capture, counted.call, blocks[at], tolerance)
+                return FirstDifference(step, blocks[at].name, row, counted.runs)
+        outside = _first_outside_blocks(capture, counted, step, tolerance)
+        row = outside or loop.row(found, step, tolerance)
+        return FirstDifference(step, None, row, counted.runs)
 
 
-def first_departure(number: int, departs: Callable[[int, int], bool]) -> int | None:
-    """The one of a `number` in a row at which they depart: `departs(start, end)` runs a stretch, `end` not included."""
+def first_differing(number: int, differs: Callable[[int, int], bool]) -> int | None:
+    """Return the first of `number` items that differs. `differs(start, end)` excludes `end`."""
     start, length = 0, 1
-    while start < number and not departs(start, min(start + length, number)):
+    while start < number and not differs(start, min(start + length, number)):
         start, length = start + length, 2 * length
     if start >= number:
         return None
     end = min(start + length, number)
     while end - start > 1:
         middle = (start + end) // 2
-        start, end = (start, middle) if departs(start, middle) else (middle, end)
+        if differs(start, middle):
+            end = middle
+        else:
+            start = middle
     return start
 
 
-class _Counted:
-    """A call that counts what is run of it."""
+class _CountedCall:
+    """A call that counts its runs of networks, blocks and other modules."""
 
     def __init__(self, call: Call):
-        self.call, self.runs = call, Counter()
+        self.call = call
+        self.runs: Counter[str] = Counter()
 
     def __call__(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        path = PLACE.fullmatch(name)[4]
-        self.runs[
-            "network" if path is None else "block" if BLOCK.fullmatch(path) else "module"
-        ] += 1
-        return asked(self.call, name, inputs)
+        path = split_place(name)[1]
+        if path == "":
+            self.runs["network"] += 1
+        elif BLOCK.fullmatch(path):
+            self.runs["block"] += 1
+        else:
+            self.runs["module"] += 1
+        return call_checked(self.call, name, inputs)
 
-    def first(self, number: int, departs: Callable[[int, int], bool]) -> int | None:
+    def search(self, number: int, differs: Callable[[int, int], bool]) -> int | None:
         def counted(start: int, end: int) -> bool:
             self.runs["stretches"] += 1
-            return departs(start, end)
+            return differs(start, end)
 
-        return first_departure(number, counted)
+        return first_differing(number, counted)
 
 
 # ---------------------------------------------------------------- steps
 
 
 class _Loop:
-    """The steps of a pipeline's loop, from the latents that were recorded before the first of them."""
+    """The pipeline's sampling loop. It starts at any step, from the recorded latents before it."""
 
     def __init__(self, capture: Capture, pipe: Pipeline, request: Request, call: Call):
-        self.capture, self.pipe, self.request, self.call, r = capture, pipe, request, call, request
-        self.steps = len(
-            [name for name in capture.names if re.fullmatch(r"step\.\d+/latents", name)]
-        )
-        if not self.steps or not all(
-            f"step.{n:03}/latents" in capture.tensors for n in range(1, self.steps + 1)
-        ):
+        self.capture, self.pipe, self.request, self.call = capture, pipe, request, call
+        r = request
+        recorded = [name for name in capture.names if re.fullmatch(r"step\.\d+/latents", name)]
+        self.steps = len(recorded)
+        expected = [f"step.{number:03}/latents" for number in range(1, self.steps + 1)]
+        if not recorded or not all(name in capture.tensors for name in expected):
             raise UserError(
-                f"{capture.path} lacks latents, from which to go on: capture it without --steps-of and --only"
+                f"{capture.path}: lacks latents to start from. Capture it without "
+                "`at_steps` and `only`"
             )
-        self.conditions = r.pictures and pipe.condition(r.pictures, r.width, r.height)
+        self.conditions = None
+        if r.pictures:
+            self.conditions = pipe.condition(r.pictures, r.width, r.height)
         self.features, self.negative = pipe.encode([r.prompt]), None
-        if check_cfg(
-            pipe.spec, r.guidance, r.negative_prompt, r.cfg_scale, check_steps(pipe.spec, r.steps)
-        ):
+        steps = check_steps(pipe.spec, r.steps)
+        if check_cfg(pipe.spec, r.guidance, r.negative_prompt, r.cfg_scale, steps):
             self.negative = pipe.encode([r.negative_prompt or ""])
 
-    def row(self, start: int, end: int, budget: float) -> Row:
-        """What the steps start + 1 to end come to: the last velocity if it is over budget, else the latents after it."""
+    def row(self, start: int, end: int, tolerance: float) -> Row:
+        """Run steps start + 1 to end. Return the last velocity's row if over, else the latents'."""
         last = f"step.{end:03}"
         try:
             velocity, latents = self.run(start, end)
         except NonFiniteError as error:
-            return Row(
-                f"{last}/latents",
-                self.capture.records[f"{last}/latents"].shape,
-                "F32",
-                "full",
-                budget,
-                None,
-                str(error),
-            )
+            name = f"{last}/latents"
+            shape = self.capture.records[name].shape
+            return Row(name, shape, "F32", "full", tolerance, None, str(error))
         tensors = {f"{last}/velocity": velocity, f"{last}/latents": latents}
-        rows = judged(
-            self.capture, {n: x for n, x in tensors.items() if n in self.capture.records}, budget
-        )
+        tensors = {name: x for name, x in tensors.items() if name in self.capture.records}
+        rows = compare_to_recorded(self.capture, tensors, tolerance)
         return first_over(rows) or rows[-1]
 
     def run(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        numbers, coming, velocities = count(start + 1), [], []
-
-        def denoise(
-            original: Callable, velocity: Callable, x: Tensor, times: Tensor, *rest
-        ) -> Tensor:
-            def step(x: Tensor, t: float) -> Tensor:
-                where = f"step.{next(numbers):03}"
-                coming[:] = [where, f"{where}/negative"]
-                velocities[:] = [velocity(x, t)]
-                return velocities[0]
-
-            if start:
-                before = self.capture.tensors[f"step.{start:03}/latents"]
-                x = rearrange(before, "b c h w -> b (h w) c").to(x.device)
-            return original(step, x, times[start : end + 1], *rest)
-
-        def velocity(
-            img: Tensor, txt: Tensor, rope: Tensor, mods: Modulations, memories=None
-        ) -> Tensor:
-            return self.call(
-                coming.pop(0), [img, txt, rope, mods.vec, *tree_leaves(memories or [])]
-            )[0].to(img.device)
-
+        """Run the steps start + 1 to end. Return the last velocity and the latents after it."""
+        stretch = _Stretch(self, start, end)
         r, pipe = self.request, copy.copy(self.pipe)
+        # a copy with the same weights: `call` may run the original
+        module: Any = copy.copy(self.pipe.transformer())
+        module.denoise = partial(stretch.run_network, module.denoise)
         pipe.transformer = copy.copy(self.pipe.transformer)
-        pipe.transformer.module = copy.copy(
-            self.pipe.transformer()
-        )  # with the same weights, in which `call` may run
-        pipe.transformer.module.denoise = velocity
+        pipe.transformer.module = module
+        pipe.transformer.drop_submodules = lambda *_: module
         size = (None, None) if self.conditions else (r.width, r.height)
-        with replaced(sampling, "denoise", lambda original: partial(denoise, original)):
+        with replaced(sampling, "denoise", lambda original: partial(stretch.denoise, original)):
             latents = pipe.sample(
                 self.features,
                 [r.seed],
@@ -230,69 +216,104 @@ class _Loop:
                 r.cfg_scale,
                 conditions=self.conditions,
             )
-        return velocities[0], latents
+        return stretch.velocity, latents
+
+
+class _Stretch:
+    """Takes the places of `sampling.denoise` and of the transformer while some steps run."""
+
+    def __init__(self, loop: _Loop, start: int, end: int):
+        self.loop, self.start, self.end = loop, start, end
+        self.step = start
+        self.passes: list[str] = []  # names of the passes of this step that are still to run
+
+    def denoise(self, original: Callable, velocity: Callable, x: Tensor, times: Tensor, *rest):
+        def counted(x: Tensor, *at) -> Tensor:
+            self.step += 1
+            place = f"step.{self.step:03}"
+            self.passes = [place, f"{place}/negative"]
+            self.velocity = velocity(x, *at)
+            return self.velocity
+
+        if self.start:
+            before = self.loop.capture.tensors[f"step.{self.start:03}/latents"]
+            x = rearrange(before, "b c h w -> b (h w) c").to(x.device)
+        return original(counted, x, times[self.start : self.end + 1], *rest)
+
+    def run_network(
+        self,
+        original: Callable,
+        img: Tensor,
+        txt: Tensor,
+        rope: Tensor,
+        mods: Modulations,
+        caches: list[KVCache] | None = None,
+    ) -> Tensor:
+        if not self.passes:  # before the first step: the references, which fill the caches
+            return original(img, txt, rope, mods, caches)
+        inputs = [img, txt, rope, mods.vec]
+        for cache in caches or ():
+            inputs += [x for x in (cache.k, cache.v) if x is not None]
+        return self.loop.call(self.passes.pop(0), inputs)[0].to(img.device)
 
 
 # ---------------------------------------------------------------- blocks
 
 
-def _blocks(capture: Capture, where: str) -> list[Recorded]:
-    """All blocks of a pass, in a row."""
-    blocks = [
-        each
-        for each in recorded(capture)
-        if PLACE.fullmatch(each.name)[1] == where and _is_block(each)
-    ]
-    places = [BLOCK.fullmatch(PLACE.fullmatch(each.name)[4]) for each in blocks]
-    kinds = [
-        [int(place[2]) for place in places if place[1] == kind] for kind in ("double", "single")
-    ]
-    if not blocks or any(numbers != list(range(len(numbers))) for numbers in kinds):
+def _blocks(capture: Capture, place: str) -> list[ModuleRun]:
+    """Return the runs of all blocks of a pass, in order. UserError if one is not recorded."""
+    blocks: list[ModuleRun] = []
+    numbers: dict[str, list[int]] = {"double": [], "single": []}
+    for each in module_runs(capture):
+        network, path = split_place(each.name)
+        block = BLOCK.fullmatch(path)
+        if network == place and block:
+            blocks.append(each)
+            numbers[block[1]].append(int(block[2]))
+    if not blocks or any(found != list(range(len(found))) for found in numbers.values()):
         raise UserError(
-            f"{where} departs, but {capture.path} lacks blocks of it in full: capture it without --only and --keep"
+            f"{capture.path}: {place} differs, but its blocks are not recorded in full. "
+            "Capture it without `only` and `store`"
         )
     return blocks
 
 
-def _is_block(each: Recorded) -> bool:
-    return BLOCK.fullmatch(PLACE.fullmatch(each.name)[4] or "") is not None
-
-
-def _departs(capture: Capture, call: Call, blocks: list[Recorded], budget: float) -> bool:
-    """Whether what comes of these blocks in a row is over budget, the first one's input being the recorded one."""
+def _output_differs(
+    capture: Capture, call: Call, blocks: list[ModuleRun], tolerance: float
+) -> bool:
+    """Run blocks in a row from the first one's recorded input. Whether the last output is over."""
     streams: list[Tensor] = []
     for each in blocks:
-        inputs = inputs_of(capture, each)
-        if (
-            "single_blocks" in each.name and len(streams) == 2
-        ):  # image and text become one sequence, text first
-            streams = [torch.cat(streams[::-1], dim=1)]
+        inputs = recorded_inputs(capture, each)
+        if "single_blocks" in each.name and len(streams) == 2:
+            streams = [torch.cat(streams[::-1], dim=1)]  # image and text -> text first
         inputs[: len(streams)] = streams
         streams = call(each.name, inputs)[: len(each.outputs)]
-    outputs = {name: streams[number] for number, name in blocks[-1].outputs.items()}
-    return any(row.over for row in judged(capture, outputs, budget))
+    outputs = {name: streams[position] for position, name in blocks[-1].outputs.items()}
+    return any(row.over for row in compare_to_recorded(capture, outputs, tolerance))
 
 
-def _look_into(capture: Capture, call: Call, block: Recorded, budget: float) -> Row:
-    """The first tensor over budget in a block, or else the nearest to it."""
+def _first_inside(capture: Capture, call: Call, block: ModuleRun, tolerance: float) -> Row:
+    """Return the row of the first tensor over its tolerance in a block, or else of the nearest."""
     if isinstance(call, Modules):
-        rows = inside(capture, call, block.name, budget=budget)
-    else:  # of a function, its modules one by one
+        rows = replay_inside(capture, call, block.name, tolerance=tolerance)
+    else:  # a function: its modules one by one
         parts = [
             each
-            for each in recorded(capture)
+            for each in module_runs(capture)
             if re.match(rf"{re.escape(block.name)}(?![^./])", each.name)
         ]
-        rows = [row for each in parts for row in local(capture, call, each, budget)]
+        rows = [row for each in parts for row in replay_module(capture, call, each, tolerance)]
     return first_over(rows) or max(rows, key=lambda row: row.ratio)
 
 
-def _outside_blocks(capture: Capture, call: Call, step: int, budget: float) -> Row | None:
-    """The first over budget of all modules of a step whose blocks are well: an embedder, a modulation, the final layer."""
-    places = (*passes(capture, step), "references")
+def _first_outside_blocks(capture: Capture, call: Call, step: int, tolerance: float) -> Row | None:
+    """Return the first row over its tolerance in the embedders, modulations and final layer."""
+    places = (*passes_of_step(capture, step), "references")
     parts = [
         each
-        for each in recorded(capture)
-        if PLACE.fullmatch(each.name)[1] in places and not each.whole
+        for each in module_runs(capture)
+        if split_place(each.name)[0] in places and not each.is_network
     ]
-    return first_over([row for each in parts for row in local(capture, call, each, budget)])
+    rows = [row for each in parts for row in replay_module(capture, call, each, tolerance)]
+    return first_over(rows)

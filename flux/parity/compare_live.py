@@ -1,6 +1,6 @@
 """A live run against a capture: what is live is judged, and what was recorded is the reference.
 
-    here              the pipeline that the capture is of, from the prompt on: `replay.against`
+    here              the pipeline that the capture is of, from the prompt on: `replay.run_and_compare`
     diffusers         its transformer with the same weights, on what each pass took: tokens, text, ids, t, guidance, pooled text
     module:function   an adaptor, a `modules.Call`, on what each module took; or it gives the path of a capture that it wrote
 
@@ -23,15 +23,15 @@ from flux.parity.modules import Call, guarded
 from flux.parity.name_map import gathering, matches_of
 from flux.parity.replay import (
     PASS,
-    Budget,
-    Recorded,
-    asked,
+    ModuleRun,
+    Tolerance,
+    call_checked,
     check_model,
-    inputs_of,
-    judged,
-    recorded,
+    compare_to_recorded,
+    module_runs,
+    recorded_inputs,
 )
-from flux.parity.tolerances import budgets, stored
+from flux.parity.tolerances import measured_tolerances, stored_rounding
 from flux.pipeline import Pipeline
 from flux.sampling import per_step_values
 from flux.transformer import Flux, FluxConfig
@@ -39,10 +39,10 @@ from flux.transformer import Flux, FluxConfig
 
 def allowed(
     capture: Capture, precision: str | None, given: float | None, alone: bool = False
-) -> Budget:
+) -> Tolerance:
     """What was given, else what was measured for this precision, if anything was."""
-    measured = given is None and precision in stored(capture)
-    return budgets(capture, precision, alone) if measured else given
+    measured = given is None and precision in stored_rounding(capture)
+    return measured_tolerances(capture, precision, alone) if measured else given
 
 
 # ---------------------------------------------------------------- adaptors
@@ -71,22 +71,24 @@ def adaptor(
     precision, rows, call = capture.recipe.get("dtype"), [], guarded(call)
     alone = allowed(capture, precision, tolerance, alone=True)
     for each in (
-        recorded(capture, only) or recorded(capture)[:1]
+        module_runs(capture, only) or module_runs(capture)[:1]
     ):  # a capture has more than what modules give
-        answer = call(each.name, inputs_of(capture, each))
+        answer = call(each.name, recorded_inputs(capture, each))
         if isinstance(answer, str | os.PathLike):
             return compare(Capture(answer), capture, allowed(capture, precision, tolerance), only)
         if not rows:
             check_patterns(
-                only, [name for each in recorded(capture) for name in each.outputs.values()]
+                only, [name for each in module_runs(capture) for name in each.outputs.values()]
             )
-        rows += judged(capture, _checked(capture, each, answer), alone, whole=each.whole)
+        rows += compare_to_recorded(
+            capture, _checked(capture, each, answer), alone, is_network=each.is_network
+        )
     return rows
 
 
-def _checked(capture: Capture, each: Recorded, answer) -> dict[str, Tensor]:
+def _checked(capture: Capture, each: ModuleRun, answer) -> dict[str, Tensor]:
     """Tensors by their names in the capture."""
-    tensors = asked(lambda name, inputs: answer, each.name, [])
+    tensors = call_checked(lambda name, inputs: answer, each.name, [])
     expected = 1 + max(each.outputs)
     numbered = any(
         re.search(r"/out\.\d", name) for name in each.outputs.values()
@@ -109,7 +111,7 @@ def _checked(capture: Capture, each: Recorded, answer) -> dict[str, Tensor]:
 
 
 def diffusers(
-    capture: Capture, pipe: Pipeline, only: Sequence[str] = (), tolerance: Budget = None
+    capture: Capture, pipe: Pipeline, only: Sequence[str] = (), tolerance: Tolerance = None
 ) -> list[Row]:
     """Its transformer in every recorded pass: rows of the tensors that both have, in the order of our execution."""
     check_model(capture, pipe)
@@ -129,7 +131,9 @@ def diffusers(
         }
 
         def judge(name, tensor):
-            return rows.extend(judged(capture, {name: tensor}, tolerance, whole=True))
+            return rows.extend(
+                compare_to_recorded(capture, {name: tensor}, tolerance, is_network=True)
+            )
 
         with torch.inference_mode(), watching({"": theirs}, gathering(wanted, judge)):
             reference.diffusers_velocity(theirs, **_inputs(capture, place, pipe))

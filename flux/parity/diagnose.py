@@ -1,7 +1,7 @@
-"""Name the mistake: the first tensor over budget, computed again with each known mistake, until one gives what the port has.
+"""Name the bug of a port: recompute its first wrong tensor with each known bug.
 
-Only the port's tensor is read, and else what the reference recorded, so that what the port did before plays no part. The
-runs are in case.py, the mistakes in mistakes.py.
+Only the port's tensor and the reference's recorded tensors are read. So what the port computed
+before that tensor does not matter. `rerun.py` recomputes, `known_bugs.py` lists the bugs.
 """
 
 import re
@@ -11,119 +11,129 @@ from dataclasses import dataclass
 from flux.errors import UserError
 from flux.parity.capture_file import Capture, reduce
 from flux.parity.compare import Row, errors, verdict
-from flux.parity.known_bugs import MISTAKES, Mistake
-from flux.parity.rerun import Case, cases
+from flux.parity.known_bugs import KNOWN_BUGS, KnownBug
+from flux.parity.rerun import Rerun, reruns
 from flux.pipeline import Pipeline
 
-CLEARLY = 5  # times nearer to the mistake than to the reference; a wrong eps is some ten times rounding, and no more
-SHOWN = 5  # trials
+# A match must be this many times nearer to the bug's tensor than to the reference's.
+# A wrong epsilon moves a tensor by about ten times its rounding, no more.
+MARGIN = 5
+LISTED = 5  # trials in the text
 
 
 @dataclass(frozen=True)
 class Trial:
-    mistake: Mistake
-    residual: float  # relative L2 of the port's tensor to what the mistake gives
-    fits: bool
+    """One known bug, tried."""
+
+    bug: KnownBug
+    distance: float  # relative L2 of the port's tensor to the tensor with the bug
+    matches: bool
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     rows: Sequence[Row]
-    row: Row  # of the first tensor over budget
-    trials: list[
-        Trial
-    ]  # what fits first, then the nearest; one for each mistake that could be made there
-    unsound: (
-        float | None
-    )  # relative L2 to the reference of what we compute without a mistake, where that is over budget
+    row: Row  # of the first tensor over its tolerance
+    trials: list[Trial]  # one for each bug that applies: the match first, then the nearest
+    baseline_error: float | None  # relative L2 of our own result, where over the tolerance
 
     @property
-    def cause(self) -> Mistake | None:
-        return self.trials[0].mistake if self.trials and self.trials[0].fits else None
+    def bug(self) -> KnownBug | None:
+        return self.trials[0].bug if self.trials and self.trials[0].matches else None
 
 
 def diagnose(
     rows: Sequence[Row], port: Capture, reference: Capture, pipe: Pipeline
 ) -> Diagnosis | None:
-    """What is wrong with the first tensor over budget of a comparison; None if there is none.
+    """Return the known bug whose effect on the port's tensor matches, and the others tried.
 
-    `pipe` has the weights that the reference was captured with. A mistake fits if the port is within budget of what it
-    gives, and clearly nearer to that than to the reference.
+    None if no row is over its tolerance. `pipe` must have the weights of the reference. A bug
+    matches if the port's tensor is within tolerance of the bug's tensor and clearly nearer to it
+    than to the reference.
     """
-    place = next((place for place, row in enumerate(rows) if row.over), None)
-    if place is None:
+    index = next((index for index, row in enumerate(rows) if row.over), None)
+    if index is None:
         return None
-    row, best, unsound = rows[place], {}, None
+    row, baseline_error = rows[index], None
+    best: dict[KnownBug, Trial] = {}
     if row.errors is not None and row.kind != "statistics":
-        tried = cases(row.name, reference, pipe, before=rows[place - 1].name if place else None)
-        unsound = unsoundness(tried[0], row.budget)
-        for case in tried:
-            for trial in filter(None, (attempt(mistake, case, port, row) for mistake in MISTAKES)):
-                best[trial.mistake] = min(trial, best.get(trial.mistake, trial), key=order)
-            if any(trial.fits for trial in best.values()):
+        previous = rows[index - 1].name if index else None
+        candidates = reruns(row.name, reference, pipe, previous)
+        baseline_error = _baseline_error(candidates[0], row.tolerance)
+        for rerun in candidates:
+            for bug in KNOWN_BUGS:
+                trial = _try(bug, rerun, port, row)
+                if trial is not None:
+                    best[bug] = min(trial, best.get(bug, trial), key=_rank)
+            if any(trial.matches for trial in best.values()):
                 break
-    return Diagnosis(rows, row, sorted(best.values(), key=order), unsound)
+    return Diagnosis(rows, row, sorted(best.values(), key=_rank), baseline_error)
 
 
-def order(trial: Trial) -> tuple[bool, float]:
-    return not trial.fits, trial.residual
+def _rank(trial: Trial) -> tuple[bool, float]:
+    return not trial.matches, trial.distance
 
 
-def attempt(mistake: Mistake, case: Case, port: Capture, row: Row) -> Trial | None:
-    """None where the mistake cannot be made or makes no difference, or the capture lacks what it takes."""
-    if not re.search(mistake.where, row.name):
+def _try(bug: KnownBug, rerun: Rerun, port: Capture, row: Row) -> Trial | None:
+    """None where the bug does not apply or changes nothing, or the capture lacks an input."""
+    if not re.search(bug.where, row.name):
         return None
     try:
-        tensor = mistake.wrong(case)
+        tensor = bug.compute(rerun)
     except (LookupError, UserError):
         return None
-    if tuple(tensor.shape) != row.shape or (case.honest is not None and tensor.equal(case.honest)):
+    if tuple(tensor.shape) != row.shape:
+        return None
+    if rerun.unpatched is not None and tensor.equal(rerun.unpatched):
         return None
     found = errors(port.tensors[row.name], reduce(row.name, tensor, port.kind(row.name)))
-    near = CLEARLY * found.relative_l2 <= row.errors.relative_l2 or row.errors.misplaced > 0
-    return Trial(mistake, found.relative_l2, near and not found.over(row.budget))
+    to_reference = row.errors
+    nearer = to_reference is not None and (
+        MARGIN * found.relative_l2 <= to_reference.relative_l2 or to_reference.misplaced > 0
+    )
+    return Trial(bug, found.relative_l2, nearer and not found.over(row.tolerance))
 
 
-def unsoundness(case: Case, budget: float) -> float | None:
-    """Without a mistake, the reference's weights give the reference's tensor."""
-    if case.honest is None or case.reference.kind(case.name) != "full":
+def _baseline_error(rerun: Rerun, tolerance: float) -> float | None:
+    """Without a bug, the reference's weights should give the reference's tensor."""
+    if rerun.unpatched is None or rerun.reference.kind(rerun.name) != "full":
         return None
-    found = errors(case.honest, case.truth)
-    return found.relative_l2 if found.over(budget) else None
+    found = errors(rerun.unpatched, rerun.expected)
+    return found.relative_l2 if found.over(tolerance) else None
 
 
-# ---------------------------------------------------------------- to read
+# ---------------------------------------------------------------- format
 
 
-def told(diagnosis: Diagnosis) -> str:
-    """The verdict, the cause or that none fits, and the nearest of what was tried."""
-    row, cause, trials = diagnosis.row, diagnosis.cause, diagnosis.trials
+def format_diagnosis(diagnosis: Diagnosis) -> str:
+    """Return the verdict, the bug or that none matches, and the nearest trials."""
+    row, bug, trials = diagnosis.row, diagnosis.bug, diagnosis.trials
     lines = [verdict(diagnosis.rows), ""]
-    if cause:
-        against = f"relative L2 {trials[0].residual:.1e} to that, and {row.errors.relative_l2:.1e} to what it should be"
-        lines += [f"cause: {cause.name}: {cause.sentence} ({against})"]
+    if bug is not None and row.errors is not None:
+        lines.append(
+            f"cause: {bug.name}: {bug.description} (relative L2 {trials[0].distance:.1e} to the "
+            f"result with this bug, {row.errors.relative_l2:.1e} to the reference)"
+        )
     else:
-        lines += [
-            f"none of the {len(MISTAKES)} known mistakes explains it" + unexplained(diagnosis)
-        ]
-    if diagnosis.unsound is not None:
-        lines += [
-            f"note: without any mistake, these weights give {row.name} with relative L2 {diagnosis.unsound:.1e} to the "
-            "reference: they are not what it was captured with"
-        ]
+        reason = _why_no_match(diagnosis)
+        lines.append(f"none of the {len(KNOWN_BUGS)} known bugs matches{reason}")
+    if diagnosis.baseline_error is not None:
+        lines.append(
+            f"note: without any bug, these weights give {row.name} with relative L2 "
+            f"{diagnosis.baseline_error:.1e} to the reference. They are not the weights that the "
+            "reference was captured with"
+        )
     if trials:
-        lines += ["", f"tried {len(trials)}; relative L2 of the port to each:"]
-    return "\n".join([*lines, *map(line, trials[:SHOWN])])
+        lines += ["", f"tried {len(trials)} bugs; relative L2 of the port's tensor to each result:"]
+    for trial in trials[:LISTED]:
+        lines.append(f"{trial.distance:9.1e}  {trial.bug.name}: {trial.bug.description}")
+    return "\n".join(lines)
 
 
-def unexplained(diagnosis: Diagnosis) -> str:
+def _why_no_match(diagnosis: Diagnosis) -> str:
     row = diagnosis.row
     if row.errors is None:
-        return f": it {row.fault}"
+        return f": {row.name} {row.fault}"
     if not diagnosis.trials:
-        return ": there is nothing to try; captures with every tensor in full, of both sides, tell more"
-    return f": the nearest is still {diagnosis.trials[0].residual:.1e} away"
-
-
-def line(trial: Trial) -> str:
-    return f"{trial.residual:9.1e}  {trial.mistake.name}: {trial.mistake.sentence}"
+        return ": none applies here. Capture every tensor of both sides in full to try more"
+    return f": the nearest is at relative L2 {diagnosis.trials[0].distance:.1e}"

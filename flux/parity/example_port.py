@@ -1,10 +1,11 @@
-"""The first test of a port: one double block of FLUX.1 or FLUX.2, in numpy alone, against the tensors of a golden kit.
+"""An example port, tested against a golden kit: one double-stream block of FLUX.1 or FLUX.2.
 
-    python consumer.py [KIT [WEIGHTS]]
+    python example_port.py [KIT [WEIGHTS]]
 
-prints a line for each tensor, with its relative L2 error, and exits with 1 if one is off. KIT is the folder that this file
-lies in, and WEIGHTS its weights/transformer.safetensors, unless others are given. Every line goes on from the kit's own
-tensor, so that a mistake shows where it is made. To test a port, put it in place of `double_block`.
+needs numpy alone. It prints one line a tensor with its relative L2 error, and exits with 1 if one
+is wrong. KIT is this file's folder by default, WEIGHTS is KIT/weights/transformer.safetensors.
+After each check the block goes on with the kit's own tensor, so that an error shows only where it
+is made. To test your port, replace `double_block`.
 """
 
 import json
@@ -13,82 +14,82 @@ from pathlib import Path
 
 import numpy as np
 
-TOLERANCE = 2e-6  # relative L2: all is computed in float64 here, and what is left is the rounding of the kit's float32
+TOLERANCE = 2e-6  # relative L2; this file computes in float64, the kit was rounded to float32
 
 
 def double_block(w, img, txt, rope, vec, check):
-    """Image (1, L, D) and text tokens (1, T, D) meet in one attention. `check(name, ours)` gives the kit's tensor."""
+    """Compute the first block from image tokens (1, L, D), text tokens (1, T, D) and vec (1, D).
+
+    `check(name, ours)` compares a tensor with the kit's and returns the kit's.
+    """
+    block = "double_blocks.0"
     flux2 = "double_stream_modulation_img.lin.weight" in w
-    tokens, mods, heads = {"img": img, "txt": txt}, {}, {}
-    for stream, x in tokens.items():
-        name = (
-            f"double_stream_modulation_{stream}" if flux2 else f"double_blocks.0.{stream}_mod"
-        )  # of all blocks, or its own
-        parts = np.split(linear(w, f"{name}.lin", silu(vec))[:, None], 6, axis=-1)  # 6 of (1, 1, D)
-        parts[1], parts[4] = 1 + parts[1], 1 + parts[4]  # the scales
-        mods[stream] = shift, scale, *_ = [
-            check(f"{name}/out.{i}", part) for i, part in enumerate(parts)
-        ]
-        attn = f"double_blocks.0.{stream}_attn"
+    mods, heads, out = {}, {}, {}
+
+    # modulation, q, k and v of each stream
+    for stream, x in (("img", img), ("txt", txt)):
+        mod = f"double_stream_modulation_{stream}" if flux2 else f"{block}.{stream}_mod"
+        chunks = np.split(linear(w, f"{mod}.lin", silu(vec))[:, None], 6, axis=-1)  # (1, 1, D) each
+        mods[stream] = [check(f"{mod}/out.{i}", chunk) for i, chunk in enumerate(chunks)]
+        shift, scale, *_ = mods[stream]
+
+        attn = f"{block}.{stream}_attn"
         x = check(f"{attn}.qkv/in", modulate(x, shift, scale))
-        qkv = linear(w, f"{attn}.qkv", x).reshape(
-            *x.shape[:2], 3, -1, 2 * len(rope[0])
-        )  # (1, N, 3, H, d)
-        *qk, v = qkv.transpose(2, 0, 1, 3, 4)  # each (1, N, H, d)
-        qk = [
-            rms_norm(x) * w[f"{attn}.norm.{name}_norm.scale"]
-            for x, name in zip(qk, ("query", "key"))
-        ]
-        heads[stream] = *check(f"{attn}.norm/out", np.stack(qk)), v
+        qkv = linear(w, f"{attn}.qkv", x).reshape(1, x.shape[1], 3, -1, 2 * len(rope[0]))
+        q, k, v = np.moveaxis(qkv, 2, 0)  # (1, N, H, d) each
+        q = check(f"{attn}.norm/out.0", rms_norm(q) * w[f"{attn}.norm.query_norm.scale"])
+        k = check(f"{attn}.norm/out.1", rms_norm(k) * w[f"{attn}.norm.key_norm.scale"])
+        heads[stream] = q, k, v
 
-    # text first; each is now (1, H, T + L, d)
-    q, k, v = (
-        np.concatenate(pair, axis=1).swapaxes(1, 2) for pair in zip(heads["txt"], heads["img"])
-    )
-    turned = zip("qkv", (rotate(q, rope), rotate(k, rope), v))
-    q, k, v = (check(f"double_blocks.0/attention/{tap}", x) for tap, x in turned)
-    out = (
-        check("double_blocks.0/attention/out", attention(q, k, v))
-        .swapaxes(1, 2)
-        .reshape(1, -1, img.shape[2])
-    )
-    attended = {"img": out[:, txt.shape[1] :], "txt": out[:, : txt.shape[1]]}
+    # joint attention, text first
+    q, k, v = (np.concatenate(pair, axis=1) for pair in zip(heads["txt"], heads["img"]))
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (1, H, T + L, d)
+    q = check(f"{block}/attention/q", apply_rope(q, rope))
+    k = check(f"{block}/attention/k", apply_rope(k, rope))
+    v = check(f"{block}/attention/v", v)
+    x = check(f"{block}/attention/out", attention(q, k, v))
+    x = x.swapaxes(1, 2).reshape(1, -1, img.shape[2])  # (1, T + L, D)
+    out["txt"], out["img"] = np.split(x, [txt.shape[1]], axis=1)
 
-    for number, (stream, x) in enumerate(tokens.items()):
-        mlp, (_, _, gate, shift, scale, mlp_gate) = f"double_blocks.0.{stream}_mlp", mods[stream]
-        x = x + gate * linear(w, f"double_blocks.0.{stream}_attn.proj", attended[stream])
+    # residuals of each stream
+    for i, (stream, x) in enumerate((("img", img), ("txt", txt))):
+        _, _, gate, shift, scale, mlp_gate = mods[stream]
+        mlp = f"{block}.{stream}_mlp"
+        x = x + gate * linear(w, f"{block}.{stream}_attn.proj", out[stream])
         hidden = linear(w, f"{mlp}.0", check(f"{mlp}/in", modulate(x, shift, scale)))
         hidden = check(f"{mlp}.1/out", gated_silu(hidden) if flux2 else gelu(hidden))
-        check(f"double_blocks.0/out.{number}", x + mlp_gate * linear(w, f"{mlp}.2", hidden))
+        check(f"{block}/out.{i}", x + mlp_gate * linear(w, f"{mlp}.2", hidden))
 
 
 def linear(w, name, x):
-    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # FLUX.1 has biases
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # FLUX.2 has no biases
 
 
 def rms_norm(x):
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6)
 
 
+def layer_norm(x):
+    return rms_norm(x - x.mean(axis=-1, keepdims=True))
+
+
 def modulate(x, shift, scale):
-    return (
-        scale * rms_norm(x - x.mean(axis=-1, keepdims=True)) + shift
-    )  # LayerNorm is the RMS norm of what has no mean
+    return (1 + scale) * layer_norm(x) + shift
 
 
-def rotate(x, rope):
-    turn = rope[..., 0, 0] + 1j * rope[..., 1, 0]  # (T + L, d/2), cosine and sine
-    return (x.view(complex) * turn).view(float)  # two neighbouring channels are one complex number
+def apply_rope(x, rope):
+    cos, sin = rope[:, :, 0, 0], rope[:, :, 1, 0]  # (T + L, d/2)
+    x0, x1 = x[..., 0::2], x[..., 1::2]  # neighbouring channels
+    return np.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], axis=-1).reshape(x.shape)
 
 
 def attention(q, k, v):
-    weights = np.exp(
-        q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
-    )  # no overflow: q and k are normalised. No mask
-    return weights @ v / weights.sum(axis=-1, keepdims=True)
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])  # no mask: padding takes part
+    weights = np.exp(scores)  # cannot overflow: q and k are normalised
+    return weights / weights.sum(axis=-1, keepdims=True) @ v
 
 
-def gelu(x):  # FLUX.1: its approximation by tanh
+def gelu(x):  # FLUX.1: the tanh approximation
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
@@ -102,40 +103,38 @@ def silu(x):
 
 
 def read(path):
-    """What is read of a .safetensors file: the length of its header in 8 bytes, the header in JSON, and then the data."""
-    raw = np.memmap(path, np.uint8, mode="r")
+    """Read this block's tensors: 8 bytes of header length, a JSON header, then the data."""
+    raw, tensors = np.memmap(path, np.uint8, mode="r"), {}
     start = 8 + int.from_bytes(raw[:8], "little")
     for name, entry in json.loads(bytes(raw[8:start])).items():
-        if "double_blocks.0" in name or "double_stream_modulation" in name or name.endswith("/vec"):
-            data = raw[start:][slice(*entry["data_offsets"])]
-            if entry["dtype"] == "BF16":  # the upper half of a float32
-                data = data.view("<u2").astype("<u4") << 16
-            yield (
-                name.removeprefix("step.001/"),
-                data.view("<f4").reshape(entry["shape"]).astype(np.float64),
-            )
+        name = name.removeprefix("step.001/")
+        if name != "vec" and not name.startswith(("double_blocks.0", "double_stream_modulation")):
+            continue
+        begin, end = entry["data_offsets"]
+        data = raw[start + begin : start + end]
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            data = data.view("<u2").astype("<u4") << 16
+        tensors[name] = data.view("<f4").reshape(entry["shape"]).astype(np.float64)
+    return tensors
 
 
 def main(folder=Path(__file__).parent, weights=None):
-    kit = dict(read(Path(folder, "expected.safetensors")))
-    w, off = dict(read(weights or Path(folder, "weights/transformer.safetensors"))), []
+    kit, wrong = read(Path(folder, "expected.safetensors")), []
+    w = read(weights or Path(folder, "weights/transformer.safetensors"))
 
     def check(name, ours):
-        theirs = kit[name]
-        error = (
-            np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-            if ours.shape == theirs.shape
-            else np.inf
-        )
-        off.extend([] if error <= TOLERANCE else [name])  # NaN is off, too
-        print("OFF" if name in off else "ok ", f"{error:.1e}  {name} {theirs.shape}")
+        theirs, error = kit[name], np.inf
+        if ours.shape == theirs.shape:
+            error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        if not error <= TOLERANCE:  # also NaN
+            wrong.append(name)
+        print("WRONG" if name in wrong else "ok   ", f"{error:.1e}  {name} {theirs.shape}")
         return theirs
 
-    double_block(
-        w, *(kit[f"double_blocks.0/in.{number}"] for number in range(3)), kit["vec"], check
-    )
-    print(f"off by more than {TOLERANCE}: {', '.join(off)}" if off else f"all agree to {TOLERANCE}")
-    return len(off) > 0
+    img, txt, rope = (kit[f"double_blocks.0/in.{i}"] for i in range(3))
+    double_block(w, img, txt, rope, kit["vec"], check)
+    print(f"wrong: {', '.join(wrong)}" if wrong else f"all tensors agree to {TOLERANCE}")
+    return len(wrong) > 0
 
 
 if __name__ == "__main__":

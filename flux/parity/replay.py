@@ -1,11 +1,11 @@
-"""Feed what a capture recorded into a module, a block, a network or the whole loop, and compare what comes out.
+"""Run modules on the inputs that a capture recorded, and compare their outputs.
 
-    forced    each module alone, on the inputs that were recorded: errors do not add up, and a fault shows where it is made
-    inside    one module or network on its recorded inputs, and every tensor in it, in the order of execution
-    free      the whole loop, from the recorded noise and text features on: errors add up, as in a run
+    replay_modules  each module alone on its recorded inputs: errors do not accumulate
+    replay_inside   one module or network on its recorded inputs, and every tensor inside it
+    replay_loop     the sampling loop from the recorded noise and text features: errors accumulate
 
-What is judged is a `Call`, the networks here or anybody's. Modules come one after the other, and their tensors from the
-mapped file, so that a capture may be larger than memory; so may the networks.
+The modules belong to a `Call`: the networks here, or any function. Only one module's tensors are in
+memory at a time, so a capture may be larger than memory.
 """
 
 import copy
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,58 +27,60 @@ from flux.errors import UserError
 from flux.image_io.request import ImageInputs
 from flux.parity.capture import Request, run
 from flux.parity.capture_file import DTYPES, Capture, Kind, Record, raw
-from flux.parity.compare import BUDGETS, COARSEST_FIRST, Row, compare
+from flux.parity.compare import COARSEST_FIRST, TOLERANCES, Row, compare
 from flux.parity.hooks import check_patterns, matches, replaced, watching
 from flux.parity.modules import PLACE, Call, Modules, in_dtype
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
 
-Budget = (
-    float | Mapping[str, float] | None
-)  # relative L2 that is allowed: of all tensors, or by name
-LOCAL = {
-    "F32": 1e-5,
-    "F16": 8e-4,
-    "BF16": 6e-3,
-}  # of one module on given inputs; of a whole network, compare.BUDGETS
+Tolerance = float | Mapping[str, float] | None  # relative L2, of all tensors or by name
+MODULE_TOLERANCES = {"F32": 1e-5, "F16": 8e-4, "BF16": 6e-3}  # one module; a network: TOLERANCES
 
 TAP = re.compile(r"(.+)/(in|out)(?:\.(\d+))?(~\d+)?")
-ATTENTION = re.compile(
-    r"((?!text/).+/attention)/(q|k|v|out)()(~\d+)?"
-)  # a text encoder's needs a mask, which is no input
+# a text encoder's attention also takes a mask, which is not recorded with it
+ATTENTION = re.compile(r"((?!text/).+/attention)/(q|k|v|out)()(~\d+)?")
 PASS = re.compile(r"step\.\d+(/negative)?")
 
 
-# ---------------------------------------------------------------- what was recorded
+# ---------------------------------------------------------------- the runs of a capture
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """One run of a module; the tensors of a capture that it took and gave, by name."""
+class ModuleRun:
+    """One run of a module: the names of its recorded inputs and outputs."""
 
     name: str
     inputs: tuple[str, ...]
-    outputs: dict[int, str]  # by their number among all outputs of the module
+    outputs: dict[int, str]  # position among all outputs of the module -> name
 
     @property
-    def whole(self) -> bool:
-        """Whether it is a network."""
-        return PLACE.fullmatch(self.name)[4] is None
+    def is_network(self) -> bool:
+        return split_place(self.name)[1] == ""
 
 
-def recorded(capture: Capture, only: Sequence[str] = ()) -> list[Recorded]:
-    """Every run of a module whose inputs are kept in full, in the order in which they end.
+def split_place(name: str) -> tuple[str, str]:
+    """Split a name into the place of the network and the path of the module, "" for all of it."""
+    place = PLACE.fullmatch(name)
+    if place is None:
+        raise UserError(f"{name}: is not a module of a pipeline")
+    return place[1], place[4] or ""
 
-    `only`: patterns that an output fits. UserError if there are none.
+
+def module_runs(capture: Capture, only: Sequence[str] = ()) -> list[ModuleRun]:
+    """Return every run of a module whose inputs are stored in full, in the order of execution.
+
+    `only`: patterns for the names of the outputs. UserError if the capture has no such run.
     """
-    runs = [Recorded(name, *tensors) for name, *tensors in _taken_and_given(capture)]
+    runs = [ModuleRun(*each) for each in _inputs_and_outputs(capture)]
     usable = [
-        each for each in runs if _kept_in_full(capture, each.inputs) and PLACE.fullmatch(each.name)
+        each
+        for each in runs
+        if _stored_in_full(capture, each.inputs) and PLACE.fullmatch(each.name)
     ]
     if not usable:
         raise UserError(
-            f"{capture.path} holds no module with all of its inputs and an output in full: capture it with --keep full, "
-            "and choose whole modules, such as --only 'double_blocks.3'"
+            f"{capture.path}: has no module with all inputs and an output in full. Capture it with "
+            '`keep="full"` and an `only` that selects whole modules, such as double_blocks.3'
         )
     chosen = [each for each in usable if any(matches(name, only) for name in each.outputs.values())]
     return sorted(
@@ -86,18 +89,22 @@ def recorded(capture: Capture, only: Sequence[str] = ()) -> list[Recorded]:
     )
 
 
-def _taken_and_given(capture: Capture) -> Iterator[tuple[str, tuple[str, ...], dict[int, str]]]:
-    taken, given = defaultdict(dict), defaultdict(dict)
+def _inputs_and_outputs(capture: Capture) -> Iterator[tuple[str, tuple[str, ...], dict[int, str]]]:
+    Tensors = dict[tuple[str, str], dict[int, str]]  # (module, repeat) -> position -> name
+    inputs: Tensors = defaultdict(dict)
+    outputs: Tensors = defaultdict(dict)
     for name in capture.names:
         if tap := ATTENTION.fullmatch(name) or TAP.fullmatch(name):
-            place, which, number, again = tap.groups(default="")
-            side = given if which == "out" else taken
-            side[place, again]["qkv".index(which) if which in "qkv" else int(number or 0)] = name
-    for (place, again), outputs in given.items():
-        inputs = taken[place, again]
-        whole = _taken_by_pass(capture, place) if PASS.fullmatch(place) else None
-        if whole or (inputs and list(inputs) == list(range(len(inputs)))):
-            yield place, whole or tuple(inputs.values()), outputs
+            place, which, number, repeat = tap.groups(default="")
+            side = outputs if which == "out" else inputs
+            position = "qkv".index(which) if which in "qkv" else int(number or 0)
+            side[place, repeat][position] = name
+    for (place, repeat), given in outputs.items():
+        taken = inputs[place, repeat]
+        if PASS.fullmatch(place):
+            yield place, _inputs_of_pass(capture, place), given
+        elif taken and list(taken) == list(range(len(taken))):
+            yield place, tuple(taken.values()), given
     last = f"step.{len(capture.recipe.get('schedule', ())) - 1:03}/latents"
     if last in capture.records and "pixels" in capture.records:
         yield "decoder", (last,), {0: "pixels"}
@@ -107,214 +114,217 @@ def _taken_and_given(capture: Capture) -> Iterator[tuple[str, tuple[str, ...], d
             yield place, (f"{place}/pixels",), {0: name}
 
 
-def _taken_by_pass(capture: Capture, place: str) -> tuple[str, ...]:
-    """As `Flux.velocity` takes it: tokens, text, rope, vec, and what each block remembers of references."""
+def _inputs_of_pass(capture: Capture, place: str) -> tuple[str, ...]:
+    """Return the inputs of `Flux.denoise`: tokens, text, rope, vec, each block's cached k and v."""
     rope = "negative/rope" if place.endswith("/negative") else "rope"
-    memories = [name for name in capture.names if re.fullmatch(r"references/out\.\d+", name)]
-    return f"{place}/in", f"{place}/txt_in/in", rope, f"{place}/vec", *memories
+    caches = [name for name in capture.names if re.fullmatch(r"references/out\.\d+", name)]
+    return f"{place}/in", f"{place}/txt_in/in", rope, f"{place}/vec", *caches
 
 
-def _kept_in_full(capture: Capture, names: Iterable[str]) -> bool:
+def _stored_in_full(capture: Capture, names: Iterable[str]) -> bool:
     return all(name in capture.records and capture.kind(name) == "full" for name in names)
 
 
-def inputs_of(capture: Capture, each: Recorded) -> list[Tensor]:
-    tensors = _part(capture, each.inputs).tensors
-    return [tensors[name] for name in each.inputs]
+def recorded_inputs(capture: Capture, each: ModuleRun) -> list[Tensor]:
+    return [capture.tensors[name] for name in each.inputs]
 
 
-def _part(capture: Capture, names: Iterable[str]) -> Capture:
-    """The same capture, of these tensors alone: it may have a hundred thousand."""
-    part = copy.copy(capture)
-    part.names = list(names)
-    part.records = {name: capture.records[name] for name in part.names}
-    return part
+def _subset(capture: Capture, names: Iterable[str]) -> Capture:
+    """Return the same capture with these tensors alone: it may have a hundred thousand."""
+    subset = copy.copy(capture)
+    subset.names = list(names)
+    subset.records = {name: capture.records[name] for name in subset.names}
+    return subset
 
 
-def passes(capture: Capture, step: int) -> list[str]:
-    """The runs of the transformer in a step: the prompt's, then the negative prompt's if there is one."""
+def passes_of_step(capture: Capture, step: int) -> list[str]:
+    """Return the transformer's runs in a step: the prompt's, then the negative prompt's."""
+    places = [f"step.{step:03}"]
     negative = f"step.{step:03}/negative"
+    if any(name.startswith(f"{negative}/") for name in capture.names):
+        places.append(negative)
+    return places
+
+
+# ---------------------------------------------------------------- replay
+
+
+def replay_modules(
+    capture: Capture, call: Call, only: Sequence[str] = (), tolerance: Tolerance = None
+) -> list[Row]:
+    """Run each recorded module alone on its recorded inputs. Rows in the order of execution."""
+    check_patterns(only, [name for each in module_runs(capture) for name in each.outputs.values()])
     return [
-        f"step.{step:03}",
-        *[negative] * any(name.startswith(f"{negative}/") for name in capture.names),
+        row
+        for each in module_runs(capture, only)
+        for row in replay_module(capture, call, each, tolerance)
     ]
 
 
-# ---------------------------------------------------------------- replaying
-
-
-def forced(
-    capture: Capture, call: Call, only: Sequence[str] = (), budget: Budget = None
+def replay_module(
+    capture: Capture, call: Call, each: ModuleRun, tolerance: Tolerance = None
 ) -> list[Row]:
-    """Every recorded module, of which an output fits `only`, alone, on its recorded inputs. Rows in the order of execution."""
-    check_patterns(only, [name for each in recorded(capture) for name in each.outputs.values()])
-    return [row for each in recorded(capture, only) for row in local(capture, call, each, budget)]
-
-
-def local(capture: Capture, call: Call, each: Recorded, budget: Budget = None) -> list[Row]:
-    """One module on its recorded inputs -> a row an output."""
-    answers = asked(call, each.name, inputs_of(capture, each))
+    """Run one module on its recorded inputs. One row an output."""
+    answers = call_checked(call, each.name, recorded_inputs(capture, each))
     if len(answers) <= max(each.outputs):
         raise UserError(
-            f"{each.name} gave {len(answers)} tensors, and {1 + max(each.outputs)} were recorded"
+            f"module_fn: returned {len(answers)} tensors for {each.name} "
+            f"(expected {1 + max(each.outputs)})"
         )
-    return judged(
-        capture,
-        {name: answers[number] for number, name in each.outputs.items()},
-        budget,
-        whole=each.whole,
-    )
+    outputs = {name: answers[position] for position, name in each.outputs.items()}
+    return compare_to_recorded(capture, outputs, tolerance, is_network=each.is_network)
 
 
-def asked(call: Call, name: str, inputs: list[Tensor]) -> list[Tensor]:
-    """What a call answers, which is tensors, or UserError."""
+def call_checked(call: Call, name: str, inputs: list[Tensor]) -> list[Tensor]:
+    """Return the tensors that a call returns. UserError if it returns anything else."""
     answers = call(name, inputs)
     if isinstance(answers, Tensor):
         return [answers]
-    if not isinstance(answers, Sequence) or not all(
-        isinstance(answer, Tensor) for answer in answers
-    ):
+    if not isinstance(answers, Sequence) or not all(isinstance(x, Tensor) for x in answers):
         raise UserError(
-            f"the function that was called for {name} gave {type(answers).__name__}, and not a list of tensors"
+            f"module_fn: returned {type(answers).__name__} for {name} (expected a list of tensors)"
         )
     return list(answers)
 
 
-def inside(
-    capture: Capture, modules: Modules, name: str, only: Sequence[str] = (), budget: Budget = None
+def replay_inside(
+    capture: Capture,
+    modules: Modules,
+    name: str,
+    only: Sequence[str] = (),
+    tolerance: Tolerance = None,
 ) -> list[Row]:
-    """The module or network of this name on its recorded inputs, and each tensor in it that was recorded and fits `only`."""
-    runs = {each.name: each for each in recorded(capture)}
+    """Run one module or network on its recorded inputs. Rows for the recorded tensors inside it."""
+    runs = {each.name: each for each in module_runs(capture)}
     if name not in runs:
         near = get_close_matches(name, runs, n=3, cutoff=0) or list(runs)
-        raise UserError(
-            f"--inside {name}: it has no recorded inputs; the nearest that have are {', '.join(near)}"
-        )
-    rows, see = _rows(capture, only, lambda tensors: judged(capture, tensors, budget, whole=True))
-    with watching({PLACE.fullmatch(name)[1]: modules.network(name)}, see):
-        outputs = asked(modules, name, inputs_of(capture, runs[name]))
-    if runs[name].whole:  # which is called by another name than hooks see
-        for number, output in runs[name].outputs.items():
-            see(output, outputs[number])
-    return rows
+        raise UserError(f"inside: {name} has no recorded inputs. Nearest names: {', '.join(near)}")
+    observer = _Observer(
+        capture, only, lambda x: compare_to_recorded(capture, x, tolerance, is_network=True)
+    )
+    with watching({split_place(name)[0]: modules.network(name)}, observer):
+        outputs = call_checked(modules, name, recorded_inputs(capture, runs[name]))
+    if runs[name].is_network:  # its outputs are recorded under other names than hooks give
+        for position, output in runs[name].outputs.items():
+            observer(output, outputs[position])
+    return observer.rows
 
 
-def free(
+def replay_loop(
     capture: Capture,
     pipe: Pipeline,
     request: Request,
     only: Sequence[str] = (),
-    budget: Budget = None,
+    tolerance: Tolerance = None,
 ) -> list[Row]:
-    """The whole loop, from the noise and text features of the capture, as far as it has them, on."""
-    with from_recorded(capture, pipe) as twin:
-        return against(capture, twin, request, only, budget)
+    """Run the loop from the recorded noise and text features, as far as the capture has them."""
+    with start_from_recorded(capture, pipe) as copied:
+        return run_and_compare(capture, copied, request, only, tolerance)
 
 
-def against(
+def run_and_compare(
     capture: Capture,
     pipe: Pipeline,
     request: Request,
     only: Sequence[str] = (),
-    budget: Budget = None,
+    tolerance: Tolerance = None,
 ) -> list[Row]:
-    """A run here, compared while it runs: a row for each of its tensors that the capture has."""
+    """Run the pipeline, and compare each tensor as soon as it is computed."""
     check_patterns(only, capture.names)
     recipe = {"dtype": str(pipe.dtype).removeprefix("torch.")}
-    rows, see = _rows(
-        capture,
-        only,
-        lambda tensors: compare(Live(tensors, recipe), _part(capture, tensors), budget),
-    )
-    run(pipe, request, see)
-    return rows
+
+    def judge(tensors: dict[str, Tensor]) -> list[Row]:
+        return compare(as_capture(tensors, recipe), _subset(capture, tensors), tolerance)
+
+    observer = _Observer(capture, only, judge)
+    run(pipe, request, observer)
+    return observer.rows
 
 
-def _rows(capture: Capture, only: Sequence[str], judge: Callable[[dict[str, Tensor]], list[Row]]):
-    """Rows to come, and the function that sees the tensors: the second of a name is `name~2`, as in a capture."""
-    rows, times = [], Counter()
+class _Observer:
+    """Called with each tensor of a run; adds rows. The second tensor of a name is `name~2`."""
 
-    def see(name: str, tensor: Tensor) -> None:
-        times[name] += 1
-        name += f"~{times[name]}" * (times[name] > 1)
-        if name in capture.records and matches(name, only):
-            rows.extend(judge({name: tensor}))
+    def __init__(
+        self, capture: Capture, only: Sequence[str], judge: Callable[[dict[str, Tensor]], list[Row]]
+    ):
+        self.capture, self.only, self.judge = capture, only, judge
+        self.rows: list[Row] = []
+        self.times: Counter[str] = Counter()
 
-    return rows, see
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        self.times[name] += 1
+        if self.times[name] > 1:
+            name += f"~{self.times[name]}"
+        if name in self.capture.records and matches(name, self.only):
+            self.rows += self.judge({name: tensor})
 
 
-def judged(
-    capture: Capture, tensors: Mapping[str, Tensor], budget: Budget = None, whole: bool = False
+def compare_to_recorded(
+    capture: Capture,
+    tensors: Mapping[str, Tensor],
+    tolerance: Tolerance = None,
+    is_network: bool = False,
 ) -> list[Row]:
-    """What came of recorded inputs against what was recorded; `whole`: of a network, in which errors add up."""
-    usual, allowed = BUDGETS if whole else BUDGETS | LOCAL, {}
+    """Compare outputs of recorded inputs. A network is allowed more: its errors accumulate."""
+    defaults = TOLERANCES if is_network else TOLERANCES | MODULE_TOLERANCES
+    allowed = {}
     for name, tensor in tensors.items():
         dtype = min(DTYPES[tensor.dtype], capture.records[name].dtype, key=COARSEST_FIRST.index)
-        given = budget.get(name) if isinstance(budget, Mapping) else budget
-        allowed[name] = usual.get(dtype, 0.0) if given is None else given
-    return compare(Live(tensors), _part(capture, tensors), allowed)
+        given = tolerance.get(name) if isinstance(tolerance, Mapping) else tolerance
+        allowed[name] = defaults.get(dtype, 0.0) if given is None else given
+    return compare(as_capture(tensors), _subset(capture, tensors), allowed)
 
 
-class Live:
-    """Tensors in memory, in the place of a capture."""
+def as_capture(tensors: Mapping[str, Tensor], recipe: dict | None = None) -> Capture:
+    """Return what `compare` takes for tensors in memory."""
+    return cast(Capture, _TensorsAsCapture(tensors, recipe))
 
-    def __init__(self, tensors: Mapping[str, Tensor], recipe: dict | None = None):
-        self.path, self.tensors, self.names, self.recipe = (
-            "the replay",
-            tensors,
-            list(tensors),
-            recipe or {},
-        )
+
+class _TensorsAsCapture:
+    def __init__(self, tensors: Mapping[str, Tensor], recipe: dict | None):
+        self.path = "the replay"
+        self.tensors, self.names, self.recipe = tensors, list(tensors), recipe or {}
         self.records = {name: self._record(tensor) for name, tensor in tensors.items()}
 
     def _record(self, tensor: Tensor) -> Record:
-        """With a hash, by which what is the same to the bit is known at once."""
-        return Record(
-            0, "full", DTYPES[tensor.dtype], tuple(tensor.shape), sha256(raw(tensor)).hexdigest()
-        )
+        """With a hash: tensors that are equal to the bit need no other comparison."""
+        digest = sha256(raw(tensor)).hexdigest()
+        return Record(0, "full", DTYPES[tensor.dtype], tuple(tensor.shape), digest)
 
     def kind(self, name: str) -> Kind:
         return "full"
 
 
 @contextmanager
-def from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
-    """A copy of the pipeline that knows the recorded text features; meanwhile, noise is the recorded noise."""
-    twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
-    twin.text.cache = {}
-    kept = [
-        where
-        for where in ("text", "text/negative")
-        if _kept_in_full(capture, [f"{where}/features"])
-    ]
-    known = [features(capture, where) for where in kept]
-    if known:
-        twin.text.encode_one = lambda prompt, known=iter(known): next(known)
-        for part in pipe.spec.text.networks:
-            setattr(
-                twin.text, part, nn.Identity
-            )  # a module in which there is nothing to watch, and nothing to load
-    noise = capture.tensors["noise"] if _kept_in_full(capture, ["noise"]) else None
-    with replaced(
-        sampling,
-        "noise",
-        lambda draw: draw if noise is None else lambda *args, **kwargs: noise.clone(),
-    ):
-        yield twin
+def start_from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
+    """Yield a copy of the pipeline that uses the recorded text features and the recorded noise."""
+    copied, copied.text = copy.copy(pipe), copy.copy(pipe.text)
+    copied.text.cache = {}
+    places = ("text", "text/negative")
+    stored = [place for place in places if _stored_in_full(capture, [f"{place}/features"])]
+    if stored:
+        features = iter([recorded_features(capture, place) for place in stored])
+        copied.text.encode_one = lambda prompt: next(features)  # type: ignore[method-assign]
+        for part in pipe.spec.text.networks:  # nothing to load, and nothing to observe
+            setattr(copied.text, part, nn.Identity)
+    if not _stored_in_full(capture, ["noise"]):
+        yield copied
+        return
+    noise = capture.tensors["noise"]
+    with replaced(sampling, "noise", lambda original: lambda *_, **__: noise.clone()):
+        yield copied
 
 
-def features(capture: Capture, where: str) -> TextFeatures:
-    pooled = f"{where}/pooled"
+def recorded_features(capture: Capture, place: str) -> TextFeatures:
     return TextFeatures(
-        capture.tensors[f"{where}/features"],
-        capture.tensors[pooled] if pooled in capture.tensors else None,
+        capture.tensors[f"{place}/features"], capture.tensors.get(f"{place}/pooled")
     )
 
 
 # ---------------------------------------------------------------- the pipeline of a capture
 
 
-def load(
+def load_pipeline(
     capture: Capture,
     weights: Path | None = None,
     device: str | None = None,
@@ -323,27 +333,32 @@ def load(
     transformer: Path | None = None,
     autoencoder: Path | None = None,
     loras: Sequence[tuple[Path, float]] = (),
-    partial: bool = False,
+    ignore_unmatched: bool = False,
 ) -> Pipeline:
-    """The pipeline that the recipe names, in its dtype and numerics if not in others; it need not fit in memory."""
+    """Load the pipeline that the recipe names. Its dtype and numerics are the recipe's by default.
+
+    The networks need not fit in memory.
+    """
     recipe = recipe_of(capture)
-    if lost := [lora["file"] for lora in recipe.get("loras", ())][len(loras) :]:
-        raise UserError(f"{capture.path} was made with the LoRA {lost[0]}: give it with --lora")
+    if missing := [lora["file"] for lora in recipe.get("loras", ())][len(loras) :]:
+        raise UserError(
+            f"loras: {missing[0]} is missing, with which {capture.path} was made. Pass the file"
+        )
     dtype, numerics = dtype or getattr(torch, recipe["dtype"]), numerics or recipe["numerics"]
     pipe = loading.load(recipe["model"], weights, device, dtype, numerics, transformer, autoencoder)
     for path, scale in loras:
-        pipe.load_lora(path, scale, partial)
+        pipe.load_lora(path, scale, ignore_unmatched)
     return in_dtype(pipe, dtype)
 
 
 def request_of(capture: Capture, pictures: ImageInputs | None = None) -> Request:
-    """What was asked for, by the recipe. Of pictures a capture keeps but hashes: they are given again."""
+    """Return the recipe's request. Pass the images again: a capture stores only their hashes."""
     recipe = recipe_of(capture)
     if recipe["pictures"] and pictures is None:
         raise UserError(
-            f"{capture.path} was made of pictures: give the same --image, and what else was given with it"
+            f"images: {capture.path} was made with images. Pass the same images and their options"
         )
-    asked = (
+    fields = (
         "prompt",
         "width",
         "height",
@@ -353,13 +368,13 @@ def request_of(capture: Capture, pictures: ImageInputs | None = None) -> Request
         "negative_prompt",
         "cfg_scale",
     )
-    return Request(**{key: recipe[key] for key in asked}, pictures=pictures)
+    return Request(**{key: recipe[key] for key in fields}, pictures=pictures)
 
 
 def recipe_of(capture: Capture) -> dict:
     if "model" not in capture.recipe:
         raise UserError(
-            f"{capture.path} is a plain file, which does not say how it was made: capture it with parity.py"
+            f"{capture.path}: is a plain file, without a recipe. Capture it with scripts/parity.py"
         )
     return capture.recipe
 
@@ -367,5 +382,5 @@ def recipe_of(capture: Capture) -> dict:
 def check_model(capture: Capture, pipe: Pipeline) -> None:
     if recipe_of(capture)["model"] != pipe.spec.name:
         raise UserError(
-            f"{capture.path} is of {capture.recipe['model']}, and the pipeline here is {pipe.spec.name}"
+            f"{capture.path}: is of {capture.recipe['model']} (the pipeline is {pipe.spec.name})"
         )

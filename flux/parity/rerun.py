@@ -1,6 +1,6 @@
-"""One recorded tensor, computed again from what a capture recorded before it, by our code with something changed in it.
+"""Recompute one recorded tensor by our code, with some functions of that code replaced.
 
-The run is as small as it can be: the module around the tensor, on its recorded inputs, so that nothing before it counts.
+Only the module around the tensor runs, on its recorded inputs, so that nothing before it counts.
 """
 
 import math
@@ -9,229 +9,235 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flux import sampling
 from flux.errors import UserError
 from flux.parity.capture_file import Capture
 from flux.parity.hooks import joined, replaced, watching
 from flux.parity.modules import PLACE, Modules
-from flux.parity.replay import recorded
+from flux.parity.replay import module_runs, split_place
 from flux.pipeline import Pipeline
 
-LOOP = re.compile(r"step\.\d+/(velocity|latents)")  # what no network makes
-Change = tuple[
-    object, str, Callable
-]  # owner, attribute, and what is called in its place: wrong(original, *args)
+SAMPLER_TENSOR = re.compile(r"step\.\d+/(velocity|latents)")  # computed by no network
+# owner, attribute, and what is called instead: replacement(original, *args)
+Patch = tuple[object, str, Callable]
 
 
 @dataclass(frozen=True)
 class Run:
-    go: Callable[[], Sequence[Tensor]]
-    outputs: Mapping[int, str]  # names of what it gives
-    whole: bool  # network
+    """A way to compute some tensors: a function without arguments, and the results' names."""
+
+    function: Callable[[], Sequence[Tensor]]
+    outputs: Mapping[int, str]  # position -> name
+    is_network: bool
 
 
-class Found(Exception):
-    """Ends a run as soon as its tensor is there."""
+class _Computed(Exception):
+    """Ends a run as soon as its tensor is computed."""
 
 
 @dataclass
-class Case:
-    """`again` gives the tensor `name`; LookupError where the capture lacks what that takes.
+class Rerun:
+    """A recorded tensor and a way to compute it again.
 
-    With `late`, changes act only once `before`, the last tensor that agreed, has been seen.
+    `previous` names the last tensor that agreed. With `late`, patches act only after `previous`.
+    Everything that reads a tensor raises LookupError where the capture lacks the tensor.
     """
 
     name: str
     reference: Capture
     pipe: Pipeline
-    before: str | None = None
+    previous: str | None = None
     run: Run | None = None
     late: bool = False
-    honest: Tensor | None = None  # what it gives without a change
+    unpatched: Tensor | None = None  # the result without patches
 
-    def again(self, *changes: Change) -> Tensor:
+    def compute(self, *patches: Patch) -> Tensor:
+        """Return the tensor, computed while the patches act."""
         if self.run is None:
             raise LookupError(self.name)
         acting = not self.late
 
         def see(name: str, tensor: Tensor) -> None:
             nonlocal acting
-            if name == self.made_as:
-                raise Found(tensor)
-            acting |= name == self.before
+            if name == self.computed_as:
+                raise _Computed(tensor)
+            acting |= name == self.previous
 
-        def switched(wrong: Callable, original: Callable) -> Callable:
-            return lambda *args, **kwargs: (
-                wrong(original, *args, **kwargs) if acting else original(*args, **kwargs)
-            )
+        def switch(replacement: Callable, original: Callable) -> Callable:
+            def call(*args, **kwargs):
+                if acting:
+                    return replacement(original, *args, **kwargs)
+                return original(*args, **kwargs)
+
+            return call
 
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(watching({self.where: self.network} if self.where else {}, see))
-            for owner, attribute, wrong in changes:
-                stack.enter_context(replaced(owner, attribute, partial(switched, wrong)))
+            stack.enter_context(watching({self.place: self.network} if self.place else {}, see))
+            for owner, attribute, replacement in patches:
+                stack.enter_context(replaced(owner, attribute, partial(switch, replacement)))
             try:
-                answers = self.run.go()
-            except Found as found:
-                return found.args[0].clone()
-        if self.made_as not in self.run.outputs.values():
-            raise LookupError(self.name)  # this run does not come by
-        return next(
-            answers[number] for number, name in self.run.outputs.items() if name == self.made_as
-        )
+                results = self.run.function()
+            except _Computed as computed:
+                return computed.args[0].clone()
+        for position, name in self.run.outputs.items():
+            if name == self.computed_as:
+                return results[position]
+        raise LookupError(self.name)  # this run does not compute it
 
-    # runs
+    # ways to compute the tensor
 
     def runs(self) -> Iterator[Run]:
-        """All that may come by the tensor: what is around it, the smallest first, and what is no module."""
+        """Yield the runs that may compute the tensor: the smallest module around it first."""
+        modules = Modules(self.pipe)
         try:
-            around = [
-                each
-                for each in recorded(self.reference)
-                if self.lies_in(each.name) and each.name != "decoder"
-            ]
+            around = [run for run in module_runs(self.reference) if self.lies_in(run.name)]
         except UserError:  # no module has all of its inputs
             around = []
-        modules = Modules(self.pipe)
         for each in sorted(around, key=lambda each: -len(each.name)):
-            yield Run(
-                lambda each=each: modules(each.name, [*map(self.given, each.inputs)]),
-                each.outputs,
-                each.whole,
-            )
-        if self.where == "decoder":
-            yield Run(
-                lambda: modules("decoder", [self.latents(len(self.times) - 1)]), {0: "pixels"}, True
-            )
+
+            def run_module(each=each) -> list[Tensor]:
+                return modules(each.name, [self.recorded(name) for name in each.inputs])
+
+            yield Run(run_module, each.outputs, each.is_network)
+        if self.place == "decoder":
+            last = len(self.times) - 1
+            yield Run(lambda: modules("decoder", [self.latents(last)]), {0: "pixels"}, True)
         if self.name.endswith("rope"):
             yield Run(lambda: [self.network.rope(*self.ids)], {0: self.name}, True)
-        if self.where.startswith("step"):
-            yield Run(lambda: [self.network.vec(*self.moment)], {0: f"{self.where}/vec"}, True)
+        if self.place.startswith("step"):
+            yield Run(lambda: [self.network.vec(*self.vec_inputs)], {0: f"{self.place}/vec"}, True)
 
     def lies_in(self, place: str) -> bool:
-        """A module makes neither its own inputs nor what other networks make."""
-        around = self.made_as.startswith((f"{place}/", f"{place}.")) or place == self.where
-        taken = re.fullmatch(rf"{re.escape(place)}/in(\.\d+)?", self.name)
-        return (
-            around
-            and not taken
-            and PLACE.fullmatch(place)[1] == self.where
-            and not place.endswith("/attention")
-        )
+        """Whether the module `place` computes the tensor: it computes no inputs of its own."""
+        if split_place(place)[0] != self.place or place == "decoder":
+            return False
+        if place.endswith("/attention"):
+            return False
+        if re.fullmatch(rf"{re.escape(place)}/in(\.\d+)?", self.name):
+            return False
+        inside = self.computed_as.startswith((f"{place}/", f"{place}."))
+        return inside or place == self.place
 
-    # what the name says
+    # what the name means
 
     @cached_property
-    def made_as(self) -> str:
-        """Text features have another name where they are made."""
+    def computed_as(self) -> str:
+        """The tensor's name where it is computed: text features have another one there."""
         result = re.fullmatch("(text(?:/negative)?)/(features|pooled)", self.name)
         if result is None:
             return self.name
-        part = "clip" if result[2] == "pooled" else "t5" if self.pipe.spec.flux1 else "model"
+        if result[2] == "pooled":
+            part = "clip"
+        else:
+            part = "t5" if self.pipe.spec.flux1 else "model"
         return f"{result[1]}/{part}/out"
 
     @cached_property
-    def where(self) -> str:
-        """The network whose tensor it is; "" for a tensor of none."""
-        place = PLACE.fullmatch("decoder/pixels" if self.name == "pixels" else self.made_as)
-        return place[1] if place and not LOOP.fullmatch(self.name) else ""
+    def place(self) -> str:
+        """The network that computes the tensor; "" where none does."""
+        place = PLACE.fullmatch("decoder/pixels" if self.name == "pixels" else self.computed_as)
+        return place[1] if place and not SAMPLER_TENSOR.fullmatch(self.name) else ""
 
     @property
-    def network(self) -> nn.Module:
-        return Modules(self.pipe).network(self.where or "step")
+    def network(self) -> Any:
+        """The module; its class depends on the place."""
+        return Modules(self.pipe).network(self.place or "step")
 
     @property
     def step(self) -> int:
-        return int(re.match(r"step\.(\d+)", self.name)[1])
+        return int(self.name.removeprefix("step.")[:3])
 
-    def of_step(self, name: str) -> str:
+    def in_step(self, name: str) -> str:
         return f"step.{self.step:03}/{name}"
 
-    def of_pass(self, name: str) -> str:
-        """`rope`, `ids/txt`, `ids/img`: the negative prompt has its own, and so have references that are seen once."""
+    def in_pass(self, name: str) -> str:
+        """Return the full name of `rope`, `ids/txt` or `ids/img`.
+
+        The negative prompt has its own, and so have references that are cached.
+        """
         own = [part for part in self.name.split("/") if part in ("negative", "references")]
         return joined(*own, name)
 
-    def of_text(self, name: str) -> str:
-        """`t5/in`: of the prompt that is at work."""
+    def in_text(self, name: str) -> str:
+        """Return the full name of a text encoder's tensor, `t5/in`, of the prompt in use."""
         return joined("text", "negative" if "negative" in self.name.split("/") else "", name)
 
     # what was recorded
 
-    def given(self, name: str) -> Tensor:
-        """A whole tensor of the reference, on the device."""
+    def recorded(self, name: str) -> Tensor:
+        """Return a full tensor of the reference, on the device."""
         if self.reference.records[name].kind != "full":
             raise LookupError(name)
         return self.reference.tensors[name].to(self.pipe.device)
 
     @property
-    def truth(self) -> Tensor:
-        return self.given(self.name)
+    def expected(self) -> Tensor:
+        return self.recorded(self.name)
 
     @property
     def ids(self) -> tuple[Tensor, Tensor]:
-        """Coordinates of text and of image tokens."""
-        return self.given(self.of_pass("ids/txt")), self.given(self.of_pass("ids/img"))
+        """Positions of the text tokens and of the image tokens."""
+        return self.recorded(self.in_pass("ids/txt")), self.recorded(self.in_pass("ids/img"))
 
     @property
     def times(self) -> Tensor:
-        return self.given("schedule")
+        return self.recorded("schedule")
 
     @property
-    def tokens(self) -> int:
-        """Of the picture that is made."""
-        return math.prod(self.given("noise").shape[2:])
+    def image_tokens(self) -> int:
+        """The number of tokens of the generated image."""
+        return math.prod(self.recorded("noise").shape[2:])
 
     @property
-    def moment(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the time's vector is made of: t, guidance, pooled text."""
-        spec, t, guidance, pooled = (
-            self.pipe.spec,
-            self.times[self.step - 1 : self.step],
-            None,
-            None,
-        )
-        if spec.transformer.guidance:
+    def vec_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The arguments of `Flux.vec` at this step: t, guidance, pooled text."""
+        t, guidance, pooled = self.times[self.step - 1 : self.step], None, None
+        config = self.pipe.spec.transformer
+        if config.guidance:
             guidance = torch.full_like(t, self.at_step(self.reference.recipe["guidance"]))
-        if spec.transformer.vector_dim is not None:
-            pooled = self.given(f"{self.where}/vector_in/in")
+        if config.vector_dim is not None:
+            pooled = self.recorded(f"{self.place}/vector_in/in")
         return t, guidance, pooled
 
     @property
     def cfg_scale(self) -> float:
-        """Of classifier-free guidance, at this step."""
-        return self.at_step(
-            self.reference.recipe["guidance" if self.pipe.spec.cfg else "cfg_scale"]
-        )
+        """The scale of classifier-free guidance at this step."""
+        key = "guidance" if self.pipe.spec.cfg else "cfg_scale"
+        return self.at_step(self.reference.recipe[key])
 
     def at_step(self, values: float | Sequence[float]) -> float:
+        """Return this step's value. A run from an image leaves out the first steps."""
         values = [values] if isinstance(values, float | int) else values
-        return sampling.per_step_values(values, self.reference.recipe["steps"])[
-            self.step - len(self.times)
-        ]
+        each = sampling.per_step_values(values, self.reference.recipe["steps"])
+        return each[self.step - len(self.times)]
 
     def latents(self, step: int) -> Tensor:
-        """After a step, (B, C, h, w); the noise before the first."""
-        return self.given(f"step.{step:03}/latents" if step else "noise")
+        """Return the latents after a step, (B, C, h, w); the noise before the first."""
+        return self.recorded(f"step.{step:03}/latents" if step else "noise")
 
 
-def cases(name: str, reference: Capture, pipe: Pipeline, before: str | None) -> list[Case]:
-    """The ways to compute a tensor again, the nearest first; one without a run, where there is none.
+def reruns(name: str, reference: Capture, pipe: Pipeline, previous: str | None) -> list[Rerun]:
+    """Return the ways to compute a tensor, the smallest run first; one without a run if none can.
 
-    All of a network is run only where no module alone will do. In each run, what is changed is changed throughout at first,
-    and then only after `before`.
+    A complete network runs only where no module alone computes the tensor. Each run comes twice:
+    with patches that act throughout, and with patches that act after `previous`.
     """
-    bare, found = Case(name, reference, pipe, before), []
+    bare = Rerun(name, reference, pipe, previous)
+    found: list[Rerun] = []
     for run in bare.runs():
-        if run.whole and found:
+        if run.is_network and found:
             break
+        rerun = replace(bare, run=run)
         try:
-            case = replace(bare, run=run)
-            found.append(replace(case, honest=case.again()))
-        except LookupError:  # it does not come by, or the capture lacks what it takes
+            found.append(replace(rerun, unpatched=rerun.compute()))
+        except LookupError:  # this run does not compute it, or the capture lacks an input
             continue
-    return [replace(case, late=late) for case in found for late in (False, True)] or [bare]
+    if not found:
+        return [bare]
+    return [replace(rerun, late=late) for rerun in found for late in (False, True)]

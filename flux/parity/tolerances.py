@@ -1,12 +1,15 @@
-"""How far rounding alone moves each tensor: the same network in bfloat16 and float16, and with float8 weights, against the
-float32 run in a capture.
+"""Measure how far rounding alone moves each tensor of a float32 capture.
 
-A port in bfloat16 is right if it is about as far from float32 as bfloat16 itself is. Two distances are measured:
+Precisions are bfloat16, float16, and float32 with float8 weights.
 
-    local        the module alone, on the recorded inputs (`replay.forced`): what one module's rounding does
-    accumulated  in a run of its own from the prompt on: what a port is found at when it is compared with the capture
+A port in bfloat16 is right if it is about as far from float32 as bfloat16 itself is. Two distances
+are measured:
 
-Both are kept in the capture's header, under "rounding", and ALLOWED times the accumulated one as the tensor's budget.
+    local        one module on its recorded inputs (`replay.replay_module`)
+    accumulated  a run from the prompt on, as a port is compared with the capture
+
+Both are stored in the capture's header under "rounding". FACTOR times the accumulated distance is
+stored as the tensor's tolerance.
 """
 
 import json
@@ -24,141 +27,160 @@ from flux.parity.capture_file import KEY, Capture, amend
 from flux.parity.compare import Row
 from flux.parity.hooks import check_patterns
 from flux.parity.modules import Modules, in_dtype
-from flux.parity.replay import against, check_model, local, recorded
+from flux.parity.replay import check_model, module_runs, replay_module, run_and_compare
 from flux.pipeline import Pipeline
 from flux.weights.files import read_header
 
-ALLOWED = 2  # times what was measured: a second way to round errs about as much as the first, in another direction
+FACTOR = 2  # another order of rounding errs about as much as ours, in another direction
 PRECISIONS = ("bfloat16", "float16", "float8")
 
 
 class Rounding(NamedTuple):
-    """Relative L2 to float32; None where it was not measured, or where NaN and infinity came out."""
+    """Relative L2 to float32; None where it was not measured, or the result was not finite."""
 
     local: float | None
     accumulated: float | None
 
 
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- measure
 
 
-def measure(
+def measure_rounding(
     capture: Capture, pipe: Pipeline, request: Request, precision: str, only: Sequence[str] = ()
 ) -> dict[str, Rounding]:
-    """Of each tensor of a float32 capture that fits `only`; UserError if it is in another dtype, or of another model."""
+    """Measure the rounding of each tensor of a float32 capture whose name matches `only`.
+
+    UserError if the capture is not in float32, or of another model.
+    """
     check_model(capture, pipe)
     if capture.recipe["dtype"] != "float32":
-        fault = f"{capture.path} is in {capture.recipe['dtype']}, and rounding is measured against float32"
-        raise UserError(f"{fault}: capture it with --dtype float32")
+        raise UserError(
+            f"{capture.path}: must be in float32 (got {capture.recipe['dtype']}). "
+            'Capture it with `dtype="float32"`'
+        )
     check_patterns(only, capture.names)
-    twin = rounded(pipe, precision)
-    modules = Modules(twin)
-    alone = _relative(
-        row for each in recorded(capture, only) for row in local(capture, modules, each)
+    coarse = in_precision(pipe, precision)
+    modules = Modules(coarse)
+    local = _relative_l2(
+        row for each in module_runs(capture, only) for row in replay_module(capture, modules, each)
     )
     accumulated: dict[str, float | None] = {}
     try:
-        accumulated = _relative(against(capture, twin, request, only))
-    except NonFiniteError:  # float16 ends at 65504: what comes after has no budget
+        accumulated = _relative_l2(run_and_compare(capture, coarse, request, only))
+    except NonFiniteError:  # float16 ends at 65504: later tensors get no tolerance
         pass
-    names = [name for name in capture.names if name in alone or name in accumulated]
-    return {name: Rounding(alone.get(name), accumulated.get(name)) for name in names}
+    names = [name for name in capture.names if name in local or name in accumulated]
+    return {name: Rounding(local.get(name), accumulated.get(name)) for name in names}
 
 
-def _relative(rows: Iterable[Row]) -> dict[str, float | None]:
-    def usable(e):
-        return e is not None and not e.misplaced and math.isfinite(e.relative_l2)
+def _relative_l2(rows: Iterable[Row]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for row in rows:
+        e = row.errors
+        if e is not None and not e.misplaced and math.isfinite(e.relative_l2):
+            found[row.name] = e.relative_l2
+        else:
+            found[row.name] = None
+    return found
 
-    return {row.name: row.errors.relative_l2 if usable(row.errors) else None for row in rows}
 
+def in_precision(pipe: Pipeline, precision: str) -> Pipeline:
+    """Return the pipeline in another precision.
 
-def rounded(pipe: Pipeline, precision: str) -> Pipeline:
-    """The same pipeline in another precision; "float8": computing in float32, with the matrices in its blocks rounded."""
+    "float8" computes in float32, with the matrices of the blocks rounded to float8.
+    """
     if precision not in PRECISIONS:
-        raise UserError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}")
+        raise UserError(
+            f"precision: unknown (got {precision}, expected one of {', '.join(PRECISIONS)})"
+        )
     if precision == "float8":
         return in_dtype(pipe, torch.float32, to_float8)
     return in_dtype(pipe, getattr(torch, precision))
 
 
 def to_float8(matrix: Tensor) -> Tensor:
-    """To the nearest float8_e4m3fn, with one scale a matrix, by which its largest value becomes the largest float8."""
+    """Round to float8_e4m3fn with one scale, which maps the largest value to the largest float8."""
     scale = matrix.abs().max() / torch.finfo(torch.float8_e4m3fn).max
     if not scale > 0:
         return matrix
     return (matrix / scale).to(torch.float8_e4m3fn).to(matrix.dtype) * scale
 
 
-# ---------------------------------------------------------------- keeping
+# ---------------------------------------------------------------- store and read
 
 
-def store(path: str | Path, measured: Mapping[str, Mapping[str, Rounding]], budget: str) -> None:
-    """Keep what was measured, by precision and name, in a capture, with the budgets that follow for one of the precisions."""
+def store_rounding(
+    path: str | Path, measured: Mapping[str, Mapping[str, Rounding]], precision: str
+) -> None:
+    """Store measurements (precision -> name -> rounding) in a capture.
+
+    The tolerances that `compare` uses by default are set from those of `precision`.
+    """
 
     def write(document: dict) -> None:
         document["rounding"] = document.get("rounding", {}) | measured
-        for name, rounding in measured[budget].items():
+        for name, rounding in measured[precision].items():
             if rounding.accumulated is not None:
-                document["tensors"][name]["budget"] = ALLOWED * rounding.accumulated
+                document["tensors"][name]["budget"] = FACTOR * rounding.accumulated
 
     amend(Path(path), write)
 
 
-def stored(capture: Capture) -> dict[str, dict[str, Rounding]]:
-    """What `store` kept: precision -> name -> rounding."""
+def stored_rounding(capture: Capture) -> dict[str, dict[str, Rounding]]:
+    """Return what `store_rounding` stored: precision -> name -> rounding."""
     _, metadata = read_header(capture.path)
-    kept = json.loads(metadata.get(KEY, "{}")).get("rounding", {})
+    stored = json.loads(metadata.get(KEY, "{}")).get("rounding", {})
     return {
         precision: {name: Rounding(*pair) for name, pair in tensors.items()}
-        for precision, tensors in kept.items()
+        for precision, tensors in stored.items()
     }
 
 
-def budgets(capture: Capture, precision: str, alone: bool = False) -> dict[str, float]:
-    """ALLOWED times the rounding that was measured, by name, for `compare` or, `alone`, for `replay.forced`."""
-    found = stored(capture).get(precision)
-    if not found:
+def measured_tolerances(capture: Capture, precision: str, local: bool = False) -> dict[str, float]:
+    """Return FACTOR times the measured rounding, by name; `local` is for `replay_modules`."""
+    stored = stored_rounding(capture).get(precision)
+    if not stored:
         raise UserError(
-            f"{capture.path} knows no rounding in {precision}: measure it with `parity.py budgets`"
+            f"{capture.path}: has no measured rounding in {precision}. "
+            "Run `scripts/parity.py calibrate`"
         )
-    pairs = {
-        name: rounding.local if alone else rounding.accumulated for name, rounding in found.items()
-    }
-    return {name: ALLOWED * value for name, value in pairs.items() if value is not None}
+    found = {}
+    for name, rounding in stored.items():
+        value = rounding.local if local else rounding.accumulated
+        if value is not None:
+            found[name] = FACTOR * value
+    return found
 
 
-# ---------------------------------------------------------------- saying
+# ---------------------------------------------------------------- format
 
 
-def within(rows: Sequence[Row], capture: Capture, precision: str, alone: bool = False) -> str:
-    """How many times the rounding that was measured: "within 1.3x of bfloat16 rounding; the most is at ...".
+def format_ratio(rows: Sequence[Row], capture: Capture, precision: str, local: bool = False) -> str:
+    """Return the largest error in units of the measured rounding, as a sentence.
 
-    Tensors that do not round, such as ids and noise, are left out.
+    Tensors that are not rounded, such as ids and noise, are left out.
     """
-    allowed = budgets(capture, precision, alone)
-    times = [
-        (ALLOWED * row.errors.relative_l2 / allowed[row.name], row.name)
+    allowed = measured_tolerances(capture, precision, local)
+    ratios = [
+        (FACTOR * row.errors.relative_l2 / allowed[row.name], row.name)
         for row in rows
         if row.errors and allowed.get(row.name)
     ]
-    if not times:
-        return f"nothing here rounds in {precision}"
-    most, name = max(times)
-    return f"within {most:.2g}x of {precision} rounding; the most is at {name}"
+    if not ratios:
+        return f"no compared tensor is rounded in {precision}"
+    largest, name = max(ratios)
+    return f"within {largest:.2g}x of {precision} rounding; the largest ratio is at {name}"
 
 
-def table(measured: Mapping[str, Mapping[str, Rounding]]) -> str:
-    """A line a tensor: local and accumulated relative L2 in each precision."""
-    names = list(dict.fromkeys(name for tensors in measured.values() for name in tensors))
+def format_table(measured: Mapping[str, Mapping[str, Rounding]]) -> str:
+    """Return one line a tensor: local and accumulated relative L2 in each precision."""
 
-    def shown(value):
+    def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.1e}"
 
-    head = "".join(f"{precision:>10} {'in a run':>9}" for precision in measured)
-    lines = [head + "  name"]
-    for name in names:
+    lines = ["".join(f"{precision:>10} {'in a run':>9}" for precision in measured) + "  name"]
+    for name in dict.fromkeys(name for tensors in measured.values() for name in tensors):
         pairs = [tensors.get(name, Rounding(None, None)) for tensors in measured.values()]
-        lines.append(
-            "".join(f"{shown(p.local):>10} {shown(p.accumulated):>9}" for p in pairs) + f"  {name}"
-        )
+        cells = [f"{cell(p.local):>10} {cell(p.accumulated):>9}" for p in pairs]
+        lines.append("".join(cells) + f"  {name}")
     return "\n".join(lines)

@@ -21,8 +21,8 @@ import transformers
 from einops import rearrange
 from support.conditioned_model import HEIGHT, SEEDS, STEPS, WIDTH, Model, noise
 from support.drawn_images import photo, soft_mask
+from support.golden_files import golden
 from support.model_zoo import TINY_REDUX, TINY_SIGLIP
-from test_golden import golden
 from torch import Tensor, nn
 
 import flux

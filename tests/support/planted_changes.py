@@ -1,4 +1,4 @@
-"""One change each to one block of a tiny transformer, and the first tensor that the change moves."""
+"""Changes to one block of a tiny transformer, each with the first tensor that it moves."""
 
 import torch.nn.functional as F
 from support.parity_requests import KLEIN
@@ -8,44 +8,43 @@ BLOCKS = [f"double_blocks.{i}" for i in range(2)] + [f"single_blocks.{i}" for i 
 
 
 def other_activation(block, family: str) -> None:
-    block.img_mlp[1].forward = {
-        "flux.1-dev": lambda x: F.gelu(x),  # the exact one, for the approximation by tanh
-        KLEIN: lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
-    }[family]
+    """FLUX.1: the exact GELU instead of its tanh approximation. FLUX.2: GELU instead of SiLU."""
+
+    def gated_gelu(x):
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate) * up
+
+    block.img_mlp[1].forward = gated_gelu if family == KLEIN else F.gelu
 
 
 def swapped_modulation(block, family: str) -> None:
     forward = block.forward
 
-    def swap(mods):
-        return [mod._replace(shift=mod.scale - 1, scale=1 + mod.shift) for mod in mods]
+    def swapped(img, txt, rope, img_mod, *rest):
+        img_mod = [mod._replace(shift=mod.scale, scale=mod.shift) for mod in img_mod]
+        return forward(img, txt, rope, img_mod, *rest)
 
-    block.forward = lambda img, txt, rope, img_mod, *rest: forward(
-        img, txt, rope, swap(img_mod), *rest
-    )
+    block.forward = swapped
 
 
-def other_way_round(block, family: str) -> None:
+def backward_rope(block, family: str) -> None:
     forward = block.forward
     block.forward = lambda x, rope, *rest: forward(x, rope.mT, *rest)
 
 
 def longer_queries(block, family: str) -> None:
-    forward = block.norm.forward
-    block.norm.forward = lambda unit: forward(
-        unit * unit.new_tensor([1.01, 1]).reshape(2, 1, 1, 1, 1)
-    )
+    block.norm.query_norm.scale.mul_(1.01)
 
 
 def scaled_weight(block, family: str) -> None:
     block.linear2.weight.mul_(1.02)
 
 
-CHANGES = {  # a block, what is done to it, and the first tensor that it moves
+CHANGES = {  # name -> a block, the change, and the first tensor that it moves
     "activation": ("double_blocks.1", other_activation, "double_blocks.1.img_mlp.1/out"),
-    "modulation": ("double_blocks.0", swapped_modulation, "double_blocks.0.img_attn.qkv/in"),
-    "rope": ("single_blocks.0", other_way_round, "single_blocks.0/attention/q"),
-    "norm": ("single_blocks.1", longer_queries, "single_blocks.1.norm/out"),
+    "modulation": ("double_blocks.0", swapped_modulation, "double_blocks.0.img_attn/in"),
+    "rope": ("single_blocks.0", backward_rope, "single_blocks.0/attention/q"),
+    "norm": ("single_blocks.1", longer_queries, "single_blocks.1.norm.query_norm/out"),
     "weight": ("single_blocks.2", scaled_weight, "single_blocks.2.linear2/out"),
 }
 
