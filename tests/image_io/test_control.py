@@ -21,7 +21,7 @@ from transformers import (
 
 from flux.errors import UserError
 from flux.image_io import control
-from flux.image_io.output import to_images
+from flux.image_io.output import to_images, to_pixels
 from flux.parity.reference import max_error, randomise
 
 MEAN, STD = (
@@ -38,7 +38,7 @@ def drawing(width: int = 256, height: int = 192) -> Image.Image:
     return picture
 
 
-# ---------------------------------------------------------------------------------------------------------- edges
+# ------------------------------------------------------------------------------ edges
 
 
 def test_edges_are_those_of_opencv():
@@ -60,16 +60,39 @@ def test_literal_thresholds(upper, lower, found):
     assert np.asarray(control.canny(Image.fromarray(levels)))[56:].any() == found
 
 
+def test_levels_are_truncated_as_by_bfl():
+    """float32: level / 127.5 - 1, then (x + 1) * 127.5, then an unsigned byte. 63 levels fall by 1."""
+    levels = np.arange(256, dtype=np.uint8)
+    image = Image.fromarray(np.stack([levels] * 3, 1)[None])  # (1, 256, 3)
+    truncated = np.asarray(control.truncate_levels(image))[0]
+    x = levels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    by_hand = ((x + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
+    assert np.array_equal(truncated, np.stack([by_hand] * 3, 1))
+    fallen = np.flatnonzero(by_hand != levels)
+    assert np.array_equal(fallen, np.arange(1, 64)) and np.array_equal(by_hand[1:64], levels[:63])
+
+
+def test_bfl_levels_change_the_edges_of_a_photo_and_are_off_by_default():
+    cv2 = pytest.importorskip("cv2")
+    photo = drawing()
+    dark = photo.point(lambda level: level // 2)  # many levels around 64
+    exact, bfl = control.control_pixels("canny", dark), control.control_pixels("canny", dark, True)
+    assert torch.equal(exact, to_pixels(control.canny(dark)))
+    edges = cv2.Canny(np.asarray(control.truncate_levels(dark)), 50, 200)
+    assert torch.equal(bfl, torch.from_numpy(edges / 127.5 - 1).float().expand(1, 3, -1, -1))
+    assert not torch.equal(exact, bfl)
+
+
 def test_edges_need_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(
         UserError,
-        match=r"OpenCV, which is not installed: run `pip install -e '.\[control\]'`, or give a ready",
+        match=r"OpenCV, which is not installed. Run `pip install -e '.\[control\]'`, or use a ready",
     ):
         control.canny(drawing())
 
 
-# ---------------------------------------------------------------------------------------------------------- depth
+# ------------------------------------------------------------------------------ depth
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +162,14 @@ def test_depth_needs_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         UserError,
-        match=r"transformers, which is not installed: run `pip install -e '.\[control\]'`, or give a",
+        match=r"transformers, which is not installed. Run `pip install -e '.\[control\]'`, or use a",
     ):
         control.depth(drawing())
 
 
-def test_depth_model_that_is_not_there_is_told(tmp_path):
+def test_depth_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(
-        UserError,
-        match="the depth model .*none cannot be loaded .*: name another, or give a ready map",
+        UserError, match="none: the depth model cannot be loaded .*. Use another model, or a ready"
     ):
         control.depth(drawing(), str(tmp_path / "none"))
 
@@ -158,19 +180,19 @@ def copy(folder, to, weights):
     save_file(weights, to / "model.safetensors", {"format": "pt"})
 
 
-def test_depth_model_that_lacks_weights_is_told(folder, tmp_path):
+def test_depth_model_that_lacks_weights_is_refused(folder, tmp_path):
     """transformers would fill them at random, and go on."""
     weights = load_file(folder / "model.safetensors")
     del weights["head.conv2.bias"]
     copy(folder, tmp_path, weights)
     with pytest.raises(
         UserError,
-        match="lacks 1 tensors, head.conv2.bias among them: it is not a Depth Anything model",
+        match="lacks 1 tensors .head.conv2.bias is one.. It is damaged, or not a Depth Anything model",
     ):
         control.depth(drawing(), str(tmp_path))
 
 
-def test_depth_model_of_another_shape_is_told(folder, tmp_path):
+def test_depth_model_of_another_shape_is_refused(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["head.conv2.weight"] = weights["head.conv2.weight"][:, :1].contiguous()
     copy(folder, tmp_path, weights)

@@ -5,6 +5,7 @@ their rules. What diffusers does too is compared with it, live, in test_conditio
 """
 
 import math
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.drawn_images import photo
-from support.model_zoo import BASE, FILL, KLEIN, KONTEXT, KV, REDUX, RELEASED, Zoo
+from support.model_zoo import BASE, CONTROL, FILL, FLUX2, KLEIN, KONTEXT, KV, REDUX, RELEASED, START, Zoo
 from torch import Tensor
 
 import flux
@@ -555,6 +556,140 @@ def test_composite_with_a_soft_mask(zoo, name, hard):
     assert (
         np.abs(made - (own * (1 - weight) + raw * weight)).max() <= 0.5001
     )  # to the nearest level
+
+
+# ------------------------------------------------------------------------------ the check
+
+SUPPORTED_BY = {  # option -> the models that support it, as the README has it
+    "mask": START | FLUX2 | {KONTEXT, FILL},
+    "strength": START | FLUX2 | {KONTEXT},
+    "outpaint": {FILL},
+    "mask_threshold": {FILL},
+    "preprocess_control": CONTROL,
+    "image_weights": {REDUX},
+    "match_image_size": FLUX2 | {KONTEXT},
+    "keep_input_size": {KONTEXT},
+    "reference_limit": FLUX2,
+    "kv_cache": FLUX2,
+}
+VALUES = dict(mask=HALF, strength=0.5, outpaint=(1, 2, 3, 4), mask_threshold=0.5)
+VALUES |= dict(preprocess_control=True, image_weights=(1.0,), match_image_size=1)
+VALUES |= dict(keep_input_size=True, reference_limit=512, kv_cache=False)
+PHOTO = photo(WIDTH, HEIGHT)
+GRAY_RGB = PHOTO.convert("L").convert("RGB")
+
+
+def check(name: str, *images: Image.Image, **options) -> None:
+    request.check_images(RELEASED[name], ImageInputs(images, **options))
+
+
+def test_every_option_has_a_row_here():
+    assert SUPPORTED_BY.keys() == VALUES.keys() == set(request.OPTIONS)
+    assert request.non_default_options(ImageInputs((PHOTO,), **VALUES)) == list(request.OPTIONS)
+
+
+@pytest.mark.parametrize("option", SUPPORTED_BY)
+def test_unsupported_option_lists_supported_models(option):
+    for name in RELEASED.keys() - SUPPORTED_BY[option]:
+        message = refusal(check, name, PHOTO, **{option: VALUES[option]})
+        start, _, able = message.removesuffix("). Leave it out.").partition(" (only by ")
+        assert start == f"{option}: not supported by {name}"
+        assert set(able.split(", ")) == SUPPORTED_BY[option]
+    message = refusal(check, "flux.2-tiny", **{option: VALUES[option]})
+    assert message == f"{option}: needs an image. Pass one in `images`."
+
+
+def test_number_of_images_is_checked():
+    several = {name for name, spec in RELEASED.items() if spec.image_mode in ("reference", "redux")}
+    assert several == FLUX2 | {KONTEXT, REDUX}
+    for name in RELEASED:
+        most = 10 if name in several else 1
+        mask = dict(mask=HALF) if name == FILL else {}
+        check(name, *[GRAY_RGB] * most, **mask)
+        for count in (0, most + 1):
+            takes = "takes 1 to 10 images" if most == 10 else "takes one image"
+            message = refusal(check, name, *[GRAY_RGB] * count)
+            assert message.startswith(f"images: {name} {takes} (got {count}).")
+            assert (KONTEXT in message) == (most == 1 or name == KONTEXT)
+
+
+def test_models_that_require_an_image_say_so():
+    for name in RELEASED:
+        if name in {FILL, REDUX} | CONTROL:
+            message = refusal(request.check_images, RELEASED[name], None)
+            assert message == f"images: {name} needs an image. Pass one."
+        else:
+            request.check_images(RELEASED[name], None)
+
+
+# fmt: off
+WRONG = [
+    (FILL, {}, "mask: flux.1-fill-dev needs to know where to fill. Pass a mask"),
+    (KLEIN, dict(composite=False), "composite=False: has no effect without `mask` or `outpaint`"),
+    (KLEIN, dict(strength=0), "strength: must be above 0 and at most 1 (got 0)."),
+    (KLEIN, dict(strength=1.01), "strength: must be above 0 and at most 1 (got 1.01)."),
+    (KLEIN, dict(strength=math.nan), "strength: must be above 0 and at most 1 (got nan)."),
+    (FILL, dict(mask=HALF, mask_threshold=0), "mask_threshold: must be above 0 and at most 1"),
+    (FILL, dict(mask=HALF, mask_threshold=1.5), "mask_threshold: must be above 0 and at most 1"),
+    (FILL, dict(mask=HALF, mask_threshold=math.nan), "mask_threshold: must be above 0"),
+    (FILL, dict(outpaint=(0, 0, 0, 0)), "outpaint: margins of 0, 0, 0, 0"),
+    (FILL, dict(outpaint=(-16, 0, 0, 0)), "outpaint: margins of -16, 0, 0, 0"),
+    (FILL, dict(outpaint=(9999, 0, 0, 9999)), "Use smaller margins."),
+    (REDUX, dict(image_weights=(1.0, 1.0)), "image_weights: 2 values for 1 images. Pass one"),
+    (REDUX, dict(image_weights=(math.nan,)), "image_weights: must be finite numbers."),
+    (REDUX, dict(image_weights=(math.inf,)), "image_weights: must be finite numbers."),
+    (KLEIN, dict(reference_limit=63), "reference_limit: must be at least 64 (got 63)"),
+    (KLEIN, dict(reference_limit=-5), "reference_limit: must be at least 64 (got -5)"),
+    (KLEIN, dict(match_image_size=0), "match_image_size: must be the number of an image, from 1 to 1"),
+    (KONTEXT, dict(match_image_size=3), "match_image_size: must be the number of an image"),
+    (KLEIN, dict(mask=Image.new("L", (70, 90), 255)), "mask: the mask of 70x90 for an image of 96x80"),
+    (FILL, dict(mask=Image.new("L", (WIDTH, HEIGHT))), "mask: is all black"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name, options, message", WRONG)
+def test_wrong_value_is_refused(name, options, message):
+    assert message in refusal(check, name, PHOTO, **options)
+
+
+def test_too_small_and_too_long_images_are_refused_by_number():
+    for name in ("flux.2-tiny", CANNY, KONTEXT, KLEIN, REDUX):
+        before = () if name == CANNY else (PHOTO,)
+        number = f"images: image {len(before) + 1} is "
+        for size, words in (
+            ((63, 90), "63x90: both sides must be at least 64 pixels"),
+            ((1, 1), "1x1: both sides must be at least 64 pixels"),
+            ((64, 513), "64x513: one side may be at most 8 times the other"),
+            ((513, 64), "513x64: one side may be at most 8 times the other"),
+        ):
+            assert number + words in refusal(check, name, *before, *blank(size))
+
+
+def test_control_photo_needs_opencv(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    message = refusal(check, CANNY, PHOTO, preprocess_control=True)
+    assert "OpenCV, which is not installed. Run `pip install -e '.[control]'`" in message
+
+
+def test_warnings_about_control_images_and_the_cache():
+    with pytest.warns(UserWarning, match="has colors, .* white edges on black: .*photo, add `prep"):
+        check(CANNY, PHOTO)
+    with pytest.warns(UserWarning, match="not trained with `kv_cache=True`: .*an approximation"):
+        check(KLEIN, PHOTO, kv_cache=True)
+    with pytest.warns(UserWarning, match="not trained with `kv_cache=False`"):
+        check(KV, PHOTO, kv_cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(CANNY, GRAY_RGB)
+        check(KV, PHOTO, kv_cache=True)
+        check(KLEIN, PHOTO, kv_cache=False)
+
+
+def test_pipeline_checks_its_images(zoo):
+    """The pipeline runs this check too."""
+    message = refusal(zoo.pipe(DEV), "a cat", pictures=ImageInputs((PHOTO,), strength=2))
+    assert message == "strength: must be above 0 and at most 1 (got 2)."
 
 
 # ---------------------------------------------------------------------------------------------------------- misuse
