@@ -419,7 +419,7 @@ def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int,
     from flux.sampling import truncate_by_strength
 
     strength = conditions.strength if conditions else 1.0
-    total = len(truncate_by_strength(range(steps + 1), strength)) - 1
+    total = len(truncate_by_strength(range(steps + 1), strength, pipe.numerics.images)) - 1
     hidden = not (sys.stderr and sys.stderr.isatty())
     latents = None
     with tqdm(total=total, desc=f"seed {seed}", unit="step", leave=False, disable=hidden) as bar:

@@ -1,0 +1,172 @@
+"""flux.lora.manager in a pipeline: LoRAs are added, scaled and removed; a row's own LoRA stays."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support.model_zoo import Zoo
+from torch import Tensor
+
+from flux.errors import UserError
+from flux.parity.reference import max_error
+from flux.pipeline import Pipeline
+
+CANNY, CANNY_LORA, DEV = "flux.1-canny-dev", "flux.1-canny-dev-lora", "flux.1-dev"
+WIDTH, HEIGHT, SEEDS = 96, 80, (5, 6)
+HALF = Image.fromarray(np.uint8([0, 255]).repeat(WIDTH // 2)[None].repeat(HEIGHT, 0))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* was distilled for"),
+    pytest.mark.filterwarnings("ignore:.* was not trained with"),
+    pytest.mark.filterwarnings("ignore:the image has colors"),
+]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def load_again(zoo: Zoo, name: str, dtype: torch.dtype = torch.float32) -> Pipeline:
+    zoo(name)
+    return zoo.load(name, dtype)
+
+
+def refusal(call, *arguments, **options) -> str:
+    """Return the one line of a UserError."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------ LoRAs
+
+LAYER = "double_blocks.0.img_mlp.0"
+
+
+def lora(path: Path, seed: int = 0) -> Path:
+    tensors = {
+        f"{LAYER}.lora_A.weight": random(4, 128, seed=seed),
+        f"{LAYER}.lora_B.weight": random(512, 4, seed=seed + 1) / 9,
+    }
+    save_file(tensors, path)
+    return path
+
+
+def weights(pipe: Pipeline) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in pipe.transformer().state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def added(before: Tensor, *files: tuple[Path, float]) -> Tensor:
+    """The layer's weight in float64 with what each file, at its scale, adds to it."""
+    total = before.double()
+    for path, scale in files:
+        tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+        total = (
+            total + scale * tensors[f"{LAYER}.lora_B.weight"] @ tensors[f"{LAYER}.lora_A.weight"]
+        )
+    return total
+
+
+def test_same_lora_twice_is_told(zoo, tmp_path):
+    pipe, file = load_again(zoo, DEV), lora(tmp_path / "a.safetensors")
+    before = weights(pipe)
+    pipe.load_lora(file, 0.5)
+    told = f"{file} is loaded already: give it once, or change its scale with set_lora_scale"
+    assert refusal(pipe.load_lora, str(file), 0.7) == told
+    now = weights(pipe)
+    assert list(pipe.loras) == [file]
+    assert (
+        max_error(now[f"{LAYER}.weight"].double(), added(before[f"{LAYER}.weight"], (file, 0.5)))
+        < 1e-6
+    )
+    assert same(
+        *({n: x for n, x in state.items() if n != f"{LAYER}.weight"} for state in (before, now))
+    )
+    nowhere = tmp_path / "b.safetensors"
+    assert (
+        refusal(pipe.set_lora_scale, nowhere, 1.0) == f"{nowhere} is not loaded; loaded are: {file}"
+    )
+    pipe.unload_loras()
+    assert same(weights(pipe), before)
+    assert refusal(pipe.set_lora_scale, file, 1.0) == f"{file} is not loaded; loaded are: none"
+
+
+def test_control_lora_is_for_its_own_rows(zoo):
+    """It would widen the input of a model that is then given no picture."""
+    zoo(CANNY_LORA)
+    pipe, file = (
+        load_again(zoo, DEV),
+        zoo.folder / "FLUX.1-Canny-dev-lora/flux1-canny-dev-lora.safetensors",
+    )
+    before = weights(pipe)
+    told = refusal(pipe.load_lora, file, 0.85)
+    assert told.startswith(
+        f"{file} is for an input of 128 channels, which {DEV} does not have; if it is a control LoRA, use"
+    )
+    assert told.endswith(" flux.1-canny-dev-lora, flux.1-depth-dev-lora")
+    fill = load_again(zoo, "flux.1-fill-dev")  # whose 384 channels begin with other things
+    assert (
+        "which flux.1-fill-dev does not have" in refusal(fill.load_lora, file) and fill.loras == {}
+    )
+    assert pipe.loras == {} and same(weights(pipe), before)
+
+
+def test_unloading_keeps_the_lora_of_the_row(zoo, tmp_path):
+    pipe, file = load_again(zoo, CANNY_LORA), lora(tmp_path / "a.safetensors")
+    before, own = weights(pipe), list(pipe.loras)
+    assert before["img_in.weight"].shape == (128, 128) and len(own) == 1
+    pipe.load_lora(file)
+    assert list(pipe.loras) == [*own, file] and not same(weights(pipe), before)
+    pipe.unload_loras()
+    assert list(pipe.loras) == own and same(weights(pipe), before)
+
+
+def test_second_control_lora_is_refused_before_anything_is_merged(zoo, tmp_path):
+    pipe = load_again(zoo, CANNY_LORA)
+    (own,), before = pipe.loras, weights(pipe)
+    (other := tmp_path / "other.safetensors").write_bytes(own.read_bytes())
+    assert refusal(pipe.load_lora, other).startswith(f"{other} and {own} replace the same weights")
+    assert list(pipe.loras) == [own] and same(weights(pipe), before)
+
+
+def test_lora_of_the_row_is_given_another_scale_and_not_loaded_twice(zoo, tmp_path):
+    """By any name of its file; to its 0.85, nothing is added."""
+    pipe = load_again(zoo, CANNY_LORA)
+    (own,) = pipe.loras
+    base = load_file(zoo.folder / "FLUX.1-dev/flux1-dev.safetensors")[f"{LAYER}.weight"]
+    assert max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (own, 0.85))) < 1e-6
+    link = tmp_path / "linked.safetensors"
+    link.symlink_to(own)
+    for path, scale in (
+        (own, 0.3),
+        (str(own), -0.5),
+        (own.parent / ".." / own.parent.name / own.name, 0.6),
+        (link, 0.0),
+    ):
+        pipe.load_lora(path, scale)
+        assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(own, scale)]
+        assert (
+            max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (own, scale))) < 1e-6
+        )
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+def test_scale_that_is_not_finite_changes_nothing(zoo, tmp_path, scale):
+    pipe, other = load_again(zoo, CANNY_LORA), lora(tmp_path / "a.safetensors", seed=2)
+    (own,), before = pipe.loras, weights(pipe)
+    for call, path in ((pipe.set_lora_scale, own), (pipe.load_lora, own), (pipe.load_lora, other)):
+        assert (
+            refusal(call, path, scale)
+            == f"--lora {path}:{scale}: the scale must be a finite number"
+        )
+        assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(own, 0.85)] and same(
+            weights(pipe), before
+        )
