@@ -422,7 +422,7 @@ class Pipeline:
         A second call with a loaded file changes its scale. `strict=False` ignores tensors that
         match no layer of the model.
         """
-        self._loras.add(Path(path), scale, not strict)
+        self._loras.add(Path(path), scale, strict=strict)
 
     def set_lora_scale(self, path: str | Path, scale: float) -> None:
         self._loras.set_scale(Path(path), scale)

@@ -9,7 +9,6 @@ python scripts/sample.py "a red door" --model flux.1-fill-dev --image house.jpg 
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -57,10 +56,8 @@ FLAGS = {  # the library's arguments whose flag is not their name with dashes
     "dtype=torch.bfloat16": "--dtype bfloat16",
     "decode_dtype=torch.float32": "--decode-dtype float32",
     "loras": "--lora",
-    "ignore_unmatched": "--lora-ignore-unmatched",
-    "ignore_unmatched=True": "--lora-ignore-unmatched",
-    "partial": "--lora-ignore-unmatched",
-    "partial=True": "--lora-ignore-unmatched",
+    "scale": "--lora",
+    "strict=False": "--lora-ignore-unmatched",
 }
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 
@@ -354,7 +351,10 @@ def run(args: argparse.Namespace) -> int:
     from flux.runtime import checks
     from flux.weights.locate import get_spec
 
-    check_loras(args)
+    if args.lora:
+        from flux.lora.manager import check_files
+
+        check_files(args.lora)
     checks.check_count(len(prompts) * args.num_images, first_seed)
     spec = get_spec(args.model, args.transformer)
     images, files = gather_images(args, spec), describe_files(args)
@@ -523,23 +523,6 @@ def gather_images(args: argparse.Namespace, spec):
         images = None
     request.check_images(spec, images)
     return images
-
-
-def check_loras(args: argparse.Namespace) -> None:
-    """Raise UserError for a wrong LoRA file before the model is downloaded."""
-    if not args.lora:
-        return
-    from flux.lora.formats import read
-
-    paths = [path for path, _ in args.lora]
-    for path, scale in args.lora:
-        read(path)
-        if not math.isfinite(scale):
-            raise UserError(f"loras: the scale of {path} must be a finite number (got {scale}).")
-        if paths.count(path) > 1:
-            raise UserError(
-                f"loras: {path} is given twice. Give it once, with the sum of the scales."
-            )
 
 
 def check_upsampling(args: argparse.Namespace, spec) -> None:

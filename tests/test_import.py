@@ -42,6 +42,7 @@ def test_what_flux_offers_needs_little_beyond_torch():
     }
     optional = {
         "flux.lora.formats",
+        "flux.lora.merge",
         "benchmarks.lossy",
         "flux.training.trainer",
         "prompt_upsampling",
@@ -62,7 +63,13 @@ def test_a_first_picture_needs_no_compiler():
         if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed"))
     }
     assert (
-        not {"flux.training.lora", "flux.lora.formats", "benchmarks.lossy", "flux.training.trainer"}
+        not {
+            "flux.training.lora",
+            "flux.lora.formats",
+            "flux.lora.merge",
+            "benchmarks.lossy",
+            "flux.training.trainer",
+        }
         & added
     )
 

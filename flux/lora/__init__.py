@@ -1,1 +1,1 @@
-"""LoRA files: their layouts, the merge into a model, and the set that is merged now."""
+"""LoRA files: their formats, the merge into a network, and the set that is merged now."""

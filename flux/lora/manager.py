@@ -1,8 +1,9 @@
-"""The LoRAs of a pipeline: which files, at which scales; merged into its networks anew whenever that changes."""
+"""The LoRAs of a pipeline, merged into its networks again whenever they change."""
 
 from collections.abc import Callable, Sequence
-from functools import partial as bound
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -10,119 +11,136 @@ from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
 from flux.runtime.lazy_module import LazyModule
 
+if TYPE_CHECKING:  # a run without LoRAs does not import the rest of flux.lora
+    from flux.lora.merge import LayerDelta
+
 
 class LoraManager:
-    """`files`: path -> its patches, as `flux.lora.formats` makes them, and their scale, in the order in which they came.
+    """The set of LoRA files that are merged now.
 
-    `own`: the files that the model's row of the table brings, which are always there. `networks`: those that a LoRA may change,
-    by the names that `flux.lora.formats` has for them. `changed` is called whenever they have changed.
+    `builtin`: the files of the model's own row in flux.MODELS, which are always merged. `networks`:
+    "transformer" and, if loaded, "clip" and "t5". `changed` is called after every change.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        own: Sequence[Path],
+        builtin: Sequence[Path],
         networks: dict[str, LazyModule],
         changed: Callable[[], None],
     ):
-        self.spec, self.networks, self.changed, self.own = (
-            spec,
-            networks,
-            changed,
-            {path.resolve() for path in own},
-        )
-        part = {"transformer": networks["transformer"]}
-        self.files: dict[Path, tuple[list, float]] = {
-            path: (_read(path, part), spec.addon.scale) for path in self.own
-        }
+        self.spec, self.networks, self.changed = spec, networks, changed
+        self.builtin = {path.resolve() for path in builtin}
+        # path -> its deltas and scale, in the order of loading
+        self.files: dict[Path, tuple[list[LayerDelta], float]] = {}
+        transformer = {"transformer": networks["transformer"]}
+        for path in self.builtin:
+            assert spec.addon is not None
+            self.files[path] = _read_deltas(path, transformer), spec.addon.scale
         self._merge()
 
-    def add(self, path: Path, scale: float, partial: bool) -> None:
+    def add(self, path: Path, scale: float = 1.0, *, strict: bool = True) -> None:
+        """Merge a file too. A built-in file only gets another scale."""
         path = _resolved(path)
-        if path in self.own:
-            return self.set_scale(path, scale)
+        if path in self.builtin:
+            self.set_scale(path, scale)
+            return
         if path in self.files:
             raise UserError(
                 f"{path} is loaded already: give it once, or change its scale with set_lora_scale"
             )
-        patches = _read(path, self.networks, partial)
-        self._check(path, patches, scale)
-        self.files[path] = patches, scale
+        check_scale(path, scale)
+        deltas = _read_deltas(path, self.networks, strict)
+        self._check_columns(path, deltas)
+        self._check_replacements(path, deltas)
+        self.files[path] = deltas, scale
         self._merge()
 
     def set_scale(self, path: Path, scale: float) -> None:
+        """Merge a loaded file at another scale."""
         path = _resolved(path)
         if path not in self.files:
-            raise UserError(
-                f"{path} is not loaded; loaded are: {', '.join(map(str, self.files)) or 'none'}"
-            )
-        self._check(path, (), scale)
+            loaded = ", ".join(map(str, self.files)) or "none"
+            raise UserError(f"{path} is not loaded; loaded are: {loaded}")
+        check_scale(path, scale)
         self.files[path] = self.files[path][0], scale
         self._merge()
 
     def remove_all(self) -> None:
-        """But the model's own."""
-        self.files = {path: lora for path, lora in self.files.items() if path in self.own}
+        """Undo all merges but the built-in ones."""
+        self.files = {path: lora for path, lora in self.files.items() if path in self.builtin}
         self._merge()
 
-    def _check(self, path: Path, patches: Sequence, scale: float) -> None:
-        """UserError for a LoRA that could be merged, but not make sense."""
-        if not abs(scale) < 2**63:
-            raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
-        spec, c = self.spec, self.spec.transformer
-        control = 2 * c.out_channels if spec.control and spec.addon else c.in_channels
-        widths = {
-            patch.columns
-            for patch in patches
-            if patch.place.part == "transformer" and patch.place.path == "img_in"
-        }
-        if strange := widths - {c.out_channels, c.in_channels, control}:
-            able = ", ".join(s.name for s in MODELS.values() if s.control and s.addon)
-            raise UserError(
-                f"{path} is for an input of {max(strange)} channels, which {spec.name} does not have; if it is a "
-                f"control LoRA, use {able}"
-            )
-        replaced = {patch.place for patch in patches if "value" in patch.factors}
-        for other, (known, _) in self.files.items():
-            if any(patch.place in replaced and "value" in patch.factors for patch in known):
+    def _check_columns(self, path: Path, deltas: Sequence["LayerDelta"]) -> None:
+        """Refuse a control LoRA for a model without a control image, which could be merged."""
+        config = self.spec.transformer
+        allowed = {config.out_channels, config.in_channels}
+        if self.spec.control and self.spec.addon:
+            allowed.add(2 * config.out_channels)
+        for delta in deltas:
+            if delta.target[:2] == ("transformer", "img_in") and delta.columns not in allowed:
+                able = [s.name for s in MODELS.values() if s.control and s.addon]
                 raise UserError(
-                    f"{path} and {other} replace the same weights, so they cannot be used together: leave one out"
+                    f"{path} is for an input of {delta.columns} channels, which {self.spec.name} "
+                    f"does not have; if it is a control LoRA, use {', '.join(able)}"
                 )
 
+    def _check_replacements(self, path: Path, deltas: Sequence["LayerDelta"]) -> None:
+        """Refuse two files that replace the same weights."""
+        replaced = {delta.target for delta in deltas if "value" in delta.factors}
+        for other, (loaded, _) in self.files.items():
+            for delta in loaded:
+                if "value" in delta.factors and delta.target in replaced:
+                    raise UserError(
+                        f"{path} and {other} replace the same weights, so they cannot be used "
+                        "together: leave one out"
+                    )
+
     def _merge(self) -> None:
-        """From the weights as they are in the files, so that they are rounded once."""
+        """Merge all files into the weights as loaded, so that sums are rounded once."""
         for part, network in self.networks.items():
-            patches = [
-                (p, scale)
-                for patches, scale in self.files.values()
-                for p in patches
-                if p.place.part == part
-            ]
-            paths = {patch.place.path for patch, _ in patches}
-            network.set_transform(bound(_merge_into, patches=patches) if patches else None, paths)
+            deltas = []
+            for file_deltas, scale in self.files.values():
+                deltas += [(delta, scale) for delta in file_deltas if delta.target.part == part]
+            paths = {delta.target.path for delta, _ in deltas}
+            network.set_transform(partial(_merge_into, deltas=deltas) if deltas else None, paths)
         self.changed()
+
+
+def check_files(loras: Sequence[tuple[Path, float]]) -> None:
+    """Check a request's LoRA files and scales. It needs no model, which may be a download."""
+    from flux.lora.formats import read_lora
+
+    paths = [path for path, _ in loras]
+    for path, scale in loras:
+        read_lora(path)
+        check_scale(path, scale)
+        if paths.count(path) > 1:
+            raise UserError(f"loras: {path} is given twice. Give it once, with the summed scale.")
+
+
+def check_scale(path: Path, scale: float) -> None:
+    if not abs(scale) < 2**63:  # also if it is NaN
+        raise UserError(f"scale: must be a finite number (got {scale} for {path}).")
 
 
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except RuntimeError as error:  # links that lead in a circle, before Python 3.13
+    except RuntimeError as error:  # links in a circle, before Python 3.13
         raise UserError(f"{path} does not exist: {error}.") from error
 
 
-def _read(path: Path, networks: dict[str, LazyModule], partial: bool = False) -> list:
-    """Its patches of these networks."""
-    from flux.lora.formats import (
-        place,
-        read,
-    )  # not above: a picture without LoRAs need not wait for it
+def _read_deltas(
+    path: Path, networks: dict[str, LazyModule], strict: bool = True
+) -> list["LayerDelta"]:
+    from flux.lora.formats import match_layers, read_lora
 
-    return place(
-        read(path), {part: network.meta_module() for part, network in networks.items()}, partial
-    )
+    modules = {part: network.meta_module() for part, network in networks.items()}
+    return match_layers(read_lora(path), modules, strict)
 
 
-def _merge_into(module: nn.Module, patches: list, **options) -> None:
-    from flux.lora.formats import merge
+def _merge_into(module: nn.Module, deltas: list, **options) -> None:
+    from flux.lora.merge import merge
 
-    merge(module, patches, **options)
+    merge(module, deltas, **options)

@@ -1,7 +1,8 @@
-"""flux.lora.formats: every layout finds its layers, and the merged weights are W + scale · alpha/rank · BA to one rounding.
+"""flux.lora: every layout matches its layers, and merged weights equal W + scale · alpha/rank · BA.
 
-The truth: sums in float64 by hand, with the names that each trainer writes; diffusers, with the same file given to its own
-loader, for what that loads rightly; PEFT's own adapters in our network, for DoRA, LoHa, LoKr and rank-stabilised LoRA.
+The references: sums in float64 with the names that each trainer writes; diffusers' own loader with
+the same file, for what it loads correctly; PEFT's adapters in our network, for DoRA, LoHa, LoKr and
+rank-stabilized LoRA.
 """
 
 import copy
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from flux import sampling
 from flux.clip import CLIP
-from flux.lora.formats import merge, place, read
+from flux.lora.formats import match_layers, read_lora
+from flux.lora.merge import Target, merge
 from flux.parity.reference import (
     FLUX1_TINY,
     FLUX2_TINY,
@@ -44,10 +46,10 @@ from flux.weights.load import load_module
 from flux.weights.quantization import QuantizedLinear
 
 RANK, ALPHA, SCALE = 4, 6.0, 0.7
-# Of float32: the products and sums of BA, two scales, the last sum and the bound's own slack, each 2^-24 of the largest value.
+# float32 roundings: products and sums of BA, two scales, the last sum and slack, 2^-24 each.
 TOLERANCE = (RANK + 4) * 2**-24
 CONFIGS = {"flux.1": FLUX1_TINY, "flux.2": FLUX2_TINY}
-Layers = dict[str, tuple[str, Tensor]]  # name in a file -> path of our module, numbers of the rows
+Layers = dict[str, tuple[str, Tensor]]  # name in a file -> path of our module, indices of rows
 AB, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
 
 
@@ -67,7 +69,7 @@ def our_layers(module: nn.Module) -> Layers:
 
 
 def diffusers_layers(network: Flux) -> Layers:
-    """Numbers of rows, sent through the map of names that a strict load of diffusers' own transformer proves."""
+    """Return diffusers' layers, by row indices sent through the reference's map of weights."""
     layers = list(our_layers(network).values())
     numbered = {f"{path}.weight": 1_000_000 * i + rows for i, (path, rows) in enumerate(layers)}
     theirs = transformer_to_diffusers(numbered, network.config)
@@ -78,7 +80,7 @@ def diffusers_layers(network: Flux) -> Layers:
 
 
 def xlabs_layers(network: Flux) -> Layers:
-    """https://github.com/XLabs-AI/x-flux, src/flux/modules/layers.py: processors of FLUX.1's attention."""
+    """Names in XLabs-AI/x-flux, src/flux/modules/layers.py: processors of FLUX.1's attention."""
     d, out = network.config.hidden_size, {}
     for n in range(network.config.depth):
         for number, stream in ((1, "img"), (2, "txt")):
@@ -106,7 +108,7 @@ def flat(layers: Layers) -> Layers:
     return {name.replace(".", "_"): where for name, where in layers.items()}
 
 
-FORMATS = {  # names of layers, what is before them, what is after them, whether there is an alpha, what read() calls it
+FORMATS = {  # layers, prefix, ends of keys, whether there is an alpha, LoraFile.format
     "diffusers": (diffusers_layers, "transformer.", AB, False, "diffusers"),
     "diffusers, alpha": (diffusers_layers, "transformer.", AB, True, "diffusers"),
     "diffusers, old": (
@@ -162,7 +164,7 @@ every_layout = pytest.mark.parametrize(
 
 
 def factors(module: nn.Module, path: str, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """A (rank, columns) and B (rows, rank), as large together as the weight is."""
+    """Return A (rank, columns) and B (rows, rank), whose product is as large as the weight."""
     columns = module.get_submodule(path).weight.shape[1]
     return random(RANK, columns, seed=seed), random(
         len(rows), RANK, seed=seed + 1, size=0.5 / columns**0.5
@@ -183,7 +185,7 @@ def lora_file(
 
 
 def by_hand(module: nn.Module, layers: Layers, scaling: float, seed: int = 0) -> dict[str, Tensor]:
-    """The state after the merge, in float64."""
+    """Return the state after the merge, in float64."""
     state = {name: tensor.double().clone() for name, tensor in module.state_dict().items()}
     for i, (path, rows) in enumerate(layers.values()):
         a, b = factors(module, path, rows, seed=seed + 10 * i)
@@ -194,17 +196,21 @@ def by_hand(module: nn.Module, layers: Layers, scaling: float, seed: int = 0) ->
 def merged(module: nn.Module, *files: tuple[Path, float], part: str = "transformer"):
     return merge(
         module,
-        [(patch, scale) for path, scale in files for patch in place(read(path), {part: module})],
+        [
+            (delta, scale)
+            for path, scale in files
+            for delta in match_layers(read_lora(path), {part: module})
+        ],
     )
 
 
 @every_layout
-def test_every_layout_makes_the_same_sum(tmp_path, network, name):
+def test_every_layout_gives_the_same_sum(tmp_path, network, name):
     layers, _, _, alpha, called = FORMATS[name]
     path = lora_file(tmp_path / "x.safetensors", network, name)
     expected = by_hand(network, layers(network), SCALE * (ALPHA / RANK if alpha else 1))
     before = {name: tensor.data_ptr() for name, tensor in network.state_dict().items()}
-    assert read(path).format == called
+    assert read_lora(path).format == called
     merged(network, (path, SCALE))
     touched = {f"{path}.weight" for path, _ in layers(network).values()}
     for key, tensor in network.state_dict().items():
@@ -215,7 +221,7 @@ def test_every_layout_makes_the_same_sum(tmp_path, network, name):
 
 
 def test_layers_that_other_loaders_drop_or_swap_are_changed(tmp_path, network):
-    """diffusers 0.42.1 drops kohya's layers outside the blocks, and leaves the halves of the last modulation unswapped."""
+    """diffusers 0.42.1 drops kohya's layers outside blocks and does not swap the last halves."""
     lost = [path for path in our_layers(network) if "_blocks" not in path]
     assert len(lost) == (10 if network.config.vector_dim else 11)
     ours = copy.deepcopy(network)
@@ -225,7 +231,7 @@ def test_layers_that_other_loaders_drop_or_swap_are_changed(tmp_path, network):
             max_error(ours.get_submodule(path).weight, network.get_submodule(path).weight) > 0.1
         ), path
 
-    # the same update, told by diffusers' name, has its halves the other way round
+    # The same update under diffusers' name has its halves swapped.
     path, d = "final_layer.adaLN_modulation.1", network.config.hidden_size
     a, b = factors(network, path, torch.arange(2 * d), seed=0)
     scale_first = torch.cat([b[d:], b[:d]])
@@ -244,7 +250,7 @@ def test_layers_that_other_loaders_drop_or_swap_are_changed(tmp_path, network):
 
 
 def test_block_diagonal_factors_are_three_loras(tmp_path, network):
-    """sd-scripts may train q, k, v apart and store them as one: A stacked, B block-diagonal, alpha of the whole rank."""
+    """sd-scripts may store separate q, k, v as one: A stacked, B block-diagonal, alpha summed."""
     path, d = "double_blocks.1.txt_attn.qkv", network.config.hidden_size
     parts = [factors(network, path, torch.arange(d), seed) for seed in (1, 11, 21)]
     stacked = {
@@ -265,7 +271,9 @@ def test_block_diagonal_factors_are_three_loras(tmp_path, network):
 
 # ------------------------------------------------------------------ text encoders
 
-TEXT = {  # part, our path, keys without their end: sd-scripts (FLUX.1: te1 is CLIP; SD3's count: te3 is T5), ComfyUI, diffusers
+# part, our path, keys without their end: of sd-scripts (te1 is CLIP, te2 or te3 is T5), ComfyUI,
+# diffusers
+TEXT = {
     "clip": (
         "text_model.encoder.layers.1.self_attn.q_proj",
         (
@@ -290,7 +298,7 @@ TEXT_KEYS = [(part, path, key) for part, (path, keys) in TEXT.items() for key in
 
 
 @pytest.mark.parametrize("part, path, key", TEXT_KEYS)
-def test_text_encoders(tmp_path, part, path, key):
+def test_lora_of_a_text_encoder_is_merged(tmp_path, part, path, key):
     modules = {
         "transformer": Flux(FLUX1_TINY),
         "clip": randomise(CLIP(TINY_CLIP)),
@@ -303,33 +311,33 @@ def test_text_encoders(tmp_path, part, path, key):
         f"{key}.lora_up.weight": b,
         f"{key}.alpha": torch.tensor(ALPHA),
     }
-    lora = read(saved(tmp_path / "x.safetensors", tensors))
-    (patch,) = place(lora, modules)
-    assert patch.place == (part, path, ((0, len(weight)),))
+    lora = read_lora(saved(tmp_path / "x.safetensors", tensors))
+    (delta,) = match_layers(lora, modules)
+    assert delta.target == Target(part, path, ((0, len(weight)),))
     expected = weight.double() + SCALE * ALPHA / RANK * (b.double() @ a.double())
-    merge(modules[part], [(patch, SCALE)])
+    merge(modules[part], [(delta, SCALE)])
     assert max_error(modules[part].get_submodule(path).weight.double(), expected) < TOLERANCE
-    # known to belong to a part that is not there: left out if the caller says so, and only then
-    assert "changes nothing" in refusal(place, lora, modules | {part: None})
+    # Tensors of a part that is None are ignored; a part that is missing is an error.
+    assert "changes nothing" in refusal(match_layers, lora, modules | {part: None})
     assert f"{key}.alpha" in refusal(
-        place, lora, {name: module for name, module in modules.items() if name != part}
+        match_layers, lora, {name: module for name, module in modules.items() if name != part}
     )
 
 
-def test_parts_that_are_none_are_left_out(tmp_path):
+def test_parts_that_are_none_are_ignored(tmp_path):
     network = randomise(Flux(FLUX1_TINY))
     file = lora_file(tmp_path / "x.safetensors", network, "kohya")
-    tensors = dict(read(file).tensors)
+    tensors = dict(read_lora(file).tensors)
     for _, _, key in TEXT_KEYS:
         tensors |= {
             f"{key}.lora_down.weight": random(RANK, 8),
             f"{key}.lora_up.weight": random(8, RANK),
         }
-    lora = read(saved(tmp_path / "y.safetensors", tensors))
-    assert len(place(lora, {"transformer": network, "clip": None, "t5": None})) == len(
+    lora = read_lora(saved(tmp_path / "y.safetensors", tensors))
+    assert len(match_layers(lora, {"transformer": network, "clip": None, "t5": None})) == len(
         our_layers(network)
     )
-    assert "10 tensors" in refusal(place, lora, {"transformer": network, "t5": None})
+    assert "10 tensors" in refusal(match_layers, lora, {"transformer": network, "t5": None})
 
 
 # ------------------------------------------------------------------ diffusers
@@ -349,13 +357,13 @@ def inputs(config: FluxConfig) -> dict[str, Tensor]:
 
 
 def blocks_only(layers: Layers) -> Layers:
-    """What diffusers' converter of kohya files can do: not linear1, whose width it takes for 3072, nor what is lost."""
+    """Return what diffusers' converter of kohya files can load: not linear1, and blocks only."""
     return {
         name: where for name, where in layers.items() if "blocks" in name and "linear1" not in name
     }
 
 
-THEIRS = {  # model, format, the layers that diffusers loads rightly, metadata
+THEIRS = {  # model, format, the layers that diffusers loads correctly, metadata
     "flux.1 diffusers": ("flux.1-dev", "diffusers", None, {}),
     "flux.1 diffusers, alpha": ("flux.1-dev", "diffusers, alpha", None, {}),
     "flux.1 diffusers, metadata": (
@@ -407,7 +415,7 @@ THEIRS = {  # model, format, the layers that diffusers loads rightly, metadata
 
 
 @pytest.mark.parametrize("case", THEIRS)
-def test_velocity_is_that_of_diffusers_with_its_own_loader(tmp_path, case):
+def test_velocity_equals_diffusers_with_its_own_loader(tmp_path, case):
     model, name, some, config = THEIRS[case]
     spec = tiny_models(clip_eos=999)[model]
     parts = networks(spec)
@@ -418,7 +426,12 @@ def test_velocity_is_that_of_diffusers_with_its_own_loader(tmp_path, case):
             f"transformer.{key}": value
             for key, value in (config | {"target_modules": list(layers)}).items()
         }
-        saved(file, dict(read(file).tensors), format="pt", lora_adapter_metadata=json.dumps(config))
+        saved(
+            file,
+            dict(read_lora(file).tensors),
+            format="pt",
+            lora_adapter_metadata=json.dumps(config),
+        )
     pipe, given = diffusers_pipeline(spec, parts), inputs(spec.transformer)
     without = diffusers_velocity(pipe.transformer, **given)
     pipe.load_lora_weights(str(tmp_path), weight_name="x.safetensors", adapter_name="it")
@@ -427,7 +440,7 @@ def test_velocity_is_that_of_diffusers_with_its_own_loader(tmp_path, case):
     merged(network, (file, SCALE))
     ours = network(**given)
     assert max_error(theirs, without) > 0.05
-    # theirs adds B(Ax) to Wx layer by layer, ours merges first: the same sums, rounded in another order
+    # Theirs adds B(Ax) to Wx, ours merges first: the same sums, rounded in another order.
     assert max_error(ours, theirs) < 1e-5
 
 
@@ -467,8 +480,8 @@ PATTERN = {"double_blocks.0.img_attn.qkv": 9, "img_in": 6}
         ("Lora", dict(lora_alpha=3, alpha_pattern=PATTERN)),
     ],
 )
-def test_a_folder_that_peft_saved_has_its_strength(tmp_path, kind, options):
-    """Which is in a file of its own, adapter_config.json."""
+def test_folder_saved_by_peft_has_its_alpha(tmp_path, kind, options):
+    """Alpha is in a file of its own, adapter_config.json."""
     import peft
 
     network = randomise(Flux(FLUX1_TINY))
@@ -493,14 +506,14 @@ def test_a_folder_that_peft_saved_has_its_strength(tmp_path, kind, options):
     "damaged",
     [b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', b'{"lora_alpha": 1%s}' % (400 * b"0")],
 )
-def test_damaged_configuration_of_peft_is_told(tmp_path, damaged):
+def test_damaged_configuration_of_peft_is_refused(tmp_path, damaged):
     file = saved(
         tmp_path / "x.safetensors",
         {f"base_model.model.{name.partition('.')[2]}": x for name, x in GOOD.items()},
     )
     (tmp_path / "adapter_config.json").write_bytes(damaged)
-    sentence = refusal(lambda: place(read(file), {"transformer": Flux(FLUX1_TINY)}))
-    assert "adapter_config.json" in sentence or "lora_alpha in its configuration" in sentence
+    message = refusal(lambda: match_layers(read_lora(file), {"transformer": Flux(FLUX1_TINY)}))
+    assert "adapter_config.json" in message or "lora_alpha in its configuration" in message
 
 
 @pytest.mark.parametrize(
@@ -516,7 +529,7 @@ def test_damaged_configuration_of_peft_is_told(tmp_path, damaged):
 @pytest.mark.filterwarnings(
     "ignore:.*have invalid shape"
 )  # PEFT, of a bias: that it has one dimension
-def test_adapters_of_peft_in_our_network(tmp_path, network, kind):
+def test_merge_equals_adapters_of_peft(tmp_path, network, kind):
     import peft
 
     config, given = adapters()[kind], inputs(network.config)
@@ -544,7 +557,7 @@ def test_adapters_of_peft_in_our_network(tmp_path, network, kind):
 
 
 def test_dora_of_kohya_and_lycoris(tmp_path, network):
-    """`dora_scale` (rows, 1), by output, is PEFT's; (1, columns), by input, is what LyCORIS first wrote."""
+    """`dora_scale` is (rows, 1) in PEFT and (1, columns) in early LyCORIS."""
     path = "double_blocks.0.img_attn.proj"
     weight = network.get_submodule(path).weight.double()
     a, b = factors(network, path, torch.arange(len(weight)), seed=2)
@@ -636,7 +649,7 @@ def test_differences_of_biases_and_norms(tmp_path):
 
 
 def hooked(network: Flux, tensors: dict[str, Tensor], scale: float) -> Flux:
-    """A copy that computes Wx + b + scale · (B(Ax) + b'), as Black Forest Labs' modules do, with the new norms and columns."""
+    """Return a copy that computes Wx + b + scale · (B(Ax) + b'), like Black Forest Labs' code."""
     wide = Flux(replace(network.config, in_channels=2 * network.config.in_channels))
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state["img_in.weight"] = torch.cat(
@@ -658,14 +671,14 @@ def hooked(network: Flux, tensors: dict[str, Tensor], scale: float) -> Flux:
 
 
 @pytest.mark.parametrize("scale", [0.85, 0.0])
-def test_control_lora_is_that_of_black_forest_labs(tmp_path, scale):
+def test_control_lora_equals_black_forest_labs(tmp_path, scale):
     network = randomise(Flux(FLUX1_TINY))
     file = control_lora(tmp_path / "x.safetensors", network)
     config = network.config
     given = inputs(config) | {"img": random(2, 12, 128)}
-    expected = hooked(network, read(file).tensors, scale)(**given)
+    expected = hooked(network, read_lora(file).tensors, scale)(**given)
     merged(network, (file, scale))
-    assert read(file).format == "BFL control"
+    assert read_lora(file).format == "BFL control"
     assert network.config == replace(config, in_channels=128)
     assert network.img_in.in_features == 128 and network.img_in.weight.shape == (
         config.hidden_size,
@@ -686,7 +699,7 @@ def test_new_columns_of_img_in_start_at_zero(tmp_path):
 
 
 def test_control_lora_and_a_plain_one_share_img_in(tmp_path):
-    """The plain one, made for 64 channels, adds to the first 64; so it does on a model that has 128 of its own."""
+    """The plain one, for 64 channels, adds to the first 64, also in a model with more channels."""
     network = randomise(Flux(FLUX1_TINY))
     control, plain = (
         control_lora(tmp_path / "c.safetensors", network),
@@ -708,9 +721,9 @@ def test_control_lora_and_a_plain_one_share_img_in(tmp_path):
     assert wide.config.in_channels == 384
     assert max_error(wide.img_in.weight.double(), expected) < TOLERANCE
     two = [
-        (patch, 1.0)
+        (delta, 1.0)
         for _ in "ab"
-        for patch in place(read(control), {"transformer": randomise(Flux(FLUX1_TINY))})
+        for delta in match_layers(read_lora(control), {"transformer": randomise(Flux(FLUX1_TINY))})
     ]
     assert "both replace double_blocks.0.img_attn.norm." in refusal(
         merge, randomise(Flux(FLUX1_TINY)), two
@@ -720,7 +733,7 @@ def test_control_lora_and_a_plain_one_share_img_in(tmp_path):
 # ------------------------------------------------------------------ merging
 
 
-def test_merging_leaves_the_old_tensors_and_all_paths(tmp_path, network):
+def test_merge_keeps_old_tensors_and_module_paths(tmp_path, network):
     files = [
         lora_file(tmp_path / f"{n}.safetensors", network, name, seed=n)
         for n, name in enumerate(("kohya", "diffusers"))
@@ -734,8 +747,8 @@ def test_merging_leaves_the_old_tensors_and_all_paths(tmp_path, network):
     assert all(torch.equal(before[name], value) for name, value in values.items())
 
 
-def test_network_is_that_of_its_files_again_when_nothing_is_merged(tmp_path, network):
-    """Also after a merge that failed, which must not leave the network as it is without the LoRA."""
+def test_undone_merge_leaves_the_weights_of_the_files(tmp_path, network):
+    """Also after a merge that failed, which must not leave an unmerged network behind."""
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     loaded = LazyModule(
         Flux,
@@ -744,19 +757,19 @@ def test_network_is_that_of_its_files_again_when_nothing_is_merged(tmp_path, net
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    patches = place(
-        read(lora_file(tmp_path / "x.safetensors", network, "kohya")), {"transformer": network}
+    deltas = match_layers(
+        read_lora(lora_file(tmp_path / "x.safetensors", network, "kohya")), {"transformer": network}
     )
-    whole, changed = loaded(), patches[0].place.path
+    whole, changed = loaded(), deltas[0].target.path
     for scale in (1.0, math.inf, 1.0, None):
         loaded.set_transform(
             None
             if scale is None
-            else functools.partial(merge, patches=[(patch, scale) for patch in patches])
+            else functools.partial(merge, deltas=[(delta, scale) for delta in deltas])
         )
         if scale == math.inf:
             for _ in range(2):
-                assert "scale inf" in refusal(loaded)
+                assert "exceeds" in refusal(loaded)
         else:
             equal = torch.equal(
                 loaded().get_submodule(changed).weight, whole.get_submodule(changed).weight
@@ -788,7 +801,7 @@ def test_two_files_are_summed_before_the_one_rounding(tmp_path, dtype):
         expected = first[key] + second[key] - wide.state_dict()[key]
         ours = network.state_dict()[key]
         assert ours.dtype == dtype
-        # the nearest number of the dtype; where two are nearly as near, float32 may have chosen the other
+        # The nearest number of the dtype; of two at nearly the same distance, either.
         error, best = (
             (ours.double() - expected).abs(),
             (expected.to(dtype).double() - expected).abs(),
@@ -814,23 +827,23 @@ def test_float64_stays_float64(tmp_path, network):
     )
 
 
-def test_placing_needs_no_weights(tmp_path, network):
+def test_matching_needs_no_weights(tmp_path, network):
     file = lora_file(tmp_path / "x.safetensors", network, "diffusers")
     with torch.device("meta"):
-        patches = place(read(file), {"transformer": Flux(network.config)})
+        deltas = match_layers(read_lora(file), {"transformer": Flux(network.config)})
     expected = by_hand(network, diffusers_layers(network), SCALE)
-    merge(network, [(patch, SCALE) for patch in patches])
+    merge(network, [(delta, SCALE) for delta in deltas])
     assert all(
         max_error(tensor.double(), expected[name]) < TOLERANCE
         for name, tensor in network.state_dict().items()
     )
 
 
-# ------------------------------------------------------------------ quantised weights
+# ------------------------------------------------------------------ quantized weights
 
 
-def quantised(path: Path, network: Flux, dtype: torch.dtype) -> Flux:
-    """The network from a file like Black Forest Labs': float8, and a scale, for each matrix of the blocks."""
+def quantized(path: Path, network: Flux, dtype: torch.dtype) -> Flux:
+    """Load the network from a file like Black Forest Labs': float8 and a scale per block matrix."""
     tensors, notes = {name: tensor.bfloat16() for name, tensor in network.state_dict().items()}, {}
     for layer in [
         name.removesuffix(".weight")
@@ -851,8 +864,8 @@ def quantised(path: Path, network: Flux, dtype: torch.dtype) -> Flux:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_quantised_layer_becomes_a_plain_one_and_the_others_stay(tmp_path, network, dtype):
-    loaded = quantised(tmp_path / "model.safetensors", network, dtype)
+def test_merged_quantized_layer_becomes_a_linear_and_others_stay(tmp_path, network, dtype):
+    loaded = quantized(tmp_path / "model.safetensors", network, dtype)
     whole = {
         path: layer.dequantize()
         for path, layer in loaded.named_modules()
@@ -863,7 +876,10 @@ def test_a_quantised_layer_becomes_a_plain_one_and_the_others_stay(tmp_path, net
         path: where for path, where in our_layers(network).items() if path.endswith(matrices)
     }
     file = lora_file(tmp_path / "x.safetensors", network, "BFL", only=changed)
-    merge(loaded, [(patch, SCALE) for patch in place(read(file), {"transformer": network})])
+    merge(
+        loaded,
+        [(delta, SCALE) for delta in match_layers(read_lora(file), {"transformer": network})],
+    )
     assert len(whole) > len(changed) > 3
     for i, path in enumerate(changed):
         a, b = factors(network, *changed[path], seed=10 * i)
@@ -885,8 +901,8 @@ def test_a_quantised_layer_becomes_a_plain_one_and_the_others_stay(tmp_path, net
         assert isinstance(layer, QuantizedLinear) and torch.equal(layer.dequantize(), whole[path])
 
 
-def test_a_quantised_layer_whose_bias_alone_is_changed_stays(tmp_path):
-    loaded = quantised(tmp_path / "model.safetensors", randomise(Flux(FLUX1_TINY)), torch.float32)
+def test_quantized_layer_with_a_merged_bias_stays(tmp_path):
+    loaded = quantized(tmp_path / "model.safetensors", randomise(Flux(FLUX1_TINY)), torch.float32)
     layer = loaded.double_blocks[0].img_attn.proj
     bias, change = layer.bias.double(), random(len(layer.bias))
     merged(
@@ -914,7 +930,7 @@ def with_value(tensor: Tensor, value: float) -> Tensor:
 
 
 def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
-    """What is wrong, the tensors of the file, and what the refusal must say besides the file."""
+    """Yield what is wrong, the tensors of the file, and parts of the message besides the file."""
     a, b = GOOD
     yield "rank mismatch", GOOD | {b: random(128, 5)}, (a, b, "(4, 128)", "(128, 5)", "multiplied")
     yield (
@@ -966,7 +982,7 @@ def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
     yield (
         "unknown layer",
         GOOD | {"transformer.transformer_blocks.9.attn.to_q.lora_A.weight": random(4, 128)},
-        ("1 tensors, of 3", "transformer_blocks.9.attn.to_q.lora_A.weight", "--lora-partial"),
+        ("1 tensors, of 3", "transformer_blocks.9.attn.to_q.lora_A.weight", "strict=False"),
     )
     yield (
         "unknown kind",
@@ -1000,45 +1016,51 @@ BAD = {what: rest for what, *rest in bad()}
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_files_are_told(tmp_path, what):
-    tensors, told = BAD[what]
+def test_bad_file_is_refused(tmp_path, what):
+    tensors, parts = BAD[what]
     file = saved(tmp_path / "x.safetensors", tensors)
-    sentence = refusal(lambda: place(read(file), {"transformer": Flux(FLUX1_TINY)}))
-    assert str(file) in sentence
-    for part in told:
-        assert part in sentence, sentence
+    message = refusal(lambda: match_layers(read_lora(file), {"transformer": Flux(FLUX1_TINY)}))
+    assert str(file) in message
+    for part in parts:
+        assert part in message, message
 
 
-def test_bias_for_a_model_without(tmp_path):
+def test_bias_for_a_model_without_biases_is_refused(tmp_path):
     file = saved(tmp_path / "x.safetensors", GOOD | {f"{TO_K}.lora_B.bias": random(128)})
-    assert "takes no bias" in refusal(place, read(file), {"transformer": Flux(KLEIN_TINY)})
+    assert "takes no bias" in refusal(
+        match_layers, read_lora(file), {"transformer": Flux(KLEIN_TINY)}
+    )
 
 
-def test_lora_of_the_other_family(tmp_path):
+def test_lora_of_the_other_family_is_refused(tmp_path):
     flux1, flux2 = (randomise(Flux(config)) for config in CONFIGS.values())
     for made, other in ((flux1, flux2), (flux2, flux1)):
         for name in ("kohya", "diffusers"):
-            lora = read(lora_file(tmp_path / "x.safetensors", made, name))
-            assert "no place in Flux" in refusal(place, lora, {"transformer": other})
-            assert "does not fit Flux" in refusal(place, lora, {"transformer": other}, partial=True)
+            lora = read_lora(lora_file(tmp_path / "x.safetensors", made, name))
+            assert "match no layer of Flux" in refusal(match_layers, lora, {"transformer": other})
+            assert "does not fit Flux" in refusal(
+                match_layers, lora, {"transformer": other}, strict=False
+            )
 
 
-def test_partial_leaves_out_what_has_no_place(tmp_path):
+def test_unmatched_tensors_are_ignored_if_not_strict(tmp_path):
     network = Flux(FLUX1_TINY)
     stray = {
         "lora_te1_text_projection.lora_down.weight": random(4, 8),
         "bundle_emb.cat.string_to_param.*": random(3),
     }
     file = saved(tmp_path / "x.safetensors", GOOD | stray)
-    assert "2 tensors, of 4" in refusal(place, read(file), {"transformer": network})
-    (patch,) = place(read(file), {"transformer": network}, partial=True)
-    assert patch.place == ("transformer", "double_blocks.0.img_attn.qkv", ((128, 256),))
+    assert "2 tensors, of 4" in refusal(match_layers, read_lora(file), {"transformer": network})
+    (delta,) = match_layers(read_lora(file), {"transformer": network}, strict=False)
+    assert delta.target == Target("transformer", "double_blocks.0.img_attn.qkv", ((128, 256),))
     file = saved(tmp_path / "y.safetensors", stray)
-    assert "changes nothing" in refusal(place, read(file), {"transformer": network}, partial=True)
+    assert "changes nothing" in refusal(
+        match_layers, read_lora(file), {"transformer": network}, strict=False
+    )
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, part",
     [
         (b"<html>", "web page"),
         (b"PK\x03\x04" + b"\0" * 80, "pickle"),
@@ -1046,21 +1068,22 @@ def test_partial_leaves_out_what_has_no_place(tmp_path):
         (b"GGUF" + b"\0" * 80, "GGUF"),
     ],
 )
-def test_what_is_no_safetensors_file_is_told(tmp_path, content, told):
+def test_file_that_is_not_safetensors_is_refused(tmp_path, content, part):
     (tmp_path / "x.safetensors").write_bytes(content)
-    assert told in refusal(read, tmp_path / "x.safetensors")
-    assert "does not exist" in refusal(read, tmp_path / "nowhere.safetensors")
+    assert part in refusal(read_lora, tmp_path / "x.safetensors")
+    assert "does not exist" in refusal(read_lora, tmp_path / "nowhere.safetensors")
 
 
-def test_truncated_file_is_told(tmp_path):
+def test_truncated_file_is_refused(tmp_path):
     file = saved(tmp_path / "x.safetensors", GOOD)
     file.write_bytes(file.read_bytes()[:-100])
-    assert "truncated" in refusal(read, file)
+    assert "truncated" in refusal(read_lora, file)
 
 
-def test_a_whole_model_is_no_lora(tmp_path, network):
+def test_full_model_is_refused(tmp_path, network):
     file = saved(tmp_path / "x.safetensors", network.state_dict())
-    assert "is not a LoRA" in refusal(read, file) and "--transformer" in refusal(read, file)
+    message = refusal(read_lora, file)
+    assert "is not a LoRA" in message and "`transformer`" in message
 
 
 @pytest.mark.parametrize(
@@ -1073,38 +1096,39 @@ def test_a_whole_model_is_no_lora(tmp_path, network):
         '{"transformer.lora_alpha": NaN}',
     ],
 )
-def test_damaged_metadata_is_told(tmp_path, config):
+def test_damaged_metadata_is_refused(tmp_path, config):
     file = saved(tmp_path / "x.safetensors", GOOD, lora_adapter_metadata=config)
-    sentence = refusal(lambda: place(read(file), {"transformer": Flux(FLUX1_TINY)}))
-    assert "lora_adapter_metadata" in sentence or "lora_alpha in its configuration" in sentence
+    message = refusal(lambda: match_layers(read_lora(file), {"transformer": Flux(FLUX1_TINY)}))
+    assert "lora_adapter_metadata" in message or "lora_alpha in its configuration" in message
 
 
 @pytest.mark.parametrize("kind, copies", [("LoRA", 2), ("DoRA", 3)])
-def test_a_merge_makes_few_copies_of_a_matrix(tmp_path, kind, copies):
-    """In float32; and the new one, in bfloat16."""
+def test_merge_makes_few_copies_of_a_matrix(tmp_path, kind, copies):
+    """`copies` in float32, and the new one in bfloat16."""
     layer = nn.ModuleDict({"img_in": nn.Linear(384, 1536, dtype=torch.bfloat16)}).requires_grad_(
         False
     )
     tensors = {"img_in.lora_A.weight": random(4, 384), "img_in.lora_B.weight": random(1536, 4)}
     more = {"img_in.dora_scale": random(1536, 1)} if kind == "DoRA" else {}
-    patches = place(read(saved(tmp_path / "x.safetensors", tensors | more)), {"transformer": layer})
+    deltas = match_layers(
+        read_lora(saved(tmp_path / "x.safetensors", tensors | more)), {"transformer": layer}
+    )
     layer.config = Flux(FLUX1_TINY).config
     peak = script("benchmarks/measure").peak_bytes(
-        lambda: merge(layer, [(patch, 0.5) for patch in patches])
+        lambda: merge(layer, [(delta, 0.5) for delta in deltas])
     )
     assert peak <= 1.05 * layer["img_in"].weight.numel() * max(4 * copies, 4 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
-def test_overflow_is_told_and_changes_nothing(tmp_path, dtype):
+def test_overflow_is_refused_and_changes_nothing(tmp_path, dtype):
     network = randomise(Flux(FLUX1_TINY)).to(dtype)
     file, before = (
         lora_file(tmp_path / "x.safetensors", network, "kohya"),
         dict(network.named_parameters()),
     )
-    sentence = refusal(merged, network, (file, 1e9))
-    assert str(dtype) in sentence and "smaller scales" in sentence
-    assert "finite" in refusal(merged, network, (file, math.nan)) and "finite" in refusal(
-        merged, network, (file, math.inf)
-    )
+    message = refusal(merged, network, (file, 1e9))
+    assert str(dtype) in message and "smaller scales" in message
+    for scale in (math.nan, math.inf):
+        assert "exceeds" in refusal(merged, network, (file, scale))
     assert all(parameter is before[name] for name, parameter in network.named_parameters())

@@ -28,7 +28,7 @@ from flux import loading
 from flux.configs import MODELS
 from flux.image_io import output as images
 from flux.image_io.request import ImageInputs
-from flux.lora import formats as lora
+from flux.lora import merge as lora_merge
 from flux.parity.reference import FLUX1_TINY, randomise
 from flux.pipeline import Pipeline
 from flux.runtime import lazy_module as network
@@ -187,7 +187,7 @@ def test_a_picture_takes_one_read_one_merge_and_one_rounding_of_the_transformer(
     )
     pipe, done = load(zoo, KLEIN, offload=offload, quantize=quantize), []
     pipe.load_lora(path)
-    for owner, name in ((LazyModule, "_load"), (lora, "merge"), (network, "compress")):
+    for owner, name in ((LazyModule, "_load"), (lora_merge, "merge"), (network, "compress")):
         call = getattr(owner, name)
 
         def counted(subject, *more, name=name, call=call, **options):

@@ -17,7 +17,7 @@ def random(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
 def control_lora(path: Path, network: Flux) -> Path:
     """Write a control LoRA in the layout of FLUX.1-Canny-dev-lora.
 
-    A and B with a bias for every Linear, `img_in` of twice the channels, and new scales of all norms.
+    A and B with a bias for every Linear, `img_in` of twice the channels, new scales of all norms.
     """
     tensors = {}
     for i, (name, layer) in enumerate(network.named_modules()):

@@ -20,7 +20,7 @@ from flux.autoencoder import AutoEncoderConfig
 from flux.clip import CLIPConfig
 from flux.configs import AE1, AE2, AE2_SMALL_DECODER, FLUX1, MISTRAL, MODELS
 from flux.language_model import LanguageModelConfig
-from flux.lora.formats import Lora, place
+from flux.lora.formats import LoraFile, match_layers
 from flux.parity.reference import diffusers_autoencoder, diffusers_transformer, shapes
 from flux.runtime.memory_plan import measure_weights
 from flux.siglip import SigLIPConfig, siglip_ignore_keys
@@ -280,13 +280,14 @@ def test_control_lora_is_as_black_forest_labs_counts_it():
 def test_control_lora_has_a_place_in_flux1_dev():
     held = from_json("flux1-control-lora")
     network = manifest.on_meta(FLUX1)
-    lora = Lora(
+    lora = LoraFile(
         Path("canny.safetensors"),
         "BFL control",
         {name: of_size(shape) for name, (_, shape) in held.items()},
         {},
     )
-    patches = {patch.place.path: patch for patch in place(lora, {"transformer": network})}
+    deltas = match_layers(lora, {"transformer": network})
+    patches = {delta.target.path: delta for delta in deltas}
     assert sum(len(patch.factors) for patch in patches.values()) == len(held) == 1094
     changed = {f"{path}.{'scale' if path.endswith('_norm') else 'weight'}" for path in patches}
     assert changed == {name for name in network.state_dict() if not name.endswith(".bias")}

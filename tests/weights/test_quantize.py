@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flux.configs import MODELS, QWEN3_4B
 from flux.errors import UserError
 from flux.language_model import LanguageModel
-from flux.lora.formats import merge, place, read
+from flux.lora.formats import match_layers, read_lora
+from flux.lora.merge import merge
 from flux.parity.reference import FLUX1_TINY, KLEIN_TINY, TINY_QWEN, TINY_T5, randomise, relative_l2
 from flux.t5 import T5
 from flux.transformer import Flux
@@ -380,7 +381,7 @@ def test_a_lora_is_merged_one_by_one_too(kind, tmp_path, monkeypatch):
         tensors |= {f"{path}.lora_B.weight": torch.randn(rows, 4, generator=g) / 10}
     save_file(tensors, tmp_path / "x.safetensors")
     patches = [
-        (patch, 0.5) for patch in place(read(tmp_path / "x.safetensors"), {"transformer": model})
+        (patch, 0.5) for patch in match_layers(read_lora(tmp_path / "x.safetensors"), {"transformer": model})
     ]
     merge(in_turn, patches)
     quantize_(in_turn, kind)
@@ -410,7 +411,7 @@ def test_a_lora_is_merged_into_what_was_made_whole_again(kind, tmp_path):
         },
         file,
     )
-    patches = [(patch, 0.5) for patch in place(read(file), {"transformer": model})]
+    patches = [(patch, 0.5) for patch in match_layers(read_lora(file), {"transformer": model})]
     quantize_(model, kind)
     rounded = model.get_submodule(path).dequantize()
     model.set_submodule(path, dequantized(model.get_submodule(path), torch.float32))
