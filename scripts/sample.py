@@ -457,7 +457,7 @@ def load(args: argparse.Namespace):
         options[name] = getattr(torch, getattr(args, name)) if getattr(args, name) else None
     pipe = flux.load(args.model, numerics=args.numerics or "exact", **options)
     for path, scale in args.lora:
-        pipe.load_lora(path, scale, args.lora_ignore_unmatched)
+        pipe.load_lora(path, scale, strict=not args.lora_ignore_unmatched)
     return pipe
 
 

@@ -347,7 +347,7 @@ def load_pipeline(
     dtype, numerics = dtype or getattr(torch, recipe["dtype"]), numerics or recipe["numerics"]
     pipe = loading.load(recipe["model"], weights, device, dtype, numerics, transformer, autoencoder)
     for path, scale in loras:
-        pipe.load_lora(path, scale, ignore_unmatched)
+        pipe.load_lora(path, scale, strict=not ignore_unmatched)
     return in_dtype(pipe, dtype)
 
 
