@@ -1,19 +1,23 @@
-"""What the released files hold: the name, type and shape of every tensor, kept in tests/manifests/, one file a network.
+"""Print or check the name, dtype and shape of every tensor of the released files.
 
-    python scripts/dev/manifest.py FILE [FILE ...]                        the manifest of a network, from its files' headers alone
-    python scripts/dev/manifest.py --check flux.2-klein-4b --weights DIR  whether the files of a model hold what they should
-    python scripts/dev/manifest.py --markdown                             the tables of weights.md
-    python scripts/dev/manifest.py --rebuild                              tests/manifests anew, from diffusers and transformers
+    python scripts/dev/manifest.py FILE [FILE ...]                        print a network's manifest
+    python scripts/dev/manifest.py --check flux.2-klein-4b --weights DIR  check a model
+    python scripts/dev/manifest.py --markdown                             print weights.md's tables
+    python scripts/dev/manifest.py --rebuild                              rewrite tests/manifests
 
-FILE is a .safetensors file, or the .safetensors.index.json of several. No weights are read.
+FILE is a .safetensors file, or the .safetensors.index.json of several. tests/manifests has one
+manifest for each network, made from diffusers' and transformers' classes. Only headers are read,
+except that --check computes the SHA-256 of files whose checksum is published.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,27 +40,31 @@ from flux.text_encoder import clip_ignore_keys, language_model_ignore_keys, t5_i
 from flux.transformer import Flux, FluxConfig
 from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import BITS, find_files, is_local, read_header, shard_files
+from flux.weights.load import init_empty
 from flux.weights.locate import get_spec
 
 FOLDER = ROOT / "tests" / "manifests"
-CONTROL = replace(configs.FLUX1, in_channels=128)  # a control picture's channels beside the noise's
+CONTROL = replace(configs.FLUX1, in_channels=128)  # channels of the noise and a control image
 
 
 @dataclass(frozen=True)
 class ControlLoraConfig:
-    """What Black Forest Labs' control LoRAs change, and the rank at which they do, but for layers that have none so high."""
+    """A control LoRA of Black Forest Labs: the transformer it changes, and its rank.
+
+    The rank is lower where a layer has fewer inputs or outputs.
+    """
 
     transformer: FluxConfig = CONTROL
     rank: int = 128
 
 
 @dataclass(frozen=True)
-class QuantisedConfig:
-    """A transformer as Black Forest Labs have quantised it: the large matrices of its blocks, but for those in `kept`."""
+class QuantizedConfig:
+    """A transformer quantized by Black Forest Labs: its blocks' matrices, except `skipped`."""
 
     transformer: FluxConfig
-    storage: Literal["fp8", "nvfp4"]
-    kept: str = ""
+    weight_format: Literal["fp8", "nvfp4"]
+    skipped: str = ""  # a part of a layer's name
 
 
 MANIFESTS = {
@@ -68,11 +76,11 @@ MANIFESTS = {
     "flux2-dev": configs.FLUX2,
     "klein-4b": configs.KLEIN_4B,
     "klein-9b": configs.KLEIN_9B,
-    "flux2-dev-nvfp4": QuantisedConfig(configs.FLUX2, "nvfp4", kept="txt_attn"),
-    "klein-4b-fp8": QuantisedConfig(configs.KLEIN_4B, "fp8"),
-    "klein-4b-nvfp4": QuantisedConfig(configs.KLEIN_4B, "nvfp4"),
-    "klein-9b-fp8": QuantisedConfig(configs.KLEIN_9B, "fp8"),
-    "klein-9b-nvfp4": QuantisedConfig(configs.KLEIN_9B, "nvfp4"),
+    "flux2-dev-nvfp4": QuantizedConfig(configs.FLUX2, "nvfp4", skipped="txt_attn"),
+    "klein-4b-fp8": QuantizedConfig(configs.KLEIN_4B, "fp8"),
+    "klein-4b-nvfp4": QuantizedConfig(configs.KLEIN_4B, "nvfp4"),
+    "klein-9b-fp8": QuantizedConfig(configs.KLEIN_9B, "fp8"),
+    "klein-9b-nvfp4": QuantizedConfig(configs.KLEIN_9B, "nvfp4"),
     "flux1-tiny": configs.TINY1,
     "flux2-tiny": configs.TINY,
     "ae-flux1": configs.AE1,
@@ -88,11 +96,11 @@ MANIFESTS = {
     "redux": ReduxConfig(),
     "qwen3-4b": configs.QWEN3_4B,
     "qwen3-8b": configs.QWEN3_8B,
-    "mistral-small": configs.MISTRAL,  # of this file, only what is read: 30 of its 40 layers, no eyes, no head
+    "mistral-small": configs.MISTRAL,  # only the tensors that are read
     "qwen3-tiny": configs.QWEN3_TINY,
 }
-FLOAT32 = ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder")  # all else was released in bfloat16
-QWEN3_DEPTH = 36  # layers in the released files, of which 27 are read
+FLOAT32 = ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder")  # all others were released in bfloat16
+QWEN3_DEPTH = 36  # layers in the released files; 27 are read
 
 NetworkConfig = (
     FluxConfig
@@ -103,25 +111,25 @@ NetworkConfig = (
     | SigLIPConfig
     | ReduxConfig
 )
-Config = NetworkConfig | ControlLoraConfig | QuantisedConfig
-Manifest = dict[str, tuple[str, tuple[int, ...]]]  # name -> type as safetensors spells it, shape
+Config = NetworkConfig | ControlLoraConfig | QuantizedConfig
+Manifest = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype in safetensors' spelling, shape
 
 
 def main() -> int:
-    what = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what.add_argument("files", nargs="*", type=Path, metavar="FILE", help="of one network")
-    what.add_argument("--check", metavar="MODEL", help="a name of flux.MODELS")
-    what.add_argument(
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="files of one network")
+    parser.add_argument("--check", metavar="MODEL", help="check the files of this model")
+    parser.add_argument(
         "--weights",
         type=Path,
         metavar="DIR",
-        help="where they are (else $FLUX_WEIGHTS, or the Hugging Face cache)",
+        help="folder of the files (default: $FLUX_WEIGHTS, or the Hugging Face cache)",
     )
-    what.add_argument("--markdown", action="store_true", help="print the tables of weights.md")
-    what.add_argument("--rebuild", action="store_true", help="write tests/manifests/*.json")
-    args = what.parse_args()
+    parser.add_argument("--markdown", action="store_true", help="print the tables of weights.md")
+    parser.add_argument("--rebuild", action="store_true", help="write tests/manifests/*.json again")
+    args = parser.parse_args()
     try:
         if args.files:
             print(dumps(from_files(args.files)), end="")
@@ -130,11 +138,10 @@ def main() -> int:
         elif args.markdown:
             print("\n\n".join(tables()))
         elif args.rebuild:
-            sys.path.insert(0, str(ROOT / "tests"))  # for its reference.py
             for name, config in MANIFESTS.items():
                 (FOLDER / f"{name}.json").write_text(dumps(from_reference(config)))
         else:
-            what.error("give a FILE, --check, --markdown or --rebuild")
+            parser.error("give a FILE, --check, --markdown or --rebuild")
     except UserError as error:
         print(f"manifest.py: {error}", file=sys.stderr)
         return 2
@@ -155,7 +162,7 @@ def from_json(name: str) -> Manifest:
 
 
 def dumps(manifest: Manifest) -> str:
-    """JSON with a tensor a line."""
+    """Return JSON with a line for each tensor."""
     lines = ",\n".join(
         f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in manifest.items()
     )
@@ -163,7 +170,7 @@ def dumps(manifest: Manifest) -> str:
 
 
 def size(manifest: Manifest) -> int:
-    """Bytes of the tensors; a file has about a hundred more for each, in its header."""
+    """Return the bytes of the tensors; a file's header has about a hundred more for each."""
     return sum(prod(shape) * BITS[dtype] // 8 for dtype, shape in manifest.values())
 
 
@@ -183,21 +190,20 @@ KINDS = {
 
 
 def on_meta(config: NetworkConfig) -> nn.Module:
-    with torch.device("meta"):
-        return KINDS[type(config)](config)
+    return init_empty(lambda: KINDS[type(config)](config))
 
 
 # ---------------------------------------------------------------- the reference
 
 
 def from_reference(config: Config) -> Manifest:
-    """The manifest that diffusers' or transformers' class gives at these sizes, under the released names."""
+    """Build a manifest from diffusers' or transformers' class, under the released names."""
     from flux.parity import reference
 
     if isinstance(config, ControlLoraConfig):
         return lora_of(from_reference(config.transformer), config.rank)
-    if isinstance(config, QuantisedConfig):
-        return quantised(from_reference(config.transformer), config)
+    if isinstance(config, QuantizedConfig):
+        return quantized(from_reference(config.transformer), config)
     if isinstance(config, (SigLIPConfig, ReduxConfig)):
         return listed(adapter(config), "BF16")
     if not isinstance(config, (FluxConfig, AutoEncoderConfig)):
@@ -213,18 +219,18 @@ def from_reference(config: Config) -> Manifest:
             reference.autoencoder_to_diffusers(ours, config),
             reference.diffusers_autoencoder(config),
         )
-    # Translated, ours are exactly theirs: it is they who vouch for the released names and shapes.
+    # The translated names and shapes must be exactly diffusers': they are the source of truth.
     assert reference.shapes(translated) == reference.shapes(theirs.state_dict()), (
-        f"{name_of(config)} is not diffusers'"
+        f"{name_of(config)} differs from diffusers"
     )
     return listed(ours, "F32" if name_of(config) in FLOAT32 else "BF16")
 
 
 def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[str, torch.Tensor]:
-    """transformers' names and tensors: of the whole file or, where no more is known, of what is read of it."""
+    """Return transformers' names and tensors of the file; of Mistral and T5, only what is read."""
     from flux.parity import reference
 
-    whole = config in (configs.QWEN3_4B, configs.QWEN3_8B)
+    all_layers = config in (configs.QWEN3_4B, configs.QWEN3_8B)
     with torch.device("meta"):
         if isinstance(config, T5Config):
             state = reference.transformers_t5(config).state_dict()
@@ -232,13 +238,13 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
         if isinstance(config, CLIPConfig):
             state = reference.transformers_clip(config, eos_id=2).state_dict()
             return {f"text_model.{name}": tensor for name, tensor in state.items()}
-        depth = QWEN3_DEPTH if whole else 1 + max(config.layers)
+        depth = QWEN3_DEPTH if all_layers else 1 + max(config.layers)
         state = reference.transformers_language_model(
             config, depth, mistral=not config.qk_norm
         ).state_dict()
     if config == configs.QWEN3_4B:
         del state["lm_head.weight"]  # tied to the embedding
-    if not whole:
+    if not all_layers:
         state = {
             name: t
             for name, t in state.items()
@@ -248,7 +254,7 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
 
 
 def adapter(config: SigLIPConfig | ReduxConfig) -> dict[str, torch.Tensor]:
-    """FLUX.1 Redux's networks in transformers and diffusers; the image encoder with the pooling head that is never read."""
+    """Return the networks of FLUX.1 Redux, with the pooling head of SigLIP, which is not read."""
     from flux.parity import reference
 
     with torch.device("meta"):
@@ -261,7 +267,7 @@ def adapter(config: SigLIPConfig | ReduxConfig) -> dict[str, torch.Tensor]:
 
 
 def lora_of(transformer: Manifest, rank: int) -> Manifest:
-    """A LoRA, with a bias after B, for every matrix of a transformer, and its norms anew."""
+    """Return a LoRA for every matrix of a transformer, with a bias after B, and new norm scales."""
     found = {}
     for name, (dtype, shape) in transformer.items():
         layer, _, leaf = name.rpartition(".")
@@ -276,16 +282,20 @@ def lora_of(transformer: Manifest, rank: int) -> Manifest:
     return found
 
 
-def quantised(transformer: Manifest, config: QuantisedConfig) -> Manifest:
-    """The same transformer with packed weights, and the scales that they need."""
+def quantized(transformer: Manifest, config: QuantizedConfig) -> Manifest:
+    """Return the transformer with packed weights and their scales."""
     found = {}
     for name, (dtype, shape) in transformer.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf != "weight" or "_blocks." not in layer or (config.kept and config.kept in layer):
+        if (
+            leaf != "weight"
+            or "_blocks." not in layer
+            or (config.skipped and config.skipped in layer)
+        ):
             found[name] = dtype, shape
             continue
         rows, columns = shape
-        if config.storage == "fp8":
+        if config.weight_format == "fp8":
             found[name] = "F8_E4M3", shape
             found[f"{layer}.weight_scale"] = "F32", ()
         else:
@@ -293,7 +303,7 @@ def quantised(transformer: Manifest, config: QuantisedConfig) -> Manifest:
             found[f"{layer}.weight_scale"] = (
                 "F8_E4M3",
                 (rows, columns // 16),
-            )  # whole tiles of 128x4, at all these sizes
+            )  # no padding: these sizes are multiples of 128 and 4
             found[f"{layer}.weight_scale_2"] = "F32", ()
         found[f"{layer}.input_scale"] = "F32", ()
     return found
@@ -307,7 +317,7 @@ def listed(state: dict[str, torch.Tensor], dtype: str) -> Manifest:
 
 
 def bare(name: str) -> str:
-    """Without the prefix, of which Mistral Small's files have one or another."""
+    """Remove the prefix; files of Mistral Small have one of two."""
     return re.sub(r"^(language_model\.)?model\.(language_model\.)?", "", name)
 
 
@@ -317,7 +327,7 @@ def bare(name: str) -> str:
 class Part(NamedTuple):
     config: Config
     repository: str
-    files: tuple[str, ...]  # any of which will do
+    files: tuple[str, ...]  # any one of them is enough
 
 
 ADAPTERS = {
@@ -328,7 +338,7 @@ ADAPTERS = {
 
 
 def parts(spec: ModelSpec) -> dict[str, Part]:
-    """The networks of a model, and the files that each may lie in."""
+    """Return the networks of a model, and the possible files of each."""
     text = spec.text
     if isinstance(text, FLUX1Text):
         networks = {"T5": (text.t5, text.t5_files), "CLIP": (text.clip, text.clip_files)}
@@ -349,16 +359,16 @@ def transformer_of(spec: ModelSpec) -> Config:
     alike = (
         c
         for c in MANIFESTS.values()
-        if isinstance(c, QuantisedConfig) and c.transformer == spec.transformer
+        if isinstance(c, QuantizedConfig) and c.transformer == spec.transformer
     )
     return next(
-        (config for config in alike if config.storage == spec.weight_format), spec.transformer
+        (config for config in alike if config.weight_format == spec.weight_format), spec.transformer
     )
 
 
 def check(spec: ModelSpec, weights: Path | None) -> int:
-    """Prints what differs, network by network; 0 if nothing does."""
-    faults = 0
+    """Print the differences of each network; return 0 if there are none, else 1."""
+    problems = 0
     for part, (config, repository, choices) in parts(spec).items():
         if spec.embedded:
             files = [EMBEDDED / spec.name / choices[0]]
@@ -366,36 +376,38 @@ def check(spec: ModelSpec, weights: Path | None) -> int:
             files = find_files(repository, found[0], weights)
         else:
             print(f"{part}: {choices[0]} of {repository} is not here")
-            faults += 1
+            problems += 1
             continue
         lines = differences(comparable(from_files(files), config), from_json(name_of(config)))
-        print(f"{part}: {files[0]}: {'; '.join(lines) or 'as it should be'}")
-        faults += bool(lines)
-    return 1 if faults else 0
+        if not lines:
+            lines = checksum_differences(files[0])
+        print(f"{part}: {files[0]}: {'; '.join(lines) or 'as expected'}")
+        problems += bool(lines)
+    return 1 if problems else 0
 
 
 def comparable(manifest: Manifest, config: Config) -> Manifest:
-    """A file's manifest, less the ways in which files of the same network may rightly differ."""
+    """Return a file's manifest without the differences that files of one network may have."""
     match config:
         case AutoEncoderConfig():  # diffusers' names, and Linears for 1x1 convolutions
-            wanted = {
+            expected = {
                 name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()
             }
             named = {from_diffusers(name): entry for name, entry in manifest.items()}
             return {
-                n: (d, (*s, 1, 1) if (*s, 1, 1) == wanted.get(n) else s)
+                n: (d, (*s, 1, 1) if (*s, 1, 1) == expected.get(n) else s)
                 for n, (d, s) in named.items()
             }
         case T5Config():
             return {name: entry for name, entry in manifest.items() if not t5_ignore_keys(name)}
         case CLIPConfig():
             return {name: entry for name, entry in manifest.items() if not clip_ignore_keys(name)}
-        case SigLIPConfig():  # Google's file has a text half too, and early versions of transformers count the positions
-            seen = {
+        case SigLIPConfig():  # Google's file has a text half too, and old files have position ids
+            vision = {
                 name: entry for name, entry in manifest.items() if name.startswith("vision_model.")
             }
             return {
-                name: entry for name, entry in seen.items() if not name.endswith(".position_ids")
+                name: entry for name, entry in vision.items() if not name.endswith(".position_ids")
             }
         case LanguageModelConfig(qk_norm=False):
             named = {bare(name): entry for name, entry in manifest.items()}
@@ -408,7 +420,7 @@ def comparable(manifest: Manifest, config: Config) -> Manifest:
 
 
 def differences(found: Manifest, expected: Manifest) -> list[str]:
-    """One clause for each way in which they differ, with its first tensor for an example."""
+    """Describe each kind of difference, with its first tensor as an example."""
     both = found.keys() & expected.keys()
     kinds = {
         "missing": expected.keys() - found.keys(),
@@ -429,12 +441,73 @@ def differences(found: Manifest, expected: Manifest) -> list[str]:
     return lines
 
 
+# ---------------------------------------------------------------- checksums
+
+
+class Published(NamedTuple):
+    """Checksum and size of a released file."""
+
+    sha256: str  # from the documentation in Black Forest Labs' repository `flux`
+    size: int | None  # bytes, from Hugging Face's file lists, second-hand; None: not known
+
+
+# The documentation repeats FLUX.1-dev's checksum for FLUX.1-Krea-dev, whose weights differ. This
+# must be a slip, so Krea is not listed.
+PUBLISHED = {
+    "flux1-schnell.safetensors": Published(
+        "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a", 23_782_506_688
+    ),
+    "flux1-dev.safetensors": Published(
+        "4610115bb0c89560703c892c59ac2742fa821e60ef5871b33493ba544683abd7", 23_802_932_552
+    ),
+    "flux1-fill-dev.safetensors": Published(
+        "03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca", 23_804_922_408
+    ),
+    "flux1-canny-dev.safetensors": Published(
+        "996876670169591cb412b937fbd46ea14cbed6933aef17c48a2dcd9685c98cdb", 23_803_351_736
+    ),
+    "flux1-depth-dev.safetensors": Published(
+        "41360d1662f44ca45bc1b665fe6387e91802f53911001630d970a4f8be8dac21", None
+    ),
+    "flux1-canny-dev-lora.safetensors": Published(
+        "8eaa21b9c43d5e7242844deb64b8cf22ae9010f813f955ca8c05f240b8a98f7e", 1_244_443_944
+    ),
+    "flux1-depth-dev-lora.safetensors": Published(
+        "1938b38ea0fdd98080fa3e48beb2bedfbc7ad102d8b65e6614de704a46d8b907", 1_244_440_512
+    ),
+    "flux1-redux-dev.safetensors": Published(
+        "a1b3bdcb4bdc58ce04874b9ca776d61fc3e914bb6beab41efb63e4e2694dca45", 129_063_232
+    ),
+    "flux1-kontext-dev.safetensors": Published(
+        "843a26dc765d3105dba081c30bce7b14c65b0988f9e8d14e9fbc8856a6deebd5", 23_802_947_360
+    ),
+}
+
+
+def checksum_differences(path: Path) -> list[str]:
+    """Compare a file with its published size and then, which takes longer, its SHA-256.
+
+    A file without a published checksum has no differences.
+    """
+    published = PUBLISHED.get(path.name)
+    if published is None:
+        return []
+    size = path.stat().st_size
+    if published.size is not None and size != published.size:
+        return [f"{size:,} bytes in place of the published {published.size:,}"]
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != published.sha256:
+        return [f"SHA-256 {sha256} in place of the published {published.sha256}"]
+    return []
+
+
 # ---------------------------------------------------------------- tables
 
 
 def tables() -> list[str]:
-    """The tables of weights.md, which a test compares with it: models, files, memory."""
-    return [models_table(), files_table(), memory_table()]
+    """Return the tables of weights.md, which a test compares with that page."""
+    return [models_table(), files_table(), checksums_table(), memory_table()]
 
 
 def models_table() -> str:
@@ -446,7 +519,7 @@ def models_table() -> str:
         guidance = (
             "none" if spec.guidance is None else f"{spec.guidance:g}" + ", by two passes" * spec.cfg
         )
-        picture = (
+        image = (
             spec.image_mode
             + f", {spec.control}" * bool(spec.control)
             + ", computed once" * spec.kv_cached_references
@@ -457,8 +530,11 @@ def models_table() -> str:
             "yes" if spec.licence.gated else "no",
         )
         sizes = (f"{spec.size}x{spec.size}", spec.text_length)
-        rows.append((f"`{spec.name}`", home, *terms, picture, spec.steps, guidance, *sizes))
-    titles = "model, repository, licence, commercial use, gated, picture, steps, guidance, size, text tokens"
+        rows.append((f"`{spec.name}`", home, *terms, image, spec.steps, guidance, *sizes))
+    titles = (
+        "model, repository, licence, commercial use, gated, image input, steps, guidance, size, "
+        "text tokens"
+    )
     return table(*titles.split(", "), rows=rows)
 
 
@@ -483,14 +559,20 @@ def files_table() -> str:
     return table("manifest", "file", "models", "tensors", "elements", "bytes", rows=rows)
 
 
+def checksums_table() -> str:
+    rows = [(f"`{file}`", f"`{sha256}`") for file, (sha256, _) in PUBLISHED.items()]
+    return table("file", "SHA-256", rows=rows)
+
+
 def memory_table() -> str:
     rows = []
     for spec in MODELS.values():
         width = 4 if spec.embedded else 2
-        networks = {
-            part: config for part, (config, *_) in parts(spec).items() if part != "LoRA"
-        }  # which is merged
-        sizes = {part: memory(config, width) for part, config in networks.items()}
+        sizes = {
+            part: memory(config, width)
+            for part, (config, *_) in parts(spec).items()
+            if part != "LoRA"  # a LoRA is merged
+        }
         transformer, autoencoder = sizes.pop("transformer"), sizes.pop("autoencoder")
         redux = sizes.pop("SigLIP", 0) + sizes.pop("Redux", 0)
         stages = (sum(sizes.values()), transformer, autoencoder, redux)
@@ -508,9 +590,10 @@ def memory_table() -> str:
     )
 
 
+@cache
 def memory(config: Config, width: int) -> int:
-    """Bytes of a network with `width` bytes a number, but for what is quantised."""
-    if isinstance(config, QuantisedConfig):
+    """Return the bytes of a network with `width` bytes a number, or of the quantized file."""
+    if isinstance(config, QuantizedConfig):
         return size(from_json(name_of(config)))
     return width * sum(p.numel() for p in on_meta(config).parameters())
 

@@ -1,10 +1,11 @@
-"""Every network of the table of models, at full size on the meta device, is the released one: names, types, shapes, bytes.
+"""Every network of the table of models, at full size on the meta device, is the released one.
 
-The truth is tests/manifests/, which scripts/dev/manifest.py derives from diffusers' and transformers' classes; and, since those
-could err too, the counts of Black Forest Labs' own classes and the sizes that Hugging Face lists for the files. No released
-file was read for it.
+The truth is tests/manifests, which scripts/dev/manifest.py derives from diffusers' and
+transformers' classes. Since those could err too, counts of Black Forest Labs' own classes and the
+file sizes that Hugging Face lists are compared too. No released file was read for these tests.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -45,17 +46,18 @@ from dev.manifest import (
     size,
 )
 
-DERIVED = manifest.ControlLoraConfig, manifest.QuantisedConfig  # from the manifests of transformers
+DERIVED = manifest.ControlLoraConfig, manifest.QuantizedConfig  # from the manifests of transformers
 NETWORKS = {name: config for name, config in MANIFESTS.items() if not isinstance(config, DERIVED)}
-QUANTISED = {
+QUANTIZED = {
     name: config
     for name, config in MANIFESTS.items()
-    if isinstance(config, manifest.QuantisedConfig)
+    if isinstance(config, manifest.QuantizedConfig)
 }
 every_manifest = pytest.mark.parametrize(("name", "config"), MANIFESTS.items(), ids=MANIFESTS)
 every_network = pytest.mark.parametrize(("name", "config"), NETWORKS.items(), ids=NETWORKS)
 
-# Tensors and parameters, counted in Black Forest Labs' own classes on the meta device; statistics are no parameters.
+# Tensors and parameters, counted in Black Forest Labs' own classes on the meta device.
+# BatchNorm statistics are not parameters.
 COUNTED = {
     "flux1-dev": (780, 11_901_408_320),
     "flux1-schnell": (776, 11_891_178_560),
@@ -71,7 +73,8 @@ CONTROL_LORA = (
     942,
     622_106_688,
 )  # keys and elements of A, B and the bias of B, counted in the same way
-# Bytes of the files as Hugging Face lists them, shards added up: second-hand, from the checks of public download scripts.
+# Bytes of the files as Hugging Face lists them, shards added up: second-hand, from the checks of
+# public download scripts.
 LISTED = [
     ("flux1-dev", 23_802_932_552),
     ("flux1-dev", 23_802_947_360),  # Kontext
@@ -98,8 +101,8 @@ LISTED_KLEIN_VAE = (
 )
 LISTED_REDUX = 129_063_232
 LISTED_BASE_FP8 = 4_089_498_488  # flux-2-klein-base-4b-fp8.safetensors
-# Tensors, of which the first was counted in the file's header, 731 too; the others follow from two or three more for each layer
-QUANTISED_COUNTS = {
+# Tensors: 309 and 731 were counted in headers; the others follow from 2 or 3 more for each layer
+QUANTIZED_COUNTS = {
     "klein-4b-fp8": 309,
     "klein-9b-fp8": 201 + 2 * 112,
     "klein-4b-nvfp4": 149 + 3 * 80,
@@ -109,7 +112,7 @@ QUANTISED_COUNTS = {
 
 
 def read_of(name: str, config: manifest.Config) -> manifest.Manifest:
-    """What we read of a file, in our names."""
+    """Return the tensors that we read of a file, by our names."""
     held = from_json(name)
     match config:
         case LanguageModelConfig():
@@ -125,14 +128,14 @@ def read_of(name: str, config: manifest.Config) -> manifest.Manifest:
 
 
 def of_size(shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor that takes no memory, and is no meta tensor."""
+    """Return a tensor that takes no memory and is not on the meta device."""
     return torch.zeros(()).expand(shape)
 
 
 def write_header(
     path: Path, held: manifest.Manifest, metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file whose tensors are a hole in it, which takes no room on most disks."""
+    """Write a safetensors file whose tensors are a hole, which takes no space on most disks."""
     spans, end = ({"__metadata__": metadata} if metadata else {}), 0
     for name, (dtype, shape) in held.items():
         start, end = end, end + size({name: (dtype, shape)})
@@ -147,18 +150,18 @@ def write_header(
 # ---------------------------------------------------------------- our networks
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_every_network_of_every_model_has_a_manifest(model):
-    networks, adapter = manifest.parts(MODELS[model]), MODELS[model].addon
-    more = (
-        len(adapter.files) if adapter and MODELS[model].weight_format == "bfloat16" else 0
-    )  # else it has the transformer
-    assert len(networks) == (4 if model.startswith("flux.1") else 3) + more
-    assert all(config in MANIFESTS.values() for config, *_ in networks.values())
+def test_every_network_of_every_model_has_a_manifest():
+    for name, spec in MODELS.items():
+        networks = manifest.parts(spec)
+        expected = 4 if name.startswith("flux.1") else 3
+        if spec.addon and spec.weight_format == "bfloat16":  # else the addon is the transformer
+            expected += len(spec.addon.files)
+        assert len(networks) == expected, name
+        assert all(config in MANIFESTS.values() for config, *_ in networks.values()), name
 
 
-def test_manifests_of_flux1():
-    """Which of them a transformer has follows from what is stacked on its 64 channels: a picture, or that and a mask."""
+def test_flux1_models_have_the_manifest_of_their_input_channels():
+    """Fill adds an image and a mask to the 64 channels of the noise, control models an image."""
     found = {
         name: manifest.name_of(spec.transformer)
         for name, spec in MODELS.items()
@@ -218,7 +221,7 @@ def test_network_equals_its_manifest(name, config):
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_counts_are_those_of_the_original_code(name):
+def test_manifest_has_the_counts_of_the_original_code(name):
     network = manifest.on_meta(MANIFESTS[name])
     parameters = sum(p.numel() for p in network.parameters())
     assert (
@@ -228,7 +231,7 @@ def test_counts_are_those_of_the_original_code(name):
     )
 
 
-def test_language_models_leave_out_the_upper_layers():
+def test_upper_layers_of_language_models_are_not_read():
     # 11 tensors a layer in Qwen3, 9 in Mistral; a quarter of 36 and of 40 layers is never read
     assert {
         name: len(read_of(name, MANIFESTS[name]))
@@ -240,7 +243,7 @@ def test_language_models_leave_out_the_upper_layers():
     assert len(from_json("qwen3-8b")) == 36 * 11 + 3  # and the head
 
 
-def test_siglip_leaves_out_its_pooling_head():
+def test_pooling_head_of_siglip_is_not_read():
     # 16 tensors a layer; two of the patches, one of the positions, two of the last norm
     assert len(read_of("siglip", MANIFESTS["siglip"])) == 27 * 16 + 5
     # a probe, its attention (4), a norm (2), an MLP (4)
@@ -258,8 +261,8 @@ def test_redux_is_two_layers():
 # ---------------------------------------------------------------- the control LoRA
 
 
-def test_control_lora_is_as_black_forest_labs_counts_it():
-    """Each Linear has an A, a B and a bias; beside these, every QK-norm is new."""
+def test_control_lora_has_the_counts_of_the_original_code():
+    """Each Linear has an A, a B and a bias; every QK-norm has a new scale."""
     held = from_json("flux1-control-lora")
     lora = {name: shape for name, (_, shape) in held.items() if ".lora_" in name}
     assert (len(lora), sum(map(prod, lora.values()))) == CONTROL_LORA
@@ -277,7 +280,7 @@ def test_control_lora_is_as_black_forest_labs_counts_it():
     assert lora["img_in.lora_A.weight"] == (128, 128)
 
 
-def test_control_lora_has_a_place_in_flux1_dev():
+def test_control_lora_matches_the_layers_of_flux1_dev():
     held = from_json("flux1-control-lora")
     network = manifest.on_meta(FLUX1)
     lora = LoraFile(
@@ -302,8 +305,8 @@ def columns(network: torch.nn.Module, path: str) -> int:
     return next(iter(network.get_submodule(path).parameters())).shape[-1]
 
 
-def test_control_lora_is_what_diffusers_reads():
-    """Its converter, which refuses keys that it does not know, makes of the file a LoRA for each Linear of 128 channels."""
+def test_control_lora_is_converted_by_diffusers():
+    """diffusers' converter, which refuses unknown keys, makes a LoRA for each Linear."""
     from diffusers.loaders.lora_conversion_utils import (
         _convert_bfl_flux_control_lora_to_diffusers as convert,
     )
@@ -330,8 +333,8 @@ def test_control_lora_is_what_diffusers_reads():
 # ---------------------------------------------------------------- quantised transformers
 
 
-def test_manifests_of_quantised_models():
-    """Each is in a repository of its own, and the first of the others has the rest."""
+def test_quantized_models_have_a_repository_of_their_own():
+    """The transformer has a repository of its own; all other files come from the base model's."""
     found = {
         name: manifest.parts(spec)["transformer"]
         for name, spec in MODELS.items()
@@ -357,15 +360,15 @@ def test_manifests_of_quantised_models():
     }
 
 
-@pytest.mark.parametrize("name", QUANTISED)
-def test_quantised_file_is_loaded_at_full_size(name, tmp_path):
-    """A file that is a true header before a hole becomes the network of the manifest, which takes as many bytes."""
-    held, config = from_json(name), QUANTISED[name].transformer
-    assert len(held) == QUANTISED_COUNTS[name]
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_file_loads_at_full_size(name, tmp_path):
+    """A file with a true header becomes the network of the manifest, with the same bytes."""
+    held, config = from_json(name), QUANTIZED[name].transformer
+    assert len(held) == QUANTIZED_COUNTS[name]
     layers = [
         scale.removesuffix(".weight_scale") for scale in held if scale.endswith(".weight_scale")
     ]
-    kind = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}[QUANTISED[name].storage]
+    kind = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}[QUANTIZED[name].weight_format]
     note = {"format_version": "1.0", "layers": {layer: {"format": kind} for layer in layers}}
     path = tmp_path / "x.safetensors"
     write_header(path, held, {"_quantization_metadata": json.dumps(note)})
@@ -391,11 +394,11 @@ def test_quantised_file_is_loaded_at_full_size(name, tmp_path):
 
 
 def plain(name: str) -> str:
-    return manifest.name_of(QUANTISED[name].transformer)
+    return manifest.name_of(QUANTIZED[name].transformer)
 
 
-def test_layers_are_those_that_the_header_of_a_released_file_names():
-    """Of klein-4b-fp8: https://github.com/invoke-ai/InvokeAI, tests/model_identification, keys of its scaled FP8 file."""
+def test_quantized_layers_are_those_of_a_released_header():
+    """klein-4b-fp8: https://github.com/invoke-ai/InvokeAI, tests/model_identification."""
     kinds = {
         re.sub(r"\d+", "N", name)
         for name, (dtype, _) in from_json("klein-4b-fp8").items()
@@ -413,8 +416,8 @@ def test_layers_are_those_that_the_header_of_a_released_file_names():
     assert scales == {()}
 
 
-def test_bytes_of_quantised_files_that_are_not_exactly_known():
-    """[dev]'s 19.6 GiB are those with the text's attention in bfloat16; the base model's has two matrices more in it."""
+def test_bytes_of_other_quantized_files_agree_with_listed_sizes():
+    """FLUX.2-dev has the text's attention in bfloat16, klein-base-4b-fp8 two more matrices."""
     assert abs(size(from_json("flux2-dev-nvfp4")) / 2**30 - 19.6) < 0.05
     header = LISTED_BASE_FP8 - size(from_json("klein-4b-fp8")) - 2 * 3072 * 3072
     assert 100 < header / 305 < 200
@@ -424,20 +427,20 @@ def test_bytes_of_quantised_files_that_are_not_exactly_known():
 
 
 @every_manifest
-def test_manifest_is_what_the_reference_builds(name, config):
+def test_manifest_equals_the_reference_classes(name, config):
     assert manifest.from_reference(config) == from_json(name)
     assert (ROOT / "tests" / "manifests" / f"{name}.json").read_text() == dumps(from_json(name))
 
 
 @pytest.mark.parametrize(("name", "listed"), LISTED)
-def test_bytes_are_those_of_the_released_file_less_its_header(name, listed):
+def test_bytes_are_the_listed_size_without_the_header(name, listed):
     header = listed - size(from_json(name))
     assert (
         100 < header / len(from_json(name)) < 200
     )  # a name, a type, a shape and two offsets, in JSON
 
 
-def test_the_table_names_no_manifest_twice_and_none_is_left_over():
+def test_table_names_every_manifest_once():
     assert len(set(MANIFESTS.values())) == len(MANIFESTS)
     assert {path.stem for path in manifest.FOLDER.iterdir()} == set(MANIFESTS)
 
@@ -445,8 +448,8 @@ def test_the_table_names_no_manifest_twice_and_none_is_left_over():
 @pytest.mark.parametrize(
     "config", [AE1, AE2, AE2_SMALL_DECODER], ids=["flux.1", "flux.2", "small decoder"]
 )
-def test_vae_folders_hold_the_same_network(config: AutoEncoderConfig):
-    """diffusers' names and shapes, through `from_diffusers`, are those of ae.safetensors."""
+def test_vae_file_of_diffusers_is_the_same_network(config: AutoEncoderConfig):
+    """`from_diffusers` maps diffusers' names and shapes to those of ae.safetensors."""
     vae, expected = (
         shapes(diffusers_autoencoder(config).state_dict()),
         from_json(manifest.name_of(config)),
@@ -474,12 +477,12 @@ def test_klein_vae_is_the_flux2_autoencoder_in_bfloat16():
 # ---------------------------------------------------------------- files
 
 
-def test_embedded_files_equal_their_manifests(capsys):
+def test_check_passes_for_the_embedded_model(capsys):
     assert check(MODELS["flux.2-tiny"], None) == 0
-    assert capsys.readouterr().out.count("as it should be") == 3
+    assert capsys.readouterr().out.count("as expected") == 3
 
 
-def test_files_are_read_by_their_headers(tmp_path):
+def test_manifest_of_files_comes_from_their_headers(tmp_path):
     save_file({"a.weight": torch.zeros(2, 3, dtype=torch.bfloat16)}, tmp_path / "m-1.safetensors")
     save_file({"b": torch.zeros(4), "n": torch.tensor(7)}, tmp_path / "m-2.safetensors")
     index = tmp_path / "m.safetensors.index.json"
@@ -495,7 +498,7 @@ def test_files_are_read_by_their_headers(tmp_path):
     }
 
 
-def test_differences_are_told():
+def test_differences_name_the_first_tensor_of_each_kind():
     expected = from_json("klein-4b")
     found = dict(expected)
     del found["img_in.weight"]
@@ -504,15 +507,18 @@ def test_differences_are_told():
     found["final_layer.linear.weight"] = ("BF16", (64, 3072))
     assert differences(found, expected) == [
         "1 of 149 missing, first img_in.weight (nothing in place of BF16 (3072, 128))",
-        "1 of 149 unknown, first guidance_in.in_layer.weight (BF16 (3072, 256) in place of nothing)",
-        "1 of 149 of another type, first txt_in.weight (F8_E4M3 (3072, 7680) in place of BF16 (3072, 7680))",
-        "1 of 149 of another shape, first final_layer.linear.weight (BF16 (64, 3072) in place of BF16 (128, 3072))",
+        "1 of 149 unknown, first guidance_in.in_layer.weight "
+        "(BF16 (3072, 256) in place of nothing)",
+        "1 of 149 of another type, first txt_in.weight "
+        "(F8_E4M3 (3072, 7680) in place of BF16 (3072, 7680))",
+        "1 of 149 of another shape, first final_layer.linear.weight "
+        "(BF16 (64, 3072) in place of BF16 (128, 3072))",
     ]
     assert not differences(expected, expected)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model."])
-def test_files_may_hold_more_than_is_read(prefix):
+def test_tensors_that_are_not_read_make_no_difference(prefix):
     mistral, t5, clip, siglip = (
         from_json(name) for name in ("mistral-small", "t5-xxl", "clip-l", "siglip")
     )
@@ -532,7 +538,7 @@ def test_files_may_hold_more_than_is_read(prefix):
     assert comparable(siglip | more | {"logit_scale": ("F32", (1,))}, SigLIPConfig()) == siglip
 
 
-def test_absent_files_are_named(tmp_path, capsys, monkeypatch):
+def test_check_reports_missing_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("flux.weights.files._in_cache", lambda repository, filename: None)
     assert check(MODELS["flux.2-klein-4b"], tmp_path) == 1
     said = (
@@ -548,12 +554,13 @@ def test_absent_files_are_named(tmp_path, capsys, monkeypatch):
         ("flux.1-redux-dev", {"siglip": "siglip", "redux": "redux"}),
     ],
 )
-def test_adapters_are_checked(model, names, tmp_path, capsys, monkeypatch):
-    """Beside the networks of the repository that they stand on, none of which is here."""
+def test_check_covers_the_files_of_an_addon(model, names, tmp_path, capsys, monkeypatch):
+    """The networks of the base model's repository are missing here."""
     monkeypatch.setattr("flux.weights.files._in_cache", lambda repository, filename: None)
-    adapter = MODELS[model].addon
-    home = tmp_path / adapter.repository.split("/")[1]
-    for part, file in adapter.files:
+    monkeypatch.setattr(manifest, "PUBLISHED", {})  # the tensors of these files are a hole
+    addon = MODELS[model].addon
+    home = tmp_path / addon.repository.split("/")[1]
+    for part, file in addon.files:
         write_header(home / file, from_json(names[part]))
     assert check(MODELS[model], tmp_path) == 1
     said = capsys.readouterr().out.splitlines()
@@ -561,14 +568,14 @@ def test_adapters_are_checked(model, names, tmp_path, capsys, monkeypatch):
         sum(line.endswith("of black-forest-labs/FLUX.1-dev is not here") for line in said[:4]) == 4
     )
     assert [line.split(": ", 1)[1] for line in said[4:]] == [
-        f"{home / f}: as it should be" for _, f in adapter.files
+        f"{home / f}: as expected" for _, f in addon.files
     ]
 
     monkeypatch.setattr(
         manifest, "parts", lambda spec, all_of=manifest.parts: dict(list(all_of(spec).items())[4:])
     )
     assert check(MODELS[model], tmp_path) == 0
-    part, file = adapter.files[0]
+    part, file = addon.files[0]
     wrong = from_json(names[part])
     first = min(wrong)
     write_header(home / file, wrong | {first: ("F32", wrong[first][1])})
@@ -576,15 +583,86 @@ def test_adapters_are_checked(model, names, tmp_path, capsys, monkeypatch):
     assert f"1 of {len(wrong)} of another type, first {first} (F32 " in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- checksums
+
+
+@pytest.fixture
+def redux(tmp_path, monkeypatch):
+    """Restrict FLUX.1-redux-dev to its Redux file, a small fake, and return that file.
+
+    The published table has the fake's checksum.
+    """
+    spec = MODELS["flux.1-redux-dev"]
+    part = manifest.parts(spec)["Redux"]
+    path = tmp_path / part.repository.split("/")[1] / part.files[0]
+    path.parent.mkdir()
+    save_file({"redux_up.bias": torch.zeros(4, dtype=torch.bfloat16)}, path)
+    monkeypatch.setattr(manifest, "parts", lambda spec: {"Redux": part})
+    monkeypatch.setattr(manifest, "from_json", lambda name: from_files([path]))
+    content = path.read_bytes()
+    published = manifest.Published(hashlib.sha256(content).hexdigest(), len(content))
+    monkeypatch.setattr(manifest, "PUBLISHED", {path.name: published})
+    return path
+
+
+def test_check_passes_for_the_published_checksum(redux, tmp_path, monkeypatch, capsys):
+    spec = MODELS["flux.1-redux-dev"]
+    assert check(spec, tmp_path) == 0
+    assert capsys.readouterr().out == f"Redux: {redux}: as expected\n"
+    unknown_size = manifest.PUBLISHED[redux.name]._replace(size=None)
+    monkeypatch.setattr(manifest, "PUBLISHED", {redux.name: unknown_size})
+    assert check(spec, tmp_path) == 0
+    monkeypatch.setattr(manifest, "PUBLISHED", {"another.safetensors": ("0" * 64, 1)})
+    assert check(spec, tmp_path) == 0
+
+
+def test_check_reports_another_checksum_in_one_sentence(redux, tmp_path, capsys):
+    content = bytearray(redux.read_bytes())
+    content[-1] ^= 1  # the header stays as it is
+    redux.write_bytes(content)
+    assert check(MODELS["flux.1-redux-dev"], tmp_path) == 1
+    found, published = hashlib.sha256(content).hexdigest(), manifest.PUBLISHED[redux.name].sha256
+    assert capsys.readouterr().out == (
+        f"Redux: {redux}: SHA-256 {found} in place of the published {published}\n"
+    )
+
+
+def test_check_compares_the_size_before_it_computes_a_checksum(
+    redux, tmp_path, monkeypatch, capsys
+):
+    published = manifest.PUBLISHED[redux.name]._replace(size=10_000)
+    monkeypatch.setattr(manifest, "PUBLISHED", {redux.name: published})
+    monkeypatch.setattr(
+        manifest.hashlib, "file_digest", lambda *_: pytest.fail("the checksum was computed")
+    )
+    assert check(MODELS["flux.1-redux-dev"], tmp_path) == 1
+    size = f"{redux.stat().st_size:,}"
+    assert f"{size} bytes in place of the published 10,000\n" in capsys.readouterr().out
+
+
+def test_published_checksums_are_of_transformers_and_addons_of_the_table():
+    files = {}  # name -> repositories
+    for spec in MODELS.values():
+        for part in manifest.parts(spec).values():
+            for file in part.files:
+                files.setdefault(file, set()).add(part.repository)
+    for name, published in manifest.PUBLISHED.items():
+        assert len(files[name]) == 1  # a file of one repository only
+        assert re.fullmatch("[0-9a-f]{64}", published.sha256)
+    checksums = {published.sha256 for published in manifest.PUBLISHED.values()}
+    assert len(checksums) == len(manifest.PUBLISHED) == 9
+    assert "flux1-krea-dev.safetensors" not in manifest.PUBLISHED
+
+
 # ---------------------------------------------------------------- weights.md
 
 
-def test_tables_of_weights_md_are_computed():
-    """If this fails, put in what `python scripts/dev/manifest.py --markdown` prints."""
-    text = (ROOT / "weights.md").read_text()
-    for table in manifest.tables():
+def test_tables_of_weights_md_are_up_to_date():
+    """If this fails, copy the output of `python scripts/dev/manifest.py --markdown`."""
+    text, tables = (ROOT / "weights.md").read_text(), manifest.tables()
+    for table in tables:
         assert f"\n\n{table}\n\n" in text
-    assert len(re.findall(r"(?m)^\| ---", text)) == len(manifest.tables())
+    assert len(re.findall(r"(?m)^\| ---", text)) == len(tables)
     assert all(
         path.exists() for path in map(ROOT.joinpath, re.findall(r"\]\((tests/[^)]+)\)", text))
     )
