@@ -1,60 +1,263 @@
-"""flux.runtime.fast: the same tensor, made of some rows after others, wherever that may be seen by nobody."""
+"""flux.runtime.fast against the plain networks: same bits, or a stated difference, and less memory."""
+
+import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from support.autoencoders import FLUX1, FLUX2, SMALL_DECODER, TINY, random_latents, random_pixels
+from support.load_script import script
 from torch import Tensor, nn
 
-from flux.runtime import fast as stripes
+from flux.autoencoder import AutoEncoder, Upsample, unpack
+from flux.parity.reference import diffusers_autoencoder, max_error, randomise
+from flux.runtime import fast
+from flux.runtime.fast import fast_autoencoder, fast_transformer
+from flux.transformer import NUMERICS, Flux, FluxConfig, KVCache
+
+FAMILIES = {
+    "flux.1": FluxConfig(
+        in_channels=64, out_channels=64, context_dim=48, hidden_size=64, num_heads=2, depth=2,
+        depth_single=2, mlp_ratio=4.0, axes_dim=(4, 14, 14), vector_dim=24, bias=True,
+        gated_mlp=False, shared_modulation=False,
+    ),
+    "flux.2": FluxConfig(
+        context_dim=48, hidden_size=64, num_heads=2, depth=2, depth_single=2, axes_dim=(8, 8, 8, 8)
+    ),
+}  # fmt: skip
+both_families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+every_autoencoder = pytest.mark.parametrize("config", TINY.values(), ids=TINY.keys())
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(stripes, "STRIPE", 64)
+@pytest.fixture
+def tiny_chunks(monkeypatch) -> None:
+    """One to four tokens, and down to one row."""
+    monkeypatch.setattr(fast, "TOKEN_CHUNK", 200)
+    monkeypatch.setattr(fast, "ROW_CHUNK", 2**13)
+    monkeypatch.setattr(fast, "STATISTICS_CHUNK", 2**10)
 
 
-def run(
-    x: Tensor, dim: int, watched: nn.Module, length: int
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Numbers its rows, doubles their width, and changes their type; the truth is one line of it. And where each stripe was."""
-    where = []
-
-    def function(before: int, x: Tensor, numbers: Tensor) -> Tensor:
-        where.append((before, x.shape[dim]))
-        numbered = x + numbers.view(-1, *[1] * (x.ndim - 1 - dim))
-        return torch.cat([numbered, numbered], dim=-1).double()
-
-    return stripes.in_stripes(
-        function, (x, dim), (torch.arange(length), 0), watched=[watched]
-    ), where
+def relative_l2(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.mark.parametrize(
-    "shape, dim",
-    [((37, 8), 0), ((2, 37, 8), 1), ((2, 1, 37, 3, 4), 2), ((2, 3, 8), 1), ((300, 1), 0)],
-)
+def chunks_written(monkeypatch) -> list[int]:
+    """Return a list that gets the number of chunks of each call of `chunked`."""
+    written, original = [], fast.chunked
+
+    def counted(function, out: Tensor, *inputs: Tensor) -> None:
+        calls = []
+
+        def call(*chunks: Tensor) -> Tensor:
+            calls.append(1)
+            return function(*chunks)
+
+        original(call, out, *inputs)
+        written.append(len(calls))
+
+    monkeypatch.setattr(fast, "chunked", counted)
+    return written
+
+
+def transformer_inputs(config: FluxConfig, dtype: torch.dtype, batch: int = 2) -> dict:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    axes = len(config.axes_dim)
+    return dict(
+        img=random(batch, 30, config.in_channels),
+        img_ids=torch.randint(0, 40, (30, axes), generator=generator).float(),
+        txt=random(batch, 11, config.context_dim),
+        txt_ids=torch.randint(0, 40, (11, axes), generator=generator).float(),
+        t=torch.linspace(0.3, 0.9, batch),
+        guidance=torch.full((batch,), 3.5),
+        vector=random(batch, config.vector_dim) if config.vector_dim else None,
+    )
+
+
+# ------------------------------------------------------------------ transformer
+
+
+@every_dtype
+@pytest.mark.parametrize("numerics", NUMERICS)
+@both_families
 @torch.no_grad()
-def test_stripes_are_put_together_again(shape, dim):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    out, where = run(x, dim, nn.Identity(), shape[dim])
-    numbered = x + torch.arange(shape[dim]).view(-1, *[1] * (x.ndim - 1 - dim))
-    assert torch.equal(out, torch.cat([numbered, numbered], dim=-1).double())
-    assert (len(where) > 1) == (x.numel() >= 2 * 64)
-    assert [before for before, _ in where] == [
-        sum(n for _, n in where[:i]) for i in range(len(where))
-    ]
-    assert sum(rows for _, rows in where) == shape[dim]
+def test_fast_transformer_equals_plain_to_the_bit(
+    config, numerics, dtype, tiny_chunks, monkeypatch
+):
+    plain = randomise(Flux(config, NUMERICS[numerics])).to(dtype)
+    faster = fast_transformer(copy.deepcopy(plain))
+    written = chunks_written(monkeypatch)
+    inputs = transformer_inputs(config, dtype)
+    assert torch.equal(faster(**inputs), plain(**inputs))
+    assert len(written) == 4 * config.depth + 3 * config.depth_single
+    assert min(written) > 4
 
 
-@pytest.mark.parametrize("why", ["small", "gradients", "hook", "pre-hook", "meta"])
-def test_whole_where_stripes_would_be_in_the_way(why):
-    x, module = torch.randn(15 if why == "small" else 64, 8), nn.Identity()
-    if why == "hook":
-        module.register_forward_hook(lambda *_: None)
-    if why == "pre-hook":
-        module.register_forward_pre_hook(lambda *_: None)
-    with (
-        torch.set_grad_enabled(why == "gradients"),
-        torch.device("meta" if why == "meta" else "cpu"),
+@every_dtype
+@both_families
+@torch.no_grad()
+def test_fast_transformer_fills_and_reads_caches_to_the_bit(config, dtype, tiny_chunks):
+    plain = randomise(Flux(config)).to(dtype)
+    inputs = transformer_inputs(config, dtype, batch=1)
+    results = []
+    for flux in (plain, fast_transformer(copy.deepcopy(plain))):
+        mods = flux.modulations([flux.vec(inputs["t"], inputs["guidance"], inputs["vector"])])[0]
+        caches = [KVCache(11) for _ in range(config.depth + config.depth_single)]
+        references, ids = inputs["img"][:, :7], inputs["img_ids"][:7]
+        no_text = inputs["txt"][:, :0]
+        flux.denoise(references, no_text, flux.rope(ids[:0], ids), mods, caches)
+        rope = flux.rope(inputs["txt_ids"], inputs["img_ids"])
+        velocity = flux.denoise(inputs["img"], inputs["txt"], rope, mods, caches)
+        results.append([velocity, *(cache.k for cache in caches), *(cache.v for cache in caches)])
+    for expected, result in zip(*results, strict=True):
+        assert torch.equal(result, expected)
+
+
+@both_families
+def test_chunks_are_for_neither_hooks_nor_gradients(config, tiny_chunks, monkeypatch):
+    faster = fast_transformer(randomise(Flux(config)))
+    inputs = transformer_inputs(config, torch.float32)
+    written, seen = chunks_written(monkeypatch), []
+    for block in (*faster.double_blocks, *faster.single_blocks):
+        norm = block.norm if hasattr(block, "norm") else block.img_attn.norm
+        norm.register_forward_hook(lambda module, args, out: seen.append(out[0].shape[1]))
+    with torch.no_grad():
+        faster(**inputs)
+    assert seen == [30] * config.depth + [41] * config.depth_single
+    for module in faster.modules():
+        module._forward_hooks.clear()
+    inputs["img"].requires_grad_()
+    faster(**inputs).sum().backward()
+    assert inputs["img"].grad is not None
+    assert written == []
+
+
+# ------------------------------------------------------------------ autoencoder
+
+
+@every_autoencoder
+@torch.no_grad()
+def test_fast_autoencoder_differs_by_rounding_only(config, tiny_chunks):
+    """In float32: seen are 2e-6, in chunks of one row and of many."""
+    plain = randomise(AutoEncoder(config))
+    faster = fast_autoencoder(copy.deepcopy(plain))
+    for h, w in ((1, 1), (3, 5), (8, 4)):
+        latents, pixels = random_latents(config, 2, h, w), random_pixels(2, 16 * h, 16 * w)
+        assert relative_l2(faster.decode(latents[:1]), plain.decode(latents[:1])) <= 5e-6
+        assert relative_l2(faster.encode(pixels[:1]), plain.encode(pixels[:1])) <= 5e-6
+        assert relative_l2(faster.decode(latents), plain.decode(latents)) <= 5e-6
+
+
+@torch.no_grad()
+def test_fast_autoencoder_in_bfloat16_is_as_near_to_float32_as_plain():
+    config = TINY["flux.2"]
+    plain, latents = randomise(AutoEncoder(config)), random_latents(config, 1, 8, 4)
+    exact = plain.decode(latents)
+    rounded = relative_l2(plain.bfloat16().decode(latents.bfloat16()), exact)
+    faster = fast_autoencoder(plain).decode(latents.bfloat16())
+    assert relative_l2(faster, exact) <= 1.2 * rounded
+
+
+def test_fast_networks_keep_names_weights_and_classes():
+    for plain, apply in (
+        (AutoEncoder(TINY["flux.2"]), fast_autoencoder),
+        (Flux(FAMILIES["flux.1"]), fast_transformer),
     ):
-        _, where = run(x.to("meta") if why == "meta" else x, 0, module, len(x))
-    assert where == [(0, len(x))]
+        before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+        kinds = {name: type(module) for name, module in plain.named_modules()}
+        faster = apply(apply(plain))
+        assert faster is plain
+        assert {
+            name: torch.equal(x, before[name]) for name, x in plain.state_dict().items()
+        } == dict.fromkeys(before, True)
+        for name, module in faster.named_modules():
+            assert isinstance(module, kinds[name])
+
+
+@every_autoencoder
+@torch.no_grad()
+def test_hooks_see_whole_tensors(config, tiny_chunks):
+    """Every module runs once."""
+    faster, seen = fast_autoencoder(randomise(AutoEncoder(config))), []
+    for name, module in faster.decoder.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    faster.decode(random_latents(config, 1, 3, 5))
+    runnable = []
+    for name, module in faster.decoder.named_modules():
+        if type(module).forward is not nn.Module.forward:
+            runnable.append(name)
+    assert sorted(seen) == sorted(runnable)
+    assert "up.0.block.0.conv1" in seen and "up.1.upsample.conv" in seen
+
+
+@torch.no_grad()
+def test_fused_upsampling_is_the_convolution_of_nearest_neighbours():
+    for height, width in ((1, 1), (5, 4)):
+        plain = randomise(Upsample(6)).double()
+        faster = copy.deepcopy(plain)
+        faster.__class__ = fast.FusedUpsample
+        x = torch.randn(2, 6, height, width, dtype=torch.float64)
+        enlarged = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        expected = F.conv2d(enlarged, plain.conv.weight, plain.conv.bias, padding=1)
+        assert max_error(faster(x), expected) <= 1e-14
+        assert max_error(plain(x), expected) <= 1e-14
+
+
+@torch.no_grad()
+def test_group_norm_of_flat_channels_is_finite():
+    """A flat group's variance is 0 but for rounding, which may be negative."""
+    norm = randomise(nn.GroupNorm(4, 16, eps=1e-6))
+    norm.__class__ = fast.ChannelsLastGroupNorm
+    for value in (0.1, 77.7, -1e4):
+        x = torch.full((1, 16, 24, 40), value).contiguous(memory_format=torch.channels_last)
+        assert norm(x).isfinite().all()
+
+
+# ------------------------------------------------------------------ memory
+
+
+@pytest.fixture(scope="module")
+def peak_bytes():
+    return script("benchmarks/measure").peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [FLUX1, FLUX2, SMALL_DECODER], ids=["flux.1", "flux.2", "small decoder"]
+)
+def test_decoding_takes_two_thirds_of_the_memory_of_diffusers(config, peak_bytes):
+    """Count a full-size decode of 512x512 in bfloat16, without weights.
+
+    diffusers holds 1537 bytes a pixel: three tensors of 256 channels. Here there are two.
+    """
+    with torch.device("meta"):
+        ours = fast_autoencoder(AutoEncoder(config).bfloat16())
+        latents = torch.empty(1, config.latent_channels, 32, 32, dtype=torch.bfloat16)
+    theirs = diffusers_autoencoder(config).bfloat16()
+    expected = peak_bytes(lambda: theirs.decode(unpack(latents)).sample)
+    assert peak_bytes(lambda: ours.decode(latents)) <= 0.67 * expected
+
+
+@pytest.mark.slow
+@both_families
+def test_step_takes_less_memory_than_plain(config, peak_bytes, monkeypatch):
+    """With 1,024 and 512 tokens, at a fourth of the width and of a chunk."""
+    monkeypatch.setattr(fast, "TOKEN_CHUNK", fast.TOKEN_CHUNK // 4)
+    axes_dim = (16, 56, 56) if config.vector_dim else (32, 32, 32, 32)
+    config = replace(config, hidden_size=768, num_heads=6, axes_dim=axes_dim)
+    plain = randomise(Flux(config)).bfloat16()
+    inputs = transformer_inputs(config, torch.bfloat16, batch=1)
+    axes = len(axes_dim)
+    inputs |= dict(
+        img=torch.randn(1, 1024, config.in_channels).bfloat16(),
+        img_ids=torch.ones(1024, axes),
+        txt=torch.randn(1, 512, config.context_dim).bfloat16(),
+        txt_ids=torch.ones(512, axes),
+    )
+    expected = peak_bytes(lambda: plain(**inputs))
+    assert peak_bytes(lambda: fast_transformer(plain)(**inputs)) <= 0.9 * expected
