@@ -1,9 +1,11 @@
-"""Every released model is one row of one table: its networks, files, licence, and how its authors sample it."""
+"""The zoo: every released model is one row of MODELS.
 
-from collections.abc import Iterable
+A row states the networks, the files, the licence, and how the model's authors sample it.
+"""
+
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flux.autoencoder import AutoEncoderConfig
 from flux.clip import CLIPConfig
@@ -11,73 +13,23 @@ from flux.language_model import LanguageModelConfig
 from flux.t5 import T5Config
 from flux.transformer import FluxConfig
 
+# ------------------------------------------------------------------ what a row states
+
 
 @dataclass(frozen=True)
 class Licence:
     name: str
-    commercial: bool
-    gated: bool  # the repository asks to accept the licence before it gives the files
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A row of the table. `None` for `guidance` means that the model takes none."""
-
-    name: str
-    repository: str  # on Hugging Face
-    licence: Licence
-    transformer: FluxConfig
-    transformer_file: str
-    text: "FLUX1Text | FLUX2Text"
-    text_length: int  # tokens, padding included
-    autoencoder: AutoEncoderConfig
-    autoencoder_files: tuple[str, ...]  # either will do; the first is downloaded
-    schedule: Literal["linear", "empirical", "unshifted"]
-    steps: int
-    guidance: float | None = None
-    cfg: bool = (
-        False  # guidance is classifier-free: two forward passes, with and without the prompt
-    )
-    distilled: str = ""  # why steps and guidance are part of the weights, if they are
-    size: int = 1024  # default width and height, in pixels
-    image_mode: Literal["start", "reference", "control", "fill", "redux"] = (
-        "start"  # what a picture that it is given becomes
-    )
-    control: Literal["canny", "depth"] | None = None  # of what kind a control picture is
-    kv_cached_references: bool = (
-        False  # references are computed once, not at every step: it was trained so
-    )
-    addon: "Addon | None" = None
-    weight_format: Literal["bfloat16", "fp8", "nvfp4"] = (
-        "bfloat16"  # of the large matrices in the transformer's file
-    )
-
-    @property
-    def embedded(self) -> bool:
-        return self.repository == "embedded"
-
-    @property
-    def flux1(self) -> bool:
-        """Of the first family, by its text encoders; else FLUX.2."""
-        return isinstance(self.text, FLUX1Text)
-
-
-@dataclass(frozen=True)
-class Addon:
-    """What a row takes from a second repository, beside the base model in the first, or in place of its transformer."""
-
-    repository: str
-    files: tuple[tuple[str, str], ...]  # part, file
-    scale: float = 1.0  # of a LoRA
+    commercial: bool  # whether commercial use is allowed
+    gated: bool  # whether the repository asks to accept the licence before a download
 
 
 @dataclass(frozen=True)
 class FLUX1Text:
-    """T5 gives the text tokens, CLIP the pooled vector; both lie in the FLUX.1 repositories."""
+    """FLUX.1: T5 gives the text tokens, CLIP the pooled vector."""
 
     t5: T5Config = T5Config()
     clip: CLIPConfig = CLIPConfig()
-    t5_files: tuple[str, ...] = (
+    t5_files: tuple[str, ...] = (  # the first one that exists
         "text_encoder_2/model.safetensors.index.json",
         "text_encoder_2/model.safetensors",
     )
@@ -96,10 +48,10 @@ class FLUX1Text:
 
 @dataclass(frozen=True)
 class FLUX2Text:
-    """A language model read in the middle gives the text tokens; there is no pooled vector."""
+    """FLUX.2: the middle layers of a language model give the text tokens. No pooled vector."""
 
     model: LanguageModelConfig
-    files: tuple[str, ...] = (
+    files: tuple[str, ...] = (  # the first one that exists
         "text_encoder/model.safetensors.index.json",
         "text_encoder/model.safetensors",
     )
@@ -114,12 +66,59 @@ class FLUX2Text:
         return {"tokenizer": self.tokenizer}
 
 
+@dataclass(frozen=True)
+class Addon:
+    """Files from a second repository, next to the base model's or instead of its transformer."""
+
+    repository: str  # on Hugging Face
+    files: tuple[tuple[str, str], ...]  # (part, file); parts: lora, redux, siglip, transformer
+    scale: float = 1.0  # of a LoRA
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A row of the table."""
+
+    name: str  # the repository's name in lower case
+    repository: str  # on Hugging Face; "embedded" if the files are in this package
+    licence: Licence
+    transformer: FluxConfig
+    transformer_file: str
+    text: FLUX1Text | FLUX2Text
+    text_length: int  # tokens, padding included
+    autoencoder: AutoEncoderConfig
+    autoencoder_files: tuple[str, ...]  # equivalent files; the first is downloaded
+    schedule: Literal["linear", "empirical", "unshifted"]  # how times are shifted
+    steps: int
+    guidance: float | None = None  # None: the model takes no guidance
+    cfg: bool = False  # guidance is classifier-free: a second forward pass without the prompt
+    distilled: str = ""  # why steps and guidance are fixed, if they are
+    size: int = 1024  # default width and height in pixels
+    # what an input image is: the start of img2img, a reference, a control image, an image to fill
+    # in, or the input of Redux
+    image_mode: Literal["start", "reference", "control", "fill", "redux"] = "start"
+    control: Literal["canny", "depth"] | None = None  # the kind of control image
+    kv_cached_references: bool = False  # trained to compute references in the first step only
+    addon: Addon | None = None
+    weight_format: Literal["bfloat16", "fp8", "nvfp4"] = "bfloat16"  # of the transformer's file
+
+    @property
+    def embedded(self) -> bool:
+        return self.repository == "embedded"
+
+    @property
+    def flux1(self) -> bool:
+        """Whether this is FLUX.1, by its text encoders; else FLUX.2."""
+        return isinstance(self.text, FLUX1Text)
+
+
 APACHE = Licence("Apache-2.0", commercial=True, gated=False)
 SCHNELL = Licence("Apache-2.0", commercial=True, gated=True)
 DEV = Licence("FLUX.1 [dev] Non-Commercial License", commercial=False, gated=True)
 DEV2 = Licence("FLUX.2 [dev] Non-Commercial License", commercial=False, gated=True)
 KLEIN = Licence("FLUX Non-Commercial License", commercial=False, gated=True)
-TOY = Licence("Apache-2.0", commercial=True, gated=False)  # trained on generated pictures
+
+# ------------------------------------------------------------------ sizes of the networks
 
 FLUX1 = FluxConfig(
     in_channels=64,
@@ -182,13 +181,11 @@ TINY1 = replace(
 
 AE1 = AutoEncoderConfig()
 AE2 = replace(AE1, z_channels=32, scale_factor=None, shift_factor=None)
-AE2_SMALL_DECODER = replace(
-    AE2, decoder_ch=96
-)  # full_encoder_small_decoder.safetensors of FLUX.2-small-decoder
+# full_encoder_small_decoder.safetensors of FLUX.2-small-decoder
+AE2_SMALL_DECODER = replace(AE2, decoder_ch=96)
 AE_TINY = replace(AE2, ch=32, ch_mult=(1, 1, 2, 3), num_res_blocks=1, z_channels=16, norm_groups=8)
-AE1_TINY = replace(
-    AE_TINY, scale_factor=1.0, shift_factor=0.0
-)  # its encoder's last layer was trained to give what is normal
+# No scale and shift: the encoder was trained to give normalized latents.
+AE1_TINY = replace(AE_TINY, scale_factor=1.0, shift_factor=0.0)
 
 T5_TINY = T5Config(vocab_size=512, hidden_size=128, head_dim=32, num_heads=4, mlp_size=256, depth=4)
 CLIP_TINY = CLIPConfig(
@@ -216,11 +213,12 @@ QWEN3_TINY = LanguageModelConfig(
     head_dim=32,
 )
 
+# ------------------------------------------------------------------ how models are sampled
+
+VAE, AE = "vae/diffusion_pytorch_model.safetensors", "ae.safetensors"  # diffusers' and BFL's names
 DISTILLED = "it was distilled to sample without guidance, in few steps"
 
-VAE, AE = "vae/diffusion_pytorch_model.safetensors", "ae.safetensors"  # diffusers' names, and BFL's
-
-_flux1 = ModelSpec(
+_dev = ModelSpec(
     name="",
     repository="",
     licence=DEV,
@@ -234,8 +232,34 @@ _flux1 = ModelSpec(
     steps=50,
     guidance=3.5,
 )
-_flux2 = replace(
-    _flux1,
+_schnell = replace(
+    _dev,
+    licence=SCHNELL,
+    transformer=replace(FLUX1, guidance=False),
+    text_length=256,
+    schedule="unshifted",
+    steps=4,
+    guidance=None,
+    distilled=DISTILLED,
+)
+_krea = replace(_dev, steps=28, guidance=4.5)
+_kontext = replace(_dev, steps=30, guidance=2.5, image_mode="reference")
+_redux = replace(_dev, guidance=2.5, image_mode="redux")
+_fill = replace(
+    _dev,
+    transformer=replace(FLUX1, in_channels=384),  # latents, masked image, mask
+    text_length=128,
+    guidance=30.0,
+    image_mode="fill",
+)
+_control = replace(FLUX1, in_channels=128)  # latents, control image
+_canny_lora = replace(_dev, image_mode="control", control="canny", guidance=30.0)
+_depth_lora = replace(_dev, image_mode="control", control="depth", guidance=10.0)
+_canny = replace(_canny_lora, transformer=_control)
+_depth = replace(_depth_lora, transformer=_control)
+
+_dev2 = replace(
+    _dev,
     licence=DEV2,
     transformer=FLUX2,
     text=FLUX2Text(MISTRAL),
@@ -244,202 +268,107 @@ _flux2 = replace(
     guidance=4.0,
     image_mode="reference",
 )
-_klein = replace(_flux2, autoencoder_files=(VAE, AE), steps=4, guidance=None, distilled=DISTILLED)
+_klein = replace(_dev2, autoencoder_files=(VAE, AE), steps=4, guidance=None, distilled=DISTILLED)
 _klein_4b = replace(_klein, licence=APACHE, transformer=KLEIN_4B, text=FLUX2Text(QWEN3_4B))
 _klein_9b = replace(_klein, licence=KLEIN, transformer=KLEIN_9B, text=FLUX2Text(QWEN3_8B))
-_canny, _depth = (
-    dict(image_mode="control", control=kind, guidance=g)
-    for kind, g in (("canny", 30.0), ("depth", 10.0))
+_klein_9b_kv = replace(_klein_9b, kv_cached_references=True)
+_undistilled: dict[str, Any] = dict(steps=50, guidance=4.0, cfg=True, distilled="")
+_base_4b = replace(_klein_4b, **_undistilled)
+_base_9b = replace(_klein_9b, **_undistilled)
+
+_toy1 = replace(
+    _dev,
+    licence=APACHE,
+    transformer=TINY1,
+    text=FLUX1Text(T5_TINY, CLIP_TINY, t5_files=("text_encoder_2/model.safetensors",)),
+    text_length=32,
+    autoencoder=AE1_TINY,
+    autoencoder_files=(AE,),
+    steps=8,
+    guidance=2.5,
+    size=256,
 )
-_base = dict(steps=50, guidance=4.0, cfg=True, distilled="")
+_toy2 = replace(
+    _klein,
+    licence=APACHE,
+    transformer=TINY,
+    text=FLUX2Text(QWEN3_TINY, files=("text_encoder/model.safetensors",)),
+    text_length=32,
+    autoencoder=AE_TINY,
+    autoencoder_files=(AE,),
+    steps=8,
+    guidance=1.5,
+    cfg=True,
+    distilled="",
+    size=256,
+)
+
+# ------------------------------------------------------------------ the table
 
 
-def _row(like: ModelSpec, repository: str, filename: str, **changes) -> ModelSpec:
-    name = repository.lower()
+def _row(like: ModelSpec, repository: str, file: str) -> ModelSpec:
+    """A model whose files are all in one repository."""
     return replace(
         like,
-        name=name,
+        name=repository.lower(),
         repository=f"black-forest-labs/{repository}",
-        transformer_file=filename,
-        **changes,
+        transformer_file=f"{file}.safetensors",
     )
 
 
-def _adapted(name: str, *files: tuple[str, str], scale: float = 1.0, **changes) -> ModelSpec:
-    """A row that stands on FLUX.1 [dev]: its transformer, text encoders and autoencoder, and something of its own."""
-    dev = _row(_flux1, "FLUX.1-dev", "flux1-dev.safetensors", **changes)
-    return replace(dev, name=name.lower(), addon=Addon(f"black-forest-labs/{name}", files, scale))
+def _on_dev(like: ModelSpec, name: str, scale: float = 1.0, **files: str) -> ModelSpec:
+    """All networks of FLUX.1 [dev], and files of an own repository: part=file."""
+    addon = Addon(f"black-forest-labs/{name}", tuple(files.items()), scale)
+    return replace(_row(like, "FLUX.1-dev", "flux1-dev"), name=name.lower(), addon=addon)
 
 
-def _quantised(like: ModelSpec, base: str, repository: str, filename: str, **changes) -> ModelSpec:
-    """A row whose own repository has nothing but a transformer; its text encoder and autoencoder lie in that of `base`."""
-    row, storage = _row(like, base, filename, **changes), "nvfp4" if "nvfp4" in filename else "fp8"
-    adapter = Addon(f"black-forest-labs/{repository}", (("transformer", filename),))
-    return replace(row, name=repository.lower(), addon=adapter, weight_format=storage)
+def _quantized(like: ModelSpec, base: str, repository: str) -> ModelSpec:
+    """A transformer in a repository of its own; the other files are in the repository `base`."""
+    file = repository.lower().replace("flux.2-dev", "flux2-dev").replace("flux.2", "flux-2")
+    row = _row(like, base, file)
+    addon = Addon(f"black-forest-labs/{repository}", (("transformer", row.transformer_file),))
+    weight_format: Any = "nvfp4" if file.endswith("nvfp4") else "fp8"
+    return replace(row, name=repository.lower(), addon=addon, weight_format=weight_format)
 
 
-def _table(rows: Iterable[ModelSpec]) -> dict[str, ModelSpec]:
-    return {row.name: row for row in rows}
+def _embedded(like: ModelSpec, name: str, file: str) -> ModelSpec:
+    """A toy model whose files are in this package."""
+    return replace(like, name=name, repository="embedded", transformer_file=f"{file}.safetensors")
 
 
-MODELS: dict[str, ModelSpec] = _table(
-    [
-        _row(
-            _flux1,
-            "FLUX.1-schnell",
-            "flux1-schnell.safetensors",
-            licence=SCHNELL,
-            transformer=replace(FLUX1, guidance=False),
-            text_length=256,
-            schedule="unshifted",
-            steps=4,
-            guidance=None,
-            distilled=DISTILLED,
-        ),
-        _row(_flux1, "FLUX.1-dev", "flux1-dev.safetensors"),
-        _row(_flux1, "FLUX.1-Krea-dev", "flux1-krea-dev.safetensors", steps=28, guidance=4.5),
-        _row(
-            _flux1,
-            "FLUX.1-Fill-dev",
-            "flux1-fill-dev.safetensors",
-            transformer=replace(FLUX1, in_channels=384),
-            text_length=128,
-            guidance=30.0,
-            image_mode="fill",
-        ),
-        _row(
-            _flux1,
-            "FLUX.1-Canny-dev",
-            "flux1-canny-dev.safetensors",
-            transformer=replace(FLUX1, in_channels=128),
-            **_canny,
-        ),
-        _row(
-            _flux1,
-            "FLUX.1-Depth-dev",
-            "flux1-depth-dev.safetensors",
-            transformer=replace(FLUX1, in_channels=128),
-            **_depth,
-        ),
-        _adapted(
-            "FLUX.1-Canny-dev-lora",
-            ("lora", "flux1-canny-dev-lora.safetensors"),
-            scale=0.85,
-            **_canny,
-        ),
-        _adapted(
-            "FLUX.1-Depth-dev-lora",
-            ("lora", "flux1-depth-dev-lora.safetensors"),
-            scale=0.85,
-            **_depth,
-        ),
-        _adapted(
-            "FLUX.1-Redux-dev",
-            ("redux", "flux1-redux-dev.safetensors"),
-            ("siglip", "image_encoder/model.safetensors"),
-            guidance=2.5,
-            image_mode="redux",
-        ),
-        _row(
-            _flux1,
-            "FLUX.1-Kontext-dev",
-            "flux1-kontext-dev.safetensors",
-            steps=30,
-            guidance=2.5,
-            image_mode="reference",
-        ),
-        _row(_flux2, "FLUX.2-dev", "flux2-dev.safetensors"),
-        _row(_klein_4b, "FLUX.2-klein-4B", "flux-2-klein-4b.safetensors"),
-        _row(_klein_9b, "FLUX.2-klein-9B", "flux-2-klein-9b.safetensors"),
-        _row(
-            _klein_9b,
-            "FLUX.2-klein-9b-kv",
-            "flux-2-klein-9b-kv.safetensors",
-            kv_cached_references=True,
-        ),
-        _row(_klein_4b, "FLUX.2-klein-base-4B", "flux-2-klein-base-4b.safetensors", **_base),
-        _row(_klein_9b, "FLUX.2-klein-base-9B", "flux-2-klein-base-9b.safetensors", **_base),
-        _quantised(_flux2, "FLUX.2-dev", "FLUX.2-dev-NVFP4", "flux2-dev-nvfp4.safetensors"),
-        _quantised(
-            _klein_4b, "FLUX.2-klein-4B", "FLUX.2-klein-4b-fp8", "flux-2-klein-4b-fp8.safetensors"
-        ),
-        _quantised(
-            _klein_4b,
-            "FLUX.2-klein-4B",
-            "FLUX.2-klein-4b-nvfp4",
-            "flux-2-klein-4b-nvfp4.safetensors",
-        ),
-        _quantised(
-            _klein_9b, "FLUX.2-klein-9B", "FLUX.2-klein-9b-fp8", "flux-2-klein-9b-fp8.safetensors"
-        ),
-        _quantised(
-            _klein_9b,
-            "FLUX.2-klein-9B",
-            "FLUX.2-klein-9b-nvfp4",
-            "flux-2-klein-9b-nvfp4.safetensors",
-        ),
-        _quantised(
-            _klein_9b,
-            "FLUX.2-klein-9b-kv",
-            "FLUX.2-klein-9b-kv-fp8",
-            "flux-2-klein-9b-kv-fp8.safetensors",
-            kv_cached_references=True,
-        ),
-        _quantised(
-            _klein_4b,
-            "FLUX.2-klein-base-4B",
-            "FLUX.2-klein-base-4b-fp8",
-            "flux-2-klein-base-4b-fp8.safetensors",
-            **_base,
-        ),
-        _quantised(
-            _klein_9b,
-            "FLUX.2-klein-base-9B",
-            "FLUX.2-klein-base-9b-fp8",
-            "flux-2-klein-base-9b-fp8.safetensors",
-            **_base,
-        ),
-        _quantised(
-            _klein_9b,
-            "FLUX.2-klein-base-9B",
-            "FLUX.2-klein-base-9b-nvfp4",
-            "flux-2-klein-base-9b-nvfp4.safetensors",
-            **_base,
-        ),
-        replace(
-            _flux1,
-            name="flux.1-tiny",
-            repository="embedded",
-            licence=TOY,
-            size=256,
-            steps=8,
-            guidance=2.5,
-            transformer=TINY1,
-            transformer_file="flux1-tiny.safetensors",
-            text_length=32,
-            autoencoder=AE1_TINY,
-            autoencoder_files=(AE,),
-            text=FLUX1Text(T5_TINY, CLIP_TINY, ("text_encoder_2/model.safetensors",)),
-        ),
-        replace(
-            _klein,
-            name="flux.2-tiny",
-            repository="embedded",
-            licence=TOY,
-            size=256,
-            steps=8,
-            guidance=1.5,
-            cfg=True,
-            distilled="",
-            transformer=TINY,
-            transformer_file="flux-2-tiny.safetensors",
-            text=FLUX2Text(QWEN3_TINY, ("text_encoder/model.safetensors",)),
-            text_length=32,
-            autoencoder=AE_TINY,
-            autoencoder_files=(AE,),
-        ),
-    ]
+# fmt: off
+_ROWS = (
+    _row(_schnell, "FLUX.1-schnell", "flux1-schnell"),
+    _row(_dev, "FLUX.1-dev", "flux1-dev"),
+    _row(_krea, "FLUX.1-Krea-dev", "flux1-krea-dev"),
+    _row(_fill, "FLUX.1-Fill-dev", "flux1-fill-dev"),
+    _row(_canny, "FLUX.1-Canny-dev", "flux1-canny-dev"),
+    _row(_depth, "FLUX.1-Depth-dev", "flux1-depth-dev"),
+    _on_dev(_canny_lora, "FLUX.1-Canny-dev-lora", 0.85, lora="flux1-canny-dev-lora.safetensors"),
+    _on_dev(_depth_lora, "FLUX.1-Depth-dev-lora", 0.85, lora="flux1-depth-dev-lora.safetensors"),
+    _on_dev(_redux, "FLUX.1-Redux-dev", redux="flux1-redux-dev.safetensors",
+            siglip="image_encoder/model.safetensors"),
+    _row(_kontext, "FLUX.1-Kontext-dev", "flux1-kontext-dev"),
+    _row(_dev2, "FLUX.2-dev", "flux2-dev"),
+    _row(_klein_4b, "FLUX.2-klein-4B", "flux-2-klein-4b"),
+    _row(_klein_9b, "FLUX.2-klein-9B", "flux-2-klein-9b"),
+    _row(_klein_9b_kv, "FLUX.2-klein-9b-kv", "flux-2-klein-9b-kv"),
+    _row(_base_4b, "FLUX.2-klein-base-4B", "flux-2-klein-base-4b"),
+    _row(_base_9b, "FLUX.2-klein-base-9B", "flux-2-klein-base-9b"),
+    _quantized(_dev2, "FLUX.2-dev", "FLUX.2-dev-NVFP4"),
+    _quantized(_klein_4b, "FLUX.2-klein-4B", "FLUX.2-klein-4b-fp8"),
+    _quantized(_klein_4b, "FLUX.2-klein-4B", "FLUX.2-klein-4b-nvfp4"),
+    _quantized(_klein_9b, "FLUX.2-klein-9B", "FLUX.2-klein-9b-fp8"),
+    _quantized(_klein_9b, "FLUX.2-klein-9B", "FLUX.2-klein-9b-nvfp4"),
+    _quantized(_klein_9b_kv, "FLUX.2-klein-9b-kv", "FLUX.2-klein-9b-kv-fp8"),
+    _quantized(_base_4b, "FLUX.2-klein-base-4B", "FLUX.2-klein-base-4b-fp8"),
+    _quantized(_base_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-fp8"),
+    _quantized(_base_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-nvfp4"),
+    _embedded(_toy1, "flux.1-tiny", "flux1-tiny"),
+    _embedded(_toy2, "flux.2-tiny", "flux-2-tiny"),
 )
-EMBEDDED = (
-    Path(__file__).parent / "toy/tiny"
-)  # a folder for each embedded model, in the layout of a repository
+# fmt: on
+MODELS: dict[str, ModelSpec] = {row.name: row for row in _ROWS}
+
+# A folder for each embedded model, with the files of a repository.
+EMBEDDED = Path(__file__).parent / "toy/tiny"
