@@ -1,10 +1,10 @@
-"""What each lossy mode costs, measured against float32: `scripts/bench.py --lossy` prints it as a table.
+"""Measure what each lossy mode costs against float32; `scripts/bench.py --lossy` prints the table.
 
     for loss in losses():
         print(loss)
 
-Formats of files are measured by rounding weights to what such a file can hold. Double quantisation of NF4, which changes it
-little, is left out, and so are GGUF's K-quants, which only llama.cpp can write.
+Formats of files are measured by rounding weights to what such a file can hold. Double quantization
+of NF4, which changes little, and GGUF's K-quants, which only llama.cpp writes, are not measured.
 """
 
 import itertools
@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flux
-from flux import sampling
-from flux import toy as shapes
+from flux import sampling, toy
 from flux.configs import KLEIN_4B
 from flux.transformer import Flux, FluxConfig
 from flux.weights.quantization.fp8 import E4M3_MAX, enable_fp8_matmul
@@ -41,71 +40,69 @@ GGUF = {
 
 class Loss(NamedTuple):
     mode: str
-    bytes: float  # a weight of the layers that are made small
-    velocity: float  # of the embedded model at t = 0.5: relative L2
-    psnr: float  # of its pictures against those of float32, in dB: the median
-    score: float  # the share of them that is wholly right, as `flux.toy` judges
-    block: float  # velocity of one double and one single block of full width, with random weights: relative L2
+    bytes: float  # a weight of the quantized layers
+    velocity: float  # relative L2 for the embedded model at t = 0.5
+    psnr: float  # of its images to those of float32, in dB: the median
+    score: float  # share of the images that `flux.toy` judges right
+    block: float  # relative L2 for one double and one single block of full width, random weights
 
 
 class Mode(NamedTuple):
     name: str
     bytes: float
-    change: Callable[[nn.Module], object]  # made to a network in float32
+    change: Callable[[nn.Module], object]  # applied to a float32 network
 
 
 @torch.inference_mode()
 def losses(prompts: int = 24, config: FluxConfig = KLEIN_4B) -> Iterator[Loss]:
-    """One `Loss` a mode, float32 first. `prompts` for the embedded model's pictures; of `config` the width is used."""
-    scenes = list(itertools.islice(shapes.scenes(3_000_000, held=True), prompts))
+    """Yield a `Loss` for each mode, float32 first.
+
+    prompts: number of images of the embedded model. config: gives the width of the blocks.
+    """
+    scenes = list(itertools.islice(toy.scenes(3_000_000, held=True), prompts))
     pipe, texts = flux.load(device="cpu"), [str(scene) for scene in scenes]
     features = pipe.encode(texts[:1]).tokens
-    block = randomised(
-        Flux(replace(config, depth=1, depth_single=1, guidance=False, vector_dim=None))
-    )
-    state, txt = (
-        block.state_dict(),
-        torch.randn(1, 16, config.context_dim, generator=torch.Generator().manual_seed(0)),
-    )
-    right = None
+    one_of_each = replace(config, depth=1, depth_single=1, guidance=False, vector_dim=None)
+    state = randomised(Flux(one_of_each)).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    txt = torch.randn(1, 16, config.context_dim, generator=generator)
+    expected = None
     for mode in modes():
         pipe.transformer.set_transform(mode.change)
-        pictures = [np.asarray(image) for image in pipe(texts, seed=0)]
+        images = [np.asarray(image) for image in pipe(texts, seed=0)]
         with torch.device("meta"):
-            block = Flux(block.config)
+            block = Flux(one_of_each)
         block.load_state_dict(state, assign=True)
         mode.change(block)
-        made = velocity(pipe.transformer(), features), pictures, velocity(block, txt)
-        right = right or made
-        errors = (
-            relative_l2(made[0], right[0]),
-            np.median(list(map(psnr, pictures, right[1]))),
-            relative_l2(made[2], right[2]),
-        )
+        found = velocity(pipe.transformer(), features), images, velocity(block, txt)
+        expected = expected or found
         yield Loss(
             mode.name,
             mode.bytes,
-            errors[0],
-            float(errors[1]),
-            shapes.score(pictures, scenes)["all"],
-            errors[2],
+            velocity=relative_l2(found[0], expected[0]),
+            psnr=float(np.median([psnr(a, b) for a, b in zip(images, expected[1])])),
+            score=toy.score(images, scenes)["all"],
+            block=relative_l2(found[2], expected[2]),
         )
 
 
 def modes() -> list[Mode]:
-    """float32, what `--quantize` does, and what files hold; GGUF only where its package is installed."""
-    kinds = {kind: partial(quantize_, scheme=kind) for kind in SCHEMES}
+    """Return float32, the schemes of `--quantize`, and formats of files.
+
+    GGUF is measured only where the `gguf` package is installed.
+    """
+    schemes = {scheme: partial(quantize_, scheme=scheme) for scheme in SCHEMES}
     found = [
         Mode("float32", 4, lambda network: None),
         Mode("bfloat16 weights", 2, rounding(lambda weight: weight.bfloat16().float())),
-        Mode("--quantize fp8", 1, kinds["fp8"]),
+        Mode("--quantize fp8", 1, schemes["fp8"]),
         Mode(
             "--quantize fp8, products in float8",
             1,
             lambda network: (quantize_(network, "fp8"), enable_fp8_matmul(network)),
         ),
-        Mode("--quantize int8", 1, kinds["int8"]),
-        Mode("--quantize int4", 0.5625, kinds["int4"]),
+        Mode("--quantize int8", 1, schemes["int8"]),
+        Mode("--quantize int4", 0.5625, schemes["int4"]),
         Mode("FP8, one scale for all", 1, rounding(fp8)),
         Mode(
             "FP8, cast",
@@ -125,7 +122,7 @@ def modes() -> list[Mode]:
 
 
 def rounding(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
-    """The change of a network that puts `function` of each weight in its place."""
+    """Return a change that replaces each large weight of a network by `function` of the weight."""
 
     def change(network: nn.Module) -> None:
         for path in large_linears(network):
@@ -135,7 +132,7 @@ def rounding(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None
     return change
 
 
-# ---------------------------------------------------------------------------------------------------------- formats
+# ---------------------------------------------------------------- formats
 
 
 def fp8(weight: Tensor) -> Tensor:
@@ -164,7 +161,10 @@ def nf4(weight: Tensor) -> Tensor:
 
 
 def nf4_values() -> Tensor:
-    """(16,): 7 quantiles of the normal distribution below 0, 0, and 8 above; from -1 to 1 (arXiv:2305.14314, section 3)."""
+    """Return 7 normal quantiles below 0, 0, and 8 above, from -1 to 1: (16,).
+
+    arXiv:2305.14314, section 3.
+    """
     outermost = (1 - 1 / 30 + 1 - 1 / 32) / 2
     halves = (
         torch.special.ndtri(torch.linspace(outermost, 0.5, n, dtype=torch.float64)[:-1])
@@ -182,15 +182,15 @@ def gguf(weight: Tensor, kind: str) -> Tensor:
 
 
 def nearest(x: Tensor, code: Tensor) -> Tensor:
-    """Each number's nearest in `code`, which is sorted."""
+    """Return the nearest number in `code`, which is sorted, for each number."""
     return code[torch.bucketize(x, (code[1:] + code[:-1]) / 2, out_int32=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------- measures
+# ---------------------------------------------------------------- measures
 
 
 def randomised(network: nn.Module) -> nn.Module:
-    """With random weights that keep the size of what they multiply."""
+    """Draw random weights that keep the size of their inputs."""
     generator = torch.Generator().manual_seed(0)
     for parameter in network.requires_grad_(False).parameters():
         if parameter.ndim == 2:
@@ -199,7 +199,7 @@ def randomised(network: nn.Module) -> nn.Module:
 
 
 def velocity(network: Flux, txt: Tensor) -> Tensor:
-    """Of random image tokens, 8x8, at t = 0.5."""
+    """Return the velocity of random image tokens, 8x8, at t = 0.5."""
     c, generator = network.config, torch.Generator().manual_seed(1)
     img, axes = torch.randn(1, 64, c.in_channels, generator=generator), len(c.axes_dim)
     ids = sampling.image_ids(8, 8, axes), sampling.text_ids(txt.shape[1], axes)
@@ -211,6 +211,6 @@ def relative_l2(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """In dB, of pictures of 0 to 255; infinite if they are the same."""
+    """Return the PSNR in dB of images from 0 to 255; infinite if they are equal."""
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return 10 * math.log10(255**2 / error) if error else math.inf

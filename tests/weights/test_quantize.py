@@ -1,4 +1,4 @@
-"""flux.weights.quantization.quantize: what is rounded, how far, to what, and how much memory that takes."""
+"""`quantize_`: which layers are rounded, how far, to what, and how much memory that takes."""
 
 import copy
 import re
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from benchmarks import lossy as loss
+from benchmarks import lossy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -36,7 +36,7 @@ GRIDS = {  # every number that a scale can be multiplied by
     "int4": np.arange(-8.0, 8.0),
 }
 BYTES = {"fp8": 1.0, "int8": 1.0, "int4": 0.5625}  # a weight
-every_kind = pytest.mark.parametrize("kind", SCHEMES)
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -52,16 +52,16 @@ def scales(layer: QuantizedLinear) -> Tensor:
     return layer.weight_scale.float().repeat_interleave(repeats, dim=1)[:, : layer.in_features]
 
 
-def quantised(module: nn.Module) -> dict[str, QuantizedLinear]:
+def quantized_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
     return {
         path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- rounding
+# ---------------------------------------------------------------- rounding
 
 
-@every_kind
+@every_scheme
 @FEW
 @given(
     rows=st.integers(1, 40),
@@ -70,23 +70,23 @@ def quantised(module: nn.Module) -> dict[str, QuantizedLinear]:
     size=st.sampled_from([1e-4, 1.0, 300.0]),
     seed=st.integers(0, 99),
 )
-def test_every_weight_becomes_the_nearest_number_that_its_scale_allows(
-    kind, rows, columns, dtype, size, seed
+def test_weight_is_rounded_to_the_nearest_number_of_its_scale(
+    scheme, rows, columns, dtype, size, seed
 ):
-    """In float64, among all numbers of the kind. That bounds the error by what lies between them, and nothing else does."""
+    """Search all numbers of the scheme in float64."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.randn(rows, columns, generator=generator).exp() * size
     weight = (
         (spread * torch.randn(rows, columns, generator=generator)).clamp(-60000, 60000).to(dtype)
     )
     weight[torch.rand(rows, generator=generator) < 0.1] = 0  # whole rows
-    layer = quantize_linear(linear(weight), kind)
+    layer = quantize_linear(linear(weight), scheme)
     exact, scale, made = (
         weight.double().numpy(),
         scales(layer).double().numpy(),
         layer.dequantize().double().numpy(),
     )
-    possible = GRIDS[kind][:, None, None] * scale  # (numbers, rows, columns)
+    possible = GRIDS[scheme][:, None, None] * scale  # (numbers, rows, columns)
     least = np.abs(possible - exact).min(axis=0)
     assert layer.dequantize().dtype == torch.float32 and made.shape == exact.shape
     assert (
@@ -94,18 +94,21 @@ def test_every_weight_becomes_the_nearest_number_that_its_scale_allows(
     ).all()  # a rounding or two in float32
 
 
-@every_kind
-def test_the_error_is_bounded_as_the_format_says(kind):
+@every_scheme
+def test_error_is_within_the_bounds_of_the_scheme(scheme):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
-    layer = quantize_linear(linear(weight), kind)
+    layer = quantize_linear(linear(weight), scheme)
     error, scale = (layer.dequantize() - weight).abs(), scales(layer).abs()
-    if kind == "fp8":  # three bits of mantissa, and below the smallest normal number steps of 2^-9
+    if (
+        scheme == "fp8"
+    ):  # three bits of mantissa, and below the smallest normal number steps of 2^-9
         assert (error <= 1.000001 * torch.maximum(weight.abs() / 16, scale * 2**-10)).all()
         assert (scale * 448 - weight.abs().amax(dim=1, keepdim=True)).abs().max() < 1e-6
-    elif kind == "int8":
+    elif scheme == "int8":
         assert (error <= 1.000001 * scale / 2).all()
         assert (scale * 127 - weight.abs().amax(dim=1, keepdim=True)).abs().max() < 1e-6
-    else:  # half a scale, but for what would be 8 and becomes 7; the scale itself is rounded to 8 bits
+    else:
+        # Half a scale, except what would be 8 and becomes 7; the scale itself has 8 bits.
         cut = weight / scales(layer) > 7.5
         assert (error[~cut] <= 1.000001 * scale[~cut] / 2).all() and (
             error <= (1 + 8 * 2**-8) * scale
@@ -113,40 +116,40 @@ def test_the_error_is_bounded_as_the_format_says(kind):
         assert 0 < cut.sum() < 0.02 * cut.numel()
 
 
-@pytest.mark.parametrize("kind, expected", [("fp8", 0.0265), ("int8", 0.0084), ("int4", 0.0860)])
-def test_the_error_on_normal_weights(kind, expected):
-    """As simulated in numpy, in float64. int8 on paper: the largest of 3072 is 3.7, and 3.7/127/sqrt(12) is 0.0084."""
+@pytest.mark.parametrize("scheme, expected", [("fp8", 0.0265), ("int8", 0.0084), ("int4", 0.0860)])
+def test_error_on_normal_weights_equals_a_simulation(scheme, expected):
+    """Simulated in numpy. int8: the largest of 3072 is 3.7, and 3.7/127/sqrt(12) is 0.0084."""
     weight = torch.randn(512, 3072, generator=torch.Generator().manual_seed(2))
-    assert relative_l2(quantize_linear(linear(weight), kind).dequantize(), weight) == pytest.approx(
-        expected, rel=0.02
-    )
+    assert relative_l2(
+        quantize_linear(linear(weight), scheme).dequantize(), weight
+    ) == pytest.approx(expected, rel=0.02)
 
 
-@every_kind
-def test_weights_that_the_kind_can_hold_come_back_to_the_last_bit(kind):
-    """Every number of the kind, times scales of 8 bits."""
-    generator, grid = torch.Generator().manual_seed(3), torch.from_numpy(GRIDS[kind]).float()
+@every_scheme
+def test_numbers_of_the_scheme_are_kept_exactly(scheme):
+    """Every number of the scheme, times scales of 8 bits."""
+    generator, grid = torch.Generator().manual_seed(3), torch.from_numpy(GRIDS[scheme]).float()
     width = -(-len(grid) // 32) * 32
     codes = torch.stack([grid[torch.randperm(len(grid), generator=generator)] for _ in range(50)])
     codes = torch.cat([codes, torch.zeros(50, width - len(grid))], dim=1)
-    if kind == "int4":
+    if scheme == "int4":
         codes[:, 16:] = codes[:, :16]
     scale = torch.randn(50, 1, generator=generator).bfloat16().float()
-    scale = scale if kind == "int4" else scale.abs()
+    scale = scale if scheme == "int4" else scale.abs()
     weight = codes * scale
     bias = torch.randn(50, generator=generator).bfloat16()
-    layer = quantize_linear(linear(weight, bias), kind)
+    layer = quantize_linear(linear(weight, bias), scheme)
     assert torch.equal(layer.dequantize(), weight)
     assert torch.equal(layer.weight_scale.float(), scale)
     assert torch.equal(layer.bias, bias) and layer.bias.dtype == torch.bfloat16
-    again = quantize_linear(dequantized(layer, torch.float32), kind)
+    again = quantize_linear(dequantized(layer, torch.float32), scheme)
     assert all(
         torch.equal(a.float(), b.float())
         for a, b in zip(layer.buffers(), again.buffers(), strict=True)
     )
 
 
-def test_int4_is_packed_as_it_says():
+def test_int4_packs_two_numbers_a_byte_high_half_first():
     with torch.device("meta"):
         layer = lib.Int4Linear(256 * 2, 3, bias=False)
     packed = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
@@ -163,7 +166,7 @@ def test_int4_is_packed_as_it_says():
     assert torch.equal(layer.dequantize(), torch.tensor(by_hand))
 
 
-def test_fp8_is_rounded_as_by_diffusers():
+def test_fp8_equals_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
     theirs, scale = utils.quantize_fp8r(weight)
@@ -173,8 +176,8 @@ def test_fp8_is_rounded_as_by_diffusers():
     )
 
 
-def test_int4_is_rounded_as_ggufs_q4_0():
-    """Where its scale, in float16, is one that bfloat16 can hold too."""
+def test_int4_equals_gguf_q4_0():
+    """The scale, float16 in GGUF, is one that bfloat16 can hold too."""
     gguf = pytest.importorskip("gguf")
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(6)).clamp(-3.9, 3.9)
     weight[:, ::32] = weight[:, ::32].sign() * 4  # the largest of each group; its scale is 1/2
@@ -185,52 +188,54 @@ def test_int4_is_rounded_as_ggufs_q4_0():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
+# ---------------------------------------------------------------- networks
 
-BLOCKS = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]"  # BFL's FP8 files
-
-
-@every_kind
-@pytest.mark.parametrize(
-    "name, count",
-    [("flux.1-dev", 228), ("flux.2-dev", 160), ("flux.2-klein-4b", 80), ("flux.2-klein-9b", 112)],
+# Black Forest Labs' FP8 files
+BLOCKS = (
+    r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12]"
 )
-def test_the_layers_that_black_forest_labs_quantise_are_made_small(kind, name, count):
+
+
+@pytest.mark.parametrize(
+    "name, scheme, count",
+    [
+        ("flux.1-dev", "fp8", 228),
+        ("flux.2-dev", "int8", 160),
+        ("flux.2-klein-4b", "int4", 80),
+        ("flux.2-klein-9b", "fp8", 112),
+    ],
+)
+def test_layers_of_black_forest_labs_fp8_files_are_quantized(name, scheme, count):
     with torch.device("meta"):
         model = Flux(MODELS[name].transformer)
-    before = {path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     numbers = {
         path: layer.weight.numel()
         for path, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
     }
-    quantize_(model, kind)
-    found = quantised(model)
-    assert (
-        found.keys() == {path for path in before if re.fullmatch(BLOCKS, path)}
-        and len(found) == count
-    )
+    quantize_(model, scheme)
+    found = quantized_layers(model)
+    assert found.keys() == {path for path in numbers if re.fullmatch(BLOCKS, path)}
+    assert len(found) == count
     weights = sum(tensor.nbytes for layer in found.values() for tensor in layer.buffers())
-    assert weights / sum(numbers[path] for path in found) == pytest.approx(
-        BYTES[kind], rel=0.002
-    )  # scales of rows
-    assert all(p.is_meta for p in model.state_dict().values())
+    bytes_a_weight = weights / sum(numbers[path] for path in found)
+    assert bytes_a_weight == pytest.approx(BYTES[scheme], rel=0.002)  # scales of rows
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
-@every_kind
-def test_all_linears_of_text_encoders_are_made_small(kind):
+def test_all_linears_of_text_encoders_are_quantized():
     with torch.device("meta"):
         qwen, t5 = LanguageModel(QWEN3_4B), T5(MODELS["flux.1-dev"].text.t5)
-    for model, count in ((qwen, 27 * 7), (t5, 24 * 7)):
-        quantize_(model, kind)
-        assert len(quantised(model)) == count
+    for model, count, scheme in ((qwen, 27 * 7, "fp8"), (t5, 24 * 7, "int4")):
+        quantize_(model, scheme)
+        assert len(quantized_layers(model)) == count
         assert not any(isinstance(layer, nn.Linear) for layer in model.modules())
 
 
-@pytest.mark.parametrize("kind, error", [("fp8", 0.0265), ("int8", 0.0084), ("int4", 0.086)])
+@pytest.mark.parametrize("scheme, error", [("fp8", 0.0265), ("int8", 0.0084), ("int4", 0.086)])
 @pytest.mark.parametrize("config", [FLUX1_TINY, KLEIN_TINY], ids=["flux1", "flux2"])
-def test_a_transformer_still_computes(config, kind, error):
-    """Its velocity is off by about as much as its weights: here, of one seed in four, by 0.4 to 1.4 times as much."""
+def test_velocity_error_is_near_the_weight_error(config, scheme, error):
+    """The ratio is 0.4 to 1.4 over four seeds."""
     model = randomise(Flux(config))
     g = torch.Generator().manual_seed(8)
 
@@ -255,12 +260,12 @@ def test_a_transformer_still_computes(config, kind, error):
     ]
     with torch.inference_mode():
         right = model(*inputs)
-        quantize_(model, kind)
-        assert len(quantised(model)) == 2 * 8 + 3 * 2
+        quantize_(model, scheme)
+        assert len(quantized_layers(model)) == 2 * 8 + 3 * 2
         assert error / 4 < relative_l2(model(*inputs), right) < 1.6 * error
 
 
-def test_text_encoders_still_compute(monkeypatch):
+def test_quantized_text_encoders_have_small_errors(monkeypatch):
     monkeypatch.setattr(lib, "SMALL", 1)
     ids = torch.randint(0, 200, (1, 9), generator=torch.Generator().manual_seed(9))
     mask = torch.ones(1, 9, dtype=torch.bool)
@@ -271,13 +276,13 @@ def test_text_encoders_still_compute(monkeypatch):
         with torch.inference_mode():
             right = model(ids, *more)
             quantize_(model, "int8")
-            assert quantised(model) and 0 < relative_l2(model(ids, *more), right) < 0.03
+            assert quantized_layers(model) and 0 < relative_l2(model(ids, *more), right) < 0.03
 
 
-def test_what_to_keep_is_the_callers_and_small_layers_stay():
+def test_skipped_and_small_layers_stay():
     model = randomise(Flux(KLEIN_TINY))
     quantize_(model, "int8", skip=frozenset({"double_blocks", "final_layer", "linear2"}))
-    found = {re.sub(r"\d+", "N", path) for path in quantised(model)}
+    found = {re.sub(r"\d+", "N", path) for path in quantized_layers(model)}
     assert found == {  # and not img_in (2048 numbers), txt_in (5120), norms
         "time_in.in_layer",
         "time_in.out_layer",
@@ -286,15 +291,15 @@ def test_what_to_keep_is_the_callers_and_small_layers_stay():
         "double_stream_modulation_txt.lin",
         "single_stream_modulation.lin",
     }
-    assert "single_blocks.0.linear2" not in quantised(model)
+    assert "single_blocks.0.linear2" not in quantized_layers(model)
 
 
-@every_kind
-def test_the_meta_device_knows_all_shapes_and_types(kind):
+@every_scheme
+def test_meta_device_gives_the_same_shapes_and_dtypes(scheme):
     real = randomise(Flux(FLUX1_TINY)).bfloat16()
     meta = Flux(FLUX1_TINY).bfloat16().to("meta")
-    quantize_(real, kind)
-    quantize_(meta, kind)
+    quantize_(real, scheme)
+    quantize_(meta, scheme)
     shapes = [
         {name: (x.shape, x.dtype) for name, x in model.state_dict().items()}
         for model in (real, meta)
@@ -302,22 +307,24 @@ def test_the_meta_device_knows_all_shapes_and_types(kind):
     assert shapes[0] == shapes[1] and all(x.is_meta for x in meta.state_dict().values())
 
 
-@every_kind
-def test_only_what_is_made_small_goes_to_the_device(kind):
+@every_scheme
+def test_only_quantized_layers_go_to_the_device(scheme):
     model = randomise(Flux(FLUX1_TINY))
-    quantize_(model, kind, device="meta")
+    quantize_(model, scheme, device="meta")
     on_meta = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     assert on_meta == {
-        f"{path}.{name}" for path in quantised(model) for name in ("weight", "weight_scale", "bias")
+        f"{path}.{name}"
+        for path in quantized_layers(model)
+        for name in ("weight", "weight_scale", "bias")
     }
     assert all(tensor.is_meta for tensor in model.to("meta").state_dict().values())
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------- memory
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within, less those that were let go since."""
+    """Count the bytes of live tensors that were created inside this context."""
 
     def __init__(self):
         super().__init__()
@@ -343,9 +350,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@every_kind
-def test_layers_go_one_by_one(kind, monkeypatch):
-    """At no time is more held than the network as it was, or partly as it becomes, and the float32 copies of some rows."""
+@every_scheme
+def test_layers_are_quantized_one_by_one(scheme, monkeypatch):
+    """Peak memory is the network before, one quantized layer, and float32 copies of some rows."""
     monkeypatch.setattr(lib, "ROWS", 64)
     config = replace(KLEIN_TINY, depth_single=12)
     live = LiveBytes()
@@ -354,9 +361,11 @@ def test_layers_go_one_by_one(kind, monkeypatch):
         before, live.peak = live.now, live.now
         # what Linears keep alive elsewhere would be seen here: nothing
         assert before == sum(p.nbytes for p in model.parameters())
-        quantize_(model, kind)
+        quantize_(model, scheme)
         after = live.now
-    largest = max(layer.in_features * layer.out_features for layer in quantised(model).values())
+    largest = max(
+        layer.in_features * layer.out_features for layer in quantized_layers(model).values()
+    )
     assert after == sum(tensor.nbytes for tensor in model.state_dict().values()) < 0.75 * before
     assert (
         live.peak - before < 2.5 * largest + 64 * 512 * 40
@@ -364,12 +373,12 @@ def test_layers_go_one_by_one(kind, monkeypatch):
     assert largest < before / 15
 
 
-# ---------------------------------------------------------------------------------------------------------- use
+# ---------------------------------------------------------------- use
 
 
-@every_kind
-def test_a_lora_is_merged_one_by_one_too(kind, tmp_path, monkeypatch):
-    """Of every matrix: none is kept in bfloat16 until the last is merged. And each is what the two would make in turn."""
+@every_scheme
+def test_merged_layers_are_quantized_one_by_one(scheme, tmp_path, monkeypatch):
+    """Peak memory holds no merged layer in bfloat16; the result equals merging, then quantizing."""
     monkeypatch.setattr(lib, "ROWS", 64)
     config = replace(KLEIN_TINY, depth_single=12)
     model, tensors = randomise(Flux(config)).bfloat16().requires_grad_(False), {}
@@ -381,25 +390,28 @@ def test_a_lora_is_merged_one_by_one_too(kind, tmp_path, monkeypatch):
         tensors |= {f"{path}.lora_B.weight": torch.randn(rows, 4, generator=g) / 10}
     save_file(tensors, tmp_path / "x.safetensors")
     patches = [
-        (patch, 0.5) for patch in match_layers(read_lora(tmp_path / "x.safetensors"), {"transformer": model})
+        (patch, 0.5)
+        for patch in match_layers(read_lora(tmp_path / "x.safetensors"), {"transformer": model})
     ]
     merge(in_turn, patches)
-    quantize_(in_turn, kind)
+    quantize_(in_turn, scheme)
     live = LiveBytes()
     with live:
-        quantize_(model, kind, transform=lambda module, each: merge(module, patches, each))
+        quantize_(model, scheme, transform=lambda module, each: merge(module, patches, each))
     assert all(
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), in_turn.state_dict().values(), strict=True)
     )
     held = sum(buffer.nbytes for buffer in model.buffers())
-    largest = max(layer.in_features * layer.out_features for layer in quantised(model).values())
+    largest = max(
+        layer.in_features * layer.out_features for layer in quantized_layers(model).values()
+    )
     assert held < live.peak < held + 14 * largest < sum(p.nbytes for p in mapped.parameters())
 
 
-@every_kind
-def test_a_lora_is_merged_into_what_was_made_whole_again(kind, tmp_path):
-    """Into the weights as they were rounded: compress, whole, merge, compress."""
+@every_scheme
+def test_lora_merges_into_dequantized_weights(scheme, tmp_path):
+    """Quantize, dequantize, merge, quantize again."""
     model, path = randomise(Flux(KLEIN_TINY)), "double_blocks.1.img_attn.proj"
     g = torch.Generator().manual_seed(10)
     down, up = torch.randn(4, 128, generator=g), torch.randn(128, 4, generator=g)
@@ -412,87 +424,89 @@ def test_a_lora_is_merged_into_what_was_made_whole_again(kind, tmp_path):
         file,
     )
     patches = [(patch, 0.5) for patch in match_layers(read_lora(file), {"transformer": model})]
-    quantize_(model, kind)
+    quantize_(model, scheme)
     rounded = model.get_submodule(path).dequantize()
     model.set_submodule(path, dequantized(model.get_submodule(path), torch.float32))
     merge(model, patches)
     expected = rounded.double() + 0.5 * (up.double() @ down.double())
     assert relative_l2(model.get_submodule(path).weight, expected) < 2e-7
-    model.set_submodule(path, quantize_linear(model.get_submodule(path), kind))
+    model.set_submodule(path, quantize_linear(model.get_submodule(path), scheme))
     assert relative_l2(model.get_submodule(path).dequantize(), expected.float()) < 0.11
 
 
-@every_kind
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_block_compiles_without_a_break(kind, backend):
+@every_scheme
+def test_quantized_mlp_compiles_without_a_graph_break(scheme):
     torch._dynamo.reset()
     model = randomise(Flux(FLUX1_TINY)).bfloat16()
-    quantize_(model, kind)
+    quantize_(model, scheme)
     mlp = model.double_blocks[0].img_mlp
     x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(11)).bfloat16()
     with torch.inference_mode():
-        assert torch.equal(torch.compile(mlp, fullgraph=True, backend=backend)(x), mlp(x))
+        assert torch.equal(torch.compile(mlp, fullgraph=True, backend="aot_eager")(x), mlp(x))
         weight, bias = mlp[0].dequantize().bfloat16(), mlp[0].bias
         assert torch.equal(mlp[0](x), nn.functional.linear(x, weight, bias))  # rounded once
     assert not any(p.requires_grad for p in model.parameters()) and not mlp[0].training
 
 
-def test_what_cannot_be_made_small_is_refused():
+def test_unknown_scheme_and_quantized_module_are_refused():
     model = randomise(Flux(KLEIN_TINY))
-    with pytest.raises(UserError, match=r"quantize: unknown scheme \(got nf4\). Choose from fp8, int8, int4"):
+    with pytest.raises(
+        UserError, match=r"quantize: unknown scheme \(got nf4\). Choose from fp8, int8, int4"
+    ):
         quantize_(model, "nf4")
-    assert not quantised(model)
+    assert not quantized_layers(model)
     quantize_(model, "fp8")
     with pytest.raises(UserError, match=r'already \(FP8Linear\). Leave `quantize="int8"` out'):
         quantize_(model, "int8")
 
 
-# ---------------------------------------------------------------------------------------------------------- losses
+# ---------------------------------------------------------------- losses
 
 
-def test_rounding_to_nvfp4_is_diffusers():
+def test_lossy_nvfp4_equals_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(12))
     assert (
-        relative_l2(loss.nvfp4(weight), utils.dequantize_nvfp4(*utils.quantize_nvfp4(weight)))
+        relative_l2(lossy.nvfp4(weight), utils.dequantize_nvfp4(*utils.quantize_nvfp4(weight)))
         < 1e-6
     )
 
 
-def test_rounding_to_nf4_has_its_values():
-    assert (loss.nf4_values() - torch.tensor(NF4_VALUES)).abs().max() < 1e-6
+def test_lossy_nf4_rounds_to_the_nearest_value():
+    assert (lossy.nf4_values() - torch.tensor(NF4_VALUES)).abs().max() < 1e-6
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(13)).double()
     largest = weight.view(16, 64).abs().amax(dim=1).repeat_interleave(64).view(8, 128)
     possible = torch.tensor(NF4_VALUES).double()[:, None, None] * largest
     least = (possible - weight).abs().amin(dim=0)
-    assert ((loss.nf4(weight.float()) - weight).abs() - least).abs().max() < 1e-5
+    assert ((lossy.nf4(weight.float()) - weight).abs() - least).abs().max() < 1e-5
 
 
-def test_rounding_to_fp8_with_one_scale_or_one_a_block():
+def test_lossy_fp8_rounds_to_the_nearest_value():
     weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(14))
-    made, grid = loss.fp8_blocks(weight), torch.from_numpy(GRIDS["fp8"])
+    made, grid = lossy.fp8_blocks(weight), torch.from_numpy(GRIDS["fp8"])
     for row in (0, 128):
         for column in (0, 128, 256):
             block = weight[row : row + 128, column : column + 128]
-            assert torch.equal(loss.fp8(block), made[row : row + 128, column : column + 128])
+            assert torch.equal(lossy.fp8(block), made[row : row + 128, column : column + 128])
     scale = weight.abs().max().double() / 448
     least = (grid[:, None, None] * scale - weight[:20].double()).abs().amin(dim=0)
-    assert ((loss.fp8(weight)[:20] - weight[:20].double()).abs() - least).abs().max() < 1e-6
+    assert ((lossy.fp8(weight)[:20] - weight[:20].double()).abs() - least).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_losses_are_in_the_order_of_the_bits(monkeypatch):
-    """And the same whether a kind is made small or just rounded; the layers that stay are those of `compress`."""
+    """Quantizing and rounding give the same; `quantize_` chooses the layers in both."""
     wanted = {"float32", "--quantize int8", "--quantize int4", "NVFP4"}
-    chosen = [mode for mode in loss.modes() if mode.name in wanted]
+    chosen = [mode for mode in lossy.modes() if mode.name in wanted]
 
     def rounded(w):
         return quantize_linear(linear(w), "int4").dequantize()
 
     monkeypatch.setattr(
-        loss, "modes", lambda: [*chosen, loss.Mode("again", 0.5625, loss.rounding(rounded))]
+        lossy, "modes", lambda: [*chosen, lossy.Mode("again", 0.5625, lossy.rounding(rounded))]
     )
     config = replace(KLEIN_TINY, hidden_size=256, num_heads=4, axes_dim=(16, 16, 16, 16))
-    rows = {row.mode: row for row in loss.losses(3, config)}
+    rows = {row.mode: row for row in lossy.losses(3, config)}
     assert rows["float32"][2:] == (0, float("inf"), 1, 0)
     assert rows["again"][2:] == pytest.approx(rows["--quantize int4"][2:], rel=1e-4)
     for measure in ("velocity", "block"):
@@ -505,8 +519,9 @@ def test_losses_are_in_the_order_of_the_bits(monkeypatch):
     assert rows["NVFP4"].velocity == pytest.approx(rows["--quantize int4"].velocity, rel=0.5)
 
 
-def test_every_mode_changes_just_the_large_layers():
-    for mode in loss.modes():
+@pytest.mark.slow
+def test_lossy_modes_change_only_the_large_layers():
+    for mode in lossy.modes():
         model, before = randomise(Flux(KLEIN_TINY)), randomise(Flux(KLEIN_TINY)).state_dict()
         large = {f"{path}.weight" for path in lib.large_linears(model)}
         mode.change(model)
