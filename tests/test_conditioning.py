@@ -1,7 +1,7 @@
-"""flux.conditioning, and what the pipeline does with pictures, against diffusers: every mode, live, tiny random weights.
+"""flux.conditioning and the pipeline against diffusers: every mode, live, tiny random weights.
 
-Where diffusers draws a sample of the autoencoder's posterior and Black Forest Labs take its mean, diffusers is made to take
-the mean: only so can both be given the same noise.
+diffusers draws a sample of the autoencoder's posterior, BFL's code takes the mean. Here diffusers
+takes the mean too, so that both start from the same noise.
 """
 
 import numpy as np
@@ -93,7 +93,7 @@ def compare(
     return conditions, latents
 
 
-# ---------------------------------------------------------------------------------------------------------- channels
+# ------------------------------------------------------------------------------ channels
 
 
 def test_fill_equals_diffusers(models, monkeypatch):
@@ -118,7 +118,7 @@ def test_control_equals_diffusers(models, monkeypatch):
     compare(model, theirs, ImageInputs((photo(),)), given, guidance=20.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- image tokens
+# ------------------------------------------------------------------------------ image tokens
 
 
 def test_kontext_equals_diffusers(models, monkeypatch):
@@ -152,7 +152,7 @@ def test_klein_references_equal_diffusers(models, monkeypatch, name):
 
 
 def test_klein_kv_equals_diffusers(models, monkeypatch):
-    """They compute references with the first step and we before it, which changes only the order of float32 sums."""
+    """diffusers computes references within the first step: another order of float32 sums."""
     model = models("flux.2-klein-9b-kv")
     theirs = model.variant("Flux2KleinKVPipeline", monkeypatch)
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
@@ -161,11 +161,11 @@ def test_klein_kv_equals_diffusers(models, monkeypatch):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- text tokens
+# ------------------------------------------------------------------------------ text tokens
 
 
 def embedded_by_diffusers(model: Model, references: list[Image.Image]) -> Tensor:
-    """(pictures, T', D), of FluxPriorReduxPipeline's two networks: its weighted sum cannot be had at tiny widths."""
+    """Run FluxPriorReduxPipeline's two networks: (images, T', D). Its sum needs full widths."""
     import diffusers
 
     siglip, redux = transformers_siglip(TINY_SIGLIP), diffusers_redux(TINY_REDUX)
@@ -195,7 +195,7 @@ def test_redux_equals_diffusers(models, monkeypatch, weights):
     compare(model, model.theirs, pictures, given, words, guidance=3.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- a start
+# ------------------------------------------------------------------------------ a start
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
@@ -245,11 +245,11 @@ def test_klein_inpainting_equals_diffusers(models, monkeypatch, name):
     compare(model, theirs, pictures, given, noise_given=False, **cfg)
 
 
-# ---------------------------------------------------------------------------------------------------------- beyond diffusers
+# ------------------------------------------------------------------------------ beyond diffusers
 
 
 def test_kontext_with_several_references_equals_diffusers_networks(models):
-    """Its pipeline takes one; its transformer, called by hand for the one step from 1 to 0, takes them side by side."""
+    """diffusers' pipeline takes one. Its transformer, called for a step, takes several."""
     model = models("flux.1-kontext-dev")
     references, sizes = (photo(80, 96, seed=1), photo(64, 80, seed=2)), ((6, 5), (5, 4))
     tokens, ids, left = (
@@ -283,7 +283,7 @@ def test_kontext_with_several_references_equals_diffusers_networks(models):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_pictures_of_redux_share_one(models, count):
-    """Without weights: the mean of what diffusers makes of each alone, where its own default would be their sum."""
+    """Without weights: the mean of diffusers' tokens of each alone (diffusers itself sums them)."""
     model = models("flux.1-redux-dev")
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2), photo(64, 64, seed=3)][:count]
     alone = [embedded_by_diffusers(model, [picture]).double() for picture in references]

@@ -63,7 +63,7 @@ def refusal(call, *arguments, **options) -> str:
 
 @pytest.mark.parametrize("name", [KV, "flux.2-dev", BASE])
 def test_cached_references_equal_references_of_every_step(zoo, name):
-    """Bit for bit, with guidance built in, and in both passes of classifier-free guidance: no time passes for them."""
+    """Bit for bit, with a guidance input and in both passes of classifier-free guidance."""
     pipe = zoo.pipe(name)
     model, features, negative = (
         pipe.transformer(),
@@ -113,10 +113,11 @@ def dense(
     still: Tensor,
     now: Tensor,
 ) -> Tensor:
-    """Velocity (L, C) in float64, of one sequence: references (R, C), text (T, D), image (L, C), all of them in every block.
+    """Velocity (L, C) in float64 of one sequence: references (R, C), text (T, D), image (L, C).
 
-    After black-forest-labs/flux2, forward_kv_extract: each token is modulated for its own time, which is `still` (D,), the
-    vec of t = 0, for references, and `now` for the others; and references see references only.
+    After black-forest-labs/flux2, forward_kv_extract: each token is modulated for its own time,
+    `still` (D,), the vec of t = 0, for references, and `now` for the others. References attend to
+    references only.
     """
     c, w = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
     r, n = len(references), len(ids)
@@ -172,9 +173,10 @@ def dense(
         *(linear(times, f"double_stream_modulation_{stream}.lin") for stream in ("txt", "img"))
     ).chunk(6, dim=-1)
     for block in (f"double_blocks.{i}." for i in range(c.depth)):
-        both = lambda x, name: either(
-            *(linear(x, f"{block}{stream}_{name}") for stream in ("txt", "img"))
-        )
+
+        def both(x, name, block=block):
+            return either(*(linear(x, f"{block}{stream}_{name}") for stream in ("txt", "img")))
+
         scales = [
             either(*(w[f"{block}{s}_attn.norm.{part}_norm.scale"] for s in ("txt", "img")))
             for part in ("query", "key")
@@ -226,7 +228,7 @@ def test_kv_cache_equals_one_sequence_with_a_mask(depth, depth_single):
 
 
 def test_ids_and_order_of_references():
-    """Kontext: all at t = 1, side by side. FLUX.2: t = 10 + 10·k, each from the same corner. Row by row, as given."""
+    """Kontext: all at t = 1, side by side. FLUX.2: t = 10, 20, ..., from the same corner."""
     sizes = ((2, 3), (1, 2), (3, 1))
     latents = [
         torch.arange(4.0 * h * w).reshape(1, 4, h, w) + 100 * k for k, (h, w) in enumerate(sizes)
@@ -280,10 +282,10 @@ def test_ids_and_order_of_references():
 
 
 def test_fill_sees_noise_masked_picture_and_soft_mask(zoo):
-    """What reaches the network: 64 + 64 + 256 channels, in the order of Black Forest Labs' prepare_fill and denoise.
+    """The network's 64 + 64 + 256 channels, in the order of BFL's prepare_fill and denoise.
 
-    The picture is masked in [-1, 1], so that a hole is mid-grey; all 16x16 mask values of a token are kept as they are, first
-    by their place (y, x) within 8x8 pixels, then by that of the 8x8 pixels.
+    The image is masked in [-1, 1], so that a hole is mid-gray. All 16x16 mask values of a token are
+    channels: first by their place (y, x) within 8x8 pixels, then by that of the 8x8 pixels.
     """
     pipe, seen = zoo.pipe(FILL), []
     picture = photo(WIDTH, HEIGHT)
@@ -302,7 +304,8 @@ def test_fill_sees_noise_masked_picture_and_soft_mask(zoo):
         packed[6 * row + column, 4 * (8 * y + x) + 2 * below + right] = value
     masked = (np.asarray(picture) / 127.5 - 1) * (1 - mask[..., None])
     with torch.no_grad():
-        latents = pipe.image_encoder().encode(torch.from_numpy(masked.transpose(2, 0, 1)[None]).float())
+        pixels = torch.from_numpy(masked.transpose(2, 0, 1)[None]).float()
+        latents = pipe.image_encoder().encode(pixels)
     drawn = sampling.noise(SEEDS, 64, 5, 6, spatial=True)
     assert [x.shape for x in seen] == [(2, 30, 384)] * 2 and len(np.unique(packed)) == 256
     assert torch.equal(seen[0][..., :64], drawn.flatten(2).mT)
@@ -342,7 +345,7 @@ def test_pictures_are_encoded_in_float32_whatever_the_dtype(zoo, name, options):
     "name, hard", [("flux.2-tiny", True), (DEV, True), (KLEIN, True), (FILL, False)]
 )
 def test_composite_with_a_soft_mask(zoo, name, hard):
-    """Inpainting changes a place or does not, and so the composite has no greys either; only Fill knows them.
+    """In inpainting a place changes or does not, so that the composite has no grays; Fill has.
 
     From black to white: the seam is blended over the first four pixels inside, in fifths.
     """
@@ -395,7 +398,7 @@ SHOWN = {  # a picture, and what it shows
 @pytest.mark.parametrize("kind", SHOWN)
 @pytest.mark.parametrize("name", [DEV, KLEIN])
 def test_pictures_in_any_mode_are_what_they_show(zoo, name, kind):
-    """As those from files: Pillow's own conversion would make 16 bits white, and what is transparent black."""
+    """As from files. Pillow's own conversion would make 16 bits white, and transparency black."""
     picture, shown = SHOWN[kind]
     expected = zoo.pipe(name).condition(ImageInputs((shown,))).tensors
     with warnings.catch_warnings(record=True) as notes:

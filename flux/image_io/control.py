@@ -6,6 +6,7 @@ src/flux/modules/image_embedders.py.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,15 +73,17 @@ def depth(
     return resized / 127.5 - 1
 
 
-def _depth_anything(model: str):
+def _depth_anything(model: str) -> tuple[Any, Any]:
     """Load the processor and the network of a repository or a folder; UserError if incomplete."""
     check("depth")
     # This processor resizes with Pillow, as all did when FLUX.1 appeared; torchvision's differs.
     from transformers import DepthAnythingForDepthEstimation, DPTImageProcessorPil
 
+    network: Any
     try:
         processor = DPTImageProcessorPil.from_pretrained(model)
-        network, report = DepthAnythingForDepthEstimation.from_pretrained(
+        load: Any = DepthAnythingForDepthEstimation.from_pretrained
+        network, report = load(
             model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:

@@ -107,7 +107,7 @@ def _open(path: Path) -> Image.Image:
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        most = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+        most = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
         raise UserError(f"{path}: has more than {most}. Scale it down.") from None
     except Image.UnidentifiedImageError:
         raise UserError(
@@ -129,7 +129,8 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
         raise UserError(f"{name}: the LAB color space is not supported. Save it as RGB.")
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
-    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+    values: np.ndarray = np.asarray(image)
+    top = 1 if image.mode == "F" else 65535
     if not (values.min() >= 0 and values.max() <= top):  # NaN, too, fails this
         raise UserError(
             f"{name}: has values from {values.min():g} to {values.max():g} (expected 0 to {top}). "
@@ -153,7 +154,10 @@ def _profile(image: Image.Image) -> str:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+    if not image.has_transparency_data:
+        return False
+    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    return bool(alpha.min() < 255)
 
 
 # ------------------------------------------------------------------------------ sizes
@@ -196,8 +200,8 @@ def round_to_16(
     size: tuple[float, float], rounding: Callable[[float], int] = round
 ) -> tuple[int, int]:
     """Round width and height to multiples of 16, to 64 at least."""
-    width, height = (max(64, 16 * rounding(side / 16)) for side in size)
-    return width, height
+    width, height = size
+    return max(64, 16 * rounding(width / 16)), max(64, 16 * rounding(height / 16))
 
 
 def pad_to_16(image: Image.Image) -> Image.Image:

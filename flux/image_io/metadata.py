@@ -188,7 +188,7 @@ def _fits(values: dict, name: str, kind: type | UnionType) -> bool:
 
 
 def restore_files(args: Namespace, metadata: dict) -> None:
-    """Set `args.image`, `args.mask` and `args.lora` to the files of the metadata; check typed ones."""
+    """Set `args.image`, `args.mask` and `args.lora` to the metadata's files; check typed ones."""
     mask = metadata.get("mask", False)  # None: the image had no mask
     args.image = _restore_paths(args, "images", args.image, metadata.get("images"))
     masks = _restore_paths(

@@ -214,11 +214,13 @@ def output_size(
                 f"{wanted[0]}x{wanted[1]}, unless `width` and `height` say otherwise",
                 stacklevel=2,
             )
-    if width is None and height is None:
-        return wanted
-    scale = height / wanted[1] if width is None else width / wanted[0]  # keeps the image's shape
-    scaled = inputs.round_to_16((wanted[0] * scale, wanted[1] * scale))
-    return (scaled[0], height) if width is None else (width, scaled[1])
+    if width is not None:  # the other side keeps the image's shape
+        scale = width / wanted[0]
+        return width, inputs.round_to_16((wanted[0] * scale, wanted[1] * scale))[1]
+    if height is not None:
+        scale = height / wanted[1]
+        return inputs.round_to_16((wanted[0] * scale, wanted[1] * scale))[0], height
+    return wanted
 
 
 def _size_of_images(spec: ModelSpec, images: ImageInputs) -> Size:

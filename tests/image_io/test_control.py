@@ -1,7 +1,8 @@
-"""flux.image_io.control: edges and depth, as Black Forest Labs' code has them of OpenCV and of Depth Anything.
+"""flux.image_io.control: edges and depth, as Black Forest Labs' code computes them.
 
-The truth: OpenCV and transformers themselves, put together here by the recipe of black-forest-labs/flux,
-src/flux/modules/image_embedders.py: Canny's thresholds 50 and 200; raw depth, bicubic with antialiasing, over 127.5, minus 1.
+The truth: OpenCV and transformers themselves, put together by the recipe of black-forest-labs/flux,
+src/flux/modules/image_embedders.py: Canny's thresholds 50 and 200; raw depth, bicubic with
+antialiasing, / 127.5 - 1.
 """
 
 import sys
@@ -53,7 +54,7 @@ def test_edges_are_those_of_opencv():
     "upper, lower, found", [(50, 50, False), (51, 51, True), (51, 13, True), (51, 12, False)]
 )
 def test_literal_thresholds(upper, lower, found):
-    """A step of s levels has Sobel's gradient 4s. An edge begins above 200 and goes on, downwards here, above 50."""
+    """A step of s levels has Sobel's gradient 4s. An edge begins above 200 and goes on above 50."""
     pytest.importorskip("cv2")
     levels = np.zeros((64, 64, 3), np.uint8)
     levels[:32, 32:], levels[32:, 32:] = upper, lower
@@ -61,7 +62,7 @@ def test_literal_thresholds(upper, lower, found):
 
 
 def test_levels_are_truncated_as_by_bfl():
-    """float32: level / 127.5 - 1, then (x + 1) * 127.5, then an unsigned byte. 63 levels fall by 1."""
+    """float32: level / 127.5 - 1, then (x + 1) * 127.5, then a byte. 63 levels fall by 1."""
     levels = np.arange(256, dtype=np.uint8)
     image = Image.fromarray(np.stack([levels] * 3, 1)[None])  # (1, 256, 3)
     truncated = np.asarray(control.truncate_levels(image))[0]
@@ -87,7 +88,7 @@ def test_edges_need_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(
         UserError,
-        match=r"OpenCV, which is not installed. Run `pip install -e '.\[control\]'`, or use a ready",
+        match=r"OpenCV, which is not installed. Run `pip install -e '.\[control\]'`, or use",
     ):
         control.canny(drawing())
 
@@ -133,7 +134,7 @@ def folder(tmp_path_factory):
 
 
 def by_hand(folder, picture: Image.Image, seen: tuple[int, int]) -> torch.Tensor:
-    """The recipe, with Pillow for the processor; `seen` is the (width, height) that the network sees."""
+    """The recipe, with Pillow as the processor; `seen`: the network's input (width, height)."""
     model = DepthAnythingForDepthEstimation.from_pretrained(folder).eval()
     small = np.asarray(picture.resize(seen, Image.Resampling.BICUBIC)) / 255
     inputs = torch.from_numpy((small - MEAN) / STD).float().permute(2, 0, 1)[None]
@@ -147,7 +148,7 @@ def by_hand(folder, picture: Image.Image, seen: tuple[int, int]) -> torch.Tensor
     "size, seen", [((96, 64), (84, 56)), ((48, 112), (56, 126)), ((56, 56), (56, 56))]
 )
 def test_depth_is_that_of_transformers(folder, size, seen):
-    """The shorter side is brought to 56 here (518 in the released model), the other with it, to a multiple of 14."""
+    """The shorter side becomes 56 (518 in the released model), the other a multiple of 14."""
     made = control.depth(drawing(*size), str(folder))
     expected = by_hand(folder, drawing(*size), seen)
     assert made.shape == (1, 3, size[1], size[0]) and made.dtype == torch.float32
@@ -162,7 +163,7 @@ def test_depth_needs_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         UserError,
-        match=r"transformers, which is not installed. Run `pip install -e '.\[control\]'`, or use a",
+        match=r"transformers, which is not installed. Run `pip install -e '.\[control\]'`",
     ):
         control.depth(drawing())
 
@@ -186,8 +187,7 @@ def test_depth_model_that_lacks_weights_is_refused(folder, tmp_path):
     del weights["head.conv2.bias"]
     copy(folder, tmp_path, weights)
     with pytest.raises(
-        UserError,
-        match="lacks 1 tensors .head.conv2.bias is one.. It is damaged, or not a Depth Anything model",
+        UserError, match="lacks 1 tensors .head.conv2.bias is one.. It is damaged, or not a Depth"
     ):
         control.depth(drawing(), str(tmp_path))
 

@@ -1,7 +1,7 @@
 """flux.image_io.input: a file is read for what it shows, or refused; sizes and masks of images.
 
-The truth: drawn values in every mode that Pillow writes (and OpenCV, where Pillow does not), diffusers' image processors,
-live, and literals.
+The truth: drawn values in every mode that Pillow writes (and OpenCV, where Pillow does not),
+diffusers' image processors, live, and literals.
 """
 
 import io
@@ -77,7 +77,7 @@ def test_lossy_formats_are_read(tmp_path, suffix):
 @QUIET
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 def test_16_bit_grey_is_scaled(tmp_path, suffix):
-    """Level v of 65535 is v / 257 of 255, to the nearest. Pillow's own conversion makes everything above 255 white."""
+    """Level v of 65535 is v / 257 of 255, rounded. Pillow's own conversion clips at 255."""
     values = [0, 128, 129, 257, 385, 386, 32767, 32896, 65406, 65407, 65535]
     nearest = [0, 0, 1, 1, 1, 2, 127, 128, 254, 255, 255]
     Image.fromarray(np.array([values], np.uint16)).save(path := tmp_path / f"a.{suffix}")
@@ -188,7 +188,7 @@ def test_lab_is_refused(tmp_path):
 
 
 def transparent(mode: str) -> tuple[Image.Image, dict]:
-    """Three pixels: opaque red (or grey), the same half transparent if that can be, and one transparent of hidden colour."""
+    """Return pixels: opaque red (or gray), the same half transparent, one of hidden color."""
     rgba = Image.fromarray(np.array([[[*RED, 255], [*RED, 51], [0, 0, 255, 0]]], np.uint8))
     if mode == "P":
         image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
@@ -248,7 +248,7 @@ def test_a_mask_in_colours_is_refused(tmp_path):
 @both
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(tmp_path, read, orientation):
-    """Where the picture's first row and column lie in the file: the TIFF 6.0 specification, Orientation."""
+    """The TIFF 6.0 specification, Orientation: where first row and column lie in the file."""
     upright = noise(3, 5)
     stored = {
         1: upright,
@@ -400,7 +400,7 @@ def test_photo_with_a_preview_is_read(tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 512), (512, 64), (4000, 500)])
 def test_references_that_may_be(size):
-    """The bounds of black-forest-labs/flux2, src/flux2/sampling.py: at least 64 pixels, at most 8:1."""
+    """The bounds of black-forest-labs/flux2, sampling.py: at least 64 pixels, at most 8:1."""
     inputs.check_reference(flat(*size))
     Flux2ImageProcessor.check_image_input(flat(*size))
 
@@ -421,7 +421,7 @@ def test_references_that_may_not_be(size):
 @example(width=201, height=199, limit=200**2)
 @example(width=512, height=64, limit=80**2)
 def test_fitting_a_reference_is_diffusers(width, height, limit):
-    """Flux2Pipeline: scale to the area, floor to multiples of 16, and have the processor crop to that. Equal to the bit."""
+    """Flux2Pipeline: scale to the area, floor to multiples of 16, crop. Equal to the bit."""
     given_ = noise_image(width, height)
     theirs = Flux2ImageProcessor._resize_if_exceeds_area(given_, limit)
     size = dict(width=theirs.width // 16 * 16, height=theirs.height // 16 * 16)
@@ -443,7 +443,7 @@ def test_fitting_a_reference_is_diffusers(width, height, limit):
     ],
 )
 def test_literal_sizes_of_references(size, limit, fitted):
-    """By hand from black-forest-labs/flux2, src/flux2/sampling.py: sqrt(limit / area), floor, then down to multiples of 16."""
+    """By hand from black-forest-labs/flux2, sampling.py: sqrt(limit / area), floor, floor to 16."""
     assert inputs.fit_reference(flat(*size), limit).size == fitted
 
 
@@ -467,7 +467,7 @@ def test_preferred_size_is_diffusers(width, height):
 
 
 def test_literal_preferred_sizes():
-    """16:9 = 1.778 lies between 1392:752 = 1.851 and 1328:800 = 1.66; 3:2 is nearest to 1248:832, which it is."""
+    """16:9 = 1.778 lies between 1392:752 = 1.851 and 1328:800 = 1.66; 3:2 equals 1248:832."""
     sizes = {(512, 512): (1024, 1024), (1920, 1080): (1392, 752), (1500, 1000): (1248, 832)}
     sizes |= {(1080, 1920): (752, 1392), (9000, 10): (1568, 672), (10, 9000): (672, 1568)}
     assert {size: inputs.preferred_size(*size) for size in sizes} == sizes
@@ -517,13 +517,13 @@ def test_expanding():
 def test_expanding_by_nothing_or_less_is_refused(margins):
     with pytest.raises(
         UserError,
-        match=f"outpaint: margins of {', '.join(map(str, margins))} .*must be numbers of pixels from 0",
+        match=f"outpaint: margins of {', '.join(map(str, margins))} .*must be numbers of pixels",
     ):
         inputs.outpaint_canvas(flat(8, 8), *margins)
 
 
 def test_expanding_too_far_is_refused():
-    """Before the canvas is made, which would be of 3 TB. 16.8 megapixels is the most that a pipeline makes."""
+    """Before the canvas of 3 TB is made. A pipeline makes at most 16.8 megapixels."""
     with pytest.raises(
         UserError,
         match=r"1000064x1000064, 1000128 megapixels \(at most 16.8\). Use smaller margins",
@@ -542,7 +542,7 @@ def test_mask_of_the_same_size_is_untouched():
 
 @pytest.mark.parametrize("size", [(32, 24), (128, 96), (100, 75), (21, 16), (64, 49), (4, 3)])
 def test_mask_of_the_same_shape_is_resized(size):
-    """Its black and its white half stay so, and nothing overshoots: only about the border is there grey."""
+    """The black and the white half stay so, and nothing overshoots: gray is at the border only."""
     mask = Image.new("L", size)
     mask.paste(255, (size[0] // 2, 0, *size))
     with pytest.warns(
@@ -604,7 +604,7 @@ def test_a_mask_that_marks_everything_is_noted():
 @FEW
 @given(seed=st.integers(0, 2**32), feather=st.integers(0, 5))
 def test_what_is_not_masked_keeps_its_bytes(seed, feather):
-    """And, deep in the mask, the result its own. Masks: rectangles, specks and every grey, one over the other."""
+    """And, deep in the mask, the result its own. Masks: rectangles, specks and all grays."""
     fate = np.random.default_rng(seed)
     values = np.where(fate.random((40, 50)) < 0.02, fate.integers(0, 256, (40, 50)), 0).astype(
         np.uint8
@@ -625,7 +625,7 @@ def test_what_is_not_masked_keeps_its_bytes(seed, feather):
 
 
 def test_the_seam_lies_inside_the_mask():
-    """Black to white, masked from the sixth pixel to the picture's edge: steps of a fifth, the first of them at the border."""
+    """Black to white, masked from the sixth pixel on: steps of a fifth from the border on."""
     mask = Image.fromarray(np.array([[0] * 5 + [255] * 8] * 3, np.uint8))
     made = inputs.composite(Image.new("RGB", (13, 3), "white"), Image.new("RGB", (13, 3)), mask)
     assert levels(made) == [[v] * 3 for v in [0] * 5 + [51, 102, 153, 204] + [255] * 4]

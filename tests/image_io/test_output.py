@@ -1,6 +1,7 @@
 """flux.image_io.output: rounding, names and metadata of image files; no fault leaves half a file.
 
-The truth: the 256 levels themselves, Pillow's readers, diffusers' image processor, live, and the file system.
+The truth: the 256 levels themselves, Pillow's readers, diffusers' image processor, live, and the
+file system.
 """
 
 import os
@@ -47,7 +48,7 @@ def test_pixels_are_left_as_they_were():
 
 
 def test_literal_levels():
-    """0 lies at level 127.5 exactly, and goes, as all halves in torch, to the even 128; beyond the range is its end."""
+    """0 is level 127.5 and goes, as halves in torch do, to the even 128; the rest is clamped."""
     values = torch.tensor([-7, -1, -0.999, 0, 0.001, 0.5, 0.999, 1, 3])
     (made,) = images.to_images(values.expand(1, 3, 1, 9))
     assert np.asarray(made)[0, :, 0].tolist() == [0, 0, 0, 128, 128, 191, 255, 255, 255]
@@ -75,7 +76,7 @@ def test_pixels_that_are_not_finite_are_no_picture(value):
 @given(width=st.integers(1, 40), height=st.integers(1, 40), seed=st.integers(0, 2**32))
 @example(width=256, height=256, seed=0)
 def test_pixels_are_diffusers_and_give_back_the_picture(width, height, seed):
-    """Both to the bit: VaeImageProcessor's 2 (v / 255) - 1 is our v / 127.5 - 1 for each of the 256 levels."""
+    """To the bit: VaeImageProcessor's 2 (v / 255) - 1 is our v / 127.5 - 1 for all 256 levels."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     noise[0, :256, 0] = np.arange(min(width, 256))
     pixels = images.to_pixels(Image.fromarray(noise))
@@ -240,7 +241,7 @@ def test_png_is_lossless_and_jpeg_keeps_its_colours(tmp_path):
 
 
 def test_png_is_smaller_than_by_default():
-    """Faster, too, which scripts/bench.py measures: what is left after PNG's own filters is noise, and has no repetitions."""
+    """And faster, see scripts/bench.py: what PNG's filters leave is noise without repetitions."""
     y, x = np.mgrid[:256, :256]
     waves = np.stack([np.sin(x / 40 + y / 90), np.cos(x / 25), np.sin(y / 60)], -1)
     noise = np.random.default_rng(0).normal(0, 2, waves.shape)

@@ -109,7 +109,7 @@ def test_control_lora_is_for_its_own_rows(zoo):
     before = weights(pipe)
     told = refusal(pipe.load_lora, file, 0.85)
     assert told.startswith(
-        f"{file} is for an input of 128 channels, which {DEV} does not have; if it is a control LoRA, use"
+        f"{file} is for an input of 128 channels, which {DEV} does not have; if it is"
     )
     assert told.endswith(" flux.1-canny-dev-lora, flux.1-depth-dev-lora")
     fill = load_again(zoo, "flux.1-fill-dev")  # whose 384 channels begin with other things

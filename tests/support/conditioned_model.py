@@ -1,4 +1,4 @@
-"""A tiny model in its repositories' files, our pipeline, and diffusers' pipelines with its parts."""
+"""A tiny model in its repositories' files, with our pipeline and diffusers' pipelines."""
 
 import inspect
 from dataclasses import replace

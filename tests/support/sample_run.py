@@ -35,7 +35,7 @@ class Run(NamedTuple):
         return files_in(self.folder)
 
     def fails_with(self, *words: str, code: int = 2) -> None:
-        """Assert this exit code, one line `error: ...` with all these words, and nothing written."""
+        """Assert this exit code, one line `error: ...` with these words, and nothing written."""
         assert self.code == code, self.err
         assert self.err.count("error: ") == 1 and "Traceback" not in self.err, self.err
         last = self.err.rstrip("\n").splitlines()[-1]
