@@ -82,32 +82,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+# fmt: off
 def add_request(group) -> None:
     add = group.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="one or more prompts")
     add("--prompt", action="append", default=[], help="a prompt, as a flag (repeatable)")
     add("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; -: standard input")
-    add(
-        "--negative-prompt",
-        metavar="TEXT",
-        help="what to move away from (with classifier-free guidance)",
-    )
+    add("--negative-prompt", metavar="TEXT",
+        help="what to move away from (with classifier-free guidance)")
     add("--seed", type=int, help="of the first image; the next count up (default: random)")
     add("--num-images", type=int, default=1, metavar="N", help="images per prompt (default: 1)")
     add("--width", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     add("--height", type=int, help="in pixels, a multiple of 16 (default: the model's)")
-    add(
-        "--from-image",
-        type=Path,
-        metavar="FILE",
-        help="make an image again from the metadata in its file",
-    )
-    add(
-        "--upsample",
-        metavar="local|URL",
+    add("--from-image", type=Path, metavar="FILE",
+        help="make an image again from the metadata in its file")
+    add("--upsample", metavar="local|URL",
         help="expand the prompt first: local, by the text encoder of flux.2-dev, or by a server "
-        "with OpenAI's protocol",
-    )
+        "with OpenAI's protocol")
     add("--upsample-model", metavar="NAME", help="model of that server")
 
 
@@ -115,93 +106,41 @@ def add_images(group) -> None:
     add = group.add_argument
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
     add("--mask", type=Path, metavar="FILE", help="inpainting, Fill: white is what may change")
-    add(
-        "--strength",
-        type=float,
-        metavar="S",
+    add("--strength", type=float, metavar="S",
         help="image to image, inpainting: share of the steps that is run; 1 keeps nothing of the "
-        "image (default: 0.8)",
-    )
-    add(
-        "--outpaint",
-        type=margins,
-        metavar="L,T,R,B",
-        help="Fill: pixels to add at the left, top, right and bottom",
-    )
-    add(
-        "--mask-threshold",
-        type=float,
-        metavar="X",
-        help="Fill: binarize a soft mask, white from X on",
-    )
-    add(
-        "--no-composite",
-        dest="composite",
-        action="store_false",
-        help="keep the model's pixels where the mask is black, instead of the input's",
-    )
-    add(
-        "--preprocess-control",
-        action="store_true",
-        help="Canny, Depth: --image is a photo: find its edges or its depth first",
-    )
-    add(
-        "--save-control",
-        type=Path,
-        metavar="FILE",
-        help="Canny, Depth: write the control image to this file",
-    )
-    add(
-        "--image-weight",
-        dest="image_weights",
-        type=float,
-        action="append",
-        metavar="W",
-        help="Redux: weight of each --image (default: equal weights, with sum 1)",
-    )
-    add(
-        "--match-image-size",
-        type=int,
-        metavar="K",
-        help="references: generate at the size of the K-th --image",
-    )
-    add(
-        "--keep-input-size",
-        action="store_true",
-        help="Kontext: do not resize references to a preferred resolution",
-    )
-    add(
-        "--reference-limit",
-        type=int,
-        metavar="SIDE",
+        "image (default: 0.8)")
+    add("--outpaint", type=margins, metavar="L,T,R,B",
+        help="Fill: pixels to add at the left, top, right and bottom")
+    add("--mask-threshold", type=float, metavar="X",
+        help="Fill: binarize a soft mask, white from X on")
+    add("--no-composite", dest="composite", action="store_false",
+        help="keep the model's pixels where the mask is black, instead of the input's")
+    add("--preprocess-control", action="store_true",
+        help="Canny, Depth: --image is a photo: find its edges or its depth first")
+    add("--save-control", type=Path, metavar="FILE",
+        help="Canny, Depth: write the control image to this file")
+    add("--image-weight", dest="image_weights", type=float, action="append", metavar="W",
+        help="Redux: weight of each --image (default: equal weights, with sum 1)")
+    add("--match-image-size", type=int, metavar="K",
+        help="references: generate at the size of the K-th --image")
+    add("--keep-input-size", action="store_true",
+        help="Kontext: do not resize references to a preferred resolution")
+    add("--reference-limit", type=int, metavar="SIDE",
         help="FLUX.2: scale references down to at most SIDE x SIDE pixels (default: 2024 for one, "
-        "1024 for several)",
-    )
-    add(
-        "--kv-cache",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="FLUX.2: compute references once; exact for klein-9b-kv, else an approximation",
-    )
+        "1024 for several)")
+    add("--kv-cache", action=argparse.BooleanOptionalAction, default=None,
+        help="FLUX.2: compute references once; exact for klein-9b-kv, else an approximation")
 
 
 def add_sampling(group) -> None:
     add = group.add_argument
     add("--model", metavar="NAME", help="see --list-models (default: the toy flux.2-tiny)")
     add("--steps", type=int, metavar="N", help="default: the model's")
-    add(
-        "--guidance",
-        type=values,
-        metavar="G",
+    add("--guidance", type=values, metavar="G",
         help="a number, START:END, or a comma-separated value per step (default: the model's; "
-        "distilled models take none)",
-    )
-    add(
-        "--true-cfg-scale",
-        type=values,
-        metavar="S",
-        help="classifier-free guidance for guidance-distilled models (1: off)",
-    )
+        "distilled models take none)")
+    add("--true-cfg-scale", type=values, metavar="S",
+        help="classifier-free guidance for guidance-distilled models (1: off)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest available)")
     add("--dtype", choices=DTYPES, help="default: bfloat16; float32 for the toy")
     add("--decode-dtype", choices=DTYPES, help="of the decoder (default: by --numerics)")
@@ -210,73 +149,38 @@ def add_sampling(group) -> None:
 
 def add_memory_and_speed(group) -> None:
     add = group.add_argument
-    add(
-        "--offload",
-        type=lambda mode: OLD_OFFLOAD.get(mode, mode),
-        choices=("none", "model", "block"),
-        help="weights on the device: all; one network at a time; one block at a time (default: "
-        "the first that fits)",
-    )
+    add("--offload", type=offload_mode, choices=("none", "model", "block"),
+        help="weights on the device: all; one network at a time; one block at a time (default: the "
+        "first that fits)")
     add("--max-vram", type=float, metavar="GB", help="device memory to use at most")
-    add(
-        "--quantize",
-        metavar="KIND",
-        help="fp8, int8 or int4: quantize large matrices as they are loaded",
-    )
+    add("--quantize", metavar="KIND",
+        help="fp8, int8 or int4: quantize large matrices as they are loaded")
     add("--fp8-matmul", action="store_true", help="multiply in float8, where the GPU can")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile the blocks: takes a minute, then saves time on a GPU",
-    )
+    add("--compile", action="store_true",
+        help="compile the blocks: takes a minute, then saves time on a GPU")
     add("--vae-tile", type=int, metavar="PIXELS", help="decode in tiles of this side")
 
 
 def add_files(group) -> None:
     add = group.add_argument
-    add(
-        "--weights",
-        type=Path,
-        metavar="DIR",
+    add("--weights", type=Path, metavar="DIR",
         help="folder of the models' files (default: $FLUX_WEIGHTS, the Hugging Face cache, or a "
-        "download)",
-    )
-    add(
-        "--transformer",
-        type=Path,
-        metavar="FILE",
-        help="use this transformer: a fine-tune, for example",
-    )
-    add(
-        "--autoencoder",
-        type=Path,
-        metavar="FILE",
-        help="use this autoencoder: the FLUX.2 small decoder, for example",
-    )
-    add(
-        "--lora",
-        type=lora,
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="repeatable; any common format, merged in order",
-    )
-    add(
-        "--lora-ignore-unmatched",
-        action="store_true",
-        help="skip LoRA tensors that match no layer of the model, instead of stopping",
-    )
+        "download)")
+    add("--transformer", type=Path, metavar="FILE",
+        help="use this transformer: a fine-tune, for example")
+    add("--autoencoder", type=Path, metavar="FILE",
+        help="use this autoencoder: the FLUX.2 small decoder, for example")
+    add("--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]",
+        help="repeatable; any common format, merged in order")
+    add("--lora-ignore-unmatched", action="store_true",
+        help="skip LoRA tensors that match no layer of the model, instead of stopping")
     add("--check-finite", action="store_true", help="look for NaN and infinity in the weights")
-    add(
-        "--output",
-        type=Path,
-        default=Path("outputs/flux.png"),
-        metavar="FILE",
+    add("--output", type=Path, default=Path("outputs/flux.png"), metavar="FILE",
         help="PNG, JPEG or WebP, by its suffix; a number is added rather than overwrite a file "
-        "(default: outputs/flux.png)",
-    )
+        "(default: outputs/flux.png)")
     add("--save-latents", action="store_true", help="also write the latents, as .safetensors")
     add("--list-models", action="store_true", help="print the models, and which are available")
+# fmt: on
 
 
 def values(text: str) -> float | list[float] | tuple[float, ...]:
@@ -292,6 +196,11 @@ def values(text: str) -> float | list[float] | tuple[float, ...]:
     if len(numbers) == 1:
         return numbers[0]
     return numbers if ":" in text else tuple(numbers)
+
+
+def offload_mode(text: str) -> str:
+    """Return the mode; the older names stages and stream stay valid."""
+    return OLD_OFFLOAD.get(text, text)
 
 
 def lora(text: str) -> tuple[Path, float]:
