@@ -130,12 +130,14 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """(B, 3, H, W) -> mean and log-variance of the posterior, (B, 2z, H/8, W/8)."""
 
+    down: list[Level]
+
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         groups, z2 = config.norm_groups, 2 * config.z_channels
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down = nn.ModuleList()  # type: ignore[assignment]
         c = config.ch
         for width in widths:
             level = Level(c, width, config.num_res_blocks, groups)
@@ -163,6 +165,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, z, h, w) -> (B, 3, 8h, 8w)."""
 
+    up: list[Level]
+
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         widths = [(config.decoder_ch or config.ch) * m for m in config.ch_mult]
@@ -170,7 +174,7 @@ class Decoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(z, z, 1) if config.scale_factor is None else None
         self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
         self.mid = Mid(widths[-1], groups)
-        self.up = nn.ModuleList()  # up[0] has the full resolution and runs last
+        self.up = nn.ModuleList()  # type: ignore[assignment]  # up[0] is the finest, and runs last
         for c, width in zip([*widths[1:], widths[-1]], widths, strict=True):
             level = Level(c, width, config.num_res_blocks + 1, groups)
             if len(self.up) > 0:
@@ -222,18 +226,20 @@ class AutoEncoder(nn.Module):
         return self.decoder(unpack(self.denormalise(latents)))
 
     def normalise(self, latents: Tensor) -> Tensor:
-        if self.config.scale_factor is not None:
-            return (latents - self.config.shift_factor) * self.config.scale_factor
-        mean, std = self.statistics()
-        return (latents - mean) / std
+        scale, shift = self.config.scale_factor, self.config.shift_factor
+        if scale is None or shift is None:  # FLUX.2
+            mean, std = self.statistics()
+            return (latents - mean) / std
+        return (latents - shift) * scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        if self.config.scale_factor is not None:
-            return latents / self.config.scale_factor + self.config.shift_factor
-        mean, std = self.statistics()
-        return latents * std + mean
+        scale, shift = self.config.scale_factor, self.config.shift_factor
+        if scale is None or shift is None:  # FLUX.2
+            mean, std = self.statistics()
+            return latents * std + mean
+        return latents / scale + shift
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Return FLUX.2's mean and standard deviation of packed latents, (4z, 1, 1) each."""
-        std = torch.sqrt(self.bn.running_var + self.bn.eps)
-        return self.bn.running_mean[:, None, None], std[:, None, None]
+        mean, var = self.bn.get_buffer("running_mean"), self.bn.get_buffer("running_var")
+        return mean[:, None, None], torch.sqrt(var + self.bn.eps)[:, None, None]

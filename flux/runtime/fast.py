@@ -42,7 +42,7 @@ def fast_autoencoder(ae: AutoEncoder) -> AutoEncoder:
 
     Weights in channels_last take a copy of 0.2 GB.
     """
-    ae.to(memory_format=torch.channels_last)
+    ae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in ae.modules():
         module.__class__ = AUTOENCODER_CLASSES.get(type(module), type(module))
     return ae
@@ -172,6 +172,9 @@ def finish_stream(
 
 
 class ChunkedResnetBlock(ResnetBlock):
+    norm1: "ChannelsLastGroupNorm"
+    norm2: "ChannelsLastGroupNorm"
+
     def forward(self, x: Tensor) -> Tensor:
         if runs_plain(self, x) or len(x) > 1:
             return super().forward(x)
@@ -198,13 +201,12 @@ def norm_silu_conv(
     if not overwrite:
         out = x.new_empty(1, conv.out_channels, height, x.shape[3])
         out = out.contiguous(memory_format=torch.channels_last)
-    previous = None
+    previous = out[:, :, :0]  # the rows of the chunk before, which are still to be written
     for number in range(count):
         top, bottom = height * number // count, height * (number + 1) // count
         rows = norm.apply_statistics(x[:, :, max(top - 1, 0) : bottom + 1], *statistics)
         rows = F.silu(rows, inplace=True)
-        if previous is not None:
-            out[:, :, top - previous.shape[2] : top] = previous
+        out[:, :, top - previous.shape[2] : top] = previous
         if number in (0, count - 1):
             rows = F.pad(rows, (0, 0, int(top == 0), int(bottom == height)))
         previous = F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
@@ -213,6 +215,8 @@ def norm_silu_conv(
 
 
 class ChunkedDecoder(Decoder):
+    norm_out: "ChannelsLastGroupNorm"
+
     def forward(self, z: Tensor) -> Tensor:
         if runs_plain(self, z) or len(z) > 1:
             return super().forward(z)

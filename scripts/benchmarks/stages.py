@@ -19,6 +19,7 @@ from flux.configs import AE1, AE2, MISTRAL, QWEN3_4B, QWEN3_8B
 from flux.image_io import output as images
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity import reference
+from flux.runtime.fast import fast_autoencoder
 from flux.runtime.lazy_module import LazyModule
 
 TEXT_ENCODERS = {  # as released: layers, whether the head has weights of its own, what part of the weights we may hold
@@ -134,6 +135,8 @@ def our_autoencoder(config: AutoEncoderConfig, device: torch.device) -> AutoEnco
             random_weights(lambda: AutoEncoder(config), "cpu", torch.bfloat16).state_dict(), path
         )
         network = LazyModule(AutoEncoder, config, [path], device=device, dtype=torch.bfloat16)
+        if device.type == "cpu":
+            network.set_transform(fast_autoencoder)
         return network()
 
 
