@@ -295,8 +295,10 @@ class Pipeline:
         """
 
         def to_tokens(grid: Tensor) -> Tensor:
-            # contiguous: a Linear with a bias rounds twice in bfloat16 if its input is strided
-            return rearrange(grid, "b c h w -> b (h w) c").contiguous().to(self.device)
+            tokens = rearrange(grid, "b c h w -> b (h w) c")
+            if self.spec.transformer.bias:  # which would round twice in bfloat16 on strided input
+                tokens = tokens.contiguous()
+            return tokens.to(self.device)
 
         noise = to_tokens(noise)
         if conditions.init is None:
