@@ -10,6 +10,7 @@ from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.pipeline import Pipeline
 from flux.runtime.devices import can_compile, choose_device, choose_dtype
+from flux.runtime.fast import fast_autoencoder, fast_transformer
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.options import Offload, RuntimeOptions
 from flux.runtime.residency import Networks
@@ -38,6 +39,7 @@ def load(
     compile: bool = False,
     vae_tile: int | None = None,
     decode_dtype: torch.dtype | None = None,
+    fast: bool = True,
 ) -> Pipeline:
     """Return a pipeline for a model of `flux.MODELS`, or for a transformer file.
 
@@ -53,7 +55,7 @@ def load(
     The other arguments are fields of `RuntimeOptions`.
     """
     options = RuntimeOptions(
-        offload, max_vram, quantize, fp8_matmul, compile, vae_tile, decode_dtype
+        offload, max_vram, quantize, fp8_matmul, compile, vae_tile, decode_dtype, fast
     )
     spec = get_spec(name, transformer)
     if isinstance(numerics, str):
@@ -106,6 +108,9 @@ def build_networks(
         fp8_matmul=options.fp8_matmul,
     )
 
+    # the plain networks are the reference, and run wherever exactness is the point
+    fast = options.fast and numerics == NUMERICS["exact"] and device.type == "cpu"
+
     def build_transformer(config: FluxConfig) -> Flux:
         return Flux(config, numerics)
 
@@ -117,6 +122,7 @@ def build_networks(
         prefixes=("", "model.diffusion_model."),
         block_lists=BLOCK_LISTS,
         compile=options.compile,
+        speed_up=fast_transformer if fast else None,
         **common,
     )
     if (
@@ -135,6 +141,7 @@ def build_networks(
             spec.autoencoder,
             files["autoencoder"],
             rename=from_diffusers,
+            speed_up=fast_autoencoder if fast else None,
             device=device,
             dtype=dtype,
             check_finite=check_finite,
