@@ -1,17 +1,22 @@
-"""Trains the transformer of any FLUX model, or a LoRA of it, on a folder of pictures with captions.
+"""Train the transformer of a FLUX model, or a LoRA of it, on a folder of images with captions.
 
-    python scripts/train.py pictures runs/style --lora-rank 4                  # flux.2-tiny
-    python scripts/train.py pictures runs/style --lora-rank 16 --model flux.2-klein-base-4b --checkpointing
-    python scripts/train.py edits runs/edits --lora-rank 32 --model flux.1-kontext-dev --checkpointing
-    torchrun --nproc-per-node 8 scripts/train.py pictures runs/whole --model flux.2-klein-base-4b --checkpointing --batch 8
-    python scripts/train.py pictures runs/dev --distill flux.2-klein-base-4b   # a student that is told its guidance
+    python scripts/train.py images runs/style --lora-rank 4                  # flux.2-tiny
+    python scripts/train.py images runs/style --lora-rank 16 --gradient-checkpointing \\
+        --model flux.2-klein-base-4b
+    python scripts/train.py edits runs/edits --lora-rank 32 --gradient-checkpointing \\
+        --model flux.1-kontext-dev
+    torchrun --nproc-per-node 8 scripts/train.py images runs/full --batch-size 8 \\
+        --gradient-checkpointing --model flux.2-klein-base-4b
+    python scripts/train.py images runs/student --distill flux.2-klein-base-4b
 
-A caption lies beside its picture, in a .txt of the same name; or metadata.jsonl lists all, a line each:
-{"image": "b.png", "caption": "make it night", "references": ["a.png"]}, where references are for models that edit. Canny
-and Depth take "control", a picture (or make it of the image), Fill a "mask", white where to fill in (or draws a rectangle).
+A caption is a .txt file with the name of its image. Or metadata.jsonl lists all images, one a line:
+{"image": "b.png", "caption": "make it night", "references": ["a.png"]}
+Models that edit read "references"; Canny and Depth read "control", an image (default: computed from
+the image); Fill reads "mask", white where to paint (default: a random rectangle).
 
-In the run's folder appear the trained weights (lora.safetensors, or transformer.safetensors), a log (loss.csv, loss.png),
-sample pictures, and the checkpoint. The same command goes on from that, bit for bit, wherever the run was stopped.
+The run's folder gets the trained weights (lora.safetensors or transformer.safetensors), a log
+(loss.csv, loss.png), sample images, and the checkpoint. Repeat the command to resume a stopped run;
+the result is the same bit for bit.
 """
 
 import argparse
@@ -21,7 +26,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,398 +35,400 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
+from command_line import with_flags
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
+from training_options import (
+    FLAGS,
+    OLD_CONFIG_NAMES,
+    check_memory,
+    check_numbers,
+    load_pipeline,
+    load_student,
+    parser,
+    resolve,
+)
 
 import flux
 from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError, WriteError
 from flux.text_encoder import TextFeatures
-from flux.training import dataset, distillation
-from flux.training import distributed as processes
-from flux.training import lora as adapters
-from flux.training import trainer as training
-from flux.training.log import Log, say
-from flux.training.options import check_numbers, given_student, load, parser, settle, tell_memory
+from flux.training import dataset, distillation, distributed, loss
+from flux.training.checkpoint import save_tensors
+from flux.training.log import CSVLog, can_plot, plot_loss, report
+from flux.training.lora import add_lora, lora_state_dict
+from flux.training.memory import enable_gradient_checkpointing
+from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
 from flux.transformer import Flux
 from flux.weights.files import shard_files
 
-SAMPLES = 4  # pictures on a sheet, where --prompt does not say of what
+SAMPLE_IMAGES = 4  # on a sheet, without --prompt
+COLUMNS = ("step", "loss", "gradient", "rate", "seconds", "images_per_second")  # of loss.csv
 
 
 def main() -> int:
     args = parser(__doc__).parse_args()
-    warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
+    warnings.showwarning = print_warning
     try:
         return train(args)
     except UserError as error:
-        return fail(str(error))
+        return fail(with_flags(str(error), FLAGS))
     except NonFiniteError as error:
         return fail(str(error), 1)
     except OSError as error:
         return fail(f"{error.filename or args.run}: {error.strerror or error}")
     except KeyboardInterrupt:
-        return fail("stopped; what was encoded and saved is kept", 130)
+        return fail("stopped; everything encoded and saved so far is kept", 130)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         return fail(
-            "out of memory: use --checkpointing, a smaller --batch or --size, or --lora-rank"
+            "out of memory. Use --gradient-checkpointing, a smaller --batch-size or --size, or "
+            "--lora-rank."
         )
     finally:
-        processes.leave()
+        distributed.cleanup()
+
+
+def print_warning(message: Warning | str, *_, **__) -> None:
+    report(f"note: {with_flags(str(message), FLAGS)}")
+
+
+def fail(text: str, code: int = 2) -> int:
+    report(f"error: {text}")
+    return code
 
 
 def train(args: argparse.Namespace) -> int:
-    # 1. what is asked for, and what that takes
+    # 1. Check the request and the memory it needs.
     check_numbers(args)
-    if args.run.resolve() == args.pictures.resolve():
-        raise UserError(
-            f"{args.run} holds the pictures: name another folder for the run, where it puts pictures of its own"
-        )
-    items = dataset.read_folder(args.pictures)
-    pipe = load(args)
-    settle(args, pipe, items)
-    tell_memory(args, pipe, items)
+    if args.run.resolve() == args.images.resolve():
+        raise UserError(f"{args.run}: holds the training images. Name another folder for the run.")
+    samples = dataset.read_folder(args.images)
+    pipe = load_pipeline(args)
+    resolve(args, pipe, samples)
+    check_memory(args, pipe, samples)
 
-    # 2. pictures and captions, as the network takes them
+    # 2. Encode images and captions.
     args.run.mkdir(parents=True, exist_ok=True)
     cache = dataset.Cache(args.cache or args.run / "cache", pipe, args.size)
-    with processes.one_before_the_others():  # these find all of it in the cache
-        examples = encode(args, cache, items)
+    with distributed.main_process_first():  # the other processes find everything in the cache
+        encoded = encode(args, cache, samples)
         empty = cache.features("")
-        samples = prepare_samples(args, cache, examples) if args.sample_every else []
+        previews = prepare_previews(args, cache, encoded) if args.sample_every else []
     pipe.text.release()
     pipe.image_encoder.release()
     pipe.residency.keep_loaded()
 
-    # 3. the network
+    # 3. Prepare the network.
     torch.manual_seed(args.seed)
-    teacher, network = begin(args, pipe)
-    network = adapted(args, network, pipe.device)
-    trainer = training.Trainer(
+    teacher, network = load_networks(args, pipe)
+    network = prepare_network(args, network, pipe.device)
+    optimizer = make_optimizer(args.optimizer, trainable_parameters(network).values(), args.lr)
+    trainer = Trainer(
         network,
         args.run / "checkpoint.safetensors",
-        about(args, pipe, examples),
-        steps=args.steps,
-        rate=args.lr,
-        warmup=args.warmup,
-        ema=args.ema,
-        kind=args.optimizer,
+        run_config(args, pipe, encoded),
+        [optimizer],
+        warmup_cosine(args.steps, args.warmup),
+        ema_decay=args.ema,
+        old_names=OLD_CONFIG_NAMES,
     )
     count = sum(p.numel() for p in trainer.parameters.values())
-    say(
-        f"{pipe.spec.name}: {count:,} parameters to train, on {pipe.device}, products in {str(pipe.dtype)[6:]}"
-        + (f"; goes on at step {trainer.step}" if trainer.step else "")
+    resumed = f"; resumed at step {trainer.step}" if trainer.step else ""
+    report(
+        f"{pipe.spec.name}: {count:,} trainable parameters, on {pipe.device}, matrix products in "
+        f"{str(pipe.dtype).removeprefix('torch.')}{resumed}"
     )
 
-    # 4. the steps
-    draws = dataset.Draws(
-        examples,
-        args.batch,
-        args.seed,
-        len(pipe.spec.transformer.axes_dim),
-        empty,
-        args.drop_captions,
+    # 4. Train.
+    axes = len(pipe.spec.transformer.axes_dim)
+    sampler = dataset.BatchSampler(
+        encoded, args.batch_size, args.seed, axes, empty, args.caption_dropout
     )
-    code = run(args, pipe, network, teacher, trainer, draws, samples)
+    batch_loss = partial(loss_of_batch, args, pipe, network, teacher, sampler)
+    negative = sampler.empty_features() if pipe.spec.cfg else None
+    sheet = partial(draw_previews, args, pipe, previews, negative) if previews else None
+    code = run(args, trainer, batch_loss, sheet)
     if code:
-        return fail(
-            f"stopped at step {trainer.step}, and saved; the same command goes on from there", code
-        )
+        return fail(f"stopped at step {trainer.step} and saved; repeat the command to resume", code)
 
-    # 5. the result
+    # 5. Export the weights.
     path = export(args, network, trainer, pipe.dtype)
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         print(path)
     return 0
 
 
-def about(args: argparse.Namespace, pipe: flux.Pipeline, examples) -> dict[str, object]:
-    """What a checkpoint belongs to. --steps, --lr and --warmup may be others when a run goes on."""
-
-    def others(e):
-        return [file.name for file in (*e.references, e.channels) if file]
-
-    names = [(e.latents.name, e.features.name, others(e)) for e in examples]
-    trained = (
-        f"a LoRA of rank {args.lora_rank} on {' '.join(args.targets or ['*'])}"
-        if args.lora_rank
-        else "all weights"
-    )
-    trained += "" if args.optimizer == "adamw" else f", by {args.optimizer}"
-    about = {
+def run_config(
+    args: argparse.Namespace, pipe: flux.Pipeline, samples: Sequence[dataset.CachedSample]
+) -> dict[str, object]:
+    """Return what must be the same when a run is resumed. Steps, rate and warm-up may change."""
+    names = []
+    for sample in samples:
+        others = [file.name for file in (*sample.references, sample.channels) if file]
+        names.append((sample.latents.name, sample.features.name, others))
+    training = "all weights"
+    if args.lora_rank:
+        training = f"a LoRA of rank {args.lora_rank} on {' '.join(args.target_modules or ['*'])}"
+    if args.optimizer != "adamw":
+        training += f", by {args.optimizer}"
+    config = {
         "model": pipe.spec.name,
         "transformer": dataset.fingerprint(pipe.files["transformer"]),
-        "training": trained,
-        "pictures": hashlib.sha256(repr(names).encode()).hexdigest(),
-        "--batch": args.batch,
-        "--accumulate": args.accumulate,
-        "--ema": args.ema,
-        "--guidance": args.guidance,
-        "--drop-captions": args.drop_captions,
-        "--seed": args.seed,
-        "--dtype": pipe.dtype,
+        "training": training,
+        "images": hashlib.sha256(repr(names).encode()).hexdigest(),
+        "batch_size": args.batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "ema": args.ema,
+        "guidance": args.guidance,
+        "caption_dropout": args.caption_dropout,
+        "seed": args.seed,
+        "dtype": pipe.dtype,
     }
-    if args.distill or args.guided:
-        about |= {
-            "--distill" if args.distill else "--guided": True,
-            "--guidance-range": args.guidance_range,
-        }
-    if args.distill and args.transformer:  # what is called "transformer" is the teacher
-        about["student"] = dataset.fingerprint(shard_files(args.transformer))
-    return about
+    if args.distill:
+        config |= {"distill": True, "guidance_range": args.guidance_range}
+        if args.transformer:  # config["transformer"] is the teacher
+            config["student"] = dataset.fingerprint(shard_files(args.transformer))
+    elif args.train_at_guidance:
+        config |= {"train_at_guidance": True, "guidance_range": args.guidance_range}
+    return config
 
 
-# ---------------------------------------------------------------- pictures and captions
+# ------------------------------------------------------------------------------ images and captions
 
 
 def encode(
-    args: argparse.Namespace, cache: dataset.Cache, items: list[dataset.Item]
-) -> list[dataset.Example]:
-    examples = []
-    for item in tqdm(items, desc="encoding", unit="picture", disable=None):
+    args: argparse.Namespace, cache: dataset.Cache, samples: Sequence[dataset.Sample]
+) -> list[dataset.CachedSample]:
+    """Encode all samples. With --skip-broken, leave out those that cannot be used."""
+    encoded = []
+    for sample in tqdm(samples, desc="encoding", unit="image", disable=None):
         try:
-            examples.append(cache.example(item))
+            encoded.append(cache.sample(sample))
         except WriteError:
             raise
         except UserError as error:
             if not args.skip_broken:
-                raise UserError(
-                    f"{error} (or leave such pictures out, with --skip-broken)"
-                ) from None
-            say(f"note: left out: {error}")
-    if not examples:
-        raise UserError(f"{args.pictures}: none of the {len(items)} pictures can be read")
-    sizes = Counter(f"{16 * e.shape[0][2]}x{16 * e.shape[0][1]}" for e in examples)
-    say(
-        f"{len(examples)} pictures: "
-        + ", ".join(f"{count} of {size}" for size, count in sizes.most_common())
-    )
-    return examples
+                raise UserError(f"{error} Or leave such images out with --skip-broken.") from None
+            report(f"note: left out: {error}")
+    if not encoded:
+        raise UserError(f"{args.images}: none of the {len(samples)} images can be used")
+    sizes = Counter(f"{16 * e.shape[0][2]}x{16 * e.shape[0][1]}" for e in encoded)
+    counts = ", ".join(f"{count} of {size}" for size, count in sizes.most_common())
+    report(f"{len(encoded)} images: {counts}")
+    return encoded
 
 
-class Sample(NamedTuple):
+class Preview(NamedTuple):
+    """A sample image of a sheet: its text features, size and conditions."""
+
     features: TextFeatures
     conditions: Conditions
 
 
-def prepare_samples(
-    args: argparse.Namespace, cache: dataset.Cache, examples: list[dataset.Example]
-) -> list[Sample]:
-    """What the sheets show: --prompt, or the first pictures' captions, with the references that they are edits of."""
+def prepare_previews(
+    args: argparse.Namespace, cache: dataset.Cache, encoded: Sequence[dataset.CachedSample]
+) -> list[Preview]:
+    """Return previews of --prompt, or of the first captions, with their references."""
     axes, side = len(cache.pipe.spec.transformer.axes_dim), args.size // 16
-    blank = dataset.Example(Path(), Path(), (), ((0, side, side),))
-    if examples[0].channels:  # without a picture such a model makes none
-        blank = examples[0]
-    asked = [
-        blank._replace(features=cache.features(prompt)) for prompt in args.prompt or ()
-    ] or examples[:SAMPLES]
-    samples = []
-    for example in asked:
-        height, width = (16 * side for side in example.shape[0][1:])
-        references = dataset.references_of(example, axes) or ()
-        given = Conditions(height, width, *references, channels=dataset.channels_of([example]))
-        samples.append(Sample(dataset.features_of([example]), given))
-    return samples
+    chosen = list(encoded[:SAMPLE_IMAGES])
+    if args.prompt:
+        square = dataset.CachedSample(Path(), Path(), (), ((0, side, side),))
+        # Fill, Canny and Depth need an input image: the first one's
+        example = encoded[0] if encoded[0].channels else square
+        chosen = [example._replace(features=cache.features(prompt)) for prompt in args.prompt]
+    previews = []
+    for sample in chosen:
+        height, width = (16 * side for side in sample.shape[0][1:])
+        references = dataset.load_references(sample, axes) if sample.references else ()
+        channels = dataset.load_channels([sample])
+        conditions = Conditions(height, width, *references, channels=channels)
+        previews.append(Preview(dataset.load_features([sample]), conditions))
+    return previews
 
 
-# ---------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
-def begin(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux | None, Flux]:
-    """The teacher, if there is one, and the network that is to be trained."""
+def load_networks(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux | None, Flux]:
+    """Return the teacher, if there is one, and the network to train."""
     if not args.distill:
         return None, pipe.transformer()
     teacher = pipe.transformer()
     device = teacher.img_in.weight.device
-    student = (
-        given_student(args, pipe).to(device)
-        if args.transformer
-        else distillation.student_of(teacher)
-    )
-    if processes.world() > 1:
-        processes.shard(teacher, pipe.device)
-    pipe.transformer.module = student  # the samples are its
+    if args.transformer:
+        student = load_student(args, pipe).to(device)
+    else:
+        student = distillation.make_student(teacher)
+    if distributed.world_size() > 1:
+        distributed.shard(teacher, pipe.device)
+    pipe.transformer.module = student  # which draws the sample images
     return teacher, student
 
 
-def adapted(args: argparse.Namespace, network: Flux, device: torch.device) -> Flux:
-    """The network as it is trained."""
+def prepare_network(args: argparse.Namespace, network: Flux, device: torch.device) -> Flux:
+    """Add the LoRA or copy the weights; then shard, and enable gradient checkpointing."""
     if args.lora_rank:
-        adapters.add_lora(network, args.lora_rank, args.targets or ["*"])
+        add_lora(network, args.lora_rank, args.target_modules or ["*"])
     else:
         for parameter in network.parameters():
-            parameter.data = parameter.data.clone()  # it may be the file's own page
+            parameter.data = parameter.data.clone()  # the weights may be mapped from the file
         network.requires_grad_(True)
-    if processes.world() > 1:
-        processes.shard(network, device)
-    if args.checkpointing:
-        training.enable_gradient_checkpointing(network)
+    if distributed.world_size() > 1:
+        distributed.shard(network, device)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(network)
     return network
 
 
-def loss_of(
+def loss_of_batch(
     args: argparse.Namespace,
     pipe: flux.Pipeline,
     network: Flux,
     teacher: Flux | None,
-    draws: dataset.Draws,
+    sampler: dataset.BatchSampler,
     number: int,
-) -> torch.Tensor:
-    """Of the n-th batch of the run, or of the part of it that is this process's."""
-    batch, normal, noise = draws(number)
-    times = training.shifted_times(normal, training.mu_of(pipe.spec, noise[0, 0].numel()))  # (B,)
-    share = args.batch // processes.world()
-    mine = slice(processes.rank() * share, (processes.rank() + 1) * share)
-    batch, t, noise = (
-        batch.rows(mine, pipe.device),
-        times[mine].to(pipe.device),
-        noise[mine].to(pipe.device),
-    )
-    guidance = distillation.draw_guidance(*args.guidance_range, args.batch, args.seed, number)[
-        mine
-    ].to(pipe.device)  # (B,)
-    velocity, x_t = partial(training.velocity, network, batch, guidance), (batch.latents, t, noise)
-    with training.computing(pipe.device, pipe.dtype):
-        if not (args.distill or args.guided):
-            return training.rectified_flow_loss(velocity, *x_t)
-        blank = distillation.without_captions(batch, empty_features(draws))
-        if args.guided:
-            uncaptioned = partial(training.velocity, network, blank, 1.0)
-            return distillation.guided_flow_loss(velocity, uncaptioned, guidance, *x_t)
-        captioned, uncaptioned = (
-            partial(training.velocity, teacher, given, 1.0) for given in (batch, blank)
-        )
+) -> Tensor:
+    """Return the loss of batch `number` of the run, or of this process's share of the batch."""
+    batch, normal, noise = sampler(number)
+    times = loss.shifted_times(normal, loss.schedule_mu(pipe.spec, noise[0, 0].numel()))  # (B,)
+    low, high = args.guidance_range
+    scales = distillation.draw_guidance(low, high, args.batch_size, args.seed, number)  # (B,)
+    share = args.batch_size // distributed.world_size()
+    rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    batch = batch.select(rows, pipe.device)
+    t, noise, guidance = (x[rows].to(pipe.device) for x in (times, noise, scales))
+    with loss.autocast_matmul(pipe.device, pipe.dtype):
+        velocity = partial(loss.predict_velocity, network, batch, guidance)
+        inputs = batch.latents, t, noise
+        if not (args.distill or args.train_at_guidance):
+            return loss.rectified_flow_loss(velocity, *inputs)
+        uncaptioned = distillation.without_captions(batch, sampler.empty_features())
+        if args.train_at_guidance:
+            unconditional = partial(loss.predict_velocity, network, uncaptioned, 1.0)
+            return distillation.guided_flow_loss(velocity, unconditional, guidance, *inputs)
+        conditional = partial(loss.predict_velocity, teacher, batch, 1.0)
+        unconditional = partial(loss.predict_velocity, teacher, uncaptioned, 1.0)
         return distillation.guidance_distillation_loss(
-            velocity, captioned, uncaptioned, guidance, *x_t
+            velocity, conditional, unconditional, guidance, *inputs
         )
-
-
-def empty_features(draws: dataset.Draws) -> TextFeatures:
-    return dataset.features_of([draws.examples[0]._replace(features=draws.empty)])
 
 
 def run(
     args: argparse.Namespace,
-    pipe: flux.Pipeline,
-    network: Flux,
-    teacher: Flux | None,
-    trainer: training.Trainer,
-    draws: dataset.Draws,
-    samples: list[Sample],
+    trainer: Trainer,
+    batch_loss: Callable[[int], Tensor],
+    sheet: Callable[[Path], None] | None,
 ) -> int:
-    """All steps that are left; returns 0, or the exit code for the signal that stopped it."""
-    log = Log(args.run / "loss.csv", trainer.step)
-    negative = empty_features(draws) if pipe.spec.cfg else None
-    shown, halted = processes.rank() == 0, False
-    bar = tqdm(total=args.steps, initial=trainer.step, unit="step", disable=None if shown else True)
-    with bar, stopping() as stopped:
+    """Take all steps that are left; return 0, or the exit code of the signal that stopped the run.
+
+    `batch_loss(n)` computes the loss of batch n; `sheet(path)`, or None, draws the sample images.
+    """
+    log = CSVLog(args.run / "loss.csv", COLUMNS, trainer.step)
+    main_process, halted = distributed.rank() == 0, False
+    if not can_plot():
+        report("note: no loss.png without matplotlib: run `pip install -e '.[plots]'`")
+    bar = tqdm(
+        total=args.steps, initial=trainer.step, unit="step", disable=None if main_process else True
+    )
+    with bar, delayed_signals() as received:
         while trainer.step < args.steps and not halted:
-            started, rate = time.monotonic(), trainer.current_rate
-            numbers = range(trainer.step * args.accumulate, (trainer.step + 1) * args.accumulate)
-            try:
-                losses = (
-                    partial(loss_of, args, pipe, network, teacher, draws, number)
-                    for number in numbers
-                )
-                value, length = trainer.update(losses)
-            except (
-                NonFiniteError
-            ) as error:  # what led here is no state to go on from: the last checkpoint may be
-                saved = trainer.saved_step()
-                again = (
-                    f"the same command with a smaller --lr goes on from step {saved}"
-                    if saved
-                    else "take a smaller --lr"
-                )
-                raise NonFiniteError(f"{error}: the run was stopped; {again}") from None
-            seconds = time.monotonic() - started
-            speed = args.batch * args.accumulate / seconds
+            start, rate = time.monotonic(), trainer.learning_rate
+            value, norm = update(args, trainer, batch_loss)
+            seconds = time.monotonic() - start
+            speed = args.batch_size * args.gradient_accumulation_steps / seconds
             bar.update()
-            bar.set_postfix(loss=f"{value:.4f}", pictures_a_second=f"{speed:.2f}")
-            halted = processes.mean_of_all(len(stopped)) > 0  # all processes stop at one step
+            bar.set_postfix(loss=f"{value:.4f}", images_per_second=f"{speed:.2f}")
+            halted = distributed.all_mean(len(received)) > 0  # all processes stop at the same step
             last = halted or trainer.step == args.steps
-            if shown:
-                log.add(trainer.step, value, length, rate, seconds, speed)
+            if main_process:
+                log.add(trainer.step, value, norm, rate, seconds, speed)
             if last or trainer.step % args.save_every == 0:
                 trainer.save()
-                if shown:
-                    log.plot()
-            if samples and not halted and (last or trainer.step % args.sample_every == 0):
+                if main_process and can_plot():
+                    plot_loss(log, args.run / "loss.png")
+            if sheet and not halted and (last or trainer.step % args.sample_every == 0):
                 try:
-                    with trainer.averaged():
-                        draw_samples(
-                            pipe,
-                            samples,
-                            negative,
-                            args.run / "samples" / f"{trainer.step:06}.png",
-                            args.seed,
-                        )
-                except (
-                    NonFiniteError
-                ):  # a few steps of a sampler may overflow where the loss is sound
-                    say(f"note: no samples of step {trainer.step}: their latents are not finite")
-    return 128 + (stopped or [signal.SIGTERM])[0] if halted else 0
+                    with trainer.ema_weights():
+                        sheet(args.run / "samples" / f"{trainer.step:06}.png")
+                except NonFiniteError:  # the sampler may overflow where the loss does not
+                    report(f"note: no samples at step {trainer.step}: latents are not finite")
+    return 128 + (received or [signal.SIGTERM])[0] if halted else 0
+
+
+def update(
+    args: argparse.Namespace, trainer: Trainer, batch_loss: Callable[[int], Tensor]
+) -> tuple[float, float]:
+    """Take one step. NonFiniteError says from which step the run can be resumed."""
+    count = args.gradient_accumulation_steps
+    numbers = range(trainer.step * count, (trainer.step + 1) * count)
+    try:
+        return trainer.update([partial(batch_loss, number) for number in numbers])
+    except NonFiniteError as error:  # the checkpoint is not overwritten by this state
+        saved = trainer.saved_step()
+        again = f"Repeat the command with a smaller --lr to resume at step {saved}."
+        advice = again if saved else "Use a smaller --lr."
+        raise NonFiniteError(f"{error}. The run was stopped. {advice}") from None
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM wait for the end of the step; a second one does not."""
-    stopped: list[int] = []
+def delayed_signals() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C or SIGTERM, so that a step can end; a second one acts at once."""
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def stop(number: int, _) -> None:
-        stopped.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield stopped
-    finally:
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+    def receive(number: int, _) -> None:
+        received.append(number)
+        restore()
 
-def draw_samples(
-    pipe: flux.Pipeline, samples: list[Sample], negative: TextFeatures | None, path: Path, seed: int
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def draw_previews(
+    args: argparse.Namespace,
+    pipe: flux.Pipeline,
+    previews: Sequence[Preview],
+    negative: TextFeatures | None,
+    path: Path,
 ) -> None:
-    """One picture of each sample, side by side, each from the same noise every time."""
-    made = []
-    for features, given in samples:
-        with training.computing(pipe.device, pipe.dtype):
-            made += pipe.decode(pipe.sample(features, [seed], negative=negative, conditions=given))
+    """Draw the sample images side by side into one file, from the same noise every time."""
+    images: list[Image.Image] = []
+    for features, conditions in previews:
+        with loss.autocast_matmul(pipe.device, pipe.dtype):
+            latents = pipe.sample(features, [args.seed], negative=negative, conditions=conditions)
+            images += pipe.decode(latents)
     pipe.autoencoder.release()
-    sheet = Image.new(
-        "RGB", (sum(image.width for image in made), max(image.height for image in made)), "white"
-    )
+    width, height = sum(image.width for image in images), max(image.height for image in images)
+    sheet = Image.new("RGB", (width, height), "white")
     left = 0
-    for image in made:
+    for image in images:
         sheet.paste(image, (left, 0))
         left += image.width
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
 
 
-def export(
-    args: argparse.Namespace, network: Flux, trainer: training.Trainer, dtype: torch.dtype
-) -> Path:
-    """What `--lora` or `--transformer` of sample.py, and other programs, load."""
-    with trainer.averaged():
+def export(args: argparse.Namespace, network: Flux, trainer: Trainer, dtype: torch.dtype) -> Path:
+    """Write the weights for --lora or --transformer of sample.py, and for other programs."""
+    with trainer.ema_weights():
         if args.lora_rank:
-            path, tensors = args.run / "lora.safetensors", adapters.lora_tensors(network)
+            path, tensors = args.run / "lora.safetensors", lora_state_dict(network)
         else:
             path = args.run / "transformer.safetensors"
-            tensors = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
-        training.write(path, tensors, {"format": "pt"})
+            tensors = {name: x.to(dtype) for name, x in network.state_dict().items()}
+        save_tensors(path, tensors, {"format": "pt"})
     return path
-
-
-def fail(text: str, code: int = 2) -> int:
-    say(f"error: {text}")
-    return code
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Fine-tuning: the loss, the trainer, the data set, LoRA, distillation, several processes."""
+"""Training: the loss, the trainer, data sets, LoRA, distillation, several processes, memory."""

@@ -1,4 +1,4 @@
-"""ImageInputs and captions for training: folders, sizes, the cache of latents and text features, and what a step draws of them."""
+"""Training data: folders of images and captions, sizes, cached latents and features, batches."""
 
 import hashlib
 import json
@@ -24,103 +24,107 @@ from flux.image_io.control import control_pixels
 from flux.image_io.output import to_mask, to_pixels
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures
-from flux.training.trainer import Batch, generator, load, write
+from flux.training.checkpoint import load_tensors, save_tensors
+from flux.training.loss import Batch, seeded_generator
 from flux.weights.files import preview, read_header
 
-# ---------------------------------------------------------------------------------------------------------- folders and sizes
+# -------------------------------------------------------------------------------- folders and sizes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 KEYS = {"image", "caption", "references", "control", "mask"}  # of a line of metadata.jsonl
-LONGEST = 4  # one side may be so many times the other
+MAX_ASPECT_RATIO = 4
 
 
 @dataclass(frozen=True)
-class Item:
-    picture: Path
+class Sample:
+    """One training image as files, with its caption."""
+
+    image: Path
     caption: str
-    references: tuple[Path, ...] = ()  # of which the picture is an edit
-    control: Path | None = None  # for Canny and Depth, if it is not to be made from the picture
-    mask: Path | None = (
-        None  # for Fill, white where the picture is to be filled in; without, a rectangle is drawn
-    )
+    references: tuple[Path, ...] = ()  # the images of which `image` is an edit
+    control: Path | None = None  # Canny and Depth; None: computed from the image
+    mask: Path | None = None  # Fill, white where to paint; None: a random rectangle
 
 
-def read_folder(folder: Path) -> list[Item]:
-    """ImageInputs with their captions: those that `metadata.jsonl` lists, or all in the folder, each with a .txt beside it."""
+def read_folder(folder: Path) -> list[Sample]:
+    """Read the samples of `metadata.jsonl`, or else each image with the .txt file next to it."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: name one with pictures and their captions")
+        raise UserError(f"{folder}: is not a folder. Name a folder of images and captions.")
     if (folder / "metadata.jsonl").exists():
-        return _listed(folder / "metadata.jsonl")
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not pictures:
+        return _read_list(folder / "metadata.jsonl")
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not images:
         raise UserError(
-            f"{folder} has no pictures ({', '.join(SUFFIXES)}) and no metadata.jsonl that lists any"
+            f"{folder}: has no images ({', '.join(SUFFIXES)}) and no metadata.jsonl that lists any"
         )
-    captions = {path: _text(path.with_suffix(".txt")) for path in pictures}
-    if without := [path.name for path, caption in captions.items() if not caption]:
+    samples = [Sample(path, _read_text(path.with_suffix(".txt"))) for path in images]
+    missing = [sample.image.name for sample in samples if not sample.caption]
+    if missing:
         raise UserError(
-            f"{folder}: {len(without)} of {len(pictures)} pictures have no caption ({preview(without)}): put it in "
-            f"{Path(without[0]).stem}.txt beside it, or list all in metadata.jsonl"
+            f"{folder}: {len(missing)} of {len(images)} images have no caption "
+            f"({preview(missing)}). Write it to {Path(missing[0]).stem}.txt, or list all images in "
+            "metadata.jsonl."
         )
-    return [Item(path, caption) for path, caption in captions.items()]
+    return samples
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
+    """Return the text of a file, stripped; "" if there is no file."""
     try:
         return path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): check its name and its rights"
+            f"{path}: cannot be read ({error.strerror}). Check its name and permissions."
         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text in UTF-8 ({error}): save it as UTF-8") from None
+        raise UserError(f"{path}: is not UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
-def _listed(path: Path) -> list[Item]:
-    """A line: {"image": "b.png", "caption": "...", "references": ["a.png"]}, with paths from the folder of the list; in place
-    of references, "control" or "mask" may name a picture."""
-    items = []
-    text = _text(path)
-    for number, line in enumerate(
-        text.split("\n") if text else (), start=1
-    ):  # not at what else Unicode has for a new line
-        try:
-            entry = json.loads(line)
-            image, caption, references = (
-                entry["image"],
-                entry["caption"].strip(),
-                entry.get("references", []),
-            )
-            files = [path.parent / name for name in (image, *references)]
-            others = {
-                kind: path.parent / entry[kind] for kind in ("control", "mask") if kind in entry
-            }
-            if not caption or not isinstance(references, list):
-                raise ValueError
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f'{path}, line {number}, is not {{"image": FILE, "caption": TEXT}}, with "references": [FILE, ...] '
-                f'for an edit, "control": FILE or "mask": FILE: {line!r:.120}'
-            ) from None
-        if strange := entry.keys() - KEYS:
-            raise UserError(
-                f"{path}, line {number}, has {preview(sorted(map(repr, strange)))}, which means nothing here: the "
-                f"names are {', '.join(sorted(KEYS))}"
-            )
-        if missing := [str(file) for file in (*files, *others.values()) if not file.is_file()]:
-            raise UserError(
-                f"{path}, line {number}, names {preview(missing)}, where there is no file"
-            )
-        items.append(Item(files[0], caption, tuple(files[1:]), **others))
-    if not items:
-        raise UserError(f"{path} is empty: it should list pictures and their captions")
-    return items
+def _read_list(path: Path) -> list[Sample]:
+    """Read a metadata.jsonl file. Its paths are relative to its folder. A line of the file:
+
+    {"image": "b.png", "caption": "...", "references": ["a.png"]}
+
+    "control" or "mask" may name an image instead of "references".
+    """
+    text = _read_text(path)
+    lines = text.split("\n") if text else []  # not splitlines(), which splits at U+2028 too
+    if not lines:
+        raise UserError(f"{path}: is empty. List images and their captions in it.")
+    return [_read_line(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
-def bucket(width: int, height: int, size: int) -> tuple[int, int]:
-    """The width and height in which a picture is trained on: about size² pixels in its shape, multiples of 16.
+def _read_line(path: Path, number: int, line: str) -> Sample:
+    """Read one line of a metadata.jsonl file."""
+    try:
+        entry = json.loads(line)
+        caption, references = entry["caption"].strip(), entry.get("references", [])
+        image = path.parent / entry["image"]
+        files = [path.parent / name for name in references]
+        others = {kind: path.parent / entry[kind] for kind in ("control", "mask") if kind in entry}
+        if not caption or not isinstance(references, list):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f'{path}, line {number}: must be {{"image": FILE, "caption": TEXT}}, optionally with '
+            f'"references": [FILE, ...], "control": FILE or "mask": FILE (got {line!r:.120})'
+        ) from None
+    if unknown := entry.keys() - KEYS:
+        raise UserError(
+            f"{path}, line {number}: unknown name {preview(sorted(map(repr, unknown)))}. "
+            f"Use {', '.join(sorted(KEYS))}."
+        )
+    missing = [str(file) for file in (image, *files, *others.values()) if not file.is_file()]
+    if missing:
+        raise UserError(f"{path}, line {number}: file not found: {preview(missing)}")
+    return Sample(image, caption, tuple(files), **others)
 
-    The longer side comes in steps of a sixteenth of `size`, so that many pictures share a size, and a batch.
+
+def bucket_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """Return the training width and height of an image: about size² pixels, multiples of 16.
+
+    The longer side is a multiple of a sixteenth of `size`, so that many images share a size, and a
+    batch. The aspect ratio is kept as far as possible.
     """
     step = max(16, size // 256 * 16)
     longer = size * math.sqrt(max(width, height) / min(width, height)) - size
@@ -129,184 +133,209 @@ def bucket(width: int, height: int, size: int) -> tuple[int, int]:
     return (long, short) if width >= height else (short, long)
 
 
-def fit(picture: Image.Image, size: int) -> Image.Image:
-    """A picture, scaled to cover its bucket, and cropped about its centre."""
-    width, height = bucket(*picture.size, size)
-    scale = max(width / picture.width, height / picture.height)
-    left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
+def fit_to_bucket(image: Image.Image, size: int) -> Image.Image:
+    """Scale an image to cover its bucket, and crop the image at its centre."""
+    width, height = bucket_size(*image.size, size)
+    scale = max(width / image.width, height / image.height)
+    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
     box = (left, top, left + width / scale, top + height / scale)
-    return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def fit_reference(spec: ModelSpec, picture: Image.Image, size: int) -> Image.Image:
-    """As at sampling, in proportion: for `size` 1024, Kontext's preferred sizes, and of FLUX.2's at most 1024² pixels."""
+def fit_reference(spec: ModelSpec, image: Image.Image, size: int) -> Image.Image:
+    """Scale a reference as the sampler does, in proportion to `size`.
+
+    At size 1024, FLUX.1 Kontext uses its preferred sizes, and FLUX.2 at most 1024² pixels.
+    """
     if spec.flux1:
-        sides = [side * size / 1024 for side in inputs.preferred_size(*picture.size)]
-        return picture.resize(inputs.round_to_16(sides), Image.Resampling.LANCZOS)
-    return inputs.fit_reference(picture, size**2)
+        width, height = inputs.preferred_size(*image.size)
+        sides = (width * size / 1024, height * size / 1024)
+        return image.resize(inputs.round_to_16(sides), Image.Resampling.LANCZOS)
+    return inputs.fit_reference(image, size**2)
 
 
-# ---------------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
-class Example(NamedTuple):
-    """An item as files of the cache."""
+class CachedSample(NamedTuple):
+    """A sample as files of the cache."""
 
     latents: Path
     features: Path
     references: tuple[Path, ...]
-    shape: Hashable  # equal for those that may share a batch
+    shape: Hashable  # equal for samples that may share a batch
     channels: Path | None = None
 
 
 class Cache:
-    """Latents and text features, each computed once, in a file whose name is a hash of all that it was made of."""
+    """Latents and text features on disk. A file's name is a hash of everything it depends on."""
 
     def __init__(self, folder: Path, pipe: Pipeline, size: int):
         self.folder, self.pipe, self.size = folder, pipe, size
-        self.content_of = cache(
-            content_of
-        )  # a picture is read beside its mask too, and may be before several edits
-        self.pixels_by = fingerprint(pipe.image_encoder.files)
-        self.text_by = (
+        # one image may be the reference of several edits
+        self.file_sha256 = cache(file_sha256)
+        self.encoder_id = fingerprint(pipe.image_encoder.files)
+        self.text_id = (
             *(fingerprint(network.files) for network in pipe.text.networks),
             pipe.spec.text_length,
             pipe.text.dtype,
         )
         folder.mkdir(parents=True, exist_ok=True)
 
-    def example(self, item: Item) -> Example:
-        """UserError for a picture that cannot be read."""
-        latents = self.latents(item.picture)
-        references = tuple(self.latents(path, reference=True) for path in item.references)
+    def sample(self, sample: Sample) -> CachedSample:
+        """Encode a sample, except for what is cached. UserError if an image is unusable."""
+        latents = self.latents(sample.image)
+        references = tuple(self.latents(path, reference=True) for path in sample.references)
         shape = tuple(read_header(file)[0]["latents"].shape for file in (latents, *references))
-        channels = self.channels(item) if self.pipe.spec.image_mode in ("control", "fill") else None
-        return Example(
-            latents, self.features(item.caption, item.picture.name), references, shape, channels
-        )
+        channels = None
+        if self.pipe.spec.image_mode in ("control", "fill"):
+            channels = self.channels(sample)
+        features = self.features(sample.caption, sample.image.name)
+        return CachedSample(latents, features, references, shape, channels)
 
     def latents(self, path: Path, reference: bool = False) -> Path:
-        """Of a picture, (C, h, w), float32."""
-        file = self._file("latents", self.content_of(path), reference, self.size, self.pixels_by)
-        if not sound(file):
-            picture = inputs.read_image(path)
-            if max(picture.size) > LONGEST * min(picture.size):
-                raise UserError(
-                    f"{path} is {picture.width}x{picture.height}: one side may be at most {LONGEST} times the "
-                    "other; crop it"
-                )
-            if reference and not self.pipe.spec.flux1:
-                inputs.check_reference(picture, str(path))
-            if not reference and 4 * picture.width * picture.height < self.size**2:
-                warnings.warn(
-                    f"{path} is {picture.width}x{picture.height}, and enlarged for --size {self.size}",
-                    stacklevel=2,
-                )
-            fitted = (
-                fit_reference(self.pipe.spec, picture, self.size)
-                if reference
-                else fit(picture, self.size)
+        """Encode an image to {"latents": (C, h, w)}, float32."""
+        file = self._file("latents", self.file_sha256(path), reference, self.size, self.encoder_id)
+        if is_intact(file):
+            return file
+        image = inputs.read_image(path)
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise UserError(
+                f"{path}: aspect ratio must be at most {MAX_ASPECT_RATIO}:1 "
+                f"(got {image.width}x{image.height}). Crop the image."
             )
-            write(file, {"latents": self._encode(to_pixels(fitted))[0]})
+        if reference and not self.pipe.spec.flux1:
+            inputs.check_reference(image, str(path))
+        if not reference and 4 * image.width * image.height < self.size**2:
+            warnings.warn(
+                f"{path}: {image.width}x{image.height} is enlarged for `size={self.size}`",
+                stacklevel=2,
+            )
+        if reference:
+            fitted = fit_reference(self.pipe.spec, image, self.size)
+        else:
+            fitted = fit_to_bucket(image, self.size)
+        save_tensors(file, {"latents": self._encode(to_pixels(fitted))[0]})
         return file
 
-    def channels(self, item: Item) -> Path:
-        """What Fill, Canny and Depth read beside the latents, (L, C'), float32; UserError if it is of another size."""
-        other, spec = item.control or item.mask, self.pipe.spec
-        contents = [self.content_of(path) for path in (item.picture, other) if path]
+    def channels(self, sample: Sample) -> Path:
+        """Encode the extra input of Fill, Canny and Depth to {"channels": (L, C')}, float32."""
+        spec, other = self.pipe.spec, sample.control or sample.mask
+        hashes = [self.file_sha256(path) for path in (sample.image, other) if path]
         file = self._file(
-            "channels", contents, spec.image_mode, spec.control, self.size, self.pixels_by
+            "channels", hashes, spec.image_mode, spec.control, self.size, self.encoder_id
         )
-        if not sound(file):
-            picture = beside = inputs.read_image(item.picture)
-            if spec.image_mode == "fill":
-                beside = (
-                    inputs.read_mask(item.mask) if item.mask else a_mask(picture.size, contents[0])
-                )
-            elif item.control:
-                beside = inputs.read_image(item.control)
-            if beside.size != picture.size:
-                raise UserError(
-                    f"{other} is {beside.width}x{beside.height}, and {item.picture} {picture.width}x"
-                    f"{picture.height}: make them of one size"
-                )
-            if spec.image_mode == "fill":
-                inputs.require_nonempty_mask(beside, str(item.mask))
-            picture, beside = fit(picture, self.size), fit(beside, self.size)
-            if spec.image_mode == "fill":
-                mask = to_mask(beside)
-                channels = conditioning.fill_channels(
-                    self._encode(to_pixels(picture) * (1 - mask)), mask
-                )
-            else:
-                pixels = (
-                    to_pixels(beside) if item.control else control_pixels(spec.control, picture)
-                )
-                channels = rearrange(self._encode(pixels), "1 c h w -> 1 (h w) c")
-            write(file, {"channels": channels[0]})
+        if is_intact(file):
+            return file
+        image = inputs.read_image(sample.image)
+        if spec.image_mode == "fill":
+            channels = self._fill_channels(sample, image, hashes[0])
+        else:
+            channels = self._control_channels(sample, image)
+        save_tensors(file, {"channels": channels[0]})
         return file
+
+    def _fill_channels(self, sample: Sample, image: Image.Image, image_sha256: str) -> Tensor:
+        if sample.mask:
+            mask_image = inputs.read_mask(sample.mask)
+            _check_same_size(sample.mask, mask_image, sample.image, image)
+        else:
+            mask_image = random_rect_mask(image.size, image_sha256)
+        inputs.require_nonempty_mask(mask_image, str(sample.mask))
+        pixels = to_pixels(fit_to_bucket(image, self.size))
+        mask = to_mask(fit_to_bucket(mask_image, self.size))
+        return conditioning.fill_channels(self._encode(pixels * (1 - mask)), mask)
+
+    def _control_channels(self, sample: Sample, image: Image.Image) -> Tensor:
+        if sample.control:
+            control = inputs.read_image(sample.control)
+            _check_same_size(sample.control, control, sample.image, image)
+            pixels = to_pixels(fit_to_bucket(control, self.size))
+        else:
+            fitted = fit_to_bucket(image, self.size)
+            pixels = control_pixels(self.pipe.spec.control, fitted)
+        return rearrange(self._encode(pixels), "1 c h w -> 1 (h w) c")
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.pipe.image_encoder().encode(pixels.to(self.pipe.device)).cpu()
 
-    def features(self, caption: str, name: str = "--prompt") -> Path:
-        """Of a caption, (T, D) and, in FLUX.1, the pooled (V,); `name` is for what the tokenizer may have to say."""
-        file = self._file("text", caption, self.text_by)
-        if not sound(file):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                try:
-                    features = self.pipe.text.encode([caption])
-                except UserError as error:
-                    raise UserError(f"{name}: {error}") from None
-            for warning in caught:
-                warnings.warn(f"{name}: {warning.message}", stacklevel=2)
-            self.pipe.text.cache.pop(caption)  # the file keeps it
-            write(file, {key: x[0] for key, x in features._asdict().items() if x is not None})
+    def features(self, caption: str, source: str = "prompt") -> Path:
+        """Encode a caption to {"tokens": (T, D)} and, for FLUX.1, {"pooled": (V,)}.
+
+        Errors and warnings about the caption begin with `source`.
+        """
+        file = self._file("text", caption, self.text_id)
+        if is_intact(file):
+            return file
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                features = self.pipe.text.encode([caption])
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from None
+        for warning in caught:
+            warnings.warn(f"{source}: {warning.message}", stacklevel=2)
+        self.pipe.text.cache.pop(caption)  # the file keeps the features
+        tensors = {key: x[0] for key, x in features._asdict().items() if x is not None}
+        save_tensors(file, tensors)
         return file
 
-    def _file(self, kind: str, *parts) -> Path:
-        return (
-            self.folder
-            / f"{kind}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:40]}.safetensors"
-        )
+    def _file(self, kind: str, *parts: object) -> Path:
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
+        return self.folder / f"{kind}-{digest}.safetensors"
 
 
-def sound(file: Path) -> bool:
-    """Whether it is there, and whole: what is damaged is made anew."""
+def is_intact(file: Path) -> bool:
+    """Return whether a cached file is complete. A damaged file is encoded again."""
     try:
         return file.exists() and bool(read_header(file))
     except UserError:
         return False
 
 
-def content_of(path: Path) -> str:
-    """Its hash. UserError if it cannot be read."""
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file. UserError if the file cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): check its name and its rights"
+            f"{path}: cannot be read ({error.strerror}). Check its name and permissions."
         ) from None
 
 
-def a_mask(size: tuple[int, int], content: str) -> Image.Image:
-    """A white rectangle on black, of a third of each side at least, and where chance has it, often at a border, as what is
-    painted outwards is: always the same in a picture."""
-    draw, corners = generator(int(content[:12], 16)), []
+def _check_same_size(path: Path, other: Image.Image, image_path: Path, image: Image.Image) -> None:
+    if other.size != image.size:
+        raise UserError(
+            f"{path}: must have the size of {image_path} "
+            f"(got {other.width}x{other.height}, expected {image.width}x{image.height})"
+        )
+
+
+def random_rect_mask(size: tuple[int, int], seed_sha256: str) -> Image.Image:
+    """Return a mask with a white rectangle, a function of the image's hash.
+
+    Each side is at least a third of the image's. The rectangle often touches a border, as the mask
+    of an outpainted image does.
+    """
+    generator = seeded_generator(int(seed_sha256[:12], 16))
+    spans = []  # (start, length) along the width, and along the height
     for side in size:
-        length, place = torch.rand(2, generator=draw).tolist()
+        length, place = torch.rand(2, generator=generator).tolist()
         length = round(side * (1 + 2 * length) / 3)
-        corners.append((round(min(max(1.5 * place - 0.25, 0), 1) * (side - length)), length))
-    (left, width), (top, height) = corners
+        place = min(max(1.5 * place - 0.25, 0), 1)
+        spans.append((round(place * (side - length)), length))
+    (left, width), (top, height) = spans
     mask = Image.new("L", size, 0)
     mask.paste(255, (left, top, left + width, top + height))
     return mask
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """Of weights, by their headers and sixteen pieces of each file: a hash of all of 20 GB would take a minute."""
+    """Return a hash of the headers and of sixteen pieces of each file of weights.
+
+    Hashing all of a 20 GB file would take a minute.
+    """
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
@@ -318,95 +347,94 @@ def fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def batch_of(examples: Sequence[Example], axes: int) -> Batch:
-    """Examples of one shape, from the cache."""
-    latents = torch.stack([load(e.latents)["latents"] for e in examples])
-    batch, references = (
-        Batch(latents, features_of(examples)),
-        [references_of(e, axes) for e in examples],
-    )
-    if references[0]:
-        batch = batch._replace(
-            references=torch.cat([tokens for tokens, _ in references]),
-            reference_ids=references[0][1],
-        )
-    return batch._replace(channels=channels_of(examples))
+# ------------------------------------------------------------------------------------------ batches
 
 
-def features_of(examples: Sequence[Example]) -> TextFeatures:
-    texts = [load(e.features) for e in examples]
+def collate(samples: Sequence[CachedSample], axes: int) -> Batch:
+    """Load samples of one shape as a batch. `axes` is the number of position coordinates."""
+    latents = torch.stack([load_tensors(s.latents)["latents"] for s in samples])
+    batch = Batch(latents, load_features(samples), channels=load_channels(samples))
+    references = [load_references(s, axes) for s in samples if s.references]
+    if not references:
+        return batch
+    tokens = torch.cat([tokens for tokens, _ in references])
+    return batch._replace(references=tokens, reference_ids=references[0][1])
+
+
+def load_features(samples: Sequence[CachedSample]) -> TextFeatures:
+    """Load the text features: (B, T, D) and, for FLUX.1, the pooled (B, V)."""
+    texts = [load_tensors(s.features) for s in samples]
     pooled = torch.stack([x["pooled"] for x in texts]) if "pooled" in texts[0] else None
     return TextFeatures(torch.stack([x["tokens"] for x in texts]), pooled)
 
 
-def channels_of(examples: Sequence[Example]) -> Tensor | None:
-    """(B, L, C'), if the model reads any beside the latents."""
-    return (
-        torch.stack([load(e.channels)["channels"] for e in examples])
-        if examples[0].channels
-        else None
-    )
+def load_channels(samples: Sequence[CachedSample]) -> Tensor | None:
+    """Load the extra input channels (B, L, C') of Fill, Canny and Depth."""
+    files = [s.channels for s in samples if s.channels]
+    return torch.stack([load_tensors(file)["channels"] for file in files]) if files else None
 
 
-def references_of(example: Example, axes: int) -> tuple[Tensor, Tensor] | None:
-    """Tokens (1, R, C) and coordinates (R, axes) of all references, if there are any."""
-    latents = [load(file)["latents"][None] for file in example.references]
-    return conditioning.reference_tokens(latents, axes) if latents else None
+def load_references(sample: CachedSample, axes: int) -> tuple[Tensor, Tensor]:
+    """Load the tokens (1, R, C) and ids (R, axes) of the references of a sample that has any."""
+    latents = [load_tensors(file)["latents"][None] for file in sample.references]
+    return conditioning.reference_tokens(latents, axes)
 
 
-def order(shapes: Sequence[Hashable], size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Numbers of the examples in each batch of an epoch: all are there, and those of a batch have one shape.
+def epoch_batches(
+    shapes: Sequence[Hashable], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Return the sample numbers of each batch of an epoch. Samples of a batch have one shape.
 
-    The last batch of a shape is filled up with its first examples.
+    Every sample is there. The last batch of a shape is filled up with the first samples of the
+    shape.
     """
-    draw, members = generator(seed, epoch), defaultdict(list)
-    for number in torch.randperm(len(shapes), generator=draw).tolist():
-        members[shapes[number]].append(number)
-
-    def filled(each, start):
-        return [each[(start + k) % len(each)] for k in range(size)]
-
-    made = [filled(each, start) for each in members.values() for start in range(0, len(each), size)]
-    return [made[number] for number in torch.randperm(len(made), generator=draw).tolist()]
+    generator = seeded_generator(seed, epoch)
+    by_shape = defaultdict(list)
+    for number in torch.randperm(len(shapes), generator=generator).tolist():
+        by_shape[shapes[number]].append(number)
+    batches = []
+    for numbers in by_shape.values():
+        for start in range(0, len(numbers), batch_size):
+            rows = range(start, start + batch_size)
+            batches.append([numbers[row % len(numbers)] for row in rows])
+    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 @dataclass
-class Draws:
-    """`draws(n)` is all that chance decides of the n-th batch of a run, which counts from 0."""
+class BatchSampler:
+    """`sampler(n)` returns batch n = 0, 1, ... of a run, a function of n and the seed only."""
 
-    examples: Sequence[Example]
-    size: int  # of a batch
+    samples: Sequence[CachedSample]
+    batch_size: int
     seed: int
-    axes: int  # of coordinates
-    empty: Path  # features of the empty caption
-    dropped: float = (
-        0.0  # the share of captions that it takes the place of, for classifier-free guidance
-    )
-    known: tuple[int, list[list[int]]] = (-1, [])  # the last epoch, and its order
+    axes: int  # number of position coordinates
+    empty: Path  # cached features of the empty caption
+    caption_dropout: float = 0.0  # share of captions replaced by `empty`, for CFG
+    _epoch: tuple[int, list[list[int]]] = (-1, [])  # the last epoch, and its batches
 
     def __call__(self, number: int) -> tuple[Batch, Tensor, Tensor]:
-        """A batch, standard normal numbers (B,) for its times, and its noise (B, C, h, w)."""
-        epoch, place = divmod(number, self.count)
-        chosen = [self.examples[row] for row in self._order(epoch)[place]]
-        draw = generator(self.seed, number, 0)
-        dropped = (torch.rand(self.size, generator=draw) < self.dropped).tolist()
-        chosen = [
-            e._replace(features=self.empty) if drop else e
-            for e, drop in zip(chosen, dropped, strict=True)
-        ]
-        batch = batch_of(chosen, self.axes)
-        return (
-            batch,
-            torch.randn(self.size, generator=draw),
-            torch.randn(batch.latents.shape, generator=draw),
-        )
+        """Return a batch, normal numbers (B,) for its times, and its noise (B, C, h, w)."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        samples = [self.samples[row] for row in self._batches(epoch)[place]]
+        generator = seeded_generator(self.seed, number, 0)
+        dropped = torch.rand(self.batch_size, generator=generator) < self.caption_dropout
+        for row in dropped.nonzero().flatten().tolist():
+            samples[row] = samples[row]._replace(features=self.empty)
+        batch = collate(samples, self.axes)
+        normal = torch.randn(self.batch_size, generator=generator)
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        return batch, normal, noise
 
     @cached_property
-    def count(self) -> int:
-        """Batches in an epoch."""
-        return len(self._order(0))
+    def batches_per_epoch(self) -> int:
+        return len(self._batches(0))
 
-    def _order(self, epoch: int) -> list[list[int]]:
-        if self.known[0] != epoch:
-            self.known = epoch, order([e.shape for e in self.examples], self.size, self.seed, epoch)
-        return self.known[1]
+    def _batches(self, epoch: int) -> list[list[int]]:
+        if self._epoch[0] != epoch:
+            shapes = [sample.shape for sample in self.samples]
+            self._epoch = epoch, epoch_batches(shapes, self.batch_size, self.seed, epoch)
+        return self._epoch[1]
+
+    def empty_features(self) -> TextFeatures:
+        """Return the text features (1, ...) of the empty caption."""
+        return load_features([self.samples[0]._replace(features=self.empty)])

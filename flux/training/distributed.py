@@ -1,6 +1,6 @@
-"""Training by several processes, which torchrun starts: each has a part of every weight (FSDP2), and a share of every batch.
+"""Training on several processes of torchrun: each one holds a shard of every weight (FSDP2).
 
-Where there is one process, everything here does nothing.
+Every function also works in a single process, where most of them do nothing.
 """
 
 import os
@@ -20,85 +20,93 @@ from flux.runtime.devices import choose_device
 from flux.transformer import DoubleStreamBlock, Flux, Modulation, SingleStreamBlock
 
 
-def join(device: str | None) -> str | None:
-    """If torchrun started this process, be one of many from here on; returns its device. UserError if it is not there."""
+def init(device: str | None) -> str | None:
+    """Join the process group if torchrun started this process, and return the process's device.
+
+    UserError if the device is not available.
+    """
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return device
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device is not None and choose_device(device).type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device and device.startswith("cuda") else "gloo", timeout=timedelta(days=1)
-    )
+    backend = "nccl" if device and device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     return device
 
 
-def leave() -> None:
+def cleanup() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
-def one_before_the_others() -> Iterator[None]:
-    """The first process does what stands in the block, and then the others; where it has a UserError, all have it."""
-    told: list[str | None] = ["the first process was stopped"]
+def main_process_first() -> Iterator[None]:
+    """Run the block in the first process, then in the others.
+
+    A UserError of the first process is raised in every process.
+    """
+    error_text: list[str | None] = ["the first process was stopped"]
     if rank() > 0:
-        dist.broadcast_object_list(told)
-        if told[0] is not None:
-            raise UserError(told[0])
+        dist.broadcast_object_list(error_text)
+        if error_text[0] is not None:
+            raise UserError(error_text[0])
     try:
         yield
-        told[0] = None
+        error_text[0] = None
     except UserError as error:
-        told[0] = str(error)
+        error_text[0] = str(error)
         raise
     finally:
-        if rank() == 0 and world() > 1:
-            dist.broadcast_object_list(told)
+        if rank() == 0 and world_size() > 1:
+            dist.broadcast_object_list(error_text)
 
 
 def rank() -> int:
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def mean_of_all(value: float) -> float:
-    """Over all processes."""
-    if world() == 1:
+def all_mean(value: float) -> float:
+    """Return the mean of `value` over all processes."""
+    if world_size() == 1:
         return value
-    each = [None] * world()
-    dist.all_gather_object(each, value)
-    return sum(each) / world()
+    values: list[float] = [0.0] * world_size()
+    dist.all_gather_object(values, value)
+    return sum(values) / world_size()
 
 
 def shard(network: Flux, device: torch.device) -> None:
-    """Each process keeps a part of each weight, and gathers those of a block when it is its turn (FSDP2).
+    """Shard every weight over all processes. Each block gathers its weights when it runs (FSDP2).
 
-    Modulators, which are used before their blocks, are gathered on their own.
+    Modulations are sharded on their own, since they run before their blocks.
     """
-    mesh = init_device_mesh(device.type, (world(),))
-    for module in reversed(list(network.modules())):  # what is within comes first
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in reversed(list(network.modules())):  # children before their parents
         if isinstance(module, Flux | DoubleStreamBlock | SingleStreamBlock | Modulation):
             fully_shard(module, mesh=mesh)
 
 
-def whole(x: Tensor) -> Tensor:
-    """Of a tensor of which each process has a part; all must ask for it."""
+def full_tensor(x: Tensor) -> Tensor:
+    """Gather a sharded tensor. All processes must call this function."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def own(x: Tensor) -> Tensor:
-    """This process's part."""
+def to_local(x: Tensor) -> Tensor:
+    """Return this process's shard of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def part(x: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor -> on the device of another, and in parts if that is."""
+def distribute_like(x: Tensor, like: Tensor) -> Tensor:
+    """Move a full tensor to the device of `like`, and shard `x` if `like` is sharded."""
     x = x.to(like.device)
-    return (
-        distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
-    )
+    if isinstance(like, DTensor):
+        return distribute_tensor(x, like.device_mesh, like.placements)
+    return x

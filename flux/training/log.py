@@ -1,72 +1,84 @@
-"""What a run of scripts/train.py says, on the terminal and in its folder."""
+"""The reports of a training run: lines on the terminal, a CSV file, and a chart of the loss."""
 
 import csv
+import importlib.util
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from tqdm import tqdm
 
-from flux.parity.plots import Drawing, Label, Line, LogScale
-from flux.training import distributed as processes
+from flux.training.distributed import rank
+
+WINDOW = 50  # steps of the moving mean in the chart
 
 
-def say(text: str) -> None:
-    if processes.rank() == 0:
+def report(text: str) -> None:
+    """Print a line to standard error from the first process, without breaking a progress bar."""
+    if rank() == 0:
         tqdm.write(text, file=sys.stderr)
 
 
-def _is_of_a_step(row: list[str]) -> bool:
-    try:
-        return (
-            len(row) == len(Log.NAMES)
-            and row[0].isdecimal()
-            and all(math.isfinite(float(cell)) for cell in row)
-        )
-    except ValueError:
-        return False
+class CSVLog:
+    """A CSV file whose first column is a step number. Only the first process writes the file."""
 
-
-class Log:
-    """loss.csv, a row a step, and the picture of it."""
-
-    NAMES = ("step", "loss", "gradient", "rate", "seconds", "pictures_a_second")
-
-    def __init__(self, path: Path, step: int):
-        """Rows after `step` are of a run that was stopped, and whose steps come again. One process of several has a log."""
-        self.path = path if processes.rank() == 0 else Path(os.devnull)
+    def __init__(self, path: Path, columns: Sequence[str], step: int = 0):
+        """Drop rows after `step`: they belong to a stopped run, whose steps are repeated."""
+        self.path = path if rank() == 0 else Path(os.devnull)
+        self.columns = list(columns)
         rows = list(csv.reader(self.path.open(errors="replace"))) if self.path.exists() else []
-        self.rows = [row for row in rows[1:] if _is_of_a_step(row) and int(row[0]) <= step]
-        if self.path.is_char_device() or rows == [list(self.NAMES), *self.rows]:
+        self.rows = [row for row in rows if self._is_valid(row) and int(row[0]) <= step]
+        if self.path.is_char_device() or rows == [self.columns, *self.rows]:
             return
-        beside = self.path.with_suffix(".part")
-        with beside.open("w", newline="") as file:
-            csv.writer(file).writerows([self.NAMES, *self.rows])
-        beside.replace(self.path)
+        unfinished = self.path.with_suffix(".part")
+        with unfinished.open("w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *self.rows])
+        unfinished.replace(self.path)
+
+    def _is_valid(self, row: list[str]) -> bool:
+        """Return whether the row has a step and finite numbers."""
+        if len(row) != len(self.columns) or not row[0].isdecimal():
+            return False
+        try:
+            return all(math.isfinite(float(cell)) for cell in row)
+        except ValueError:
+            return False
 
     def add(self, step: int, *numbers: float) -> None:
+        """Append a row to the file."""
         self.rows.append([str(step), *(f"{number:.6g}" for number in numbers)])
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(self.rows[-1])
 
-    def plot(self) -> None:
-        """Each step's loss, which mostly tells how hard its times were, and their mean over the last fifty."""
-        losses = [float(row[1]) for row in self.rows]
-        means = [fmean(losses[max(0, i - 49) : i + 1]) for i in range(len(losses))]
-        scale = LogScale.around(losses, 30, 260)
+    def column(self, name: str) -> list[float]:
+        """Return the numbers of one column."""
+        place = self.columns.index(name)
+        return [float(row[place]) for row in self.rows]
 
-        def x(i):
-            return 60 + 560 * i / max(1, len(losses) - 1)
 
-        shapes = [Line([(60, scale(tick)), (620, scale(tick))], "grid") for tick in scale.ticks()]
-        shapes += [Label(54, scale(tick) + 4, f"{tick:g}", anchor="end") for tick in scale.ticks()]
-        for values, colour, width in ((losses, "w3", 1), (means, "first", 2)):
-            shapes.append(
-                Line([(x(i), scale(value)) for i, value in enumerate(values)], colour, width)
-            )
-        shapes.append(
-            Label(620, 285, f"step {self.rows[-1][0]}, mean loss {means[-1]:.4f}", anchor="end")
-        )
-        self.path.with_suffix(".png").write_bytes(Drawing("loss", 640, 300, shapes).png())
+def can_plot() -> bool:
+    """Return whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_loss(log: CSVLog, path: Path) -> None:
+    """Draw the "loss" column and its mean over the last 50 steps into a PNG file.
+
+    The loss of one step depends mostly on the times that were drawn; the mean shows the progress.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    steps, losses = log.column(log.columns[0]), log.column("loss")
+    means = [fmean(losses[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(losses))]
+    figure = Figure(figsize=(6.4, 3), dpi=200, layout="constrained")
+    axes = figure.add_subplot()
+    axes.semilogy(steps, losses, linewidth=0.5, alpha=0.5, label="loss")
+    axes.semilogy(steps, means, label=f"mean of {WINDOW} steps")
+    axes.set_xlabel("step")
+    axes.set_title(f"step {steps[-1]:.0f}, mean loss {means[-1]:.4f}", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

@@ -1,22 +1,24 @@
-"""A LoRA while it is trained: layers beside those of a frozen network, and the names that they have in a file.
+"""A LoRA during training: layers next to those of a frozen network, and their names in a file.
 
-What others have trained, in every layout there is, `lora.py` reads and merges.
+`flux.lora` reads and merges the files of LoRAs, in all published layouts.
 """
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
+from typing import cast
 
 from torch import Tensor, nn
 
 from flux.errors import UserError
-from flux.training.distributed import whole
+from flux.training.distributed import full_tensor
 from flux.transformer import Flux
 from flux.weights.diffusers_names import diffusers_layer, split_block
 from flux.weights.files import preview
 from flux.weights.quantization.linear import QuantizedLinear
 
-TRAINABLE = {  # layers of a block that get a LoRA
+# Layers of a block that get a LoRA.
+TRAINABLE = {
     "img_attn.qkv",
     "img_attn.proj",
     "img_mlp.0",
@@ -31,14 +33,15 @@ TRAINABLE = {  # layers of a block that get a LoRA
 
 
 class LoRALinear(nn.Module):
-    """base(x) + B(A(x)), with B = 0 at first (Hu et al. 2021, arXiv:2106.09685). A and B are float32.
+    """base(x) + B(A(x)), with B = 0 at first (Hu et al. 2021, arXiv:2106.09685). A, B: float32.
 
-    The base may be quantised, and stays so (Dettmers et al. 2023, arXiv:2305.14314).
+    A quantized base stays quantized, as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
     """
 
     def __init__(self, base: nn.Linear | QuantizedLinear, rank: int):
         super().__init__()
-        self.base, device = base, next(chain(base.buffers(), base.parameters())).device
+        self.base = base
+        device = next(chain(base.buffers(), base.parameters())).device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
         nn.init.zeros_(self.lora_B.weight)
@@ -48,40 +51,46 @@ class LoRALinear(nn.Module):
         return base(x) + self.lora_B(self.lora_A(x))
 
 
-def add_lora(network: Flux, rank: int, targets: Sequence[str] = ("*",)) -> list[str]:
-    """Freeze the network, and put a LoRALinear in place of each Linear of attention and MLP that a pattern names: the paths."""
+def add_lora(network: Flux, rank: int, target_modules: Sequence[str] = ("*",)) -> list[str]:
+    """Freeze the network and wrap its attention and MLP layers in LoRALinear; return their paths.
+
+    `target_modules` are patterns of paths, such as "*attn.qkv".
+    """
     network.requires_grad_(False)
     linears = [
         path
         for path, layer in network.named_modules()
         if isinstance(layer, nn.Linear | QuantizedLinear)
     ]
-    able = [path for path in linears if split_block(path)[2] in TRAINABLE]
-    for pattern in targets:
-        if not any(fnmatchcase(path, pattern) for path in able):
+    trainable = [path for path in linears if split_block(path)[2] in TRAINABLE]
+    paths = [p for p in trainable if any(fnmatchcase(p, pattern) for pattern in target_modules)]
+    for pattern in target_modules:
+        if not any(fnmatchcase(path, pattern) for path in trainable):
             raise UserError(
-                f"--targets {pattern}: none of the {len(able)} layers to train ({preview(able)}) has such "
-                "a name; use * for any part of one"
+                f"target_modules: {pattern} matches none of the {len(trainable)} trainable layers "
+                f"({preview(trainable)}). Use * for any part of a name."
             )
-    paths = [path for path in able if any(fnmatchcase(path, pattern) for pattern in targets)]
     for path in paths:
-        network.set_submodule(path, LoRALinear(network.get_submodule(path), rank))
+        base = cast(nn.Linear | QuantizedLinear, network.get_submodule(path))
+        network.set_submodule(path, LoRALinear(base, rank))
     return paths
 
 
-def lora_tensors(network: Flux) -> dict[str, Tensor]:
-    """What was added, by the names of diffusers, which every loader of FLUX LoRAs knows.
+def lora_state_dict(network: Flux) -> dict[str, Tensor]:
+    """Return the trained factors under diffusers' names, which all loaders of FLUX LoRAs know.
 
-    Where a layer of ours is several of theirs, each has a copy of A, and its rows of B.
+    Where one of our layers is several of diffusers', each of these gets a copy of A and its rows
+    of B.
     """
-    tensors, c = {}, network.config
+    tensors: dict[str, Tensor] = {}
+    c = network.config
     for path, layer in network.named_modules():
         if not isinstance(layer, LoRALinear):
             continue
-        a, b = whole(layer.lora_A.weight), whole(layer.lora_B.weight)
+        a, b = full_tensor(layer.lora_A.weight), full_tensor(layer.lora_B.weight)
         for part in diffusers_layer(path, c.shared_modulation, c.hidden_size, len(b)):
             ((start, stop),) = part.rows
-            # cloned: no two tensors in a file may share memory
+            # cloned, because safetensors refuses tensors that share memory
             tensors[f"transformer.{part.name}.lora_A.weight"] = a.clone()
             tensors[f"transformer.{part.name}.lora_B.weight"] = b[start:stop].clone()
     return tensors

@@ -38,8 +38,11 @@ from flux import sampling
 from flux.configs import ModelSpec
 from flux.errors import NonFiniteError, UserError
 from flux.text_encoder import TextFeatures
-from flux.training import lora as adapters
-from flux.training import trainer as training
+from flux.training import loss as training
+from flux.training.checkpoint import load_tensors, save_tensors
+from flux.training.lora import LoRALinear, add_lora, lora_state_dict
+from flux.training.memory import build_for_training, enable_gradient_checkpointing, estimate_memory
+from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
 from flux.transformer import Flux
 from flux.weights.load import init_empty, load_module
 from flux.weights.locate import get_spec
@@ -171,13 +174,16 @@ def measure(spec: ModelSpec, path: Path) -> tuple[list[tuple[str, str]], bool]:
 def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]], bool]:
     """The rows on two steps of a LoRA; whether all of it, and nothing else, has moved. To be run in a process of its own."""
     torch.manual_seed(0)
-    make = partial(training.untrained, spec.transformer, torch.bfloat16, rank)
-    told = training.memory(spec, make, SIDE**2, 1, CPU, torch.bfloat16, ema=False, recompute=True)
+    build = partial(build_for_training, spec.transformer, torch.bfloat16, rank)
+    estimate = estimate_memory(
+        spec, build, SIDE**2, 1, CPU, torch.bfloat16, ema=False, gradient_checkpointing=True
+    )
     network = init_empty(lambda: Flux(spec.transformer))
     load_module(network, [path])
-    adapters.add_lora(network, rank)
-    training.enable_gradient_checkpointing(network)
-    trainer = training.Trainer(network, path.with_name("not saved"), {}, steps=2, rate=1e-4)
+    add_lora(network, rank)
+    enable_gradient_checkpointing(network)
+    optimizer = make_optimizer("adamw", trainable_parameters(network).values(), 1e-4)
+    trainer = Trainer(network, path.with_name("not saved"), {}, [optimizer], warmup_cosine(2))
     steps = []
     with watching("RssAnon") as held:
         for number in range(2):
@@ -198,8 +204,8 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
         ),
         (
             "memory, told in advance",
-            f"at least {gb(told.total)} GB: weights {gb(told.weights)}, gradients and the optimizer "
-            f"{gb(told.states)}, activations {gb(told.activations)}",
+            f"at least {gb(estimate.total)} GB: weights {gb(estimate.weights)}, gradients and the optimizer "
+            f"{gb(estimate.states)}, activations {gb(estimate.activations)}",
         ),
         ("memory at its peak", peak),
         *zip(("first step", "second step"), steps, strict=True),
@@ -210,16 +216,16 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
 
 def result(network: Flux, path: Path) -> tuple[list[tuple[str, str]], bool]:
     """The rows on what training has changed, and on the file of it."""
-    layers = [layer for layer in network.modules() if isinstance(layer, adapters.LoRALinear)]
+    layers = [layer for layer in network.modules() if isinstance(layer, LoRALinear)]
     moved = sum(layer.lora_B.weight.any().item() for layer in layers)  # they were 0
     kept = {
         name.replace(".base.", "."): p
         for name, p in network.named_parameters()
         if not p.requires_grad
     }
-    same = sum(torch.equal(tensor, kept[name]) for name, tensor in training.load(path).items())
+    same = sum(torch.equal(tensor, kept[name]) for name, tensor in load_tensors(path).items())
     file = path.with_name("lora.safetensors")
-    training.write(file, adapters.lora_tensors(network), {"format": "pt"})
+    save_tensors(file, lora_state_dict(network), {"format": "pt"})
     rows = [
         ("moved", f"{moved} of {len(layers)} matrices B"),
         ("as in the file", f"{same} of {len(kept)} tensors of the transformer, bit for bit"),
@@ -230,7 +236,7 @@ def result(network: Flux, path: Path) -> tuple[list[tuple[str, str]], bool]:
 
 def loss_of(spec: ModelSpec, network: Flux, number: int) -> Tensor:
     """Of the n-th drawn picture and caption: in training, both come from the cache, and what has made them is not in memory."""
-    config, draw = spec.transformer, training.generator(0, number)
+    config, draw = spec.transformer, training.seeded_generator(0, number)
 
     def random(*shape):
         return torch.randn(shape, generator=draw)
@@ -238,9 +244,11 @@ def loss_of(spec: ModelSpec, network: Flux, number: int) -> Tensor:
     vector = random(1, config.vector_dim) if config.vector_dim else None
     features = TextFeatures(random(1, spec.text_length, config.context_dim), vector)
     latents, noise = random(2, 1, config.out_channels, SIDE, SIDE)
-    t = training.shifted_times(random(1), training.mu_of(spec, SIDE**2))
-    with training.computing(CPU, torch.bfloat16):
-        velocity = partial(training.velocity, network, training.Batch(latents, features), 1.0)
+    t = training.shifted_times(random(1), training.schedule_mu(spec, SIDE**2))
+    with training.autocast_matmul(CPU, torch.bfloat16):
+        velocity = partial(
+            training.predict_velocity, network, training.Batch(latents, features), 1.0
+        )
         return training.rectified_flow_loss(velocity, latents, t, noise)
 
 

@@ -39,8 +39,8 @@ from flux.autoencoder import AutoEncoder
 from flux.configs import AE, MODELS, ModelSpec
 from flux.errors import NonFiniteError, UserError
 from flux.runtime.devices import can_compile, choose_device
-from flux.training.distillation import teacher_of
-from flux.training.trainer import load, take, write
+from flux.training.checkpoint import load_tensors, save_tensors, strip_prefix
+from flux.training.distillation import make_teacher
 from flux.transformer import Flux
 
 PREFIX = {
@@ -192,13 +192,13 @@ def begin(spec: ModelSpec, start: Path | None) -> Networks:
     if start:
         with torch.device("meta"):
             exported = Flux(spec.transformer)
-        exported.load_state_dict(load(start / spec.transformer_file), assign=True)
-        teacher = teacher_of(exported) if spec.transformer.guidance else exported
+        exported.load_state_dict(load_tensors(start / spec.transformer_file), assign=True)
+        teacher = make_teacher(exported) if spec.transformer.guidance else exported
         networks.transformer.load_state_dict(teacher.state_dict())
         networks.text.near = None  # a T5 that was trained knows them
         for part, (name, *_) in spec.text.networks.items():
             getattr(networks.text, part).load_state_dict(
-                take(load(start / name), PREFIX.get(part, ""))
+                strip_prefix(load_tensors(start / name), PREFIX.get(part, ""))
             )
     return networks
 
@@ -219,7 +219,7 @@ def export(
         }
     for name, tensors in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        write(
+        save_tensors(
             target / name,
             {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()},
             {"format": "pt"},

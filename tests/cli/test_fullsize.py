@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.load_script import script
 
 from flux.configs import MODELS
-from flux.training import lora as adapters
+from flux.training.lora import add_lora
 from flux.transformer import Flux
 from flux.weights.files import read_header
 from flux.weights.load import init_empty, load_module
@@ -95,7 +95,7 @@ def test_what_is_not_finite_is_told(measured, tmp_path, flags):
     assert code == 1 and (
         rows["velocity"].startswith("NOT FINITE")
         if not flags
-        else "at step 1 the loss is nan" in said
+        else "step 1: not finite (loss nan" in said
     )
 
 
@@ -104,7 +104,7 @@ def test_what_has_moved_and_should_not_is_told(measured, tmp_path):
     path = Path(shutil.copy(file, tmp_path))
     network = init_empty(lambda: Flux(MODELS["flux.2-tiny"].transformer))
     load_module(network, [path])
-    count, layers = len(network.state_dict()), adapters.add_lora(network, 2)
+    count, layers = len(network.state_dict()), add_lora(network, 2)
     for layer in layers[1:]:
         network.get_parameter(f"{layer}.lora_B.weight").data[0, 1] = 1e-3
     found, good = fullsize.result(network, path)

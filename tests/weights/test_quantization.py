@@ -44,7 +44,7 @@ from flux.parity.reference import relative_l2
 from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5, T5Config
 from flux.text_encoder import language_model_ignore_keys, t5_ignore_keys
-from flux.training import lora as adapters
+from flux.training.lora import add_lora
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 from flux.weights.load import infer_config, load_module
 from flux.weights.quantization import BlockFP8Linear, FP8Linear, QuantizedLinear, enable_fp8_matmul
@@ -152,7 +152,7 @@ def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_pa
         for p, layer in quantised if whole else ():
             network.set_submodule(p, layer.to_linear(layer.dequantize()))
         torch.manual_seed(0)
-        adapters.add_lora(network, 2)
+        add_lora(network, 2)
         learnt = {n: p for n, p in network.named_parameters() if p.requires_grad}
         for n, p in learnt.items():
             nn.init.normal_(p, std=0.1)

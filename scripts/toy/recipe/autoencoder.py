@@ -13,10 +13,10 @@ from flux import toy as shapes
 from flux.autoencoder import AutoEncoder, pack
 from flux.configs import AutoEncoderConfig
 from flux.errors import UserError
-from flux.training.trainer import load, write
+from flux.training.checkpoint import load_tensors, save_tensors
 from recipe.latents import pictures
 from recipe.pictures import busy_picture, contact_sheet, to_pictures, to_pixels
-from recipe.trainer import Trainer, optimizers
+from recipe.trainer import TimedTrainer, optimizers
 
 EDGES = (
     "conv_in",
@@ -41,11 +41,13 @@ def train_autoencoder(
     """
     torch.manual_seed(0)
     model = AutoEncoder(config)
-    with torch.no_grad():  # start with little posterior noise: at unit variance nothing gets through for hundreds of steps
-        getattr(model.encoder, "quant_conv", model.encoder.conv_out).bias[config.z_channels :] -= 6
+    last = model.encoder.quant_conv or model.encoder.conv_out
+    with torch.no_grad():
+        # little posterior noise: at unit variance nothing gets through for hundreds of steps
+        last.bias[config.z_channels :] -= 6
     finished, changed = run / "ae.safetensors", False
     if finished.exists() or start:
-        tensors = load(finished if finished.exists() else start)
+        tensors = load_tensors(finished if finished.exists() else start)
         if changed := config.scale_factor is not None and "encoder.quant_conv.weight" in tensors:
             model = in_flux1(tensors, config)
         else:
@@ -65,7 +67,7 @@ def train_autoencoder(
         data[i] = (
             shapes.draw(next(scenes), SIZE, SIZE, rng) if i % 5 < 3 else busy_picture(rng, SIZE)
         )
-    trainer = Trainer(
+    trainer = TimedTrainer(
         model,
         optimizers(model, 2e-3, 2e-3, EDGES),
         run / "autoencoder.safetensors",
@@ -100,7 +102,7 @@ def train_autoencoder(
 
     trainer.run(loss, sheet=sheet)
     measure_statistics(model, data[np.arange(count) % 5 < 3][:512])
-    write(finished, model.state_dict())
+    save_tensors(finished, model.state_dict())
     return model
 
 
@@ -124,11 +126,11 @@ def train_decoder(
     run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder, count: int = 3000
 ) -> None:
     """The decoder alone, on whole pictures and their exact latents: these stay as they are, so the transformer fits still."""
-    tensors = load(run / f"latents-{SIZE}x{SIZE}.safetensors")
+    tensors = load_tensors(run / f"latents-{SIZE}x{SIZE}.safetensors")
     latents = tensors["latents"][tensors["pictures"][:count, 0]]
     layouts = [layout for _, (layout,) in itertools.islice(pictures(SIZE, SIZE), len(latents))]
     decoder = autoencoder.decoder.requires_grad_(True)
-    trainer = Trainer(
+    trainer = TimedTrainer(
         decoder,
         optimizers(decoder, 2e-3, 1e-3, EDGES),
         run / "decoder.safetensors",

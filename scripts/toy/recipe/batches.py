@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux.training.trainer import load
+from flux.training.checkpoint import load_tensors
 from recipe.latents import EDITS, SCENES
 from recipe.text import Words
 
@@ -69,7 +69,7 @@ class Pictures:
     """All of one size, or all edits of a kind."""
 
     def __init__(self, path: Path):
-        self.tensors = load(path)
+        self.tensors = load_tensors(path)
         self.sides = np.array(self.tensors["latents"].shape[-2:])
         self.references = self.tensors["pictures"].shape[1] - 1
         boxes = self.tensors["boxes"].numpy()[self.tensors["pictures"].numpy()]  # (N, 1 + R, 4)

@@ -14,7 +14,7 @@ from flux import toy as shapes
 from flux.autoencoder import AutoEncoder
 from flux.toy.drawing import TOKEN, ink, spelled
 from flux.toy.scenes import LETTERS
-from flux.training.trainer import write
+from flux.training.checkpoint import save_tensors
 from recipe.pictures import to_pixels
 from recipe.text import Tokenizer
 from recipe.trainer import bfloat16_is_faster, device_of
@@ -143,4 +143,4 @@ def encode_all(run: Path, model: AutoEncoder, words: Tokenizer, edited: bool = T
             boxes.append(torch.tensor(box(covers)))
         some_of_it = dict(latents=latents, things=things, covered=covered, boxes=boxes)
         of_pictures = {name: torch.stack(tensors) for name, tensors in some_of_it.items()}
-        write(path, of_pictures | words(texts) | {"pictures": torch.tensor(which)})
+        save_tensors(path, of_pictures | words(texts) | {"pictures": torch.tensor(which)})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recipe.latents import SCENES
 from recipe.networks import EDGES, RATE
 from recipe.text import NEAR, TextEncoder
-from recipe.trainer import Trainer, device_of, optimizers
+from recipe.trainer import TimedTrainer, device_of, optimizers
 
 CAPTIONS = 64  # a step
 
@@ -28,7 +28,7 @@ def train_neighbours(run: Path, text: TextEncoder, minutes: float) -> None:
         some = ids[torch.randint(len(ids), (CAPTIONS,))].to(device)
         return neighbours_loss(text, text.t5(some), some)
 
-    trainer = Trainer(
+    trainer = TimedTrainer(
         model,
         optimizers(model, RATE, RATE / 3, EDGES),
         run / "neighbours.safetensors",

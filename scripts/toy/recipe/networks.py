@@ -11,8 +11,8 @@ from flux import sampling
 from flux.conditioning import reference_tokens
 from flux.configs import ModelSpec
 from flux.text_encoder import TextFeatures
-from flux.training import trainer as training
-from flux.training.trainer import Batch
+from flux.training import loss as training
+from flux.training.loss import Batch
 from flux.transformer import Flux
 from recipe.latents import PART, THINGS, TOKEN
 from recipe.text import TextEncoder
@@ -70,7 +70,7 @@ class Networks(nn.Module):
         tokens = (
             (None, None) if references is None else reference_tokens(references.unbind(1), axes)
         )
-        velocity = training.velocity(
+        velocity = training.predict_velocity(
             self.transformer, Batch(x, features, *tokens), guidance, x, t, corner
         )
         self.hidden = self.hidden[:, features.tokens.shape[1] :]

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux.training.distillation import guidance_distillation_loss, student_of
+from flux.training.distillation import guidance_distillation_loss, make_student
 from flux.transformer import Flux
 from recipe.batches import Batches
 from recipe.networks import EDGES, RATE, Networks, expanded, some_times
 from recipe.samples import Sampler
-from recipe.trainer import Trainer, device_of, optimizers
+from recipe.trainer import TimedTrainer, device_of, optimizers
 
 GUIDANCE = 1.0, 6.0  # that it is told: any between these, as often
 
@@ -22,7 +22,7 @@ def train_student(
 
     Some captions are left out here too, and guidance then does nothing: so negative prompts can be used with the student.
     """
-    student, device = student_of(networks.transformer), device_of(networks)
+    student, device = make_student(networks.transformer), device_of(networks)
     networks.requires_grad_(False)
     pupil = Networks(student.to(device), networks.text)  # reads the same features
     if compiled:
@@ -51,7 +51,7 @@ def train_student(
         )
 
     path = run / "student.safetensors"
-    trainer = Trainer(
+    trainer = TimedTrainer(
         student,
         optimizers(student, RATE / 2, RATE / 6, EDGES),
         path,

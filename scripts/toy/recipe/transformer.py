@@ -11,7 +11,7 @@ from recipe.batches import Batches
 from recipe.neighbours import neighbours_loss
 from recipe.networks import EDGES, RATE, Networks, changed_loss, flow_loss, shown_loss
 from recipe.samples import Sampler
-from recipe.trainer import COOLING, Trainer, device_of, optimizers
+from recipe.trainer import COOLING, TimedTrainer, device_of, optimizers
 
 SHOWN = 0.2  # weight of `shown_loss`, and of `changed_loss` for edits of one picture
 NEIGHBOURS = 0.1  # and of `neighbours_loss`, for a T5 that is new
@@ -50,7 +50,7 @@ def train_transformer(
             )
         return loss
 
-    trainer = Trainer(
+    trainer = TimedTrainer(
         networks,
         optimizers(networks, RATE, RATE / 3, EDGES),
         path,

@@ -1,0 +1,139 @@
+"""The memory of a training step, counted in a forward pass of fake tensors; gradient checkpointing.
+
+Fake tensors have shapes and no storage, so the largest model is counted in a second.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from flux.configs import ModelSpec
+from flux.text_encoder import TextFeatures
+from flux.training.lora import add_lora
+from flux.training.loss import (
+    Batch,
+    attention_backend,
+    autocast,
+    predict_velocity,
+    rectified_flow_loss,
+)
+from flux.transformer import Flux, FluxConfig
+
+
+def enable_gradient_checkpointing(network: Flux) -> None:
+    """Keep only the input of each block for the backward pass, which computes the block again."""
+    device = network.img_in.weight.device
+
+    def contexts():  # of the first forward pass, and of the repeated one
+        return nullcontext(), attention_backend(device)
+
+    for block in (*network.double_blocks, *network.single_blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes of a training step, by use."""
+
+    weights: int
+    states: int  # gradients, the optimizer's state and the average of the trained weights
+    activations: int  # saved by the forward pass for the backward pass
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def build_for_training(
+    config: FluxConfig,
+    dtype: torch.dtype,
+    lora_rank: int | None = None,
+    target_modules: Sequence[str] = ("*",),
+) -> Flux:
+    """Return a network with the shapes and dtypes of training, and random weights."""
+    network = Flux(config)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if lora_rank:
+        add_lora(network, lora_rank, target_modules)
+    return network
+
+
+def optimizer_state_bytes(optimizer: str, p: Tensor) -> int:
+    """Return the bytes of the state that an optimizer of OPTIMIZERS keeps for a parameter."""
+    if optimizer == "adamw" or p.numel() < 4096:  # bitsandbytes keeps small moments in float32
+        return 2 * p.nbytes
+    scales = 4 * math.ceil(p.numel() / 256)  # a float32 scale for every 256 values
+    return 2 * (p.numel() + scales)
+
+
+def estimate_memory(
+    spec: ModelSpec,
+    build: Callable[[], Flux],
+    tokens: int,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    ema: bool,
+    gradient_checkpointing: bool,
+    optimizer: str = "adamw",
+) -> TrainingMemory:
+    """Return a lower bound of the memory of a training step.
+
+    `build` returns the network that is trained; `tokens` counts an image and its references. With
+    `gradient_checkpointing`, the inputs of all blocks are kept, and the rest of one block.
+    """
+    c = spec.transformer
+    saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    block_bytes: list[int] = []  # saved inside each block
+    stream_bytes: list[int] = []  # the output of each block, which is the next one's input
+
+    def saved_bytes() -> int:
+        return sum(storage.nbytes() for storage in saved.values())
+
+    def save(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage
+        return x
+
+    def before_block(block: nn.Module, inputs: tuple) -> None:
+        block_bytes.append(saved_bytes())
+
+    def after_block(block: nn.Module, inputs: tuple, out: Tensor | tuple[Tensor, ...]) -> None:
+        block_bytes[-1] = saved_bytes() - block_bytes[-1]
+        outputs = out if isinstance(out, tuple) else (out,)
+        stream_bytes.append(sum(x.nbytes for x in outputs))
+
+    with FakeTensorMode():
+        network = build()
+        weights = {p.untyped_storage()._cdata for p in network.parameters()}
+        for block in (*network.double_blocks, *network.single_blocks):
+            block.register_forward_pre_hook(before_block)
+            block.register_forward_hook(after_block)
+        vector = None if c.vector_dim is None else torch.zeros(batch_size, c.vector_dim)
+        features = TextFeatures(torch.zeros(batch_size, spec.text_length, c.context_dim), vector)
+        latents, t = torch.zeros(batch_size, c.out_channels, 1, tokens), torch.zeros(batch_size)
+        batch = Batch(latents, features)
+        if c.in_channels > c.out_channels:
+            extra = c.in_channels - c.out_channels
+            batch = batch._replace(channels=torch.zeros(batch_size, tokens, extra))
+        attention = SDPBackend.MATH if device.type == "cpu" else SDPBackend.FLASH_ATTENTION
+        with saved_tensors_hooks(save, lambda x: x), sdpa_kernel(attention), autocast("cpu", dtype):
+            rectified_flow_loss(partial(predict_velocity, network, batch, 1.0), latents, t, latents)
+        activations = saved_bytes()
+        if gradient_checkpointing:
+            activations -= sum(block_bytes) - max(block_bytes) - sum(stream_bytes)
+        states = 0
+        for p in network.parameters():
+            if p.requires_grad:
+                states += (1 + ema) * p.nbytes + optimizer_state_bytes(optimizer, p)
+        return TrainingMemory(sum(p.nbytes for p in network.parameters()), states, activations)

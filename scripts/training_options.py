@@ -1,0 +1,488 @@
+"""The flags of scripts/train.py: their defaults for each model, and the checks before training."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from command_line import add_hidden_alias, with_flags
+
+import flux
+from flux.errors import UserError
+from flux.image_io import control
+from flux.runtime.devices import available_memory
+from flux.training import dataset, distributed
+from flux.training.log import report
+from flux.training.memory import build_for_training, estimate_memory
+from flux.training.trainer import OPTIMIZERS, optimizer_class
+from flux.transformer import Flux
+from flux.weights.files import shard_files
+from flux.weights.load import infer_config, init_empty, load_module
+from flux.weights.locate import with_transformer
+from flux.weights.quantization import QuantizedLinear
+
+# The library's arguments -> flags, for messages.
+FLAGS = {
+    "batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--gradient-accumulation-steps",
+    "ema": "--ema",
+    "guidance": "--guidance",
+    "guidance_range": "--guidance-range",
+    "caption_dropout": "--caption-dropout",
+    "distill": "--distill",
+    "train_at_guidance": "--train-at-guidance",
+    "seed": "--seed",
+    "dtype": "--dtype",
+    "device": "--device",
+    "model": "--model",
+    "weights": "--weights",
+    "transformer": "--transformer",
+    "optimizer": "--optimizer",
+    "target_modules": "--target-modules",
+    "size": "--size",
+    "prompt": "--prompt",
+}
+OLD_FLAGS = {
+    "--batch": "--batch-size",
+    "--accumulate": "--gradient-accumulation-steps",
+    "--checkpointing": "--gradient-checkpointing",
+    "--targets": "--target-modules",
+    "--drop-captions": "--caption-dropout",
+    "--guided": "--train-at-guidance",
+}
+# Names in the config of checkpoints that were written before the flags were renamed.
+OLD_CONFIG_NAMES = {
+    "pictures": "images",
+    "--batch": "batch_size",
+    "--accumulate": "gradient_accumulation_steps",
+    "--ema": "ema",
+    "--guidance": "guidance",
+    "--guidance-range": "guidance_range",
+    "--drop-captions": "caption_dropout",
+    "--seed": "seed",
+    "--dtype": "dtype",
+    "--distill": "distill",
+    "--guided": "train_at_guidance",
+}
+QUANTIZED = "is quantized, but weights are trained in float32. Use the model's bfloat16 file."
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of scripts/train.py."""
+    p = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = p.add_argument
+    add("images", type=Path, help="folder of images and captions")
+    add("run", type=Path, help="folder for all results; a run in this folder is resumed")
+    add("--model", metavar="NAME", help="default: flux.2-tiny, an embedded toy")
+    add("--weights", type=Path, metavar="DIR", help="folder of the models' files, as for sample.py")
+    add("--transformer", type=Path, metavar="FILE", help="start from this file, in BFL's layout")
+    add("--device", help="default: the fastest available")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="dtype of matrix products (default: bfloat16; float32 for the toy)",
+    )
+    add = p.add_argument_group("trained weights").add_argument
+    add(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="train a LoRA of this rank (default: all weights, in float32)",
+    )
+    add(
+        "--target-modules",
+        action="append",
+        metavar="PATTERN",
+        help="layers with a LoRA, such as '*attn.qkv' (repeatable; default: attention and MLP)",
+    )
+    add("--ema", type=float, metavar="D", help="export a moving average of the weights, of decay D")
+    add(
+        "--distill",
+        metavar="TEACHER",
+        help="train a student with a guidance embedding to match this model, or this transformer "
+        "FILE, with classifier-free guidance (starts from its teacher, or --transformer)",
+    )
+    add = p.add_argument_group("training").add_argument
+    add("--steps", type=int, default=1000, help="default: 1000")
+    add(
+        "--lr",
+        type=float,
+        help="learning rate after warm-up, on a cosine schedule (default: 1e-4 for a LoRA, else "
+        "1e-5)",
+    )
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="default: adamw; adamw8bit needs a quarter of the memory, and bitsandbytes",
+    )
+    add("--warmup", type=int, default=50, metavar="STEPS", help="default: 50")
+    add("--batch-size", type=int, default=1, metavar="N", help="images in a batch (default: 1)")
+    add(
+        "--gradient-accumulation-steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="batches in a step (default: 1)",
+    )
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute each block again in the backward pass, to save memory",
+    )
+    add(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="scale images to PIXELS², keeping the aspect ratio (default: the model's size)",
+    )
+    add(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="value of the guidance input during training (default: 1)",
+    )
+    add(
+        "--guidance-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="draw the guidance of each image, with --distill (default: 1 5) or "
+        "--train-at-guidance",
+    )
+    add(
+        "--train-at-guidance",
+        action="store_true",
+        help="train a guidance-distilled model at inference guidance (--guidance; default: the "
+        "model's), which keeps it distilled",
+    )
+    add(
+        "--caption-dropout",
+        type=float,
+        metavar="P",
+        help="share of captions left out, for classifier-free guidance (default: 0.1 for models "
+        "that use CFG and for --distill, else 0)",
+    )
+    add("--seed", type=int, default=0)
+    add = p.add_argument_group("files").add_argument
+    add(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of latents and text features (default: RUN/cache)",
+    )
+    add("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    add(
+        "--save-every",
+        type=int,
+        default=250,
+        metavar="STEPS",
+        help="write a checkpoint (default: 250)",
+    )
+    add(
+        "--sample-every",
+        type=int,
+        default=250,
+        metavar="STEPS",
+        help="sample images; 0: none (default: 250)",
+    )
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="prompt of a sample image (repeatable; default: the first captions)",
+    )
+    for old, new in OLD_FLAGS.items():
+        add_hidden_alias(p, old, new)
+    return p
+
+
+def load_pipeline(args: argparse.Namespace) -> flux.Pipeline:
+    """Load the model. With --distill, the pipeline holds the teacher."""
+    device = distributed.init(args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.distill is None:
+        return flux.load(args.model, args.weights, device, dtype, transformer=args.transformer)
+    if args.distill.lower() in flux.MODELS:
+        if args.model:
+            raise UserError(
+                f"--distill: {args.distill} is a model already. Leave --model {args.model} out."
+            )
+        return flux.load(args.distill, args.weights, device, dtype)
+    if not Path(args.distill).exists():
+        raise UserError(
+            f"--distill: no model or file is called {args.distill}. Models: "
+            + ", ".join(flux.MODELS)
+        )
+    try:
+        return flux.load(args.model, args.weights, device, dtype, transformer=args.distill)
+    except UserError as error:
+        message = with_flags(str(error), FLAGS | {"transformer": "--distill"})
+        raise UserError(message.replace("--transformer", "--distill")) from None
+
+
+# ------------------------------------------------------------------------ checks without the model
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise UserError if a number is out of range, or two flags contradict each other."""
+    minimum = dict(
+        steps=1,
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        save_every=1,
+        lora_rank=1,
+        warmup=0,
+        sample_every=0,
+        seed=0,
+    )
+    for name, least in minimum.items():
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is None:
+            continue
+        if value < least:
+            raise UserError(f"{flag}: must be at least {least} (got {value})")
+        if value >= 2**63:
+            raise UserError(f"{flag}: must be at most 2^63 - 1 (got {value})")
+    if args.target_modules and not args.lora_rank:
+        raise UserError("--target-modules: selects layers for a LoRA. Add --lora-rank.")
+    if args.ema is not None and not 0 < args.ema < 1:
+        raise UserError(f"--ema: must be between 0 and 1 (got {args.ema:g}). Use 0.999.")
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise UserError(f"--lr: must be between 0 and 1 (got {args.lr:g}). Use 1e-4.")
+    if args.caption_dropout is not None and not 0 <= args.caption_dropout <= 1:
+        raise UserError(f"--caption-dropout: must be from 0 to 1 (got {args.caption_dropout:g})")
+    if args.size is not None and (args.size % 16 or not 64 <= args.size <= 2048):
+        raise UserError(f"--size: must be a multiple of 16 from 64 to 2048 (got {args.size})")
+    optimizer_class(args.optimizer)
+    check_guidance(args)
+
+
+def check_guidance(args: argparse.Namespace) -> None:
+    """Check the flags about guidance, as far as they do not depend on the model."""
+    low, high = args.guidance_range or (1, 1)
+    if not 1 <= low <= high <= 100:
+        raise UserError(
+            f"--guidance-range: must be the lowest and the highest value, from 1 to 100 "
+            f"(got {low:g} {high:g})"
+        )
+    if args.guidance_range and not (args.distill or args.train_at_guidance):
+        raise UserError(
+            "--guidance-range: needs --distill or --train-at-guidance. Add one of them, or leave "
+            "it out."
+        )
+    if args.guidance is not None and not 0 <= args.guidance <= 100:
+        raise UserError(f"--guidance: must be from 0 to 100 (got {args.guidance:g})")
+    if args.guidance is not None and (args.guidance_range or args.distill):
+        raise UserError(
+            "--guidance: is one value, but this run draws values from a range. Leave it out, or "
+            "use --guidance-range G G."
+        )
+    if args.distill and args.train_at_guidance:
+        raise UserError("--distill: has a loss of its own. Leave --train-at-guidance out.")
+    if args.distill and args.lora_rank:
+        raise UserError("--distill: trains all weights. Leave --lora-rank out.")
+    if args.train_at_guidance and args.caption_dropout:
+        raise UserError(
+            "--train-at-guidance: compares with the velocity without a caption, and does not train "
+            "it. Leave --caption-dropout out."
+        )
+
+
+# ------------------------------------------------------------------------------ checks of the model
+
+
+def resolve(
+    args: argparse.Namespace, pipe: flux.Pipeline, samples: Sequence[dataset.Sample]
+) -> None:
+    """Set the defaults that depend on the model. UserError for what the model does not support."""
+    spec = pipe.spec
+    check_quantization(args, pipe)
+    resolve_guidance(args, pipe)
+    check_samples(args, pipe, samples)
+    if spec.distilled:
+        report(
+            f"note: {spec.name}: {spec.distilled}, which this loss does not preserve. Train a base "
+            "or dev model instead."
+        )
+    processes = distributed.world_size()
+    if args.batch_size % processes:
+        raise UserError(
+            f"--batch-size: must be a multiple of the {processes} processes (got {args.batch_size})"
+        )
+    if processes > 1:
+        if args.optimizer != "adamw":
+            raise UserError(f"--optimizer: {args.optimizer} runs in one process only. Use adamw.")
+        args.sample_every = 0
+        report("note: no sample images: each of the processes would need all weights")
+        pipe.transformer.device = torch.device("cpu")  # the processes take their shards from there
+    if not args.lora_rank and not args.distill:
+        pipe.transformer.dtype = torch.float32  # master weights
+    args.size = args.size or spec.size
+    args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
+    if args.caption_dropout is None:
+        args.caption_dropout = 0.1 if spec.cfg or args.distill else 0.0
+
+
+def check_quantization(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
+    """A quantized transformer is trained by a LoRA only, in one process."""
+    if not is_quantized(pipe.transformer.shapes):
+        return
+    file = pipe.files["transformer"][0]
+    if not args.lora_rank:
+        other = "" if args.distill else " Or train a LoRA with --lora-rank."
+        raise UserError(f"{file}: {QUANTIZED}{other}")
+    if distributed.world_size() > 1:
+        raise UserError(f"{file}: is quantized, and trained in one process only. Run one process.")
+
+
+def check_samples(
+    args: argparse.Namespace, pipe: flux.Pipeline, samples: Sequence[dataset.Sample]
+) -> None:
+    """Raise UserError if the model cannot be trained, or does not read what the samples have."""
+    spec = pipe.spec
+    if spec.image_mode in ("control", "redux") and spec.addon:
+        addon = "an image encoder" if spec.image_mode == "redux" else "a LoRA"
+        raise UserError(
+            f"model: {spec.name} is flux.1-dev with {addon}, which cannot be trained here. "
+            "Use another model."
+        )
+    for field, mode in (("control", "control"), ("mask", "fill")):
+        if any(getattr(sample, field) for sample in samples) and spec.image_mode != mode:
+            able = [s.name for s in flux.MODELS.values() if s.image_mode == mode and not s.addon]
+            raise UserError(
+                f"{args.images}: has samples with a {field}, which {spec.name} does not read. "
+                f"Use {', '.join(able)}."
+            )
+    if spec.image_mode == "control" and not all(sample.control for sample in samples):
+        control.check(spec.control)
+    most = max(len(sample.references) for sample in samples)
+    if most and (spec.image_mode != "reference" or spec.kv_cached_references):
+        able = [
+            s.name
+            for s in flux.MODELS.values()
+            if s.image_mode == "reference" and not s.kv_cached_references
+        ]
+        raise UserError(
+            f"{args.images}: has references, which cannot be used to train {spec.name}. "
+            f"Use {', '.join(able)}."
+        )
+    if spec.flux1 and most > 1:
+        raise UserError(
+            f"{args.images}: has samples with {most} references, but {spec.name} reads one"
+        )
+
+
+def resolve_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
+    """Set the guidance input. With --distill, make the pipeline's row that of a student."""
+    spec = pipe.spec
+    if args.distill:
+        if spec.transformer.guidance:
+            raise UserError(
+                f"--distill: {args.distill} has a guidance embedding, so its guidance is distilled "
+                "already. Use a teacher with classifier-free guidance."
+            )
+        args.guidance_range = args.guidance_range or (1.0, 5.0)
+        default = spec.guidance or sum(args.guidance_range) / 2
+        pipe.spec = with_transformer(
+            replace(spec, guidance=default), replace(spec.transformer, guidance=True)
+        )
+        if args.transformer:
+            load_student(args, pipe)
+    elif not spec.transformer.guidance and (args.train_at_guidance or args.guidance is not None):
+        flag = "--train-at-guidance" if args.train_at_guidance else "--guidance"
+        raise UserError(f"{flag}: {spec.name} has no guidance embedding. Leave it out.")
+    # At guidance 1 a guidance-distilled model predicts the plain velocity of the data, which is the
+    # target of the plain loss. At other values that loss would teach it to ignore guidance.
+    if args.guidance is None:
+        args.guidance = spec.guidance if args.train_at_guidance else 1.0
+    args.guidance_range = tuple(args.guidance_range or (args.guidance, args.guidance))
+    if args.train_at_guidance and not (args.guidance or 0) >= 1:
+        raise UserError(
+            "--guidance: must be at least 1 with --train-at-guidance "
+            f"(got {args.guidance or 0:g}). Use 3.5."
+        )
+
+
+def load_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
+    """Load the student of --transformer. UserError if its shape is not that of a student."""
+    config = infer_config(args.transformer)
+    if config != pipe.spec.transformer:
+        fault = "has another shape" if config.guidance else "has no guidance embedding"
+        raise UserError(
+            f"{args.transformer}: is not a student of {args.distill}: it {fault}. Leave "
+            "--transformer out to start from the teacher."
+        )
+    student = init_empty(lambda: Flux(config))
+    files, prefixes = shard_files(args.transformer), ("", "model.diffusion_model.")
+    load_module(student, files, dtype=torch.float32, prefixes=prefixes)
+    if is_quantized(student):
+        raise UserError(f"{args.transformer}: {QUANTIZED}")
+    return student
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Return whether any layer is quantized."""
+    return any(isinstance(layer, QuantizedLinear) for layer in module.modules())
+
+
+def check_memory(
+    args: argparse.Namespace, pipe: flux.Pipeline, samples: Sequence[dataset.Sample]
+) -> None:
+    """Report the memory of a step. UserError if more is needed than free."""
+    dtype = pipe.transformer.dtype if args.lora_rank else torch.float32
+    build = partial(
+        build_for_training,
+        pipe.spec.transformer,
+        dtype,
+        args.lora_rank,
+        args.target_modules or ["*"],
+    )
+    processes = distributed.world_size()
+    images = 1 + max(len(sample.references) for sample in samples)
+    memory = estimate_memory(
+        pipe.spec,
+        build,
+        tokens=(args.size // 16) ** 2 * images,
+        batch_size=args.batch_size // processes,
+        device=pipe.device,
+        dtype=pipe.dtype,
+        ema=args.ema is not None,
+        gradient_checkpointing=args.gradient_checkpointing,
+        optimizer=args.optimizer,
+    )
+    weights = memory.weights
+    if is_quantized(pipe.transformer.shapes):
+        weights = pipe.transformer.nbytes
+    if args.distill:
+        weights += pipe.transformer.nbytes  # the teacher's
+    memory = memory._replace(weights=weights // processes, states=memory.states // processes)
+    free = available_memory(pipe.device).device
+    report(
+        f"memory: weights {gb(memory.weights)}, gradients and optimizer {gb(memory.states)}, "
+        f"activations {gb(memory.activations)}: at least {gb(memory.total)} GB of {gb(free)}"
+    )
+    if memory.total > free:
+        advice = {
+            "--gradient-checkpointing": not args.gradient_checkpointing,
+            "a smaller --size": True,
+            "a smaller --batch-size": args.batch_size > 1,
+            "--lora-rank": not args.lora_rank,
+            "--optimizer adamw8bit": args.optimizer == "adamw" and processes == 1,
+        }
+        raise UserError(
+            f"not enough memory: training {pipe.spec.name} needs at least {gb(memory.total)} GB, "
+            f"and {gb(free)} GB are free. Use "
+            f"{' or '.join(words for words, helps in advice.items() if helps)}."
+        )
+
+
+def gb(size: float) -> str:
+    """Format a number of bytes in GB (10^9 bytes), without the unit."""
+    return f"{size / 1e9:.3g}"
