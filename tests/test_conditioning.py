@@ -282,7 +282,7 @@ def test_kontext_with_several_references_equals_diffusers_networks(models):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_pictures_of_redux_share_one(models, count):
+def test_images_of_redux_share_one(models, count):
     """Without weights: the mean of diffusers' tokens of each alone (diffusers itself sums them)."""
     model = models("flux.1-redux-dev")
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2), photo(64, 64, seed=3)][:count]

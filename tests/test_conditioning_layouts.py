@@ -281,7 +281,7 @@ def test_ids_and_order_of_references():
     assert ids[::3, 0].tolist() == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
 
 
-def test_fill_sees_noise_masked_picture_and_soft_mask(zoo):
+def test_fill_sees_noise_masked_image_and_soft_mask(zoo):
     """The network's 64 + 64 + 256 channels, in the order of BFL's prepare_fill and denoise.
 
     The image is masked in [-1, 1], so that a hole is mid-gray. All 16x16 mask values of a token are
@@ -329,7 +329,7 @@ def test_fill_sees_noise_masked_picture_and_soft_mask(zoo):
         (CANNY_LORA, {}),
     ],
 )
-def test_pictures_are_encoded_in_float32_whatever_the_dtype(zoo, name, options):
+def test_images_are_encoded_in_float32_whatever_the_dtype(zoo, name, options):
     """In bfloat16, latents would be off by some per cent."""
     pictures = ImageInputs((photo(90, 70),), **options)
     exact = zoo.pipe(name).condition(pictures).tensors
@@ -397,7 +397,7 @@ SHOWN = {  # a picture, and what it shows
 
 @pytest.mark.parametrize("kind", SHOWN)
 @pytest.mark.parametrize("name", [DEV, KLEIN])
-def test_pictures_in_any_mode_are_what_they_show(zoo, name, kind):
+def test_images_in_any_mode_are_what_they_show(zoo, name, kind):
     """As from files. Pillow's own conversion would make 16 bits white, and transparency black."""
     picture, shown = SHOWN[kind]
     expected = zoo.pipe(name).condition(ImageInputs((shown,))).tensors
@@ -434,14 +434,14 @@ def test_masks_in_any_mode_are_what_they_show(zoo):
     ],
 )
 @pytest.mark.parametrize("name", [DEV, FILL])
-def test_masks_that_may_not_be_are_told(zoo, name, mask, words):
+def test_masks_that_may_not_be_are_refused(zoo, name, mask, words):
     assert words in refusal(
         zoo.pipe(name), "a cat", images=ImageInputs((photo(WIDTH, HEIGHT),), mask)
     )
 
 
 @pytest.mark.parametrize("name", [DEV, KLEIN])
-def test_a_mask_that_no_latent_sees_is_told(zoo, name):
+def test_a_mask_that_no_latent_sees_is_refused(zoo, name):
     """It would change nothing but what the autoencoder changes."""
     thin = Image.new("L", (WIDTH, HEIGHT))
     thin.paste(255, (17, 0, 19, HEIGHT))
@@ -450,7 +450,7 @@ def test_a_mask_that_no_latent_sees_is_told(zoo, name):
     )
 
 
-def test_a_picture_that_is_stretched_is_noted(zoo):
+def test_a_image_that_is_stretched_is_noted(zoo):
     given = ImageInputs((photo(WIDTH, HEIGHT),), strength=0.5)
     with pytest.warns(
         UserWarning, match=f"the image of {WIDTH}x{HEIGHT} is stretched to 64x128: leave"
@@ -462,7 +462,7 @@ def test_a_picture_that_is_stretched_is_noted(zoo):
 
 
 @pytest.mark.parametrize("name", [FILL, CANNY, CANNY_LORA, REDUX])
-def test_models_that_need_a_picture_say_so(zoo, name):
+def test_models_that_need_a_image_say_so(zoo, name):
     pipe = zoo.pipe(name)
     assert refusal(pipe, "a cat") == f"images: {name} needs an image. Pass one."
     assert f"{name} takes" in refusal(pipe, "a cat", images=ImageInputs(()))
@@ -485,7 +485,7 @@ def test_conditions_have_their_size(zoo, name):
     assert one.tobytes() == other.tobytes()
 
 
-def test_pictures_for_another_number_of_prompts_are_told(zoo):
+def test_images_for_another_number_of_prompts_are_refused(zoo):
     pipe, one = zoo.pipe(KLEIN), ImageInputs((photo(WIDTH, HEIGHT),))
     for prompts, pictures in (
         ("a cat", [one, one]),

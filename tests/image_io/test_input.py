@@ -308,7 +308,7 @@ def test_file_without_rights_is_refused(tmp_path, read, monkeypatch):
         b"%PDF-1.7",
     ],
 )
-def test_what_is_no_picture_is_refused(tmp_path, read, content):
+def test_what_is_no_image_is_refused(tmp_path, read, content):
     (path := tmp_path / "a.png").write_bytes(content)
     with pytest.raises(
         UserError, match="a.png: is not an image of a supported format. Save it as PNG"
@@ -316,7 +316,7 @@ def test_what_is_no_picture_is_refused(tmp_path, read, content):
         read(path)
 
 
-def test_pictures_that_are_programs_are_not_run(tmp_path):
+def test_images_that_are_programs_are_not_run(tmp_path):
     """Pillow would have Ghostscript draw this."""
     flat(8, 8).save(path := tmp_path / "a.eps")
     with pytest.raises(UserError, match="is not an image of a supported format"):
@@ -685,7 +685,7 @@ def test_soft_masks_blend():
 # ------------------------------------------------------------------------------ in memory
 
 
-def test_pictures_in_memory_are_named_in_general():
+def test_images_in_memory_are_named_in_general():
     with pytest.warns(UserWarning, match="images: transparent parts"):
         assert levels(inputs.as_image(transparent("RGBA")[0]))[2] == [255, 255, 255]
     with pytest.raises(UserError, match="mask: a mask must be opaque"):

@@ -55,7 +55,7 @@ def test_literal_levels():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pictures_keep_their_order_and_axes(dtype):
+def test_images_keep_their_order_and_axes(dtype):
     pixels = torch.full((2, 3, 4, 6), -1.0, dtype=dtype)
     pixels[1, 2, 3, 5] = 1  # second picture, blue, last row, last column
     first, second = images.to_images(pixels)
@@ -65,7 +65,7 @@ def test_pictures_keep_their_order_and_axes(dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_pixels_that_are_not_finite_are_no_picture(value):
+def test_pixels_that_are_not_finite_are_no_image(value):
     pixels = torch.zeros(1, 3, 4, 4)
     pixels[0, 1, 2, 3] = value
     with pytest.raises(NonFiniteError, match="float32"):
@@ -75,7 +75,7 @@ def test_pixels_that_are_not_finite_are_no_picture(value):
 @settings(max_examples=20, deadline=None)
 @given(width=st.integers(1, 40), height=st.integers(1, 40), seed=st.integers(0, 2**32))
 @example(width=256, height=256, seed=0)
-def test_pixels_are_diffusers_and_give_back_the_picture(width, height, seed):
+def test_pixels_are_diffusers_and_give_back_the_image(width, height, seed):
     """To the bit: VaeImageProcessor's 2 (v / 255) - 1 is our v / 127.5 - 1 for all 256 levels."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     noise[0, :256, 0] = np.arange(min(width, 256))
@@ -138,7 +138,7 @@ def test_a_link_that_leads_nowhere_is_a_name_that_is_taken(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
 
 
-def test_parameters_behind_the_picture_are_read_too(tmp_path):
+def test_parameters_behind_the_image_are_read_too(tmp_path):
     """Where other programs put them."""
     data = images.save(gray_image(), tmp_path / "a.png", {"prompt": "a cat"}).read_bytes()
     start = data.index(b"iTXt") - 4
@@ -256,7 +256,7 @@ def test_png_is_smaller_than_by_default():
 
 
 @every_format
-def test_picture_without_metadata_is_refused(tmp_path, suffix):
+def test_image_without_metadata_is_refused(tmp_path, suffix):
     gray_image().save(path := tmp_path / f"a{suffix}")
     with pytest.raises(UserError, match="is not an image with flux metadata"):
         images.read_metadata(path)
@@ -270,7 +270,7 @@ def test_parameters_of_another_kind_are_refused(tmp_path, monkeypatch, text):
         images.read_metadata(path)
 
 
-def test_what_is_no_picture_is_refused(tmp_path):
+def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n, or so it says")
     (tmp_path / "a.txt").write_text("a cat")
     for name in ("a.png", "a.txt", "."):
@@ -280,7 +280,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
         images.read_metadata(tmp_path / "none.png")
 
 
-def test_picture_that_is_too_large_to_open_is_refused(tmp_path, monkeypatch):
+def test_image_that_is_too_large_to_open_is_refused(tmp_path, monkeypatch):
     path = images.save(gray_image(), tmp_path / "a.png", {})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
     with pytest.raises(UserError, match="is not an image with flux metadata"):

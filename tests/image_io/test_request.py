@@ -307,7 +307,7 @@ def test_sizes_of_what_is_seen_beside_a_start(name, options, shapes):
         (KLEIN, [MIDDLE, LARGE], INSIDE, (None, None), (1008, 704)),
     ],
 )
-def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
+def test_size_that_images_ask_for(name, sizes, options, asked, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pictures = None if sizes is None else ImageInputs(blank(*sizes), **options)
@@ -337,7 +337,7 @@ def test_size_that_pictures_ask_for(name, sizes, options, asked, expected):
         ),  # of 2·256² pixels: 418.0 by 313.5
     ],
 )
-def test_pictures_larger_than_a_model_knows_are_noted(name, size, options, own, expected):
+def test_images_larger_than_a_model_knows_are_noted(name, size, options, own, expected):
     spec, pictures = RELEASED[name], ImageInputs(blank(size), **options)
     words = f"{own[0]}x{own[1]} is large for {name}: the output is {expected[0]}x{expected[1]}"
     with pytest.warns(UserWarning, match=words):

@@ -75,7 +75,7 @@ def added(before: Tensor, *files: tuple[Path, float]) -> Tensor:
     return total
 
 
-def test_same_lora_twice_is_told(zoo, tmp_path):
+def test_same_lora_twice_is_refused(zoo, tmp_path):
     pipe, file = load_again(zoo, DEV), lora(tmp_path / "a.safetensors")
     before = weights(pipe)
     pipe.load_lora(file, 0.5)
