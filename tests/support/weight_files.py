@@ -1,4 +1,4 @@
-"""Files of weights for tests: sound, hollow and damaged ones; how their refusal is read, and what memory they take."""
+"""Write sound, hollow and damaged weight files; read refusals and the memory of this process."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def raw(path: Path, header: dict | bytes, data: bytes = b"") -> Path:
 
 
 def refusal(call, *arguments, **options) -> str:
-    """The sentence with which a call is refused; it must be one line."""
+    """Return the message of the UserError that a call raises; it must be one line."""
     with pytest.raises(UserError) as caught:
         call(*arguments, **options)
     assert "\n" not in str(caught.value)
@@ -43,7 +43,7 @@ def entry(dtype="F32", shape=(2,), begin=0, end=8):
 def hollow(
     path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", bits: int = 16
 ) -> Path:
-    """A file of the full size that takes no room on disk: a true header, and then a hole."""
+    """Write a file of the full size that takes no space on disk: a true header, and a hole."""
     header, position = {}, 0
     for name, shape in shapes.items():
         size = torch.Size(shape).numel() * bits // 8
@@ -55,5 +55,5 @@ def hollow(
 
 
 def anonymous_memory() -> int:
-    """Bytes that this process holds and that no file backs (Linux only)."""
+    """Return the bytes of this process that no file backs (Linux only)."""
     return measure.proc("status")["RssAnon"]

@@ -1,7 +1,7 @@
-"""Files that are not what they seem, and files that cannot be had, are each told in one sentence.
+"""Files are found in order; damaged and missing files are refused in one sentence each.
 
-The truth: what `safetensors` itself writes; and, for the hub, huggingface_hub's own client, to which a transport without a
-network gives the answers of the real one.
+The truth is what `safetensors` itself writes and, for the hub, huggingface_hub's own client with
+a transport that answers like the hub, without a network.
 """
 
 import errno
@@ -20,10 +20,10 @@ from support.weight_files import entry, raw, refusal, saved
 
 from flux.weights.files import find_file, find_files, is_local, read_header, shard_files
 
-# ---------------------------------------------------------------------------------------------------------- headers
+# ---------------------------------------------------------------- headers
 
 
-def test_header_is_what_was_written(tmp_path):
+def test_header_equals_the_written_tensors(tmp_path):
     tensors = {
         "a": torch.zeros(2, 3, dtype=torch.bfloat16),
         "b": torch.tensor(1),
@@ -45,7 +45,7 @@ def test_header_is_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     "length", [640, 768, 60 * 256]
 )  # the first bytes of a pickle twice, and of a web page
-def test_length_of_a_header_may_look_like_another_format(tmp_path, length):
+def test_header_length_that_looks_like_another_format_is_read(tmp_path, length):
     header = (
         json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}})
         .encode()
@@ -55,7 +55,7 @@ def test_length_of_a_header_may_look_like_another_format(tmp_path, length):
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, expected",
     [
         (b"", "is empty"),
         (b"abc", "not a safetensors file"),
@@ -76,13 +76,13 @@ def test_length_of_a_header_may_look_like_another_format(tmp_path, length):
         (struct.pack("<Q", 5000) + b'{"a":', "truncated"),
     ],
 )
-def test_what_is_no_safetensors_file_is_told(tmp_path, content, told):
+def test_other_kinds_of_files_are_recognised_and_refused(tmp_path, content, expected):
     (tmp_path / "x.safetensors").write_bytes(content)
     message = refusal(read_header, tmp_path / "x.safetensors")
-    assert told in message and str(tmp_path / "x.safetensors") in message
+    assert expected in message and str(tmp_path / "x.safetensors") in message
 
 
-def test_what_is_no_file_is_told(tmp_path):
+def test_missing_file_folder_and_pipe_are_refused(tmp_path):
     assert "does not exist" in refusal(read_header, tmp_path / "x.safetensors")
     assert "is a folder" in refusal(read_header, tmp_path)
     assert "cannot be read" in refusal(read_header, tmp_path / ("x" * 300))
@@ -91,7 +91,7 @@ def test_what_is_no_file_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "header, told",
+    "header, expected",
     [
         (b"{not json}", "damaged header"),
         (b'{"a": \xff}', "damaged header"),
@@ -117,12 +117,12 @@ def test_what_is_no_file_is_told(tmp_path):
         ({}, "goes on after its end"),
     ],
 )
-def test_header_that_lies_is_told(tmp_path, header, told):
+def test_header_that_contradicts_itself_is_refused(tmp_path, header, expected):
     message = refusal(read_header, raw(tmp_path / "x.safetensors", header, b"\0" * 8))
-    assert told in message and str(tmp_path / "x.safetensors") in message
+    assert expected in message and str(tmp_path / "x.safetensors") in message
 
 
-def test_truncated_and_overlong_files_are_told_with_both_sizes(tmp_path):
+def test_truncated_and_overlong_files_are_refused_with_both_sizes(tmp_path):
     path = saved(tmp_path / "x.safetensors", {"a": torch.ones(2, 3), "b": torch.tensor(7)})
     content = path.read_bytes()
     path.write_bytes(content[:-5])
@@ -135,7 +135,7 @@ def test_truncated_and_overlong_files_are_told_with_both_sizes(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- shards
+# ---------------------------------------------------------------- shards
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_truncated_and_overlong_files_are_told_with_both_sizes(tmp_path):
         "[" * 100_000,
     ],
 )
-def test_index_without_names_is_told(tmp_path, content):
+def test_index_without_names_is_refused(tmp_path, content):
     index = tmp_path / "x.safetensors.index.json"
     index.write_text(content)
     assert f"{index} is not an index" in refusal(shard_files, index)
@@ -172,18 +172,18 @@ def test_index_without_names_is_told(tmp_path, content):
         1,
     ],
 )
-def test_index_may_not_reach_out_of_its_folder(tmp_path, name):
+def test_index_that_leaves_its_folder_is_refused(tmp_path, name):
     index = tmp_path / "x.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     message = refusal(shard_files, index)
     assert f"{index} names {name!r}, which is not the plain name" in message
 
 
-def test_index_that_is_missing_is_told(tmp_path):
+def test_missing_index_is_refused(tmp_path):
     assert "cannot be read" in refusal(shard_files, tmp_path / "x.safetensors.index.json")
 
 
-# ---------------------------------------------------------------------------------------------------------- finding
+# ---------------------------------------------------------------- finding
 
 REPOSITORY, FILE, INDEX = (
     "Black-Forest/FLUX.9-dev",
@@ -209,13 +209,13 @@ def touch(path: Path, text: str = "") -> Path:
 
 
 def cached(root: Path, filename: str, text: str = "") -> Path:
-    """A file as huggingface_hub keeps it."""
+    """Write a file as huggingface_hub stores it."""
     home = root / "cache" / f"models--{REPOSITORY.replace('/', '--')}"
     touch(home / "refs" / "main", "c" * 40)
     return touch(home / "snapshots" / ("c" * 40) / filename, text)
 
 
-def test_folder_then_cache_the_most_specific_first(tmp_path, monkeypatch):
+def test_folder_comes_before_cache_and_its_own_repository_first(tmp_path, monkeypatch):
     folder = tmp_path / "weights"
     in_cache = cached(tmp_path, FILE)
     assert find_file(REPOSITORY, FILE) == in_cache
@@ -233,7 +233,7 @@ def test_folder_then_cache_the_most_specific_first(tmp_path, monkeypatch):
     )
 
 
-def test_file_that_a_given_folder_lacks_is_not_downloaded(tmp_path, monkeypatch):
+def test_file_missing_in_a_folder_is_not_downloaded(tmp_path, monkeypatch):
     message = refusal(find_file, REPOSITORY, FILE, tmp_path, **ASK)
     for place in (tmp_path / FILE, tmp_path / "FLUX.9-dev" / FILE, tmp_path / REPOSITORY / FILE):
         assert str(place) in message
@@ -244,7 +244,7 @@ def test_file_that_a_given_folder_lacks_is_not_downloaded(tmp_path, monkeypatch)
     assert "$FLUX_WEIGHTS: " in refusal(find_file, REPOSITORY, FILE)
 
 
-def test_a_folder_that_must_not_be_read_is_told(tmp_path, monkeypatch):
+def test_unreadable_folder_is_refused(tmp_path, monkeypatch):
     def glob(self, pattern):
         raise PermissionError(13, "Permission denied", str(self / "locked"))
 
@@ -254,7 +254,7 @@ def test_a_folder_that_must_not_be_read_is_told(tmp_path, monkeypatch):
     )
 
 
-def test_index_is_local_when_its_shards_are(tmp_path):
+def test_index_is_local_if_its_shards_are(tmp_path):
     index = json.dumps({"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}})
     for save, weights in (
         (lambda name, text="": cached(tmp_path, name, text), None),
@@ -273,7 +273,7 @@ def test_index_is_local_when_its_shards_are(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The true hf_hub_download, with a hub that answers as it is told."""
+    """The real hf_hub_download, with a hub that gives a chosen answer."""
     from huggingface_hub.file_download import hf_hub_download
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
@@ -288,7 +288,7 @@ def hub(monkeypatch):
     huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
 
 
-def told(status: int, code: str | None = None, message: str | None = None):
+def answering(status: int, code: str | None = None, message: str | None = None):
     headers = {
         name: text for name, text in (("X-Error-Code", code), ("X-Error-Message", message)) if text
     }
@@ -299,27 +299,27 @@ def told(status: int, code: str | None = None, message: str | None = None):
     "respond, gated, sentence",
     [
         (
-            told(401, "GatedRepo"),
+            answering(401, "GatedRepo"),
             True,
             "no valid Hugging Face token was sent; accept the FLUX Dev licence at",
         ),
-        (told(401, "GatedRepo"), False, "no valid Hugging Face token was sent"),
+        (answering(401, "GatedRepo"), False, "no valid Hugging Face token was sent"),
         (
-            told(401, None, "Invalid credentials in Authorization header"),
+            answering(401, None, "Invalid credentials in Authorization header"),
             True,
             "no valid Hugging Face token was sent",
         ),
-        (told(403, "GatedRepo"), True, "your token's account has no access"),
-        (told(403), True, "your token's account has no access"),
-        (told(404, "RepoNotFound"), False, "there is no public repository"),
-        (told(401), False, "there is no public repository"),
-        (told(404, "EntryNotFound"), True, "has no such file"),
-        (told(403), False, "HTTP 403"),
-        (told(418), False, "HTTP 418"),
-        (told(200), False, "cannot be reached"),
+        (answering(403, "GatedRepo"), True, "your token's account has no access"),
+        (answering(403), True, "your token's account has no access"),
+        (answering(404, "RepoNotFound"), False, "there is no public repository"),
+        (answering(401), False, "there is no public repository"),
+        (answering(404, "EntryNotFound"), True, "has no such file"),
+        (answering(403), False, "HTTP 403"),
+        (answering(418), False, "HTTP 418"),
+        (answering(200), False, "cannot be reached"),
     ],
 )
-def test_refusals_of_the_hub_are_told(hub, respond, gated, sentence):
+def test_refusals_of_the_hub_say_what_to_do(hub, respond, gated, sentence):
     hub(respond)
     message = refusal(find_file, REPOSITORY, FILE, licence="the FLUX Dev licence", gated=gated)
     assert (
@@ -331,7 +331,7 @@ def test_refusals_of_the_hub_are_told(hub, respond, gated, sentence):
         assert "READ token" in message and "hf auth login" in message and "HF_TOKEN" in message
 
 
-def test_no_network_and_offline_are_told(hub, monkeypatch):
+def test_missing_network_and_offline_mode_are_reported(hub, monkeypatch):
     monkeypatch.setattr(
         "time.sleep", lambda seconds: None
     )  # huggingface_hub tries again for 20 seconds
@@ -360,7 +360,7 @@ def test_no_network_and_offline_are_told(hub, monkeypatch):
         ),
     ],
 )
-def test_interrupted_download_is_told(monkeypatch, error, sentence):
+def test_interrupted_download_is_reported(monkeypatch, error, sentence):
     def fail(*names):
         raise error
 
@@ -378,7 +378,7 @@ def test_ctrl_c_is_not_swallowed(monkeypatch):
         find_file(REPOSITORY, FILE)
 
 
-def test_download_brings_index_and_shards_and_then_needs_no_network(hub, tmp_path):
+def test_download_gets_index_and_shards_once(hub, tmp_path):
     contents = {
         INDEX: json.dumps(
             {"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}

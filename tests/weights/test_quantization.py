@@ -1,7 +1,7 @@
-"""Quantised files: whole tiny transformers in every format are read as what they stand for, and bad ones are told.
+"""Quantized files: tiny transformers in every format are read exactly, and bad files are refused.
 
-Each format is written here (NVFP4, NF4 and GGUF beside their own tests) from its description, and what it stands for is
-computed by hand, in float32, or by diffusers. Equal means to the last bit; our networks with these weights are the reference.
+tests/support/quantized_files.py writes each format from its description, and computes the weights
+in float32. Equal means to the last bit; our networks with these weights are the reference.
 """
 
 import warnings
@@ -77,7 +77,7 @@ def empty(config: FluxConfig) -> Flux:
         return Flux(config)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole networks
+# ---------------------------------------------------------------- whole networks
 
 
 def inputs(config: FluxConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -97,18 +97,24 @@ def inputs(config: FluxConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*FORMATS, "GGUF"])
-@pytest.mark.parametrize("config", [FLUX1, FLUX2], ids=["FLUX.1", "FLUX.2"])
-def test_network_is_the_one_with_the_weights_that_the_file_stands_for(
-    tmp_path, config, name, dtype
-):
+def save(folder: Path, name: str, config: FluxConfig) -> tuple[Path, dict[str, Tensor]]:
+    """Write a random transformer in a format; return the file and the weights it stands for."""
     layers, state = block_linears(empty(config)), random_state(empty(config))
     if name == "GGUF":
-        path, weights = save_gguf_q8_0(tmp_path / "x.gguf", layers, state)
-    else:
-        written = FORMATS[name](layers, state)
-        path, weights = save_quantized(tmp_path / "x.safetensors", written), written.weights
+        return save_gguf_q8_0(folder / "x.gguf", layers, state)
+    file = FORMATS[name](layers, state)
+    return save_quantized(folder / "x.safetensors", file), file.weights
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "GGUF"])
+@pytest.mark.parametrize(
+    "config, dtype",
+    [(FLUX1, torch.bfloat16), (FLUX2, torch.float32)],
+    ids=["FLUX.1-bfloat16", "FLUX.2-float32"],
+)
+def test_quantized_transformer_equals_one_with_the_decoded_weights(tmp_path, config, name, dtype):
+    layers, state = block_linears(empty(config)), random_state(empty(config))
+    path, weights = save(tmp_path, name, config)
     assert infer_config(path) == config
 
     expected = empty(config)
@@ -116,45 +122,52 @@ def test_network_is_the_one_with_the_weights_that_the_file_stands_for(
     expected.requires_grad_(False).load_state_dict(whole, strict=True, assign=True)
     ours = empty(config)
     load_module(ours, [path], dtype=dtype, prefixes=("", PREFIX))
-    quantised = {
+    quantized = {
         p: layer for p, layer in ours.named_modules() if isinstance(layer, QuantizedLinear)
     }
     changed = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
     linears = {p for p, layer in expected.named_modules() if isinstance(layer, nn.Linear)}
-    assert quantised.keys() == changed & linears and len(quantised) >= len(layers) // 2
-    for p, layer in quantised.items():
+    assert quantized.keys() == changed & linears and len(quantized) >= len(layers) // 2
+    for p, layer in quantized.items():
         assert (
             torch.equal(layer.dequantize(), weights[f"{p}.weight"])
             and layer.dequantize().dtype == torch.float32
         )
-    plain = {n: p for n, p in ours.named_parameters()}
-    assert all(p.dtype == dtype and torch.equal(p, whole[n]) for n, p in plain.items())
+    assert all(p.dtype == dtype and torch.equal(p, whole[n]) for n, p in ours.named_parameters())
     with torch.inference_mode():
         given = inputs(config, dtype)
         assert torch.equal(ours(**given), expected(**given))
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "GGUF"])
-@pytest.mark.parametrize("config", [FLUX1, FLUX2], ids=["FLUX.1", "FLUX.2"])
-def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_path, config, name):
-    layers, state = block_linears(empty(config)), random_state(empty(config))
-    if name == "GGUF":
-        path, _ = save_gguf_q8_0(tmp_path / "x.gguf", layers, state)
-    else:
-        path = save_quantized(tmp_path / "x.safetensors", FORMATS[name](layers, state))
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        (FLUX1, "BFL"),
+        (FLUX2, "by row"),
+        (FLUX1, "cast"),
+        (FLUX2, "by block"),
+        (FLUX1, "NVFP4"),
+        (FLUX2, "NF4, nested"),
+        (FLUX1, "GGUF"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_lora_on_a_quantized_file_has_the_gradients_of_the_decoded_weights(tmp_path, config, name):
+    layers = block_linears(empty(config))
+    path, _ = save(tmp_path, name, config)
     gradients = []
     for whole in (False, True):
         network = empty(config)
         load_module(network, [path], dtype=torch.float32, prefixes=("", PREFIX))
-        quantised = [
+        quantized = [
             (p, layer) for p, layer in network.named_modules() if isinstance(layer, QuantizedLinear)
         ]
-        for p, layer in quantised if whole else ():
+        for p, layer in quantized if whole else ():
             network.set_submodule(p, layer.to_linear(layer.dequantize()))
         torch.manual_seed(0)
         add_lora(network, 2)
         learnt = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        for n, p in learnt.items():
+        for p in learnt.values():
             nn.init.normal_(p, std=0.1)
         network(**inputs(config, torch.float32)).square().sum().backward()
         assert learnt.keys() == {n for n in learnt if "lora_" in n} and len(learnt) >= 2 * len(
@@ -169,13 +182,9 @@ def test_a_lora_of_a_file_gets_the_gradients_of_one_of_what_it_stands_for(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["ComfyUI, legacy", "cast", "GGUF"])
-def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
-    """Biases and norms, in float32 or float8, are cast, and take memory; matrices are the file's own pages nevertheless."""
-    layers, state = block_linears(empty(FLUX1)), random_state(empty(FLUX1))
-    if name == "GGUF":
-        path, _ = save_gguf_q8_0(tmp_path / "x.gguf", layers, state)
-    else:
-        path = save_quantized(tmp_path / "x.safetensors", FORMATS[name](layers, state))
+def test_mapped_bytes_are_counted_for_each_tensor(tmp_path, name):
+    """Biases and norms are cast and take memory; quantized matrices stay the file's pages."""
+    path, _ = save(tmp_path, name, FLUX1)
     cpu, prefixes = torch.device("cpu"), ("", PREFIX)
     network = LazyModule(
         Flux,
@@ -199,7 +208,7 @@ def test_what_stays_in_its_file_is_told_tensor_by_tensor(tmp_path, name):
     assert "quantized already" in refusal(lambda: network.weight_sizes)
 
 
-# ---------------------------------------------------------------------------------------------------------- text encoders
+# ---------------------------------------------------------------- text encoders
 
 T5_TINY = T5Config(vocab_size=40, hidden_size=32, head_dim=8, num_heads=4, mlp_size=48, depth=2)
 QWEN = LanguageModelConfig(
@@ -215,7 +224,7 @@ MISTRAL = replace(QWEN, qk_norm=False)
 
 
 def t5_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
-    """t5xxl_fp8_e4m3fn_scaled: the marker, the earlier spelling, the tokenizer, and an embedding cast without a scale."""
+    """Write t5xxl_fp8_e4m3fn_scaled: marker, `scale_weight`, tokenizer, an embedding only cast."""
     written = fp8_layers(linears, state, scale_name="scale_weight", input_scale_name="scale_input")
     embedding = state["shared.weight"].to(E4M3)
     extra = {
@@ -229,7 +238,7 @@ def t5_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
 
 
 def mistral_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
-    """ComfyUI's: a marker, the newer spelling, the tokenizer, and layers that are not read."""
+    """Write ComfyUI's: marker, `weight_scale`, tokenizer, and layers that are not read."""
     written = fp8_layers(linears, state)
     above = {
         name.replace("layers.1.", "layers.2."): tensor
@@ -244,7 +253,7 @@ def mistral_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
 
 
 def qwen_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
-    """Qwen/Qwen3-4B-FP8: blocks of 128x128, which 160 and 144 are no multiples of."""
+    """Write Qwen/Qwen3-4B-FP8: blocks of 128x128; 160 and 144 are not multiples of 128."""
     written = fp8_by_block(linears, state)
     named = {f"model.{name}": tensor for name, tensor in written.tensors.items()}
     return QuantizedFile(
@@ -277,7 +286,7 @@ def qwen_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
     ],
     ids=["T5", "Mistral", "Qwen3"],
 )
-def test_text_encoder_is_the_one_with_the_weights_that_the_file_stands_for(
+def test_quantized_text_encoder_equals_one_with_the_decoded_weights(
     tmp_path, kind, config, write, prefixes, unread, classes, dtype
 ):
     with torch.device("meta"):
@@ -292,12 +301,12 @@ def test_text_encoder_is_the_one_with_the_weights_that_the_file_stands_for(
         prefixes=prefixes,
         ignore_keys=unread,
     )
-    quantised = {
+    quantized = {
         path: type(layer)
         for path, layer in ours.named_modules()
         if isinstance(layer, QuantizedLinear)
     }
-    assert quantised.keys() == set(linears) and set(quantised.values()) == classes
+    assert quantized.keys() == set(linears) and set(quantized.values()) == classes
     whole = {name: written.weights.get(name, tensor).to(dtype) for name, tensor in state.items()}
     expected.requires_grad_(False).load_state_dict(whole, strict=True, assign=True)
     given = [torch.arange(10).view(2, 5)] + (
@@ -307,7 +316,7 @@ def test_text_encoder_is_the_one_with_the_weights_that_the_file_stands_for(
         assert torch.equal(ours(*given), expected(*given))
 
 
-# ---------------------------------------------------------------------------------------------------------- layers
+# ---------------------------------------------------------------- layers
 
 
 def fp8_linear(weight: Tensor, bias: Tensor | None = None, **more: Tensor) -> FP8Linear:
@@ -324,8 +333,8 @@ def fp8_linear(weight: Tensor, bias: Tensor | None = None, **more: Tensor) -> FP
     return layer
 
 
-def test_every_byte_is_read_and_multiplied_in_float32():
-    """OCP 8-bit floats: a sign, 4 and 3 bits with bias 7, or 5 and 2 with bias 15; what is not finite apart."""
+def test_every_float8_byte_is_decoded_and_scaled_in_float32():
+    """OCP 8-bit floats: a sign, 4 and 3 bits with bias 7, or 5 and 2 bits with bias 15."""
     byte = torch.arange(256)
     for dtype, mantissa, bias, kept in (
         (E4M3, 3, 7, byte % 128 != 127),
@@ -345,7 +354,7 @@ def test_every_byte_is_read_and_multiplied_in_float32():
         assert torch.equal(found[kept], (value * scale)[kept]) and not found[~kept].isfinite().any()
 
 
-def test_rows_are_scaled_as_by_diffusers():
+def test_fp8_by_row_equals_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
     weight, scale = utils.quantize_fp8r(random(24, 40, size=1))
     assert scale.shape == (24,)
@@ -356,7 +365,7 @@ def test_rows_are_scaled_as_by_diffusers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dtype_is_for_the_bias_alone(dtype):
+def test_to_dtype_changes_only_the_bias(dtype):
     weight, scale = to_fp8(random(16, 32))
     layer = fp8_linear(weight, random(16), weight_scale=scale)
     whole = layer.dequantize()
@@ -372,7 +381,7 @@ def test_a_dtype_is_for_the_bias_alone(dtype):
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-def test_a_block_is_one_graph(by_row):
+def test_fp8_linear_compiles_without_a_graph_break(by_row):
     weight, scale = to_fp8(random(32, 48), by_row=by_row)
     layer = fp8_linear(weight, random(32), weight_scale=scale, input_scale=torch.tensor(0.01))
     x = random(3, 48, size=1)
@@ -382,15 +391,16 @@ def test_a_block_is_one_graph(by_row):
         assert torch.allclose(compiled(x), layer(x), atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------- native float8
+# ---------------------------------------------------------------- native float8
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "bias, dtype", [(False, torch.float32), (True, torch.bfloat16)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("weights", ["scaled", "by row", "cast"])
 @pytest.mark.parametrize("activations", ["static", "dynamic"])
-def test_native_product_is_that_of_the_rounded_numbers(activations, weights, dtype, bias):
-    """Emulated in float64. In float32 only the order of the sums differs; in bfloat16 there is one rounding, of 2^-9."""
+def test_scaled_mm_equals_the_product_of_rounded_numbers(activations, weights, dtype, bias):
+    """Emulated in float64. In float32 only the order of sums differs; bfloat16 rounds once."""
     weight, scale = (
         (random(48, 64).to(E4M3), None)
         if weights == "cast"
@@ -428,7 +438,7 @@ def test_native_product_is_that_of_the_rounded_numbers(activations, weights, dty
         ("cast", False),
     ],
 )
-def test_who_made_the_file_may_ask_for_whole_activations(tmp_path, name, full_precision):
+def test_file_can_ask_for_activations_in_full_precision(tmp_path, name, full_precision):
     path = save_quantized(
         tmp_path / "x.safetensors",
         FORMATS[name](block_linears(empty(FLUX2)), random_state(empty(FLUX2))),
@@ -447,7 +457,7 @@ def test_who_made_the_file_may_ask_for_whole_activations(tmp_path, name, full_pr
     ] * full_precision
 
 
-def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_path):
+def test_layers_without_fp8_matmul_are_returned_with_one_warning(tmp_path):
     def layer(rows: int, columns: int, dtype=E4M3, **more) -> FP8Linear:
         weight, scale = to_fp8(random(rows, columns), dtype)
         return fp8_linear(weight, weight_scale=scale, **more)
@@ -470,7 +480,8 @@ def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_pat
         assert enable_fp8_matmul(module) == ["narrow", "short", "e5m2", "block", "refused"]
     assert [str(warning.message) for warning in told] == [
         "5 of the 7 quantized layers of ModuleDict are dequantized, not multiplied in float8: "
-        "2 with a side that is not a multiple of 16, 1 in float8_e5m2, 1 with scales of blocks, 1 whose file asks for activations in full precision"
+        "2 with a side that is not a multiple of 16, 1 in float8_e5m2, 1 with scales of blocks, "
+        "1 whose file asks for activations in full precision"
     ]
     assert [name for name, layer in module.items() if getattr(layer, "fp8_matmul", False)] == [
         "fits",
@@ -486,7 +497,7 @@ def test_layers_that_cannot_multiply_natively_are_returned_and_told_once(tmp_pat
         ((9, 0), torch.float16, "need bfloat16, not torch.float16"),
     ],
 )
-def test_a_device_without_it_falls_back_and_says_so_once(monkeypatch, capability, dtype, told):
+def test_device_without_fp8_matmul_gives_one_warning(monkeypatch, capability, dtype, told):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     weight, scale = to_fp8(random(32, 48))
     module = nn.Sequential(
@@ -497,15 +508,15 @@ def test_a_device_without_it_falls_back_and_says_so_once(monkeypatch, capability
     assert len(warned) == 1 and not any(layer.fp8_matmul for layer in module)
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------- memory
 
 
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="needs Linux' account of a process' memory"
 )
 @pytest.mark.parametrize("name", ["BFL", "by row", "NVFP4, ModelOpt"])
-def test_quantised_weights_stay_mapped(tmp_path, name):
-    """Loaded for bfloat16, with float32 beside them in the file: what is cast is small."""
+def test_quantized_weights_stay_mapped(tmp_path, name):
+    """Loaded for bfloat16; the float32 tensors of the file, which are cast, are small."""
     shape = 2048, 4096
     weight, scale = to_fp8(random(*shape), by_row=name != "BFL")
     tensors = {"0.weight": weight, "0.weight_scale": scale, "1.weight": random(8)}
@@ -528,7 +539,7 @@ def test_quantised_weights_stay_mapped(tmp_path, name):
     assert module[1].weight.dtype == torch.bfloat16 and isinstance(module[0], QuantizedLinear)
 
 
-def test_bytes_are_those_that_are_held(tmp_path):
+def test_lazy_module_reports_the_bytes_of_its_tensors(tmp_path):
     state, layers = random_state(empty(FLUX1)), block_linears(empty(FLUX1))
     paths = {
         name: save_quantized(tmp_path / f"{name}.safetensors", FORMATS[name](layers, state))
@@ -554,12 +565,12 @@ def test_bytes_are_those_that_are_held(tmp_path):
     assert networks["BFL"].nbytes == 4 * whole + packed + 8 * len(layers)
     linears = sum(t.numel() for n, t in state.items() if n.endswith("weight"))
     assert networks["cast"].nbytes == linears + 4 * (whole + packed - linears)
-    for name, network in networks.items():
+    for network in networks.values():
         assert network.nbytes == sum(tensor.nbytes for tensor in network().state_dict().values())
     assert networks["NVFP4"].nbytes < networks["BFL"].nbytes
 
 
-# ---------------------------------------------------------------------------------------------------------- bad files
+# ---------------------------------------------------------------- bad files
 
 LAYER = "double_blocks.0.img_attn.qkv"
 WEIGHT = f"{LAYER}.weight"
@@ -650,7 +661,8 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
     "integers": (
         "by row",
         lambda w: plus(w, weight=torch.ones(192, 64, dtype=torch.int8)),
-        f"stores '{LAYER}' as I8 with scales in F32, which is not supported; get the model in bfloat16, FP8",
+        f"stores '{LAYER}' as I8 with scales in F32, which is not supported; "
+        "get the model in bfloat16, FP8",
     ),
     "E8M0": (
         "by row",
@@ -665,12 +677,14 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
     "contradiction": (
         "BFL",
         lambda w: plus(w, comfy_quant=json_bytes({"format": "nvfp4"})),
-        f"contradicts itself: '{LAYER}' is float8_e4m3fn by _quantization_metadata, and nvfp4 by comfy_quant",
+        f"contradicts itself: '{LAYER}' is float8_e4m3fn by _quantization_metadata, "
+        "and nvfp4 by comfy_quant",
     ),
     "two transports": (
         "NF4",
         lambda w: w._replace(metadata=metadata_for([LAYER], "nvfp4")),
-        "in 2 notations, of which one must be wrong: quant_state.bitsandbytes and _quantization_metadata",
+        "in 2 notations, of which one must be wrong: "
+        "quant_state.bitsandbytes and _quantization_metadata",
     ),
     "marker of another": (
         "ComfyUI, legacy",
@@ -737,19 +751,19 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_file_is_told_in_one_sentence(tmp_path, what):
-    name, spoil, told = BAD[what]
+def test_bad_quantized_file_is_refused_in_one_sentence(tmp_path, what):
+    name, spoil, expected = BAD[what]
     written = spoil(FORMATS[name](block_linears(empty(FLUX2)), random_state(empty(FLUX2))))
     path = save_quantized(tmp_path / "x.safetensors", written._replace(prefix=""))
     module = empty(FLUX2)
     message = refusal(load_module, module, [path], prefixes=("", PREFIX))
-    assert told in message and str(path) in message and message.endswith(".")
+    assert expected in message and str(path) in message and message.endswith(".")
     assert all(
         isinstance(module.get_submodule(layer), nn.Linear) for layer in block_linears(empty(FLUX2))
     )  # as it was
 
 
-def test_another_networks_file_is_told_in_spite_of_its_quantisation(tmp_path):
+def test_quantized_file_of_another_network_is_refused(tmp_path):
     written = bfl_fp8(block_linears(empty(FLUX2)), random_state(empty(FLUX2)))
     path = save_quantized(tmp_path / "x.safetensors", written)
     assert "looks like a FLUX.2 transformer, and a FLUX.1 transformer is wanted" in refusal(
@@ -762,7 +776,7 @@ def test_another_networks_file_is_told_in_spite_of_its_quantisation(tmp_path):
 @pytest.mark.parametrize(
     "value, where", [(float("nan"), WEIGHT), (float("inf"), f"{LAYER}.weight_scale")]
 )
-def test_what_is_not_finite_is_found_when_asked_for(tmp_path, value, where):
+def test_check_finite_finds_values_in_quantized_tensors(tmp_path, value, where):
     written = bfl_fp8(block_linears(empty(FLUX2)), random_state(empty(FLUX2)))
     wrong = torch.full(written.tensors[where].shape, value).to(written.tensors[where].dtype)
     path = save_quantized(
@@ -774,17 +788,17 @@ def test_what_is_not_finite_is_found_when_asked_for(tmp_path, value, where):
     )
 
 
-def test_a_whole_file_of_svdquant_is_refused_before_its_layout_is(tmp_path):
+def test_svdquant_file_is_refused(tmp_path):
     path = hollow(
         tmp_path / "x.safetensors", {"transformer_blocks.0.qkv_proj.qweight": (8, 8)}, "I8", 8
     )
     assert "SVDQuant" in refusal(infer_config, path)
 
 
-# ---------------------------------------------------------------------------------------------------------- pipelines
+# ---------------------------------------------------------------- pipelines
 
 
-def test_scales_inside_of_blocks_are_looked_at_too(tmp_path):
+def test_check_finite_finds_values_in_gguf_blocks(tmp_path):
     layers, state = block_linears(empty(FLUX2)), random_state(empty(FLUX2))
     arrays = {name: tensor.float().numpy() for name, tensor in state.items()}
     raw = gguf.quantize(arrays[WEIGHT], gguf.GGMLQuantizationType.Q8_0)
@@ -797,10 +811,10 @@ def test_scales_inside_of_blocks_are_looked_at_too(tmp_path):
     load_module(empty(FLUX2), [path], check_finite=True)
 
 
-def test_pipeline_takes_a_quantised_transformer(tmp_path):
-    """The toy's, which computes in float32: the same picture as from a file of the weights made whole, to a last bit or two.
+def test_pipeline_with_a_quantized_transformer_equals_decoded_weights(tmp_path):
+    """The toy computes in float32, and the images are equal except for a last bit or two.
 
-    Whole weights are mapped, and may lie where a matrix product sums in another order than elsewhere in memory.
+    A matrix product may sum in another order if its weights lie elsewhere in memory.
     """
     state = load_file(EMBEDDED / "flux.2-tiny" / "flux-2-tiny.safetensors")
     written = bfl_fp8(block_linears(empty(flux.MODELS["flux.2-tiny"].transformer)), state)

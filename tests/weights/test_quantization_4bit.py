@@ -1,7 +1,7 @@
-"""NVFP4 and NF4: files written from the formats' descriptions, read by us, by hand in numpy, and by the formats' own libraries.
+"""NVFP4 and NF4 equal a decoder in numpy and the formats' own libraries, to the last bit.
 
-A weight is a product of float32 numbers in a given order, so everything is compared to the last bit. bitsandbytes and
-torchao decide too where they are installed.
+A weight is a product of float32 numbers in a fixed order. diffusers, bitsandbytes and torchao are
+compared where they are installed.
 """
 
 import json
@@ -38,7 +38,7 @@ FEW = settings(max_examples=25, deadline=None)
 
 
 def bits(x: Tensor) -> list[int]:
-    """So that -0 is not 0."""
+    """Return the bits as integers, so that -0 differs from 0."""
     return x.contiguous().view(torch.int32).flatten().tolist()
 
 
@@ -46,7 +46,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype == torch.float32 and bits(a) == bits(b)
 
 
-# ---------------------------------------------------------------------------------------------------------- NVFP4
+# ---------------------------------------------------------------- NVFP4
 
 
 def nvfp4(tensors: dict[str, Tensor], swizzled: bool) -> NVFP4Linear:
@@ -59,7 +59,7 @@ def nvfp4(tensors: dict[str, Tensor], swizzled: bool) -> NVFP4Linear:
     return layer
 
 
-def test_the_sixteen_values():
+def test_e2m1_values_equal_the_specification():
     assert bits(e2m1(torch.device("cpu"))) == bits(torch.tensor(E2M1_VALUES))
 
 
@@ -70,14 +70,14 @@ def test_the_sixteen_values():
     swizzled=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_nvfp4_equals_what_is_decoded_by_hand(rows, blocks, swizzled, seed):
+def test_nvfp4_equals_a_decoder_in_numpy(rows, blocks, swizzled, seed):
     codes, scales, scale_2 = random_nvfp4(rows, blocks, seed)
     layer = nvfp4(nvfp4_tensors(codes, scales, scale_2, swizzled), swizzled)
     assert same(layer.dequantize(), torch.from_numpy(nvfp4_weight(codes, scales, scale_2)))
 
 
 @pytest.mark.parametrize("swizzled", [True, False])
-def test_nvfp4_reads_every_byte_and_every_scale(swizzled):
+def test_nvfp4_decodes_every_byte_and_every_scale(swizzled):
     byte, scale = (
         np.arange(256, dtype=np.uint8),
         np.array([b for b in range(256) if b & 127 != 127], np.uint8),
@@ -89,8 +89,8 @@ def test_nvfp4_reads_every_byte_and_every_scale(swizzled):
     assert same(layer.dequantize(), torch.from_numpy(nvfp4_weight(codes, scales, 0.75)))
 
 
-def test_the_two_layouts_of_nvfp4_have_equal_shapes_and_are_not_the_same():
-    """Half of each difference is enough to ruin the weight, so neither can be guessed."""
+def test_layouts_of_nvfp4_have_equal_shapes_and_different_weights():
+    """The wrong layout gives unrelated weights, so the layout must not be guessed."""
     codes, scales, scale_2 = random_nvfp4(256, 8)
     written = nvfp4_tensors(codes, scales, scale_2, swizzled=True)
     right, wrong = nvfp4(written, swizzled=True), nvfp4(written, swizzled=False)
@@ -136,14 +136,14 @@ def test_unswizzled_undoes_torchaos_order():
     assert same(unswizzled(ao.to_blocked(scale).view(256, 12)), scale)
 
 
-def test_nvfp4_needs_whole_blocks():
+def test_nvfp4_refuses_inputs_that_are_not_a_multiple_of_16():
     with pytest.raises(
         UserError, match="a layer of 40 inputs cannot be NVFP4, which has blocks of 16"
     ):
         NVFP4Linear(40, 8, bias=False, swizzled=True)
 
 
-def test_nvfp4_of_a_released_layer_has_its_files_shapes_and_bytes():
+def test_nvfp4_layer_has_the_shapes_and_bytes_of_a_released_file():
     with torch.device("meta"):  # single_blocks.0.linear1 of FLUX.2 [dev]
         layer = NVFP4Linear(6144, 55296, bias=False, swizzled=True)
     shapes = {
@@ -158,11 +158,11 @@ def test_nvfp4_of_a_released_layer_has_its_files_shapes_and_bytes():
     assert sum(tensor.nbytes for tensor in layer.buffers()) == 0.5625 * 6144 * 55296 + 8
 
 
-# ---------------------------------------------------------------------------------------------------------- NF4
+# ---------------------------------------------------------------- NF4
 
 
 def nf4(path, tensors: dict[str, Tensor]) -> NF4Linear:
-    """What the loader does with the file of a layer "L"."""
+    """Load the file of a layer "L", as the loader does."""
     save_file(tensors, path)
     file = load_file(path)
     (name,) = [name for name in file if STATE.fullmatch(name)]
@@ -181,9 +181,7 @@ def nf4(path, tensors: dict[str, Tensor]) -> NF4Linear:
     nested_blocksize=st.sampled_from([None, 4, 256]),
     seed=st.integers(0, 99),
 )
-def test_nf4_equals_what_is_decoded_by_hand(
-    tmp_path_factory, shape, blocksize, nested_blocksize, seed
-):
+def test_nf4_equals_a_decoder_in_numpy(tmp_path_factory, shape, blocksize, nested_blocksize, seed):
     rng = np.random.default_rng(seed)
     codes, blocks = rng.integers(0, 16, shape, dtype=np.uint8), -(-shape[0] * shape[1] // blocksize)
     absmax, nested = rng.uniform(0.01, 2, blocks).astype(np.float32), None
@@ -206,7 +204,7 @@ def test_nf4_equals_what_is_decoded_by_hand(
     assert same(layer.dequantize(), torch.from_numpy(by_hand.reshape(shape)))
 
 
-def test_nf4_takes_the_sixteen_values_from_the_file_and_reads_every_byte(tmp_path):
+def test_nf4_decodes_every_byte_with_the_values_of_the_file(tmp_path):
     values = np.random.default_rng(0).standard_normal(16).astype(np.float32)
     byte = np.arange(256, dtype=np.uint8)
     codes = np.stack([byte >> 4, byte & 15], axis=-1).reshape(8, 64)
@@ -216,7 +214,7 @@ def test_nf4_takes_the_sixteen_values_from_the_file_and_reads_every_byte(tmp_pat
     assert same(layer.dequantize(), torch.from_numpy(values[codes]))
 
 
-def test_lookup_in_either_order():
+def test_lookup_decodes_either_half_first():
     code = torch.arange(16.0)
     assert lookup(torch.tensor([0x1F, 0xA0], dtype=torch.uint8), code).tolist() == [1, 15, 10, 0]
     assert lookup(
@@ -224,11 +222,13 @@ def test_lookup_in_either_order():
     ).tolist() == [[15, 1], [0, 10]]
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("kind, blocksize", [("nf4", 64), ("nf4", 128), ("fp4", 64)])
 @pytest.mark.parametrize("shape", [(64, 128), (7, 9), (600, 130)])
+@pytest.mark.parametrize(
+    "kind, blocksize, nested",
+    [("nf4", 64, False), ("nf4", 64, True), ("nf4", 128, True), ("fp4", 64, False)],
+)
 def test_nf4_equals_bitsandbytes(tmp_path, nested, kind, blocksize, shape):
-    """Not with rows of 96: on a CPU with AVX-512, bitsandbytes 0.50.2 gives these wrong scales, unlike its own slow decoder."""
+    """Rows of 96 are left out: bitsandbytes 0.50.2 decodes them wrongly with AVX-512."""
     theirs = pytest.importorskip("bitsandbytes.functional")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     packed, state = theirs.quantize_4bit(
@@ -242,7 +242,7 @@ def test_nf4_equals_bitsandbytes(tmp_path, nested, kind, blocksize, shape):
     )  # its kernel has a -0 that its file has not
 
 
-def test_the_names_in_a_file_of_bitsandbytes():
+def test_bitsandbytes_names_become_module_names():
     assert (
         canonical("double_blocks.0.img_mlp.0.weight.absmax") == "double_blocks.0.img_mlp.0.absmax"
     )
@@ -279,7 +279,7 @@ GOOD = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [3, 
         ({"quant_type": ["nf4"]}, "of bitsandbytes' types, nf4 and fp4 are supported"),
     ],
 )
-def test_a_bad_state_is_refused(tmp_path, text, fault):
+def test_damaged_quant_state_is_refused(tmp_path, text, fault):
     text = json.dumps(GOOD | text) if isinstance(text, dict) else text
     path, name = tmp_path / "file.safetensors", "L.weight.quant_state.bitsandbytes__nf4"
     save_file({name: torch.tensor(list(text.encode("latin1")), dtype=torch.uint8)}, path)
@@ -288,7 +288,7 @@ def test_a_bad_state_is_refused(tmp_path, text, fault):
     assert str(path) in str(error.value) and repr(name) in str(error.value)
 
 
-def test_a_good_state(tmp_path):
+def test_quant_state_is_read(tmp_path):
     path, name = tmp_path / "file.safetensors", "L.weight.quant_state.bitsandbytes__nf4"
     for table, nested in (
         (GOOD, (None, 0.0)),
@@ -298,7 +298,7 @@ def test_a_good_state(tmp_path):
         assert read_state(path, name) == QuantState((3, 5), 64, *nested)
 
 
-def test_nf4_of_a_released_layer_has_its_bytes():
+def test_nf4_layer_has_the_bytes_of_a_released_file():
     with torch.device("meta"):
         plain = NF4Linear(3072, 9216, bias=False, state=QuantState((9216, 3072), 64, None, 0.0))
         double = NF4Linear(3072, 9216, bias=False, state=QuantState((9216, 3072), 64, 256, 0.5))
@@ -311,11 +311,11 @@ def test_nf4_of_a_released_layer_has_its_bytes():
     )  # + 64 bytes and 1 KiB of values
 
 
-# ---------------------------------------------------------------------------------------------------------- both
+# ---------------------------------------------------------------- both
 
 
 def layers() -> dict[str, torch.nn.Module]:
-    """One of each, 9 x 48, with a bias."""
+    """Return a layer of each format, 9 x 48, with a bias."""
     rng, generator = np.random.default_rng(7), torch.Generator().manual_seed(7)
     out = {}
     for name, swizzled in (("swizzled", True), ("modelopt", False)):
@@ -341,7 +341,7 @@ def layers() -> dict[str, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("name", ["swizzled", "modelopt", "nf4", "double"])
-def test_a_layer_multiplies_runs_on_meta_and_compiles_without_a_break(name):
+def test_4bit_layer_multiplies_runs_on_meta_and_compiles(name):
     layer = layers()[name]
     x = torch.randn(2, 5, 48, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(8))
     weight = layer.dequantize()
