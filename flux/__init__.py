@@ -1,11 +1,14 @@
-"""FLUX.1 and FLUX.2 in pure PyTorch: `flux.load(name)` makes a pipeline, `flux.MODELS` is the table of models."""
+"""FLUX.1 and FLUX.2 in pure PyTorch: `flux.load(name)` returns a pipeline.
+
+`flux.MODELS` is the table of models. flux/README.md gives the order in which to read the files.
+"""
 
 import importlib
 
 __version__ = "0.1.0"
 __all__ = ["MODELS", "ImageInputs", "Pipeline", "UserError", "load"]
 
-_HOMES = {
+_MODULES = {
     "MODELS": "configs",
     "ImageInputs": "image_io.request",
     "Pipeline": "pipeline",
@@ -15,9 +18,9 @@ _HOMES = {
 
 
 def __getattr__(name: str):
-    """Public names and submodules are imported when they are first asked for, so that `import flux` costs nothing."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"flux.{_HOMES[name]}"), name)
+    """Import public names and submodules on first use, so that `import flux` is fast."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"flux.{_MODULES[name]}"), name)
     try:
         return importlib.import_module(f"flux.{name}")
     except ModuleNotFoundError as error:

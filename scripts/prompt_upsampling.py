@@ -1,8 +1,9 @@
-"""Prompt upsampling for FLUX.2 dev: a language model writes the prompt out in full, and sees the reference pictures.
+"""Prompt upsampling for FLUX.2 [dev]: a language model writes the prompt out in full.
 
-`upsample_locally` asks the Mistral checkpoint that reads FLUX.2 dev's prompts; `upsample_remotely` asks any server that
-speaks OpenAI's chat completions. The recipe is Black Forest Labs' (black-forest-labs/flux2, src/flux2/text_encoder.py); the
-two instructions are ours and not theirs. ImageInputs are RGB. Control characters are taken out of the answers.
+`upsample_locally` runs the Mistral checkpoint that also encodes FLUX.2 [dev]'s prompts.
+`upsample_remotely` calls a server of OpenAI's chat completions. Both see the reference images,
+which are RGB. The procedure is Black Forest Labs' (black-forest-labs/flux2,
+src/flux2/text_encoder.py); the two instructions are our own.
 """
 
 import base64
@@ -23,47 +24,56 @@ from PIL import Image
 from flux.errors import UserError
 from flux.tokenizers import MistralTokenizer
 
-TEMPERATURE, NEW_TOKENS, MAX_TOKENS, MAX_PIXELS = 0.15, 512, 2048, 768**2
-CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+TEMPERATURE = 0.15
+NEW_TOKENS = 512
+MAX_TOKENS = 2048  # of the prompt with its template
+MAX_PIXELS = 768**2  # of an image
+MAX_RESPONSE = 2**22  # bytes
+CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # characters that are removed
 EXPAND = (
-    "You write prompts for an image generator. Rewrite the user's prompt as one paragraph that shows a single picture in "
-    "concrete, visible detail: subject, surroundings, materials, colours, light, composition, style. Keep all that the user "
-    "fixed, such as subjects, numbers, places, colours and style, and copy text in quotation marks character by character. "
-    "Answer with the prompt alone."
+    "You write prompts for an image generator. Rewrite the user's prompt as one paragraph that "
+    "shows a single picture in concrete, visible detail: subject, surroundings, materials, "
+    "colours, light, composition, style. Keep all that the user fixed, such as subjects, numbers, "
+    "places, colours and style, and copy text in quotation marks character by character. Answer "
+    "with the prompt alone."
 )
 EDIT = (
-    "You write instructions for an image editor. The user shows one picture or several, and asks for a change. Answer with "
-    "one concise instruction that says what changes, how that looks afterwards, and what stays as it is; name things by what "
-    "can be seen. Copy text in quotation marks character by character. Answer with the instruction alone."
+    "You write instructions for an image editor. The user shows one picture or several, and asks "
+    "for a change. Answer with one concise instruction that says what changes, how that looks "
+    "afterwards, and what stays as it is; name things by what can be seen. Copy text in quotation "
+    "marks character by character. Answer with the instruction alone."
 )
 
-# ---------------------------------------------------------------------------------------------------------- here
+# ------------------------------------------------------------------ on this machine
 
 
 def upsample_locally(
     prompt: str,
     folder: Path,
-    pictures: Sequence[Image.Image] = (),
+    images: Sequence[Image.Image] = (),
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """The prompt, or with pictures the edit, as Mistral writes it; the model (48 GB in bfloat16) is let go afterwards.
+    """Return the prompt, or with images the edit instruction, as Mistral writes it.
 
-    `folder`: a FLUX.2-dev repository with `tokenizer/tokenizer.json` and all of `text_encoder/`. UserError without
-    transformers, without these files, for more than 2048 tokens, and for an empty answer.
+    `folder`: a FLUX.2-dev repository with `tokenizer/tokenizer.json` and all of `text_encoder/`.
+    The model (48 GB in bfloat16) is released afterwards. UserError without transformers or the
+    files, for more than 2048 tokens, and for an empty answer.
     """
     folder, device = Path(folder), torch.device(device)
-    model = _load(folder / "text_encoder", device, dtype)
-    grid, seen = _see(pictures, model) if pictures else ("", {})
+    model = _load_mistral(folder / "text_encoder", device, dtype)
+    image_tokens, image_inputs = _image_inputs(images, model) if images else ("", {})
     chat = MistralTokenizer(folder / "tokenizer")
-    picture = f"[INST]{grid}[/INST]" if grid else ""
-    chat.prefix = f"<s>[SYSTEM_PROMPT]{EDIT if pictures else EXPAND}[/SYSTEM_PROMPT]{picture}[INST]"
+    chat.prefix = f"<s>[SYSTEM_PROMPT]{EDIT if images else EXPAND}[/SYSTEM_PROMPT]"
+    if images:
+        chat.prefix += f"[INST]{image_tokens}[/INST]"
+    chat.prefix += "[INST]"
     tokens = chat([prompt], MAX_TOKENS + 1)
-    ids = tokens.ids[tokens.mask][None].to(device)  # (1, L), unpadded
+    ids = tokens.ids[tokens.mask][None].to(device)  # (1, L) without padding
     if ids.shape[1] > MAX_TOKENS:
         raise UserError(
-            f"the prompt is too long to upsample: with what goes around it, it may have {MAX_TOKENS} tokens"
+            f"prompt: is too long to upsample. With its template, it may have {MAX_TOKENS} tokens."
         )
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -74,7 +84,7 @@ def upsample_locally(
             do_sample=True,
             temperature=TEMPERATURE,
             max_new_tokens=NEW_TOKENS,
-            **seen,
+            **image_inputs,
         )
     del model
     gc.collect()
@@ -82,62 +92,66 @@ def upsample_locally(
     text = _printable(chat.tokenizer.decode(out[0, ids.shape[1] :].tolist()))
     if not text:
         raise UserError(
-            f"the model in {folder} answered without text: try another prompt or seed, or do without upsampling"
+            f"{folder}: the model answered without text. Try another prompt or seed, or do not "
+            "upsample."
         )
     return text
 
 
-def _load(encoder: Path, device: torch.device, dtype: torch.dtype):
-    """transformers' Mistral Small 3, whole."""
+def _load_mistral(folder: Path, device: torch.device, dtype: torch.dtype):
+    """Load transformers' Mistral Small 3 with its vision parts."""
     try:
-        from transformers import Mistral3ForConditionalGeneration, PixtralImageProcessorPil  # noqa: F401 (which _see needs)
+        from transformers import (
+            Mistral3ForConditionalGeneration,
+            PixtralImageProcessorPil,  # noqa: F401  (for _image_inputs)
+        )
     except ImportError:
         raise UserError(
-            "prompts are upsampled by transformers: run `pip install -U transformers accelerate`"
+            "upsampling needs transformers: run `pip install -U transformers accelerate`"
         ) from None
-    advice = (
-        "take all of text_encoder/ from the FLUX.2-dev repository, or upsample through a server"
-    )
-    options = dict(
-        dtype=dtype,
-        device_map=device,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    advice = "Take all of text_encoder/ from the FLUX.2-dev repository, or upsample by a server."
     try:
-        model, report = Mistral3ForConditionalGeneration.from_pretrained(encoder, **options)
+        model, report = Mistral3ForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     except Exception as error:  # missing or damaged files, no accelerate, too little memory
         reason = " ".join(str(error).split())
-        raise UserError(f"{encoder} cannot be loaded ({reason:.200}): {advice}") from None
-    if report["missing_keys"]:  # transformers would leave these random
-        lacks = f"{len(report['missing_keys'])} tensors, {min(report['missing_keys'])} among them"
-        raise UserError(f"{encoder} lacks {lacks}: {advice}")
+        raise UserError(f"{folder}: cannot be loaded ({reason:.200}). {advice}") from None
+    missing = report["missing_keys"]
+    if missing:  # transformers would leave these random
+        raise UserError(
+            f"{folder}: {len(missing)} tensors are missing, such as {min(missing)}. {advice}"
+        )
     return model
 
 
-def _see(pictures: Sequence[Image.Image], model) -> tuple[str, dict]:
-    """ImageInputs, in one row on white -> the tokens that stand for it, and what the model sees of it."""
+def _image_inputs(images: Sequence[Image.Image], model) -> tuple[str, dict]:
+    """Place the images in one row on white; return the tokens for it, and the model's inputs."""
     from transformers import PixtralImageProcessorPil  # PixtralProcessor would need torchvision
 
-    row = Image.new(
-        "RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white"
-    )
+    width, height = sum(image.width for image in images), max(image.height for image in images)
+    row = Image.new("RGB", (width, height), "white")
     left = 0
-    for picture in pictures:
-        row.paste(picture, (left, (row.height - picture.height) // 2))
-        left += picture.width
-    eyes = model.config.vision_config
-    cell = eyes.patch_size * model.config.spatial_merge_size  # the side of a token, in pixels
-    seen = PixtralImageProcessorPil(patch_size=cell, size={"longest_edge": eyes.image_size})(
-        _capped(row), return_tensors="pt"
+    for image in images:
+        row.paste(image, (left, (height - image.height) // 2))
+        left += image.width
+    vision = model.config.vision_config
+    patch = vision.patch_size * model.config.spatial_merge_size  # pixels on a side of a token
+    processor = PixtralImageProcessorPil(patch_size=patch, size={"longest_edge": vision.image_size})
+    inputs = processor(_shrink(row), return_tensors="pt")
+    lines, columns = (inputs["image_sizes"][0] // patch).tolist()
+    line = "[IMG]" * columns
+    return "[IMG_BREAK]".join([line] * lines) + "[IMG_END]", dict(
+        inputs.to(model.device, model.dtype)
     )
-    lines, columns = (seen["image_sizes"][0] // cell).tolist()
-    grid = ("[IMG]" * columns + "[IMG_BREAK]") * lines
-    return grid.removesuffix("[IMG_BREAK]") + "[IMG_END]", dict(seen.to(model.device, model.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------- elsewhere
+# ------------------------------------------------------------------ on a server
 
 
 def upsample_remotely(
@@ -145,50 +159,48 @@ def upsample_remotely(
     url: str,
     model: str,
     key: str | None = None,
-    pictures: Sequence[Image.Image] = (),
+    images: Sequence[Image.Image] = (),
     timeout: float = 120,
 ) -> str:
-    """The same from the server at `url`, such as https://api.openai.com or http://localhost:8080/v1.
+    """Return the prompt as the server at `url` writes it.
 
-    `/v1` is added where no version stands in the path, and `/chat/completions` always. `key`: else $OPENAI_API_KEY, if set;
-    over http it goes to this machine only. `timeout`: seconds without a sign of life. UserError for every failure.
+    `url`: such as https://api.openai.com or http://localhost:8080/v1; `/v1` is added if the path
+    has no version, and `/chat/completions` always. `key`: $OPENAI_API_KEY if None; over http it is
+    sent to this machine only. `timeout`: seconds without a byte. UserError for every failure.
     """
     key = (os.environ.get("OPENAI_API_KEY", "") if key is None else key).strip()
     address = _address(url, key)
-    content = [
-        {"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures
-    ]
-    messages = [
-        {"role": "system", "content": EDIT if pictures else EXPAND},
-        {
-            "role": "user",
-            "content": [*content, {"type": "text", "text": prompt}] if pictures else prompt,
-        },
-    ]
-    body = {
+    content: str | list[dict] = prompt
+    if images:
+        content = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
+        content.append({"type": "text", "text": prompt})
+    request = {
         "model": model,
-        "messages": messages,
+        "messages": [
+            {"role": "system", "content": EDIT if images else EXPAND},
+            {"role": "user", "content": content},
+        ],
         "temperature": TEMPERATURE,
         "max_tokens": NEW_TOKENS,
     }
-    answer = _post(address, key, body, timeout)
+    response = _post(address, key, request, timeout)
     try:
-        text = json.loads(answer)["choices"][0]["message"]["content"]
+        text = json.loads(response)["choices"][0]["message"]["content"]
     except (ValueError, RecursionError):
-        raise _refusal(
-            address, "answered something that is not JSON: is this a chat model's address?", key
-        ) from None
+        problem = "answered something that is not JSON: is this a chat model's address?"
+        raise _error(address, problem, key) from None
     except (LookupError, TypeError):
-        raise _refusal(address, f"answered without choices: {_complaint(answer)}", key) from None
-    if isinstance(text, str) and (text := _printable(text)):
-        return text
-    raise _refusal(
-        address, "answered without text: try another prompt or model, or do without upsampling", key
-    )
+        problem = f"answered without choices: {_server_message(response)}"
+        raise _error(address, problem, key) from None
+    text = _printable(text) if isinstance(text, str) else ""
+    if not text:
+        problem = "answered without text: try another prompt or model, or do not upsample"
+        raise _error(address, problem, key)
+    return text
 
 
-class AsItIs(HTTPErrorProcessor):
-    """Raises for no status and follows no redirect, which would take the key elsewhere."""
+class KeepResponse(HTTPErrorProcessor):
+    """Raise for no status, and follow no redirect, which would take the key elsewhere."""
 
     def http_response(self, request, response):
         return response
@@ -197,71 +209,55 @@ class AsItIs(HTTPErrorProcessor):
 
 
 def _post(address: str, key: str, body: dict, timeout: float) -> bytes:
-    headers = {
-        "Content-Type": "application/json",
-        "User-Agent": "flux",
-    }  # some servers refuse urllib's own name
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    # Some servers refuse urllib's own User-Agent.
+    headers = {"Content-Type": "application/json", "User-Agent": "flux"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     try:
         request = Request(address, json.dumps(body).encode(), headers)
-        with build_opener(AsItIs).open(request, timeout=timeout) as response:
-            status, moved, answer = (
-                response.status,
-                response.headers.get("Location"),
-                response.read(2**22),
-            )
+        with build_opener(KeepResponse).open(request, timeout=timeout) as response:
+            status, redirect = response.status, response.headers.get("Location")
+            content = response.read(MAX_RESPONSE)
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
-        late = f"gave no sign of life for {timeout:g} seconds"
-        raise _refusal(
-            address,
-            late if isinstance(reason, TimeoutError) else f"cannot be reached ({reason})",
-            key,
-        ) from None
-    if moved:
-        raise _refusal(address, f"sends on to {moved}: give the address that is meant", key)
+        problem = f"cannot be reached ({reason})"
+        if isinstance(reason, TimeoutError):
+            problem = f"sent nothing for {timeout:g} seconds"
+        raise _error(address, problem, key) from None
+    if redirect:
+        raise _error(address, f"redirects to {redirect}: use that address", key)
     if status != 200:
-        raise _refusal(address, f"answered {status}: {_complaint(answer)}", key)
-    return answer
+        raise _error(address, f"answered {status}: {_server_message(content)}", key)
+    return content
 
 
 def _address(url: str, key: str) -> str:
-    """Where to post to, or the reason why not."""
+    """Return where to post to. UserError if the url is not plain or the key cannot be sent."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # either may raise
     except ValueError:
         host = None
     shown = re.sub("//[^/]*@", "//", re.split("[?#]", url)[0])  # without what may be secret
-    if (
-        not host
-        or parts.scheme not in ("http", "https")
-        or "@" in parts.netloc
-        or parts.query
-        or parts.fragment
-    ):
-        raise _refusal(
-            f"{shown} is not",
-            "the plain address of a server: https://, its name, and a path, if it has one",
-            key,
-        )
+    plain = host and parts.scheme in ("http", "https")
+    if not plain or "@" in parts.netloc or parts.query or parts.fragment:
+        problem = "is not the plain address of a server: https://, its name, and maybe a path"
+        raise _error(shown, problem, key)
     if not re.fullmatch("[!-~]*", key):
-        raise _refusal(
-            shown,
-            "cannot be sent this key, which has spaces or other odd characters: check $OPENAI_API_KEY",
-            key,
-        )
+        problem = "cannot be sent a key with spaces or special characters: check $OPENAI_API_KEY"
+        raise _error(shown, problem, key)
     if key and parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-        raise _refusal(
-            shown, "would be sent the key unencrypted: use https, or unset $OPENAI_API_KEY", key
-        )
+        problem = "would be sent the key unencrypted: use https, or unset $OPENAI_API_KEY"
+        raise _error(shown, problem, key)
     path = parts.path.rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path if re.search('/v[0-9]', path) else path + '/v1'}/chat/completions"
+    if not re.search("/v[0-9]", path):
+        path += "/v1"
+    return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
 
 
-def _complaint(answer: bytes) -> str:
-    """What a server says of a failure: OpenAI's error.message, or else all that it sent."""
-    text = answer.decode(errors="replace")
+def _server_message(response: bytes) -> str:
+    """Return OpenAI's error.message of a failure, or else the whole response."""
+    text = response.decode(errors="replace")
     try:
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
@@ -269,29 +265,32 @@ def _complaint(answer: bytes) -> str:
         return text
 
 
-def _refusal(address: str, fault: str, key: str) -> UserError:
-    """One line, and not a long one, without the key, which servers may repeat in what they complain of."""
-    fault = " ".join(CONTROL.sub("", fault).split())
-    address, fault = (text.replace(key, "***") if key else text for text in (address, fault))
-    return UserError(f"{address} {fault:.400}")
+def _error(address: str, problem: str, key: str) -> UserError:
+    """Return one short line without the key, which servers may repeat."""
+    problem = " ".join(CONTROL.sub("", problem).split())
+    if key:
+        address, problem = address.replace(key, "***"), problem.replace(key, "***")
+    return UserError(f"{address} {problem:.400}")
 
 
-# ---------------------------------------------------------------------------------------------------------- both
+# ------------------------------------------------------------------ images and text
 
 
-def _capped(picture: Image.Image) -> Image.Image:
-    """At most 768² pixels."""
-    scale = (MAX_PIXELS / (picture.width * picture.height)) ** 0.5
-    size = (max(1, int(side * scale)) for side in picture.size)
-    return picture if scale >= 1 else picture.resize(tuple(size), Image.Resampling.LANCZOS)
+def _shrink(image: Image.Image) -> Image.Image:
+    """Resize to at most MAX_PIXELS."""
+    scale = (MAX_PIXELS / (image.width * image.height)) ** 0.5
+    if scale >= 1:
+        return image
+    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    _capped(picture).save(file, "PNG")
+    _shrink(image).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which a terminal would obey, and without space around it."""
+    """Remove control characters, which a terminal would obey, and outer spaces."""
     return CONTROL.sub("", text).strip()

@@ -458,7 +458,7 @@ def upsample(args: argparse.Namespace, pipe, prompt: str, images: tuple, seed: i
         prompt = upsampling.upsample_locally(prompt, folder, images, seed, pipe.device)
     else:
         prompt = upsampling.upsample_remotely(
-            prompt, args.upsample, args.upsample_model, pictures=images
+            prompt, args.upsample, args.upsample_model, images=images
         )
     say(f"prompt: {prompt}")
     return prompt

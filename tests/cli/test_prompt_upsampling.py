@@ -1,6 +1,6 @@
-"""prompt_upsampling: the local recipe against diffusers' own, with a tiny Mistral that sees; the remote one against a server.
+"""prompt_upsampling: inputs and text equal diffusers' with a tiny Mistral; requests to a server.
 
-The server is a thread of this process, which keeps what it was sent and answers whatever a test tells it to.
+The server is tests/support/chat_server.py.
 """
 
 import base64
@@ -14,6 +14,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import prompt_upsampling
 import pytest
 import torch
 import transformers
@@ -32,7 +33,7 @@ from flux.parity.reference import randomise
 PROMPT = "a cat [IMG]holding a sign that says 'hello  world'"
 KEY = "sk-secret/0123"
 NOISE = np.random.default_rng(0).integers(0, 256, (640, 700, 3), dtype=np.uint8)
-PICTURES = [
+IMAGES = [
     Image.fromarray(NOISE),
     Image.fromarray(NOISE[:333, :301]),
 ]  # beside each other, more than 768² pixels
@@ -40,7 +41,7 @@ PICTURES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A FLUX.2-dev repository with a tiny model in it: tokens stand for 8x8 pixels, and pictures are at most 64 wide."""
+    """A FLUX.2-dev repository with a tiny model: a token is 8x8 pixels, images have at most 64."""
     home = tmp_path_factory.mktemp("FLUX.2-dev")
     (home / "tokenizer").mkdir()
     make_mistral(home / "tokenizer")
@@ -67,7 +68,7 @@ def folder(tmp_path_factory):
 
 
 class Processor:
-    """transformers' PixtralProcessor, put together from parts, since it needs torchvision itself."""
+    """transformers' PixtralProcessor from its parts, since PixtralProcessor needs torchvision."""
 
     def __init__(self, folder):
         names = {
@@ -103,7 +104,7 @@ class Processor:
 
 
 def theirs(folder, pictures, seed):
-    """The text of diffusers' pipeline, with our instructions."""
+    """Return the text of diffusers' pipeline with our instructions."""
     model = transformers.Mistral3ForConditionalGeneration.from_pretrained(
         folder / "text_encoder", dtype=torch.float32
     )
@@ -124,66 +125,82 @@ def printable(text):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """What each call of transformers' generate was given."""
+def generate_inputs(monkeypatch):
+    """The inputs of each call of transformers' generate, which makes at most 100 tokens here."""
     calls, generate = [], transformers.Mistral3ForConditionalGeneration.generate
 
-    def noted(model, **inputs):
+    def record(model, **inputs):
         calls.append(inputs | {"input_ids": inputs["input_ids"][inputs["attention_mask"].bool()]})
-        return generate(model, **inputs)
+        return generate(model, **inputs | {"max_new_tokens": 100})
 
-    monkeypatch.setattr(transformers.Mistral3ForConditionalGeneration, "generate", noted)
+    monkeypatch.setattr(transformers.Mistral3ForConditionalGeneration, "generate", record)
     return calls
 
 
-@pytest.mark.parametrize("count, seed", [(0, 3), (0, 4), (1, 3), (2, 3)])
-def test_local_inputs_and_text_are_those_of_diffusers(folder, asked, monkeypatch, count, seed):
-    """Its ids are padded to 2048 and ours are not: in float32 that changes no token. The first answer ends by itself."""
+@pytest.mark.parametrize(
+    "count, seed",
+    [
+        pytest.param(0, 4, marks=pytest.mark.slow),
+        pytest.param(1, 3, marks=pytest.mark.slow),
+        (2, 3),
+    ],
+)
+def test_local_inputs_and_text_equal_diffusers(folder, generate_inputs, monkeypatch, count, seed):
+    """diffusers pads ids to 2048: in float32 that changes no token."""
     monkeypatch.setattr(pipeline_flux2, "SYSTEM_MESSAGE_UPSAMPLING_T2I", EXPAND)
     monkeypatch.setattr(pipeline_flux2, "SYSTEM_MESSAGE_UPSAMPLING_I2I", EDIT)
-    text = theirs(folder, PICTURES[:count], seed)
+    expected = printable(theirs(folder, IMAGES[:count], seed))
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert upsample_locally(
-        PROMPT, folder, PICTURES[:count], seed, dtype=torch.float32
-    ) == printable(text)
+    ours = upsample_locally(PROMPT, folder, IMAGES[:count], seed, dtype=torch.float32)
+    assert ours == expected
     assert torch.equal(torch.get_rng_state(), state)  # the caller's
-    for name in {*asked[0], *asked[1]} - {"attention_mask", "use_cache", "pad_token_id"}:
-        assert np.array_equal(asked[0][name], asked[1][name]), name
-    assert upsample_locally(
-        PROMPT, folder, PICTURES[:count], seed + 9, dtype=torch.float32
-    ) != printable(text)
+    first, second = generate_inputs
+    assert first["max_new_tokens"] == 512
+    for name in {*first, *second} - {"attention_mask", "use_cache", "pad_token_id"}:
+        assert np.array_equal(first[name], second[name]), name
+    other = upsample_locally(PROMPT, folder, IMAGES[:count], seed + 9, dtype=torch.float32)
+    assert other != expected
 
 
-def test_the_model_is_let_go(folder):
+def test_answer_that_ends_by_itself_equals_diffusers(folder, monkeypatch):
+    """The end-of-text token is not part of the prompt."""
+    monkeypatch.setattr(pipeline_flux2, "SYSTEM_MESSAGE_UPSAMPLING_T2I", EXPAND)
+    ours = upsample_locally(PROMPT, folder, (), 3, dtype=torch.float32)
+    assert ours == printable(theirs(folder, (), 3))
+
+
+def test_model_is_released(folder, monkeypatch):
+    monkeypatch.setattr(prompt_upsampling, "NEW_TOKENS", 8)
     upsample_locally(PROMPT, folder)
-    assert not [
+    models = [
         x for x in gc.get_objects() if type(x) is transformers.Mistral3ForConditionalGeneration
     ]
+    assert not models
 
 
-def test_what_local_upsampling_refuses(folder, tmp_path, monkeypatch):
+def test_local_upsampling_refuses_wrong_input(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="too long to upsample.* 2048 tokens"):
         upsample_locally("a cat " * 1100, folder)
-    with pytest.raises(UserError, match=r"text_encoder cannot be loaded \(.*: take all"):
+    with pytest.raises(UserError, match=r"text_encoder: cannot be loaded \(.*Take all"):
         upsample_locally(PROMPT, tmp_path)
     broken = shutil.copytree(folder, tmp_path / "broken")
     weights = load_file(broken / "text_encoder/model.safetensors")
     name, _ = weights.popitem()
     save_file(weights, broken / "text_encoder/model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=f"text_encoder lacks 1 tensors, .*{re.escape(name)} among them"
+        UserError, match=f"text_encoder: 1 tensors are missing, such as .*{re.escape(name)}"
     ):
         upsample_locally(PROMPT, broken)
     (broken / "text_encoder/model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(UserError, match="text_encoder cannot be loaded"):
+    with pytest.raises(UserError, match="text_encoder: cannot be loaded"):
         upsample_locally(PROMPT, broken)
     (broken / "text_encoder/model.safetensors").unlink()
     torch.save(
         load_file(folder / "text_encoder/model.safetensors"),
         broken / "text_encoder/pytorch_model.bin",
     )  # a pickle
-    with pytest.raises(UserError, match="text_encoder cannot be loaded"):
+    with pytest.raises(UserError, match="text_encoder: cannot be loaded"):
         upsample_locally(PROMPT, broken)
 
     def silent(model, input_ids, **_):
@@ -217,7 +234,7 @@ def test_remote_request(server, monkeypatch, path, asked):
         upsample_remotely(PROMPT, server.url + path, "some/model") == "a fluffy\ncat [31m\U0001f431"
     )
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
-    upsample_remotely(PROMPT, server.url + path, "some/model", pictures=PICTURES[1:])
+    upsample_remotely(PROMPT, server.url + path, "some/model", images=IMAGES[1:])
     upsample_remotely(PROMPT, server.url + path, "some/model", key="other")
     upsample_remotely(PROMPT, server.url + path, "some/model", key="")
     assert [address for address, _, _ in server.asked] == [asked + "/chat/completions"] * 4
@@ -242,16 +259,16 @@ def test_remote_request(server, monkeypatch, path, asked):
     }
     start, _, data = picture["image_url"].pop("url").partition(",")
     assert start == "data:image/png;base64" and not picture["image_url"]
-    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), PICTURES[1])
+    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), IMAGES[1])
 
 
-def test_large_pictures_are_sent_smaller(server):
+def test_large_images_are_shrunk(server):
     server.reply = 200, {}, chat_reply("x")
     upsample_remotely(
         PROMPT,
         server.url,
         "m",
-        pictures=[Image.new("RGB", (1600, 900)), Image.new("RGB", (768, 768))],
+        images=[Image.new("RGB", (1600, 900)), Image.new("RGB", (768, 768))],
     )
     urls = [part["image_url"]["url"] for part in server.asked[0][2]["messages"][1]["content"][:2]]
     sizes = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in urls]
@@ -270,8 +287,8 @@ def test_large_pictures_are_sent_smaller(server):
             r"answered 401: x+",
         ),
         ((500, {}, f"<html>\x1b\n{KEY}\xff".encode("latin-1")), r"answered 500: <html> \*\*\*"),
-        ((302, {"Location": f"/elsewhere?{KEY}"}, b""), r"sends on to /elsewhere\?\*\*\*"),
-        ((307, {"Location": "ftp://a/b"}, b""), r"sends on to ftp://a/b"),
+        ((302, {"Location": f"/elsewhere?{KEY}"}, b""), r"redirects to /elsewhere\?\*\*\*"),
+        ((307, {"Location": "ftp://a/b"}, b""), r"redirects to ftp://a/b"),
         ((200, {}, b"<html>"), "answered something that is not JSON"),
         ((200, {}, b"\xff"), "answered something that is not JSON"),
         ((200, {}, b"[" * 100_000), "answered something that is not JSON"),
@@ -287,7 +304,7 @@ def test_large_pictures_are_sent_smaller(server):
         (b"220 mail.example\r\n", "cannot be reached"),
     ],
 )
-def test_what_servers_do_wrong_is_said_without_the_key(server, reply, fault):
+def test_server_errors_are_reported_without_the_key(server, reply, fault):
     server.reply = reply
     with pytest.raises(UserError) as error:
         upsample_remotely(PROMPT, server.url, "m", KEY)
@@ -300,10 +317,10 @@ def test_what_servers_do_wrong_is_said_without_the_key(server, reply, fault):
     assert len(server.asked) == 1 and len(str(error.value)) < 500
 
 
-def test_servers_that_are_slow_or_away(server):
+def test_slow_and_missing_servers_are_reported(server):
     server.delay = 0.6
     with pytest.raises(
-        UserError, match=f"{server.url}/v1/chat/completions gave no sign of life for 0.2 seconds"
+        UserError, match=f"{server.url}/v1/chat/completions sent nothing for 0.2 seconds"
     ):
         upsample_remotely(PROMPT, server.url, "m", KEY, timeout=0.2)
     with socket.socket() as unused:
@@ -335,7 +352,7 @@ def test_servers_that_are_slow_or_away(server):
         ("http://local/secret", "secret", "http://local/***"),
     ],
 )
-def test_addresses_and_keys_that_are_not_used(server, url, key, shown):
+def test_unsafe_addresses_and_keys_are_refused(server, url, key, shown):
     with pytest.raises(UserError, match=f"^{re.escape(shown)} ") as error:
         upsample_remotely(PROMPT, url, "m", key)
     assert "secret" not in str(error.value) and "sécret" not in str(error.value)
