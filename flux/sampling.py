@@ -122,7 +122,7 @@ def truncate_by_strength(
     return times[int(skipped) :]
 
 
-def scale_noise(image: Tensor, noise: Tensor, t: float) -> Tensor:
+def scale_noise(image: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
     """Return the point at time t on the straight line from the image to the noise."""
     return (1 - t) * image + t * noise
 
@@ -181,6 +181,8 @@ def euler_step(x: Tensor, v: Tensor, dt: float, state: str) -> Tensor:
     return (x.to(v.dtype).float() + rounded * v).to(v.dtype)
 
 
-def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def classifier_free_guidance(
+    conditional: Tensor, unconditional: Tensor, scale: float | Tensor
+) -> Tensor:
     """Move away from the unconditional velocity by `scale` times the difference."""
     return unconditional + scale * (conditional - unconditional)
