@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import conditioning
+from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io import input as inputs
@@ -258,7 +259,8 @@ class Cache:
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> Tensor:
-        return self.pipe.image_encoder().encode(pixels.to(self.pipe.device)).cpu()
+        encoder = cast(AutoEncoder, self.pipe.image_encoder())
+        return encoder.encode(pixels.to(self.pipe.device)).cpu()
 
     def features(self, caption: str, source: str = "prompt") -> Path:
         """Encode a caption to {"tokens": (T, D)} and, for FLUX.1, {"pooled": (V,)}.

@@ -7,6 +7,7 @@ made this way. A velocity here is a function of latents (B, C, h, w) at times t 
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,8 @@ def make_teacher(student: Flux) -> Flux:
     one = timestep_embedding(torch.tensor([1000.0])).to(student.time_in.out_layer.bias)
     tensors["time_in.out_layer.bias"] += student.guidance_in(one)[0].float()
     tensors = {name: x for name, x in tensors.items() if not name.startswith("guidance_in.")}
-    teacher = init_empty(lambda: Flux(replace(student.config, guidance=False), student.numerics))
+    config = replace(student.config, guidance=False)
+    teacher = cast(Flux, init_empty(lambda: Flux(config, student.numerics)))
     teacher.load_state_dict(tensors, assign=True)
     teacher.requires_grad_(True)
     return teacher
@@ -116,7 +118,8 @@ def make_student(teacher: Flux) -> Flux:
             "teacher: has a guidance embedding, so its guidance is distilled already. "
             "Use a model with classifier-free guidance."
         )
-    student = init_empty(lambda: Flux(replace(teacher.config, guidance=True), teacher.numerics))
+    config = replace(teacher.config, guidance=True)
+    student = cast(Flux, init_empty(lambda: Flux(config, teacher.numerics)))
     tensors = teacher.state_dict()
     for name in [name for name in tensors if name.startswith("time_in.")]:
         initial = tensors[name] if ".in_layer." in name else torch.zeros_like(tensors[name])
