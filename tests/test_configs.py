@@ -26,11 +26,11 @@ REAL = {
 }
 QUANTIZED = {name: spec for name, spec in MODELS.items() if spec.weight_format != "bfloat16"}
 
-# Model cards: FLUX.1-schnell (4 steps, 256 tokens, no guidance), FLUX.1-dev (50 steps, guidance 3.5,
-# 512 tokens), FLUX.1-Krea-dev (28 to 32 steps, guidance 4.5). FLUX2_MODEL_INFO: 50 steps at guidance
-# 4; the distilled [klein] is fixed to 4 steps without guidance. Defaults of BFL's scripts:
-# cli_fill.py (50 steps, guidance 30, 128 tokens), cli_control.py (50 steps, guidance 30 for edges, 10
-# for depth), cli_redux.py (50 steps for [dev], guidance 2.5), cli_kontext.py (30 steps, guidance 2.5).
+# Model cards: FLUX.1-schnell (4 steps, 256 tokens, no guidance), FLUX.1-dev (50 steps, guidance
+# 3.5, 512 tokens), FLUX.1-Krea-dev (28 to 32 steps, guidance 4.5). FLUX2_MODEL_INFO: 50 steps at
+# guidance 4; the distilled [klein] is fixed to 4 steps without guidance. Defaults of BFL's scripts:
+# cli_fill.py (50 steps, guidance 30, 128 tokens), cli_control.py (50 steps, guidance 30 for edges,
+# 10 for depth), cli_redux.py (50 steps for [dev], guidance 2.5), cli_kontext.py (30 steps, 2.5).
 # name: (file, schedule, steps, guidance, classifier-free, text tokens, fixed)
 DEFAULTS = {
     "flux.1-schnell": ("flux1-schnell", "unshifted", 4, None, False, 256, True),
@@ -117,8 +117,8 @@ NETWORKS = {
     "flux.2-klein-9b-kv": KLEIN_9B,
     "flux.2-klein-base-9b": KLEIN_9B,
 }
-# In addition to the latents' 64 channels: a control image's latents; or an image's latents and a mask
-# of 16x16 pixels per token
+# In addition to the latents' 64 channels: a control image's latents; or an image's latents and a
+# mask of 16x16 pixels per token
 EXTRA_CHANNELS = {"flux.1-canny-dev": 64, "flux.1-depth-dev": 64, "flux.1-fill-dev": 64 + 256}
 
 

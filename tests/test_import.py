@@ -1,6 +1,6 @@
-"""`import flux` and what it offers must not wait for what a run may never need.
+"""`import flux` and its public names import no module that a run may not need.
 
-Deterministic facts only: which modules are loaded, never how long it took. Each is asked in a fresh interpreter.
+Each test lists the modules that a new interpreter has imported.
 """
 
 import json
@@ -14,15 +14,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def loaded_by(code: str, before: str = "pass") -> set[str]:
-    """The modules that `code` adds to those that `before` has loaded."""
-    script = f"import sys, json\n{before}\nseen = set(sys.modules)\n{code}\nprint(json.dumps(sorted(set(sys.modules) - seen)))"
+    """Return the modules that `code` imports after `before`."""
+    script = "\n".join(
+        [
+            "import sys, json",
+            before,
+            "seen = set(sys.modules)",
+            code,
+            "print(json.dumps(sorted(set(sys.modules) - seen)))",
+        ]
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return set(json.loads(done.stdout))
 
 
-def test_import_flux_loads_nothing_else():
+def test_import_flux_imports_nothing_else():
     assert {
         name
         for name in loaded_by("import flux")
@@ -30,8 +38,8 @@ def test_import_flux_loads_nothing_else():
     } == {"flux"}
 
 
-def test_what_flux_offers_needs_little_beyond_torch():
-    """No tokenizer, hub, progress bar, compiler of torch or other library before it is used: only small ones."""
+def test_public_names_import_little_beyond_torch():
+    """Only small libraries: no tokenizer, hub, progress bar or torch compiler before its use."""
     added = loaded_by(
         "import flux; flux.MODELS; flux.load; flux.Pipeline; flux.UserError", before="import torch"
     )
@@ -48,13 +56,13 @@ def test_what_flux_offers_needs_little_beyond_torch():
         "prompt_upsampling",
         "PIL.PngImagePlugin",
     }
-    assert not added & optional  # few pictures need them, or only their end does
+    assert not added & optional
 
 
-def test_a_first_picture_needs_no_compiler():
-    """torch's takes as long to import as torch itself, which asks for it to draw an Embedding on the meta device."""
-    picture = "import flux; flux.load()('a red circle', steps=1)"
-    added = loaded_by(picture, before="import torch")
+def test_first_image_imports_no_compiler():
+    """torch imports its compiler, as large as itself, to draw an Embedding on the meta device."""
+    code = "import flux; flux.load()('a red circle', steps=1)"
+    added = loaded_by(code, before="import torch")
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL", "tokenizers", "torch", "numpy"}
     assert not {
@@ -74,7 +82,7 @@ def test_a_first_picture_needs_no_compiler():
     )
 
 
-def test_blank_modules_have_shapes_and_draw_nothing():
+def test_empty_modules_have_shapes_and_draw_nothing():
     import torch
     from torch import nn
 
@@ -86,7 +94,7 @@ def test_blank_modules_have_shapes_and_draw_nothing():
         torch.get_rng_state(), before
     )
     assert [tuple(p.shape) for p in module.parameters()] == [(5, 3), (2, 3), (2,), (2,), (2,)]
-    assert nn.Embedding(5, 3).weight.abs().sum() > 0  # outside, all is as it was
+    assert nn.Embedding(5, 3).weight.abs().sum() > 0  # outside, modules draw again
 
 
 def test_public_names():
