@@ -479,6 +479,7 @@ class Pipeline:
             self.dtype.itemsize,
             self.options.vae_tile,
             encoded_pixels,
+            self.autoencoder.dtype.itemsize,
         )
 
 

@@ -43,7 +43,7 @@ REFUSED = [
     (check_cfg, (KLEIN, None, None, 2.0, 4), "true_cfg_scale: flux.2-klein-4b takes none"),
     (check_cfg, (KLEIN, None, "grey", None, 4), "negative_prompt: flux.2-klein-4b takes none"),
     (check_cfg, (DEV, None, "grey", None, 4), "negative_prompt: has an effect only with `true_cfg"),
-    (check_cfg, (BASE, 1.0, "grey", None, 4), "negative_prompt: has an effect only with `guidance`"),
+    (check_cfg, (BASE, 1.0, "grey", None, 4), "negative_prompt: has an effect only with `guid"),
     (check_count, (0, 7), "num_images: there is nothing to generate."),
     (check_count, (1, -1), "seed: must be from 0 to 2^63 - 1 (got -1)."),
     (check_count, (2, 2**63 - 1), "seed: must be from 0 to 2^63 - 1"),
