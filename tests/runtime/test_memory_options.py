@@ -20,7 +20,7 @@ from torch import Tensor
 import flux
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs
-from flux.lora import formats as lora
+from flux.lora import merge as lora_merge
 from flux.parity.reference import FLUX1_TINY, randomise
 from flux.pipeline import Pipeline
 from flux.runtime import lazy_module, residency
@@ -143,7 +143,7 @@ def test_transformer_is_read_merged_and_rounded_once(zoo, offload, quantize, tmp
     save_file({f"img_in.{name}.weight": factor for name, factor in factors.items()}, path)
     pipe, calls = load(zoo, KLEIN, offload=offload, quantize=quantize), []
     pipe.load_lora(path)
-    for owner, name in ((LazyModule, "_load"), (lora, "merge"), (lazy_module, "quantize_")):
+    for owner, name in ((LazyModule, "_load"), (lora_merge, "merge"), (lazy_module, "quantize_")):
         call = getattr(owner, name)
 
         def counted(subject, *more, name=name, call=call, **options):
