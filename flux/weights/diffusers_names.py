@@ -90,12 +90,18 @@ def diffusers_layer(layer: str, flux2: bool, hidden_size: int, rows: int) -> lis
 
 def split_block(layer: str) -> tuple[str, str, str]:
     """Split "double_blocks.3.img_mlp.0" into block list, number and layer; "img_in" has none."""
-    block, number, inner = re.fullmatch(r"(?:(\w+_blocks)\.(\d+)\.)?(.*)", layer).groups("")
+    match = re.fullmatch(r"(?:(\w+_blocks)\.(\d+)\.)?(.*)", layer)
+    assert match, layer
+    block, number, inner = match.groups("")
     return block, number, inner
 
 
 def _column(family: int) -> dict[str, list[str]]:
-    return {row[0]: row[1 + family].split() for row in LAYERS if row[1 + family] is not None}
+    column = {}
+    for ours, *theirs in LAYERS:
+        if names := theirs[family]:
+            column[ours] = names.split()
+    return column
 
 
 _THEIRS = {False: _column(0), True: _column(1)}  # by `flux2`
