@@ -1,14 +1,16 @@
-"""Run the pipeline and record its tensors, by name, into one file.
+"""Run the pipeline and record its tensors, by name, in one file.
 
-    text/t5/encoder.block.0/out  text/features  text/pooled              of the negative prompt: text/negative/...
-    encoder.1/encoder.conv_in/out  conditions/references                 of pictures, if there are any
-    noise  ids/txt  ids/img  rope  schedule                              of the negative prompt's pass: negative/rope
-    step.001/in  step.001/vec  step.001/double_blocks.0/in.0 ...  step.001/out         what the network takes and gives
-    step.001/negative/in ...  step.001/velocity  step.001/latents        the negative prompt's pass; guided; after the step
-    decoder/decoder.conv_in/out ...  pixels  picture
+    text/t5/encoder.block.0/out  text/features  text/pooled   negative prompt: text/negative/...
+    encoder.1/encoder.conv_in/out  conditions/references      of input images
+    noise  ids/txt  ids/img  rope  schedule                   negative prompt: negative/rope
+    step.001/in  step.001/vec  step.001/double_blocks.0/in.0 ...  step.001/out
+    step.001/negative/in ...                                  the negative prompt's pass
+    step.001/velocity  step.001/latents                       after guidance; after the step
+    decoder/decoder.conv_in/out ...  pixels  image
 
-Nothing in the pipeline knows of this: its functions are replaced, for the time of the run, by ones that also show what goes
-through them. What a run will record, and how much that is, is found by the same run on networks without weights.
+For the time of a run, functions of the pipeline are replaced by wrappers that show their tensors to
+an observer; the image stays the same to the bit. The same run on networks without weights tells in
+advance what will be recorded.
 """
 
 import copy
@@ -17,11 +19,12 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,12 +38,12 @@ from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError
 from flux.image_io.request import ImageInputs, non_default_options, output_size
 from flux.parity.capture_file import Capture, Kind, Writer, check_new, kind_of, readable, stored_as
-from flux.parity.hooks import See, check_patterns, joined, matches, replaced, watching
+from flux.parity.hooks import Observer, check_patterns, joined, matches, replaced, watching
 from flux.pipeline import Pipeline
 from flux.runtime.checks import Guidance, check_guidance, check_steps
 from flux.runtime.lazy_module import LazyModule
 from flux.text_encoder import TextFeatures
-from flux.transformer import NUMERICS
+from flux.transformer import NUMERICS, KVCache
 
 __all__ = [
     "Capture",
@@ -58,7 +61,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Request:
-    """What to make: one picture, as `Pipeline.__call__` takes it."""
+    """One image, requested with arguments of `Pipeline.__call__`."""
 
     prompt: str
     width: int | None = None
@@ -67,24 +70,27 @@ class Request:
     guidance: Guidance | None = None
     seed: int = 0
     negative_prompt: str | None = None
-    cfg_scale: Guidance | None = None
-    pictures: ImageInputs | None = None
+    true_cfg_scale: Guidance | None = None
+    images: ImageInputs | None = None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to record of it."""
+    """The tensors to record."""
 
-    only: tuple[str, ...] = ()  # patterns, as in `taps.matches`; none: everything
+    only: tuple[str, ...] = ()  # patterns of `hooks.matches`; none: every tensor
     steps: tuple[int, ...] = ()  # counted from 1; none: every step
     keep: Kind = "full"
     limit: float = 10e9  # bytes
 
     def __contains__(self, name: str) -> bool:
         step = re.match(r"step\.(\d+)", name)
-        return matches(name, self.only) and (
-            not self.steps or step is None or int(step[1]) in self.steps
-        )
+        in_steps = not self.steps or step is None or int(step[1]) in self.steps
+        return in_steps and matches(name, self.only)
+
+
+def no_report(text: str) -> None:
+    """Ignore a message."""
 
 
 def capture(
@@ -92,113 +98,132 @@ def capture(
     request: Request,
     path: str | Path,
     selection: Selection = Selection(),
-    tell: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = no_report,
 ) -> Capture:
-    """Make the picture, and record what is selected; `tell` hears the size in advance.
+    """Make the image and record the selected tensors. `report` is called with the size in advance.
 
-    Where latents or pixels stop being finite, what came before is kept, and the recipe says under "stopped" what happened.
+    Where latents or pixels stop being finite, the tensors before are kept, and the recipe has the
+    message under "stopped".
     """
     path = Path(path)
     check_new(path)
     expected = plan(pipe, request, selection)
     free = shutil.disk_usage(path.parent).free
     if expected.bytes > min(free, selection.limit):
-        most = (
-            f"{readable(free)} are free on its disk"
-            if free < selection.limit
-            else f"--limit is {selection.limit / 1e9:g}"
-        )
+        limit = f"`limit` is {selection.limit / 1e9:g} GB"
+        if free < selection.limit:
+            limit = f"{readable(free)} are free on its disk"
         raise UserError(
-            f"{path} would hold up to {readable(expected.bytes)} in {expected.count:,} tensors, and {most}: choose with --only "
-            "or --steps-of, or keep less with --keep probe"
+            f"{path}: would hold up to {readable(expected.bytes)} in {expected.count:,} tensors, "
+            f'and {limit}. Select tensors with `only` or `steps`, or pass `keep="probe"`.'
         )
-    tell(
-        f"recording {expected.count:,} of {len(expected.names):,} tensors, up to {readable(expected.bytes)}"
+    report(
+        f"recording {expected.count:,} of {len(expected.names):,} tensors, "
+        f"up to {readable(expected.bytes)}"
     )
     recipe = describe(pipe, request)
     with Writer(path, recipe, selection.limit, reserve=800 * expected.count) as writer:
 
-        def see(name: str, tensor: Tensor) -> None:
+        def observer(name: str, tensor: Tensor) -> None:
             if name == "schedule":
                 recipe["schedule"] = tensor.tolist()
             if name in selection:
                 writer.add(name, tensor, selection.keep)
 
         try:
-            run(pipe, request, see)
+            run(pipe, request, observer)
         except NonFiniteError as error:
             recipe["stopped"] = str(error)
-            tell(f"stopped, and what came before is kept: {error}")
+            report(f"stopped; the tensors before are kept: {error}")
     return Capture(path)
 
 
-# ---------------------------------------------------------------- running
+# ---------------------------------------------------------------- run
 
 
-def run(pipe: Pipeline, request: Request, see: See) -> Image.Image:
-    """The picture, which is the pipeline's to the bit; `see(name, tensor)` is called in the order of execution."""
-    stages, r = _Stages(pipe, see), request
+def run(pipe: Pipeline, request: Request, observer: Observer) -> Image.Image:
+    """Return the pipeline's image; call `observer(name, tensor)` in the order of execution."""
+    stages, r = _Stages(pipe, observer), request
     with ExitStack() as stack:
-        stages.show(stack, pipe, "condition", "sample", "decode")
-        stages.show(stack, pipe.text, "encode_one")
-        stack.enter_context(
-            replaced(pipe, "tabulated", lambda _: False)
-        )  # what a step is given is then seen in that step
-        stack.enter_context(
-            replaced(pipe.text, "cache", lambda cache: {})
-        )  # or a prompt of before would not be encoded
-        asked = (r.width, r.height, r.steps, r.guidance, r.seed, 1, r.negative_prompt, r.cfg_scale)
-        (image,) = pipe(r.prompt, *asked, stages.after_step, r.pictures)
-    see("picture", torch.from_numpy(np.array(image)))  # (H, W, 3) uint8
+        for owner, name, method in (
+            (pipe, "condition", stages.condition),
+            (pipe, "sample", stages.sample),
+            (pipe, "decode", stages.decode),
+            (pipe.text, "encode_one", stages.encode_one),
+        ):
+            stack.enter_context(wrapped(owner, name, method))
+        # without this, a prompt of an earlier call is not encoded again
+        stack.enter_context(replaced(pipe.text, "cache", lambda cache: {}))
+        (image,) = pipe(
+            r.prompt,
+            width=r.width,
+            height=r.height,
+            steps=r.steps,
+            guidance=r.guidance,
+            seed=r.seed,
+            negative_prompt=r.negative_prompt,
+            true_cfg_scale=r.true_cfg_scale,
+            callback=stages.after_step,
+            images=r.images,
+        )
+    observer("image", torch.from_numpy(np.array(image)))  # (H, W, 3) uint8
     return image
 
 
+def wrapped(owner: object, name: str, wrapper: Callable):
+    """Replace a function inside of a `with` block: `wrapper` gets it, then its arguments."""
+    return replaced(owner, name, lambda original: partial(wrapper, original))
+
+
+class _DeferredVec(NamedTuple):
+    """A later call of `Flux.vec`.
+
+    The pipeline computes all steps' modulations before the first step. A capture computes them in
+    their own step, so that their tensors get that step's name.
+    """
+
+    compute: Callable[[], Tensor]
+
+
 class _Stages:
-    """In place of functions of the pipeline: each method takes the function and its arguments, calls it, and shows."""
+    """Wrappers of the pipeline's functions. Each calls the function and observes its tensors."""
 
-    def __init__(self, pipe: Pipeline, see: See):
-        self.pipe, self.see = pipe, see
-        self.where, self.step, self.passes, self.prompts, self.pictures = "", 0, 0, 0, 0
-        self.memories = False
+    def __init__(self, pipe: Pipeline, observer: Observer):
+        self.pipe, self.observer = pipe, observer
+        self.where = ""  # the first part of the present names
+        self.step, self.passes, self.prompts, self.images = 0, 0, 0, 0
+        self.ropes: Iterator[str] = iter(())
+        self.kv_cache = False
+        self.compute_modulations: Callable = list
 
-    def show(self, stack: ExitStack, owner: object, *names: str) -> None:
-        for name in names:
-            method = getattr(self, name)
-            stack.enter_context(
-                replaced(owner, name, lambda original, method=method: partial(method, original))
-            )
-
-    def shown(self, name: str, tensor: Tensor) -> Tensor:
-        self.see(name, tensor)
+    def observe(self, name: str, tensor: Tensor) -> Tensor:
+        self.observer(name, tensor)
         return tensor
 
-    def inside(self, name: str, tensor: Tensor) -> None:
-        self.see(joined(self.where, name), tensor)
+    def inside(self, name: str, tensor: Tensor) -> Tensor:
+        return self.observe(joined(self.where, name), tensor)
 
     def condition(self, original: Callable, *args) -> Conditions:
         encoder = self.pipe.image_encoder()
 
-        def next_picture(encode: Callable, pixels: Tensor) -> Tensor:
-            self.pictures += 1
-            self.where = f"encoder.{self.pictures}"
+        def encode(original: Callable, pixels: Tensor) -> Tensor:
+            self.images += 1
+            self.where = f"encoder.{self.images}"
             self.inside("pixels", pixels)
-            return self.shown(f"{self.where}/latents", encode(pixels))
+            return self.observe(f"{self.where}/latents", original(pixels))
 
-        with (
-            watching({"": encoder}, self.inside),
-            replaced(encoder, "encode", lambda f: partial(next_picture, f)),
-        ):
+        with watching({"": encoder}, self.inside), wrapped(encoder, "encode", encode):
             conditions = original(*args)
         for name in ("references", "reference_ids", "channels", "text", "init", "mask"):
             if (tensor := getattr(conditions, name)) is not None:
-                recorded = "start" if name == "init" else name  # captures keep the older name
-                self.see(f"conditions/{recorded}", tensor)
-        self.memories = conditions.kv_cache and conditions.references is not None
+                self.observe(f"conditions/{name}", tensor)
+        self.kv_cache = conditions.kv_cache and conditions.references is not None
         return conditions
 
     def encode_one(self, original: Callable, prompt: str) -> TextFeatures:
-        """Of each prompt once: first the prompt, then the negative prompt."""
-        self.where, self.prompts = "text/negative" if self.prompts else "text", self.prompts + 1
+        """Called once for each prompt: first the prompt, then the negative prompt."""
+        self.where = "text/negative" if self.prompts else "text"
+        self.prompts += 1
         parts = {part: getattr(self.pipe.text, part)() for part in self.pipe.spec.text.networks}
         with watching(parts, self.inside):
             features = original(prompt)
@@ -209,70 +234,100 @@ class _Stages:
 
     def sample(self, original: Callable, *args) -> Tensor:
         transformer = self.pipe.transformer()
-        self.ropes = iter(
-            [*["references"] * self.memories, "", "negative"]
-        )  # in the order in which they are made
+        # the pipeline makes tables in this order
+        self.ropes = iter([*(["references"] if self.kv_cache else []), "", "negative"])
         with ExitStack() as stack:
             stack.enter_context(watching({"": transformer}, self.inside))
-            self.show(stack, sampling, "noise", "denoise")
-            self.show(stack, transformer, "rope", "vec", "velocity")
+            for owner, name, method in (
+                (sampling, "noise", self.noise),
+                (sampling, "denoise", self.loop),
+                (transformer, "rope", self.rope),
+                (transformer, "vec", self.vec),
+                (transformer, "modulations", self.modulations),
+                (transformer, "denoise", self.transformer_pass),
+                (self.pipe.transformer, "drop_submodules", self.drop_submodules),
+            ):
+                stack.enter_context(wrapped(owner, name, method))
             return original(*args)
 
     def noise(self, original: Callable, *args, **kwargs) -> Tensor:
-        return self.shown("noise", original(*args, **kwargs))
+        return self.observe("noise", original(*args, **kwargs))
 
     def rope(self, original: Callable, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
         self.where = next(self.ropes)
         self.inside("ids/txt", txt_ids)
         self.inside("ids/img", img_ids)
-        return self.shown(joined(self.where, "rope"), original(txt_ids, img_ids))
+        return self.inside("rope", original(txt_ids, img_ids))
 
-    def denoise(
+    def vec(self, original: Callable, *args) -> _DeferredVec:
+        return _DeferredVec(partial(original, *args))
+
+    def modulations(self, original: Callable, vecs: list[_DeferredVec]) -> list[_DeferredVec]:
+        self.compute_modulations = original
+        return vecs
+
+    def drop_submodules(self, original: Callable, kind: type) -> torch.nn.Module:
+        return self.pipe.transformer()  # the modulations run in every step here
+
+    def transformer_pass(
+        self,
+        original: Callable,
+        img: Tensor,
+        txt: Tensor,
+        rope: Tensor,
+        deferred: _DeferredVec,
+        caches: list[KVCache] | None = None,
+    ) -> Tensor:
+        """Called for the references (before step 1), the prompt, then the negative prompt."""
+        self.where = "references"
+        if self.step:
+            self.where = joined(f"step.{self.step:03}", "negative" if self.passes else "")
+        self.passes += 1
+        vec = self.inside("vec", deferred.compute())
+        mods = self.compute_modulations([vec])[0]
+        if self.step:
+            self.inside("in", img)
+            return self.inside("out", original(img, txt, rope, mods, caches))
+        for number, tensor in enumerate((img, rope, vec)):
+            self.inside(f"in.{number}", tensor)
+        out = original(img, txt, rope, mods, caches)
+        tensors = [tensor for cache in caches or () for tensor in (cache.k, cache.v)]
+        for number, tensor in enumerate(tensors):
+            self.inside(f"out.{number}", tensor)
+        return out
+
+    def loop(
         self, original: Callable, velocity: Callable, x: Tensor, times: Tensor, *args
     ) -> Tensor:
         def step(x: Tensor, t: float) -> Tensor:
             self.step, self.passes = self.step + 1, 0
-            return self.shown(f"step.{self.step:03}/velocity", velocity(x, t))
+            return self.observe(f"step.{self.step:03}/velocity", velocity(x, t))
 
-        self.see("schedule", times)
+        self.observe("schedule", times)
         return original(step, x, times, *args)
 
-    def vec(self, original: Callable, *args) -> Tensor:
-        """The first thing that a pass computes: the prompt's, then the negative prompt's; of references, before step 1."""
-        self.where = (
-            f"step.{self.step:03}{'/negative' * self.passes}" if self.step else "references"
-        )
-        self.passes += 1
-        return self.shown(f"{self.where}/vec", original(*args))
-
-    def velocity(self, original: Callable, img: Tensor, *args) -> Tensor:
-        self.inside("in", img)
-        return self.shown(f"{self.where}/out", original(img, *args))
-
     def after_step(self, step: int, t: float, latents: Tensor) -> None:
-        self.see(f"step.{step:03}/latents", latents)
+        self.observe(f"step.{step:03}/latents", latents)
 
     def decode(self, original: Callable, latents: Tensor) -> list[Image.Image]:
         autoencoder = self.pipe.autoencoder()
 
-        def show(decode):
-            return lambda latents: self.shown("pixels", decode(latents))
+        def decode(original: Callable, latents: Tensor) -> Tensor:
+            return self.observe("pixels", original(latents))
 
-        with watching({"decoder": autoencoder}, self.see), replaced(autoencoder, "decode", show):
+        with (
+            watching({"decoder": autoencoder}, self.observer),
+            wrapped(autoencoder, "decode", decode),
+        ):
             return original(latents)
 
 
 # ---------------------------------------------------------------- in advance
 
 
-IN_PLACE = re.compile(
-    r"coder\S*\.(conv1|conv2|conv_out)/in$|coder\S*\.block[._]\d/out$"
-)  # SiLU, and the residual sum
-
-
 @dataclass
 class Plan:
-    """What a run will record: all `names` there are, and of those that are selected their `count` and, at most, `bytes`."""
+    """All names of a run; of the selected tensors, their number and a bound of their bytes."""
 
     names: list[str] = field(default_factory=list)
     count: int = 0
@@ -280,56 +335,57 @@ class Plan:
 
 
 def plan(pipe: Pipeline, request: Request, selection: Selection = Selection()) -> Plan:
-    """By the same run on networks without weights, in a second or so; UserError where patterns or steps are not in it."""
-    out, seen = Plan(), {}
+    """Run without weights, in about a second. UserError if patterns or steps match nothing."""
+    out = Plan()
+    seen: dict[int, Tensor] = {}  # keeps the tensors, so that no other gets the same id
 
-    def see(name: str, tensor: Tensor) -> None:
+    def observer(name: str, tensor: Tensor) -> None:
         out.names.append(name)
         if name not in selection:
             return
         out.count += 1
         kind = kind_of(tensor, selection.keep)
-        # an output that is the next module's input is stored once, but where an autoencoder works in place
-        if kind != "full" or id(tensor) not in seen or IN_PLACE.search(name):
+        # an output that is the next module's input is stored once
+        if kind != "full" or id(tensor) not in seen:
             out.bytes += stored_as(tensor, kind)
-            seen[id(tensor)] = tensor  # kept, so that no other gets its id
+            seen[id(tensor)] = tensor
 
-    with warnings.catch_warnings(action="ignore"):  # they come again in the run itself
-        run(without_weights(pipe), request, see)
+    with warnings.catch_warnings(action="ignore"):  # the run itself warns
+        run(without_weights(pipe), request, observer)
     check_patterns(selection.only, out.names)
     steps = sum(name.endswith("/velocity") for name in out.names)
-    if wrong := [step for step in selection.steps if not 1 <= step <= steps]:
-        raise UserError(f"--steps-of {wrong[0]}: there are {steps} steps, counted from 1")
+    for step in selection.steps:
+        if not 1 <= step <= steps:
+            raise UserError(f"steps: there are {steps} steps, counted from 1 (got {step}).")
     return out
 
 
 def without_weights(pipe: Pipeline) -> Pipeline:
-    """The same pipeline on the CPU, whose networks compute nothing but shapes, and answer zeros."""
+    """Return the pipeline on the CPU with networks that compute shapes alone and return zeros."""
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
     twin.device, twin.residency = torch.device("cpu"), copy.copy(pipe.residency)
     twin.residency.keep_loaded()
     for part in ("transformer", "autoencoder", "image_encoder"):
-        setattr(twin, part, _hollow(getattr(pipe, part)))
-    twin.redux_networks = tuple(map(_hollow, pipe.redux_networks))
+        setattr(twin, part, _without_weights(getattr(pipe, part)))
+    twin.redux_networks = tuple(map(_without_weights, pipe.redux_networks))
     for part in pipe.spec.text.networks:
-        setattr(twin.text, part, _hollow(getattr(pipe.text, part)))
+        setattr(twin.text, part, _without_weights(getattr(pipe.text, part)))
     return twin
 
 
-def _hollow(network: LazyModule) -> LazyModule:
-    """Its module on the meta device; what the pipeline calls of it takes real tensors, and gives real ones, of zeros."""
+def _without_weights(network: LazyModule) -> LazyModule:
+    """Put the module on the meta device. Its methods take real tensors and return zeros."""
     twin = copy.copy(network)
-    twin.device, twin.module = (
-        torch.device("cpu"),
-        network.meta_module().to(network.dtype).eval().requires_grad_(False),
-    )
-    to_meta = partial(tree_map_only, Tensor, lambda x: x.to("meta"))
-    to_zeros = partial(tree_map_only, Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype))
+    twin.device = torch.device("cpu")
+    twin.module = network.meta_module().to(network.dtype).eval().requires_grad_(False)
+
+    def on_meta(method: Callable, *args):
+        out = method(*tree_map_only(Tensor, lambda x: x.to("meta"), args))
+        return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), out)
+
     for name in ("forward", "vec", "modulations", "denoise", "encode", "decode"):
         if method := getattr(twin.module, name, None):
-            setattr(
-                twin.module, name, lambda *args, method=method: to_zeros(method(*to_meta(args)))
-            )
+            setattr(twin.module, name, partial(on_meta, method))
     return twin
 
 
@@ -337,38 +393,33 @@ def _hollow(network: LazyModule) -> LazyModule:
 
 
 def describe(pipe: Pipeline, request: Request) -> dict:
-    """Everything that decides the tensors, and what they were computed with."""
+    """Return everything that decides the tensors, and what they were computed with."""
     r, spec = request, pipe.spec
-    width, height = output_size(spec, r.pictures, r.width, r.height)
+    width, height = output_size(spec, r.images, r.width, r.height)
     steps = check_steps(spec, r.steps)
-    files = {
-        part: [_file(path) for path in paths]
-        for part, paths in pipe.files.items()
-        if isinstance(paths, list)
-    }
+    presets = [name for name, preset in NUMERICS.items() if preset == pipe.numerics]
+    files = {}
+    for part, paths in pipe.files.items():
+        if isinstance(paths, list):
+            files[part] = [_file(path) for path in paths]
     kernels = ("flash", "mem_efficient", "math", "cudnn")
     return dict(
         model=spec.name,
-        mode=spec.image_mode if r.pictures else "text",
+        mode=spec.image_mode if r.images else "text",
         prompt=r.prompt,
         negative_prompt=r.negative_prompt,
         width=width,
         height=height,
         steps=steps,
         guidance=check_guidance(spec, r.guidance, steps),
-        cfg_scale=r.cfg_scale,
+        true_cfg_scale=r.true_cfg_scale,
         seed=r.seed,
-        pictures=r.pictures and _pictures(r.pictures),
+        images=r.images and _images(r.images),
         dtype=str(pipe.dtype).removeprefix("torch."),
-        numerics=next(
-            (name for name, preset in NUMERICS.items() if preset == pipe.numerics),
-            str(pipe.numerics),
-        ),
+        numerics=presets[0] if presets else str(pipe.numerics),
         device=pipe.device.type,
         threads=torch.get_num_threads(),
-        attention=[
-            kernel for kernel in kernels if getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
-        ],
+        attention=[k for k in kernels if getattr(torch.backends.cuda, f"{k}_sdp_enabled")()],
         versions=dict(
             flux=flux.__version__, torch=torch.__version__, python=platform.python_version()
         ),
@@ -379,21 +430,21 @@ def describe(pipe: Pipeline, request: Request) -> dict:
 
 def _file(path: Path) -> dict:
     real = path.resolve()
+    size = real.stat().st_size
     if re.fullmatch("[0-9a-f]{64}", real.name):  # the Hugging Face cache names files by their hash
-        return {"file": path.name, "size": real.stat().st_size, "sha256": real.name}
+        return {"file": path.name, "size": size, "sha256": real.name}
     with real.open("rb") as file:
-        return {
-            "file": path.name,
-            "size": real.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "size": size, "sha256": digest}
 
 
-def _pictures(pictures: ImageInputs) -> dict:
-    """Hashes of the pixels, and the options that are not left at their defaults."""
-    images = {"images": pictures.images, "mask": (pictures.mask,) if pictures.mask else ()}
-    hashes = {
-        key: [hashlib.sha256(image.tobytes()).hexdigest() for image in some]
-        for key, some in images.items()
-    }
-    return {option: getattr(pictures, option) for option in non_default_options(pictures)} | hashes
+def _images(inputs: ImageInputs) -> dict:
+    """Return the options that differ from their defaults, and hashes of the pixels."""
+    out = {option: getattr(inputs, option) for option in non_default_options(inputs)}
+    out["images"] = [_pixels_hash(image) for image in inputs.images]
+    out["mask"] = [] if inputs.mask is None else [_pixels_hash(inputs.mask)]
+    return out
+
+
+def _pixels_hash(image: Image.Image) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()

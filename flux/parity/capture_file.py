@@ -27,7 +27,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -363,9 +363,11 @@ class Capture:
                 records[name] = record = Record(**fields)
                 if record.kind != "statistics" and (record.same or name) not in stored:
                     raise KeyError(name)
+            recipe = document["recipe"]
             if document["schema"] == 1:
                 records = _upgrade(records, self.path)
-            return document["recipe"], records
+                recipe = {RENAMED_IN_2.get(key, key): value for key, value in recipe.items()}
+            return recipe, records
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -383,7 +385,7 @@ class Capture:
 
     def tokens(self, name: str) -> Tensor:
         """Return the L2 norm of each token of a tensor that is stored as a probe."""
-        return self._file.get_tensor(f"{name}/tokens")
+        return self._file.get_tensor(f"{self.records[name].same or name}/tokens")
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -403,6 +405,12 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.names)
 
 
+RENAMED_IN_2 = {
+    "picture": "image",
+    "conditions/start": "conditions/init",
+    "pictures": "images",  # of the recipe
+    "cfg_scale": "true_cfg_scale",
+}
 CHANGED_IN_2 = re.compile(
     r".*(?:(?:img_mod|txt_mod|modulation|modulation_img|modulation_txt)/(?:in|out)\b.*"
     r"|(?:double|single)_blocks\.\d+/in\b.*|references/.*)"
@@ -410,11 +418,15 @@ CHANGED_IN_2 = re.compile(
 
 
 def _upgrade(records: dict[str, Record], path: Path) -> dict[str, Record]:
-    """Drop tensors that have another meaning since schema 2, with a warning that says so.
+    """Rename two tensors, and drop those of another meaning, with a warning.
 
     Schema 1 recorded silu(vec) as a modulation's input and 1 + scale as its output.
     """
-    kept = {name: record for name, record in records.items() if not CHANGED_IN_2.fullmatch(name)}
+    kept = {}
+    for name, record in records.items():
+        if not CHANGED_IN_2.fullmatch(name):
+            stored = record.same or name
+            kept[RENAMED_IN_2.get(name, name)] = replace(record, same=stored)
     if skipped := len(records) - len(kept):
         warnings.warn(
             f"{path}: was captured by an older version; {skipped:,} tensors of modulations, block "

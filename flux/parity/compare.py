@@ -46,9 +46,9 @@ AGREE = (  # keys of the recipe that must be equal
     "height",
     "steps",
     "guidance",
-    "cfg_scale",
+    "true_cfg_scale",
     "seed",
-    "pictures",
+    "images",
 )
 COARSEST_FIRST = (
     "BOOL",

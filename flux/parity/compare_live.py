@@ -20,7 +20,7 @@ from flux.parity.capture_file import DTYPES, Capture
 from flux.parity.compare import Row, compare
 from flux.parity.hooks import check_patterns, joined, matches, watching
 from flux.parity.modules import Call, guarded
-from flux.parity.name_map import gathering, matches_of
+from flux.parity.name_map import Gather, matches_of
 from flux.parity.replay import (
     PASS,
     ModuleRun,
@@ -135,7 +135,7 @@ def diffusers(
                 compare_to_recorded(capture, {name: tensor}, tolerance, is_network=True)
             )
 
-        with torch.inference_mode(), watching({"": theirs}, gathering(wanted, judge)):
+        with torch.inference_mode(), watching({"": theirs}, Gather(wanted, judge)):
             reference.diffusers_velocity(theirs, **_inputs(capture, place, pipe))
     return sorted(rows, key=lambda row: capture.records[row.name].ordinal)
 

@@ -1,9 +1,16 @@
 """Observe running networks: the inputs and outputs of modules, and q, k, v and output of attention.
 
 A name is `<where>/<module>/<tap>`. `where` is the caller's name of the network, the module's path
-is the checkpoint's key, and the tap is `in` or `out`, numbered (`in.0`, `in.1`) if there are several
-tensors. Attention is not a module: each call of `F.scaled_dot_product_attention` is observed and
+is the checkpoint's key, and the tap is `in` or `out`, with a number if there are several tensors
+(`in.0`, `in.1`).
+Attention is not a module: each call of `F.scaled_dot_product_attention` is observed and
 named after the module around it, `double_blocks.3/attention/q`. Outputs stay the same to the bit.
+
+Tensors have the names and shapes that hooks on the modules of BFL's code give them:
+
+    blocks  image and text tokens are `in`; what BFL's blocks take in another form (RoPE table,
+            modulation, cached keys and values) is `arg`, numbered after `in`
+    norms   of q and k: (B, H, N, d)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,10 +26,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from flux.errors import UserError
+from flux.transformer import DoubleStreamBlock, KVCache, QKNorm, RMSNorm, SingleStreamBlock
 
 # Called with a name and a tensor, which may be overwritten later: copy it to keep it.
 Observer = Callable[[str, Tensor], None]
 See = Observer
+BLOCKS = {DoubleStreamBlock: 2, SingleStreamBlock: 1}  # type -> inputs that are tokens
 
 
 @contextmanager
@@ -36,37 +45,32 @@ def watching(
     """
     running: list[str] = []  # names of the modules that are running, the innermost last
 
-    def observe(place: str, tap: str, values) -> None:
-        tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-        for number, tensor in enumerate(tensors):
-            name = joined(place, tap if len(tensors) == 1 else f"{tap}.{number}")
+    def observe(place: str, tap: str, tensors: list[Tensor], first: int | None = None) -> None:
+        """`first`: the number of the first tensor; None: a single tensor has no number."""
+        for number, tensor in enumerate(tensors, start=first or 0):
+            single = first is None and len(tensors) == 1
+            name = joined(place, tap if single else f"{tap}.{number}")
             if matches(name, only):
                 with torch._C.DisableTorchFunction():  # operations of the observer are not observed
                     observer(name, tensor)
 
     def before(place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         running.append(place)
-        observe(place, "in", (args, kwargs))
+        tensors = _tensors(module, (args, kwargs))
+        if tokens := BLOCKS.get(type(module)):
+            observe(place, "in", tensors[:tokens], first=0)
+            observe(place, "arg", tensors[tokens:], first=tokens)
+        else:
+            observe(place, "in", tensors)
 
     def after(place: str, module: nn.Module, args: tuple, out) -> None:
-        observe(place, "out", out)
+        observe(place, "out", _tensors(module, out))
         running.pop()
-
-    def method_hook(place: str, method: Callable) -> Callable:
-        """Observe a method other than `forward`, which hooks do not reach."""
-
-        def run(*args, **kwargs):
-            before(place, None, args, kwargs)
-            out = method(*args, **kwargs)
-            after(place, None, args, out)
-            return out
-
-        return run
 
     def after_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         place = joined(running[-1] if running else "", "attention")
         for tap, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-            observe(place, tap, tensor)
+            observe(place, tap, [tensor])
 
     with ExitStack() as stack:
         for where, network in networks.items():
@@ -77,10 +81,21 @@ def watching(
                     module.register_forward_hook(partial(after, place)),
                 ):
                     stack.callback(handle.remove)
-                if hasattr(module, "remember"):  # how references are computed
-                    stack.enter_context(replaced(module, "remember", partial(method_hook, place)))
         stack.enter_context(_AttentionCalls(after_attention))
         yield
+
+
+def _tensors(module: nn.Module, values) -> list[Tensor]:
+    """Return the tensors in a module's arguments or outputs, with the shapes of BFL's code."""
+    tensors: list[Tensor] = []
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, KVCache) and value.k is not None:
+            tensors += [value.k, value.v, torch.tensor(value.text_length)]
+    if isinstance(module, QKNorm | RMSNorm):  # (B, N, H, d) here
+        tensors = [x.transpose(1, 2) for x in tensors]
+    return tensors
 
 
 class _AttentionCalls(TorchFunctionMode):

@@ -1,13 +1,22 @@
-"""The networks of a pipeline, of which any module can be run by its name in a capture, in any precision, and in little memory.
+"""Run any module of a pipeline by its name in a capture, in any dtype, and in little memory.
 
-A `Call` runs the module of a name (`step.001/double_blocks.3`; a whole network is `step.001`) on a list of tensors and gives a
-list of tensors, both in the order in which a capture numbers them. `Modules` is one; a port in any language can be another.
+A `Call` runs the module of a name (`step.001/double_blocks.3`; a whole network is `step.001`) on a
+list of tensors and returns a list of tensors, both in the order of their numbers in a capture.
+`Modules` is a Call; a port in any language can be another. The tensors of modules in blocks:
+
+    double_blocks.N  img, txt, rope, shift, scale, gate (image's two, text's two); k, v, text length
+                     if reference tokens are cached -> img, txt
+    single_blocks.N  x, rope, shift, scale, gate; k, v, text length if cached -> x
+    *_mod, *modulation*  vec -> shift, scale, gate (of each branch)
+    *.norm           q, k (B, H, N, d) -> q, k
+    */attention      q, k, v (B, H, N, d), after RoPE -> the output (B, H, N, d)
 """
 
 import copy
 import importlib
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +25,25 @@ from torch.utils._pytree import tree_leaves
 
 from flux.autoencoder import AutoEncoder
 from flux.errors import UserError
+from flux.loading import decode_dtype
 from flux.pipeline import Pipeline
 from flux.runtime.devices import free_memory
 from flux.runtime.lazy_module import LazyModule
 from flux.transformer import DoubleStreamBlock, Flux, KVCache, ModulationOut, SingleStreamBlock
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]
+Cast = Callable[[Tensor], Tensor]
 PLACE = re.compile(
     r"((step|references|encoder|decoder|text)(?:\.\d+)?(?:/negative)?(?:/(t5|clip|model))?)(?:/(.+))?"
 )
 
 
 class Modules:
-    """Runs any module of these networks by its name in a capture; floats are first cast to the network's dtype.
+    """Run any module of these networks by its name. Floats are cast to the network's dtype.
 
-    `networks`: "step" (the transformer), "references" (the same), "decoder", "encoder", "t5", "clip", "model" -> a function
-    that gives the network. UserError for a module that there is not, or that does not take such tensors.
+    `networks`: "step" (the transformer), "references" (the same), "decoder", "encoder", "t5",
+    "clip", "model" -> a function that returns the network. UserError for an unknown module, or for
+    tensors that the module does not take.
     """
 
     def __init__(self, networks: Pipeline | Mapping[str, Callable[[], nn.Module]]):
@@ -41,7 +53,8 @@ class Modules:
         where = PLACE.fullmatch(name)
         if where is None or (where[3] or where[2]) not in self.networks:
             raise UserError(
-                f"{name} is of no network here: names begin with step.001, decoder, text/t5, and so on"
+                f"{name}: is in no network of the pipeline. Names begin with step.001, decoder, "
+                "text/t5, and so on."
             )
         return self.networks[where[3] or where[2]]()
 
@@ -49,7 +62,7 @@ class Modules:
         network, path = self.network(name), PLACE.fullmatch(name)[4] or ""
         like = next(network.parameters())
 
-        def cast(x):
+        def cast(x: Tensor) -> Tensor:
             return x.to(like.device, like.dtype if x.is_floating_point() else None)
 
         try:
@@ -60,60 +73,80 @@ class Modules:
         except (RuntimeError, ValueError, TypeError) as error:
             shapes = ", ".join("x".join(map(str, x.shape)) for x in inputs)
             raise UserError(
-                f"{name} does not take what was recorded, {shapes} ({error!s:.120})"
+                f"{name}: does not take the recorded inputs of shapes {shapes} ({error!s:.120})."
             ) from error
 
 
-def _run(
-    network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: Callable[[Tensor], Tensor]
-):
+def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: Cast):
     if path.endswith("/attention"):
         return F.scaled_dot_product_attention(*map(cast, inputs))
-    if path == "" and isinstance(network, Flux | AutoEncoder):
-        return _network(network, name, inputs, cast)
+    if path == "" and isinstance(network, Flux):
+        return _run_transformer(network, name, inputs, cast)
+    if path == "" and isinstance(network, AutoEncoder):
+        (x,) = map(cast, inputs)
+        return network.encode(x) if name.startswith("encoder") else network.decode(x)
     try:
         module = network.get_submodule(path)
     except AttributeError:
-        fault = f"{type(network).__name__} has no module {path!r}"
-        raise UserError(f"{name}: {fault}; is the capture of another model?") from None
-    remembering = name.startswith("references") and hasattr(module, "remember")
-    return (module.remember if remembering else module)(*_arguments(module, inputs, cast))
+        raise UserError(
+            f"{name}: {type(network).__name__} has no module {path!r}. "
+            "Is the capture of another model?"
+        ) from None
+    if isinstance(module, DoubleStreamBlock):
+        return _run_double_block(module, inputs, cast)
+    if isinstance(module, SingleStreamBlock):
+        return _run_single_block(module, inputs, cast)
+    return module(*map(cast, inputs))
 
 
-def _network(network: nn.Module, name: str, inputs: list[Tensor], cast: Callable[[Tensor], Tensor]):
-    """A whole transformer or autoencoder."""
-    if not isinstance(network, Flux):
-        (x,) = map(cast, inputs)
-        return network.encode(x) if name.startswith("encoder") else network.decode(x)
+def _run_transformer(network: Flux, name: str, inputs: list[Tensor], cast: Cast):
+    """Run one pass on image tokens, text features, RoPE table, vec and all blocks' cached k and v.
+
+    References: run them alone, from tokens, RoPE table and vec, and return every block's k and v.
+    """
     if name.startswith("references"):
-        references, rope, vec, *_ = inputs  # the rest is made of vec
-        return network.remember(
-            cast(references), rope.to(vec.device), network.modulations(cast(vec))
-        )
-    img, txt, rope, vec, *rest = inputs
-    memories = [KVCache(cast(k), cast(v)) for k, v in zip(rest[::2], rest[1::2], strict=True)]
-    mods = network.modulations(cast(vec))
-    return network.velocity(cast(img), cast(txt), rope.to(mods.vec.device), mods, memories or None)
+        references, rope, vec = inputs
+        blocks = len(network.double_blocks) + len(network.single_blocks)
+        caches = [KVCache(text_length=0) for _ in range(blocks)]
+        txt = references.new_zeros(len(references), 0, network.config.context_dim)
+    else:
+        references, txt, rope, vec, *cached = inputs
+        caches = []
+        for k, v in zip(cached[::2], cached[1::2], strict=True):
+            caches.append(_cache(txt.shape[1], cast(k), cast(v)))
+    vec = cast(vec)
+    mods = network.modulations([vec])[0]
+    out = network.denoise(cast(references), cast(txt), rope.to(vec.device), mods, caches or None)
+    if name.startswith("references"):
+        return [tensor for cache in caches for tensor in (cache.k, cache.v)]
+    return out
 
 
-def _arguments(module: nn.Module, inputs: list[Tensor], cast: Callable[[Tensor], Tensor]) -> list:
-    """Tensors in a row -> what the module takes: the blocks of the transformer want modulations, and rope in float32."""
-    if not isinstance(module, DoubleStreamBlock | SingleStreamBlock):
-        return [cast(x) for x in inputs]
-    double = isinstance(module, DoubleStreamBlock)
-    streams = (
-        2 if double and len(inputs) > 8 else 1
-    )  # 1: its image stream alone remembers references
-    branches = 2 * streams if double else 1
-    x, rope, rest = (
-        [cast(x) for x in inputs[:streams]],
-        inputs[streams],
-        [cast(x) for x in inputs[streams + 1 :]],
-    )
-    mods = [ModulationOut(*rest[i : i + 3]) for i in range(0, 3 * branches, 3)]
-    memory = [KVCache(*rest[3 * branches :])] if len(rest) > 3 * branches else []
-    pairs = [mods[i : i + 2] for i in range(0, branches, 2)] if double else mods
-    return [*x, rope.to(x[0].device), *pairs, *memory]
+def _run_double_block(block: DoubleStreamBlock, inputs: list[Tensor], cast: Cast):
+    img, txt, rope, *rest = inputs
+    mods = [ModulationOut(*map(cast, rest[i : i + 3])) for i in range(0, 12, 3)]
+    cache = _recorded_cache(rest[12:], cast)
+    img, txt = cast(img), cast(txt)
+    return block(img, txt, rope.to(img.device), mods[:2], mods[2:], cache)
+
+
+def _run_single_block(block: SingleStreamBlock, inputs: list[Tensor], cast: Cast):
+    x, rope, *rest = inputs
+    x, mod = cast(x), ModulationOut(*map(cast, rest[:3]))
+    return block(x, rope.to(x.device), mod, _recorded_cache(rest[3:], cast))
+
+
+def _recorded_cache(recorded: list[Tensor], cast: Cast) -> KVCache | None:
+    if not recorded:
+        return None
+    k, v, text_length = recorded
+    return _cache(int(text_length), cast(k), cast(v))
+
+
+def _cache(text_length: int, k: Tensor, v: Tensor) -> KVCache:
+    cache = KVCache(text_length)
+    cache.k, cache.v = k, v
+    return cache
 
 
 def networks_of(pipe: Pipeline) -> dict[str, LazyModule]:
@@ -127,23 +160,23 @@ def networks_of(pipe: Pipeline) -> dict[str, LazyModule]:
 
 
 def named(text: str) -> Call:
-    """The function that `module:function` names, of a module that can be imported."""
+    """Import the function of "module:function"."""
     module, _, function = text.partition(":")
     try:
         call = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"--call {text}: there is no such function ({error!s:.120}); write MODULE:FUNCTION"
+            f"module_fn: there is no function {text} ({error!s:.120}). Use MODULE:FUNCTION."
         ) from None
     if not callable(call):
         raise UserError(
-            f"--call {text} is no function; it should take a name and a list of tensors"
+            f"module_fn: {text} is not a function (expected one of a name and a list of tensors)."
         )
     return call
 
 
 def guarded(call: Call) -> Call:
-    """The same, with UserErrors for whatever somebody else's code may raise."""
+    """Return the same call, with UserErrors for the errors of other people's code."""
 
     def answer(name: str, inputs: list[Tensor]):
         try:
@@ -152,7 +185,7 @@ def guarded(call: Call) -> Call:
             raise
         except Exception as error:
             raise UserError(
-                f"the adaptor failed at {name} with {type(error).__name__}: {error!s:.160}"
+                f"module_fn: failed at {name} with {type(error).__name__} ({error!s:.160})."
             ) from error
 
     return answer
@@ -164,9 +197,10 @@ def guarded(call: Call) -> Call:
 def in_dtype(
     pipe: Pipeline, dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None
 ) -> Pipeline:
-    """The same pipeline, loaded anew in another dtype; `change` is made to the matrices in its blocks.
+    """Return the pipeline in another dtype; `change` is applied to the matrices in its blocks.
 
-    If the networks do not fit in memory together, their blocks stay mapped, and a matrix is cast when it is multiplied with.
+    If the networks do not fit in memory together, their blocks stay mapped, and each matrix is cast
+    when it is used.
     """
     twin, twin.text = copy.copy(pipe), copy.copy(pipe.text)
     twin.dtype, twin.text.cache = dtype, {}
@@ -178,6 +212,7 @@ def in_dtype(
         network = copy.copy(getattr(owner, part))
         network.dtype, network.module = dtype, None
         setattr(owner, part, network)
+    twin.autoencoder.dtype = pipe.options.decode_dtype or decode_dtype(pipe.numerics, dtype)
     twin.text.networks = tuple(getattr(twin.text, part) for part in pipe.spec.text.networks)
     networks = twin.transformer, twin.autoencoder, *twin.text.networks
     twin.residency = copy.copy(pipe.residency)
@@ -190,23 +225,21 @@ def in_dtype(
 
 
 def lend(network: LazyModule, change: Callable[[Tensor], Tensor]) -> None:
-    """Load a network but the matrices in its blocks: each stays as it is in the file, until the moment that it is used."""
+    """Load a network, but leave the matrices in its blocks in the file until they are used."""
     file = copy.copy(network)
-    if network.transform is None:  # a LoRA is added to matrices in the dtype that they are used in
+    if network.transform is None:  # a LoRA is merged into matrices in the dtype of the network
         file.device, file.dtype = torch.device("cpu"), None
     module, to = file(), dict(device=network.device, dtype=network.dtype)
 
     def linear(part: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(
-            x, change(part.weight.to(**to)), None if part.bias is None else part.bias.to(**to)
-        )
+        bias = None if part.bias is None else part.bias.to(**to)
+        return F.linear(x, change(part.weight.to(**to)), bias)
 
     for path, part in module.named_modules():
         if type(part) is nn.Linear and re.search(r"\.\d+\.", path):
-            part.forward = lambda x, part=part: linear(part, x)
-        else:
-            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-                tensor.data = tensor.data.to(
-                    network.device, network.dtype if tensor.is_floating_point() else None
-                )
+            part.forward = partial(linear, part)
+            continue
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            dtype = network.dtype if tensor.is_floating_point() else None
+            tensor.data = tensor.data.to(network.device, dtype)
     network.module = module

@@ -1,37 +1,53 @@
 """Which tensors of diffusers' transformer are which of ours.
 
-Its names are known to `flux/parity/reference.py` alone, which maps our weights to its. From that map follows what goes into and
-comes out of each layer with weights, and q, k, v and what comes of them, in each attention; then there are the blocks' outputs.
+The names follow from `flux.weights.diffusers_names`: inputs and outputs of each layer with weights,
+q, k, v and the output of each attention, and the outputs of blocks.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flux.parity.hooks import See
 from flux.parity.reference import transformer_to_diffusers
 from flux.transformer import Flux
-from flux.weights.diffusers_names import BLOCKS, split_block
+from flux.weights.diffusers_names import BLOCKS
 
-TAPS = ("q", "k", "v", "out")  # of attention
+
+def first(tensors: list[Tensor]) -> Tensor:
+    return tensors[0]
+
+
+def heads_first(tensors: list[Tensor]) -> Tensor:
+    """(B, N, H, d) -> (B, H, N, d)."""
+    return tensors[0].transpose(1, 2)
+
+
+def join_columns(order: Tensor, tensors: list[Tensor]) -> Tensor:
+    """Concatenate the outputs of several layers in the order of our rows."""
+    return torch.cat(tensors, -1)[..., order.to(tensors[0].device)]
+
+
+def join_tokens(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors, 1)
 
 
 class Match(NamedTuple):
-    """Names of theirs, and how they make up one of ours."""
+    """Names of diffusers' tensors, and a function that makes our tensor of them."""
 
     theirs: tuple[str, ...]
-    join: Callable[[list[Tensor]], Tensor] = lambda tensors: tensors[0]
+    join: Callable[[list[Tensor]], Tensor] = first
 
 
 def matches_of(ours: Flux) -> dict[str, Match]:
-    """Names in a pass of ours -> what of theirs they are.
+    """Return our names in a pass -> diffusers' tensors.
 
-    Each row of our matrices is given a number, and the map of the weights tells where it goes: so the parts of a matrix
-    that is split, and the order of its rows, come from there too.
+    Each row of our matrices gets a number, and the map of the weights shows where the row goes:
+    this gives the parts of split matrices and the order of their rows.
     """
     lengths = {
         name: len(tensor)
@@ -40,65 +56,53 @@ def matches_of(ours: Flux) -> dict[str, Match]:
     }
     weights = list(lengths)
     numbered = {name: k * 2**32 + torch.arange(lengths[name]) for k, name in enumerate(weights)}
-    parts, out = defaultdict(list), {"out": Match(("out",))}
+    parts = defaultdict(list)  # our layer -> diffusers' layers and their rows
     for name, rows in transformer_to_diffusers(numbered, ours.config).items():
-        parts[_module(weights[rows[0] >> 32])].append((_module(name), rows % 2**32))
-    for module, pieces in parts.items():
-        if module.endswith(
-            "_norm"
-        ):  # ours takes q and k together, when they are of length one; theirs one by one, raw
-            continue
+        parts[_layer(weights[rows[0] >> 32])].append((_layer(name), rows % 2**32))
+
+    out = {"out": Match(("out",))}
+    for layer, pieces in parts.items():
         theirs, rows = zip(*pieces, strict=True)
-        out[f"{module}/in"] = Match((f"{theirs[0]}/in",))
-        inverse = torch.cat(rows).argsort()
+        outputs = tuple(f"{name}/out" for name in theirs)
+        if layer.endswith(("query_norm", "key_norm")):
+            out[f"{layer}/in"] = Match((f"{theirs[0]}/in",), heads_first)
+            out[f"{layer}/out"] = Match(outputs, heads_first)
+            block = re.match(r"\w+\.\d+", layer)[0]
+            for tap in ("q", "k", "v", "out"):  # diffusers calls it inside of its module `attn`
+                out[f"{block}/attention/{tap}"] = Match((f"{_layer(theirs[0])}/attention/{tap}",))
+            continue
+        out[f"{layer}/in"] = Match((f"{theirs[0]}/in",))
+        out[f"{layer}/out"] = Match(outputs, partial(join_columns, torch.cat(rows).argsort()))
 
-        def rejoin(xs, inverse=inverse):
-            return torch.cat(xs, -1)[..., inverse.to(xs[0].device)]
-
-        out[f"{module}/out"] = Match(tuple(f"{name}/out" for name in theirs), rejoin)
-    for norm in (
-        module.removesuffix(".query_norm") for module in parts if module.endswith(".query_norm")
-    ):
-        q, k = (parts[f"{norm}.{kind}_norm"][0][0] for kind in ("query", "key"))
-        out[f"{norm}/out"] = Match((f"{q}/out", f"{k}/out"), torch.stack)
-        block = re.match(r"\w+\.\d+", norm)[0]  # theirs lies in the attention itself
-        out |= {
-            f"{block}/attention/{tap}": Match((f"{_module(q)}/attention/{tap}",)) for tap in TAPS
-        }
-
-    # theirs give text first, and FLUX.1's single blocks text and picture apart
-    def whole(block, tap):
-        blocks, number, _ = split_block(f"{block}.")
-        return f"{BLOCKS[blocks]}.{number}/{tap}"
-
-    for block in (f"double_blocks.{i}" for i in range(ours.config.depth)):
-        out |= {
-            f"{block}/out.0": Match((whole(block, "out.1"),)),
-            f"{block}/out.1": Match((whole(block, "out.0"),)),
-        }
-    for block in (f"single_blocks.{i}" for i in range(ours.config.depth_single)):
-        taps = ("out",) if ours.config.shared_modulation else ("out.0", "out.1")
-        out[f"{block}/out"] = Match(
-            tuple(whole(block, tap) for tap in taps), lambda xs: torch.cat(xs, 1)
-        )
+    for number in range(ours.config.depth):  # diffusers returns text first
+        theirs = f"{BLOCKS['double_blocks']}.{number}"
+        out[f"double_blocks.{number}/out.0"] = Match((f"{theirs}/out.1",))
+        out[f"double_blocks.{number}/out.1"] = Match((f"{theirs}/out.0",))
+    for number in range(ours.config.depth_single):
+        theirs = f"{BLOCKS['single_blocks']}.{number}"
+        outputs = (f"{theirs}/out",)
+        if not ours.config.shared_modulation:  # FLUX.1's returns text and image apart
+            outputs = (f"{theirs}/out.0", f"{theirs}/out.1")
+        out[f"single_blocks.{number}/out"] = Match(outputs, join_tokens)
     return out
 
 
-def _module(parameter: str) -> str:
+def _layer(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def gathering(wanted: Mapping[str, Match], judge: Callable[[str, Tensor], None]) -> See:
-    """Judges each of ours as soon as all of theirs that it is made of were seen, and forgets them."""
-    ours = {name: mine for mine, match in wanted.items() for name in match.theirs}
-    seen: dict[str, Tensor] = {}
+class Gather:
+    """A `hooks.Observer` of diffusers' transformer that calls `judge` with each of our tensors."""
 
-    def see(name: str, tensor: Tensor) -> None:
-        if name not in ours:
+    def __init__(self, wanted: Mapping[str, Match], judge: Callable[[str, Tensor], object]):
+        self.wanted, self.judge = wanted, judge
+        self.ours = {name: mine for mine, match in wanted.items() for name in match.theirs}
+        self.seen: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, tensor: Tensor) -> None:
+        if name not in self.ours:
             return
-        match = wanted[ours[name]]
-        seen[name] = tensor.clone()
-        if all(each in seen for each in match.theirs):
-            judge(ours[name], match.join([seen.pop(each) for each in match.theirs]))
-
-    return see
+        self.seen[name] = tensor.clone()
+        match = self.wanted[self.ours[name]]
+        if all(each in self.seen for each in match.theirs):
+            self.judge(self.ours[name], match.join([self.seen.pop(each) for each in match.theirs]))

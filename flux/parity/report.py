@@ -25,7 +25,7 @@ from flux.parity import figures
 from flux.parity.capture_file import Capture, token_norms
 from flux.parity.compare import Row, first_over, format_ulp, unmatched, verdict
 
-IMAGE = "picture"
+IMAGE = "image"
 OPEN = 200  # show all rows at once up to this number, else those of the first part over tolerance
 
 

@@ -1,7 +1,7 @@
-"""flux.parity and scripts/parity.py: what is recorded is what was computed, and recording moves nothing.
+"""flux.parity capture, its file and comparison, and `parity.py capture` and `compare`.
 
-Expected values come from hooks-free runs, from attention written out in float64, from numpy, and from literals with their
-source. Networks are tiny and random, in the released files' layouts, or the embedded model's.
+Expected values come from runs without hooks, from attention written out in float64, from numpy, and
+from literals with their source. Networks are tiny and random, or the embedded model's.
 """
 
 import errno
@@ -55,7 +55,7 @@ def load(folder):
 
 @pytest.fixture(scope="module")
 def captures(load, tmp_path_factory):
-    """Everything, of one run of each family, in float32."""
+    """One full float32 capture of each family."""
     out = tmp_path_factory.mktemp("captures")
     return {
         name: capture(load(name), request, out / f"{name}.safetensors")
@@ -64,15 +64,25 @@ def captures(load, tmp_path_factory):
 
 
 def make(pipe, request: Request) -> tuple[Image.Image, Tensor]:
-    """The picture and the last latents, without any capture."""
+    """Return the image and the last latents of a run without a capture."""
     kept, r = [], request
-    asked = (r.width, r.height, r.steps, r.guidance, r.seed, 1, r.negative_prompt, r.cfg_scale)
-    (image,) = pipe(r.prompt, *asked, lambda step, t, x: kept.append(x), r.pictures)
+    (image,) = pipe(
+        r.prompt,
+        width=r.width,
+        height=r.height,
+        steps=r.steps,
+        guidance=r.guidance,
+        seed=r.seed,
+        negative_prompt=r.negative_prompt,
+        true_cfg_scale=r.true_cfg_scale,
+        callback=lambda step, t, x: kept.append(x),
+        images=r.images,
+    )
     return image, kept[-1]
 
 
-def with_forward(network: nn.Module) -> set[str]:
-    """The modules that can be called at all: no lists, and not FLUX's SelfAttention, whose parts are called."""
+def callable_modules(network: nn.Module) -> set[str]:
+    """Return the modules that have a forward, which lists have not."""
     return {
         path
         for path, module in network.named_modules()
@@ -80,7 +90,7 @@ def with_forward(network: nn.Module) -> set[str]:
     }
 
 
-def a_picture(width: int = 64, height: int = 64) -> Image.Image:
+def random_image(width: int = 64, height: int = 64) -> Image.Image:
     return Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     )
@@ -91,11 +101,11 @@ def a_picture(width: int = 64, height: int = 64) -> Image.Image:
 
 @either_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_capture_moves_nothing(name, dtype, load, tmp_path):
+def test_capture_leaves_the_run_equal_to_the_bit(name, dtype, load, tmp_path):
     pipe, request = load(name, dtype), REQUESTS[name]
     image, latents = make(pipe, request)
     taken = capture(pipe, request, tmp_path / "a.safetensors").tensors
-    assert taken["step.002/latents"].equal(latents) and taken["picture"].equal(
+    assert taken["step.002/latents"].equal(latents) and taken["image"].equal(
         torch.from_numpy(np.array(image))
     )
     again, once_more = make(pipe, request)
@@ -104,19 +114,12 @@ def test_a_capture_moves_nothing(name, dtype, load, tmp_path):
         assert not any(
             module._forward_hooks or module._forward_pre_hooks for module in network.modules()
         )
-        assert not vars(network).keys() & {
-            "velocity",
-            "vec",
-            "rope",
-            "encode",
-            "decode",
-            "remember",
-            "forward",
-        }
+        replaced = {"denoise", "modulations", "vec", "rope", "encode", "decode", "forward"}
+        assert not vars(network).keys() & replaced
 
 
 @either_family
-def test_every_module_is_named(name, captures, load):
+def test_every_module_is_recorded_in_every_pass(name, captures, load):
     pipe, names = load(name), captures[name].names
     where = {"step.001": pipe.transformer(), "step.002/negative": pipe.transformer()}
     where |= {f"text/{part}": getattr(pipe.text, part)() for part in pipe.spec.text.networks}
@@ -129,7 +132,7 @@ def test_every_module_is_named(name, captures, load):
         seen = {(tap[1] or "", tap[2]) for tap in taps if tap}
         called = {
             path
-            for path in with_forward(network)
+            for path in callable_modules(network)
             if place != "decoder" or path.startswith("decoder")
         }
 
@@ -158,7 +161,7 @@ def test_every_module_is_named(name, captures, load):
         "negative/rope",
         "schedule",
     ]
-    others += [f"step.{step:03}/{tap}" for step in (1, 2) for tap in steps] + ["pixels", "picture"]
+    others += [f"step.{step:03}/{tap}" for step in (1, 2) for tap in steps] + ["pixels", "image"]
     assert [n for n in names if n in others] == [
         "text/features",
         "text/negative/features",
@@ -183,14 +186,14 @@ def test_every_module_is_named(name, captures, load):
             )
         ),
         "pixels",
-        "picture",
+        "image",
     ]
     assert ("text/pooled" in names) == (name == "flux.1-dev")
 
 
 @either_family
-def test_inside_attention(name, captures, load):
-    """q, k, v and out of the first double block in float64, from the outputs of its qkv layers and the ids."""
+def test_attention_inputs_and_output_equal_the_formula(name, captures, load):
+    """In float64, from the outputs of the first double block's qkv layers and the ids."""
     t, state = captures[name].tensors, load(name).transformer().state_dict()
     config = load(name).spec.transformer
 
@@ -235,7 +238,7 @@ def test_inside_attention(name, captures, load):
 
 
 @either_family
-def test_what_is_said_in_advance_is_what_comes(name, captures, load):
+def test_plan_names_what_is_recorded(name, captures, load):
     expected = plan(load(name), REQUESTS[name])
     with safe_open(captures[name].path, "pt") as file:
         stored = sum(file.get_tensor(key).nbytes for key in file.keys())
@@ -243,12 +246,13 @@ def test_what_is_said_in_advance_is_what_comes(name, captures, load):
     assert stored <= expected.bytes < 1.3 * stored
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["references", "memories"])
-def test_pictures(cached, load, tmp_path):
-    """Reference pictures, seen at each step or once: the same run, in advance and for real."""
+@pytest.mark.parametrize("cached", [False, True], ids=["tokens", "KV cache"])
+def test_reference_images_are_recorded(cached, load, tmp_path):
     pipe = load("flux.2-klein-base-4b")
     request = replace(
-        SMALL, guidance=1.0, pictures=ImageInputs((a_picture(), a_picture(80, 64)), kv_cache=cached)
+        SMALL,
+        guidance=1.0,
+        images=ImageInputs((random_image(), random_image(80, 64)), kv_cache=cached),
     )
     image, latents = make(pipe, request)
     taken = capture(pipe, request, tmp_path / "a.safetensors")
@@ -267,7 +271,7 @@ def test_pictures(cached, load, tmp_path):
     assert not [n for n in taken.names if "~" in n]
 
 
-def test_the_recipe(captures, load, folder):
+def test_recipe_describes_the_run(captures, load, folder):
     recipe, spec = captures["flux.1-dev"].recipe, MODELS["flux.1-dev"]
     asked = dict(
         model="flux.1-dev",
@@ -283,7 +287,7 @@ def test_the_recipe(captures, load, folder):
     assert (recipe["dtype"], recipe["numerics"], recipe["device"]) == ("float32", "exact", "cpu")
     assert (
         recipe["guidance"] == [2.0]
-        and recipe["cfg_scale"] == 2.5
+        and recipe["true_cfg_scale"] == 2.5
         and recipe["schedule"][0] == 1
         and len(recipe["schedule"]) == 3
     )
@@ -300,8 +304,7 @@ def sha256(path: Path) -> str:
     ).stdout.split()[0]
 
 
-def test_latents_that_are_not_finite_are_kept(load, tmp_path):
-    """They are what one looks for: the capture ends where the run did, and says so."""
+def test_tensors_before_a_nan_are_kept(load, tmp_path):
     pipe = load("flux.2-klein-base-4b")
     pipe.transformer().final_layer.linear.weight[0, 0] = torch.nan
     taken = capture(pipe, replace(SMALL, guidance=1.0), tmp_path / "a.safetensors")
@@ -309,7 +312,7 @@ def test_latents_that_are_not_finite_are_kept(load, tmp_path):
     assert taken.records["step.001/velocity"].statistics["nan"] == 24
 
 
-def test_selection(load, tmp_path):
+def test_selection_limits_names_and_steps(load, tmp_path):
     pipe = load("flux.1-dev")
     only = Selection(("double_blocks.1.*", "velocity"), steps=(2,))
     names = capture(pipe, REQUESTS["flux.1-dev"], tmp_path / "a.safetensors", only).names
@@ -321,7 +324,7 @@ def test_selection(load, tmp_path):
     assert not [n for n in names if "double_blocks.0" in n or "single" in n]
 
 
-def test_patterns():
+def test_patterns_match_names_and_parts():
     name = "step.001/double_blocks.3.img_attn.qkv/out.0"
     fit = [
         "*",
@@ -344,7 +347,7 @@ def test_patterns():
 
 
 @pytest.mark.parametrize("config", [FLUX1_TINY, KLEIN_TINY], ids=["flux.1", "flux.2"])
-def test_watching_ends_with_an_error(config):
+def test_hooks_are_removed_after_an_error(config):
     model = randomise(Flux(config))
 
     def fail(name, tensor):
@@ -353,14 +356,13 @@ def test_watching_ends_with_an_error(config):
     with pytest.raises(ZeroDivisionError), watching({"": model}, fail):
         model.img_in(torch.zeros(1, 2, config.in_channels))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any("remember" in vars(module) for module in model.modules())
 
 
 # ---------------------------------------------------------------- the file
 
 
 def tensors() -> dict[str, Tensor]:
-    """Of every dtype, and of sizes that are no multiples of 8 bytes."""
+    """Return tensors of every dtype, and of sizes that are not multiples of 8 bytes."""
     g = torch.Generator().manual_seed(0)
     out = {
         f"floats/{i}": torch.randn(3, 5, generator=g).to(dtype)
@@ -373,7 +375,7 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-def test_round_trip(tmp_path):
+def test_file_round_trip_keeps_bytes_and_recipe(tmp_path):
     path, recipe = tmp_path / "a.safetensors", {"prompt": "naïve \u2028 \U0001f600", "seed": 2**62}
     with Writer(path, recipe, reserve=0) as writer:
         for name, tensor in tensors().items():
@@ -402,7 +404,7 @@ def test_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("reserve", [0, 2**16], ids=["header moves the data", "header fits"])
-def test_the_same_bytes_are_stored_once(reserve, tmp_path):
+def test_equal_tensors_are_stored_once(reserve, tmp_path):
     x = torch.randn(100, 100)
     with Writer(tmp_path / "a.safetensors", {}, reserve=reserve) as writer:
         for name in ("out", "in", "in"):
@@ -422,7 +424,7 @@ def test_the_same_bytes_are_stored_once(reserve, tmp_path):
     assert read.path.stat().st_size < 2 * x.nbytes + 2**16 + 8192
 
 
-def test_statistics(tmp_path):
+def test_statistics_equal_numpy(tmp_path):
     x = torch.linspace(-1, 3, 6400).reshape(64, 100)
     x[0, 0], x[1, 1], x[2, 2] = torch.nan, torch.inf, -torch.inf
     with Writer(tmp_path / "a.safetensors", {}) as writer:
@@ -444,8 +446,8 @@ def test_statistics(tmp_path):
     assert len(read.tensors) == 0 and read.records["x"].shape == (64, 100)
 
 
-def test_positions_of_a_probe():
-    """FNV-1a and splitmix64 with whole numbers of Python, which their published test vectors confirm."""
+def test_probe_positions_equal_the_published_generators():
+    """FNV-1a and splitmix64 in Python's integers, confirmed by their published test vectors."""
 
     def fnv1a(text: str) -> int:
         h = 14695981039346656037
@@ -488,10 +490,43 @@ def test_tolerances_are_stored(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_capture_of_schema_1_is_read_without_what_changed(tmp_path):
+    """Made by the code before schema 2: its modulations gave 1 + scale, its blocks took them."""
+    names = {
+        "conditions/start": False,
+        "step.001/vec": False,
+        "step.001/double_stream_modulation_img/in": True,
+        "step.001/double_stream_modulation_img/out.1": True,
+        "step.001/double_stream_modulation_img.lin/out": False,
+        "step.001/double_blocks.0.img_mod/out.4": True,
+        "step.001/double_blocks.0/in.3": True,
+        "step.001/double_blocks.0/out.0": False,
+        "step.001/single_blocks.0.modulation/out.1": True,
+        "references/double_blocks.0/out": True,
+        "picture": False,
+    }
+    path = tmp_path / "a.safetensors"
+    tensors = {name: torch.full((2, 3), float(i)) for i, name in enumerate(names)}
+    written(path, tensors, cfg_scale=2.5, pictures=None)
+
+    def to_schema_1(document: dict) -> None:
+        document["schema"] = 1
+
+    record.amend(path, to_schema_1)
+    with pytest.warns(UserWarning, match="captured by an older version; 6 tensors"):
+        read = Capture(path)
+    renamed = {"conditions/start": "conditions/init", "picture": "image"}
+    assert read.names == [renamed.get(name, name) for name, lost in names.items() if not lost]
+    for name in names:
+        if not names[name]:
+            assert read.tensors[renamed.get(name, name)].equal(tensors[name])
+    assert read.recipe == {"true_cfg_scale": 2.5, "images": None}
+
+
 # ---------------------------------------------------------------- two tensors
 
 
-def test_errors_against_numpy():
+def test_errors_equal_numpy():
     g = torch.Generator().manual_seed(1)
     b = torch.randn(2, 7, 11, generator=g)
     a = b + 1e-3 * torch.randn(2, 7, 11, generator=g)
@@ -511,8 +546,8 @@ def test_errors_against_numpy():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_ulp(dtype):
-    """Three steps up from each of 100 numbers, through zero too; and one number that is far off."""
+def test_ulp_counts_representable_numbers(dtype):
+    """Three steps up from each of 100 numbers, also through zero; and one number far off."""
     b = torch.linspace(-1, 1, 100).to(dtype)
     a = b
     for _ in range(3):
@@ -524,8 +559,8 @@ def test_ulp(dtype):
     assert errors(a.double(), b).ulp == errors(a, b).ulp
 
 
-def test_attention_by_keyword_and_complex_tensors(tmp_path):
-    """As other codes have it: diffusers names the arguments of attention, BFL's first RoPE was complex."""
+def test_keyword_attention_and_complex_tensors_are_recorded(tmp_path):
+    """diffusers names attention's arguments; some RoPE tables are complex."""
 
     class Attention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -545,7 +580,7 @@ def test_attention_by_keyword_and_complex_tensors(tmp_path):
     assert read.tensors["rope"].flatten().equal(x.flatten())
 
 
-def test_scale_and_offset_are_seen_where_correlation_is_blind():
+def test_relative_l2_sees_scale_and_offset_unlike_correlation():
     b = torch.randn(1, 64, 32)
     scaled, shifted = errors(1.05 * b, b), errors(b + 0.3, b)
     assert 1 - scaled.pcc < 1e-9 and 1 - shifted.pcc < 1e-9
@@ -557,7 +592,7 @@ def test_scale_and_offset_are_seen_where_correlation_is_blind():
     assert shifted.relative_l2 == pytest.approx(0.3 / b.square().mean().sqrt().item(), rel=1e-4)
 
 
-def test_one_token_is_seen():
+def test_worst_token_sees_one_bad_token():
     b = torch.randn(1, 4608, 32)
     a = b.clone()
     a[0, 4321] = 0
@@ -571,7 +606,7 @@ def test_one_token_is_seen():
 
 
 @pytest.mark.parametrize("dtype", record.DTYPES, ids=str)
-def test_every_dtype_can_be_compared(dtype):
+def test_every_dtype_is_compared(dtype):
     b = torch.tensor([[0.0, 1, 2], [0, 1, 4]]).to(dtype)
     a = b.clone()
     a[1, 2] = 0
@@ -582,7 +617,7 @@ def test_every_dtype_can_be_compared(dtype):
     )
 
 
-def test_nothing_is_zero_over_zero():
+def test_zero_tensors_are_compared():
     z, x = torch.zeros(2, 3), torch.full((2, 3), 0.5)
     assert (
         errors(z, z).relative_l2,
@@ -596,7 +631,7 @@ def test_nothing_is_zero_over_zero():
     assert errors(torch.tensor(2.0), torch.tensor(1.0)).relative_l2 == 1
 
 
-def test_nan_and_infinity_match_in_place():
+def test_nan_and_infinity_must_be_in_the_same_places():
     b = torch.randn(1, 5, 8)
     b[0, 1, 2], b[0, 3, 4], b[0, 3, 5] = torch.nan, torch.inf, -torch.inf
     a = b.clone()
@@ -642,7 +677,7 @@ def truth():
     }
 
 
-def test_the_first_that_differs(truth, tmp_path):
+def test_compare_finds_the_first_difference(truth, tmp_path):
     late = noisy(noisy(truth, 1e-2, "blocks.3"), 1e-1, "blocks.2")
     a, b = written(tmp_path / "a.safetensors", late), written(tmp_path / "b.safetensors", truth)
     rows = compare(a, b)
@@ -650,7 +685,8 @@ def test_the_first_that_differs(truth, tmp_path):
         rows
     ).name == "step.001/double_blocks.2/out"
     assert table(rows).startswith(
-        "2 of 4 tensors are over tolerance; the first is step.001/double_blocks.2/out: relative L2 0.1 "
+        "2 of 4 tensors are over tolerance; the first is step.001/double_blocks.2/out: "
+        "relative L2 0.1 "
     )
     assert table(rows).index("double_blocks.0") < table(rows).index("double_blocks.1")
     assert first_over(compare(a, b, tolerance=0.2)) is None and "comes nearest" in table(
@@ -672,7 +708,7 @@ def test_the_first_that_differs(truth, tmp_path):
     "kinds", [("probe", "probe"), ("probe", "full"), ("full", "probe")], ids="-".join
 )
 @pytest.mark.parametrize("size", [1e-5, 1e-2])
-def test_a_probe_stands_for_the_whole(kinds, size, truth, tmp_path):
+def test_probe_estimates_the_errors(kinds, size, truth, tmp_path):
     far = noisy(truth, size)
     a = written(tmp_path / "a.safetensors", far, kinds[0])
     b = written(tmp_path / "b.safetensors", truth, kinds[1])
@@ -688,7 +724,7 @@ def test_a_probe_stands_for_the_whole(kinds, size, truth, tmp_path):
     assert sizes["probe"] < 4 * (4096 + 300) * 4 + 2**17
 
 
-def test_a_probe_shows_a_bad_token(truth, tmp_path):
+def test_probe_shows_a_bad_token(truth, tmp_path):
     far = {name: x.clone() for name, x in truth.items()}
     for x, value in zip(far.values(), (0.0, 1e3, torch.nan, torch.inf)):
         x[0, 123] = value
@@ -702,7 +738,7 @@ def test_a_probe_shows_a_bad_token(truth, tmp_path):
     )
 
 
-def test_statistics_and_slices(truth, tmp_path):
+def test_statistics_and_slices_are_compared(truth, tmp_path):
     scaled = {name: 1.05 * x for name, x in truth.items()}
     b = written(tmp_path / "b.safetensors", truth)
     for kind in ("statistics", "slice"):
@@ -719,8 +755,7 @@ def test_statistics_and_slices(truth, tmp_path):
     )
 
 
-def test_a_plain_file_is_a_capture(truth, tmp_path):
-    """So that a port needs no more than a safetensors writer."""
+def test_plain_file_is_read_as_a_capture(truth, tmp_path):
     save_file(noisy(truth, 1e-2, "blocks.1"), tmp_path / "port.safetensors")
     a, b = (
         Capture(tmp_path / "port.safetensors"),
@@ -730,16 +765,16 @@ def test_a_plain_file_is_a_capture(truth, tmp_path):
     assert sum(row.over for row in compare(a, b)) == 1
 
 
-def test_budgets_follow_the_coarser_dtype(truth, tmp_path):
-    """A float32 tensor of a run in bfloat16 is no better than that run."""
+def test_tolerance_follows_the_coarser_dtype(truth, tmp_path):
+    """A float32 tensor of a bfloat16 run is not more exact than the run."""
     a = written(tmp_path / "a.safetensors", noisy(truth, 1e-2), dtype="bfloat16")
     b = written(tmp_path / "b.safetensors", truth, dtype="float32")
     assert {row.tolerance for row in compare(a, b)} == {2e-2} and first_over(compare(a, b)) is None
     assert {row.tolerance for row in compare(b, b)} == {1e-4}
 
 
-def test_bfloat16_is_within_its_budget_and_a_mistake_is_not(captures, load, tmp_path):
-    """The run of the fixture in float32 against bfloat16, and against another activation in one block."""
+def test_bfloat16_is_near_its_tolerance_and_a_fault_is_found(captures, load, tmp_path):
+    """Against bfloat16, and against another activation in one block."""
     name = "flux.2-klein-base-4b"
     half = capture(
         load(name, torch.bfloat16),
@@ -759,10 +794,10 @@ def test_bfloat16_is_within_its_budget_and_a_mistake_is_not(captures, load, tmp_
     )
 
 
-# ---------------------------------------------------------------- mistakes, each told in one sentence
+# ---------------------------------------------------------------- refusals
 
 
-def test_captures_that_differ(truth, tmp_path):
+def test_captures_of_different_runs_are_refused(truth, tmp_path):
     made = dict(model="flux.1-dev", width=64, height=64, steps=4, prompt="a cat")
     b = written(tmp_path / "b.safetensors", truth, **made)
     for number, (key, other) in enumerate(
@@ -787,16 +822,16 @@ def test_captures_that_differ(truth, tmp_path):
     )
 
 
-def test_damaged_files(truth, tmp_path):
+def test_damaged_files_are_refused(truth, tmp_path):
     whole = written(tmp_path / "a.safetensors", truth).path.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
     with pytest.raises(UserError, match=r"is truncated: .* capture it again"):
         Capture(tmp_path / "cut.safetensors")
     for number, wrong in enumerate(
-        ('{"schema": 2}', "{", "[]", '{"schema": 1, "recipe": {}, "tensors": {"x": {"kind": 1}}}')
+        ('{"schema": 3}', "{", "[]", '{"schema": 2, "recipe": {}, "tensors": {"x": {"kind": 1}}}')
     ):
         save_file(truth, tmp_path / f"{number}.safetensors", {record.KEY: wrong})
-        with pytest.raises(UserError, match="schema 2, and this reads 1|is a damaged capture"):
+        with pytest.raises(UserError, match="unknown schema|is a damaged capture"):
             Capture(tmp_path / f"{number}.safetensors")
     with pytest.raises(UserError, match="does not exist"):
         Capture(tmp_path / "none.safetensors")
@@ -816,7 +851,7 @@ class FullDisk:
         self.file.close()
 
 
-def test_a_full_disk(truth, tmp_path):
+def test_full_disk_leaves_no_file(truth, tmp_path):
     with pytest.raises(
         UserError, match=r"a\.safetensors: cannot be written, the disk is full. Make room"
     ):
@@ -827,7 +862,7 @@ def test_a_full_disk(truth, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_leaves_nothing(load, tmp_path, monkeypatch):
+def test_failed_run_leaves_no_file(load, tmp_path, monkeypatch):
     pipe = load("flux.1-dev")
     monkeypatch.setattr(pipe.text, "encode_one", lambda prompt: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -835,10 +870,10 @@ def test_a_run_that_fails_leaves_nothing(load, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_much(load, tmp_path, monkeypatch):
+def test_limit_and_free_space_are_checked(load, tmp_path, monkeypatch):
     pipe, path = load("flux.1-dev"), tmp_path / "a.safetensors"
     with pytest.raises(
-        UserError, match=r"would hold up to [\d.]+ MB in [\d,]+ tensors, and --limit is 0.001"
+        UserError, match=r"would hold up to [\d.]+ MB in [\d,]+ tensors, and `limit` is 0.001 GB"
     ):
         capture(pipe, SMALL, path, Selection(limit=1e6))
     with (
@@ -850,25 +885,25 @@ def test_too_much(load, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="1 MB are free on its disk"):
         capture(pipe, SMALL, path)
     assert list(tmp_path.iterdir()) == []
-    told = []
-    capture(pipe, SMALL, path, Selection(only=("noise",)), told.append)
-    assert told and told[0].startswith("recording 1 of ")
+    reports = []
+    capture(pipe, SMALL, path, Selection(only=("noise",)), reports.append)
+    assert reports and reports[0].startswith("recording 1 of ")
 
 
 @pytest.mark.parametrize(
     "only, near", [("double_block.0.*", "double_blocks.0"), ("velocty", "velocity"), ("QKV", "qkv")]
 )
-def test_patterns_that_match_nothing(only, near, load, tmp_path):
+def test_unmatched_pattern_suggests_near_names(only, near, load, tmp_path):
     with pytest.raises(
         UserError,
-        match=rf"only: {re.escape(only)} matches no name. The nearest names are .*{re.escape(near)}",
+        match=rf"only: {re.escape(only)} matches no name. The nearest .*{re.escape(near)}",
     ):
         capture(load("flux.1-dev"), SMALL, tmp_path / "a.safetensors", Selection((only,)))
 
 
-def test_wrong_requests(load, tmp_path):
+def test_wrong_requests_are_refused(load, tmp_path):
     pipe, path = load("flux.1-dev"), tmp_path / "a.safetensors"
-    with pytest.raises(UserError, match="--steps-of 3: there are 2 steps"):
+    with pytest.raises(UserError, match=r"steps: there are 2 steps, counted from 1 \(got 3\)"):
         capture(pipe, SMALL, path, Selection(steps=(1, 3)))
     with pytest.raises(UserError, match="width: must be a multiple of 16"):
         capture(pipe, replace(SMALL, width=100), path)
@@ -898,7 +933,7 @@ QUICK = (
 )
 
 
-def test_the_command(parity, tmp_path):
+def test_command_captures_and_compares(parity, tmp_path):
     code, out, err = parity("capture", *QUICK, "--output", "a.safetensors")
     assert (code, out) == (0, "a.safetensors\n") and re.match(
         r"recording [\d,]+ of [\d,]+ tensors, up to [\d.]+ MB\n", err
@@ -935,7 +970,7 @@ def test_the_command(parity, tmp_path):
     )
 
 
-def test_mistakes_at_the_command(parity, tmp_path):
+def test_command_refuses_wrong_arguments(parity, tmp_path):
     def say(code, *words):
         return lambda got: (
             (got[0], [w for w in words if w not in got[2].splitlines()[-1]]) == (code, [])
@@ -944,7 +979,7 @@ def test_mistakes_at_the_command(parity, tmp_path):
     assert say(2, "nosuch", "there is no such model")(
         parity("capture", "x", "--model", "nosuch", "--output", "a.safetensors")
     )
-    assert say(2, "there is no prompt")(parity("capture", "--output", "a.safetensors"))
+    assert say(2, "is missing")(parity("capture", "--output", "a.safetensors"))
     assert say(2, "of one prompt, and 2")(parity("capture", "x", "y", "--output", "a.safetensors"))
     assert say(2, "'1,x'")(parity("capture", "x", "--steps-of", "1,x", "--output", "a.safetensors"))
     assert say(2, "--output")(parity("capture", "x"))

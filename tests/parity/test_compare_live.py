@@ -79,17 +79,11 @@ def test_every_tensor_is_that_of_diffusers(name, captures, right):
     ]  # in the order of our execution
     # every layer with weights, every attention, every block, and the network
     layers = {n.rpartition(".")[0] for n in right[name].transformer().state_dict()}
-    norms = {n.rpartition(".")[0] for n in layers if n.endswith("_norm")}  # of q and k together
-    expected = {f"{n}/{tap}" for n in layers if not n.endswith("_norm") for tap in ("in", "out")}
-    expected |= {f"{norm}/out" for norm in norms}
-    expected |= {
-        f"{block}/out{tap}"
-        for block in BLOCKS
-        for tap in ((".0", ".1") if block.startswith("double") else ("",))
-    }
-    expected |= {
-        f"{block}/attention/{tap}" for block in BLOCKS for tap in ("q", "k", "v", "out")
-    } | {"out"}
+    expected = {f"{layer}/{tap}" for layer in layers for tap in ("in", "out")} | {"out"}
+    for block in BLOCKS:
+        expected |= {f"{block}/attention/{tap}" for tap in ("q", "k", "v", "out")}
+        taps = ("out.0", "out.1") if block.startswith("double") else ("out",)
+        expected |= {f"{block}/{tap}" for tap in taps}
     assert set(names) == {f"{place}/{tap}" for place in PASSES for tap in expected}
 
 
@@ -122,7 +116,7 @@ def test_guidance_of_a_run_that_starts_from_a_picture(right, tmp_path):
         ONE_STEP,
         steps=4,
         guidance=(1.0, 5.0),
-        pictures=ImageInputs((Image.fromarray(pixels),), strength=0.5),
+        images=ImageInputs((Image.fromarray(pixels),), strength=0.5),
     )
     taken = capture(right["flux.1-dev"], request, tmp_path / "a.safetensors")
     rows = against.diffusers(taken, right["flux.1-dev"], ["guidance_in.*", "out"], tolerance=2e-6)
@@ -174,7 +168,7 @@ def test_references_that_are_remembered(right, tmp_path):
     pictures = ImageInputs((Image.new("RGB", (64, 64), "red"),), kv_cache=True)
     taken = capture(
         right[KLEIN],
-        replace(ONE_STEP, pictures=pictures),
+        replace(ONE_STEP, images=pictures),
         tmp_path / "a.safetensors",
         Selection(("in",)),
     )

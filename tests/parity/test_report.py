@@ -63,8 +63,8 @@ def a_run(steps: int = 2) -> dict[str, Tensor]:
             f"step.{step:03}/velocity": random(1, HEIGHT * WIDTH, 4),
             f"step.{step:03}/latents": random(1, 4, HEIGHT, WIDTH),
         }
-    picture = torch.randint(60, 200, (24, 32, 3), generator=draw).byte()
-    return out | {"decoder/decoder.conv_in/out": random(1, 6, 8, 10), "picture": picture}
+    image = torch.randint(60, 200, (24, 32, 3), generator=draw).byte()
+    return out | {"decoder/decoder.conv_in/out": random(1, 6, 8, 10), "image": image}
 
 
 class Pair:
@@ -119,7 +119,7 @@ def marked(row: ElementTree.Element) -> bool:
 
 def test_page_is_self_contained(pair):
     pair.off("step.002/velocity", 0.5)
-    pair.a["picture"] = pair.b["picture"] + 3
+    pair.a["image"] = pair.b["image"] + 3
     page, _ = pair.page()
     tags = {element.tag for element in page.iter()}
     assert page.tag == "html" and not {"script", "link", "iframe", "object", "form"} & tags
@@ -137,7 +137,7 @@ def test_page_is_self_contained(pair):
 
 def test_every_row_shows_the_numbers_of_the_comparison(pair):
     for number, name in enumerate(pair.a):
-        if number % 3 and name not in ("ids/img", "picture"):
+        if number % 3 and name not in ("ids/img", "image"):
             noise = torch.randn(pair.b[name].shape, dtype=torch.float64)
             pair.a[name] = pair.b[name] + noise * 10.0 ** -(number % 5)
     page, rows = pair.page()
@@ -287,8 +287,8 @@ def test_plain_file_of_a_port_has_no_figures_by_step(pair):
 
 
 def test_difference_of_the_images_is_amplified(pair):
-    pair.a["picture"] = pair.b["picture"].clone()
-    pair.a["picture"][3, 5] += torch.tensor([0, 1, 2], dtype=torch.uint8)
+    pair.a["image"] = pair.b["image"].clone()
+    pair.a["image"][3, 5] += torch.tensor([0, 1, 2], dtype=torch.uint8)
     images, about = report.images_of(*pair.write())
     difference = np.array(images["difference"])
     assert difference[3, 5].tolist() == [0, 127, 254] and np.count_nonzero(difference) == 2
@@ -296,7 +296,7 @@ def test_difference_of_the_images_is_amplified(pair):
 
 
 def test_images_of_different_size_have_no_difference(pair):
-    pair.a["picture"] = pair.b["picture"][:, :16]
+    pair.a["image"] = pair.b["image"][:, :16]
     images, about = report.images_of(*pair.write())
     assert list(images) == ["image-a", "image-b"] and "16×24 and 32×24 pixels" in about
 

@@ -8,7 +8,7 @@ from flux.parity.compare import Row
 SMALL = Request("a photo of a cat", width=96, height=64, steps=2, seed=5)
 KLEIN = "flux.2-klein-base-4b"
 REQUESTS = {  # one model of each family, with two passes a step
-    "flux.1-dev": replace(SMALL, guidance=2.0, cfg_scale=2.5, negative_prompt="a dog"),
+    "flux.1-dev": replace(SMALL, guidance=2.0, true_cfg_scale=2.5, negative_prompt="a dog"),
     KLEIN: replace(SMALL, guidance=3.0),
 }
 
