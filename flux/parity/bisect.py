@@ -173,11 +173,11 @@ class _Loop:
                 "`at_steps` and `only`"
             )
         self.conditions = None
-        if r.pictures:
-            self.conditions = pipe.condition(r.pictures, r.width, r.height)
+        if r.images:
+            self.conditions = pipe.condition(r.images, r.width, r.height)
         self.features, self.negative = pipe.encode([r.prompt]), None
         steps = check_steps(pipe.spec, r.steps)
-        if check_cfg(pipe.spec, r.guidance, r.negative_prompt, r.cfg_scale, steps):
+        if check_cfg(pipe.spec, r.guidance, r.negative_prompt, r.true_cfg_scale, steps):
             self.negative = pipe.encode([r.negative_prompt or ""])
 
     def row(self, start: int, end: int, tolerance: float) -> Row:
@@ -213,7 +213,7 @@ class _Loop:
                 r.steps,
                 r.guidance,
                 self.negative,
-                r.cfg_scale,
+                r.true_cfg_scale,
                 conditions=self.conditions,
             )
         return stretch.velocity, latents

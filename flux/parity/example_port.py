@@ -131,7 +131,8 @@ def main(folder=Path(__file__).parent, weights=None):
         print("WRONG" if name in wrong else "ok   ", f"{error:.1e}  {name} {theirs.shape}")
         return theirs
 
-    img, txt, rope = (kit[f"double_blocks.0/in.{i}"] for i in range(3))
+    names = ("in.0", "in.1", "arg.2")
+    img, txt, rope = (kit[f"double_blocks.0/{name}"] for name in names)
     double_block(w, img, txt, rope, kit["vec"], check)
     print(f"wrong: {', '.join(wrong)}" if wrong else f"all tensors agree to {TOLERANCE}")
     return len(wrong) > 0

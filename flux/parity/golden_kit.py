@@ -47,7 +47,7 @@ EXAMPLE = r"step\.001/(vec$|double_blocks\.0[./]|double_stream_modulation)"
 def small_request(spec: ModelSpec, request: Request) -> Request:
     """Fill in a size and a number of steps. The image is not square: rows differ from columns."""
     width, height, steps = request.width, request.height, request.steps
-    if not request.pictures:  # images determine the size
+    if not request.images:  # images determine the size
         width = spec.size * 3 // 4 if width is None else width
         height = spec.size // 2 if height is None else height
     if steps is None:
@@ -105,9 +105,9 @@ def check_possible(pipe: Pipeline, request: Request, folder: Path) -> None:
         )
     if pipe.dtype != torch.float32:
         raise UserError(f"dtype: a kit is in float32 (got {pipe.dtype}). Leave `dtype` out")
-    pictures = request.pictures
-    if pictures:
-        cached = pictures.kv_cache
+    images = request.images
+    if images:
+        cached = images.kv_cache
         if cached is None:
             cached = pipe.spec.kv_cached_references
         if cached:
@@ -273,7 +273,7 @@ def _run_table(recipe: dict) -> str:
         "height",
         "steps",
         "guidance",
-        "cfg_scale",
+        "true_cfg_scale",
         "seed",
         "numerics",
     )

@@ -36,7 +36,7 @@ from flux.text_encoder import TextFeatures
 Tolerance = float | Mapping[str, float] | None  # relative L2, of all tensors or by name
 MODULE_TOLERANCES = {"F32": 1e-5, "F16": 8e-4, "BF16": 6e-3}  # one module; a network: TOLERANCES
 
-TAP = re.compile(r"(.+)/(in|out)(?:\.(\d+))?(~\d+)?")
+TAP = re.compile(r"(.+)/(in|arg|out)(?:\.(\d+))?(~\d+)?")
 # a text encoder's attention also takes a mask, which is not recorded with it
 ATTENTION = re.compile(r"((?!text/).+/attention)/(q|k|v|out)()(~\d+)?")
 PASS = re.compile(r"step\.\d+(/negative)?")
@@ -351,10 +351,10 @@ def load_pipeline(
     return in_dtype(pipe, dtype)
 
 
-def request_of(capture: Capture, pictures: ImageInputs | None = None) -> Request:
+def request_of(capture: Capture, images: ImageInputs | None = None) -> Request:
     """Return the recipe's request. Pass the images again: a capture stores only their hashes."""
     recipe = recipe_of(capture)
-    if recipe["pictures"] and pictures is None:
+    if recipe["images"] and images is None:
         raise UserError(
             f"images: {capture.path} was made with images. Pass the same images and their options"
         )
@@ -366,9 +366,9 @@ def request_of(capture: Capture, pictures: ImageInputs | None = None) -> Request
         "guidance",
         "seed",
         "negative_prompt",
-        "cfg_scale",
+        "true_cfg_scale",
     )
-    return Request(**{key: recipe[key] for key in fields}, pictures=pictures)
+    return Request(**{key: recipe[key] for key in fields}, images=images)
 
 
 def recipe_of(capture: Capture) -> dict:

@@ -208,7 +208,7 @@ class Rerun:
     @property
     def cfg_scale(self) -> float:
         """The scale of classifier-free guidance at this step."""
-        key = "guidance" if self.pipe.spec.cfg else "cfg_scale"
+        key = "guidance" if self.pipe.spec.cfg else "true_cfg_scale"
         return self.at_step(self.reference.recipe[key])
 
     def at_step(self, values: float | Sequence[float]) -> float:

@@ -330,8 +330,8 @@ KNOWN = (
         FLUX1,
         QKV,
         lambda h: (
-            (1 + h("/double_blocks.0/in.3")) * normed(h("/double_blocks.0/in.0"))
-            + h("/double_blocks.0/in.4")
+            (1 + h("/double_blocks.0/arg.3")) * normed(h("/double_blocks.0/in.0"))
+            + h("/double_blocks.0/arg.4")
         ),
         "shift and scale swapped",
     ),
@@ -341,8 +341,8 @@ KNOWN = (
         FLUX2,
         "/single_blocks.0.linear1/in",
         lambda h: (
-            h("/single_blocks.0/in.3") * normed(h("/single_blocks.0/in.0"))
-            + h("/single_blocks.0/in.2")
+            h("/single_blocks.0/arg.3") * normed(h("/single_blocks.0/in.0"))
+            + h("/single_blocks.0/arg.2")
         ),
         "1 + scale missing",
     ),
@@ -704,7 +704,7 @@ def test_bugs_of_encoding_are_named(pipes, tmp_path):
     """Stride 2 with zeros on all sides: the encoder pads at the right and bottom only."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
     pipe = pipes[FLUX2]
-    request = replace(WIDE, pictures=ImageInputs((Image.fromarray(pixels),)))
+    request = replace(WIDE, images=ImageInputs((Image.fromarray(pixels),)))
     path = tmp_path / "reference.safetensors"
     reference = capture(pipe, request, path, Selection(("encoder.1",)))
     h, name = Hand(reference, pipe), "encoder.1/encoder.down.0.downsample"
@@ -723,7 +723,7 @@ def test_bug_in_cached_references_is_named(pipes, tmp_path):
     """Cached references have positions of their own."""
     pictures = ImageInputs((Image.new("RGB", (80, 64), "teal"),), kv_cache=True)
     path = tmp_path / "reference.safetensors"
-    request = replace(WIDE, pictures=pictures)
+    request = replace(WIDE, images=pictures)
     reference = capture(pipes[FLUX2], request, path, Selection(("references",)))
     h, place = Hand(reference, pipes[FLUX2]), "references/double_blocks.0"
     k = h(f"{place}.img_attn.norm/out.1").transpose(1, 2)
@@ -777,7 +777,7 @@ def test_bug_in_bfloat16_is_named(folder, tmp_path):
     pipe = flux.load(FLUX2, weights=folder, device="cpu", dtype=torch.bfloat16)
     reference = capture(pipe, WIDE, tmp_path / "reference.safetensors", Selection(("step.001",)))
     h, block = Hand(reference, pipe), "/single_blocks.0"
-    shift, scale = h(f"{block}/in.2"), h(f"{block}/in.3")
+    shift, scale = h(f"{block}/arg.2"), h(f"{block}/arg.3")
     wrong = ((1 + shift) * normed(h(f"{block}/in.0")) + scale).bfloat16()
     port = write_port(tmp_path, {f"step.001{block}.linear1/in": wrong})
     found = examine(port, reference, pipe)

@@ -391,7 +391,7 @@ def test_small_request_of_every_model_is_valid():
     given = Request("x", width=64, height=64, steps=2)
     assert golden_kit.small_request(spec, given) == given
     images = ImageInputs((Image.new("RGB", (64, 64)),))
-    request = golden_kit.small_request(spec, Request("x", pictures=images))
+    request = golden_kit.small_request(spec, Request("x", images=images))
     assert (request.width, request.height) == (None, None)  # the images' size
 
 
@@ -471,7 +471,7 @@ def test_impossible_kits_are_refused(load, tmp_path, monkeypatch):
         golden_kit.build(load(FLUX2, torch.bfloat16), TINY, output)
     images = ImageInputs((Image.new("RGB", (64, 64)),), kv_cache=True)
     with pytest.raises(UserError, match="Pass `kv_cache=False`"):
-        golden_kit.build(pipe, replace(TINY, pictures=images), output)
+        golden_kit.build(pipe, replace(TINY, images=images), output)
     with pytest.raises(UserError, match="[KM]B of tensors"):
         golden_kit.build(pipe, TINY, output, limit=1e5)
     almost_full = shutil.disk_usage(tmp_path)._replace(free=10**6)
