@@ -208,11 +208,11 @@ def prepare(args: argparse.Namespace):
     prompts = sample.gather_prompts(args)
     if len(prompts) > 1:
         raise UserError(f"prompts: one capture has one prompt (got {len(prompts)})")
-    pictures = sample.gather_images(args, get_spec(args.model, args.transformer))
+    images = sample.gather_images(args, get_spec(args.model, args.transformer))
     pipe = sample.load(args)
     size = args.width, args.height, args.steps, args.guidance
     return pipe, Request(
-        prompts[0], *size, args.seed, args.negative_prompt, args.true_cfg_scale, pictures
+        prompts[0], *size, args.seed, args.negative_prompt, args.true_cfg_scale, images
     )
 
 
@@ -484,8 +484,8 @@ def load_run(path: Path, args: argparse.Namespace):
     from flux.weights.locate import get_spec
 
     capture = Capture(path)
-    pictures = sample.gather_images(args, get_spec(replay.recipe_of(capture)["model"]))
-    request = replay.request_of(capture, pictures)
+    images = sample.gather_images(args, get_spec(replay.recipe_of(capture)["model"]))
+    request = replay.request_of(capture, images)
     return capture, load_pipeline(capture, args), request
 
 

@@ -36,14 +36,14 @@ def double_block(w, img, txt, rope, vec, check):
         attn = f"{block}.{stream}_attn"
         x = check(f"{attn}.qkv/in", modulate(x, shift, scale))
         qkv = linear(w, f"{attn}.qkv", x).reshape(1, x.shape[1], 3, -1, 2 * len(rope[0]))
-        q, k, v = np.moveaxis(qkv, 2, 0)  # (1, N, H, d) each
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (1, H, N, d) each
         q = check(f"{attn}.norm/out.0", rms_norm(q) * w[f"{attn}.norm.query_norm.scale"])
         k = check(f"{attn}.norm/out.1", rms_norm(k) * w[f"{attn}.norm.key_norm.scale"])
         heads[stream] = q, k, v
 
     # joint attention, text first
-    q, k, v = (np.concatenate(pair, axis=1) for pair in zip(heads["txt"], heads["img"]))
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (1, H, T + L, d)
+    pairs = zip(heads["txt"], heads["img"])
+    q, k, v = (np.concatenate(pair, axis=2) for pair in pairs)  # (1, H, T + L, d) each
     q = check(f"{block}/attention/q", apply_rope(q, rope))
     k = check(f"{block}/attention/k", apply_rope(k, rope))
     v = check(f"{block}/attention/v", v)
@@ -131,8 +131,7 @@ def main(folder=Path(__file__).parent, weights=None):
         print("WRONG" if name in wrong else "ok   ", f"{error:.1e}  {name} {theirs.shape}")
         return theirs
 
-    names = ("in.0", "in.1", "arg.2")
-    img, txt, rope = (kit[f"double_blocks.0/{name}"] for name in names)
+    img, txt, rope = (kit[f"double_blocks.0/{tap}"] for tap in ("in.0", "in.1", "arg.2"))
     double_block(w, img, txt, rope, kit["vec"], check)
     print(f"wrong: {', '.join(wrong)}" if wrong else f"all tensors agree to {TOLERANCE}")
     return len(wrong) > 0

@@ -336,7 +336,8 @@ that differs, and `python scripts/parity.py diagnose` looks for a known bug.
 
 A name is place/module/tap. The module has the name of its weights in Black Forest Labs' files:
 `double_blocks.0.img_mlp.0.weight` computes `step.001/double_blocks.0.img_mlp.0/out` from
-`step.001/double_blocks.0.img_mlp.0/in`. Several inputs or outputs are numbered: in.0, in.1. These
+`step.001/double_blocks.0.img_mlp.0/in`. Several inputs or outputs are numbered: in.0,
+in.1. A block's inputs besides tokens are arg.N. These
 names are not of weights: `attention` (the joint attention of a block), `mlp_act` (the activation
 of a single-stream block), and everything outside the networks, such as `rope` or `latents`. The
 first step is stored layer by layer, later steps by their velocity and latents.
@@ -372,7 +373,7 @@ first step is stored layer by layer, later steps by their velocity and latents.
    and text tokens, `step.001/double_blocks.0/in.1`. The names below are the image's; the text's
    have txt for img.
    - modulate: `step.001/double_blocks.0.img_attn.qkv/in`
-   - QKNorm, head by head, x / sqrt(mean(x²) + 1e-6) · scale, (1, N, {heads}, {d}): q,
+   - QKNorm, head by head, x / sqrt(mean(x²) + 1e-6) · scale, (1, {heads}, N, {d}): q,
      `step.001/double_blocks.0.img_attn.norm/out.0`, and k,
      `step.001/double_blocks.0.img_attn.norm/out.1`
    - apply_rope, text and image together, (x0 cos - x1 sin, x0 sin + x1 cos):
@@ -406,7 +407,7 @@ first step is stored layer by layer, later steps by their velocity and latents.
     ({groups} groups, epsilon 1e-6) and silu; attention with one head in the middle; upsampling
     repeats the nearest value; up.0 has the full resolution and runs last:
     `decoder/decoder.conv_in/out`, `decoder/decoder.mid/out`, `pixels`.
-13. **to_images**: round((clamp(pixels, -1, 1) + 1) / 2 · 255): `picture` (H, W, 3), which is
+13. **to_images**: round((clamp(pixels, -1, 1) + 1) / 2 · 255): `image` (H, W, 3), which is
     `image.png`.
 14. **Text encoders** come last: the steps above can use the recorded features. {text}
 """

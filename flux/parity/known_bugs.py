@@ -107,9 +107,9 @@ def no_qk_scale(f: Callable, self: RMSNorm, x: Tensor) -> Tensor:
 
 def rope_before_norm_input(rerun: Rerun) -> Tensor:
     """The norm's input, q or k, after RoPE."""
-    rope, length = rerun.recorded(rerun.in_pass("rope")), rerun.expected.shape[1]
-    rows = rope[:length] if "txt_attn" in rerun.name else rope[-length:]
-    return transformer.apply_rope(rerun.expected, rows)
+    rope, x = rerun.recorded(rerun.in_pass("rope")), rerun.expected.transpose(1, 2)  # (B, N, H, d)
+    rows = rope[: x.shape[1]] if "txt_attn" in rerun.name else rope[-x.shape[1] :]
+    return transformer.apply_rope(x, rows).transpose(1, 2)
 
 
 def rope_before_norm(rerun: Rerun) -> Tensor:
@@ -599,8 +599,8 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
         "the encoder pads at the left and top too, expected at the right and bottom only",
         CODER, patched(F, "pad", lambda f, x, *_, **__: f(x, (1, 1, 1, 1)))),
     KnownBug("pixels truncated", "pixels are truncated to integers, expected rounded",
-        r"^picture$", truncated),
+        r"^image$", truncated),
     KnownBug("red and blue swapped", "the channels are blue, green, red",
-        r"^picture$", lambda rerun: rerun.expected.flip(-1)),
+        r"^image$", lambda rerun: rerun.expected.flip(-1)),
 )
 # fmt: on

@@ -29,7 +29,15 @@ from flux.loading import decode_dtype
 from flux.pipeline import Pipeline
 from flux.runtime.devices import free_memory
 from flux.runtime.lazy_module import LazyModule
-from flux.transformer import DoubleStreamBlock, Flux, KVCache, ModulationOut, SingleStreamBlock
+from flux.transformer import (
+    DoubleStreamBlock,
+    Flux,
+    KVCache,
+    ModulationOut,
+    QKNorm,
+    RMSNorm,
+    SingleStreamBlock,
+)
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]
 Cast = Callable[[Tensor], Tensor]
@@ -96,6 +104,9 @@ def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: C
         return _run_double_block(module, inputs, cast)
     if isinstance(module, SingleStreamBlock):
         return _run_single_block(module, inputs, cast)
+    if isinstance(module, QKNorm | RMSNorm):  # recorded as (B, H, N, d)
+        out = module(*[cast(x).transpose(1, 2) for x in inputs])
+        return [x.transpose(1, 2) for x in tree_leaves(out)]
     return module(*map(cast, inputs))
 
 

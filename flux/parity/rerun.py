@@ -119,7 +119,7 @@ class Rerun:
             return False
         if place.endswith("/attention"):
             return False
-        if re.fullmatch(rf"{re.escape(place)}/in(\.\d+)?", self.name):
+        if re.fullmatch(rf"{re.escape(place)}/(in|arg)(\.\d+)?", self.name):
             return False
         inside = self.computed_as.startswith((f"{place}/", f"{place}."))
         return inside or place == self.place

@@ -33,7 +33,7 @@ FLUX1, FLUX2 = "flux.1-dev", "flux.2-klein-4b"
 # 30 image tokens; 24 and 64 text tokens
 WIDE = Request("a photo of a cat", width=96, height=80, steps=2, seed=5)
 REQUESTS = {  # bfloat16 has no 3.3
-    FLUX1: replace(WIDE, guidance=3.3, cfg_scale=2.5, negative_prompt="a dog"),
+    FLUX1: replace(WIDE, guidance=3.3, true_cfg_scale=2.5, negative_prompt="a dog"),
     FLUX2: WIDE,
 }
 pytestmark = [
@@ -99,8 +99,8 @@ def rms(x: Tensor, dims=-1, eps: float = 1e-6) -> Tensor:
 
 def modulated(h: Hand, stream: int, eps: float = 1e-6) -> Tensor:
     """The input of qkv in the image (0) or text (1) stream of the first double-stream block."""
-    shift = h(f"/double_blocks.0/in.{3 + 6 * stream}")
-    scale = h(f"/double_blocks.0/in.{4 + 6 * stream}")
+    shift = h(f"/double_blocks.0/arg.{3 + 6 * stream}")
+    scale = h(f"/double_blocks.0/arg.{4 + 6 * stream}")
     return (1 + scale) * normed(h(f"/double_blocks.0/in.{stream}"), eps) + shift
 
 
@@ -111,7 +111,7 @@ def scale_of(h: Hand, which: str, stream: str = "img") -> Tensor:
 def joint(h: Hand, number: int) -> Tensor:
     """q (0) or k (1) of the first double-stream block, normalised, before RoPE: (B, H, N, d)."""
     streams = [h(f"/double_blocks.0.{x}_attn.norm/out.{number}") for x in ("txt", "img")]
-    return torch.cat(streams, dim=1).transpose(1, 2)
+    return torch.cat(streams, dim=2)
 
 
 def angles(h: Hand, ids: Tensor, theta: float | None = None) -> Tensor:
@@ -258,9 +258,10 @@ def in_clip(h: Hand, prompt: str = "text") -> Tensor:
 
 
 def raw(h: Hand, number: int, stream: str = "img", where: str = "step.001") -> Tensor:
-    """q (0) or k (1) of the first double-stream block before its norm, (B, N, H, d)."""
+    """q (0) or k (1) of the first double-stream block before its norm, (B, H, N, d)."""
     qkv = h(f"{where}/double_blocks.0.{stream}_attn.qkv/out")
-    return qkv.unflatten(-1, (3, h.config.num_heads, -1))[..., number, :, :]
+    qkv = qkv.unflatten(-1, (3, h.config.num_heads, -1))  # (B, N, 3, H, d)
+    return qkv[..., number, :, :].transpose(1, 2)
 
 
 def raw_query(h: Hand) -> Tensor:
@@ -273,13 +274,13 @@ def scaled_query(h: Hand, x: Tensor) -> Tensor:
 
 def by_heads(h: Hand) -> Tensor:
     qkv = h("/double_blocks.0.img_attn.qkv/out").unflatten(-1, (h.config.num_heads, 3, -1))
-    return qkv[..., 0, :]
+    return qkv[..., 0, :].transpose(1, 2)
 
 
 def early(h: Hand, number: int) -> Tensor:
     """q (0) or k (1) of the double-stream block, normalised after RoPE."""
     angle, which = angles(h, positions(h)), ("query", "key")[number]
-    q = torch.cat([raw(h, number, stream) for stream in ("txt", "img")], dim=1).transpose(1, 2)
+    q = torch.cat([raw(h, number, stream) for stream in ("txt", "img")], dim=2)
     scale = torch.cat([scale_of(h, which, "txt").expand(24, -1), scale_of(h, which).expand(30, -1)])
     return rms(turned(q, angle)) * scale
 
@@ -386,13 +387,13 @@ KNOWN = (
     (FLUX1, NORM, raw_query, "QK-norm left out"),
     (FLUX2, NORM, lambda h: rms(raw_query(h)), "QK-norm without its scale"),
     (FLUX1, NORM, lambda h: rms(raw_query(h)) * scale_of(h, "key"), "QK-norm's scales swapped"),
-    (FLUX1, NORM, lambda h: scaled_query(h, rms(raw_query(h), 1)), AXIS),
-    (FLUX1, NORM, lambda h: scaled_query(h, rms(raw_query(h), (2, 3))), AXIS),
-    (FLUX2, NORM, lambda h: scaled_query(h, rms(raw_query(h), 2)), AXIS),
+    (FLUX1, NORM, lambda h: scaled_query(h, rms(raw_query(h), 2)), AXIS),
+    (FLUX1, NORM, lambda h: scaled_query(h, rms(raw_query(h), (1, 3))), AXIS),
+    (FLUX2, NORM, lambda h: scaled_query(h, rms(raw_query(h), 1)), AXIS),
     (
         FLUX2,
         "/single_blocks.0.norm/in.0",
-        lambda h: turned(h("/single_blocks.0.norm/in.0"), angles(h, positions(h))[:, None]),
+        lambda h: turned(h("/single_blocks.0.norm/in.0"), angles(h, positions(h))),
         "QK-norm after RoPE",
     ),
     (FLUX1, Q, lambda h: early(h, 0), "QK-norm after RoPE"),
@@ -659,8 +660,8 @@ KNOWN = (
         ),
         "upsampling smooth",
     ),
-    (FLUX1, "picture", level, "pixels truncated", 1e-3),
-    (FLUX2, "picture", lambda h: h("picture").flip(-1), "red and blue swapped"),
+    (FLUX1, "image", level, "pixels truncated", 1e-3),
+    (FLUX2, "image", lambda h: h("image").flip(-1), "red and blue swapped"),
 )
 
 
@@ -721,12 +722,12 @@ def test_bugs_of_encoding_are_named(pipes, tmp_path):
 
 def test_bug_in_cached_references_is_named(pipes, tmp_path):
     """Cached references have positions of their own."""
-    pictures = ImageInputs((Image.new("RGB", (80, 64), "teal"),), kv_cache=True)
+    images = ImageInputs((Image.new("RGB", (80, 64), "teal"),), kv_cache=True)
     path = tmp_path / "reference.safetensors"
-    request = replace(WIDE, images=pictures)
+    request = replace(WIDE, images=images)
     reference = capture(pipes[FLUX2], request, path, Selection(("references",)))
     h, place = Hand(reference, pipes[FLUX2]), "references/double_blocks.0"
-    k = h(f"{place}.img_attn.norm/out.1").transpose(1, 2)
+    k = h(f"{place}.img_attn.norm/out.1")
     wrong = in_halves(k, angles(h, h("references/ids/img")))
     port = write_port(tmp_path, {f"{place}/attention/k": wrong.float()})
     found = examine(port, reference, pipes[FLUX2])
@@ -739,7 +740,8 @@ def test_bug_in_cached_references_is_named(pipes, tmp_path):
 def test_output_of_a_block_is_enough(pipes, captures, tmp_path):
     reference, block = captures[FLUX1], pipes[FLUX1].transformer().single_blocks[0]
     x, rope, shift, scale, gate = (
-        reference.tensors[f"step.001/single_blocks.0/in.{number}"] for number in range(5)
+        reference.tensors[f"step.001/single_blocks.0/{tap}"]
+        for tap in ("in.0", "arg.1", "arg.2", "arg.3", "arg.4")
     )
     with torch.inference_mode():
         wrong = block(x, rope, transformer.ModulationOut(shift=scale, scale=shift, gate=gate))
@@ -762,7 +764,7 @@ def test_bug_in_one_place_of_several_is_named(pipes, captures, tmp_path):
     """Shift and scale are swapped in the MLP only; those of attention are right."""
     reference = captures[FLUX1]
     h, proj = Hand(reference, pipes[FLUX1]), "/double_blocks.0.img_attn.proj/out"
-    gate, shift, scale = (h(f"/double_blocks.0/in.{number}") for number in (5, 6, 7))
+    gate, shift, scale = (h(f"/double_blocks.0/arg.{number}") for number in (5, 6, 7))
     x = h("/double_blocks.0/in.0") + gate * h(proj)
     wrong = {
         f"step.001{proj}": h(proj).float(),

@@ -183,12 +183,15 @@ BUGS = {  # name -> (right, wrong) pieces of the source, and the first tensor th
         NORM_Q,
     ),
     "QK-norm over all heads": (
-        [("rms_norm(q) *", "q / np.sqrt((q**2).mean(axis=(2, 3), keepdims=True) + 1e-6) *")],
+        [("rms_norm(q) *", "q / np.sqrt((q**2).mean(axis=(1, 3), keepdims=True) + 1e-6) *")],
         NORM_Q,
     ),
     "QK-norm's scales swapped": ([("query_norm.scale", "key_norm.scale")], NORM_Q),
     "qkv split by heads": (
-        [("3, -1, 2 * len(rope[0]))", "-1, 3, 2 * len(rope[0]))"), ("(qkv, 2, 0)", "(qkv, 3, 0)")],
+        [
+            ("3, -1, 2 * len(rope[0]))", "-1, 3, 2 * len(rope[0]))"),
+            ("qkv.transpose(2, 0, 3, 1, 4)", "qkv.transpose(3, 0, 2, 1, 4)"),
+        ],
         NORM_Q,
     ),
     "image before text": (
@@ -357,8 +360,8 @@ def test_readme_equations_give_the_tensors(name, kits):
 
     # to_images; halves may be rounded either way
     image = np.round((t["pixels"][0].clip(-1, 1) + 1) / 2 * 255).transpose(1, 2, 0)
-    assert np.abs(image - t["picture"]).max() <= 1 and (image != t["picture"]).mean() < 1e-3
-    np.testing.assert_array_equal(np.array(Image.open(kits[name] / "image.png")), t["picture"])
+    assert np.abs(image - t["image"]).max() <= 1 and (image != t["image"]).mean() < 1e-3
+    np.testing.assert_array_equal(np.array(Image.open(kits[name] / "image.png")), t["image"])
 
 
 @any_kit
@@ -369,7 +372,7 @@ def test_readme_names_existing_tensors(name, kits):
     quoted = [place for place in quoted if "/" in place and not place.endswith("/")]
     assert len(quoted) > 40 and [place for place in quoted if place not in names] == []
     assert not re.search(r"[{}]|None", text) and max(map(len, text.splitlines())) <= 200
-    assert {"noise", "schedule", "pixels", "picture"} <= set(names)
+    assert {"noise", "schedule", "pixels", "image"} <= set(names)
     assert ("negative/out" in text) == MODELS[name].cfg or name == FLUX1
     assert ("guidance_in" in text) == ("CLIP" in text) == (name == FLUX1)
     assert "| guidance | 3 |" in text or name != FLUX2

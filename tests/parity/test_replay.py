@@ -152,16 +152,16 @@ def test_loop_starts_from_recorded_noise_and_features(captures, pipeline, tmp_pa
 @pytest.mark.parametrize("kv_cache", [False, True], ids=["references", "cached references"])
 def test_run_with_input_images_is_replayed(kv_cache, pipeline, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    pictures = ImageInputs((Image.fromarray(pixels),), kv_cache=kv_cache)
-    pipe, request = pipeline(KLEIN), replace(TINY, steps=2, pictures=pictures)
+    images = ImageInputs((Image.fromarray(pixels),), kv_cache=kv_cache)
+    pipe, request = pipeline(KLEIN), replace(TINY, steps=2, images=images)
     recorded = capture(pipe, request, tmp_path / "a.safetensors")
     rows = replay_modules(recorded, Modules(pipe))
     names = {row.name for row in rows}
     assert differing(rows) == []
     assert {"step.002/out", "encoder.1/latents", "encoder.1/encoder.conv_in/out"} <= names
-    cached = {"references/out.0", "references/double_blocks.1/out.2"} <= names
+    cached = {"references/out.0", "references/double_blocks.1/out.0"} <= names
     assert cached == kv_cache
-    assert differing(replay_loop(recorded, pipe, request_of(recorded, pictures))) == []
+    assert differing(replay_loop(recorded, pipe, request_of(recorded, images))) == []
     assert bisect(recorded, pipe, request) is None
     with pytest.raises(UserError, match="images: .* was made with images. Pass the same images"):
         request_of(recorded)
@@ -240,7 +240,7 @@ def test_bisect_finds_the_step(late, seven_steps, pipeline):
     pipe = pipeline(KLEIN)
     block = pipe.transformer().single_blocks[1]
     forward, tensors = block.forward, seven_steps.tensors
-    shifts = [tensors[f"step.{step:03}/single_blocks.1/in.2"] for step in range(late, 8)]
+    shifts = [tensors[f"step.{step:03}/single_blocks.1/arg.2"] for step in range(late, 8)]
 
     def wrong(x, rope, mod, *rest):
         is_late = any(mod.shift.equal(shift) for shift in shifts)
