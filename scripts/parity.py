@@ -209,7 +209,7 @@ def prepare(args: argparse.Namespace):
     if len(prompts) > 1:
         raise UserError(f"prompts: one capture has one prompt (got {len(prompts)})")
     images = sample.gather_images(args, get_spec(args.model, args.transformer))
-    pipe = sample.load(args)
+    pipe = sample.load(args, fast=False)  # the plain networks are the reference
     size = args.width, args.height, args.steps, args.guidance
     return pipe, Request(
         prompts[0], *size, args.seed, args.negative_prompt, args.true_cfg_scale, images

@@ -353,7 +353,7 @@ def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int,
     return image, latents
 
 
-def load(args: argparse.Namespace):
+def load(args: argparse.Namespace, fast: bool = True):
     """Load the pipeline that the flags name, with its LoRAs."""
     import torch
 
@@ -364,7 +364,7 @@ def load(args: argparse.Namespace):
     options = {name: getattr(args, name) for name in names.split()}
     for name in ("dtype", "decode_dtype"):
         options[name] = getattr(torch, getattr(args, name)) if getattr(args, name) else None
-    pipe = flux.load(args.model, numerics=args.numerics or "exact", **options)
+    pipe = flux.load(args.model, numerics=args.numerics or "exact", fast=fast, **options)
     for path, scale in args.lora:
         pipe.load_lora(path, scale, strict=not args.lora_ignore_unmatched)
     return pipe

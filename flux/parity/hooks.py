@@ -57,7 +57,8 @@ def watching(
     def before(place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         running.append(place)
         tensors = _tensors(module, (args, kwargs))
-        if tokens := BLOCKS.get(type(module)):
+        tokens = next((count for kind, count in BLOCKS.items() if isinstance(module, kind)), None)
+        if tokens is not None:
             observe(place, "in", tensors[:tokens], first=0)
             observe(place, "arg", tensors[tokens:], first=tokens)
         else:

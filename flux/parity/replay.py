@@ -345,7 +345,9 @@ def load_pipeline(
             f"loras: {missing[0]} is missing, with which {capture.path} was made. Pass the file"
         )
     dtype, numerics = dtype or getattr(torch, recipe["dtype"]), numerics or recipe["numerics"]
-    pipe = loading.load(recipe["model"], weights, device, dtype, numerics, transformer, autoencoder)
+    pipe = loading.load(
+        recipe["model"], weights, device, dtype, numerics, transformer, autoencoder, fast=False
+    )
     for path, scale in loras:
         pipe.load_lora(path, scale, strict=not ignore_unmatched)
     return in_dtype(pipe, dtype)

@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def load(folder):
     return lambda name, dtype=torch.float32: flux.load(
-        name, weights=folder, device="cpu", dtype=dtype
+        name, weights=folder, device="cpu", fast=False, dtype=dtype
     )
 
 

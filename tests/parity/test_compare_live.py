@@ -48,7 +48,7 @@ def pipeline(tmp_path_factory):
     """Of tiny random weights, of which the table's rows speak meanwhile."""
     with tiny_repositories(tmp_path_factory.mktemp("weights"), REQUESTS) as folder:
         yield lambda name, **how: flux.load(
-            name, weights=folder, device="cpu", **{"dtype": torch.float32} | how
+            name, weights=folder, device="cpu", fast=False, **{"dtype": torch.float32} | how
         )
 
 
@@ -267,7 +267,7 @@ def test_an_adaptor_that_fails(captures):
 PORT = """
 import flux
 from flux.parity.modules import Modules
-ours = Modules(flux.load(device="cpu"))
+ours = Modules(flux.load(device="cpu", fast=False))
 def port(name, inputs):
     return [x * 1.01 if name == "step.001/single_blocks.1" else x for x in ours(name, inputs)]
 def written(name, inputs):

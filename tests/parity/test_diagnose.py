@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipes(folder):
     return {
-        name: flux.load(name, weights=folder, device="cpu", dtype=torch.float32)
+        name: flux.load(name, weights=folder, device="cpu", fast=False, dtype=torch.float32)
         for name in REQUESTS
     }
 
@@ -776,7 +776,7 @@ def test_bug_in_one_place_of_several_is_named(pipes, captures, tmp_path):
 
 def test_bug_in_bfloat16_is_named(folder, tmp_path):
     """Rounding moves the tensor by about a hundredth, the bug by more."""
-    pipe = flux.load(FLUX2, weights=folder, device="cpu", dtype=torch.bfloat16)
+    pipe = flux.load(FLUX2, weights=folder, device="cpu", fast=False, dtype=torch.bfloat16)
     reference = capture(pipe, WIDE, tmp_path / "reference.safetensors", Selection(("step.001",)))
     h, block = Hand(reference, pipe), "/single_blocks.0"
     shift, scale = h(f"{block}/arg.2"), h(f"{block}/arg.3")
@@ -787,7 +787,9 @@ def test_bug_in_bfloat16_is_named(folder, tmp_path):
 
 
 def test_missing_rounding_is_named(folder, tmp_path):
-    pipe = flux.load(FLUX2, weights=folder, device="cpu", dtype=torch.bfloat16, numerics="bfl")
+    pipe = flux.load(
+        FLUX2, weights=folder, device="cpu", fast=False, dtype=torch.bfloat16, numerics="bfl"
+    )
     path = tmp_path / "reference.safetensors"
     reference = capture(pipe, WIDE, path, Selection(("time_in", "schedule")))
     wrong = waves(1000 * t_of(Hand(reference, pipe), 2)).bfloat16()
@@ -826,7 +828,7 @@ def test_unknown_bug_matches_none(pipes, captures, tmp_path):
 
 
 def test_other_weights_than_the_reference_are_reported(pipes, captures, folder, tmp_path):
-    pipe = flux.load(FLUX2, weights=folder, device="cpu", dtype=torch.float32)
+    pipe = flux.load(FLUX2, weights=folder, device="cpu", fast=False, dtype=torch.float32)
     pipe.transformer().single_blocks[0].linear1.weight.mul_(1.1)
     reference, name = captures[FLUX2], "step.001/single_blocks.0.linear1/out"
     port = write_port(tmp_path, {name: 2 * reference.tensors[name]})

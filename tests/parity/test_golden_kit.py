@@ -48,7 +48,7 @@ def load(tmp_path_factory):
     """Load a tiny random model, or the embedded one."""
     with tiny_repositories(tmp_path_factory.mktemp("weights"), REQUESTS) as folder:
         yield lambda name, dtype=torch.float32: flux.load(
-            name, weights=folder, device="cpu", dtype=dtype
+            name, weights=folder, device="cpu", fast=False, dtype=dtype
         )
 
 

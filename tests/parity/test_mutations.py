@@ -101,7 +101,9 @@ def mutated(mutation: Mutation) -> Callable:
 def load(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     with tiny_repositories(folder, REQUESTS, depth=1, depth_single=1):
-        yield lambda name: flux.load(name, weights=folder, device="cpu", dtype=torch.float32)
+        yield lambda name: flux.load(
+            name, weights=folder, device="cpu", fast=False, dtype=torch.float32
+        )
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(folder):
     return lambda name, dtype=torch.float32: flux.load(
-        name, weights=folder, device="cpu", dtype=dtype
+        name, weights=folder, device="cpu", fast=False, dtype=dtype
     )
 
 
@@ -168,7 +168,7 @@ def test_run_with_input_images_is_replayed(kv_cache, pipeline, tmp_path):
 
 
 def test_embedded_model_is_replayed(tmp_path):
-    pipe = flux.load(device="cpu")
+    pipe = flux.load(device="cpu", fast=False)
     request = Request("a small red circle", 64, 64, steps=2)
     recorded = capture(pipe, request, tmp_path / "a.safetensors")
     assert differing(replay_modules(recorded, Modules(pipe))) == []
@@ -490,7 +490,7 @@ def test_wrong_answers_of_a_function_are_reported(captures):
 PORT = """
 import flux
 from flux.parity.modules import Modules
-ours = Modules(flux.load(device="cpu"))
+ours = Modules(flux.load(device="cpu", fast=False))
 def port(name, inputs):
     wrong = name in ("step.001", "step.001/single_blocks.1")
     return [x * 1.01 if wrong else x for x in ours(name, inputs)]
