@@ -1,17 +1,21 @@
-"""The yardstick: record any tensor of a run by name, compare two runs, and find the first tensor that differs.
+"""Record any tensor of a run by name, compare two runs, and find the first tensor that differs.
 
-    taps.py      sees every module's inputs and outputs, and inside attention, while networks run
-    record.py    the file: tensors, or what stands for them, in a plain .safetensors with the recipe in its header
-    capture.py   runs the pipeline and records
-    compare.py   two tensors -> errors; two captures -> rows, in the order of execution
-    modules.py   any network or module of a pipeline, called by the name that it has in a capture
-    replay.py    recorded inputs into one module, or recorded noise and features into the whole loop
-    against.py   a live run of diffusers, or of any function, judged by a capture (counterparts.py: whose tensor is whose)
-    bisect.py    the first step and module that depart, by replay
-    budgets.py   what rounding alone does to each tensor
-    doctor.py    which known mistake the first tensor that differs comes from (mistakes.py, case.py)
-    report.py    a comparison as one page (page.py, charts.py, plots.py)
-    kit.py       golden tensors to port against, and consumer.py, a port of one block in numpy
+    hooks.py         observe the inputs and outputs of modules, and the inside of attention
+    capture.py       run the pipeline and record its tensors
+    capture_file.py  the file of a capture: a plain .safetensors with a recipe in its header
+    compare.py       errors of two tensors; rows of two captures, in the order of execution
+    compare_live.py  compare a capture with diffusers, or with any function, run live
+    name_map.py      which tensor of diffusers is which of ours
+    modules.py       run any module of a pipeline by its name in a capture
+    replay.py        run modules on recorded inputs, or the loop from recorded noise and features
+    bisect.py        the first step and module that differ, by replay
+    tolerances.py    how far rounding alone moves each tensor
+    diagnose.py      the known bug behind the first wrong tensor (known_bugs.py, rerun.py)
+    report.py        a comparison as one web page
+    golden_kit.py    golden tensors to port against; example_port.py, a block in numpy
+    reference.py     the networks of diffusers and transformers, with our weights
+    table.py         the table of parity measurements
 
-A name is `<where>/<module>/<tap>`: `step.001/double_blocks.3.img_attn.qkv/out`, where the module is the checkpoint's key.
+A name is `<where>/<module>/<tap>`: in `step.001/double_blocks.3.img_attn.qkv/out`, the module's
+path is the checkpoint's key.
 """

@@ -203,7 +203,7 @@ class _Loop:
         module.denoise = partial(stretch.run_network, module.denoise)
         pipe.transformer = copy.copy(self.pipe.transformer)
         pipe.transformer.module = module
-        pipe.transformer.drop_submodules = lambda *_: module
+        pipe.transformer.drop_submodules = lambda *_: module  # type: ignore[method-assign]
         size = (None, None) if self.conditions else (r.width, r.height)
         with replaced(sampling, "denoise", lambda original: partial(stretch.denoise, original)):
             latents = pipe.sample(
