@@ -9,6 +9,7 @@ from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.pipeline import Pipeline
+from flux.runtime.bfl_autoencoder import bfl_autoencoder
 from flux.runtime.devices import can_compile, choose_device, choose_dtype
 from flux.runtime.fast import fast_autoencoder, fast_transformer
 from flux.runtime.lazy_module import LazyModule
@@ -110,6 +111,9 @@ def build_networks(
 
     # the plain networks are the reference, and run wherever exactness is the point
     fast = options.fast and numerics == NUMERICS["exact"] and device.type == "cpu"
+    adapt_autoencoder = fast_autoencoder if fast else None
+    if numerics.decode == "bfl":
+        adapt_autoencoder = bfl_autoencoder
 
     def build_transformer(config: FluxConfig) -> Flux:
         return Flux(config, numerics)
@@ -122,7 +126,7 @@ def build_networks(
         prefixes=("", "model.diffusion_model."),
         block_lists=BLOCK_LISTS,
         compile=options.compile,
-        speed_up=fast_transformer if fast else None,
+        adapt=fast_transformer if fast else None,
         **common,
     )
     if (
@@ -141,7 +145,7 @@ def build_networks(
             spec.autoencoder,
             files["autoencoder"],
             rename=from_diffusers,
-            speed_up=fast_autoencoder if fast else None,
+            adapt=adapt_autoencoder,
             device=device,
             dtype=dtype,
             check_finite=check_finite,

@@ -412,15 +412,9 @@ class Pipeline:
         """Latents (1, C, h, w) -> pixels (1, 3, 16h, 16w), nominally in [-1, 1]."""
         autoencoder, tile = self.autoencoder(), self.options.vae_tile
         latents = latents.to(self.device, self.autoencoder.dtype)
-        # BFL decodes FLUX.1 in float32 weights under autocast, FLUX.2 in float32
-        autocast = (
-            self.numerics.decode == "bfl" and self.spec.flux1 and not self.options.decode_dtype
-        )
-        enabled = autocast and self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=enabled):
-            if tile:
-                return decode_tiled(autoencoder, latents, tile_size=tile // 16, overlap=tile // 64)
-            return autoencoder.decode(latents)
+        if tile:
+            return decode_tiled(autoencoder, latents, tile_size=tile // 16, overlap=tile // 64)
+        return autoencoder.decode(latents)
 
     # ---------------------------------------------------------------- LoRA
 

@@ -26,8 +26,8 @@ class LazyModule:
 
     `build(config)` creates the module. `block_lists`: paths of its lists of blocks, in the order of
     use. Only a module with such lists is quantized, compiled or streamed. `quantize`: a scheme of
-    `quantization.quantize`. `speed_up`: a function of `runtime.fast` that changes the loaded
-    module. `load_options`: those of `load_module`.
+    `quantization.quantize`. `adapt`: changes the loaded module, for example
+    `runtime.fast.fast_transformer`. `load_options`: those of `load_module`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LazyModule:
         quantize: str | None = None,
         fp8_matmul: bool = False,
         compile: bool = False,
-        speed_up: Callable[..., nn.Module] | None = None,
+        adapt: Callable[..., nn.Module] | None = None,
         check_finite: bool = False,
         **load_options: Any,
     ) -> None:
@@ -50,7 +50,7 @@ class LazyModule:
         self.device, self.dtype = device, dtype
         self.block_lists, self.load_options = block_lists, load_options
         self.quantize = quantize if block_lists else None
-        self.fp8_matmul, self.compile, self.speed_up = fp8_matmul, compile, speed_up
+        self.fp8_matmul, self.compile, self.adapt = fp8_matmul, compile, adapt
         self.module: nn.Module | None = None
         self.transform: Callable[..., None] | None = None
         self.transformed: frozenset[str] = frozenset()  # paths of the modules it changes
@@ -174,8 +174,8 @@ class LazyModule:
                 self.transform(module)
         if self.fp8_matmul:
             enable_fp8_matmul(module, self.device)
-        if self.speed_up:
-            self.speed_up(module)
+        if self.adapt:
+            self.adapt(module)
         if self.compile:
             compile_blocks(module, self.block_lists)
         if self.resident is not None:
