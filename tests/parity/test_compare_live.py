@@ -247,7 +247,7 @@ def test_an_adaptor_that_answers_wrongly(answer, words, captures):
 
 
 def test_an_adaptor_that_fails(captures):
-    with pytest.raises(UserError, match="returned 2 tensors for step.001/img_in \(expected 1\)"):
+    with pytest.raises(UserError, match=r"returned 2 tensors for step.001/img_in \(expected 1\)"):
         against.adaptor(
             captures[KLEIN], lambda name, inputs: [inputs[0]] * 2, ["step.001/img_in/out"]
         )
