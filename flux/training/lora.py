@@ -41,6 +41,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear | QuantizedLinear, rank: int):
         super().__init__()
         self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
         device = next(chain(base.buffers(), base.parameters())).device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
