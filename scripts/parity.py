@@ -640,7 +640,7 @@ def add_table(commands) -> None:
         "table",
         "measure each network and pipeline, tiny and random, against diffusers and transformers",
     )
-    p.add_argument("--write", action="store_true", help="also replace the table in the README")
+    p.add_argument("--write", action="store_true", help="also replace the tables in flux/parity/README.md")
 
 
 def table(args: argparse.Namespace) -> int:
@@ -660,7 +660,7 @@ def table(args: argparse.Namespace) -> int:
         ) from None
     print(text)
     if args.write:
-        table.write(root / "README.md", text)
+        table.write(root / "flux/parity/README.md", text)
     return 0
 
 

@@ -1,9 +1,9 @@
-"""The README's parity table as Markdown, and whether the one that is shown agrees with the one that is measured.
+"""The parity tables as Markdown, and whether the tables in a README agree with measured ones.
 
-Each number is a bound: an error, rounded up to one digit, or a correlation, rounded down likewise; 0 is equality to the bit.
-Processors sum in different orders, which changes an error of rounding, but not its size, and never a 0 of equal operations in
-equal order. So two tables agree if they are 0 in the same places and within a factor elsewhere. Only golden tensors come from
-one processor whoever compares with them: there, any two errors agree that are within what tests/test_golden.py allows.
+Each number is a bound: an error rounded up to one digit, a correlation rounded down. 0 is equality
+to the bit. Two tables agree if they have 0 in the same places and are within a factor elsewhere:
+processors sum in different orders, which changes an error of rounding, but not its size. Golden
+tensors come from one processor: two of their errors agree if tests/test_golden.py allows both.
 """
 
 import math
@@ -23,7 +23,7 @@ BEGIN, END = (
     "<!-- written by: python scripts/parity.py table --write -->",
     "<!-- end of what is written -->",
 )
-SINGLE = (
+FLOAT32_HEAD = (
     "float32",
     "against",
     "max abs",
@@ -33,7 +33,7 @@ SINGLE = (
     "golden: relative L2",
     "golden: PCC",
 )
-HALF = (
+BFLOAT16_HEAD = (
     "bfloat16",
     "against",
     "numerics",
@@ -49,7 +49,7 @@ ROUNDING = {
     "golden: max abs": 1e-4,
     "golden: relative L2": 1e-5,
     "golden: PCC": 2e-6,
-}  # agrees with 0
+}  # errors up to this agree with 0
 
 
 class Figures(NamedTuple):
@@ -59,13 +59,13 @@ class Figures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Single:
+class Float32Row:
     """A network or pipeline in float32."""
 
     what: str
-    against: str  # the library that answered live
+    against: str  # the library that ran live
     live: Figures
-    golden: Figures | None  # to what it answered once
+    golden: Figures | None  # against its stored outputs
 
     @property
     def cells(self) -> list[str]:
@@ -78,7 +78,7 @@ class Single:
 
 
 @dataclass(frozen=True)
-class Half:
+class BFloat16Row:
     """A network or pipeline in bfloat16, against its reference in bfloat16."""
 
     what: str
@@ -101,23 +101,23 @@ class Half:
 
 
 def figures(what: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Figures:
-    """The worst of several tensors, each ours and the reference's; UserError if any has NaN or infinities."""
+    """Return the worst figures of pairs (ours, the reference's). UserError for NaN and infinity."""
     found = [errors(ours, reference) for ours, reference in pairs]
     if any(e.nonfinite or e.misplaced for e in found):
         raise UserError(
-            f"{what} gives NaN or infinity, here or in the reference: there is nothing to compare"
+            f"{what}: has NaN or infinity, here or in the reference. There is nothing to compare."
         )
     return Figures(
         max(e.max_abs for e in found), max(e.relative_l2 for e in found), min(e.pcc for e in found)
     )
 
 
-# ---------------------------------------------------------------- to read
+# ---------------------------------------------------------------- format
 
 
-def markdown(lines: Sequence[Single | Half], ran_on: str) -> str:
-    """Two tables, one a precision, and what they were measured on."""
-    kinds = ((SINGLE, Single), (HALF, Half))
+def markdown(lines: Sequence[Float32Row | BFloat16Row], ran_on: str) -> str:
+    """Return one table for each precision, and what they were measured with."""
+    kinds = ((FLOAT32_HEAD, Float32Row), (BFLOAT16_HEAD, BFloat16Row))
     tables = [
         [head, ["---"] * len(head), *(x.cells for x in lines if isinstance(x, kind))]
         for head, kind in kinds
@@ -138,18 +138,18 @@ def number(x: float) -> str:
 
 
 def bound(x: float) -> float:
-    """The least number of one digit that is no less, but for what floats are off."""
+    """Return the least number of one digit that is not smaller, up to float rounding."""
     if x <= 0:
         return 0.0
     power = math.floor(math.log10(x))
     return float(f"{math.ceil(x / 10.0**power - 1e-9)}e{power}")
 
 
-# ---------------------------------------------------------------- to check
+# ---------------------------------------------------------------- compare
 
 
 def differences(shown: str, measured: str) -> list[str]:
-    """What one table says and the other does not, a sentence each. Text outside tables may differ."""
+    """Return one sentence for each cell that differs. Text outside of tables is ignored."""
     a, b = cells(shown), cells(measured)
     lost = [f"{row}, {column}: is in one table only" for row, column in a.keys() ^ b.keys()]
     apart = [place for place in a.keys() & b.keys() if not agree(*place, a[place], b[place])]
@@ -173,7 +173,7 @@ def agree(row: str, column: str, a: str, b: str) -> bool:
 
 
 def cells(text: str) -> dict[tuple[str, str], str]:
-    """(row, column) -> cell, of all tables; a row is called by its table, what it is of, and its numerics."""
+    """Return (row, column) -> cell of all tables. A row's name has its table and its numerics."""
     out, head = {}, None
     for line in text.splitlines():
         row = (
@@ -197,22 +197,23 @@ def cells(text: str) -> dict[tuple[str, str], str]:
     return out
 
 
-# ---------------------------------------------------------------- in the README
+# ---------------------------------------------------------------- write
 
 
 def find(readme: Path) -> tuple[str, str, str]:
-    """What is before the table, the table, and what is after it."""
+    """Return the text before the tables, the tables, and the text after them."""
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     table, end, after = rest.partition(END)
     if not (begin and end):
         raise UserError(
-            f"{readme} has no place for the table: put the lines {BEGIN} and {END} where it belongs"
+            f"{readme}: has no place for the tables. Put the lines {BEGIN} and {END} "
+            "where they belong."
         )
     return before + begin, table.strip("\n"), end + after
 
 
 def write(readme: Path, table: str) -> None:
-    """In the place of the one that is there; the whole file is replaced at once."""
+    """Replace the tables. The file is replaced at once, or stays as it is."""
     before, _, after = find(readme)
     part = readme.with_name(f".{readme.name}.part")
     try:

@@ -1,7 +1,7 @@
-"""flux.parity.table and `scripts/parity.py table`: what the README shows is what the command finds, here and now.
+"""flux.parity.table and `parity.py table`: the README shows what the command measures.
 
-The command runs once, in this process. Numbers are held against the tests of the networks, faults that are planted against
-what they do to the figures, and rounding and agreement against literals.
+The command runs once, in this process. Figures are compared with the bounds of the networks' tests,
+and rounding and agreement with literals.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ import flux
 from flux.errors import UserError
 from flux.parity import table
 from flux.parity.reference import golden_networks
-from flux.parity.table import Figures, Half, Single
+from flux.parity.table import BFloat16Row, Figures, Float32Row
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+README = ROOT / "flux/parity/README.md"
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +48,16 @@ def readme(tmp_path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------- what is measured
 
 
-def test_the_readme_shows_what_is_measured(printed):
+def test_readme_shows_the_measured_tables(printed):
     shown = table.find(README)[1]
     assert table.differences(shown, printed) == []
     assert shown.count("\n") == printed.strip().count("\n")
 
 
-def test_every_network_and_pipeline_is_measured_in_both_precisions(printed):
+def test_every_network_and_pipeline_is_measured(printed):
     """What their own tests demand holds here too, with other inputs."""
     found = table.cells(printed)
     for what in (*parity_rows.NETWORKS, *parity_rows.RUNS):
@@ -100,7 +100,7 @@ def test_every_network_and_pipeline_is_measured_in_both_precisions(printed):
 
 
 @torch.no_grad()
-def test_a_fault_is_measured():
+def test_fault_changes_the_figures():
     """Of one of the networks of a row: all tokens are given one place."""
     ours = {name: golden_networks()[name] for name in ("flux.1-dev", "flux.1-schnell")}
     right, *_ = parity_rows.of_networks("FLUX.1", ours)
@@ -112,10 +112,13 @@ def test_a_fault_is_measured():
     assert table.differences(*(table.markdown([line], "") for line in (right, wrong)))
 
 
-def test_golden_tensors_of_other_weights_are_told():
+def test_golden_tensors_of_other_weights_are_refused():
     other = golden_networks()["flux.1-schnell"]
-    told = r"draws other random weights here than .* for flux\.2-klein\.safetensors, .*: run scripts/golden\.py$"
-    with pytest.raises(UserError, match=told):
+    message = (
+        r"draws other random weights for .* for flux\.2-klein\.safetensors\. "
+        r"Run scripts/dev/golden\.py$"
+    )
+    with pytest.raises(UserError, match=message):
         parity_rows.inputs("flux.2-klein", other)
 
 
@@ -130,11 +133,11 @@ def test_figures_are_of_the_worst_tensor():
         pytest.approx(5 / 27**0.5),
     )  # PCC of the last by hand: (4 + 1) / sqrt(27)
     for bad in (math.nan, math.inf):
-        with pytest.raises(UserError, match="^it gives NaN or infinity"):
+        with pytest.raises(UserError, match="^it: has NaN or infinity"):
             table.figures("it", [(ones, ones), (ones * bad, ones * bad)])
 
 
-# ---------------------------------------------------------------------------------------------------------- what is shown
+# ---------------------------------------------------------------- what is shown
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_numbers_are_rounded_up_to_one_digit(x, text):
 
 
 @given(st.floats(1e-30, 1e30))
-def test_a_bound_is_no_less_and_at_most_twice_as_much(x):
+def test_bound_is_between_a_number_and_its_double(x):
     assert x * (1 - 1e-8) <= table.bound(x) <= 2 * x * (1 + 1e-8)
     assert len(table.number(x).partition("e")[0].strip("0.")) == 1
 
@@ -172,21 +175,23 @@ def test_correlations_are_rounded_down(pcc, text):
 
 
 LINES = [
-    Single("CLIP", "transformers", Figures(0.0, 0.0, 1.0), Figures(5e-7, 2e-7, 1.0)),
-    Single("Redux", "diffusers", Figures(4e-6, 2e-6, 1.0), None),
-    Half("CLIP", "transformers", "", Figures(0.0, 0.0, 1.0), 0.006, 0.006),
-    Half("FLUX", "diffusers", "exact", Figures(1.4, 0.3, 0.949), 0.008, 0.3),
+    Float32Row("CLIP", "transformers", Figures(0.0, 0.0, 1.0), Figures(5e-7, 2e-7, 1.0)),
+    Float32Row("Redux", "diffusers", Figures(4e-6, 2e-6, 1.0), None),
+    BFloat16Row("CLIP", "transformers", "", Figures(0.0, 0.0, 1.0), 0.006, 0.006),
+    BFloat16Row("FLUX", "diffusers", "exact", Figures(1.4, 0.3, 0.949), 0.008, 0.3),
 ]
 
 
-def test_markdown():
+def test_markdown_has_one_table_for_each_precision():
     assert table.markdown(LINES, "a machine") == (
-        "| float32 | against | max abs | relative L2 | PCC | golden: max abs | golden: relative L2 | golden: PCC |\n"
+        "| float32 | against | max abs | relative L2 | PCC "
+        "| golden: max abs | golden: relative L2 | golden: PCC |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
         "| CLIP | transformers | 0 | 0 | 1 | 5e-7 | 2e-7 | 1 |\n"
         "| Redux | diffusers | 4e-6 | 2e-6 | 1 | – | – | – |\n"
         "\n"
-        "| bfloat16 | against | numerics | max abs | relative L2 | PCC | ours to float32 | theirs to float32 |\n"
+        "| bfloat16 | against | numerics | max abs | relative L2 | PCC "
+        "| ours to float32 | theirs to float32 |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
         "| CLIP | transformers | – | 0 | 0 | 1 | 0.006 | 0.006 |\n"
         "| FLUX | diffusers | exact | 2 | 0.3 | 0.94 | 0.008 | 0.3 |\n"
@@ -270,12 +275,12 @@ LIVE, RECORDED, ROUNDED, LARGE = (
         ),
     ],
 )
-def test_agreement(number, change, apart):
+def test_tables_agree_within_a_factor(number, change, apart):
     other = [replace(line, **change) if n == number else line for n, line in enumerate(LINES)]
     assert table.differences(*(table.markdown(lines, "") for lines in (LINES, other))) == apart
 
 
-def test_a_row_that_only_one_table_has_is_told():
+def test_row_of_one_table_only_is_reported():
     whole = table.markdown(LINES, "a machine")
     for lines in (LINES[:3], [*LINES[:3], replace(LINES[3], numerics="bfl")], []):
         lost = table.differences(whole, table.markdown(lines, ""))
@@ -284,10 +289,10 @@ def test_a_row_that_only_one_table_has_is_told():
     assert table.differences(whole, table.markdown(LINES, "another machine")) == []
 
 
-# ---------------------------------------------------------------------------------------------------------- in the README
+# ---------------------------------------------------------------- in the README
 
 
-def test_the_table_is_written_in_its_place(readme):
+def test_tables_are_written_in_their_place(readme):
     text = table.markdown(LINES, "a machine")
     readme.chmod(0o640)
     for _ in range(2):
@@ -299,7 +304,7 @@ def test_the_table_is_written_in_its_place(readme):
     assert table.find(readme)[1] == text and stat.S_IMODE(readme.stat().st_mode) == 0o640
 
 
-def test_a_readme_is_replaced_as_a_whole_or_not_at_all(readme, monkeypatch):
+def test_failed_write_leaves_the_readme(readme, monkeypatch):
     before = readme.read_bytes()
     monkeypatch.setattr(os, "replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -308,33 +313,29 @@ def test_a_readme_is_replaced_as_a_whole_or_not_at_all(readme, monkeypatch):
 
 
 @pytest.mark.parametrize("mark", [table.BEGIN, table.END])
-def test_a_readme_without_a_place_for_it_is_told(readme, mark):
+def test_readme_without_a_place_is_refused(readme, mark):
     readme.write_text(readme.read_text(encoding="utf-8").replace(mark, ""), encoding="utf-8")
     before = readme.read_bytes()
     with pytest.raises(
-        UserError,
-        match="README.md has no place for the table: put the lines <!-- .* and <!-- .* where it ",
+        UserError, match="README.md: has no place for the tables. Put the lines <!-- .* and <!-- "
     ):
         table.write(readme, "new")
     assert readme.read_bytes() == before
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize("library", ["diffusers", "transformers"])
-def test_a_library_that_is_missing_is_told(parity, monkeypatch, library):
-    monkeypatch.delitem(sys.modules, "parity_rows")
+def test_missing_library_is_named(parity, monkeypatch, library):
+    monkeypatch.delitem(sys.modules, "support.parity_rows")
     monkeypatch.setitem(sys.modules, library, None)
     code, out, err = parity("table")
     assert (code, out) == (2, "")
-    assert err == (
-        f"error: table needs diffusers, transformers and what the tests do, and {library} is missing or too old: "
-        'run `pip install -e ".[test]"` in a clone of the repository\n'
-    )
+    assert f"{library} is missing or too old" in err and err.count("\n") == 1
 
 
-def test_writing(parity, monkeypatch, readme):
+def test_command_writes_the_tables_on_request(parity, monkeypatch, readme):
     """To the README beside the script, but not in this test."""
     monkeypatch.setattr(parity_rows, "measure", lambda: iter(LINES))
     written, write = [], table.write
@@ -349,9 +350,9 @@ def test_writing(parity, monkeypatch, readme):
     )
 
 
-def test_the_threads_are_as_before():
+def test_threads_are_restored():
     threads = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), parity_rows.quietly():
+    with pytest.raises(ZeroDivisionError), parity_rows.one_quiet_thread():
         assert torch.get_num_threads() == 1
         1 / 0
     assert torch.get_num_threads() == threads and flux.MODELS["flux.1-dev"].transformer.depth == 19

@@ -1,8 +1,8 @@
-"""What the README's parity table shows: each network and pipeline, tiny and random, beside its reference, in both precisions.
+"""The rows of the parity tables: each tiny random network and pipeline against its reference.
 
-`python scripts/parity.py table` prints it. A row is the worst of the tensors that it stands for. Networks take the inputs that
-lie in tests/golden; pipelines take features and noise, and give the latents after their last step. In bfloat16, what float32
-would have made is asked of the reference too, with the same rounded weights and inputs.
+`python scripts/parity.py table` prints them. A row is the worst of its tensors. Networks run on the
+inputs in tests/golden. Pipelines run from features and noise to the latents of the last step. In
+bfloat16, the reference also runs in float32, with the same rounded weights and inputs.
 """
 
 import platform
@@ -29,7 +29,7 @@ import flux
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs
 from flux.parity import reference
-from flux.parity.table import Half, Single, figures
+from flux.parity.table import BFloat16Row, Float32Row, figures
 from flux.siglip import Redux, SigLIP
 from flux.text_encoder import TextFeatures
 from flux.transformer import NUMERICS, Flux
@@ -51,9 +51,9 @@ PRESETS = ("diffusers", "exact")
 
 
 @torch.no_grad()
-def measure() -> Iterator[Single | Half]:
-    """The rows of both tables."""
-    with quietly():
+def measure() -> Iterator[Float32Row | BFloat16Row]:
+    """Yield the rows of both tables."""
+    with one_quiet_thread():
         ours = reference.golden_networks()
         ours |= {
             "siglip": reference.randomise(SigLIP(TINY_SIGLIP)),
@@ -68,8 +68,8 @@ def measure() -> Iterator[Single | Half]:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """On one thread, so that sums are in one order wherever it runs; and what the libraries say is left out."""
+def one_quiet_thread() -> Iterator[None]:
+    """Use one thread, so that sums are in one order everywhere, and silence the libraries."""
     threads, loggers = torch.get_num_threads(), (diffusers.logging, transformers.logging)
     levels = [logger.get_verbosity() for logger in loggers]
     try:
@@ -89,13 +89,14 @@ def ran_on() -> str:
     libraries = ", ".join(
         f"{library.__name__} {library.__version__}" for library in (diffusers, transformers, torch)
     )
-    return f"{libraries}, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, one thread"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{libraries}, {platform.machine()} with {capability}, one thread"
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
+# ---------------------------------------------------------------- networks
 
 
-def of_networks(what: str, ours: dict[str, nn.Module]) -> Iterator[Single | Half]:
+def of_networks(what: str, ours: dict[str, nn.Module]) -> Iterator[Float32Row | BFloat16Row]:
     against, live, then, narrow = "", [], [], {numerics: [] for numerics in ("", *PRESETS)}
     for name, module in ours.items():
         given, expected = inputs(name, module)
@@ -107,16 +108,18 @@ def of_networks(what: str, ours: dict[str, nn.Module]) -> Iterator[Single | Half
         for numerics, tensors in in_bfloat16(name, module, given):
             narrow[numerics] += tensors
         against = type(theirs).__module__.split(".")[0]
-    yield Single(what, against, figures(what, live), figures(what, then) if then else None)
+    yield Float32Row(what, against, figures(what, live), figures(what, then) if then else None)
     yield from (
-        half(what, against, numerics, tensors) for numerics, tensors in narrow.items() if tensors
+        bfloat16_row(what, against, numerics, tensors)
+        for numerics, tensors in narrow.items()
+        if tensors
     )
 
 
 def in_bfloat16(
     name: str, module: nn.Module, given: Given
 ) -> Iterator[tuple[str, list[tuple[Tensor, Tensor, Tensor]]]]:
-    """With each of the numerics, and each tensor: ours, the reference's, and the truth."""
+    """Yield a preset of numerics and, for each tensor: ours, the reference's, and float32's."""
     rounded = {
         key: x.bfloat16() if x.is_floating_point() and key not in ("t", "guidance") else x
         for key, x in given.items()
@@ -132,15 +135,15 @@ def in_bfloat16(
         yield numerics, list(zip(answer(name, narrow, rounded), expected, truth, strict=True))
 
 
-def half(
+def bfloat16_row(
     what: str, against: str, numerics: str, tensors: list[tuple[Tensor, Tensor, Tensor]]
-) -> Half:
-    """`tensors`: ours, the reference's, and the truth."""
+) -> BFloat16Row:
+    """`tensors`: ours, the reference's, and the reference's in float32."""
 
     def error(a, b):
         return figures(what, ((each[a], each[b]) for each in tensors))
 
-    return Half(
+    return BFloat16Row(
         what, against, numerics, error(0, 1), error(0, 2).relative_l2, error(1, 2).relative_l2
     )
 
@@ -152,9 +155,9 @@ def with_numerics(module: Flux, numerics: str) -> Flux:
 
 
 def inputs(name: str, module: nn.Module) -> tuple[Given, list[Tensor]]:
-    """What it is given, and what the reference answered once; the latter is nothing where it is not on record.
+    """Return a network's inputs and the stored outputs of its reference, if there are any.
 
-    Copied: how a tensor of a file lies in memory decides in which order it is summed.
+    Inputs are copied: the strides of a tensor from a file decide the order of its sums.
     """
     generator = torch.Generator().manual_seed(7)
     if name == "siglip":
@@ -172,7 +175,7 @@ def inputs(name: str, module: nn.Module) -> tuple[Given, list[Tensor]]:
 
 
 def recorded(name: str, *modules: nn.Module) -> dict[str, Given]:
-    """What lies in tests/golden, "in" and "out"; UserError if it is of other weights than these."""
+    """Return the tensors in tests/golden, "in" and "out". UserError if of other weights."""
     try:
         return golden(name, *modules)
     except AssertionError as error:
@@ -186,7 +189,7 @@ def answer(name: str, module: nn.Module, given: Given) -> list[Tensor]:
 
 
 def reference_of(name: str, ours: nn.Module) -> tuple[nn.Module, Callable[[Given], list[Tensor]]]:
-    """The reference with the weights of `ours`, and how it answers."""
+    """Return the reference with the weights of `ours`, and a function that runs it."""
     r, config, state = reference, ours.config, ours.state_dict()
     if name.endswith("autoencoder"):
         theirs = r.loaded(
@@ -225,7 +228,7 @@ def reference_of(name: str, ours: nn.Module) -> tuple[nn.Module, Callable[[Given
     return theirs, lambda given: [r.transformers_features(theirs, **given, layers=config.layers)]
 
 
-# ---------------------------------------------------------------------------------------------------------- pipelines
+# ---------------------------------------------------------------- pipelines
 
 
 @dataclass(frozen=True)
@@ -233,8 +236,8 @@ class Run:
     model: str
     family: str  # diffusers' class
     guidance: float | None = None
-    pictures: ImageInputs | None = None
-    given: dict = field(default_factory=dict)  # the same pictures, to diffusers
+    images: ImageInputs | None = None
+    theirs: dict = field(default_factory=dict)  # the same images, as diffusers' arguments
 
 
 PHOTO, MASK, PAIR = photo(), soft_mask(), (photo(80, 97, seed=1), photo(150, 70, seed=2))
@@ -261,17 +264,17 @@ RUNS = {
 
 def of_pipeline(
     what: str, run: Run, folder: Path, patch: pytest.MonkeyPatch
-) -> Iterator[Single | Half]:
-    """`Model` has diffusers take the mean of the autoencoder's posterior, as we do, where it would draw a sample."""
+) -> Iterator[Float32Row | BFloat16Row]:
+    """Yield a pipeline's rows. `Model` lets diffusers encode to the posterior's mean, as we do."""
     model = Model(run.model, folder, patch)
-    kept = {} if run.pictures else recorded(f"pipeline-{run.model}", *model.parts.values())["out"]
+    kept = {} if run.images else recorded(f"pipeline-{run.model}", *model.parts.values())["out"]
     features = (
         TextFeatures(kept["features"].clone(), kept.get("pooled")) if kept else model.features()
     )
     theirs = model.variant(run.family, patch)
     latents = ours_of(model.ours, run, features)
     live = figures(what, [(latents, theirs_of(theirs, model, run, features))])
-    yield Single(
+    yield Float32Row(
         what, "diffusers", live, figures(what, [(latents, kept["latents"])]) if kept else None
     )
 
@@ -282,11 +285,13 @@ def of_pipeline(
         pipe = flux.load(
             run.model, weights=folder, device="cpu", dtype=torch.bfloat16, numerics=numerics
         )
-        yield half(what, "diffusers", numerics, [(ours_of(pipe, run, features), expected, truth)])
+        yield bfloat16_row(
+            what, "diffusers", numerics, [(ours_of(pipe, run, features), expected, truth)]
+        )
 
 
 def ours_of(pipe: flux.Pipeline, run: Run, features: TextFeatures) -> Tensor:
-    conditions = run.pictures and pipe.condition(run.pictures, WIDTH, HEIGHT)
+    conditions = run.images and pipe.condition(run.images, WIDTH, HEIGHT)
     return pipe.sample(features, SEEDS, WIDTH, HEIGHT, STEPS, run.guidance, conditions=conditions)
 
 
@@ -298,7 +303,7 @@ def theirs_of(theirs, model: Model, run: Run, features: TextFeatures) -> Tensor:
     )
     theirs(
         **words,
-        **run.given,
+        **run.theirs,
         width=WIDTH,
         height=HEIGHT,
         num_inference_steps=STEPS,
