@@ -199,8 +199,8 @@ def norm_silu_conv(
     statistics = norm.statistics(x)
     out = x
     if not overwrite:
-        out = x.new_empty(1, conv.out_channels, height, x.shape[3])
-        out = out.contiguous(memory_format=torch.channels_last)
+        shape, layout = (1, conv.out_channels, height, x.shape[3]), torch.channels_last
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     previous = out[:, :, :0]  # the rows of the chunk before, which are still to be written
     for number in range(count):
         top, bottom = height * number // count, height * (number + 1) // count
@@ -237,7 +237,9 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         ordered = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if not ordered or runs_plain(self, x):
             return super().forward(x)
-        return torch.cat([self.apply_statistics(y, *self.statistics(y)) for y in x.split(1)])
+        if len(x) > 1:
+            return torch.cat([self.forward(image) for image in x.split(1)])
+        return self.apply_statistics(x, *self.statistics(x))
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and variance of each channel's group, (C,) each, of one image."""
