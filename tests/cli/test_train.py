@@ -31,7 +31,7 @@ from flux.errors import NonFiniteError, WriteError
 from flux.parity.reference import max_error, networks, randomise, tiny_models, write_weights
 from flux.runtime.devices import FreeMemory
 from flux.text_encoder import TextFeatures
-from flux.training import dataset, loss
+from flux.training import dataset, loss, memory
 from flux.training.checkpoint import load_tensors, save_tensors, strip_prefix
 from flux.training.lora import add_lora
 from flux.training.trainer import Trainer
@@ -53,9 +53,15 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def train(cache, monkeypatch, capsys):
-    """train(*flags) -> exit code, last line of the output, standard error. Draws no charts."""
+    """train(*flags) -> exit code, last line of the output, standard error.
+
+    To save time, no charts are drawn, and the memory is not estimated (see `estimated_memory`).
+    """
     module = script("train")
     monkeypatch.setattr(module, "can_plot", lambda: False)
+    monkeypatch.setattr(
+        "training_options.estimate_memory", lambda *_, **__: memory.TrainingMemory(0, 0, 0)
+    )
 
     def run(*flags) -> tuple[int, str, str]:
         argv = ["train.py", "--device", "cpu", "--cache", cache, *flags]
@@ -67,6 +73,12 @@ def train(cache, monkeypatch, capsys):
 
     run.module = module
     return run
+
+
+@pytest.fixture
+def estimated_memory(train, monkeypatch):
+    """Let `train` estimate the memory."""
+    monkeypatch.setattr("training_options.estimate_memory", memory.estimate_memory)
 
 
 def draw(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
@@ -405,9 +417,10 @@ SHARED = (
 )
 PROGRAM = f"""
 import runpy, sys
-from flux.training import distributed, log
+from flux.training import distributed, log, memory
 images, broken, runs, cache = sys.argv[1:]
-log.can_plot = lambda: False
+log.can_plot = lambda: False  # both save time
+memory.estimate_memory = lambda *_, **__: memory.TrainingMemory(0, 0, 0)
 cleanup, distributed.cleanup = distributed.cleanup, lambda: None  # one group for all runs
 codes = []
 for kind, flags in [*{KINDS!r}.items(), ("broken", ("--lora-rank", "2"))]:
@@ -645,6 +658,7 @@ def test_unusable_channels_are_refused(train, channel_models, tmp_path):
         assert code == 2 and message in err.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("estimated_memory")
 def test_lora_of_a_quantized_file(train, images, tmp_path):
     """The LoRA learns, and the weights of the file stay quantized."""
     file = tmp_path / "fp8.safetensors"
@@ -701,6 +715,7 @@ def distill_flags(folder: Path, *flags) -> tuple:
     return (*model, "--distill", folder / "teacher.safetensors", *SMALL, *flags)
 
 
+@pytest.mark.usefixtures("estimated_memory")
 def test_student_is_distilled_resumed_and_guided(train, images, flux1, tmp_path, monkeypatch):
     flags = distill_flags(
         flux1, *("--dtype", "float32", "--steps", 3, "--sample-every", 3), *("--prompt", "a")
@@ -877,6 +892,7 @@ WRONG_REQUESTS = [
 ]
 
 
+@pytest.mark.usefixtures("estimated_memory")  # builds the network, with its LoRA
 def test_wrong_requests_are_refused(train, images, tmp_path):
     for flags, message in WRONG_REQUESTS:
         refused(train, images, tmp_path / "run", flags, message)
@@ -972,6 +988,7 @@ def test_references_of_a_model_without_them_are_refused(train, tmp_path, flux1):
     assert "has references, which cannot be used to train flux.1-dev. Use flux.1-kontext-dev" in err
 
 
+@pytest.mark.usefixtures("estimated_memory")
 def test_too_little_memory_lists_what_would_help(train, images, tmp_path, monkeypatch):
     free = FreeMemory("cpu", 1_000_000)
     monkeypatch.setattr("training_options.available_memory", lambda device: free)
@@ -983,6 +1000,7 @@ def test_too_little_memory_lists_what_would_help(train, images, tmp_path, monkey
     )
 
 
+@pytest.mark.usefixtures("estimated_memory")
 def test_adamw8bit_takes_less_memory_and_resumes(train, images, tmp_path):
     flags = (*SMALL, "--optimizer", "adamw8bit", "--steps")
     code, _, err = train(images, tmp_path, *flags, 1)
