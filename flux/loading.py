@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,19 +72,19 @@ def load(
             f"dtype: networks do not compute in this type (got {dtype!r:.40}). "
             "Use torch.bfloat16 or torch.float32."
         )
-    device = choose_device(device)
+    chosen = choose_device(device)
     if dtype is None:
-        dtype = torch.float32 if spec.embedded else choose_dtype(device)
-    files = {}  # these replace the model's own, which need not exist
+        dtype = torch.float32 if spec.embedded else choose_dtype(chosen)
+    replaced: dict[str, list[Path]] = {}  # these replace the model's own, which need not exist
     if transformer is not None:
-        files["transformer"] = shard_files(Path(transformer))
+        replaced["transformer"] = shard_files(Path(transformer))
     if autoencoder is not None:
-        files["autoencoder"] = [Path(autoencoder)]
+        replaced["autoencoder"] = [Path(autoencoder)]
         config = with_decoder_of(spec.autoencoder, Path(autoencoder))
         spec = replace(spec, autoencoder=config)
-    files = locate(spec, None if weights is None else Path(weights), files)
-    networks = build_networks(spec, files, device, dtype, numerics, check_finite, options)
-    return Pipeline(spec, networks, files, device, dtype, numerics, options)
+    files = locate(spec, None if weights is None else Path(weights), replaced)
+    networks = build_networks(spec, files, chosen, dtype, numerics, check_finite, options)
+    return Pipeline(spec, networks, files, chosen, dtype, numerics, options)
 
 
 def build_networks(
@@ -101,7 +102,7 @@ def build_networks(
         raise UserError(f"compile: {compiler} is missing. Install it, or leave `compile` out.")
     if options.quantize == "fp8" and device.type == "mps":
         raise UserError('quantize: Apple\'s GPUs have no float8 (got fp8). Use `quantize="int8"`.')
-    common = dict(
+    common: dict[str, Any] = dict(
         device=device,
         dtype=dtype,
         check_finite=check_finite,
@@ -156,7 +157,7 @@ def build_networks(
     autoencoder = load_autoencoder(
         options.decode_dtype or decode_dtype(numerics, dtype), check_finite
     )
-    redux: tuple[LazyModule, ...] = ()
+    redux: tuple[LazyModule[Any], ...] = ()
     if "redux" in files:
         siglip = LazyModule(
             SigLIP,

@@ -35,12 +35,13 @@ from flux.runtime.checks import (
     check_steps,
     check_true_cfg_scale,
 )
+from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan
 from flux.runtime.options import RuntimeOptions
 from flux.runtime.residency import Networks, Residency
 from flux.runtime.tiling import decode_tiled
 from flux.siglip import preprocess_for_siglip
-from flux.text_encoder import TextFeatures
+from flux.text_encoder import FLUX1TextEncoder, TextFeatures
 from flux.transformer import Flux, KVCache, Modulation, Modulations, Numerics
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, its new time, latents (B, C, h, w)
@@ -73,8 +74,8 @@ class Pipeline:
         self.autoencoder, self.image_encoder = networks.autoencoder, networks.image_encoder
         self.redux_networks = networks.redux
         self.residency = Residency(spec, networks, device, options)
-        changeable = {"transformer": self.transformer}
-        if spec.flux1:
+        changeable: dict[str, LazyModule] = {"transformer": self.transformer}
+        if isinstance(self.text, FLUX1TextEncoder):
             changeable |= {"t5": self.text.t5, "clip": self.text.clip}
         self._loras = LoraManager(
             spec, files.get("lora", ()), changeable, changed=self.text.cache.clear
@@ -122,7 +123,8 @@ class Pipeline:
         for numbers in batches(conditions, num_images):
             rows = [number // num_images for number in numbers]
             seeds = [seed + number for number in numbers]
-            shared = conditions[rows[0]] and conditioning.collate([conditions[r] for r in rows])
+            of_batch = [c for c in (conditions[row] for row in rows) if c is not None]
+            shared = conditioning.collate(of_batch) if of_batch else None
             latents = self.sample(
                 features.rows(rows),
                 seeds,
@@ -238,13 +240,15 @@ class Pipeline:
 
         # times, and what holds at each: the scale of classifier-free guidance, the guidance input
         times = sampling.schedule(spec.schedule, steps, h * w, self.numerics.schedule)
-        cfg_scale = guidance if spec.cfg else check_true_cfg_scale(true_cfg_scale, steps)
-        scales = sampling.per_step_values(cfg_scale, steps)
+        scales = sampling.per_step_values(check_true_cfg_scale(true_cfg_scale, steps), steps)
         inputs = None
-        if guidance is not None and not spec.cfg:
+        if guidance is not None:
             inputs = sampling.per_step_values(guidance, steps)
+        if spec.cfg and inputs is not None:  # without a guidance input, guidance is the CFG scale
+            scales, inputs = inputs, None
         times = sampling.truncate_by_strength(times, conditions.strength, self.numerics.images)
-        scales, inputs = scales[-(len(times) - 1) :], inputs and inputs[-(len(times) - 1) :]
+        run = len(times) - 1  # steps that are run
+        scales, inputs = scales[-run:], inputs and inputs[-run:]
 
         if negative is None and max(scales) > 1:
             negative = self.encode([""])
@@ -333,24 +337,27 @@ class Pipeline:
         channels, references, caches = conditions.channels, conditions.references, None
         if channels is not None:
             channels = channels.to(self.device, self.dtype)
-        if references is not None:
-            references = references.to(self.device, self.dtype)
+        if references is not None and conditions.reference_ids is not None:
+            references, ids = references.to(self.device, self.dtype), conditions.reference_ids
             if conditions.kv_cache:
                 text_length = features.tokens.shape[1]
-                ids, first = conditions.reference_ids, guidance and guidance[0]
+                first = None if guidance is None else guidance[0]
                 caches = self._cache_references(transformer, references, ids, first, text_length)
                 references = None
             else:
-                img_ids = torch.cat([img_ids, conditions.reference_ids])
+                img_ids = torch.cat([img_ids, ids])
+
+        def full(value: float) -> Tensor:
+            return torch.full((batch,), value, device=self.device)
 
         def branch(features: TextFeatures) -> Branch:
             txt, pooled = features.to(self.device, self.dtype)
             rope = transformer.rope(sampling.text_ids(txt.shape[1], axes), img_ids).to(self.device)
             vecs = []
             for step, t in enumerate(times[:-1]):
-                g = guidance and torch.full((batch,), guidance[step], device=self.device)
+                g = None if guidance is None else full(guidance[step])
                 vector = None if pooled is None else pooled.expand(batch, -1)
-                vecs.append(transformer.vec(torch.full((batch,), t, device=self.device), g, vector))
+                vecs.append(transformer.vec(full(t), g, vector))
             return Branch(txt.expand(batch, -1, -1), rope, transformer.modulations(vecs))
 
         conditional = branch(features)
@@ -448,7 +455,7 @@ class Pipeline:
         batch: int = 1,
         conditions: Conditions | None = None,
         encoded_pixels: int = 0,
-    ) -> MemoryPlan:
+    ) -> MemoryPlan | None:
         """Decide what is in memory when, for images of this size.
 
         encoded_pixels: size of the largest input image that is still to be encoded. Raise

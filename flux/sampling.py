@@ -12,7 +12,7 @@ Nothing here knows a network. The sampler takes any function velocity(x, t).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ def schedule(
     counts the generated image's tokens, without references. `rounding`: the arithmetic, float64
     or the float32 of a published implementation, which differs in the last bits.
     """
+    times: Any  # numpy's for diffusers, torch's otherwise
     if rounding == "diffusers":
         times = np.linspace(1, 1 / steps, steps).astype(np.float32)  # 0 is appended, unshifted
     elif rounding == "bfl":
@@ -111,8 +112,8 @@ def compute_empirical_mu(tokens: int, steps: int) -> float:
 
 
 def truncate_by_strength(
-    times: Sequence, strength: float, rounding: Literal["rounded", "bfl"] = "rounded"
-) -> Sequence:
+    times: Tensor, strength: float, rounding: Literal["rounded", "bfl"] = "rounded"
+) -> Tensor:
     """Return the last times, for image to image: a `strength` of 1 keeps all steps.
 
     Of 50 steps at strength 0.8, diffusers runs 40 and BFL's demos ("bfl") run 41.

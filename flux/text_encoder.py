@@ -25,7 +25,9 @@ class TextFeatures(NamedTuple):
 
     def rows(self, rows: Sequence[int]) -> "TextFeatures":
         """Return the features of some of the prompts, which may repeat."""
-        return TextFeatures(*(None if x is None else x[list(rows)] for x in self))
+        index = list(rows)
+        pooled = None if self.pooled is None else self.pooled[index]
+        return TextFeatures(self.tokens[index], pooled)
 
     def append(self, tokens: Tensor) -> "TextFeatures":
         """Append the same tokens (1, T', D) to every prompt's: (B, T + T', D)."""

@@ -16,6 +16,7 @@ N = T + L, D hidden size, H heads, d = D / H channels of a head, R reference tok
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -419,7 +420,8 @@ class Flux(nn.Module):
         The table is the same for every step, the modulations for every image. `caches`, one for
         each block, hold the keys and values of reference tokens.
         """
-        all_caches = iter(caches or [None] * (self.config.depth + self.config.depth_single))
+        count = self.config.depth + self.config.depth_single
+        all_caches: Iterator[KVCache | None] = iter(caches if caches else [None] * count)
         img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, D), (B, T, D)
         for block, (img_mod, txt_mod) in zip(self.double_blocks, mods.double, strict=True):
             img, txt = block(img, txt, rope, img_mod, txt_mod, next(all_caches))

@@ -461,7 +461,7 @@ def test_transformer_file_of_others_is_used_and_its_row_found(models, tmp_path):
     deeper = replace(model.spec, transformer=replace(model.spec.transformer, depth_single=5))
     save_file(Flux(deeper.transformer).state_dict(), path)
     assert model.load(transformer=path).spec == deeper
-    with pytest.raises(UserError, match="--model"):
+    with pytest.raises(UserError, match="^transformer: .* as `name`"):
         flux.load(weights=model.folder, transformer=path)
 
 

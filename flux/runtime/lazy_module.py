@@ -5,7 +5,7 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,10 @@ CPU = torch.device("cpu")
 MAX_GRAPHS = 64  # of one code object, over all models and dtypes of a process; torch's limit is 8
 
 
-class LazyModule:
+M = TypeVar("M", bound=nn.Module)
+
+
+class LazyModule(Generic[M]):
     """`lazy()` returns the module and loads it if needed; `release()` frees its weights.
 
     `build(config)` creates the module. `block_lists`: paths of its lists of blocks, in the order of
@@ -32,7 +35,7 @@ class LazyModule:
 
     def __init__(
         self,
-        build: Callable[..., nn.Module],
+        build: Callable[..., M],
         config: Any,
         files: Sequence[Path],
         *,
@@ -51,7 +54,7 @@ class LazyModule:
         self.block_lists, self.load_options = block_lists, load_options
         self.quantize = quantize if block_lists else None
         self.fp8_matmul, self.compile, self.adapt = fp8_matmul, compile, adapt
-        self.module: nn.Module | None = None
+        self.module: M | None = None
         self.transform: Callable[..., None] | None = None
         self.transformed: frozenset[str] = frozenset()  # paths of the modules it changes
         self.resident: int | None = None  # bytes of blocks on the device; None: not streamed
@@ -65,7 +68,7 @@ class LazyModule:
             )
         self.shapes = mapped.to("meta")  # shapes and dtypes, quantized as in the files
 
-    def __call__(self) -> nn.Module:
+    def __call__(self) -> M:
         if self.module is not None and self.dropped:
             self._restore_submodules(self.module)
         if self.module is None:
@@ -99,7 +102,7 @@ class LazyModule:
             self.resident = resident
             self.release()
 
-    def drop_submodules(self, kind: type[nn.Module]) -> nn.Module:
+    def drop_submodules(self, kind: type[nn.Module]) -> M:
         """Return the module without its submodules of a type; the next call brings them back."""
         paths = [path for path, part in self.shapes.named_modules() if isinstance(part, kind)]
         module = self()
@@ -111,7 +114,7 @@ class LazyModule:
         self.dropped = paths
         return module
 
-    def meta_module(self) -> nn.Module:
+    def meta_module(self) -> Any:
         """Return a new module without weights, not quantized."""
         return init_empty(lambda: self.build(self.config))
 
@@ -159,7 +162,7 @@ class LazyModule:
         sizes = [matrix_size(self.shapes.get_submodule(path)) for path in self.transformed]
         return max(sizes, default=0) * (3 * 4 + self.dtype.itemsize)
 
-    def _prepare(self) -> nn.Module:
+    def _prepare(self) -> Any:
         """Load, transform, quantize and compile; move to the device, or stream."""
         target = self.device if self.resident is None else CPU
         if self.quantize:
@@ -193,7 +196,7 @@ class LazyModule:
 
     def _load(
         self, device: torch.device, dtype: torch.dtype | None, check_finite: bool = False
-    ) -> nn.Module:
+    ) -> M:
         module = self.meta_module()
         options = dict(device=device, dtype=dtype, check_finite=check_finite, **self.load_options)
         load_module(module, self.files, **options)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 
+from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
 from flux.runtime.activation_memory import Workload
 from flux.runtime.devices import available_memory
@@ -19,6 +21,7 @@ from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan, WeightSizes, plan_memory
 from flux.runtime.options import RuntimeOptions
 from flux.text_encoder import TextEncoder
+from flux.transformer import Flux
 from flux.weights.quantization import QuantizedLinear
 
 
@@ -27,10 +30,10 @@ class Networks:
     """The networks of a model. A LazyModule loads its module when it is called."""
 
     text: TextEncoder
-    transformer: LazyModule
-    autoencoder: LazyModule  # the decoder, in the dtype of decoding
-    image_encoder: LazyModule  # the same autoencoder in float32
-    redux: tuple[LazyModule, ...] = ()  # SigLIP and the projection of FLUX.1 Redux
+    transformer: LazyModule[Flux]
+    autoencoder: LazyModule[AutoEncoder]  # the decoder, in the dtype of decoding
+    image_encoder: LazyModule[AutoEncoder]  # the same autoencoder in float32
+    redux: tuple[LazyModule[Any], ...] = ()  # SigLIP and the projection of FLUX.1 Redux
 
     @property
     def encoders(self) -> tuple[LazyModule, ...]:
