@@ -1,14 +1,15 @@
-"""What things cost, measured on this machine.
+"""Measure time and memory on this machine.
 
-    python scripts/bench.py                       what a start costs: imports, and the toy's first picture
-    python scripts/bench.py --against diffusers   every part of the way from the prompt to the file, against diffusers
-    python scripts/bench.py --floor               a step over the bare matrix products and attentions in it
-    python scripts/bench.py --model flux.2-dev    a whole model of random weights: needs room for it, and no files
-    python scripts/bench.py --references          what it saves to compute reference pictures once
-    python scripts/bench.py --lossy               how far off each lossy mode is
+    python scripts/bench.py                       a start: imports, and the toy's first image
+    python scripts/bench.py --against diffusers   every part from the prompt to the file
+    python scripts/bench.py --floor               a step over its matrix products and attentions
+    python scripts/bench.py --model flux.2-dev    a full-size model of random weights, no files
+    python scripts/bench.py --references          the gain of computing reference images once
+    python scripts/bench.py --lossy               the error of each lossy mode
 
-What is compared has the same random weights and inputs, and takes turns after a warm-up, forwards and backwards (A B B A), so
-that a machine that slows down slows both. Figures are medians, lower is better, and goals are of ours / theirs.
+Both sides have the same random weights and inputs. They take turns after a warm-up, A B B A, so
+that a machine that slows down slows both. Figures are medians; lower is better. A goal is a bound
+of ours / theirs. scripts/benchmarks/README.md has results.
 """
 
 import argparse
@@ -16,31 +17,31 @@ import itertools
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "scripts"),
-    str(ROOT / "tests"),
-]  # tests: their reference.py builds diffusers' side
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch
 from benchmarks.rows import Report, Row, check_json, installed
 from benchmarks.setting import Setting
+from command_line import with_flags
 
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.runtime.devices import choose_device
 from flux.weights.locate import get_spec
 
+FLAGS = {"name": "--model", "device": "--device"}
+
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     try:
-        setting, rows = asked(args)
+        setting, rows = plan(args)
         report = Report(shlex.join(["bench.py", *arguments]), device_name(setting.device))
         report.print_heading()
         try:
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
                 report.print_rows(itertools.chain(*rows))
             if args.lossy:
                 report.print_losses(losses(setting))
-        finally:  # what was measured before something failed is kept too
+        finally:  # rows that were measured before a failure are kept
             if args.json and (report.rows or report.losses):
                 print(f"\n{report.save(args.json)}")
     except (UserError, OSError) as error:
@@ -61,20 +62,20 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_argument_group("what (default: what a start costs)")
+    what = parser.add_argument_group("what (default: a start)")
     what.add_argument(
         "--against",
         choices=["diffusers"],
-        help="everything, or with --model that model, against diffusers",
+        help="compare every part, or the model of --model, with diffusers",
     )
     what.add_argument(
         "--model", metavar="NAME", help="a model of flux.MODELS at full size, with random weights"
     )
     what.add_argument(
-        "--floor", action="store_true", help="a step over the hardware's floor; a part of --model"
+        "--floor", action="store_true", help="a step over the hardware's floor; --model includes it"
     )
     what.add_argument(
-        "--references", action="store_true", help="reference pictures, with and without a cache"
+        "--references", action="store_true", help="reference images, with and without a cache"
     )
     what.add_argument(
         "--lossy", action="store_true", help="the error of each lossy mode against float32"
@@ -84,42 +85,48 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="smaller sizes: under three minutes on two cores"
     )
     how.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="each runs everything twice (default: 3)"
+        "--rounds", type=int, default=3, metavar="N", help="two runs of each a round (default: 3)"
     )
-    how.add_argument("--device", help="cuda, mps, cpu (default: the best that is here)")
+    how.add_argument("--device", help="cuda, mps or cpu (default: the best available)")
     how.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="keep the rows there, with the command, machine, versions and date",
+        help="save the rows with the command, machine, versions and date",
     )
     return parser
 
 
-def asked(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
-    """How to measure, and what: all is checked now, and measured when it is iterated over."""
+def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
+    """Return sizes and rows. All flags are checked here; rows are measured as they are read."""
     if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: must be at least 1")
+        raise UserError(f"--rounds: must be at least 1 (got {args.rounds})")
     if args.against and not installed("diffusers"):
-        raise UserError(
-            "--against diffusers: diffusers is not installed here; install it with pip install -e '.[test]'"
-        )
+        raise UserError("--against: diffusers is not installed. Run `pip install -e '.[test]'`.")
     if args.json:
         check_json(args.json)
-    device = choose_device(args.device)
-    sizes = dict(whole=256, replayed=0.5) if device.type == "cpu" else {}
-    setting = Setting(device, args.rounds, **sizes)
-    setting = setting.quick() if args.quick else setting
+    try:
+        device = choose_device(args.device)
+        spec = get_spec(args.model) if args.model else None
+    except UserError as error:
+        raise UserError(with_flags(str(error), FLAGS)) from None
+    setting = Setting(device, args.rounds)
+    if device.type == "cpu":
+        setting = replace(setting, whole=256, replayed=0.5)
+    if args.quick:
+        setting = setting.quick()
     rows = []
-    if args.model:
-        rows.append(whole_model(get_spec(args.model), setting, bool(args.against)))
+    if spec:
+        rows.append(full_model(spec, setting, bool(args.against)))
     elif args.against:
         rows.append(against_diffusers(setting))
-    if args.floor and not args.model:  # which has its floor anyway
+    if args.floor and not spec:
         rows.append(over_floor(setting))
     if args.references:
         rows.append(references(setting))
-    return setting, rows or ([] if args.lossy else [start(setting)])
+    if not rows and not args.lossy:
+        rows.append(start(setting))
+    return setting, rows
 
 
 def start(setting: Setting) -> Iterator[Row]:
@@ -146,7 +153,7 @@ def over_floor(setting: Setting) -> Iterator[Row]:
     yield from floor_rows(setting)
 
 
-def whole_model(spec: ModelSpec, setting: Setting, against: bool) -> Iterator[Row]:
+def full_model(spec: ModelSpec, setting: Setting, against: bool) -> Iterator[Row]:
     from benchmarks.full import full_rows
 
     yield from full_rows(spec, setting, against)

@@ -1,7 +1,7 @@
-"""The world of the embedded models: a grammar of captions and edits, the drawing of them, and the check of a picture.
+"""The world of the embedded models: a grammar of captions and edits, their drawing, and a check.
 
-Nothing here learns or guesses: `draw` renders signed distances, and `check` measures a picture with thresholds, so that the
-same picture always gets the same verdict.
+Nothing here learns or guesses. `draw` renders signed distances, and `check` measures an image with
+thresholds, so that the same image always gets the same verdict.
 """
 
 from flux.toy.checking import ATTRIBUTES, check, check_edit, letters_right, score, score_edits

@@ -1,7 +1,7 @@
-"""Draws layouts: signed distances for shapes and for the patterns inside them, and an alphabet of 5x7 squares.
+"""Draw layouts: signed distances for shapes and their patterns, and letters of 5x7 squares.
 
-Lengths scale with the shorter side of a picture. Centres lie on a grid of tokens, and in a picture of 256 pixels a pattern
-repeats with them, so that there are few ways for an edge to cross one.
+Lengths scale with the shorter side of the image. Centres lie on a grid of tokens, and at 256 pixels
+patterns repeat with the grid, so that there are few ways for an edge to cross a pattern.
 """
 
 import itertools
@@ -17,40 +17,35 @@ Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # at x, y: negative i
 TOKEN = 16  # pixels
 PERIOD = 1 / 16  # of a pattern, over the shorter side
 RIM = 1 / 64  # of a patterned object, plain, so that its shape is seen
-FRAME = (
-    (150, 95, 45),
-    1 / 32,
-)  # the colour of wood, which no thing has; its width, over the shorter side
-UNIT = (
-    1 / 32
-)  # side of the squares of a letter, 5 x 7 of them and 1 to the next letter, over the shorter side
+FRAME = (150, 95, 45), 1 / 32  # the colour of wood, which no thing has; width over shorter side
+UNIT = 1 / 32  # side of a letter's squares over the shorter side; letters are 1 square apart
 
 
 def draw(
     scene: Scene | Layout, width: int, height: int, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """A picture of a scene or layout, (H, W, 3) uint8; what a scene leaves open is drawn from `rng`."""
+    """Return the image (H, W, 3) uint8. `rng` draws the attributes that a scene leaves open."""
     layout = arrange(scene, rng) if isinstance(scene, Scene) else scene
-    picture = np.broadcast_to(np.float32(COLOURS[layout.background]), (height, width, 3))
+    image = np.broadcast_to(np.float32(COLOURS[layout.background]), (height, width, 3))
     for item in layout.items:
         alpha = ink(item, width, height)[..., None]
-        picture = picture * (1 - alpha) + np.float32(COLOURS[item.thing.colour]) * alpha
-    return np.rint(picture).astype(np.uint8)
+        image = image * (1 - alpha) + np.float32(COLOURS[item.thing.colour]) * alpha
+    return np.rint(image).astype(np.uint8)
 
 
-def framed(picture: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) in a wooden frame: a style that the embedded model has not seen, for a LoRA to teach it."""
+def framed(image: np.ndarray) -> np.ndarray:
+    """Put an image (H, W, 3) into a wooden frame: a new style, for a LoRA to teach."""
     colour, width = FRAME
-    border = round(width * min(picture.shape[:2]))
-    result = np.empty_like(picture)
+    border = round(width * min(image.shape[:2]))
+    result = np.empty_like(image)
     result[:] = colour
     inside = slice(border, -border), slice(border, -border)
-    result[inside] = picture[inside]
+    result[inside] = image[inside]
     return result
 
 
 def ink(item: Item, width: int, height: int) -> np.ndarray:
-    """How much of each pixel a thing covers, (H, W) in [0, 1]."""
+    """Return how much of each pixel a thing covers, (H, W) in [0, 1]."""
     if isinstance(item.thing, Object):
         x, y, radius = place(item, width, height)
         return coverage(item.thing.shape, x, y, radius, width, height, item.thing.pattern)
@@ -58,7 +53,7 @@ def ink(item: Item, width: int, height: int) -> np.ndarray:
 
 
 def place(item: Item, width: int, height: int) -> tuple[int, int, float]:
-    """The centre, on the grid, and the radius of an object in pixels; its points stay inside the picture."""
+    """Return the centre of an object, on the grid, and its radius in pixels; it stays inside."""
     grid, radius = grid_of(width, height), item.radius * min(width, height)
     least = math.ceil(1.2 * radius / grid)
     x, y = (
@@ -69,7 +64,10 @@ def place(item: Item, width: int, height: int) -> tuple[int, int, float]:
 
 
 def grid_of(width: int, height: int) -> int:
-    """The pixels between two points of the grid: as many as a token has, if the quarters, where pairs stand, are then on it."""
+    """Return the pixels between points of the grid: those of a token, if quarters are on the grid.
+
+    Pairs stand at a quarter of the image and at three quarters.
+    """
     return math.gcd(min(width, height) // 4, TOKEN)
 
 
@@ -77,7 +75,7 @@ def grid_of(width: int, height: int) -> int:
 
 
 def polygon(*points: tuple[float, float]) -> Distance:
-    """Signed distance to a polygon (negative inside), at x, y in units of its radius."""
+    """Return the signed distance to a polygon (negative inside), in units of its radius."""
     corners = np.array(points, dtype=np.float32)
 
     def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -94,7 +92,7 @@ def polygon(*points: tuple[float, float]) -> Distance:
 
 
 def wheel(count: int, *radii: float) -> list[tuple[float, float]]:
-    """`count` corners at equal angles from the top, with the given radii in turn."""
+    """Return `count` corners at equal angles from the top, with these radii in turn."""
     turns = 2 * np.pi * np.arange(count) / count
     return [
         (radii[i % len(radii)] * np.sin(a), -radii[i % len(radii)] * np.cos(a))
@@ -103,13 +101,10 @@ def wheel(count: int, *radii: float) -> list[tuple[float, float]]:
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Two discs over a triangle, whose sides touch them."""
+    """Two discs over a triangle whose sides touch them."""
     x, y = np.abs(x), y + 0.08
     lobes = np.hypot(x - 0.46, y + 0.36) - 0.55
-    side, tip = (
-        np.float32((0.7071, 0.7071)),
-        1.05,
-    )  # the line from the tip that touches the right disc
+    side, tip = np.float32((0.7071, 0.7071)), 1.05  # the line from the tip to the right disc
     below = np.maximum.reduce([x * side[0] + (y - tip) * side[1], -(y + 0.36), x - 1.0])
     return np.minimum(lobes, below)
 
@@ -143,11 +138,11 @@ DISTANCES = {  # signed, in units of the radius, with the centre of mass near th
 def coverage(
     shape: str, x: float, y: float, radius: float, width: int, height: int, pattern: str = ""
 ) -> np.ndarray:
-    """How much of each pixel a shape covers, (H, W) in [0, 1]: a one-pixel ramp across the edge.
+    """Return how much of each pixel a shape covers, (H, W) in [0, 1]: an edge is one pixel wide.
 
-    A pattern stands still in the picture: an object is a window on it.
+    A pattern is fixed in the image: an object is a window on it.
     """
-    reach = 1.2 * radius + 2  # nothing reaches further, so only this window is computed
+    reach = 1.2 * radius + 2  # no shape reaches further: only this window is computed
     left, right = max(0, int(x - reach)), min(width, int(x + reach) + 1)
     top, bottom = max(0, int(y - reach)), min(height, int(y + reach) + 1)
     covered = np.zeros((height, width), np.float32)
@@ -156,10 +151,8 @@ def coverage(
         distance = DISTANCES[shape]((xs - x) / radius, (ys - y) / radius) * radius
         if pattern:
             short = min(width, height)
-            distance = np.maximum(
-                distance,
-                np.minimum(PATTERN[pattern](xs, ys, PERIOD * short), -distance - RIM * short),
-            )
+            holes = np.minimum(PATTERN[pattern](xs, ys, PERIOD * short), -distance - RIM * short)
+            distance = np.maximum(distance, holes)
         covered[top:bottom, left:right] = np.clip(0.5 - distance, 0, 1)
     return covered
 
@@ -168,7 +161,7 @@ def coverage(
 
 
 def _off(n: np.ndarray, period: float) -> np.ndarray:
-    """How far it is to the nearest of a row of points: the first is at a quarter of the period."""
+    """Return the distance to the nearest of a row of points, the first at a quarter period."""
     return ((n / period + 0.25) % 1 - 0.5) * period
 
 
@@ -188,7 +181,7 @@ def _checkered(x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
     return np.where((u < 0) == (v < 0), -1, 1) * np.minimum(np.abs(u), np.abs(v))
 
 
-PATTERN = {  # signed distance in pixels, negative where the object's colour is; elsewhere the background shows through
+PATTERN = {  # signed distance in pixels: negative is the object's colour, positive the background
     "striped": lambda x, y, period: _wave(y, period),
     "hatched": lambda x, y, period: _wave((x + y) * 0.7071, period * 1.4142),
     "dotted": _dotted,
@@ -215,9 +208,8 @@ _ALPHABET = """
 #...# #...# #.... #..#. #..#. ....# ..#.. #...# .#.#. ##.## #...# ..#.. #....
 #...# .###. #.... .##.# #...# ####. ..#.. .###. ..#.. #...# #...# ..#.. #####
 """
-_LINES = [
-    [line.split() for line in half.split("\n")] for half in _ALPHABET.strip().split("\n\n")
-]  # (2, 7, 13) of five squares
+# (2, 7, 13) strings of five squares
+_LINES = [[line.split() for line in half.split("\n")] for half in _ALPHABET.strip().split("\n\n")]
 _BITS = np.array(
     [
         [[square == "#" for square in row] for row in rows]
@@ -229,7 +221,7 @@ GLYPHS = dict(zip(LETTERS, _BITS.astype(np.float32), strict=True))  # (7, 5) eac
 
 
 def spelled(letters: str, y: float, width: int, height: int) -> list[np.ndarray]:
-    """Letters in a line whose middle is near y, across the middle of the picture: one page each, (H, W) of 0 and 1."""
+    """Return a page (H, W) of 0 and 1 for each letter of a centred line near the height y."""
     grid, unit = grid_of(width, height), max(1, round(UNIT * min(width, height)))
     middles, sizes = (width / 2, y), ((6 * len(letters) - 1) * unit, 7 * unit)
     left, top = (

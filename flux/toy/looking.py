@@ -1,7 +1,8 @@
-"""What is seen in a picture: the drawing inverted, by thresholds and by comparing with what would be drawn.
+"""Find the layout that an image shows: the drawing inverted.
 
-Where a picture differs from the likeliest drawing by more than a speck, the thing has no shape, no pattern or no letter that
-the world knows, and is UNKNOWN.
+Colours are found by thresholds, shapes, patterns and letters by a comparison with drawings. Where
+an image differs from the likeliest drawing by more than a speck, its shape, pattern or letter is
+UNKNOWN.
 """
 
 from functools import cache
@@ -14,14 +15,14 @@ from flux.toy.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Item, Layout,
 UNKNOWN = "?"
 
 
-def look(picture: np.ndarray) -> Layout:
-    """What is seen in a picture, (H, W, 3) uint8: one thing of each colour that it has beside the background.
+def look(image: np.ndarray) -> Layout:
+    """Return the layout of an image (H, W, 3) uint8: one thing for each colour but the background.
 
-    A pixel belongs to the nearest palette colour, and then to the nearest of those that the picture has: a colour counts where
-    it fills squares, so that the blends along edges do not. The background is what the border mostly is.
+    A pixel belongs to the nearest palette colour that the image has. A colour counts where it fills
+    squares, so that blends along edges do not count. The background is the border's main colour.
     """
     names, palette = list(COLOURS), np.float32(list(COLOURS.values()))
-    nearness = 2 * picture.astype(np.float32) @ palette.T - np.square(palette).sum(1)  # (H, W, 10)
+    nearness = 2 * image.astype(np.float32) @ palette.T - np.square(palette).sum(1)  # (H, W, 10)
     labels = nearness.argmax(-1)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     background = np.bincount(border).argmax()
@@ -36,7 +37,7 @@ def look(picture: np.ndarray) -> Layout:
 
 
 def _thing(mask: np.ndarray, colour: str) -> Item:
-    """The thing whose colour fills a mask (H, W): letters, if it has no shape and can be read."""
+    """Return the thing of a mask (H, W): letters, if it has no shape and letters can be read."""
     height, width = mask.shape
     shape, pattern, x, y, radius = _fit(mask)
     letters = ""
@@ -56,9 +57,10 @@ def _thing(mask: np.ndarray, colour: str) -> Item:
 
 
 def _fit(mask: np.ndarray) -> tuple[str, str, float, float, float]:
-    """Shape, pattern, centre and radius (in pixels) of what fills a mask.
+    """Return the shape, pattern, centre and radius (in pixels) of a mask.
 
-    The shape is the one whose outline, with the same centre of mass and area, overlaps best; then the pattern likewise.
+    The shape is the one whose outline, with the same centre of mass and area, overlaps best. The
+    pattern is the one with which this shape overlaps best.
     """
     (height, width), short = mask.shape, min(mask.shape)
     window = _window(mask, round(PERIOD * short))
@@ -76,9 +78,7 @@ def _fit(mask: np.ndarray) -> tuple[str, str, float, float, float]:
         guesses.append((shape, x - mx * radius, y - my * radius, radius))
     fits = []
     for shape, fx, fy, radius in sorted(guesses, key=lambda guess: _likeness(outline, *guess))[-2:]:
-        for _ in range(
-            2
-        ):  # brings centre of mass and area together, which closing has moved a little
+        for _ in range(2):  # match centre of mass and area, which closing has moved a little
             tx, ty, covered = _moments(_closed(drawn(shape, fx, fy, radius), short))
             fx, fy, radius = fx + x - tx, fy + y - ty, radius * np.sqrt(area / covered)
         template = _closed(drawn(shape, fx, fy, radius), short)
@@ -95,21 +95,20 @@ def _fit(mask: np.ndarray) -> tuple[str, str, float, float, float]:
 
 
 _STEP = 1 / 25  # of a stencil, in radii
-_POINTS = np.float32(
-    (np.arange(64) - 31.5) * _STEP
-)  # of a stencil along one axis: from -1.26 to 1.26, around any shape
+# points of a stencil along one axis, from -1.26 to 1.26: no shape reaches further
+_POINTS = np.float32((np.arange(64) - 31.5) * _STEP)
 
 
 @cache
 def _stencil(shape: str) -> tuple[np.ndarray, float, float, float]:
-    """Which points of a square grid are in a shape of radius 1, its centre of mass, and its area."""
+    """Return which points of a grid are in a shape of radius 1, its centre of mass, its area."""
     inside = DISTANCES[shape](*np.meshgrid(_POINTS, _POINTS)) < 0
     x, y, count = _moments(inside)
     return inside, (x - 32) * _STEP, (y - 32) * _STEP, count * _STEP**2
 
 
 def _likeness(outline: np.ndarray, shape: str, x: float, y: float, radius: float) -> float:
-    """How well an outline, seen at the points of a shape's stencil, overlaps it."""
+    """Return how well an outline, sampled at the points of a shape's stencil, overlaps it."""
     pixels = (
         (at + _POINTS * radius).astype(int).clip(0, n - 1)
         for at, n in zip((y, x), outline.shape, strict=True)
@@ -119,103 +118,97 @@ def _likeness(outline: np.ndarray, shape: str, x: float, y: float, radius: float
 
 # ---------------------------------------------------------------- letters
 
-_CELLS = np.pad(
-    np.stack(list(GLYPHS.values())), ((0, 0), (0, 0), (0, 1))
-)  # (26, 7, 6): each with the gap behind it
-_AMISS = 3.5  # of the 42 squares of a cell: a letter with as many wrong is none
+# (26, 7, 6): each letter with the gap behind it
+_CELLS = np.pad(np.stack(list(GLYPHS.values())), ((0, 0), (0, 0), (0, 1)))
+_AMISS = 3.5  # wrong squares, of the 42 of a cell, from which on a letter is UNKNOWN
 
 
 def _read(mask: np.ndarray) -> tuple[str, float, float] | None:
-    """The letters in a line, and its middle (x, y) in pixels; None if what fills a mask is no line, or none can be read."""
+    """Return the letters of a line, and its middle (x, y) in pixels; None if none can be read."""
     unit = max(1, round(UNIT * min(mask.shape)))
     rows, columns = _window(mask, 0)
     high, wide = (side.stop - side.start for side in (rows, columns))
-    count = int(
-        np.ceil((wide / unit + 1) / 6 - 0.2)
-    )  # the outermost letters may leave up to three columns free
+    # the outermost letters may leave up to three columns free
+    count = int(np.ceil((wide / unit + 1) / 6 - 0.2))
     if not (6 < high / unit < 8 and 1 <= count <= 4):
         return None
-    page = np.pad(mask, 4 * unit).astype(np.float32)  # wherever the line begins, it is on the page
+    page = np.pad(mask, 4 * unit).astype(np.float32)  # room for a line that begins outside
     reads = []
     for y in range(rows.start - unit // 2, rows.start + unit // 2 + 1):
         for x in range(columns.start - 3 * unit, columns.start + unit // 2 + 1):
             line = page[y + 4 * unit :, x + 4 * unit :][: 7 * unit, : 6 * count * unit]
             if line.shape == (7 * unit, 6 * count * unit):
-                squares = (
-                    line.reshape(7, unit, count, 6, unit).mean((1, 4)).transpose(1, 0, 2)
-                )  # (count, 7, 6)
+                squares = line.reshape(7, unit, count, 6, unit).mean((1, 4))  # (7, count, 6)
+                squares = squares.transpose(1, 0, 2)  # (count, 7, 6)
                 reads.append((np.abs(squares[:, None] - _CELLS).sum((2, 3)), x, y))  # (count, 26)
     amiss, x, y = min(reads, key=lambda read: read[0].min(1).sum())
-    letters = "".join(
-        list(GLYPHS)[row.argmin()] if row.min() < _AMISS else UNKNOWN for row in amiss
-    )
-    return (
-        None
-        if letters == UNKNOWN * count
-        else (letters, x + (6 * count - 1) * unit / 2, y + 3.5 * unit)
-    )
+    letters = ""
+    for row in amiss:
+        letters += list(GLYPHS)[row.argmin()] if row.min() < _AMISS else UNKNOWN
+    if letters == UNKNOWN * count:
+        return None
+    return letters, x + (6 * count - 1) * unit / 2, y + 3.5 * unit
 
 
 # ---------------------------------------------------------------- masks (H, W)
 
 
 def _moments(mask: np.ndarray) -> tuple[float, float, int]:
-    """The centre of mass (x, y), and the area, in pixels; of nothing, an area of 1, so that one can divide by it."""
+    """Return the centre of mass (x, y) and the area in pixels. An empty mask has the area 1."""
     ys, xs = np.nonzero(mask)
     return (xs.mean() + 0.5, ys.mean() + 0.5, len(xs)) if len(xs) else (0.0, 0.0, 1)
 
 
 def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
-    """Rows and columns of what the mask covers, with a margin."""
+    """Return the rows and columns that the mask covers, with a margin."""
     spans = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     return tuple(slice(max(0, span[0] - margin), span[-1] + 1 + margin) for span in spans)
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """The intersection over the union."""
+    """Return the intersection over the union."""
     return float((a & b).sum() / (a | b).sum())
 
 
 def _fills_squares(mask: np.ndarray, short: int) -> bool:
-    """More than a speck, and not only thin lines."""
+    """Return whether the mask is more than a speck, and not only thin lines."""
     least = 0.0004 * short**2
     return bool(mask.sum() > least and _full(mask, _square(short)).sum() > least)
 
 
 def _tidy(mask: np.ndarray) -> np.ndarray:
-    """Without what lies far from any filled square: blends along other things' edges. A patterned thing's rim stays."""
+    """Remove pixels far from any filled square: blends along the edges of other things.
+
+    The rim of a thing with a pattern stays.
+    """
     short = min(mask.shape)
     return mask & _near(_full(mask, _square(short)), round(2 * PERIOD * short))
 
 
 def _square(short: int) -> int:
-    """The side of a square in pixels that fits into a pattern's bands, and not into the blend along an edge."""
+    """Return the side of a square that fits into a pattern's bands, but not into a blended edge."""
     return max(2, round(short / 50))
 
 
 def _closed(mask: np.ndarray, short: int) -> np.ndarray:
-    """Without the gaps of a pattern."""
-    side = round(PERIOD * 0.7071 * short) + 2  # the widest gap, and what its edges may be off
+    """Close the gaps of a pattern."""
+    side = round(PERIOD * 0.7071 * short) + 2  # the widest gap, and its edges
     side += 1 - side % 2
     return _full(_near(np.pad(mask, side), side), side)[side:-side, side:-side]
 
 
 def _full(mask: np.ndarray, side: int) -> np.ndarray:
-    """The pixels that are the middle of a square of this side within the mask."""
+    """Return the pixels around which a square of this side is in the mask."""
     return _count(mask, side) == side**2
 
 
 def _near(mask: np.ndarray, side: int) -> np.ndarray:
-    """The pixels that are the middle of a square of this side that touches the mask."""
+    """Return the pixels around which a square of this side touches the mask."""
     return _count(mask, side) > 0
 
 
 def _count(mask: np.ndarray, side: int) -> np.ndarray:
-    """How much of the mask a square around each pixel holds."""
-    sums = (
-        np.pad(mask, ((side // 2 + 1, side - side // 2 - 1),) * 2)
-        .astype(np.int32)
-        .cumsum(0)
-        .cumsum(1)
-    )
+    """Return how many pixels of the mask a square around each pixel holds."""
+    padded = np.pad(mask, ((side // 2 + 1, side - side // 2 - 1),) * 2)
+    sums = padded.astype(np.int32).cumsum(0).cumsum(1)
     return sums[side:, side:] - sums[side:, :-side] - sums[:-side, side:] + sums[:-side, :-side]

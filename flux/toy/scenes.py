@@ -1,21 +1,25 @@
 """The grammar of the embedded models' world: captions, edits, and what they mean.
 
     caption    = objects [" on " a colour " background"]
-    objects    = object [" " place] | object " " relation " " object | 'the word "' LETTERS '" in ' colour [" " place]
+    objects    = object [" " place] | object " " relation " " object | word [" " place]
+    word       = 'the word "' LETTERS '" in ' colour
     object     = a [size " "] [pattern " "] colour " " shape
     a          = "an " before a vowel | "a "
     size       = "small" | "medium" | "large"
     pattern    = "striped" | "hatched" | "dotted" | "checkered"
-    colour     = "red" | "orange" | "yellow" | "green" | "blue" | "purple" | "pink" | "white" | "gray" | "black"
+    colour     = "red" | "orange" | "yellow" | "green" | "blue"
+               | "purple" | "pink" | "white" | "gray" | "black"
     shape      = "circle" | "square" | "triangle" | "star" | "ring" | "cross" | "heart" | "moon"
-    place      = "in the center" | "at the " ("top" | "bottom" | "left" | "right" | "top left" | "top right" | ...)
+    place      = "in the center"
+               | "at the " ("top" | "bottom" | "left" | "right" | "top left" | "top right" | ...)
     relation   = "above" | "below" | "to the left of" | "to the right of"
     LETTERS    = one to four capitals
 
-Letters are only at the top, in the center, or at the bottom. Two things never have the same colour, nor that of the background.
-An object without a pattern is plain, and one with a pattern is not small. What else a caption leaves out is drawn at random;
-what it says can be drawn in one way only.
-An edit is an instruction, the layouts of the pictures that it is about, and that of the picture that it asks for.
+Letters are only at the top, in the center, or at the bottom. Two things never have the same colour,
+nor that of the background. An object without a pattern is plain, and one with a pattern is not
+small. Everything else that a caption leaves open is drawn at random; what a caption names can be
+drawn in one way only. An edit is an instruction, the layouts of its images, and the layout of the
+result.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -38,22 +42,17 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "moon")
 PATTERNS = ("striped", "hatched", "dotted", "checkered")
-SIZES = {
-    "small": 0.105,
-    "medium": 0.147,
-    "large": 0.206,
-}  # radius over the shorter side of the picture
+SIZES = {"small": 0.105, "medium": 0.147, "large": 0.206}  # radius over the shorter side
 ROWS = {"top": 0.25, "": 0.5, "bottom": 0.75}  # centres, over the height
 COLUMNS = {"left": 0.25, "": 0.5, "right": 0.75}  # centres, over the width
-PLACES = {
-    f"{row} {column}".strip(): (row, column) for row in ROWS for column in COLUMNS
-}  # "" is the centre
-RELATIONS = {
+# "" is the centre
+PLACES = {f"{row} {column}".strip(): (row, column) for row in ROWS for column in COLUMNS}
+RELATIONS = {  # first minus second
     "above": (0, -1),
     "below": (0, 1),
     "to the left of": (-1, 0),
     "to the right of": (1, 0),
-}  # first minus second
+}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -62,7 +61,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Object:
-    """One thing in a picture; None where the caption does not say."""
+    """One thing in an image; an attribute that the caption leaves open is None."""
 
     shape: str
     colour: str
@@ -77,7 +76,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Word:
-    """Written letters; it is at the top, in the center, or at the bottom."""
+    """Written letters at the top, in the center, or at the bottom."""
 
     letters: str
     colour: str
@@ -89,7 +88,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one object, a word, or two objects in a relation, on a background."""
+    """The content of a caption: an object, a word, or two objects in a relation; a background."""
 
     objects: tuple[Object | Word, ...]
     relation: str | None = None
@@ -101,16 +100,18 @@ class Scene:
 
 
 def a(words: str) -> str:
-    """The words, after the indefinite article that they ask for."""
+    """Put the indefinite article before the words."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def at(place: str | None) -> str:
-    return "" if place is None else f" at the {place}" if place else " in the center"
+    if place is None:
+        return ""
+    return f" at the {place}" if place else " in the center"
 
 
 def random_scene(rng: np.random.Generator, complete: bool = False) -> Scene:
-    """A scene from the grammar. `complete`: every attribute is named."""
+    """Draw a scene from the grammar. `complete`: the caption names every attribute."""
 
     def said(chance):
         return complete or rng.random() < chance
@@ -142,15 +143,16 @@ def random_scene(rng: np.random.Generator, complete: bool = False) -> Scene:
 
 
 def sizes(pattern: str) -> list[str]:
-    """The sizes of an object with this pattern: a pattern needs room."""
+    """Return the sizes of an object with this pattern: a pattern needs room."""
     return [size for size in SIZES if not (pattern and size == "small")]
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether a scene names what no training asks for: one in twelve (colour, shape, background), one in twelve words.
+    """Return whether a scene is held out of training.
 
-    Fixed by arithmetic, not by chance; a single letter is never held out. A scene that leaves its background open names no
-    combination: what is drawn of it may have one.
+    One in twelve combinations (colour, shape, background) and one in twelve words are held out, by
+    arithmetic, not by chance. A single letter is not. A scene with an open background names no
+    combination, but its drawing may show one.
     """
     return any(_held(thing, scene.background) for thing in scene.objects)
 
@@ -167,7 +169,7 @@ def _held(thing: Object | Word, background: str | None) -> bool:
 
 
 def scenes(seed: int, held: bool | None, complete: bool = False) -> Iterator[Scene]:
-    """Endless scenes: those held out of training (True), the others (False), or all (None)."""
+    """Yield scenes without end: those held out of training (True), the others, or all (None)."""
     rng = np.random.default_rng(seed)
     while True:
         scene = random_scene(rng, complete)
@@ -176,23 +178,21 @@ def scenes(seed: int, held: bool | None, complete: bool = False) -> Iterator[Sce
 
 
 def _pick(rng: np.random.Generator, some: Iterable, count: int | None = None):
-    """One of some, or `count` different ones."""
+    """Draw one of some, or `count` different ones."""
     some = list(some)
-    return (
-        some[rng.integers(len(some))]
-        if count is None
-        else [some[i] for i in rng.permutation(len(some))[:count]]
-    )
+    if count is None:
+        return some[rng.integers(len(some))]
+    return [some[i] for i in rng.permutation(len(some))[:count]]
 
 
-# ---------------------------------------------------------------- layouts: nothing is left open
+# ---------------------------------------------------------------- layouts: nothing is open
 
 
 @dataclass(frozen=True)
 class Item:
-    """A thing where it is: its centre over width and height, its radius over the shorter side (of a word, 0).
+    """A thing at its centre (over width and height), with its radius (over the shorter side).
 
-    Its size is named unless an instruction left it open.
+    The radius of a word is 0. The size is None only where an instruction leaves it open.
     """
 
     thing: Object | Word
@@ -203,14 +203,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that a picture shows."""
+    """The things and the background of an image."""
 
     items: tuple[Item, ...]
     background: str
 
 
 def arrange(scene: Scene, rng: np.random.Generator) -> Layout:
-    """A layout as the scene says; what it leaves open is drawn."""
+    """Return a layout of the scene. Open attributes are drawn at random."""
     taken = [thing.colour for thing in scene.objects]
     background = scene.background or _pick(rng, [c for c in COLOURS if c not in taken])
     items = []
@@ -224,7 +224,7 @@ def arrange(scene: Scene, rng: np.random.Generator) -> Layout:
 
 
 def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Where the things are, over width and height: at their places, or a pair on two sides of the middle."""
+    """Return the centres over width and height: at places, or a pair around the middle."""
     if scene.relation is None:
         place = scene.objects[0].place
         row, column = PLACES[_pick(rng, PLACES) if place is None else place]
@@ -234,7 +234,7 @@ def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]
 
 
 def shows_held_out(layout: Layout) -> bool:
-    """The same of what is seen in a picture."""
+    """Return whether an image shows a held-out combination or word."""
     return any(_held(item.thing, layout.background) for item in layout.items)
 
 
@@ -243,7 +243,7 @@ def shows_held_out(layout: Layout) -> bool:
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, the pictures that it is about, and the one that it asks for."""
+    """An instruction, the layouts of its images, and the layout of the result."""
 
     instruction: str
     before: tuple[Layout, ...]
@@ -255,28 +255,29 @@ class Edit:
 
 
 def random_edit(rng: np.random.Generator) -> Edit:
-    """One of ten kinds."""
+    """Draw an edit of one of ten kinds."""
     return _pick(rng, EDITS)(rng)
 
 
 def edits(seed: int, held: bool | None) -> Iterator[Edit]:
-    """Endless edits: with a held out combination in the result (True), without any in all of the pictures (False), or all."""
+    """Yield edits without end.
+
+    held: True: the result has a held-out combination. False: no image has one. None: all edits.
+    """
     rng = np.random.default_rng(seed)
     while True:
         edit = random_edit(rng)
-        shown = (
-            shows_held_out(edit.after)
-            if held
-            else any(map(shows_held_out, (edit.after, *edit.before)))
-        )
+        layouts = [edit.after] if held else [edit.after, *edit.before]
+        shown = any(map(shows_held_out, layouts))
         if held is None or shown == held:
             yield edit
 
 
 def families(seed: int) -> Iterator[list[Edit]]:
-    """Endless families of edits about the same few pictures, in which now the one and now the other of two things is meant.
+    """Yield families of edits without end: the same few images, now about one thing, now the other.
 
-    Of a layout each thing gets another colour, size, pattern and shape, where it can, and its old one back; and is removed.
+    Each thing of a layout gets another colour, size, pattern and shape, where possible, and its old
+    one back. And it is removed.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -294,9 +295,9 @@ def families(seed: int) -> Iterator[list[Edit]]:
 
 
 def _some_layout(rng: np.random.Generator, pair: bool | None = None) -> Layout:
-    """One without words, of two objects (`pair`), of one (not), or of either (None).
+    """Draw a layout without words: of two objects (True), of one (False), or of either (None).
 
-    Two objects have different shapes, so that an instruction can tell them apart.
+    Two objects have different shapes, so that an instruction can name one of them.
     """
     while True:
         scene = random_scene(rng)
@@ -313,7 +314,7 @@ def _free_colours(layout: Layout) -> list[str]:
     return [colour for colour in COLOURS if colour not in taken]
 
 
-# What an object of a layout can become, by the attribute that changes: a small one can only stay plain.
+# The new values of an attribute of an object. A small object can only be plain.
 _CHOICES: dict[str, Callable[[Layout, Object], list[str]]] = {
     "colour": lambda layout, thing: _free_colours(layout),
     "size": lambda layout, thing: [size for size in sizes(thing.pattern) if size != thing.size],
@@ -327,7 +328,7 @@ _CHOICES: dict[str, Callable[[Layout, Object], list[str]]] = {
 
 
 def _change(rng: np.random.Generator, attribute: str) -> Edit:
-    """Another colour, size, pattern or shape for one object."""
+    """Give one object another colour, size, pattern or shape."""
     values = []
     while not values:
         layout = _some_layout(rng)
@@ -359,7 +360,7 @@ def _new_background(rng: np.random.Generator) -> Edit:
 
 
 def _add(rng: np.random.Generator) -> Edit:
-    """A pair is laid out, and before, its first object is not there: so there is room, and it is clear where."""
+    """Lay out a pair, and leave its first object out before: there is room for it."""
     scene = random_scene(rng)
     while scene.relation is None or len({thing.shape for thing in scene.objects}) == 1:
         scene = random_scene(rng)
@@ -389,10 +390,13 @@ def _removed(layout: Layout, number: int) -> Edit:
 _ORDER = ("first", "second")
 
 
-def _two_pictures(
+def _two_images(
     rng: np.random.Generator, colour: Callable[[Layout], str]
 ) -> tuple[tuple[Layout, Layout], int]:
-    """Layouts of one thing each, in different shapes; and the number of the one that is to take the other's `colour`."""
+    """Draw two layouts of one thing each, in different shapes.
+
+    Return them, and the number of the one that can take the other's `colour`.
+    """
     while True:
         layouts = (_some_layout(rng, pair=False), _some_layout(rng, pair=False))
         which = int(rng.integers(2))
@@ -403,24 +407,26 @@ def _two_pictures(
 
 
 def _onto(rng: np.random.Generator) -> Edit:
-    """A thing of one picture, on the background of the other."""
-    layouts, which = _two_pictures(rng, lambda layout: layout.background)
+    """Put the thing of one image on the background of the other."""
+    layouts, which = _two_images(rng, lambda layout: layout.background)
     (item,), background = layouts[which].items, layouts[1 - which].background
-    text = f"the {item.thing.shape} of the {_ORDER[which]} picture on the background of the {_ORDER[1 - which]}"
-    return Edit(text, layouts, Layout((item,), background), "two pictures: background")
+    first, second = _ORDER[which], _ORDER[1 - which]
+    text = f"the {item.thing.shape} of the {first} picture on the background of the {second}"
+    return Edit(text, layouts, Layout((item,), background), "two images: background")
 
 
 def _painted(rng: np.random.Generator) -> Edit:
-    """A thing of one picture, in the colour of the other's."""
-    layouts, which = _two_pictures(rng, lambda layout: layout.items[0].thing.colour)
+    """Paint the thing of one image in the colour of the other's."""
+    layouts, which = _two_images(rng, lambda layout: layout.items[0].thing.colour)
     (item,), (other,) = layouts[which].items, layouts[1 - which].items
-    text = f"the {item.thing.shape} of the {_ORDER[which]} picture in the color of the {other.thing.shape}"
+    first = f"the {item.thing.shape} of the {_ORDER[which]} picture"
+    text = f"{first} in the color of the {other.thing.shape}"
     painted = replace(item, thing=replace(item.thing, colour=other.thing.colour))
-    return Edit(text, layouts, replace(layouts[which], items=(painted,)), "two pictures: colour")
+    return Edit(text, layouts, replace(layouts[which], items=(painted,)), "two images: colour")
 
 
 def _described(rng: np.random.Generator) -> Edit:
-    """The caption of what is asked for; one thing of it was other, or was not there: so pictures are painted over in part."""
+    """Describe the result. Before, one of its things is another, or is missing."""
     scene = random_scene(rng, complete=True)
     while isinstance(scene.objects[0], Word):
         scene = random_scene(rng, complete=True)
@@ -438,7 +444,7 @@ def _described(rng: np.random.Generator) -> Edit:
     return Edit(str(scene), (before,), layout, "described")
 
 
-EDITS = (  # a new background, a new object and a whole description are twice as frequent as each of the others
+EDITS = (  # a new background, a new object and a full description are twice as frequent
     *(partial(_change, attribute=attribute) for attribute in _CHOICES),
     _new_background,
     _new_background,
@@ -452,12 +458,15 @@ EDITS = (  # a new background, a new object and a whole description are twice as
 )
 
 _NAMES = [*SHAPES, *COLOURS, *SIZES, *PATTERNS, *PLACES, *RELATIONS]
-_OTHER = "a an the at in of on it and into center background word make plain put remove turn color picture first second"
+_OTHER = (
+    "a an the at in of on it and into center background word make plain put remove turn "
+    "color picture first second"
+)
 WORDS = set(" ".join([*_NAMES, _OTHER]).split())
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """The words of a prompt that the grammar lacks, in order; one to four capitals are known."""
+    """Return the words that the grammar lacks, in order. One to four capitals are known."""
     words = (w.strip(".,;:!?\"'()") for w in prompt.split())
 
     def known(w):

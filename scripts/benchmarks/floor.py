@@ -1,11 +1,13 @@
-"""How fast the hardware is at what a model cannot avoid: its matrix products, attentions and convolutions, and nothing else.
+"""The time that the hardware needs for the matrix products, attentions and convolutions alone.
 
-Their shapes are collected in a run on the meta device, and replayed back to back on random data, in the process that measures
-the model: so clocks, power and torch's version are in both figures, and the ratio says what the code around them costs.
+Their shapes are collected in a run on the meta device. They are replayed back to back on random
+data, in the process that measures the model. So clocks, power and torch's version are the same for
+both figures, and their ratio is the cost of the code around them.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,32 +16,29 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.steps import FAMILIES, inputs, our_step, same_attention
+from benchmarks.steps import FAMILIES, as_loaded, case_name, inputs, our_step, same_attention
 from benchmarks.timing import by_turns, random_weights
 from flux.runtime.devices import can_compile
 from flux.runtime.lazy_module import compile_blocks
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
 HEAVY = (F.linear, F.scaled_dot_product_attention, F.conv2d)
-Operation = tuple[
-    Callable, tuple, tuple
-]  # function, its arguments, those that have names; tensors as their (shape, dtype)
+# function, positional arguments, named arguments; a tensor is described as (shape, dtype)
+Operation = tuple[Callable, tuple, tuple]
 
 
 def floor_rows(setting: Setting) -> Iterator[Row]:
     for name, config in FAMILIES.items():
         config = setting.cut(config)
         for side in setting.sides:
-            case = (
-                f"step, {name}, 1 + 2 blocks of width {config.hidden_size}, {side}x{side}, bfloat16"
-            )
-            yield from over_floor(case, config, side, setting)
+            yield from over_floor(case_name(name, config, side), config, side, setting)
 
 
 def over_floor(case: str, config: FluxConfig, side: int, setting: Setting) -> Iterator[Row]:
-    """A step, eager and compiled, over its floor."""
+    """Yield the time of a step over its floor, eager and compiled."""
     replayed = replay(step_operations(config, side, setting.text), setting.device)
     model = random_weights(lambda: Flux(config), setting.device, torch.bfloat16)
+    model = as_loaded(model, setting.device)
     step = our_step(model, inputs(config, side, setting.text, setting.device, torch.bfloat16))
     row = partial(Row, unit="s", against="floor", runs=2 * setting.rounds)
     with same_attention():
@@ -58,33 +57,31 @@ def step_operations(config: FluxConfig, side: int, text: int) -> list[Operation]
 
 
 def operations(function: Callable[[], object]) -> list[Operation]:
-    """What of `function` is heavy, in its order."""
+    """Run `function` and return its heavy operations in their order."""
     found: list[Operation] = []
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, called, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
             if called in HEAVY:
-                kwargs = kwargs or {}
-                found.append(
-                    (
-                        called,
-                        tuple(map(described, args)),
-                        tuple((k, described(v)) for k, v in kwargs.items()),
-                    )
-                )
-            return called(*args, **(kwargs or {}))
+                named = tuple((name, described(value)) for name, value in kwargs.items())
+                found.append((called, tuple(map(described, args)), named))
+            return called(*args, **kwargs)
 
     with torch.no_grad(), Watch():
         function()
     return found
 
 
-def described(value):
+def described(value: Any) -> Any:
     return (value.shape, value.dtype) if isinstance(value, Tensor) else value
 
 
 def replay(operations: list[Operation], device: torch.device) -> Callable[[], None]:
-    """All of them, back to back. Equal ones share their data: that is too much for caches as it is."""
+    """Return a function that runs all operations back to back.
+
+    Equal operations share their data, which is too large for caches as it is.
+    """
     data = {operation: filled(operation, device) for operation in set(operations)}
     calls = [(operation[0], *data[operation]) for operation in operations]
 
@@ -96,13 +93,15 @@ def replay(operations: list[Operation], device: torch.device) -> Callable[[], No
 
 
 def filled(operation: Operation, device: torch.device) -> tuple[list, dict]:
-    """Random tensors for those that are described."""
+    """Replace the descriptions in an operation's arguments by random tensors."""
     _, args, named = operation
 
-    def make(x):
-        return random(*x, device) if isinstance(x, tuple) and isinstance(x[0], torch.Size) else x
+    def make(value: Any) -> Any:
+        if isinstance(value, tuple) and isinstance(value[0], torch.Size):
+            return random(*value, device)
+        return value
 
-    return [make(x) for x in args], {name: make(x) for name, x in named}
+    return [make(value) for value in args], {name: make(value) for name, value in named}
 
 
 def random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
-"""A released model at full size, with random weights drawn where they are used: no files, no network, any device with room.
+"""A released model at full size, with random weights drawn on the device: no files are needed.
 
-Its stages, text, step and decode, come one after the other, so that the largest must fit and not their sum. Each is set against
-its floor and, where asked for, against diffusers with the same weights.
+The stages text, step and decode run one after the other, so that only the largest must fit. Each is
+compared with its floor and, on request, with diffusers with the same weights.
 """
 
 import gc
@@ -19,8 +19,15 @@ from benchmarks.floor import operations, replay
 from benchmarks.measure import peak_bytes, peak_memory
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.stages import our_autoencoder, picture, save_ours, save_theirs, their_autoencoder
-from benchmarks.steps import inputs, our_step, same_attention, their_step
+from benchmarks.stages import (
+    dtype_name,
+    our_autoencoder,
+    photo_like,
+    save_ours,
+    save_theirs,
+    their_autoencoder,
+)
+from benchmarks.steps import as_loaded, inputs, our_step, same_attention, their_step
 from benchmarks.timing import by_turns, random_weights, timed
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIP
@@ -42,12 +49,13 @@ Spent = dict[str, list[float]]  # seconds by stage: ours, floor, theirs
 
 class Stage(NamedTuple):
     modules: list[nn.Module]
-    given: dict[str, Tensor]
+    inputs: dict[str, Tensor]
     run: Run
+    dtype: torch.dtype = torch.bfloat16
 
 
 def full_rows(spec: ModelSpec, setting: Setting, against: bool) -> Iterator[Row]:
-    """Every stage, and their sum: from the prompt to the PNG."""
+    """Yield the rows of every stage, and of their sum: from the prompt to the PNG."""
     check_room(spec, setting.device)
     spent: Spent = {}
     for name in STAGES:
@@ -55,51 +63,48 @@ def full_rows(spec: ModelSpec, setting: Setting, against: bool) -> Iterator[Row]
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    pixels = picture(setting.whole, setting.device)
+    pixels = photo_like(setting.whole, setting.device)
     with TemporaryDirectory() as folder:
         saves = [save_ours, save_theirs] if against else [save_ours]
-        ours, *theirs = by_turns(
-            [save(pixels, Path(folder)) for save in saves], setting.rounds, setting.enough
-        )
+        runs = [save(pixels, Path(folder)) for save in saves]
+        ours, *theirs = by_turns(runs, setting.rounds, setting.enough)
     spent["save"] = [ours, 0.0, *theirs]
     yield from sum_rows(spec, setting, spent)
 
 
 def check_room(spec: ModelSpec, device: torch.device) -> None:
-    """UserError, before anything is made, if the largest stage does not fit."""
-    on_meta = [build(spec, 64, "meta").modules for build, _ in STAGES.values()]
-    needed = max(
-        sum(p.nbytes for module in modules for p in module.parameters()) for modules in on_meta
-    )
-    if needed > 0.95 * (free := free_memory(device)):
+    """Raise UserError, before anything is built, if the largest stage does not fit."""
+    needed = 0
+    for build, _ in STAGES.values():
+        modules = build(spec, 64, "meta").modules
+        needed = max(needed, sum(p.nbytes for module in modules for p in module.parameters()))
+    free = free_memory(device)
+    if needed > 0.95 * free:
         raise UserError(
-            f"--model {spec.name}: its largest network takes {needed / 1e9:.1f} GB in bfloat16, and {device} has "
-            f"{free / 1e9:.1f}: choose a smaller model, or another --device"
+            f"--model: the largest network of {spec.name} takes {needed / 1e9:.1f} GB, "
+            f"and {device} has {free / 1e9:.1f} GB free. Choose a smaller model."
         )
 
 
 def stage_rows(
     name: str, spec: ModelSpec, setting: Setting, against: bool, spent: Spent
 ) -> Iterator[Row]:
-    """Time over the floor and against diffusers, and memory; a step also compiled, and in float8. Adds to `spent`."""
+    """Yield time over the floor and against diffusers, and memory. Add the seconds to `spent`.
+
+    A step is also compiled and, on a GPU, computed in float8.
+    """
     build, build_theirs = STAGES[name]
-    case, gpu = (
-        f"{name}, {spec.name}, {setting.whole}x{setting.whole}, bfloat16",
-        setting.device.type == "cuda",
-    )
+    gpu = setting.device.type == "cuda"
     stage = build(spec, setting.whole, setting.device)
+    case = f"{name}, {spec.name}, {setting.whole}x{setting.whole}, {dtype_name(stage.dtype)}"
+    goal = None
+    if name == "step":
+        goal = 0.85 if gpu else 1.0
     theirs = build_theirs(spec, stage) if against else None
     runs = [stage.run, replay(operations(build(spec, setting.whole, "meta").run), setting.device)]
     runs += [theirs.run] if theirs else []
     with same_attention():
-        yield from time_rows(
-            case,
-            name,
-            runs,
-            setting,
-            spent,
-            goal=(0.85 if gpu else 1.0) if name == "step" else None,
-        )
+        yield from time_rows(case, name, runs, setting, spent, goal)
         sizes = [memory(each, setting.device) for each in (stage, theirs) if each]
         yield Row(f"{case}, weights and peak of activations", "B", *sizes)
         if name == "step" and setting.compiled and can_compile(setting.device):
@@ -117,34 +122,27 @@ def time_rows(
     goal: float | None,
     over_floor: float | None = None,
 ) -> Iterator[Row]:
-    """Of ours, its floor and, if there is a third, theirs."""
+    """Time our run, its floor and, if there is a third run, theirs."""
     difference = relative_l2(runs[0](), runs[2]().float()) if len(runs) == 3 else None
     spent[name] = ours, floor, *theirs = by_turns(runs, setting.rounds, setting.replayed)
     yield Row(case, "s", ours, floor, "floor", goal=over_floor, runs=2 * setting.rounds)
     if theirs:
-        yield Row(
-            case, "s", ours, *theirs, goal=goal, runs=2 * setting.rounds, difference=difference
-        )
+        runs_each = 2 * setting.rounds
+        yield Row(case, "s", ours, *theirs, goal=goal, runs=runs_each, difference=difference)
 
 
 def compiled_rows(
     case: str, stage: Stage, theirs: Stage | None, runs: list[Run], setting: Setting, spent: Spent
 ) -> Iterator[Row]:
-    """Block by block, on both sides; and our default for speed against what diffusers does without being asked."""
+    """Time both sides compiled block by block, and ours compiled against diffusers eager."""
     if setting.device.type == "cuda":
         with fresh_cache():
             whole = timed(torch.compile(stage.run))
         torch._dynamo.reset()
         compile_blocks(*stage.modules, BLOCK_LISTS)
         with fresh_cache():
-            yield Row(
-                f"{case}, first step, compiled",
-                "s",
-                timed(stage.run),
-                whole,
-                "compiled whole",
-                goal=0.2,
-            )
+            first = f"{case}, first step, compiled"
+            yield Row(first, "s", timed(stage.run), whole, "compiled whole", goal=0.2)
     compile_blocks(*stage.modules, BLOCK_LISTS)
     if theirs:
         theirs.modules[0].compile_repeated_blocks(fullgraph=True)
@@ -159,16 +157,16 @@ def compiled_rows(
 
 
 def float8_rows(case: str, stage: Stage, setting: Setting) -> Iterator[Row]:
-    """Products in float8, compiled if those in bfloat16 were: not by turns, since both models might not fit."""
-    model, before = stage.modules[0], stage.run()
+    """Time products in float8, compiled if those in bfloat16 were.
+
+    The two do not take turns, since both models might not fit.
+    """
+    model, exact = stage.modules[0], stage.run()
     (bfloat16,) = by_turns([stage.run], setting.rounds, setting.replayed)
     quantize_(model, "fp8")
     enable_fp8_matmul(model)
-    yield Row(
-        f"{case}, in float8, error of the velocity, relative L2",
-        "",
-        relative_l2(stage.run(), before.float()),
-    )
+    error = relative_l2(stage.run(), exact.float())
+    yield Row(f"{case}, in float8, error of the velocity, relative L2", "", error)
     (float8,) = by_turns([stage.run], setting.rounds, setting.replayed)
     yield Row(
         f"{case}, in float8", "s", float8, bfloat16, "bfloat16", goal=0.72, runs=2 * setting.rounds
@@ -176,11 +174,12 @@ def float8_rows(case: str, stage: Stage, setting: Setting) -> Iterator[Row]:
 
 
 def sum_rows(spec: ModelSpec, setting: Setting, spent: Spent) -> Iterator[Row]:
-    """From the prompt to the PNG, added up of its parts; and all of it but the steps, over the floor."""
+    """Yield the sum of the parts, prompt to PNG; and all but the steps, over the floor."""
     steps, runs = spec.steps * (1 + spec.cfg), 2 * setting.rounds
-    around = [sum(each) for each in zip(*(spent[name] for name in ("text", "decode", "save")))]
+    parts = [spent[name] for name in ("text", "decode", "save")]
+    around = [sum(each) for each in zip(*parts)]  # ours, floor, theirs
     yield Row(f"all but the steps, {spec.name}", "s", *around[:2], "floor", goal=5.0, runs=runs)
-    for step in (name for name in spent if name.startswith("step")):
+    for step in [name for name in spent if name.startswith("step")]:
         case = f"prompt to PNG, {spec.name}, {steps} times {step}, the sum of its parts"
         ours, floor, *theirs = (a + steps * b for a, b in zip(around, spent[step]))
         yield Row(case, "s", ours, floor, "floor", runs=runs)
@@ -190,113 +189,103 @@ def sum_rows(spec: ModelSpec, setting: Setting, spent: Spent) -> Iterator[Row]:
 
 
 def memory(stage: Stage, device: torch.device) -> int:
-    """Weights, and the most that a run takes beside them."""
-    weights = {
-        tensor.data_ptr(): tensor.nbytes
-        for module in stage.modules
-        for tensor in module.state_dict().values()
-    }
-    return sum(weights.values()) + (
-        peak_memory(stage.run, device) if device.type == "cuda" else peak_bytes(stage.run)
-    )
+    """Return the bytes of the weights, and of the peak of activations."""
+    weights = {}
+    for module in stage.modules:
+        for tensor in module.state_dict().values():
+            weights[tensor.data_ptr()] = tensor.nbytes  # shared tensors count once
+    if device.type == "cuda":
+        return sum(weights.values()) + peak_memory(stage.run, device)
+    return sum(weights.values()) + peak_bytes(stage.run)
 
 
-# ---------------------------------------------------------------- ours
+# ------------------------------------------------------------------ ours
 
 
 def encoding(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:
-    def random(size, n):
-        return torch.randint(1, size - 2, (1, n), generator=torch.Generator().manual_seed(0)).to(
-            device
-        )
+    def random(size: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(1, size - 2, (1, length), generator=generator).to(device)
 
     if isinstance(spec.text, FLUX1Text):
         t5 = random_weights(lambda: T5(spec.text.t5), device, torch.bfloat16)
         clip = random_weights(lambda: CLIP(spec.text.clip), device, torch.bfloat16)
-        given = dict(
-            long=random(spec.text.t5.vocab_size, spec.text_length),
-            short=random(spec.text.clip.vocab_size, 77),
-        )
-        given["short"][0, -1] = spec.text.clip.eos_id
-        return Stage(
-            [t5, clip],
-            given,
-            lambda: torch.cat([t5(given["long"]).flatten(), clip(given["short"]).flatten()]),
-        )
+        long = random(spec.text.t5.vocab_size, spec.text_length)
+        short = random(spec.text.clip.vocab_size, 77)
+        short[0, -1] = spec.text.clip.eos_id
+
+        def run() -> Tensor:
+            return torch.cat([t5(long).flatten(), clip(short).flatten()])
+
+        return Stage([t5, clip], dict(long=long, short=short), run)
     config = spec.text.model
     model = random_weights(lambda: LanguageModel(config), device, torch.bfloat16)
-    given = dict(ids=random(config.vocab_size, spec.text_length))
-    given["mask"] = torch.ones_like(given["ids"], dtype=torch.bool)
+    ids = random(config.vocab_size, spec.text_length)
+    given = dict(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
     return Stage([model], given, lambda: model(**given))
 
 
 def stepping(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:
     model = random_weights(lambda: Flux(spec.transformer), device, torch.bfloat16)
+    model = as_loaded(model, device)
     given = inputs(spec.transformer, side, spec.text_length, device, torch.bfloat16)
     return Stage([model], given, our_step(model, given))
 
 
 def decoding(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:
-    on_meta = str(device) == "meta"
-    model = (
-        random_weights(lambda: AutoEncoder(spec.autoencoder), device, torch.bfloat16)
-        if on_meta
-        else our_autoencoder(spec.autoencoder, torch.device(device))
-    )
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(
-        1, spec.autoencoder.latent_channels, side // 16, side // 16, generator=generator
-    )
-    given = dict(latents=latents.to(device, torch.bfloat16))
-    return Stage([model], given, lambda: model.decode(**given))
+    """Decode in float32, the default of decoding."""
+    config, dtype = spec.autoencoder, torch.float32
+    if str(device) == "meta":
+        model = random_weights(lambda: AutoEncoder(config), device, dtype)
+    else:
+        model = our_autoencoder(config, torch.device(device), dtype)
+    size = 1, config.latent_channels, side // 16, side // 16
+    latents = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return Stage([model], dict(latents=latents), lambda: model.decode(latents), dtype)
 
 
-# ---------------------------------------------------------------- theirs, with our weights and inputs
+# ------------------------------------------------------------------ theirs, with our weights
 
 
 def their_encoding(spec: ModelSpec, ours: Stage) -> Stage:
-    """Whole, as released: all layers and the head, of which those that ours has share their weights with it."""
-    device, states = (
-        next(iter(ours.given.values())).device,
-        [module.state_dict() for module in ours.modules],
-    )
-    with made_on(device):
-        if isinstance(spec.text, FLUX1Text):
+    """Build the released text encoder: all layers and the head. Ours shares its weights."""
+    states = [module.state_dict() for module in ours.modules]
+    device = next(iter(ours.inputs.values())).device
+    if isinstance(spec.text, FLUX1Text):
+        long, short = ours.inputs["long"], ours.inputs["short"]
+        with built_on(device):
             t5 = reference.loaded(
                 reference.transformers_t5(spec.text.t5), reference.t5_to_transformers(states[0])
             )
-            clip = reference.transformers_clip(spec.text.clip, eos_id=2)
-            clip = reference.loaded(clip, reference.clip_to_transformers(states[1]))
-            long, short = ours.given["long"], ours.given["short"]
+            clip = reference.loaded(
+                reference.transformers_clip(spec.text.clip, eos_id=2),
+                reference.clip_to_transformers(states[1]),
+            )
 
-            def run():
-                return torch.cat(
-                    [t5(long).last_hidden_state.flatten(), clip(short).pooler_output.flatten()]
-                )
+        def encode() -> Tensor:
+            hidden, pooled = t5(long).last_hidden_state, clip(short).pooler_output
+            return torch.cat([hidden.flatten(), pooled.flatten()])
 
-            return Stage([t5, clip], ours.given, run)
-        config, mistral = spec.text.model, not spec.text.model.qk_norm
-        depth = 40 if mistral else 36  # as released
-        model = (
-            reference.transformers_language_model(config, depth, mistral)
-            .eval()
-            .requires_grad_(False)
-        )
+        return Stage([t5, clip], ours.inputs, encode)
+    config, mistral = spec.text.model, not spec.text.model.qk_norm
+    depth = 40 if mistral else 36  # as released
+    with built_on(device):
+        model = reference.transformers_language_model(config, depth, mistral)
+        model = model.eval().requires_grad_(False)
     state = reference.language_model_to_transformers(states[0], mistral)
     unknown = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     assert not unknown, unknown
+    ids, mask = ours.inputs["ids"], ours.inputs["mask"]
 
-    def run():
-        return reference.transformers_features(
-            model, ours.given["ids"], ours.given["mask"], config.layers
-        )
+    def run() -> Tensor:
+        return reference.transformers_features(model, ids, mask, config.layers)
 
-    return Stage([model], ours.given, run)
+    return Stage([model], ours.inputs, run)
 
 
 @contextmanager
-def made_on(device: torch.device):
-    """Modules are made there, in bfloat16, but for the tables that ask for float32."""
+def built_on(device: torch.device) -> Iterator[None]:
+    """Build modules on the device in bfloat16. Tables that request float32 keep it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -309,12 +298,16 @@ def made_on(device: torch.device):
 def their_stepping(spec: ModelSpec, ours: Stage) -> Stage:
     state = reference.transformer_to_diffusers(ours.modules[0].state_dict(), spec.transformer)
     model = reference.loaded(reference.diffusers_transformer(spec.transformer), state)
-    return Stage([model], ours.given, their_step(model, ours.given))
+    return Stage([model], ours.inputs, their_step(model, ours.inputs))
 
 
 def their_decoding(spec: ModelSpec, ours: Stage) -> Stage:
     model = their_autoencoder(ours.modules[0])
-    return Stage([model], ours.given, lambda: reference.diffusers_decode(model, **ours.given))
+
+    def run() -> Tensor:
+        return reference.diffusers_decode(model, ours.inputs["latents"])
+
+    return Stage([model], ours.inputs, run, ours.dtype)
 
 
 STAGES = {

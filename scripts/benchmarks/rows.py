@@ -1,4 +1,4 @@
-"""A measurement is a row: two figures, their ratio, and how large that may be. Printed as it comes, kept as JSON."""
+"""A row of a measurement: two figures, their ratio, a goal. Rows are printed and kept as JSON."""
 
 import json
 import math
@@ -17,26 +17,27 @@ from flux.errors import UserError
 from flux.image_io.output import write_exclusive
 
 LIBRARIES = ("torch", "diffusers", "transformers", "triton", "torchao")
-ROUNDING = 0.1  # what two results in bfloat16 may be apart, relative L2, after some dozen layers; mistakes are far above
+# relative L2 of two results in bfloat16 after some dozen layers, at most; mistakes are far above
+ROUNDING = 0.1
 SCALES = {
     "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
     "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")),
-}  # other units are written as they are
+}  # other units stand as they are
 
 
 @dataclass(frozen=True)
 class Row:
-    """What ours takes and what `theirs` does, in `unit`; lower is better."""
+    """Our figure and `theirs`, in `unit`; lower is better."""
 
     name: str
-    unit: str  # s, B, B/pixel, kernels, FLOP, or "" for a number
+    unit: str  # s, B, B/pixel, or "" for a number
     ours: float
     theirs: float | None = None
-    against: str = "diffusers"  # whose figure `theirs` is
+    against: str = "diffusers"  # the owner of the figure `theirs`
     goal: float | None = None  # of ours / theirs, at most
     limit: float | None = None  # of ours itself, at most
-    runs: int | None = None  # of which the figures are medians; None: the same in every run
-    difference: float | None = None  # of what the two computed and should be the same, relative L2
+    runs: int | None = None  # the figures are medians of them; None: the same in every run
+    difference: float | None = None  # relative L2 of the two results
 
     @property
     def ratio(self) -> float | None:
@@ -48,7 +49,7 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the goal, or the limit, is; None where there is none. What computes something else has reached nothing."""
+        """Return whether the goal or limit is reached, or None. Unequal results reach no goal."""
         if not self.comparable:
             return False
         if self.goal is not None:
@@ -56,16 +57,16 @@ class Row:
         return None if self.limit is None else self.ours <= self.limit
 
     def cells(self) -> tuple[str, ...]:
-        theirs = "" if self.theirs is None else f"{self.against} {shown(self.theirs, self.unit)}"
-        goal = "" if self.goal is None else f"≤ {self.goal:.2f}"
-        goal = goal if self.limit is None else f"≤ {shown(self.limit, self.unit)}"
-        ratio = (
-            ""
-            if self.ratio is None
-            else f"{self.ratio:.3f}"
-            if self.ratio < 0.1
-            else f"{self.ratio:.2f}"
-        )
+        """Return the row's cells: name, our figure, the other figure, ratio, goal."""
+        theirs = ratio = goal = ""
+        if self.theirs is not None:
+            theirs = f"{self.against} {shown(self.theirs, self.unit)}"
+        if self.ratio is not None:
+            ratio = f"{self.ratio:.3f}" if self.ratio < 0.1 else f"{self.ratio:.2f}"
+        if self.goal is not None:
+            goal = f"≤ {self.goal:.2f}"
+        if self.limit is not None:
+            goal = f"≤ {shown(self.limit, self.unit)}"
         if not self.comparable:
             goal = f"not comparable, the results are {self.difference:.2g} apart"
         elif self.reached is False:
@@ -74,18 +75,16 @@ class Row:
 
 
 def shown(value: float, unit: str) -> str:
-    """With three digits, in the multiple of its unit that suits it."""
-    if unit not in SCALES:
-        return f"{value:,.0f} {unit}".strip() if value >= 100 else f"{value:.3g} {unit}".strip()
-    scale, name = next(
-        ((scale, name) for scale, name in SCALES[unit] if value >= scale), SCALES[unit][-1]
-    )
-    return f"{value / scale:.0f} {name}" if value >= 100 * scale else f"{value / scale:.3g} {name}"
+    """Return the value with three digits, in the multiple of its unit that suits it."""
+    scales = SCALES.get(unit, ((1, unit),))
+    scale, name = next((pair for pair in scales if value >= pair[0]), scales[-1])
+    number = f"{value / scale:,.0f}" if value >= 100 * scale else f"{value / scale:.3g}"
+    return f"{number} {name}".strip()
 
 
 @dataclass
 class Report:
-    """What was measured, by which command, where and when."""
+    """All rows, with the command, the machine, the versions and the date."""
 
     command: str
     device: str
@@ -93,64 +92,58 @@ class Report:
     machine: dict = field(default_factory=lambda: machine())
     versions: dict = field(default_factory=lambda: versions())
     rows: list[Row] = field(default_factory=list)
-    losses: list[dict] = field(default_factory=list)  # of the lossy modes, against float32
+    losses: list[dict] = field(default_factory=list)  # of the lossy modes
 
     def print_heading(self) -> None:
-        named = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        print(
-            f"`{self.command}` · {self.date} · {self.device} · {self.machine['processor']}, {self.machine['cores']} cores, "
-            f"{self.machine['threads']} threads · {named}"
-        )
+        libraries = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        cores = f"{self.machine['cores']} cores, {self.machine['threads']} threads"
+        machine = f"{self.machine['processor']}, {cores}"
+        print(f"`{self.command}` · {self.date} · {self.device} · {machine} · {libraries}")
 
     def print_losses(self, losses: Iterable[NamedTuple]) -> None:
-        """A line a mode, as soon as it is there."""
+        """Print one line for each mode as soon as it is measured."""
         for loss in losses:
             if not self.losses:
                 print(f"\n| {' | '.join(loss._fields)} |\n|{'---|' * len(loss)}")
-            self.losses.append(
-                {
-                    name: None if value == math.inf else value
-                    for name, value in loss._asdict().items()
-                }
-            )
-            print(
-                f"| {' | '.join(f'{value:.3g}' if isinstance(value, float) else str(value) for value in loss)} |",
-                flush=True,
-            )
+            kept, cells = {}, []
+            for name, value in loss._asdict().items():
+                kept[name] = None if value == math.inf else value
+                cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
+            self.losses.append(kept)
+            print(f"| {' | '.join(cells)} |", flush=True)
 
     def print_rows(self, rows: Iterable[Row]) -> None:
-        """Each as soon as it is there, and the goals that were missed."""
+        """Print each row as soon as it is measured, then the goals that were missed."""
         print("\n| what | ours | against | ratio | goal |\n|---|---|---|---|---|")
         for row in rows:
             self.rows.append(row)
             print(f"| {' | '.join(row.cells())} |", flush=True)
-        missed = [f"{row.name}, against {row.against}" for row in self.rows if row.reached is False]
-        aims = sum(row.reached is not None for row in self.rows)
-        if aims:
-            print(
-                f"\n{aims - len(missed)} of {aims} goals reached"
-                + "".join(f"\n- missed: {name}" for name in missed)
-            )
+        goals = [row for row in self.rows if row.reached is not None]
+        missed = [row for row in goals if not row.reached]
+        if goals:
+            print(f"\n{len(goals) - len(missed)} of {len(goals)} goals reached")
+            for row in missed:
+                print(f"- missed: {row.name}, against {row.against}")
 
     def save(self, path: Path) -> Path:
-        """Under a new name, whole or not at all."""
+        """Write a JSON file under a new name, completely or not at all, and return its path."""
         rows = [asdict(row) | {"ratio": row.ratio, "reached": row.reached} for row in self.rows]
         text = json.dumps(asdict(self) | {"rows": rows}, indent=1, ensure_ascii=False) + "\n"
         return write_exclusive(path, lambda file: file.write(text.encode()))
 
 
 def check_json(path: Path) -> None:
-    """Refuse, before anything is measured, a file that could not be written."""
+    """Raise UserError, before anything is measured, if the file could not be written."""
     if path.suffix != ".json":
-        raise UserError(f"--json {path}: the name of a JSON file ends in .json")
+        raise UserError(f"--json: must end in .json (got {path})")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--json {path}: cannot be written there ({error.strerror}); choose another folder"
+            f"--json: {path} cannot be written ({error.strerror}). Choose another folder."
         ) from None
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--json {path}: that folder cannot be written to; choose another")
+        raise UserError(f"--json: the folder of {path} is not writable. Choose another.")
 
 
 def machine() -> dict:
@@ -165,13 +158,15 @@ def machine() -> dict:
 
 
 def versions() -> dict[str, str]:
-    return {"Python": platform.python_version()} | {
-        name: v for name in LIBRARIES if (v := installed(name))
-    }
+    found = {"Python": platform.python_version()}
+    for name in LIBRARIES:
+        if number := installed(name):
+            found[name] = number
+    return found
 
 
 def installed(library: str) -> str | None:
-    """Its version, if it is there."""
+    """Return the library's version, or None if it is not installed."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -180,8 +175,7 @@ def installed(library: str) -> str | None:
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(": ")[1] for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(": ")[1]
+    return platform.processor()

@@ -1,4 +1,4 @@
-"""What stands around the transformer, ours and diffusers': text encoders, autoencoder, the picture's file."""
+"""Everything but the transformer, ours and diffusers': text encoders, autoencoder, saving."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,13 +16,13 @@ from benchmarks.setting import Setting
 from benchmarks.timing import by_turns, pair, random_weights, weight_bytes
 from flux.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux.configs import AE1, AE2, MISTRAL, QWEN3_4B, QWEN3_8B
-from flux.image_io import output as images
+from flux.image_io import output
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity import reference
 from flux.runtime.fast import fast_autoencoder
 from flux.runtime.lazy_module import LazyModule
 
-TEXT_ENCODERS = {  # as released: layers, whether the head has weights of its own, what part of the weights we may hold
+TEXT_ENCODERS = {  # as released: config, layers, own weights of the head, goal for the weights
     "Qwen3 4B": (QWEN3_4B, 36, False, 0.78),
     "Qwen3 8B": (QWEN3_8B, 36, True, 0.72),
     "Mistral Small": (MISTRAL, 40, True, 0.75),
@@ -39,13 +39,11 @@ def text_rows(setting: Setting) -> Iterator[Row]:
 def text_bytes(
     name: str, config: LanguageModelConfig, depth: int, own_head: bool, share: float
 ) -> Row:
-    """Weights of the language model at full size; without Mistral's eyes, which only theirs has."""
+    """Count the weights at full size, without Mistral's vision tower, which only theirs has."""
     mistral = not config.qk_norm
     with torch.device("meta"):
-        ours, theirs = (
-            LanguageModel(config),
-            reference.transformers_language_model(config, depth, mistral),
-        )
+        ours = LanguageModel(config)
+        theirs = reference.transformers_language_model(config, depth, mistral)
     (prefix,) = reference.language_model_to_transformers({"": None}, mistral)
     trunk = sum(p.numel() for key, p in theirs.named_parameters() if key.startswith(prefix))
     head = own_head * config.vocab_size * config.hidden_size
@@ -55,7 +53,7 @@ def text_bytes(
 def encode_rows(
     name: str, config: LanguageModelConfig, depth: int, setting: Setting
 ) -> Iterator[Row]:
-    """All layers, narrowed in every dimension, so that layers and head keep their shares of the work."""
+    """Time all layers, narrowed in every dimension: layers and head keep their shares."""
     n, mistral = setting.shrink, not config.qk_norm
     config = replace(
         config,
@@ -74,74 +72,79 @@ def encode_rows(
     ids = torch.randint(
         1, config.vocab_size - 1, (1, setting.text), generator=torch.Generator().manual_seed(0)
     )
-    real = torch.arange(setting.text)[None] < max(
-        1, setting.text // 8
-    )  # a prompt of usual length, and padding
+    # a prompt of usual length, and padding; outputs of padding have no meaning
+    real = torch.arange(setting.text)[None] < max(1, setting.text // 8)
     ids, real = ids.to(setting.device), (real.flip(1) if mistral else real).to(setting.device)
-    mine = lambda: ours(ids, real)[real]  # noqa: E731  what padding becomes has no meaning to compare
 
-    def other():
+    def run_ours() -> Tensor:
+        return ours(ids, real)[real]
+
+    def run_theirs() -> Tensor:
         return reference.transformers_features(theirs, ids, real, config.layers)[real]
 
     case = f"text, {name}, {len(ours.layers)} of {depth} layers, 1/{n} width, bfloat16"
     with torch.no_grad():
-        yield pair(case, mine, other, setting, goal=0.75)
-        yield Row(f"{case}, peak of activations", "B", peak_bytes(mine), peak_bytes(other))
+        yield pair(case, run_ours, run_theirs, setting, goal=0.75)
+        yield Row(f"{case}, peak of activations", "B", peak_bytes(run_ours), peak_bytes(run_theirs))
 
 
 def autoencoder_rows(setting: Setting) -> Iterator[Row]:
     for name, config in AUTOENCODERS.items():
         config = replace(config, ch=setting.channels, norm_groups=min(32, setting.channels))
-        ours = our_autoencoder(config, setting.device)
-        theirs = their_autoencoder(ours)
-        side = setting.decoded // 16
-        generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(4, config.latent_channels, side, side, generator=generator).to(
-            setting.device, torch.bfloat16
-        )
-        pixels = (
-            torch.rand(1, 3, 16 * side, 16 * side, generator=generator).to(
-                setting.device, torch.bfloat16
-            )
-            * 2
-            - 1
-        )
-        case = f"{name}, {setting.decoded}x{setting.decoded}, bfloat16"
-        with torch.no_grad():
-            yield from coding_rows(
-                f"decode, {case}",
-                ours.decode,
-                lambda x: reference.diffusers_decode(theirs, x),
-                latents[:1],
-                setting,
-                goal=0.75,
-                peak=0.70,
-            )
-            yield batch_row(f"decode, {case}", ours, theirs, latents)
-            yield from coding_rows(
-                f"encode, {case}",
-                ours.encode,
-                lambda x: reference.diffusers_encode(theirs, x),
-                pixels,
-                setting,
-            )
+        for dtype in (torch.float32, torch.bfloat16):  # pipelines encode and decode in float32
+            yield from coding_rows(name, config, dtype, setting)
 
 
-def our_autoencoder(config: AutoEncoderConfig, device: torch.device) -> AutoEncoder:
-    """From a file, and in the order of memory that the pipeline gives to convolutions: it decides how fast they are."""
+def coding_rows(
+    name: str, config: AutoEncoderConfig, dtype: torch.dtype, setting: Setting
+) -> Iterator[Row]:
+    """Decode and encode one image in one dtype, and decode a batch of four."""
+    ours = our_autoencoder(config, setting.device, dtype)
+    theirs = their_autoencoder(ours)
+    side = setting.decoded // 16
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, config.latent_channels, side, side, generator=generator)
+    pixels = torch.rand(1, 3, 16 * side, 16 * side, generator=generator) * 2 - 1
+    latents, pixels = latents.to(setting.device, dtype), pixels.to(setting.device, dtype)
+
+    def our_decode(x: Tensor) -> Tensor:
+        return ours.decode(x)
+
+    def their_decode(x: Tensor) -> Tensor:
+        return reference.diffusers_decode(theirs, x)
+
+    def their_encode(x: Tensor) -> Tensor:
+        return reference.diffusers_encode(theirs, x)
+
+    case = f"{name}, {setting.decoded}x{setting.decoded}, {dtype_name(dtype)}"
+    goal = 0.75 if dtype == torch.bfloat16 else None
+    with torch.no_grad():
+        decodes = our_decode, their_decode
+        yield from pair_rows(f"decode, {case}", *decodes, latents[:1], setting, goal, peak=0.70)
+        yield batch_row(f"decode, {case}", *decodes, latents)
+        yield from pair_rows(f"encode, {case}", ours.encode, their_encode, pixels, setting)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def our_autoencoder(
+    config: AutoEncoderConfig, device: torch.device, dtype: torch.dtype
+) -> AutoEncoder:
+    """Load random weights from a file, as `flux.load` loads an autoencoder on this device."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "ae.safetensors")
-        save_file(
-            random_weights(lambda: AutoEncoder(config), "cpu", torch.bfloat16).state_dict(), path
+        save_file(random_weights(lambda: AutoEncoder(config), "cpu", dtype).state_dict(), path)
+        speed_up = fast_autoencoder if device.type == "cpu" else None
+        network = LazyModule(
+            AutoEncoder, config, [path], device=device, dtype=dtype, speed_up=speed_up
         )
-        network = LazyModule(AutoEncoder, config, [path], device=device, dtype=torch.bfloat16)
-        if device.type == "cpu":
-            network.set_transform(fast_autoencoder)
         return network()
 
 
 def their_autoencoder(ours: AutoEncoder) -> nn.Module:
-    """diffusers', with the same weights in the order in which its loader leaves them, whatever ours is in."""
+    """Return diffusers' autoencoder with the same weights, contiguous as its loader makes them."""
     state = {name: tensor.contiguous() for name, tensor in ours.state_dict().items()}
     return reference.loaded(
         reference.diffusers_autoencoder(ours.config),
@@ -149,29 +152,46 @@ def their_autoencoder(ours: AutoEncoder) -> nn.Module:
     )
 
 
-def coding_rows(
-    case: str, ours, theirs, x: Tensor, setting: Setting, goal=None, peak=None
+def pair_rows(
+    case: str,
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+    x: Tensor,
+    setting: Setting,
+    goal: float | None = None,
+    peak: float | None = None,
 ) -> Iterator[Row]:
-    """Time, and the peak of activations a pixel of the picture."""
-    mine, other = lambda: ours(x), lambda: theirs(x)
-    yield pair(case, mine, other, setting, goal=goal)
-    bytes_each = [peak_bytes(function) / setting.decoded**2 for function in (mine, other)]
+    """Yield the time, and the peak of activations a pixel; `goal` and `peak` are their goals."""
+
+    def run_ours() -> Tensor:
+        return ours(x)
+
+    def run_theirs() -> Tensor:
+        return theirs(x)
+
+    yield pair(case, run_ours, run_theirs, setting, goal=goal)
+    bytes_each = [peak_bytes(run) / setting.decoded**2 for run in (run_ours, run_theirs)]
     yield Row(f"{case}, peak of activations", "B/pixel", *bytes_each, goal=peak)
 
 
-def batch_row(case: str, ours: AutoEncoder, theirs: nn.Module, latents: Tensor) -> Row:
-    """How much more memory four pictures take than one."""
+def batch_row(
+    case: str, ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], latents: Tensor
+) -> Row:
+    """Count how much more memory four images take than one, decoded as `Pipeline.decode` does."""
 
-    def growth(decode):
+    def decode_one_by_one(latents: Tensor) -> Tensor:
+        return torch.cat([ours(x) for x in latents.split(1)])
+
+    def growth(decode: Callable[[Tensor], Tensor]) -> float:
         return peak_bytes(lambda: decode(latents)) / peak_bytes(lambda: decode(latents[:1]))
 
-    ratios = growth(ours.decode), growth(lambda x: reference.diffusers_decode(theirs, x))
+    ratios = growth(decode_one_by_one), growth(theirs)
     return Row(f"{case}, peak of a batch of 4 over that of 1", "", *ratios, limit=1.2)
 
 
 def saving_row(setting: Setting) -> Row:
-    """Decoded pixels -> the bytes of a PNG on disk."""
-    pixels = picture(setting.saved, setting.device)
+    """Time decoded pixels -> the bytes of a PNG on disk."""
+    pixels = photo_like(setting.saved, setting.device)
     with TemporaryDirectory() as folder:
         seconds = by_turns(
             [save_ours(pixels, Path(folder)), save_theirs(pixels, Path(folder))],
@@ -182,22 +202,28 @@ def saving_row(setting: Setting) -> Row:
     return Row(case, "s", *seconds, goal=0.45, runs=2 * setting.rounds)
 
 
-def picture(side: int, device: torch.device) -> Tensor:
-    """(1, 3, side, side), about as smooth and as noisy as a photo: that decides what a PNG takes."""
+def photo_like(side: int, device: torch.device) -> Tensor:
+    """Return pixels (1, 3, side, side), as smooth and noisy as a photo: this decides the time."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 3, 32, 32, generator=generator)
     smooth = F.interpolate(coarse, size=(side, side), mode="bicubic") / 2
-    return (smooth + torch.randn(smooth.shape, generator=generator) / 100).to(
-        device, torch.bfloat16
-    )
+    noise = torch.randn(smooth.shape, generator=generator) / 100
+    return (smooth + noise).to(device, torch.bfloat16)
 
 
 def save_ours(pixels: Tensor, folder: Path) -> Callable[[], None]:
-    return lambda: images.save(images.to_images(pixels)[0], folder / "ours.png", {}).unlink()
+    def save() -> None:
+        output.save(output.to_images(pixels)[0], folder / "ours.png", {}).unlink()
+
+    return save
 
 
 def save_theirs(pixels: Tensor, folder: Path) -> Callable[[], None]:
     from diffusers.image_processor import VaeImageProcessor
 
     processor = VaeImageProcessor()
-    return lambda: processor.postprocess(pixels, "pil")[0].save(folder / "theirs.png")
+
+    def save() -> None:
+        processor.postprocess(pixels, "pil")[0].save(folder / "theirs.png")
+
+    return save

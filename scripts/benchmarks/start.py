@@ -1,4 +1,4 @@
-"""What a start costs, in fresh processes: imports, the toy's first picture, loading."""
+"""The cost of a start, in new processes: imports, the toy's first image, loading."""
 
 import statistics
 import subprocess
@@ -24,64 +24,57 @@ from flux.weights.load import load_module
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = {
     "import torch": "import torch",
-    "import flux": "import flux; flux.MODELS; flux.load",  # the names, not just the package, whose own import does nothing
+    # the names too: the import of the package alone does nothing
+    "import flux": "import flux; flux.MODELS; flux.load",
     "import diffusers": "from diffusers import FluxPipeline",
 }
-LINUX = Path("/proc/self/status").exists()  # where the kernel says what a process has in memory
-PEAK = "; print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+LINUX = Path("/proc/self/status").exists()  # the kernel's report of a process's memory
+PEAK = """
+for line in open("/proc/self/status"):
+    if line.startswith("VmHWM"):
+        print(line.split()[1])
+"""
 
 
 def start_rows(setting: Setting) -> Iterator[Row]:
-    """What it takes until flux is there, and until the toy's first picture is, over what torch takes alone."""
+    """Time `import flux`, and the toy's first image, over `import torch` alone."""
+    commands = {}
+    for name, code in IMPORTS.items():
+        if name != "import diffusers" or installed("diffusers"):
+            commands[name] = ["-c", code]
     with TemporaryDirectory() as folder:
-        sample = [
-            str(ROOT / "scripts/sample.py"),
-            "a red circle on a white background",
-            "--output",
-            f"{folder}/a.png",
-        ]
-        commands = {
-            name: ["-c", code]
-            for name, code in IMPORTS.items()
-            if name != "import diffusers" or installed("diffusers")
-        }
-        seconds, _ = in_turn(commands | {"sample.py, prompt to picture": sample}, setting.rounds)
-    torch_alone = seconds.pop("import torch")
+        sample = [str(ROOT / "scripts/sample.py"), "a red circle on a white background"]
+        commands["sample.py, prompt to image"] = [*sample, "--output", f"{folder}/a.png"]
+        seconds, _ = in_turn(commands, setting.rounds)
+    torch_alone, runs = seconds.pop("import torch"), 2 * setting.rounds
     for name, median in seconds.items():
         goal = 1.10 if name == "import flux" else None
-        yield Row(
-            name, "s", median, torch_alone, "import torch", goal=goal, runs=2 * setting.rounds
-        )
+        yield Row(name, "s", median, torch_alone, "import torch", goal=goal, runs=runs)
 
 
 def cold_rows(setting: Setting) -> Iterator[Row]:
-    """Imports against diffusers': time, and the most memory that the process had."""
+    """Compare the imports with diffusers': time, and peak memory of the process."""
     commands = {name: ["-c", code + PEAK if LINUX else code] for name, code in IMPORTS.items()}
     seconds, printed = in_turn(commands, setting.rounds)
-    ours, theirs = seconds["import flux"], seconds["import diffusers"]
-    yield Row("cold start, import", "s", ours, theirs, goal=0.40, runs=2 * setting.rounds)
-    yield Row(
-        "cold start, import",
-        "s",
-        ours,
-        seconds["import torch"],
-        "import torch",
-        goal=1.10,
-        runs=2 * setting.rounds,
-    )
+    ours, theirs, runs = seconds["import flux"], seconds["import diffusers"], 2 * setting.rounds
+    alone = seconds["import torch"]
+    yield Row("cold start, import", "s", ours, theirs, goal=0.40, runs=runs)
+    yield Row("cold start, import", "s", ours, alone, "import torch", goal=1.10, runs=runs)
     if LINUX:
-        ours, theirs = (
-            1024 * statistics.median(map(int, printed[name]))
-            for name in ("import flux", "import diffusers")
-        )
-        yield Row("cold start, memory", "B", ours, theirs, goal=0.65, runs=2 * setting.rounds)
+        names = "import flux", "import diffusers"
+        peaks = [1024 * statistics.median(map(int, printed[name])) for name in names]
+        yield Row("cold start, memory", "B", *peaks, goal=0.65, runs=runs)
 
 
 def in_turn(
     commands: dict[str, list[str]], rounds: int
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
-    """Median seconds of Python processes, and what they print; after each has run once, so that files are in the page cache."""
-    seconds, printed = {name: [] for name in commands}, {name: [] for name in commands}
+    """Return the median seconds of Python processes, and what they print, by name.
+
+    Each runs once before, so that files are in the page cache.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    printed: dict[str, list[str]] = {name: [] for name in commands}
     for command in commands.values():
         run(command)
     for _ in range(rounds):
@@ -93,48 +86,53 @@ def in_turn(
 
 
 def run(arguments: list[str]) -> tuple[float, str]:
+    """Run Python and return its seconds and its output. UserError if it fails."""
     start = perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(
-            f"{' '.join(arguments):.120} failed: {done.stderr.strip().splitlines()[-1]:.200}"
-        )
+        last_line = done.stderr.strip().splitlines()[-1]
+        raise UserError(f"{' '.join(arguments):.120} failed: {last_line:.200}")
     return perf_counter() - start, done.stdout
 
 
 def load_rows(setting: Setting) -> Iterator[Row]:
-    """Opening a transformer's file: seconds, and memory that is not the file's own pages. Each in a process of its own."""
+    """Load a transformer's file: seconds, and memory that is not pages of the file.
+
+    Each side loads in a process of its own.
+    """
     config = setting.cut(KLEIN_4B)
     with (
         TemporaryDirectory() as folder,
-        get_context("spawn").Pool(1) as mine,
-        get_context("spawn").Pool(1) as other,
+        get_context("spawn").Pool(1) as our_process,
+        get_context("spawn").Pool(1) as their_process,
     ):
         ours, theirs = Path(folder, "ours.safetensors"), Path(folder, "theirs")
-        kind, measured = write(config, ours, theirs), ([], [])
-        loads = [
-            lambda: mine.apply(load_ours, (config, ours)),
-            lambda: other.apply(load_theirs, (kind, theirs)),
-        ]
-        for load in loads:
-            load()  # imports what it needs
+        kind = write(config, ours, theirs)
+
+        def load(k: int) -> tuple[float, int]:
+            if k == 0:
+                return our_process.apply(load_ours, (config, ours))
+            return their_process.apply(load_theirs, (kind, theirs))
+
+        load(0), load(1)  # they import what they need
+        measured: tuple[list, list] = [], []
         for k in [0, 1, 1, 0] * setting.rounds:
-            measured[k].append(loads[k]())
+            measured[k].append(load(k))
         size = ours.stat().st_size
     case, runs = f"load, {shown(size, 'B')} of bfloat16", 2 * setting.rounds
-    seconds, growth = zip(
-        *([statistics.median(column) for column in zip(*each)] for each in measured)
-    )
+    seconds, growth = [], []
+    for each in measured:
+        all_seconds, all_growth = zip(*each)
+        seconds.append(statistics.median(all_seconds))
+        growth.append(statistics.median(all_growth) / size)
     yield Row(case, "s", *seconds, goal=1.0, runs=runs)
     if LINUX:
-        shares = [grown / size for grown in growth]
-        yield Row(
-            f"{case}, anonymous memory over the file's size", "", *shares, limit=0.02, runs=runs
-        )
+        name = f"{case}, anonymous memory over the file's size"
+        yield Row(name, "", *growth, limit=0.02, runs=runs)
 
 
 def write(config: FluxConfig, ours: Path, theirs: Path) -> type:
-    """The same random weights as each loads them best, in one file; returns the class that diffusers has for them."""
+    """Write the same random weights for both, in one file each. Return diffusers' class."""
     from flux.parity.reference import diffusers_transformer, loaded, transformer_to_diffusers
 
     state = random_weights(lambda: Flux(config), "cpu", torch.bfloat16).state_dict()
@@ -159,11 +157,11 @@ def load_theirs(kind: type, path: Path) -> tuple[float, int]:
 
 
 def cost(load: Callable[[], object]) -> tuple[float, int]:
-    """Seconds, and by how many bytes the process grew."""
+    """Return the seconds, and the bytes of anonymous memory that the process gained."""
     before, start = anonymous(), perf_counter()
     model = load()
     seconds, growth = perf_counter() - start, anonymous() - before
-    del model  # only now: what it takes has been seen
+    del model  # not before its memory is measured
     return seconds, growth
 
 

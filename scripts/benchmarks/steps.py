@@ -1,7 +1,9 @@
-"""One step of the transformer, ours and diffusers', with the same weights and inputs, as each one's pipeline takes it.
+"""One step of the transformer, ours and diffusers', with the same weights and inputs.
 
-What our pipeline computes once a generation, rotations and modulations, is no part of a step; diffusers' computes both anew.
-Time and guidance are such that both round them alike, also in bfloat16.
+Each side runs as its pipeline runs it. Our pipeline computes rotations and modulations once a
+generation, so a step has none of them; diffusers' step computes both. Both round the time and the
+guidance of the inputs alike, also in bfloat16. On a CPU our networks run with the faster forwards
+of flux/runtime/fast.py, as after `flux.load`; the rows "plain" run them without.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measure import kernels, peak_bytes
+from benchmarks.measure import peak_bytes
 from benchmarks.rows import Row
 from benchmarks.setting import Setting, narrowed
 from benchmarks.timing import pair, random_weights
@@ -26,6 +28,7 @@ from flux.parity.reference import (
     transformer_to_diffusers,
 )
 from flux.runtime.devices import can_compile
+from flux.runtime.fast import fast_transformer
 from flux.runtime.lazy_module import compile_blocks
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
@@ -40,33 +43,30 @@ Step = Callable[[], Tensor]
 
 
 def step_rows(setting: Setting) -> Iterator[Row]:
-    yield from map(kernel_row, FAMILIES)
     yield resident_row()
-    yield from (overhead_row(name, setting) for name in FAMILIES)
-    cpu = setting.device.type == "cpu"
+    for name in FAMILIES:
+        yield overhead_row(name, setting)
+    goals: dict[int, tuple[float | None, float | None]] = {}  # by side: eager, compiled
+    if setting.width is None and setting.device.type == "cpu":
+        goals = {256: (0.97, None), 512: (0.94, None)}
+    elif setting.width is None:
+        goals = dict.fromkeys(setting.sides, (0.85, 0.95))
     for name, config in FAMILIES.items():
         config = setting.cut(config)
         for side in setting.sides:
-            case = (
-                f"step, {name}, 1 + 2 blocks of width {config.hidden_size}, {side}x{side}, bfloat16"
-            )
-            goals = ({256: 0.97, 512: 0.94}.get(side), None) if cpu else (0.85, 0.95)
             yield from timed_rows(
-                case, config, side, setting, *(goals if setting.width is None else (None, None))
+                case_name(name, config, side), config, side, setting, *goals.get(side, (None, None))
             )
 
 
-def kernel_row(name: str) -> Row:
-    """Kernels that a step starts, of a narrow model of full depth, on the CPU: the same number in every run."""
-    ours, theirs = both(narrowed(FAMILIES[name], 64), "cpu", torch.float32)
-    given = inputs(ours.config, 64, 8, "cpu", torch.float32)
-    counts = [kernels(step).total() for step in (our_step(ours, given), their_step(theirs, given))]
-    return Row(f"step, {name}, kernels", "kernels", *counts, goal=0.55)
+def case_name(name: str, config: FluxConfig, side: int) -> str:
+    return f"step, {name}, 1 + 2 blocks of width {config.hidden_size}, {side}x{side}, bfloat16"
 
 
 def overhead_row(name: str, setting: Setting) -> Row:
-    """So narrow, and of so few tokens, that kernels themselves take little time: what is left is what starting them takes."""
+    """Time a model so narrow, on so few tokens, that starting kernels takes most of the time."""
     ours, theirs = both(narrowed(FAMILIES[name], 32), setting.device, torch.float32)
+    ours = as_loaded(ours, setting.device)
     given = inputs(ours.config, 32, 4, setting.device, torch.float32)
     with same_attention():
         case = f"step, {name}, full depth, width 32, 8 tokens, float32, eager"
@@ -74,7 +74,7 @@ def overhead_row(name: str, setting: Setting) -> Row:
 
 
 def resident_row() -> Row:
-    """Weights of the full size that a step reads, and that must be in memory for it: of ours, not those of the modulation."""
+    """Count the weights that a full-size step reads. Ours does not read those of modulation."""
     with torch.device("meta"):
         ours, theirs = Flux(FLUX1).bfloat16(), diffusers_transformer(FLUX1).bfloat16()
     given = inputs(FLUX1, 64, 8, "meta", torch.bfloat16)
@@ -83,15 +83,14 @@ def resident_row() -> Row:
 
 
 def read_bytes(model: nn.Module, step: Step) -> int:
-    """Of the parameters that `step` hands to any operation."""
+    """Return the bytes of the parameters that `step` passes to any operation."""
     seen = set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            leaves = tree_leaves((args, kwargs))
-            seen.update(
-                leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)
-            )
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor):
+                    seen.add(leaf.untyped_storage()._cdata)
             return function(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():
@@ -107,24 +106,45 @@ def timed_rows(
     eager: float | None,
     compiled: float | None,
 ) -> Iterator[Row]:
-    """Eager, its peak of activations, and compiled; the two floats are the goals."""
+    """Yield the time of an eager step, its peak of activations, and the time of a compiled one.
+
+    eager, compiled: goals. On a CPU a row "plain" shows what flux/runtime/fast.py is worth.
+    """
     ours, theirs = both(config, setting.device, torch.bfloat16)
     given = inputs(config, side, setting.text, setting.device, torch.bfloat16)
-    mine, other = our_step(ours, given), their_step(theirs, given)
+    our, their = our_step(ours, given), their_step(theirs, given)
     with same_attention():
-        yield pair(f"{case}, eager", mine, other, setting, goal=eager)
-        yield Row(f"{case}, peak of activations", "B", peak_bytes(mine), peak_bytes(other))
+        if setting.device.type == "cpu":
+            plain_step = our_step(sharing_weights(ours), given)
+            as_loaded(ours, setting.device)
+        yield pair(f"{case}, eager", our, their, setting, goal=eager)
+        if setting.device.type == "cpu":
+            yield pair(f"{case}, eager, plain", plain_step, their, setting)
+        yield Row(f"{case}, peak of activations", "B", peak_bytes(our), peak_bytes(their))
         if setting.compiled and can_compile(setting.device):
             compile_blocks(ours, BLOCK_LISTS)
             theirs.compile_repeated_blocks(fullgraph=True)
-            yield pair(f"{case}, compiled", mine, other, setting, goal=compiled)
+            yield pair(f"{case}, compiled", our, their, setting, goal=compiled)
     torch._dynamo.reset()
+
+
+def as_loaded(model: Flux, device: torch.device | str) -> Flux:
+    """Change `model` as `flux.load` changes it on this device, and return it."""
+    return fast_transformer(model) if torch.device(device).type == "cpu" else model
+
+
+def sharing_weights(model: Flux) -> Flux:
+    """Return another transformer with the same tensors."""
+    with torch.device("meta"):
+        other = Flux(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval().requires_grad_(False)
 
 
 def both(
     config: FluxConfig, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[Flux, nn.Module]:
-    """Ours and diffusers' transformer, which share their weights."""
+    """Return our transformer and diffusers' transformer, which share their weights."""
     ours = random_weights(lambda: Flux(config), device, dtype)
     return ours, loaded(
         diffusers_transformer(config), transformer_to_diffusers(ours.state_dict(), config)
@@ -134,7 +154,7 @@ def both(
 def inputs(
     config: FluxConfig, side: int, text: int, device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """For a picture of `side` pixels, in the middle of its generation; ids are on the CPU."""
+    """Return the inputs of a step at t = 0.5, of an image of `side` pixels. Ids are on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -156,13 +176,10 @@ def inputs(
 
 
 def our_step(model: Flux, given: dict[str, Tensor]) -> Step:
-    img, txt, rope = (
-        given["img"],
-        given["txt"],
-        model.rope(given["txt_ids"], given["img_ids"]).to(given["img"].device),
-    )
-    inputs = {name: given[name] for name in ("t", "guidance", "vector") if name in given}
-    mods = model.modulations([model.vec(**inputs)])[0]
+    img, txt = given["img"], given["txt"]
+    rope = model.rope(given["txt_ids"], given["img_ids"]).to(img.device)
+    vec_inputs = {name: given[name] for name in ("t", "guidance", "vector") if name in given}
+    mods = model.modulations([model.vec(**vec_inputs)])[0]
     return lambda: model.denoise(img, txt, rope, mods)
 
 
@@ -173,6 +190,9 @@ def their_step(model: nn.Module, given: dict[str, Tensor]) -> Step:
 
 @contextmanager
 def same_attention():
-    """On a GPU: the fastest that torch has, for both; it chooses another by itself. Without gradients, as both pipelines."""
+    """Run both sides without gradients and, on a GPU, with the fastest attention of torch.
+
+    Torch would choose a slower one by itself.
+    """
     with torch.no_grad(), sdpa_kernel(BACKENDS, set_priority=True):
         yield

@@ -1,9 +1,10 @@
-"""Two ways to do one thing, timed by turns: A B B A, so that a machine that slows down slows both."""
+"""Time two ways to do one thing by turns, A B B A: a machine that slows down slows both."""
 
 import math
 import statistics
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,40 +15,47 @@ from flux.parity.reference import relative_l2
 
 
 def pair(
-    name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], setting: Setting, **row
+    name: str,
+    ours: Callable[[], Tensor],
+    theirs: Callable[[], Tensor],
+    setting: Setting,
+    **row: Any,
 ) -> Row:
-    """Two functions that should have the same result, as a row of seconds."""
+    """Time two functions of the same result, and return a row of seconds with their difference."""
     difference = relative_l2(ours(), theirs().float())
     seconds = by_turns([ours, theirs], setting.rounds, setting.enough)
     return Row(name, "s", *seconds, runs=2 * setting.rounds, difference=difference, **row)
 
 
 def by_turns(functions: list[Callable[[], object]], rounds: int, enough: float) -> list[float]:
-    """Median seconds of each, of two timings a round, after a warm-up; what takes less than `enough` is repeated."""
-    first = [timed(function) for function in functions]
-    usual = max(
-        timed(function) if seconds < enough else seconds
-        for function, seconds in zip(functions, first)
-    )
-    calls = math.ceil(enough / usual)  # the same number of each
-    seconds = [[] for _ in functions]
+    """Return the median seconds of each function, of two timings a round, after a warm-up.
+
+    Functions that take less than `enough` seconds are called several times, all equally often.
+    """
+    usual = []
+    for function in functions:
+        seconds = timed(function)
+        usual.append(timed(function) if seconds < enough else seconds)
+    calls = math.ceil(enough / max(usual))
+    timings: list[list[float]] = [[] for _ in functions]
+    forwards = list(range(len(functions)))
     for _ in range(rounds):
-        for k in [*range(len(functions)), *reversed(range(len(functions)))]:
-            seconds[k].append(timed(functions[k], calls))
-    return [statistics.median(each) for each in seconds]
+        for k in forwards + forwards[::-1]:
+            timings[k].append(timed(functions[k], calls))
+    return [statistics.median(each) for each in timings]
 
 
 def timed(function: Callable[[], object], calls: int = 1) -> float:
-    """Seconds of one call, all that it started on a device included."""
-    synchronise()
+    """Return the seconds of one call, with all that it started on a device."""
+    synchronize()
     start = perf_counter()
     for _ in range(calls):
         function()
-    synchronise()
+    synchronize()
     return (perf_counter() - start) / calls
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.backends.mps.is_available():
@@ -57,9 +65,10 @@ def synchronise() -> None:
 def random_weights(
     build: Callable[[], nn.Module], device: torch.device | str, dtype: torch.dtype
 ) -> nn.Module:
-    """A network whose weights are drawn where they will be used, so that the largest is ready in seconds.
+    """Build a module whose weights are drawn on the device: the largest is ready in seconds.
 
-    Matrices keep the size of what they multiply. Never zeros: multiplying those is faster than any real model.
+    Matrices keep the size of their inputs. No weight is 0: products with zeros are faster than any
+    real model's.
     """
     with torch.device("meta"):
         module = build()
@@ -70,10 +79,10 @@ def random_weights(
             tensor.zero_()
         elif name.endswith("running_var"):
             tensor.uniform_(0.5, 2, generator=generator)
-        elif tensor.ndim == 1:  # a bias or a mean about 0, the scale of a norm about 1
-            tensor.normal_(
-                0.0 if name.endswith(("bias", "running_mean")) else 1.0, 0.1, generator=generator
-            )
+        elif name.endswith("running_mean") or (tensor.ndim == 1 and name.endswith("bias")):
+            tensor.normal_(0.0, 0.1, generator=generator)
+        elif tensor.ndim == 1:  # the scale of a norm
+            tensor.normal_(1.0, 0.1, generator=generator)
         else:
             tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
     return module

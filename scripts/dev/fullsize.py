@@ -6,7 +6,7 @@
 
 The file has the name and the layout of the released one, in bfloat16 whatever that is in, and random values; a file that is
 already there is taken as it is, and none is deleted. A fresh process then loads it as flux.load does, and makes one step at
-256x256 on the CPU; or it trains a LoRA as scripts/train.py --checkpointing does, on a drawn picture of that size, and leaves
+256x256 on the CPU; or it trains a LoRA as scripts/train.py --checkpointing does, on a drawn image of that size, and leaves
 lora.safetensors there.
 """
 
@@ -235,7 +235,7 @@ def result(network: Flux, path: Path) -> tuple[list[tuple[str, str]], bool]:
 
 
 def loss_of(spec: ModelSpec, network: Flux, number: int) -> Tensor:
-    """Of the n-th drawn picture and caption: in training, both come from the cache, and what has made them is not in memory."""
+    """Of the n-th drawn image and caption: in training, both come from the cache, and what has made them is not in memory."""
     config, draw = spec.transformer, training.seeded_generator(0, number)
 
     def random(*shape):

@@ -74,7 +74,7 @@ def asked(name: str, config) -> dict[str, Tensor]:
     return {"ids": ids, "mask": mask.flip(1) if name == "mistral" else mask}
 
 
-def picture(name: str, guidance: float | None, folder: Path) -> tuple[list, dict[str, Tensor]]:
+def image(name: str, guidance: float | None, folder: Path) -> tuple[list, dict[str, Tensor]]:
     """Our networks, and the tensors of a whole pipeline of diffusers, from the prompts on."""
     repository, seen = home(folder, name), []
     spec = reference.tiny_models(write_tokenizers(repository, name))[name]
@@ -126,7 +126,7 @@ def main() -> None:
         save(name, tensors | {"fingerprint": reference.fingerprint(ours)}, {})
     for name, guidance in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            modules, tensors = picture(name, guidance, Path(folder))
+            modules, tensors = image(name, guidance, Path(folder))
         asked = {"prompts": "\n".join(PROMPTS)} | (
             {} if guidance is None else {"guidance": str(guidance)}
         )

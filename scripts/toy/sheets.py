@@ -9,25 +9,23 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import flux
-from flux import toy as shapes
+from flux import toy
 
 SEED = 4_000_000  # of what is asked for
-SIDE, GAP, LINE = 144, 8, 12  # pixels: of a picture, between two cells, of a line of text
+SIDE, GAP, LINE = 144, 8, 12  # pixels: of an image, between two cells, of a line of text
 GUIDANCE, STEPS = (1.0, 2.0, 3.0, 4.0, 5.0), (1, 2, 3, 4, 6, 8)
 
-Cell = tuple[list[Image.Image], str]  # pictures in a row, and the text below
+Cell = tuple[list[Image.Image], str]  # images in a row, and the text below
 
 
 def write_sheets(pipe: flux.Pipeline, folder: Path, seed: int) -> None:
     """PNG files of 256 colours, named by the model and by what they show."""
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = list(itertools.islice(shapes.scenes(SEED + seed, held=True, complete=True), 24))
+    scenes = list(itertools.islice(toy.scenes(SEED + seed, held=True, complete=True), 24))
     prompts = [str(scene) for scene in scenes]
     made = pipe(prompts, seed=seed)
     sheets = {
-        "text": sheet(
-            [([picture], prompt) for picture, prompt in zip(made, prompts, strict=True)], 8
-        )
+        "text": sheet([([image], prompt) for image, prompt in zip(made, prompts, strict=True)], 8)
     }
     few = prompts[:3]
     for name, values in (("guidance", GUIDANCE), ("steps", STEPS)):
@@ -41,19 +39,19 @@ def write_sheets(pipe: flux.Pipeline, folder: Path, seed: int) -> None:
         sheets[name] = sheet(cells, len(values))
     if pipe.spec.image_mode == "reference":
         sheets["edits"] = edits_sheet(pipe, seed)
-    for name, picture in sheets.items():
-        picture.quantize(256).save(folder / f"{pipe.spec.name}-{name}.png", optimize=True)
+    for name, image in sheets.items():
+        image.quantize(256).save(folder / f"{pipe.spec.name}-{name}.png", optimize=True)
 
 
 def edits_sheet(pipe: flux.Pipeline, seed: int) -> Image.Image:
-    """Two of each kind, or one of a rare one: the pictures before, and the result."""
+    """Two of each kind, or one of a rare one: the images before, and the result."""
     size, rng = pipe.spec.size, np.random.default_rng(seed)
-    kinds: dict[str, list[shapes.Edit]] = {}
-    for edit in itertools.islice(shapes.edits(SEED + seed, held=True), 200):
+    kinds: dict[str, list[toy.Edit]] = {}
+    for edit in itertools.islice(toy.edits(SEED + seed, held=True), 200):
         kinds.setdefault(edit.kind, []).append(edit)
     cells: list[Cell] = []
     for edit in [edit for some in kinds.values() for edit in some[:2]]:
-        before = [Image.fromarray(shapes.draw(layout, size, size, rng)) for layout in edit.before]
+        before = [Image.fromarray(toy.draw(layout, size, size, rng)) for layout in edit.before]
         cells.append(
             (
                 [*before, *pipe(str(edit), seed=seed, images=flux.ImageInputs(tuple(before)))],
@@ -64,19 +62,19 @@ def edits_sheet(pipe: flux.Pipeline, seed: int) -> Image.Image:
 
 
 def sheet(cells: Sequence[Cell], columns: int) -> Image.Image:
-    """Cells in rows of so many, all as wide as the widest; pictures are square, and a text has up to five lines."""
+    """Cells in rows of so many, all as wide as the widest; images are square, and a text has up to five lines."""
     font, below = ImageFont.load_default(11), 5 * LINE + GAP
-    width = max(len(pictures) for pictures, _ in cells) * (SIDE + 2) + GAP
+    width = max(len(images) for images, _ in cells) * (SIDE + 2) + GAP
     page = Image.new(
         "RGB", (columns * width - GAP, -(-len(cells) // columns) * (SIDE + below)), "white"
     )
     write = ImageDraw.Draw(page)
-    for number, (pictures, text) in enumerate(cells):
+    for number, (images, text) in enumerate(cells):
         x, y = number % columns * width, number // columns * (SIDE + below)
-        for place, picture in enumerate(pictures):
+        for place, image in enumerate(images):
             page.paste(
-                picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x + place * (SIDE + 2), y)
+                image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x + place * (SIDE + 2), y)
             )
-        lines = textwrap.fill(text, len(pictures) * SIDE // 6)
+        lines = textwrap.fill(text, len(images) * SIDE // 6)
         write.multiline_text((x, y + SIDE + 3), lines, fill="black", font=font, spacing=1)
     return page

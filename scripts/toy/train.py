@@ -1,10 +1,10 @@
-"""Makes an embedded model from nothing: it draws its own pictures, of a grammar's captions and edits, and learns from them.
+"""Makes an embedded model from nothing: it draws its own images, of a grammar's captions and edits, and learns from them.
 
     python scripts/toy/train.py runs/toy --compile --export flux/toy/tiny/flux.2-tiny
     python scripts/toy/train.py runs/more --export runs/better --start-from flux/toy/tiny/flux.2-tiny
     python scripts/toy/train.py runs/one --model flux.1-tiny --autoencoder flux/toy/tiny/flux.2-tiny/ae.safetensors
 
-In turn: the tokenizers, the autoencoder, the latents of all pictures, for flux.1-tiny its T5, the transformer with its text
+In turn: the tokenizers, the autoencoder, the latents of all images, for flux.1-tiny its T5, the transformer with its text
 encoders, for flux.1-tiny the student that it distils its guidance into, and the decoder once more (`scripts/toy/recipe/`).
 
 What is in the run's folder is not made again, and a network whose training was stopped goes on from its last checkpoint.

@@ -25,7 +25,7 @@ from support.load_script import script
 from support.tiny_repositories import home, write_tokenizers
 
 import flux
-from flux import toy as shapes
+from flux import toy
 from flux.configs import MODELS
 from flux.errors import NonFiniteError, WriteError
 from flux.parity.reference import max_error, networks, randomise, tiny_models, write_weights
@@ -83,8 +83,8 @@ def estimated_memory(train, monkeypatch):
 
 def draw(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
     """Draw an image in inverted colours, which the toy has not seen, and write its caption."""
-    scene = next(shapes.scenes(seed, held=None))
-    pixels = 255 - shapes.draw(scene, *size, np.random.default_rng(seed))
+    scene = next(toy.scenes(seed, held=None))
+    pixels = 255 - toy.draw(scene, *size, np.random.default_rng(seed))
     Image.fromarray(pixels).save(path)
     path.with_suffix(".txt").write_text(str(scene))
     return path

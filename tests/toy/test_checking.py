@@ -1,6 +1,6 @@
-"""flux.toy.looking and checking: what is seen in a picture, and the verdict.
+"""flux.toy.looking and checking: what is seen in an image, and the verdict.
 
-The truth: pictures that are drawn right, also through what a model or a file does to them, and pictures that are wrong in one
+The truth: images that are drawn right, also through what a model or a file does to them, and images that are wrong in one
 thing that the test knows.
 """
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flux import toy as shapes
+from flux import toy
 from flux.toy import (
     COLOURS,
     PATTERNS,
@@ -43,23 +43,23 @@ def drawn(layout: Layout | Scene, size: int = 256, seed: int = 0) -> np.ndarray:
     return draw(layout, size, size, np.random.default_rng(seed))
 
 
-def soft(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def soft(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Blurred with a Gaussian of one pixel, then with noise of six grey levels."""
     weights = np.exp(-np.square(np.arange(-4, 5)) / 2)
-    padded = np.pad(picture.astype(np.float32), ((4, 4), (4, 4), (0, 0)), mode="edge")
-    height, width = picture.shape[:2]
+    padded = np.pad(image.astype(np.float32), ((4, 4), (4, 4), (0, 0)), mode="edge")
+    height, width = image.shape[:2]
     rows = sum(w * padded[i : i + height] for i, w in enumerate(weights / weights.sum()))
     both = sum(w * rows[:, i : i + width] for i, w in enumerate(weights / weights.sum()))
     return np.rint(both + rng.normal(0, 6, both.shape)).clip(0, 255).astype(np.uint8)
 
 
-def jpeg(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "jpeg", quality=75)
+    Image.fromarray(image).save(file, "jpeg", quality=75)
     return np.asarray(Image.open(file))
 
 
-WAYS = {"as drawn": lambda picture, rng: picture, "soft": soft, "jpeg": jpeg}
+WAYS = {"as drawn": lambda image, rng: image, "soft": soft, "jpeg": jpeg}
 
 
 # ---------------------------------------------------------------------------------------------------------- right is right
@@ -187,14 +187,14 @@ def test_one_thing_wrong_is_found_and_no_other():
     rng, verdicts = np.random.default_rng(1), {}
     for scene in islice(scenes(1, None, complete=True), 30):
         every = list(wrongs(scene, arrange(scene, rng), rng))
-        for change in shapes.ATTRIBUTES:
+        for change in toy.ATTRIBUTES:
             cases = [(attributes, wrong) for name, attributes, wrong in every if name == change]
             for n in rng.permutation(len(cases))[:3]:
                 attributes, wrong = cases[n]
                 false = {name for name, right in check(drawn(wrong), scene).items() if not right}
                 found = false == attributes | {"all"} if attributes else {"colour", "all"} <= false
                 verdicts.setdefault(change, []).append(found)
-    assert verdicts.keys() == set(shapes.ATTRIBUTES) and min(map(len, verdicts.values())) >= 3
+    assert verdicts.keys() == set(toy.ATTRIBUTES) and min(map(len, verdicts.values())) >= 3
     assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(
         verdicts, 1
     )
@@ -254,8 +254,8 @@ def test_half_a_thing_is_none(side):
         (scene for scene in scenes(3, None, complete=True) if not scene.relation), 12
     ):
         layout = arrange(scene, rng)
-        picture = drawn(layout)
-        thing = np.argwhere((picture != picture[0, 0]).any(-1))
+        image = drawn(layout)
+        thing = np.argwhere((image != image[0, 0]).any(-1))
         (top, left), (bottom, right) = thing.min(0), thing.max(0) + 1
         y, x = (top + bottom) // 2, (left + right) // 2
         erased = {
@@ -264,8 +264,8 @@ def test_half_a_thing_is_none(side):
             "upper": np.s_[:y],
             "lower": np.s_[y:],
         }[side]
-        picture[erased] = picture[0, 0]
-        verdict = check(picture, scene)
+        image[erased] = image[0, 0]
+        verdict = check(image, scene)
         assert (
             not verdict["all"]
             and verdict["background"]
@@ -286,29 +286,29 @@ def test_every_letter_is_read():
             LETTERS[start : start + 3][::-1] + "I",
         ):
             word = Word(letters, "blue", "top")
-            picture = soft(drawn(Scene((word,), None, "yellow")), np.random.default_rng(start))
-            assert check(picture, Scene((word,), None, "yellow"))["all"]
-            assert letters_right(picture, word) == len(letters)
+            image = soft(drawn(Scene((word,), None, "yellow")), np.random.default_rng(start))
+            assert check(image, Scene((word,), None, "yellow"))["all"]
+            assert letters_right(image, word) == len(letters)
 
 
 def test_letters_right_are_counted_where_they_belong():
-    picture = drawn(Scene((Word("FLUX", "black"),), None, "white"))
+    image = drawn(Scene((Word("FLUX", "black"),), None, "white"))
     for said, count in {"FLUX": 4, "FLAX": 3, "LFUX": 2, "FLU": 3, "LUX": 0, "JAZZ": 0}.items():
-        assert letters_right(picture, Word(said, "black")) == count
-        assert check(picture, Scene((Word(said, "black"),)))["letters"] == (said == "FLUX")
-    assert letters_right(picture, Word("FLUX", "red")) == 0
+        assert letters_right(image, Word(said, "black")) == count
+        assert check(image, Scene((Word(said, "black"),)))["letters"] == (said == "FLUX")
+    assert letters_right(image, Word("FLUX", "red")) == 0
 
 
 def test_a_spoilt_letter_is_not_one():
     """A letter may miss up to three of its squares, but is then still itself and no other."""
     glyphs = {letter: drawing.GLYPHS[letter] > 0 for letter in LETTERS}
     assert min((glyphs[a] ^ glyphs[b]).sum() for a, b in product(LETTERS, LETTERS) if a < b) >= 2
-    picture = drawn(Scene((Word("HE", "black"),), None, "white"))
-    assert letters_right(picture, Word("HE", "black")) == 2
-    ink = np.argwhere((picture == 15).all(-1))
+    image = drawn(Scene((Word("HE", "black"),), None, "white"))
+    assert letters_right(image, Word("HE", "black")) == 2
+    ink = np.argwhere((image == 15).all(-1))
     (top, left), bottom = ink.min(0), ink[:, 0].max() + 1
-    picture[top + 28 : bottom, left : left + 41] = 250  # of the H, its lower half
-    assert letters_right(picture, Word("HE", "black")) == 1
+    image[top + 28 : bottom, left : left + 41] = 250  # of the H, its lower half
+    assert letters_right(image, Word("HE", "black")) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- edits
@@ -368,13 +368,13 @@ def wrong_results(edit: Edit, rng: np.random.Generator):
         yield "relation", mirrored(after)
 
 
-def test_one_thing_wrong_in_an_edited_picture_is_found():
+def test_one_thing_wrong_in_an_edited_image_is_found():
     rng, verdicts = np.random.default_rng(4), {}
     for edit in islice(edits(4, None), 24):
         for change, wrong in wrong_results(edit, rng):
             verdict = check_edit(drawn(wrong), edit)
             verdicts.setdefault(change, []).append(not verdict["all"] and not verdict.get(change))
-    assert verdicts.keys() == {*shapes.ATTRIBUTES, "nothing done", "third"} - {"letters"}
+    assert verdicts.keys() == {*toy.ATTRIBUTES, "nothing done", "third"} - {"letters"}
     assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(
         verdicts, 1
     )
@@ -403,7 +403,7 @@ def test_what_was_added_may_be_of_any_size_unless_it_was_said_and_anywhere_in_it
     assert not check_edit(drawn(edit.after), said)["size"]
 
 
-# ---------------------------------------------------------------------------------------------------------- any picture
+# ---------------------------------------------------------------------------------------------------------- any image
 
 
 @settings(max_examples=25, deadline=None)
@@ -412,21 +412,21 @@ def test_what_was_added_may_be_of_any_size_unless_it_was_said_and_anywhere_in_it
     sides=st.sampled_from([(64, 64), (16, 256), (128, 128), (40, 24)]),
     kind=st.sampled_from(["noise", "flat", "boxes"]),
 )
-def test_any_picture_has_a_verdict(seed, sides, kind):
+def test_any_image_has_a_verdict(seed, sides, kind):
     rng = np.random.default_rng(seed)
     scene, edit = next(scenes(seed, None)), next(edits(seed, None))
-    picture = np.broadcast_to(rng.integers(0, 256, 3, np.uint8), (*sides, 3)).copy()
+    image = np.broadcast_to(rng.integers(0, 256, 3, np.uint8), (*sides, 3)).copy()
     if kind == "noise":
-        picture = rng.integers(0, 256, (*sides, 3), np.uint8)
+        image = rng.integers(0, 256, (*sides, 3), np.uint8)
     for _ in range(6 if kind == "boxes" else 0):
         top, left = (rng.integers(0, side) for side in sides)
-        picture[top : top + rng.integers(1, 40), left : left + rng.integers(1, 40)] = rng.integers(
+        image[top : top + rng.integers(1, 40), left : left + rng.integers(1, 40)] = rng.integers(
             0, 256, 3
         )
-    before = picture.copy()
-    verdict = check(picture, scene)
-    assert verdict == check(picture, scene) and np.array_equal(picture, before)
-    assert not verdict["all"] and not check_edit(picture, edit)["all"]
+    before = image.copy()
+    verdict = check(image, scene)
+    assert verdict == check(image, scene) and np.array_equal(image, before)
+    assert not verdict["all"] and not check_edit(image, edit)["all"]
     assert all(type(right) is bool for right in verdict.values())
 
 
@@ -455,7 +455,7 @@ def test_shares():
     )
     words = Scene((Word("AB", "blue"),)), Scene((Word("AC", "blue"),))
     ring, letters = drawn(good), drawn(words[0])
-    assert shapes.score([ring, ring, letters, letters], [good, bad, *words]) == {
+    assert toy.score([ring, ring, letters, letters], [good, bad, *words]) == {
         "background": 1,
         "colour": 1,
         "shape": 0.5,
@@ -465,4 +465,4 @@ def test_shares():
         "each letter": 0.75,
     }
     edit = next(edits(0, None))
-    assert shapes.score_edits([drawn(edit.after), ring], [edit, edit])["all"] == 0.5
+    assert toy.score_edits([drawn(edit.after), ring], [edit, edit])["all"] == 0.5

@@ -5,6 +5,7 @@ Whether training works is shown by its product, in tests/test_embedded.py.
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,7 @@ from support.load_script import script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flux
-from flux import sampling, transformer
-from flux import toy as shapes
+from flux import sampling, toy, transformer
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import reference_tokens
 from flux.configs import MODELS, ModelSpec
@@ -27,11 +27,12 @@ from flux.training.loss import Batch, predict_velocity
 from flux.weights import locate as models
 from flux.weights.load import infer_config
 
-toy = script("toy/train")  # whose folder is where the recipe is found from now on
+train = script("toy/train")  # whose folder is where the recipe is found from now on
 from recipe import autoencoder
 from recipe.attention import attention
-from recipe.batches import Batches, Pictures
-from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, pictures, shown
+from recipe.batches import Batches, Images
+from recipe.images import to_images, to_pixels
+from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, images, shown
 from recipe.neighbours import neighbours_loss
 from recipe.networks import (
     CHANGED,
@@ -42,10 +43,11 @@ from recipe.networks import (
     new_networks,
     shown_loss,
 )
-from recipe.pictures import to_pictures, to_pixels
 from recipe.text import NEAR, Tokenizer
 from recipe.tokenizer import texts, train_tokenizers
 from recipe.trainer import TimedTrainer, optimizers
+
+pytestmark = pytest.mark.slow
 
 SPEC, SPEC1 = MODELS["flux.2-tiny"], MODELS["flux.1-tiny"]
 every_model = pytest.mark.parametrize("spec", [SPEC, SPEC1], ids=["flux.2", "flux.1"])
@@ -93,7 +95,7 @@ def test_the_loss_is_zero_for_the_true_velocity_and_only_for_it():
     assert flow_loss(Oracle(latents, 0.9), latents, None) > 1e-3
 
 
-def test_tokens_of_pictures_are_seen_half_way_through_the_single_blocks():
+def test_tokens_of_images_are_seen_half_way_through_the_single_blocks():
     """What is kept are the tokens that the fifth block reads, of the image and then of references, less those of the text."""
     networks = random_networks()
     blocks, seen = networks.transformer.single_blocks, []
@@ -108,7 +110,7 @@ def test_tokens_of_pictures_are_seen_half_way_through_the_single_blocks():
     assert networks.shown(networks.hidden).shape == (2, 6 + 15, len(THINGS) + 16 + 1)
 
 
-def test_tokens_of_a_window_have_the_coordinates_that_they_have_in_the_picture():
+def test_tokens_of_a_window_have_the_coordinates_that_they_have_in_the_image():
     networks, features = random_networks(), TextFeatures(drawn(2, 5, 384, seed=1), None)
     x, t = drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9])
     ids, txt_ids = (
@@ -162,7 +164,7 @@ def test_what_is_shown_costs_nothing_where_it_is_known():
 
 
 def test_what_an_edit_changes_costs_nothing_where_it_is_known():
-    """Of two rows of three tokens one is another; that is asked of the result's tokens, and of those of the picture before."""
+    """Of two rows of three tokens one is another; that is asked of the result's tokens, and of those of the image before."""
     before = drawn(1, 8, 2, 3)
     after = before + 0.2 * drawn(1, 8, 2, 3, seed=1)
     after[0, :, 1, 0] += 1
@@ -176,18 +178,18 @@ def test_what_an_edit_changes_costs_nothing_where_it_is_known():
         assert changed_loss(wrong, after, before).item() == pytest.approx(30 / 12)
 
 
-def test_in_drawn_pictures_changes_are_told_from_what_is_beside_them():
+def test_in_drawn_images_changes_are_told_from_what_is_beside_them():
     """By the shipped autoencoder: where a thing is recoloured, nearly all of its tokens change, and hardly any others do."""
     encoder, hits, misses = flux.load("flux.2-tiny", device="cpu").image_encoder(), [], []
     some = (
         edit
-        for edit in shapes.edits(5, held=None)
+        for edit in toy.edits(5, held=None)
         if edit.kind == "colour" and len(edit.after.items) == 2
     )
     for edit in itertools.islice(some, 4):
         with torch.inference_mode():
             latents = encoder.encode(
-                to_pixels(np.stack([shapes.draw(x, 256, 256) for x in (edit.after, *edit.before)]))
+                to_pixels(np.stack([toy.draw(x, 256, 256) for x in (edit.after, *edit.before)]))
             )
         changed = (latents[0] - latents[1]).square().mean(0).sqrt() > CHANGED
         item = next(item for item in edit.after.items if item not in edit.before[0].items)
@@ -234,22 +236,22 @@ def test_heads_of_t5_begin_with_looks_back_and_ahead_near_and_far():
 
 @pytest.mark.parametrize("size", [(256, 256), (320, 192)])
 def test_what_tokens_show_is_what_is_drawn(size):
-    """Where a token shows a thing, it has its colour in the picture, as much as is said; elsewhere there is background."""
-    for scene, (layout,) in itertools.islice(pictures(*size), 60):
+    """Where a token shows a thing, it has its colour in the image, as much as is said; elsewhere there is background."""
+    for scene, (layout,) in itertools.islice(images(*size), 60):
         things, covered = shown(layout, *size)
         names = {THINGS[number] for number in np.unique(things)} - {None}
         things_of = [item.thing for item in layout.items]
         assert names == {
             name
             for x in things_of
-            for name in (x.letters if isinstance(x, shapes.Word) else [x.shape])
+            for name in (x.letters if isinstance(x, toy.Word) else [x.shape])
         }
-        picture, ground = (
-            shapes.draw(layout, *size).astype(float),
-            np.array(shapes.COLOURS[layout.background], float),
+        image, ground = (
+            toy.draw(layout, *size).astype(float),
+            np.array(toy.COLOURS[layout.background], float),
         )
         height, width = things.shape
-        away = np.abs(picture - ground).max(-1).reshape(height, 16, width, 16)
+        away = np.abs(image - ground).max(-1).reshape(height, 16, width, 16)
         assert np.array_equal(away.max((1, 3)) > 0, things > 0)
         cells = (
             away.reshape(height, 4, 4, width, 4, 4)
@@ -262,24 +264,24 @@ def test_what_tokens_show_is_what_is_drawn(size):
         )
 
 
-def test_the_box_of_a_picture_holds_what_it_shows():
-    for _, (layout,) in itertools.islice(pictures(256, 256), 20):
+def test_the_box_of_a_image_holds_what_it_shows():
+    for _, (layout,) in itertools.islice(images(256, 256), 20):
         things, covered = shown(layout, 256, 256)
         rows, columns = np.nonzero(things)
         assert (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1) == box(covered)
 
 
-def test_most_edits_of_one_picture_are_about_one_of_its_things():
+def test_most_edits_of_one_image_are_about_one_of_its_things():
     some = [edit for edit, _ in itertools.islice(edits("edits-1"), 300)]
     assert 0.6 < np.mean([edit.kind in CHANGES for edit in some]) < 0.76
     assert {edit.kind for edit in some} == {*CHANGES, "background", "add", "described"}
     two = {edit.kind for edit, _ in itertools.islice(edits("edits-2"), 30)}
-    assert two == {"two pictures: background", "two pictures: colour"}
+    assert two == {"two images: background", "two images: colour"}
     assert {edit.kind for edit, _ in itertools.islice(edits("families"), 60)} == set(CHANGES)
 
 
 def test_letters_are_told_apart():
-    word = shapes.Layout((shapes.Item(shapes.Word("AZ", "red"), 0.5, 0.5, 0.0),), "blue")
+    word = toy.Layout((toy.Item(toy.Word("AZ", "red"), 0.5, 0.5, 0.0),), "blue")
     things, _ = shown(word, 256, 256)
     left, right = (np.argwhere(things == THINGS.index(letter))[:, 1] for letter in "AZ")
     assert left.max() < right.min() and len(left) >= 6 and len(right) >= 6
@@ -416,9 +418,9 @@ def digits(latents: torch.Tensor) -> torch.Tensor:
 
 
 def files(run, count: int = 400, seed: int = 0) -> None:
-    """As `encode_all` writes them, but a token's latents say where it is: in which picture of an edit, row and column.
+    """As `encode_all` writes them, but a token's latents say where it is: in which image of an edit, row and column.
 
-    What it shows is the number of its text in the file, and the same, in digits. The pictures are in no order.
+    What it shows is the number of its text in the file, and the same, in digits. The images are in no order.
     """
     rng = np.random.default_rng(seed)
     for name, (width, height), others in [
@@ -449,12 +451,12 @@ def files(run, count: int = 400, seed: int = 0) -> None:
                 "things": things,
                 "covered": 2 * things[..., None],
                 "boxes": torch.from_numpy(np.concatenate([first, behind], axis=1)),
-                "pictures": which,
+                "images": which,
             },
         )
 
 
-def test_batches_are_of_pictures_and_of_edits(tmp_path):
+def test_batches_are_of_images_and_of_edits(tmp_path):
     files(tmp_path)
     batches = Batches(tmp_path, {"ids": torch.zeros(1, 3, dtype=torch.int64)})
     seen, empty, windows = set(), 0.0, 0
@@ -472,16 +474,16 @@ def test_batches_are_of_pictures_and_of_edits(tmp_path):
         assert torch.equal(2 * things[..., None], batch.covered)
         assert (
             ids[~dropped, :1] == things[~dropped] // 1_000_000
-        ).all()  # all pictures of a text are its own
+        ).all()  # all images of a text are its own
         coordinates = torch.stack(
             torch.meshgrid(top + torch.arange(h), left + torch.arange(w), indexing="ij")
         )
-        pictures = [batch.latents, *(batch.references.unbind(1) if number else ())]
+        images = [batch.latents, *(batch.references.unbind(1) if number else ())]
         for place, latents in enumerate(
-            pictures
+            images
         ):  # the result first, then those before in their order
             assert (latents[:, 0] == place).all() and (latents[:, 1:] == coordinates).all()
-        shown = torch.cat([digits(latents).flatten(1) for latents in pictures], dim=1)
+        shown = torch.cat([digits(latents).flatten(1) for latents in images], dim=1)
         assert torch.equal(things % 1_000_000, shown)  # in the order of the tokens
         seen.add(number)
         empty += dropped.double().mean().item() / 60
@@ -490,12 +492,12 @@ def test_batches_are_of_pictures_and_of_edits(tmp_path):
     assert windows > 20
 
 
-def test_windows_hold_all_that_a_picture_shows_with_room_to_spare(tmp_path):
+def test_windows_hold_all_that_a_image_shows_with_room_to_spare(tmp_path):
     files(tmp_path)
     rng, corners = np.random.default_rng(0), set()
     for some in (
-        Pictures(tmp_path / "latents-256x256.safetensors"),
-        Pictures(tmp_path / "latents-320x192.safetensors"),
+        Images(tmp_path / "latents-256x256.safetensors"),
+        Images(tmp_path / "latents-320x192.safetensors"),
     ):
         for _ in range(200):
             rows, corner, size = some.some(8, rng)
@@ -519,30 +521,28 @@ class Coloured(torch.nn.Module):
         return self.decoder(latents.expand(-1, 1, 256, 256))
 
 
-def test_the_decoder_learns_from_the_pictures_that_its_latents_are_of(tmp_path, monkeypatch):
+def test_the_decoder_learns_from_the_images_that_its_latents_are_of(tmp_path, monkeypatch):
     save_tensors(
         tmp_path / "latents-256x256.safetensors",
         {
             "latents": torch.arange(8).half().view(8, 1, 1, 1),
-            "pictures": torch.arange(8).flip(0)[:, None],
+            "images": torch.arange(8).flip(0)[:, None],
         },
     )
     torch.manual_seed(0)
     model, wanted = Coloured(), []
     before = {name: p.detach().clone() for name, p in model.decoder.named_parameters()}
-    straight = autoencoder.picture_loss
+    straight = autoencoder.image_loss
     monkeypatch.setattr(
         autoencoder,
-        "picture_loss",
+        "image_loss",
         lambda made, pixels: wanted.append(pixels) or straight(made, pixels),
     )
     autoencoder.train_decoder(tmp_path, 0.01, torch.device("cpu"), model, count=5)
-    drawn = [
-        shapes.draw(layout, 256, 256) for _, (layout,) in itertools.islice(pictures(256, 256), 5)
-    ]
+    drawn = [toy.draw(layout, 256, 256) for _, (layout,) in itertools.islice(images(256, 256), 5)]
     assert len(model.asked) == len(wanted) > 0 and set(model.asked) <= set(range(3, 8))
     for row, pixels in zip(model.asked, wanted, strict=True):
-        assert np.array_equal(to_pictures(pixels)[0], drawn[7 - row])
+        assert np.array_equal(to_images(pixels)[0], drawn[7 - row])
     assert all(
         not p.requires_grad and not torch.equal(p, before[name])
         for name, p in model.decoder.named_parameters()
@@ -556,7 +556,7 @@ def test_the_decoder_learns_from_the_pictures_that_its_latents_are_of(tmp_path, 
 def test_captions_fit_and_have_ids_that_the_encoder_knows(spec, run):
     networks = random_networks(spec)
     captions = [
-        str(scene) for scene in itertools.islice(shapes.scenes(5, held=None, complete=True), 500)
+        str(scene) for scene in itertools.islice(toy.scenes(5, held=None, complete=True), 500)
     ]
     words = Tokenizer(run[spec.name], spec)(captions)  # UserError, if one does not fit
     features = networks.text(**{part: x[:4] for part, x in words.items()})
@@ -614,13 +614,13 @@ def test_t5s_pieces_are_those_that_sentencepiece_finds(run):
 
 
 @every_model
-def test_what_it_exports_loads_strictly_and_makes_pictures(spec, run, tmp_path, monkeypatch):
+def test_what_it_exports_loads_strictly_and_makes_images(spec, run, tmp_path, monkeypatch):
     networks = random_networks(spec).to(torch.bfloat16).float()  # as the files have them
     network = (
         make_student(networks.transformer) if spec.transformer.guidance else networks.transformer
     )
     home = tmp_path / spec.name
-    toy.export(home, run[spec.name], spec, AutoEncoder(spec.autoencoder), network, networks.text)
+    train.export(home, run[spec.name], spec, AutoEncoder(spec.autoencoder), network, networks.text)
     assert infer_config(home / spec.transformer_file) == spec.transformer
     monkeypatch.setattr(models, "EMBEDDED", tmp_path)
     pipe = flux.load(spec.name, device="cpu")
@@ -631,26 +631,26 @@ def test_what_it_exports_loads_strictly_and_makes_pictures(spec, run, tmp_path, 
         assert (
             ours is exported or relative_l2(exported, ours) < 1e-5
         )  # batches, and padding, differ
-    begun = toy.begin(spec, home)
+    begun = train.begin(spec, home)
     for name, x in begun.text.state_dict().items():
         assert torch.equal(x, networks.text.state_dict()[name]), name
 
 
 def made_by(options: str, monkeypatch) -> None:
-    """What toy.py makes of a few pictures, in a step or more of each training, without a look at it."""
-    monkeypatch.setattr(toy.Sampler, "sheet", lambda *_: None)
+    """What toy.py makes of a few images, in a step or more of each training, without a look at it."""
+    monkeypatch.setattr(train.Sampler, "sheet", lambda *_: None)
     stages = "text", "transformer", "student", "decoder"
     minutes = " ".join(
         ["--autoencoder-minutes 0", *(f"--{stage}-minutes 0.001" for stage in stages)]
     )
     monkeypatch.setattr(
-        "sys.argv", ["toy.py", *options.split(), *minutes.split(), "--device", "cpu"]
+        "sys.argv", ["train.py", *options.split(), *minutes.split(), "--device", "cpu"]
     )
     with monkeypatch.context() as patch:
         patch.setattr(
             transformer, "attention", transformer.attention
         )  # training puts its own there
-        assert toy.main() == 0
+        assert train.main() == 0
 
 
 @every_model
@@ -659,17 +659,19 @@ def test_all_stages_make_a_model_of_another_one(spec, tmp_path, monkeypatch):
     for sizes in (SCENES, EDITS):
         for size in sizes:
             monkeypatch.setitem(sizes, size, 3)
+    few = partial(autoencoder.train_autoencoder, count=215)  # 129 of them are scenes
+    monkeypatch.setattr(train, "train_autoencoder", few)
     before, made = models.EMBEDDED / SPEC.name, tmp_path / "tiny" / spec.name
     if spec is SPEC1:
-        before, autoencoder = tmp_path / "first", before / "ae.safetensors"
+        before, file = tmp_path / "first", before / "ae.safetensors"
         made_by(
-            f"{tmp_path}/run --model {spec.name} --autoencoder {autoencoder} --export {before}",
+            f"{tmp_path}/run --model {spec.name} --autoencoder {file} --export {before}",
             monkeypatch,
         )
     made_by(
         f"{tmp_path}/more --model {spec.name} --start-from {before} --export {made}", monkeypatch
     )
-    for name in toy.files_of(spec):
+    for name in train.files_of(spec):
         if name.endswith(".safetensors"):
             old, new = (load_tensors(folder / name) for folder in (before, made))
             assert old.keys() == new.keys() and any(
@@ -682,18 +684,18 @@ def test_all_stages_make_a_model_of_another_one(spec, tmp_path, monkeypatch):
     assert image.size == (256, 256)
 
 
-def test_an_autoencoder_of_flux2_makes_the_same_pictures_in_flux1s_layout():
-    """All parameters random; then latents are made normal, and the pictures are still the same."""
+def test_an_autoencoder_of_flux2_makes_the_same_images_in_flux1s_layout():
+    """All parameters random; then latents are made normal, and the images are still the same."""
     first = randomise(AutoEncoder(SPEC.autoencoder))
     first.bn.running_var.abs_().add_(0.1)
     second = autoencoder.in_flux1(first.state_dict(), SPEC1.autoencoder)
     pixels = drawn(2, 3, 32, 48)
     expected = first.decode(first.encode(pixels))
     assert relative_l2(second.decode(second.encode(pixels)), expected) < 1e-5
-    pictures = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), np.uint8)
-    autoencoder.measure_statistics(second, pictures)
+    images = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), np.uint8)
+    autoencoder.measure_statistics(second, images)
     assert relative_l2(second.decode(second.encode(pixels)), expected) < 1e-5
-    latents = second.encode(autoencoder.to_pixels(pictures))
+    latents = second.encode(autoencoder.to_pixels(images))
     assert latents.std().item() == pytest.approx(1, rel=1e-3)
 
 
@@ -714,9 +716,9 @@ def test_an_autoencoder_of_flux2_makes_the_same_pictures_in_flux1s_layout():
 def test_what_cannot_be_made_is_refused_before_it_begins(
     options, told, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("sys.argv", ["toy.py", str(tmp_path / "run"), *options.split()])
+    monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "run"), *options.split()])
     try:
-        code = toy.main()
+        code = train.main()
     except SystemExit as refused:
         code = refused.code
     assert code == 2 and told in capsys.readouterr().err and not (tmp_path / "run").exists()

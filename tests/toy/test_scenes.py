@@ -256,7 +256,7 @@ def test_edits_change_what_their_instructions_say_and_nothing_else():
                 next(word for word in words if word in ("first", "second"))
             )
             (item,), (other,) = edit.before[which].items, edit.before[1 - which].items
-            colour = edit.kind == "two pictures: colour"
+            colour = edit.kind == "two images: colour"
             wanted = (
                 replace(item, thing=replace(item.thing, colour=other.thing.colour))
                 if colour
@@ -269,7 +269,7 @@ def test_edits_change_what_their_instructions_say_and_nothing_else():
     assert len(kinds) == 10 and min(kinds.values()) > 15
 
 
-def test_a_family_means_now_the_one_and_now_the_other_thing_of_the_same_pictures():
+def test_a_family_means_now_the_one_and_now_the_other_thing_of_the_same_images():
     for family in islice(families(0), 50):
         layout = family[0].before[0]
         ways = {(edit.before[0], edit.after) for edit in family}
@@ -357,14 +357,14 @@ def test_letters_are_told_apart_and_fill_their_squares():
     )  # whole squares of eight pixels, on the grid
 
 
-def test_colours_of_a_picture_are_those_that_are_named():
-    picture = draw(
+def test_colours_of_a_image_are_those_that_are_named():
+    image = draw(
         Scene((Object("square", "red", "large", "", ""),), None, "blue"),
         96,
         96,
         np.random.default_rng(0),
     )
     assert (
-        tuple(picture[48, 48]) == COLOURS["red"]
-        and tuple(picture[0, 0]) == tuple(picture[-1, -1]) == COLOURS["blue"]
+        tuple(image[48, 48]) == COLOURS["red"]
+        and tuple(image[0, 0]) == tuple(image[-1, -1]) == COLOURS["blue"]
     )

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from support.load_script import script
 
-from flux import MODELS
-from flux import toy as shapes
+from flux import MODELS, toy
 from flux.configs import ModelSpec
 from flux.image_io import request
 from flux.runtime import checks as options
@@ -28,24 +27,22 @@ class Painter:
         self.deaf, self.known, self.asked = deaf, {}, []
 
     def expect(self, tasks):
-        self.known |= {(task.prompt, id(task.pictures)): task for task in tasks}
+        self.known |= {(task.prompt, id(task.images)): task for task in tasks}
 
     def __call__(self, prompts, seed=0, images=None, width=256, height=256, **options):
         self.asked.append(options)
         rng, made = np.random.default_rng(seed), []
         for prompt, given in zip(prompts, images or [None] * len(prompts), strict=True):
             task = self.known[prompt, id(given)]
-            what = task.asked.after if isinstance(task.asked, shapes.Edit) else task.asked
+            what = task.asked.after if isinstance(task.asked, toy.Edit) else task.asked
             if self.deaf:
-                what = shapes.Scene(
-                    (shapes.Object("circle", "red", "large", "", ""),), None, "blue"
-                )
-            made.append(Image.fromarray(shapes.draw(what, width, height, rng)))
+                what = toy.Scene((toy.Object("circle", "red", "large", "", ""),), None, "blue")
+            made.append(Image.fromarray(toy.draw(what, width, height, rng)))
         return made
 
 
 def rows_of(part: str, count: int = 25, edits: int = 30, spec: ModelSpec = SPEC) -> list[score.Row]:
-    scenes = score.first(shapes.scenes(score.SCENES, held=True, complete=True), count)
+    scenes = score.first(toy.scenes(score.SCENES, held=True, complete=True), count)
     return list(score.PARTS[part](SimpleNamespace(spec=spec), scenes, scenes[:15], edits, 0))
 
 
@@ -98,8 +95,8 @@ def test_the_model_takes_what_its_rows_ask_for(spec):
         )
         assert two or "negative_prompt" not in row.options
         for task in row.tasks:
-            if task.pictures:
-                request.check_images(spec, task.pictures)
+            if task.images:
+                request.check_images(spec, task.images)
 
 
 def test_a_model_without_references_is_not_asked_for_edits(monkeypatch, capsys):
@@ -114,17 +111,17 @@ def test_what_is_asked_for_is_held_out_of_training(rows):
         asked = [task.asked for task in row.tasks]
         if row.name == "edits":
             asked = [
-                shapes.Scene(tuple(i.thing for i in edit.after.items), None, edit.after.background)
+                toy.Scene(tuple(i.thing for i in edit.after.items), None, edit.after.background)
                 for edit in asked
             ]
-        held = [shapes.held_out(scene) for scene in asked if isinstance(scene, shapes.Scene)]
+        held = [toy.held_out(scene) for scene in asked if isinstance(scene, toy.Scene)]
         if row.name == "combinations that it was trained on":
             assert not any(held)
         elif row.score is not score.not_large and "painting" not in row.name:
             assert all(held)
 
 
-def test_edits_are_made_once_and_scored_by_the_number_of_their_pictures(monkeypatch):
+def test_edits_are_made_once_and_scored_by_the_number_of_their_images(monkeypatch):
     (row,) = rows_of("edits")
     painter = Painter()
     painter.expect(row.tasks)
@@ -134,7 +131,7 @@ def test_edits_are_made_once_and_scored_by_the_number_of_their_pictures(monkeypa
     assert len(painter.asked) == 2 and every[2]["all"] == one[2]["all"] == two[2]["all"] == 1
 
 
-def test_a_changed_colour_is_where_only_the_picture_tells():
+def test_a_changed_colour_is_where_only_the_image_tells():
     (row,) = [row for row in rows_of("modes") if "image to image" in row.name]
     for task in row.tasks:
         (item,) = task.asked.after.items
@@ -144,36 +141,33 @@ def test_a_changed_colour_is_where_only_the_picture_tells():
         )
         assert " at the " not in task.prompt and "center" not in task.prompt
         elsewhere = replace(item, x=0.26 if item.x > 0.4 else 0.74)
-        picture = shapes.draw(
+        image = toy.draw(
             replace(task.asked.after, items=(elsewhere,)), 256, 256, np.random.default_rng(0)
         )
-        assert not row.score([picture], [task.asked])["all"]
+        assert not row.score([image], [task.asked])["all"]
 
 
 def test_nothing_is_not_a_small_thing():
     """Not large is what is seen as the thing that was asked for, of another size."""
-    rng, scene = (
-        np.random.default_rng(0),
-        shapes.Scene((shapes.Object("star", "red"),), None, "blue"),
-    )
-    empty = shapes.draw(shapes.Layout((), "blue"), 256, 256, rng)
-    others = [shapes.Object("star", "red", size) for size in shapes.SIZES] + [
-        shapes.Object("ring", "red", "small")
+    rng, scene = (np.random.default_rng(0), toy.Scene((toy.Object("star", "red"),), None, "blue"))
+    empty = toy.draw(toy.Layout((), "blue"), 256, 256, rng)
+    others = [toy.Object("star", "red", size) for size in toy.SIZES] + [
+        toy.Object("ring", "red", "small")
     ]
-    pictures = [
+    images = [
         empty,
-        *(shapes.draw(shapes.Scene((thing,), None, "blue"), 256, 256, rng) for thing in others),
+        *(toy.draw(toy.Scene((thing,), None, "blue"), 256, 256, rng) for thing in others),
     ]
-    assert [score.not_large([picture], [scene])["size"] for picture in pictures] == [0, 1, 1, 0, 0]
+    assert [score.not_large([image], [scene])["size"] for image in images] == [0, 1, 1, 0, 0]
 
 
-def test_what_a_mask_covers_is_gone_from_the_picture_and_the_rest_is_as_asked():
+def test_what_a_mask_covers_is_gone_from_the_image_and_the_rest_is_as_asked():
     for row in rows_of("modes"):
         for task in row.tasks if "painting" in row.name else ():
-            picture, mask = np.asarray(task.pictures.images[0]), np.asarray(task.pictures.mask) > 0
+            image, mask = np.asarray(task.images.images[0]), np.asarray(task.images.mask) > 0
             kept, gone = task.asked.objects
-            colours = [np.array(shapes.COLOURS[thing.colour]) for thing in (kept, gone)]
-            near = [np.abs(picture.astype(int) - colour).max(-1) < 8 for colour in colours]
+            colours = [np.array(toy.COLOURS[thing.colour]) for thing in (kept, gone)]
+            near = [np.abs(image.astype(int) - colour).max(-1) < 8 for colour in colours]
             assert mask.mean() == 0.5 and near[0][~mask].any(), task.prompt
             for thing, there in zip((kept, gone), near, strict=True):  # an empty canvas is gray
                 assert thing.colour == "gray" or not there[mask].any(), task.prompt
@@ -191,21 +185,21 @@ def draw(tmp_path, monkeypatch):
     return run
 
 
-def test_draw_writes_captioned_pictures_and_edits(draw, tmp_path, capsys):
-    draw("framed", "--framed", "--pictures", "3")
+def test_draw_writes_captioned_images_and_edits(draw, tmp_path, capsys):
+    draw("framed", "--framed", "--images", "3")
     for number in range(3):
-        picture = np.asarray(Image.open(tmp_path / "framed" / f"{number:04d}.png"))
+        image = np.asarray(Image.open(tmp_path / "framed" / f"{number:04d}.png"))
         (colour, _), text = (
-            shapes.drawing.FRAME,
+            toy.drawing.FRAME,
             (tmp_path / "framed" / f"{number:04d}.txt").read_text(),
         )
         assert (
-            picture.shape == (256, 256, 3)
-            and (picture[:8] == colour).all()
-            and (picture[:, -8:] == colour).all()
+            image.shape == (256, 256, 3)
+            and (image[:8] == colour).all()
+            and (image[:, -8:] == colour).all()
         )
-        assert not shapes.unknown_words(text)
-    draw("edits", "--edits", "--pictures", "3")
+        assert not toy.unknown_words(text)
+    draw("edits", "--edits", "--images", "3")
     lines = [
         json.loads(line)
         for line in (tmp_path / "edits" / "metadata.jsonl").read_text().splitlines()

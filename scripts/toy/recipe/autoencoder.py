@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux import toy as shapes
+from flux import toy
 from flux.autoencoder import AutoEncoder, pack
 from flux.configs import AutoEncoderConfig
 from flux.errors import UserError
 from flux.training.checkpoint import load_tensors, save_tensors
-from recipe.latents import pictures
-from recipe.pictures import busy_picture, contact_sheet, to_pictures, to_pixels
+from recipe.latents import images
+from recipe.images import busy_image, contact_sheet, to_images, to_pixels
 from recipe.trainer import TimedTrainer, optimizers
 
 EDGES = (
@@ -23,7 +23,7 @@ EDGES = (
     "conv_out",
     "quant_conv",
 )  # layers that touch pixels or latents are not for Muon
-SIZE = 256  # of the pictures that crops are taken of
+SIZE = 256  # of the images that crops are taken of
 
 
 def train_autoencoder(
@@ -37,7 +37,7 @@ def train_autoencoder(
     """The one that the run has finished; else one that begins with the file `start`, or anew, and learns for some minutes.
 
     A file of FLUX.2's family is good for FLUX.1's too.
-    Crops of 64 pixels, and of 128 for the last sixth, of `count` pictures; three in five of these are of the grammar.
+    Crops of 64 pixels, and of 128 for the last sixth, of `count` images; three in five of these are of the grammar.
     """
     torch.manual_seed(0)
     model = AutoEncoder(config)
@@ -61,12 +61,12 @@ def train_autoencoder(
     if finished.exists() or not (minutes or changed):
         return model
 
-    rng, scenes = np.random.default_rng(0), shapes.scenes(50, held=False)
+    if not minutes:  # the statistics below are those of the first 512 scenes
+        count = min(count, 855)
+    rng, scenes = np.random.default_rng(0), toy.scenes(50, held=False)
     data = np.empty((count, SIZE, SIZE, 3), np.uint8)
     for i in range(count):
-        data[i] = (
-            shapes.draw(next(scenes), SIZE, SIZE, rng) if i % 5 < 3 else busy_picture(rng, SIZE)
-        )
+        data[i] = toy.draw(next(scenes), SIZE, SIZE, rng) if i % 5 < 3 else busy_image(rng, SIZE)
     trainer = TimedTrainer(
         model,
         optimizers(model, 2e-3, 2e-3, EDGES),
@@ -95,7 +95,7 @@ def train_autoencoder(
         with torch.no_grad():
             pixels = to_pixels(data[:10]).to(device)
             decoded = model.decoder(model.encoder(pixels).chunk(2, 1)[0])
-        contact_sheet(run / "autoencoder.png", to_pictures(torch.cat([pixels, decoded])), 10)
+        contact_sheet(run / "autoencoder.png", to_images(torch.cat([pixels, decoded])), 10)
         print(
             f"\nPSNR {10 * math.log10(4 / F.mse_loss(decoded.clamp(-1, 1), pixels).item()):.1f} dB"
         )
@@ -107,15 +107,15 @@ def train_autoencoder(
 
 
 def autoencoder_loss(model: AutoEncoder, pixels: Tensor) -> Tensor:
-    """Of pixels (B, 3, H, W) through a sample of their posterior: `picture_loss`, and a light KL to the unit normal."""
+    """Of pixels (B, 3, H, W) through a sample of their posterior: `image_loss`, and a light KL to the unit normal."""
     mean, log_variance = model.encoder(pixels).chunk(2, dim=1)  # (B, z, h, w) each
     log_variance = log_variance.clamp(-30, 20)
     decoded = model.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-    return picture_loss(decoded, pixels) + 3e-4 * kl
+    return image_loss(decoded, pixels) + 3e-4 * kl
 
 
-def picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+def image_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
     """L1, of the pixels and of the differences between neighbours: sharp edges are worth more than exact greys."""
     error = decoded - pixels
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
@@ -125,10 +125,10 @@ def picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
 def train_decoder(
     run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder, count: int = 3000
 ) -> None:
-    """The decoder alone, on whole pictures and their exact latents: these stay as they are, so the transformer fits still."""
+    """The decoder alone, on whole images and their exact latents: these stay as they are, so the transformer fits still."""
     tensors = load_tensors(run / f"latents-{SIZE}x{SIZE}.safetensors")
-    latents = tensors["latents"][tensors["pictures"][:count, 0]]
-    layouts = [layout for _, (layout,) in itertools.islice(pictures(SIZE, SIZE), len(latents))]
+    latents = tensors["latents"][tensors["images"][:count, 0]]
+    layouts = [layout for _, (layout,) in itertools.islice(images(SIZE, SIZE), len(latents))]
     decoder = autoencoder.decoder.requires_grad_(True)
     trainer = TimedTrainer(
         decoder,
@@ -140,10 +140,10 @@ def train_decoder(
 
     def loss(step: int) -> Tensor:
         row = np.random.default_rng((3, step)).integers(len(latents))
-        wanted = to_pixels(shapes.draw(layouts[row], SIZE, SIZE)[None]).to(
+        wanted = to_pixels(toy.draw(layouts[row], SIZE, SIZE)[None]).to(
             device, memory_format=torch.channels_last
         )
-        return picture_loss(autoencoder.decode(latents[row][None].float().to(device)), wanted)
+        return image_loss(autoencoder.decode(latents[row][None].float().to(device)), wanted)
 
     trainer.run(loss)
     decoder.requires_grad_(False)
@@ -151,7 +151,7 @@ def train_decoder(
 
 @torch.no_grad()
 def measure_statistics(model: AutoEncoder, drawn: np.ndarray) -> None:
-    """Latents of pictures (N, H, W, 3), N >= 128, get a variance of one: in FLUX.2 in each channel, by the running statistics
+    """Latents of images (N, H, W, 3), N >= 128, get a variance of one: in FLUX.2 in each channel, by the running statistics
     that they are normalised with; in FLUX.1, which has one constant for all, by what the encoder multiplies them with."""
     device = next(model.parameters()).device
     packed = torch.cat(
@@ -173,7 +173,7 @@ def measure_statistics(model: AutoEncoder, drawn: np.ndarray) -> None:
 
 @torch.no_grad()
 def in_flux1(tensors: dict[str, Tensor], config: AutoEncoderConfig) -> AutoEncoder:
-    """An autoencoder of FLUX.2, in the layout of FLUX.1: it makes the same pictures, of latents of another size and mean.
+    """An autoencoder of FLUX.2, in the layout of FLUX.1: it makes the same images, of latents of another size and mean.
 
     FLUX.1 has no 1x1 convolutions between encoder and decoder. Both act on single latents, so they can act in the encoder's
     last convolution; log-variances stay as they are.

@@ -1,4 +1,4 @@
-"""What a step learns from: pictures of one size, windows of them, or edits of as many pictures."""
+"""What a step learns from: images of one size, windows of them, or edits of as many images."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,26 +23,24 @@ DROPPED = 0.1  # of the captions: what guidance is away from is learnt of these
 class Batch(NamedTuple):
     latents: Tensor  # (B, C, h, w)
     words: Words  # (B, T) each
-    references: Tensor | None  # of edits, the pictures before, (B, R, C, h, w)
+    references: Tensor | None  # of edits, the images before, (B, R, C, h, w)
     things: Tensor  # what the tokens of the image and then of the references show, (B, L + R)
     covered: Tensor  # and how much of their parts, (B, L + R, 16)
-    corner: tuple[int, int] = (0, 0)  # row and column of the first token in its picture
+    corner: tuple[int, int] = (0, 0)  # row and column of the first token in its image
 
 
 class Batches:
     """By their number. A share DROPPED of the captions is left out, `empty` in their place.
 
-    Mostly only a window of pictures is learnt from, around all that is in them: there is little to learn of the background, and
+    Mostly only a window of images is learnt from, around all that is in them: there is little to learn of the background, and
     it is most of what would be computed. Tokens keep their coordinates. Without `edited`, there are no edits.
     """
 
     def __init__(self, run: Path, empty: Words, edited: bool = True):
         shares = [SHARE[kind] for kind in EDITS] if edited else []
-        scenes = [
-            Pictures(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES
-        ]
+        scenes = [Images(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
         sizes = np.array(list(map(len, scenes)), float)
-        self.kinds = scenes + [Pictures(run / f"{kind}.safetensors") for kind in EDITS if edited]
+        self.kinds = scenes + [Images(run / f"{kind}.safetensors") for kind in EDITS if edited]
         self.odds = np.concatenate([(1 - sum(shares)) * sizes / sizes.sum(), shares])
         self.empty = empty
 
@@ -55,9 +53,9 @@ class Batches:
             name: torch.where(drop, empty, kind.tensors[name][rows].to(device))
             for name, empty in self.empty.items()
         }
-        pictures, tokens = kind.tensors["pictures"][rows], np.s_[top : top + h, left : left + w]
+        images, tokens = kind.tensors["images"][rows], np.s_[top : top + h, left : left + w]
         latents, things, covered = (
-            kind.tensors[name][pictures].to(device) for name in ("latents", "things", "covered")
+            kind.tensors[name][images].to(device) for name in ("latents", "things", "covered")
         )
         latents = latents[..., *tokens].float()
         references = latents[:, 1:] if kind.references else None
@@ -65,16 +63,16 @@ class Batches:
         return Batch(latents[:, 0], words, references, things, covered, (top, left))
 
 
-class Pictures:
+class Images:
     """All of one size, or all edits of a kind."""
 
     def __init__(self, path: Path):
         self.tensors = load_tensors(path)
         self.sides = np.array(self.tensors["latents"].shape[-2:])
-        self.references = self.tensors["pictures"].shape[1] - 1
-        boxes = self.tensors["boxes"].numpy()[self.tensors["pictures"].numpy()]  # (N, 1 + R, 4)
+        self.references = self.tensors["images"].shape[1] - 1
+        boxes = self.tensors["boxes"].numpy()[self.tensors["images"].numpy()]  # (N, 1 + R, 4)
         self.boxes = np.concatenate([boxes[..., :2].min(1), boxes[..., 2:].max(1)], -1)
-        # There are two tokens to spare, if the picture has as many: a window must not tell where in it things are.
+        # There are two tokens to spare, if the image has as many: a window must not tell where in it things are.
         sizes = np.minimum(self.boxes[:, 2:] - self.boxes[:, :2] + 2, self.sides)
         fits = (sizes[:, None] <= WINDOWS).all(-1) & (WINDOWS <= self.sides).all(-1)  # (N, windows)
         self.kinds = np.where(fits.any(1), fits.argmax(1), -1)

@@ -30,7 +30,7 @@ RATE = 2.5e-3  # of Muon; AdamW's is a third of it
 CHANGED = 0.3  # root mean square over a token's channels; where nothing is changed, what is beside it moves latents by less
 SHIFT = math.log(
     4
-)  # of the times, towards noise, where the sampler's are too: there it is decided what the picture shows
+)  # of the times, towards noise, where the sampler's are too: there it is decided what the image shows
 
 
 class Networks(nn.Module):
@@ -64,7 +64,7 @@ class Networks(nn.Module):
     ) -> Tensor:
         """Of latents x (B, C, h, w) at times t (B,), by the features of B prompts, with references (B, R, C, h, w).
 
-        `corner`: row and column of the first tokens, if the latents are a window of the pictures. `guidance` is for students.
+        `corner`: row and column of the first tokens, if the latents are a window of the images. `guidance` is for students.
         """
         axes = len(self.transformer.config.axes_dim)
         tokens = (
@@ -131,7 +131,7 @@ def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
 
     logits: (B, L, n + 1), as of `shown`; things: (B, L), places in THINGS; covered: (B, L, 16) from 0 to 255.
 
-    A representation is aligned (Yu et al. 2024, there to another network's) with what is known of a drawn picture. Velocities
+    A representation is aligned (Yu et al. 2024, there to another network's) with what is known of a drawn image. Velocities
     alone take very long to teach a small network that the names of shapes and letters mean something.
     """
     kinds, parts = logits[..., : len(THINGS)].float(), logits[..., len(THINGS) : -1].float()
@@ -140,12 +140,12 @@ def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
 
 
 def changed_loss(logits: Tensor, latents: Tensor, reference: Tensor) -> Tensor:
-    """Cross-entropy, in nats, of which tokens an edit changes: those of the result, and those of the picture before it.
+    """Cross-entropy, in nats, of which tokens an edit changes: those of the result, and those of the image before it.
 
     logits: (B, 2L, n + 1), as of `shown`; latents, reference: (B, C, h, w).
 
-    It takes the instruction and the picture together to know that. Velocities alone teach a small network first to change all
-    that a picture shows, and thousands of steps later that "the circle" is one of two things.
+    It takes the instruction and the image together to know that. Velocities alone teach a small network first to change all
+    that an image shows, and thousands of steps later that "the circle" is one of two things.
     """
     changed = (latents - reference).square().mean(1).sqrt().flatten(1) > CHANGED
     return F.binary_cross_entropy_with_logits(
@@ -159,5 +159,5 @@ def some_times(latents: Tensor) -> Tensor:
 
 
 def expanded(one: TextFeatures, count: int) -> TextFeatures:
-    """The features of one prompt, (1, T, D), for so many pictures."""
+    """The features of one prompt, (1, T, D), for so many images."""
     return TextFeatures(*(x if x is None else x.expand(count, *x.shape[1:]) for x in one))

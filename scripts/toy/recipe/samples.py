@@ -1,4 +1,4 @@
-"""Pictures of prompts, as the pipeline samples them, and how many of them are right: a look at a training as it goes."""
+"""Images of prompts, as the pipeline samples them, and how many of them are right: a look at a training as it goes."""
 
 import itertools
 from pathlib import Path
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from flux import sampling
-from flux import toy as shapes
+from flux import toy
 from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
 from recipe.networks import Networks, expanded
-from recipe.pictures import contact_sheet, to_pictures, to_pixels
+from recipe.images import contact_sheet, to_images, to_pixels
 from recipe.text import Tokenizer, Words
 from recipe.trainer import device_of
 
 
 class Sampler:
-    """What makes pictures of latents, and words of prompts."""
+    """What makes images of latents, and words of prompts."""
 
     def __init__(self, spec: ModelSpec, autoencoder: AutoEncoder, words: Tokenizer):
         self.spec, self.autoencoder, self.words, self.edits = (
@@ -35,14 +35,14 @@ class Sampler:
 
     def sheet(self, networks: Networks, path: Path) -> None:
         """40 held-out scenes, and 20 edits if it makes edits: a contact sheet, and their scores printed."""
-        scenes = list(itertools.islice(shapes.scenes(7, held=True, complete=True), 40))
-        made = self.pictures(networks, list(map(str, scenes)))
-        reports = [shapes.score(made, scenes)]
+        scenes = list(itertools.islice(toy.scenes(7, held=True, complete=True), 40))
+        made = self.images(networks, list(map(str, scenes)))
+        reports = [toy.score(made, scenes)]
         if self.edits:
-            edits = list(itertools.islice(shapes.edits(7, held=True), 20))
+            edits = list(itertools.islice(toy.edits(7, held=True), 20))
             edited = self.edited(networks, edits)
             made = np.concatenate([made, edited])
-            reports.append(shapes.score_edits(edited, edits))
+            reports.append(toy.score_edits(edited, edits))
         contact_sheet(path, made, 10)
         for report in reports:
             print(
@@ -50,24 +50,24 @@ class Sampler:
                 flush=True,
             )
 
-    def edited(self, networks: Networks, edits: list[shapes.Edit]) -> np.ndarray:
-        """The results of edits whose pictures are freshly drawn, (N, H, W, 3) uint8."""
+    def edited(self, networks: Networks, edits: list[toy.Edit]) -> np.ndarray:
+        """The results of edits whose images are freshly drawn, (N, H, W, 3) uint8."""
         rng, size, made = np.random.default_rng(0), self.spec.size, []
         for edit in edits:
             pixels = to_pixels(
-                np.stack([shapes.draw(layout, size, size, rng) for layout in edit.before])
+                np.stack([toy.draw(layout, size, size, rng) for layout in edit.before])
             )
             with torch.no_grad():
                 references = self.autoencoder.encode(pixels.to(self.device))[None]
-            made.append(self.pictures(networks, [str(edit)], references))
+            made.append(self.images(networks, [str(edit)], references))
         return np.concatenate(made)
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # too few passes to pay for another compilation
-    def pictures(
+    def images(
         self, networks: Networks, prompts: list[str], references: Tensor | None = None
     ) -> np.ndarray:
-        """(N, H, W, 3) uint8; picture k has seed k. References (1, R, C, h, w) are for all of them."""
+        """(N, H, W, 3) uint8; image k has seed k. References (1, R, C, h, w) are for all of them."""
         spec, side, count = self.spec, self.spec.size // 16, len(prompts)
         features, empty = (networks.text(**words) for words in (self.words_of(prompts), self.empty))
         empty = expanded(empty, count)
@@ -83,4 +83,4 @@ class Sampler:
             return networks.guided(features, empty, x, t, spec.guidance, references)
 
         latents = sampling.denoise(velocity, x.to(self.device), times)
-        return np.concatenate([to_pictures(self.autoencoder.decode(z)) for z in latents.split(8)])
+        return np.concatenate([to_images(self.autoencoder.decode(z)) for z in latents.split(8)])

@@ -18,7 +18,7 @@ GUIDANCE = 1.0, 6.0  # that it is told: any between these, as often
 def train_student(
     run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool
 ) -> Flux:
-    """One pass that is told its guidance, for two of the teacher, which are guided; on the pictures that the teacher knows.
+    """One pass that is told its guidance, for two of the teacher, which are guided; on the images that the teacher knows.
 
     Some captions are left out here too, and guidance then does nothing: so negative prompts can be used with the student.
     """

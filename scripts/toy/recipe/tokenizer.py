@@ -5,7 +5,7 @@ import json
 import string
 from pathlib import Path
 
-from flux import toy as shapes
+from flux import toy
 from flux.configs import FLUX1Text, FLUX2Text
 from flux.tokenizers import CLIP_WORDS, QWEN_WORDS, QwenTokenizer
 from flux.toy.scenes import WORDS
@@ -34,10 +34,10 @@ def texts() -> list[str]:
     """Captions and instructions, held-out ones too. The letters of words stand alone: no two of them shall be one token."""
     captions = (
         str(scene)
-        for scene in shapes.scenes(0, held=None)
-        if not isinstance(scene.objects[0], shapes.Word)
+        for scene in toy.scenes(0, held=None)
+        if not isinstance(scene.objects[0], toy.Word)
     )
-    instructions = map(str, shapes.edits(0, held=None))
+    instructions = map(str, toy.edits(0, held=None))
     letters = [f'the word "{letter}" in the' for letter in string.ascii_uppercase] * 40
     return [*itertools.islice(captions, 4000), *itertools.islice(instructions, 4000), *letters]
 

@@ -13,7 +13,7 @@ from recipe.networks import EDGES, RATE, Networks, changed_loss, flow_loss, show
 from recipe.samples import Sampler
 from recipe.trainer import COOLING, TimedTrainer, device_of, optimizers
 
-SHOWN = 0.2  # weight of `shown_loss`, and of `changed_loss` for edits of one picture
+SHOWN = 0.2  # weight of `shown_loss`, and of `changed_loss` for edits of one image
 NEIGHBOURS = 0.1  # and of `neighbours_loss`, for a T5 that is new
 
 

@@ -1,4 +1,4 @@
-"""Pictures beyond the grammar, which the autoencoder should survive; and arrays to pixels and back."""
+"""Images beyond the grammar, which the autoencoder should survive; and arrays to pixels and back."""
 
 from pathlib import Path
 
@@ -7,39 +7,39 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux import toy as shapes
+from flux import toy
 from flux.toy.drawing import coverage
 
 
-def busy_picture(rng: np.random.Generator, size: int) -> np.ndarray:
+def busy_image(rng: np.random.Generator, size: int) -> np.ndarray:
     """(S, S, 3) uint8: on a colour ramp or on smooth noise, half of them shapes in any colours, half regions of other noise."""
-    picture = smooth(rng, size, rng.uniform(1.0, 2.4)) if rng.random() < 0.5 else ramp(rng, size)
+    image = smooth(rng, size, rng.uniform(1.0, 2.4)) if rng.random() < 0.5 else ramp(rng, size)
     if rng.random() < 0.5:  # regions of other stuff, with sharp borders
         for _ in range(rng.integers(1, 4)):
             field = smooth(rng, size, rng.uniform(1.8, 2.6))[..., :1]
             edge = np.clip(
                 (field - np.quantile(field, rng.uniform(0.3, 0.8))) / rng.uniform(0.5, 6), 0, 1
             )
-            picture = picture * (1 - edge) + smooth(rng, size, rng.uniform(0.8, 2.4)) * edge
+            image = image * (1 - edge) + smooth(rng, size, rng.uniform(0.8, 2.4)) * edge
     else:
         for _ in range(rng.integers(2, 7)):
-            shape, radius = str(rng.choice(shapes.SHAPES)), rng.uniform(0.06, 0.3) * size
-            pattern = str(rng.choice(["", "", *shapes.PATTERNS]))
+            shape, radius = str(rng.choice(toy.SHAPES)), rng.uniform(0.06, 0.3) * size
+            pattern = str(rng.choice(["", "", *toy.PATTERNS]))
             alpha = coverage(shape, *rng.uniform(0, size, 2), radius, size, size, pattern)[
                 ..., None
             ]
-            picture = picture * (1 - alpha) + rng.uniform(0, 255, 3).astype(np.float32) * alpha
-    return np.rint(picture.clip(0, 255)).astype(np.uint8)
+            image = image * (1 - alpha) + rng.uniform(0, 255, 3).astype(np.float32) * alpha
+    return np.rint(image.clip(0, 255)).astype(np.uint8)
 
 
 def ramp(rng: np.random.Generator, size: int) -> np.ndarray:
     """From one colour to another, (S, S, 3) float32."""
     along = np.linspace(0, 1, size, dtype=np.float32)
     along = along[:, None, None] if rng.random() < 0.5 else along[None, :, None]
-    picture = rng.uniform(0, 255, 3).astype(np.float32) * along + rng.uniform(0, 255, 3).astype(
+    image = rng.uniform(0, 255, 3).astype(np.float32) * along + rng.uniform(0, 255, 3).astype(
         np.float32
     ) * (1 - along)
-    return np.broadcast_to(picture, (size, size, 3))
+    return np.broadcast_to(image, (size, size, 3))
 
 
 def smooth(rng: np.random.Generator, size: int, power: float) -> np.ndarray:
@@ -52,26 +52,26 @@ def smooth(rng: np.random.Generator, size: int, power: float) -> np.ndarray:
     fields = (fields - fields.mean((1, 2), keepdims=True)) / fields.std((1, 2), keepdims=True)
     colours = rng.normal(0, 1, (3, 3)) * np.array([[0.2], [0.35], [0.35]])
     colours[0] += 1  # the first field is brightness
-    picture = np.einsum("fhw,fc->hwc", fields, colours) * rng.uniform(15, 60) + rng.uniform(
+    image = np.einsum("fhw,fc->hwc", fields, colours) * rng.uniform(15, 60) + rng.uniform(
         40, 215, 3
     )
-    return picture.astype(np.float32)
+    return image.astype(np.float32)
 
 
-def to_pixels(pictures: np.ndarray) -> Tensor:
+def to_pixels(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pictures(pixels: Tensor) -> np.ndarray:
+def to_images(pixels: Tensor) -> np.ndarray:
     """(B, 3, H, W) -> (B, H, W, 3) uint8; what is not in [-1, 1] is clamped."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def contact_sheet(path: Path, pictures: np.ndarray, columns: int) -> None:
-    """Pictures (N, H, W, 3) in rows; N is a multiple of `columns`."""
+def contact_sheet(path: Path, images: np.ndarray, columns: int) -> None:
+    """Images (N, H, W, 3) in rows; N is a multiple of `columns`."""
     rows = [
-        np.concatenate(list(pictures[i : i + columns]), axis=1)
-        for i in range(0, len(pictures), columns)
+        np.concatenate(list(images[i : i + columns]), axis=1)
+        for i in range(0, len(images), columns)
     ]
     Image.fromarray(np.concatenate(rows)).save(path)
