@@ -9,13 +9,12 @@ import torch
 from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
 from flux.errors import UserError
-from flux.pipeline import Pipeline
+from flux.pipeline import Networks, Pipeline
 from flux.runtime.bfl_autoencoder import bfl_autoencoder
 from flux.runtime.devices import can_compile, choose_device, choose_dtype
 from flux.runtime.fast import fast_autoencoder, fast_transformer
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.options import Offload, RuntimeOptions
-from flux.runtime.residency import Networks
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys
 from flux.text_encoder import build_text_encoder
 from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, FluxConfig, Numerics

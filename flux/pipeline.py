@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import conditioning, sampling
+from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
 from flux.configs import ModelSpec
 from flux.errors import UserError
@@ -38,13 +39,23 @@ from flux.runtime.checks import (
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan
 from flux.runtime.options import RuntimeOptions
-from flux.runtime.residency import Networks, Residency
+from flux.runtime.residency import Residency
 from flux.runtime.tiling import decode_tiled
 from flux.siglip import preprocess_for_siglip
-from flux.text_encoder import FLUX1TextEncoder, TextFeatures
+from flux.text_encoder import FLUX1TextEncoder, TextEncoder, TextFeatures
 from flux.transformer import Flux, KVCache, Modulation, Modulations, Numerics
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, its new time, latents (B, C, h, w)
+
+
+class Networks(NamedTuple):
+    """The networks of a model. A LazyModule loads its module when it is called."""
+
+    text: TextEncoder
+    transformer: LazyModule[Flux]
+    autoencoder: LazyModule[AutoEncoder]  # for decoding, in its dtype
+    image_encoder: LazyModule[AutoEncoder]  # the same in float32, for input images
+    redux: tuple[LazyModule[Any], ...] = ()  # SigLIP and the projection of FLUX.1 Redux
 
 
 class Branch(NamedTuple):
@@ -73,7 +84,15 @@ class Pipeline:
         self.text, self.transformer = networks.text, networks.transformer
         self.autoencoder, self.image_encoder = networks.autoencoder, networks.image_encoder
         self.redux_networks = networks.redux
-        self.residency = Residency(spec, networks, device, options)
+        self.residency = Residency(
+            spec,
+            device,
+            options,
+            text=self.text.networks,
+            transformer=self.transformer,
+            autoencoder=self.autoencoder,
+            encoders=(self.image_encoder, *self.redux_networks),
+        )
         changeable: dict[str, LazyModule] = {"transformer": self.transformer}
         if isinstance(self.text, FLUX1TextEncoder):
             changeable |= {"t5": self.text.t5, "clip": self.text.clip}

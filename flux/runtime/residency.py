@@ -6,55 +6,43 @@ stage that runs, or only some of its blocks. After each stage, `done` releases w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
 
 import torch
 
-from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
 from flux.runtime.activation_memory import Workload
 from flux.runtime.devices import available_memory
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan, WeightSizes, plan_memory
 from flux.runtime.options import RuntimeOptions
-from flux.text_encoder import TextEncoder
-from flux.transformer import Flux
 from flux.weights.quantization import QuantizedLinear
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The networks of a model. A LazyModule loads its module when it is called."""
-
-    text: TextEncoder
-    transformer: LazyModule[Flux]
-    autoencoder: LazyModule[AutoEncoder]  # the decoder, in the dtype of decoding
-    image_encoder: LazyModule[AutoEncoder]  # the same autoencoder in float32
-    redux: tuple[LazyModule[Any], ...] = ()  # SigLIP and the projection of FLUX.1 Redux
-
-    @property
-    def encoders(self) -> tuple[LazyModule, ...]:
-        """What input images are encoded with."""
-        return self.image_encoder, *self.redux
-
-    @property
-    def all(self) -> tuple[LazyModule, ...]:
-        return *self.text.networks, self.transformer, self.autoencoder, *self.encoders
 
 
 class Residency:
     """Plans which networks are in memory when, and releases those that must go."""
 
     def __init__(
-        self, spec: ModelSpec, networks: Networks, device: torch.device, options: RuntimeOptions
+        self,
+        spec: ModelSpec,
+        device: torch.device,
+        options: RuntimeOptions,
+        text: Sequence[LazyModule],
+        transformer: LazyModule,
+        autoencoder: LazyModule,
+        encoders: Sequence[LazyModule],  # of input images
     ):
-        self.spec, self.networks, self.device, self.options = spec, networks, device, options
+        self.spec, self.device, self.options = spec, device, options
+        self.text, self.encoders = tuple(text), tuple(encoders)
+        self.transformer, self.autoencoder = transformer, autoencoder
         self.keep = options.offload in (None, "none")  # networks stay loaded after their stage
         self.planned: Workload | None = None  # the largest workload of the current plan
         self.pinned = False
+
+    @property
+    def networks(self) -> tuple[LazyModule, ...]:
+        return *self.text, self.transformer, self.autoencoder, *self.encoders
 
     def plan(self, work: Workload) -> MemoryPlan | None:
         """Decide what is in memory when. Raise UserError, with numbers, if `work` cannot fit.
@@ -63,19 +51,18 @@ class Residency:
         """
         if self.pinned:
             return None
-        networks = self.networks
-        for network in networks.all:
+        for network in self.networks:
             if network.resident is not None:  # an interrupted run left it streaming
                 network.release()
         sizes = {
-            "text encoder": total_size(networks.text.networks),
-            "transformer": networks.transformer.weight_sizes,
-            "autoencoder": networks.autoencoder.weight_sizes,
+            "text encoder": total_size(self.text),
+            "transformer": self.transformer.weight_sizes,
+            "autoencoder": self.autoencoder.weight_sizes,
         }
         if work.encoded_pixels:
-            sizes["image encoder"] = total_size(networks.encoders)
+            sizes["image encoder"] = total_size(self.encoders)
         free = available_memory(self.device)
-        stages = (*networks.text.networks, networks.transformer, networks.autoencoder)
+        stages = (*self.text, self.transformer, self.autoencoder)
         loaded = sum(network.device_bytes for network in stages)  # `sizes` counts these again
         decided = plan_memory(
             self.spec,
@@ -88,10 +75,10 @@ class Residency:
         )
         self.keep = decided.offload == "none"
         if not self.keep:  # an earlier plan, or a stage that ran alone, may have loaded them
-            for network in networks.all:
+            for network in self.networks:
                 network.release()
-        networks.transformer.stream(decided.resident["transformer"])
-        for network in networks.text.networks:
+        self.transformer.stream(decided.resident["transformer"])
+        for network in self.text:
             network.stream(decided.resident["text encoder"] if network.block_lists else None)
         self.planned = work
         return decided
@@ -113,7 +100,7 @@ class Residency:
 
     @property
     def _quantizable(self) -> bool:
-        modules = self.networks.transformer.shapes.modules()
+        modules = self.transformer.shapes.modules()
         quantized = any(isinstance(module, QuantizedLinear) for module in modules)
         return not self.options.quantize and not quantized
 

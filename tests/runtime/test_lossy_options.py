@@ -91,7 +91,7 @@ def test_quantized_models_take_less_memory(zoo, name):
         sizes[scheme] = pipe.transformer.nbytes, pipe.plan_memory(64, 64).peak
         state = pipe.transformer().state_dict()
         assert pipe.transformer.nbytes == sum(tensor.nbytes for tensor in state.values())
-        for network in pipe.residency.networks.all:
+        for network in pipe.residency.networks:
             quantized = any(isinstance(m, QuantizedLinear) for m in network().modules())
             assert quantized == (network is pipe.transformer and scheme is not None)
         encoder = pipe.text.t5 if name == "flux.1-dev" else pipe.text.model  # too small here

@@ -44,7 +44,7 @@ either_offload = pytest.mark.parametrize("offload", ["model", "block"])
 
 
 def all_released(pipe: Pipeline) -> bool:
-    return all(network.module is None for network in pipe.residency.networks.all)
+    return all(network.module is None for network in pipe.residency.networks)
 
 
 def limit_memory(monkeypatch, free: FreeMemory) -> None:
