@@ -291,9 +291,10 @@ class _Stages:
         for number, tensor in enumerate((img, rope, vec)):
             self.inside(f"in.{number}", tensor)
         out = original(img, txt, rope, mods, caches)
-        tensors = [tensor for cache in caches or () for tensor in (cache.k, cache.v)]
-        for number, tensor in enumerate(tensors):
-            self.inside(f"out.{number}", tensor)
+        cached = [tensor for cache in caches or () for tensor in (cache.k, cache.v)]
+        for number, k_or_v in enumerate(cached):
+            if k_or_v is not None:
+                self.inside(f"out.{number}", k_or_v)
         return out
 
     def loop(

@@ -186,7 +186,7 @@ class Writer:
         kind = kind_of(x, kind)
         content = DTYPES[x.dtype], tuple(x.shape), hashlib.sha256(raw(x)).hexdigest()
         first = self._first.setdefault(content, name)
-        same = None
+        same, summary = None, None
         if first == name:
             summary = statistics(x)
         else:

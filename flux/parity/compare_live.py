@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def adaptor(
     rows: list[Row] = []
     # without a match, `only` may still name tensors in the capture that the function writes
     for each in module_runs(capture, only) or module_runs(capture)[:1]:
-        answer = call(each.name, recorded_inputs(capture, each))
+        answer: Any = call(each.name, recorded_inputs(capture, each))
         if isinstance(answer, str | os.PathLike):
             return compare(Capture(answer), capture, allowed(capture, precision, tolerance), only)
         if not rows:
@@ -120,7 +121,7 @@ def diffusers(
     """Run diffusers' transformer on every recorded pass. Rows of the tensors that both have."""
     check_model(capture, pipe)
     places = passes(capture, pipe.spec.transformer)
-    ours = pipe.transformer()
+    ours = cast(Flux, pipe.transformer())
     matching, theirs = matches_of(ours), with_weights_of(ours, pipe)
     wanted = {}
     for place in places:
@@ -198,7 +199,8 @@ def _recorded_names(place: str, config: FluxConfig) -> dict[str, str]:
 
 
 def _inputs(capture: Capture, place: str, pipe: Pipeline) -> dict[str, Tensor]:
-    recipe, step, config = capture.recipe, int(re.search(r"\d+", place)[0]), pipe.spec.transformer
+    recipe, config = capture.recipe, pipe.spec.transformer
+    step = int(place.split("/")[0].removeprefix("step."))
     out = {}
     for argument, name in _recorded_names(place, config).items():
         x = capture.tensors[name]

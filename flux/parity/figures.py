@@ -35,8 +35,8 @@ def block_of(row: Row) -> str:
     """Return the block of a tensor of a step: `double_blocks.3`, `negative/img_in`, `velocity`."""
     place = STEP.sub("", row.name)
     negative = "negative/" if place.startswith("negative/") else ""
-    place = place.removeprefix("negative/")
-    return negative + re.match(r"[^./]+(\.\d+(?=[./]))?", place)[0]
+    block = re.match(r"[^./]+(\.\d+(?=[./]))?", place.removeprefix("negative/"))
+    return negative + (block[0] if block else place)
 
 
 def error_of(row: Row) -> float:
@@ -62,7 +62,7 @@ def along_run(rows: Sequence[Row]) -> bytes:
     position = {place: x for x, place in enumerate(places)}
     figure, axes = _axes(11, 4.5)
     plot = _LogPlot(axes, rows)
-    for step, colour in zip(sorted(set(drawn) - {None}), COLOURS):
+    for step, colour in zip(sorted({step for step in drawn if step is not None}), COLOURS):
         chosen = [row for row in rows if step_of(row) == step]
         xs = [position[STEP.sub("step/", row.name)] for row in chosen]
         plot.points(xs, chosen, colour, f"step {step}")
@@ -91,7 +91,8 @@ def by_step(rows: Sequence[Row]) -> bytes | None:
         return None
     worst: dict[int, Row] = {}
     for row in inside:
-        worst[step_of(row)] = max(worst.get(step_of(row), row), row, key=error_of)
+        step = step_of(row) or 0
+        worst[step] = max(worst.get(step, row), row, key=error_of)
     curves = {"worst tensor of the step": list(worst.values())}
     for tap in ("latents", "velocity"):
         curves[tap] = [row for row in inside if re.fullmatch(rf"step\.\d+/{tap}", row.name)]
@@ -108,10 +109,10 @@ def block_ratios(rows: Sequence[Row]) -> tuple[list[str], list[int], np.ndarray]
     """Return blocks, steps and the largest multiple of a tolerance, (blocks, steps), NaN: none."""
     inside = [row for row in rows if step_of(row) is not None]
     blocks = list(dict.fromkeys(map(block_of, inside)))
-    steps = sorted({step_of(row) for row in inside})
+    steps = sorted({step_of(row) or 0 for row in inside})
     ratios = np.full((len(blocks), len(steps)), math.nan)
     for row in inside:
-        at = blocks.index(block_of(row)), steps.index(step_of(row))
+        at = blocks.index(block_of(row)), steps.index(step_of(row) or 0)
         ratio = math.inf if math.isinf(error_of(row)) else row.ratio
         ratios[at] = np.fmax(ratios[at], max(ratio, 1 + 1e-9) if row.over else ratio)
     return blocks, steps, ratios

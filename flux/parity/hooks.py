@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,7 @@ from flux.errors import UserError
 from flux.transformer import DoubleStreamBlock, KVCache, QKNorm, RMSNorm, SingleStreamBlock
 
 # Called with a name and a tensor, which may be overwritten later: copy it to keep it.
-Observer = Callable[[str, Tensor], None]
-See = Observer
+Observer = Callable[[str, Tensor], object]
 BLOCKS = {DoubleStreamBlock: 2, SingleStreamBlock: 1}  # type -> inputs that are tokens
 
 
@@ -92,7 +92,7 @@ def _tensors(module: nn.Module, values) -> list[Tensor]:
     for value in tree_leaves(values):
         if isinstance(value, Tensor):
             tensors.append(value)
-        elif isinstance(value, KVCache) and value.k is not None:
+        elif isinstance(value, KVCache) and value.k is not None and value.v is not None:
             tensors += [value.k, value.v, torch.tensor(value.text_length)]
     if isinstance(module, QKNorm | RMSNorm):  # (B, N, H, d) here
         tensors = [x.transpose(1, 2) for x in tensors]
@@ -116,7 +116,7 @@ class _AttentionCalls(TorchFunctionMode):
 
 
 @contextmanager
-def replaced(owner: object, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
+def replaced(owner: object, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Set the attribute `name` of `owner` to `make(its value)` inside the block."""
     is_own, original = name in vars(owner), getattr(owner, name)
     setattr(owner, name, make(original))

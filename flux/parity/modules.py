@@ -67,7 +67,9 @@ class Modules:
         return self.networks[where[3] or where[2]]()
 
     def __call__(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        network, path = self.network(name), PLACE.fullmatch(name)[4] or ""
+        network = self.network(name)  # UserError for a name that does not match
+        found = PLACE.fullmatch(name)
+        path = (found[4] if found else None) or ""
         like = next(network.parameters())
 
         def cast(x: Tensor) -> Tensor:
@@ -87,7 +89,8 @@ class Modules:
 
 def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: Cast):
     if path.endswith("/attention"):
-        return F.scaled_dot_product_attention(*map(cast, inputs))
+        q, k, v = map(cast, inputs)
+        return F.scaled_dot_product_attention(q, k, v)
     if path == "" and isinstance(network, Flux):
         return _run_transformer(network, name, inputs, cast)
     if path == "" and isinstance(network, AutoEncoder):
@@ -239,18 +242,17 @@ def lend(network: LazyModule, change: Callable[[Tensor], Tensor]) -> None:
     """Load a network, but leave the matrices in its blocks in the file until they are used."""
     file = copy.copy(network)
     if network.transform is None:  # a LoRA is merged into matrices in the dtype of the network
-        file.device, file.dtype = torch.device("cpu"), None
-    module, to = file(), dict(device=network.device, dtype=network.dtype)
+        file.device, file.dtype = torch.device("cpu"), None  # type: ignore[assignment]
+    module, device, dtype = file(), network.device, network.dtype
 
     def linear(part: nn.Linear, x: Tensor) -> Tensor:
-        bias = None if part.bias is None else part.bias.to(**to)
-        return F.linear(x, change(part.weight.to(**to)), bias)
+        bias = None if part.bias is None else part.bias.to(device, dtype)
+        return F.linear(x, change(part.weight.to(device, dtype)), bias)
 
     for path, part in module.named_modules():
         if type(part) is nn.Linear and re.search(r"\.\d+\.", path):
-            part.forward = partial(linear, part)
+            part.__dict__["forward"] = partial(linear, part)
             continue
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-            dtype = network.dtype if tensor.is_floating_point() else None
-            tensor.data = tensor.data.to(network.device, dtype)
+            tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else None)
     network.module = module

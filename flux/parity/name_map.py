@@ -4,7 +4,6 @@ The names follow from `flux.weights.diffusers_names`: inputs and outputs of each
 q, k, v and the output of each attention, and the outputs of blocks.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -58,31 +57,33 @@ def matches_of(ours: Flux) -> dict[str, Match]:
     numbered = {name: k * 2**32 + torch.arange(lengths[name]) for k, name in enumerate(weights)}
     parts = defaultdict(list)  # our layer -> diffusers' layers and their rows
     for name, rows in transformer_to_diffusers(numbered, ours.config).items():
-        parts[_layer(weights[rows[0] >> 32])].append((_layer(name), rows % 2**32))
+        layer = _layer(weights[int(rows[0]) >> 32])
+        parts[layer].append((_layer(name), rows % 2**32))
 
     out = {"out": Match(("out",))}
     for layer, pieces in parts.items():
-        theirs, rows = zip(*pieces, strict=True)
+        theirs = [name for name, _ in pieces]
         outputs = tuple(f"{name}/out" for name in theirs)
         if layer.endswith(("query_norm", "key_norm")):
             out[f"{layer}/in"] = Match((f"{theirs[0]}/in",), heads_first)
             out[f"{layer}/out"] = Match(outputs, heads_first)
-            block = re.match(r"\w+\.\d+", layer)[0]
+            block = ".".join(layer.split(".")[:2])
             for tap in ("q", "k", "v", "out"):  # diffusers calls it inside of its module `attn`
                 out[f"{block}/attention/{tap}"] = Match((f"{_layer(theirs[0])}/attention/{tap}",))
             continue
         out[f"{layer}/in"] = Match((f"{theirs[0]}/in",))
-        out[f"{layer}/out"] = Match(outputs, partial(join_columns, torch.cat(rows).argsort()))
+        order = torch.cat([rows for _, rows in pieces]).argsort()
+        out[f"{layer}/out"] = Match(outputs, partial(join_columns, order))
 
     for number in range(ours.config.depth):  # diffusers returns text first
-        theirs = f"{BLOCKS['double_blocks']}.{number}"
-        out[f"double_blocks.{number}/out.0"] = Match((f"{theirs}/out.1",))
-        out[f"double_blocks.{number}/out.1"] = Match((f"{theirs}/out.0",))
+        block = f"{BLOCKS['double_blocks']}.{number}"
+        out[f"double_blocks.{number}/out.0"] = Match((f"{block}/out.1",))
+        out[f"double_blocks.{number}/out.1"] = Match((f"{block}/out.0",))
     for number in range(ours.config.depth_single):
-        theirs = f"{BLOCKS['single_blocks']}.{number}"
-        outputs = (f"{theirs}/out",)
+        block = f"{BLOCKS['single_blocks']}.{number}"
+        outputs = (f"{block}/out",)
         if not ours.config.shared_modulation:  # FLUX.1's returns text and image apart
-            outputs = (f"{theirs}/out.0", f"{theirs}/out.1")
+            outputs = (f"{block}/out.0", f"{block}/out.1")
         out[f"single_blocks.{number}/out"] = Match(outputs, join_tokens)
     return out
 

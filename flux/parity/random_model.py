@@ -1,4 +1,4 @@
-"""Tiny models of both families, every weight of which is random: nothing is left at 0 or 1, where a mistake could hide."""
+"""Tiny models of both families with random weights, where 0 or 1 could hide a mistake."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flux.configs import MODELS
+from flux.configs import MODELS, FLUX1Text, FLUX2Text
 from flux.parity import reference
 
 TOKENIZER = ("tokenizer/tokenizer.json",)
@@ -26,17 +26,17 @@ CHARACTERS = ("\n", *map(chr, range(32, 127)))
 
 @contextmanager
 def random_model(family: str) -> Iterator[tuple[str, Path]]:
-    """While this lasts, the name of a new row of the table, "flux.1-random" or "flux.2-random", and the folder of its files.
+    """Add "flux.1-random" or "flux.2-random" to flux.MODELS; yield its name and folder.
 
-    Both take guidance, as the dev models do. The weights are the same every time.
+    Both have a guidance input. The weights are the same every time.
     """
     name = f"{family}-random"
     tiny = reference.tiny_models(clip_eos=SPECIAL.index("<|endoftext|>"))
-    spec, text = (
-        tiny[f"{family}-dev"],
-        tiny["flux.2-klein-4b"].text,
-    )  # whose template is shorter than that of FLUX.2 [dev]
-    if spec.flux1:
+    spec = tiny[f"{family}-dev"]
+    text: FLUX1Text | FLUX2Text = tiny[
+        "flux.2-klein-4b"
+    ].text  # its template is shorter than that of FLUX.2 [dev]
+    if isinstance(spec.text, FLUX1Text):
         text = replace(spec.text, t5_tokenizer=TOKENIZER, clip_tokenizer=TOKENIZER)
     spec = replace(spec, name=name, repository=name, text=text, text_length=96, size=128)
     with TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def random_model(family: str) -> Iterator[tuple[str, Path]]:
 
 
 def write_tokenizer(path: Path) -> None:
-    """A token for each character, and those that the templates of T5, CLIP and Qwen need."""
+    """Write a token for each character, and the special tokens of T5, CLIP and Qwen."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *CHARACTERS))}

@@ -1,7 +1,7 @@
-"""The networks of diffusers and transformers, with our weights in them: the only place that knows their names.
+"""Build the networks and pipelines of diffusers and transformers with our weights in them.
 
-The name maps follow from both sides' state dicts, and a strict load proves each whenever it is used; none of diffusers'
-own converters is called. Neither library is imported before a builder needs it.
+Names come from `flux.weights.diffusers_names`, and a strict load proves them each time; none of
+diffusers' converters is called. Neither library is imported before a function needs it.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -56,11 +57,11 @@ FLUX2_TINY = FluxConfig(
 )
 KLEIN_TINY = replace(FLUX2_TINY, guidance=False)
 
-# -------------------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- metrics
 
 
 def max_error(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value of `b`, as `scripts/parity.py` finds it; NaN is infinitely far."""
+    """Return the largest difference / the largest value of `b`; infinity where NaN is involved."""
     assert a.shape == b.shape, f"{tuple(a.shape)} and not {tuple(b.shape)}"
     found = errors(a, b)
     return math.inf if found.nonfinite or found.misplaced else found.max_abs / b.abs().max().item()
@@ -72,13 +73,13 @@ def relative_l2(a: Tensor, b: Tensor) -> float:
     return math.inf if found.nonfinite or found.misplaced else found.relative_l2
 
 
-# -------------------------------------------------------------------------------------------------------- weights
+# ---------------------------------------------------------------- weights
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter and buffer: whatever an initialisation leaves at 0 or 1 would hide a fault.
+    """Fill every parameter and buffer with random values: 0 and 1 would hide faults.
 
-    A tensor's values depend on the seed and its own name and shape only. Matrices keep the size of what they multiply.
+    A tensor's values depend on the seed, its name and its shape. Matrices keep the size of inputs.
     """
     for name, tensor in module.state_dict().items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -104,16 +105,16 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def loaded(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A reference with these very tensors in it, strictly."""
+    """Load these tensors into a reference network, strictly, without a copy."""
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
-# -------------------------------------------------------------------------------------------------------- transformer
+# ---------------------------------------------------------------- transformer
 
 
 def transformer_to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tensor]:
-    """Return the weights by diffusers' names: q, k and v split, the final modulation's halves swapped."""
+    """Return the weights by diffusers' names; its final modulation has scale before shift."""
     out = {}
     for name, tensor in state.items():
         layer, _, leaf = name.rpartition(".")
@@ -125,12 +126,12 @@ def transformer_to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> di
     return out
 
 
-def diffusers_transformer(config: FluxConfig) -> nn.Module:
+def diffusers_transformer(config: FluxConfig) -> Any:
     """diffusers' transformer at our config's sizes, on the meta device."""
     from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 
     head_dim = config.hidden_size // config.num_heads
-    common = dict(
+    common: dict[str, Any] = dict(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         num_layers=config.depth,
@@ -150,7 +151,7 @@ def diffusers_transformer(config: FluxConfig) -> nn.Module:
 
 
 def diffusers_velocity(
-    model: nn.Module,
+    model: Any,
     img: Tensor,
     img_ids: Tensor,
     txt: Tensor,
@@ -159,7 +160,7 @@ def diffusers_velocity(
     guidance: Tensor | None = None,
     vector: Tensor | None = None,
 ) -> Tensor:
-    """Called as its pipelines do: they round the scheduler's t·1000 to the latents' dtype, and divide after that."""
+    """Call the transformer as its pipelines do, which round 1000 t to the latents' dtype."""
     pooled = {} if vector is None else {"pooled_projections": vector}
     timestep = (1000 * t).to(img.dtype) / 1000
     return model(
@@ -174,13 +175,13 @@ def diffusers_velocity(
     )[0]
 
 
-# -------------------------------------------------------------------------------------------------------- autoencoder
+# ---------------------------------------------------------------- autoencoder
 
 
 def autoencoder_to_diffusers(
     state: dict[str, Tensor], config: AutoEncoderConfig
 ) -> dict[str, Tensor]:
-    """Return the weights by diffusers' names; its attention has Linears for our 1x1 convolutions."""
+    """Return the weights by diffusers' names; its attention has Linears, not 1x1 convolutions."""
     out = {}
     for name, tensor in state.items():
         if ".attn_1." in name and tensor.ndim == 4:
@@ -189,12 +190,12 @@ def autoencoder_to_diffusers(
     return out
 
 
-def diffusers_autoencoder(config: AutoEncoderConfig) -> nn.Module:
+def diffusers_autoencoder(config: AutoEncoderConfig) -> Any:
     """diffusers' autoencoder at our config's sizes, on the meta device."""
     from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
     levels = len(config.ch_mult)
-    common = dict(
+    common: dict[str, Any] = dict(
         block_out_channels=tuple(config.ch * m for m in config.ch_mult),
         layers_per_block=config.num_res_blocks,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -215,8 +216,8 @@ def diffusers_autoencoder(config: AutoEncoderConfig) -> nn.Module:
         )
 
 
-def diffusers_encode(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Packed, normalised latents (B, 4z, h, w), as its pipelines make them, but of the posterior's mean."""
+def diffusers_encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Return packed, normalised latents (B, 4z, h, w) of the posterior's mean."""
     from diffusers import Flux2Pipeline, FluxPipeline
 
     z = vae.encode(pixels).latent_dist.mean  # (B, z, 2h, 2w)
@@ -229,8 +230,8 @@ def diffusers_encode(vae: nn.Module, pixels: Tensor) -> Tensor:
     return rearrange(tokens, "b (h w) c -> b c h w", h=z.shape[2] // 2)
 
 
-def diffusers_decode(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Pixels (B, 3, 16h, 16w) of packed, normalised latents."""
+def diffusers_decode(vae: Any, latents: Tensor) -> Tensor:
+    """Return pixels (B, 3, 16h, 16w) of packed, normalised latents."""
     from diffusers import Flux2Pipeline, FluxPipeline
 
     if hasattr(vae, "bn"):
@@ -244,7 +245,7 @@ def diffusers_decode(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode(z).sample
 
 
-# -------------------------------------------------------------------------------------------------------- text encoders
+# ---------------------------------------------------------------- text encoders
 
 
 def language_model_to_transformers(state: dict[str, Tensor], mistral: bool) -> dict[str, Tensor]:
@@ -252,16 +253,14 @@ def language_model_to_transformers(state: dict[str, Tensor], mistral: bool) -> d
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def transformers_language_model(
-    config: LanguageModelConfig, depth: int, mistral: bool
-) -> nn.Module:
-    """Qwen3 or Mistral Small with all that we leave out: `depth` layers, final norm, head and, in Mistral, eyes.
+def transformers_language_model(config: LanguageModelConfig, depth: int, mistral: bool) -> Any:
+    """Return Qwen3, or Mistral Small with its image encoder, with `depth` layers, norm and head.
 
-    `depth` must exceed the last layer that is read: transformers hands out its last hidden state normalised.
+    `depth` must exceed the last layer that is read: the last hidden state is normalised.
     """
     import transformers
 
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.mlp_size,
@@ -292,10 +291,10 @@ def transformers_language_model(
     return transformers.Mistral3ForConditionalGeneration(both)
 
 
-def with_trunk(theirs: nn.Module, state: dict[str, Tensor], mistral: bool) -> nn.Module:
-    """Our weights, which must be all of the embedding and the layers that we have, and random ones above and beside.
+def with_trunk(theirs: Any, state: dict[str, Tensor], mistral: bool) -> nn.Module:
+    """Load our weights, and random ones into the parts that our language model leaves out.
 
-    All take our dtype but the frequencies of RoPE, which are no weights: transformers, too, loads around them.
+    All get our dtype, except RoPE's frequencies, which transformers does not load either.
     """
     dtype, ours = state["embed_tokens.weight"].dtype, language_model_to_transformers(state, mistral)
     others = {
@@ -313,9 +312,9 @@ def with_trunk(theirs: nn.Module, state: dict[str, Tensor], mistral: bool) -> nn
 
 
 def transformers_features(
-    theirs: nn.Module, ids: Tensor, mask: Tensor, layers: tuple[int, ...]
+    theirs: Any, ids: Tensor, mask: Tensor, layers: tuple[int, ...]
 ) -> Tensor:
-    """(B, L, len(layers)·D), read as diffusers' FLUX.2 pipelines read it."""
+    """Return (B, L, len(layers) * D), read as in diffusers' FLUX.2 pipelines."""
     hidden = theirs(
         ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False
     ).hidden_states
@@ -324,12 +323,12 @@ def transformers_features(
 
 
 def t5_to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers lists the tied embedding under both of its names."""
+    """Add the second name of the tied embedding."""
     return state | {"encoder.embed_tokens.weight": state["shared.weight"]}
 
 
-def transformers_t5(config: T5Config, attention: str = "sdpa") -> nn.Module:
-    """transformers' encoder at our config's sizes."""
+def transformers_t5(config: T5Config, attention: str = "sdpa") -> Any:
+    """Return transformers' encoder at our config's sizes."""
     import transformers
 
     return transformers.T5EncoderModel(
@@ -352,12 +351,12 @@ def transformers_t5(config: T5Config, attention: str = "sdpa") -> nn.Module:
 
 
 def clip_to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers dropped the prefix that the released files carry."""
+    """Drop the prefix that the released files have."""
     return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
 
 
-def transformers_clip(config: CLIPConfig, eos_id: int, attention: str = "sdpa") -> nn.Module:
-    """transformers' encoder at our config's sizes; `eos_id` 2, as released, makes it pool at the largest id."""
+def transformers_clip(config: CLIPConfig, eos_id: int, attention: str = "sdpa") -> Any:
+    """Return transformers' encoder at our sizes; with `eos_id` 2 it pools at the largest id."""
     import transformers
 
     return transformers.CLIPTextModel(
@@ -378,7 +377,7 @@ def transformers_clip(config: CLIPConfig, eos_id: int, attention: str = "sdpa") 
     ).eval()
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 def siglip_config(config: SigLIPConfig, attention: str = "sdpa"):
@@ -398,15 +397,15 @@ def siglip_config(config: SigLIPConfig, attention: str = "sdpa"):
     )
 
 
-def transformers_siglip(config: SigLIPConfig, attention: str = "sdpa") -> nn.Module:
-    """transformers' image encoder at our config's sizes, with the pooling head that we leave out."""
+def transformers_siglip(config: SigLIPConfig, attention: str = "sdpa") -> Any:
+    """Return transformers' image encoder at our sizes, with the pooling head that we leave out."""
     import transformers
 
     return transformers.SiglipVisionModel(siglip_config(config, attention)).eval()
 
 
-def diffusers_redux(config: ReduxConfig) -> nn.Module:
-    """diffusers' adapter, whose hidden layer is always three times its output."""
+def diffusers_redux(config: ReduxConfig) -> Any:
+    """Return diffusers' Redux, whose hidden layer is always three times its output."""
     from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 
     assert config.hidden_dim == 3 * config.context_dim
@@ -414,7 +413,7 @@ def diffusers_redux(config: ReduxConfig) -> nn.Module:
 
 
 def siglip_processor(size: int):
-    """transformers' preprocessing by Pillow, with the values of the released `preprocessor_config.json`."""
+    """Return transformers' Pillow preprocessing with the released preprocessor_config.json."""
     from transformers import SiglipImageProcessorPil
 
     return SiglipImageProcessorPil(
@@ -429,7 +428,7 @@ def siglip_processor(size: int):
     )
 
 
-# -------------------------------------------------------------------------------------------------------- whole models
+# ---------------------------------------------------------------- whole models
 
 TINY_T5 = T5Config(vocab_size=256, hidden_size=40, head_dim=8, num_heads=4, mlp_size=64, depth=2)
 TINY_CLIP = CLIPConfig(vocab_size=1000, hidden_size=24, num_heads=4, mlp_size=48, depth=2)
@@ -445,11 +444,11 @@ TINY_QWEN = LanguageModelConfig(
 TINY_MISTRAL = replace(TINY_QWEN, theta=1e9, eps=1e-5, qk_norm=False)
 TINY_AE1 = AutoEncoderConfig(ch=16, norm_groups=16)
 TINY_AE2 = replace(TINY_AE1, z_channels=4, scale_factor=None, shift_factor=None)
-DEPTH = 6  # of the language models in the reference, which has layers that ours leaves out
+DEPTH = 6  # layers of the reference's language models; ours leaves the last ones out
 
 
 def tiny_models(clip_eos: int) -> dict[str, ModelSpec]:
-    """Rows of the table of models with tiny networks; `clip_eos` is the last id of the CLIP vocabulary at hand."""
+    """Return rows of MODELS with tiny networks; `clip_eos`: the last id of CLIP's vocabulary."""
     flux1 = FLUX1Text(TINY_T5, replace(TINY_CLIP, eos_id=clip_eos))
     qwen, mistral = FLUX2Text(TINY_QWEN), FLUX2Text(TINY_MISTRAL)
     klein = replace(KLEIN_TINY, context_dim=TINY_QWEN.features)
@@ -473,7 +472,7 @@ def tiny_models(clip_eos: int) -> dict[str, ModelSpec]:
 
 
 def networks(spec: ModelSpec, seed: int = 0) -> dict[str, nn.Module]:
-    """Our networks for a row, with random weights, by the names that `flux.weights.locate.locate` gives to their files."""
+    """Return our networks of a model with random weights, by the names that `locate` gives."""
     out = {"transformer": Flux(spec.transformer), "autoencoder": AutoEncoder(spec.autoencoder)}
     if isinstance(spec.text, FLUX1Text):
         out |= {"t5": T5(spec.text.t5), "clip": CLIP(spec.text.clip)}
@@ -483,7 +482,7 @@ def networks(spec: ModelSpec, seed: int = 0) -> dict[str, nn.Module]:
 
 
 def released_names(state: dict[str, Tensor], mistral: bool) -> dict[str, Tensor]:
-    """From transformers' names of a language model to those in the released files, which Mistral Small keeps apart."""
+    """Rename a language model's tensors from transformers' names to those of released files."""
     if not mistral:
         return state
     moves = (
@@ -498,7 +497,7 @@ def released_names(state: dict[str, Tensor], mistral: bool) -> dict[str, Tensor]
 
 
 def save_sharded(state: dict[str, Tensor], index: Path) -> None:
-    """Two files, and the index that names the one in which each tensor lies."""
+    """Write two files, and the index with the file of each tensor."""
     shards: dict[str, dict[str, Tensor]] = {}
     for number, (name, tensor) in enumerate(state.items()):
         shards.setdefault(f"model-0000{1 + number % 2}-of-00002.safetensors", {})[name] = (
@@ -513,7 +512,7 @@ def save_sharded(state: dict[str, Tensor], index: Path) -> None:
 def write_weights(
     home: Path, spec: ModelSpec, parts: dict[str, nn.Module], sharded: bool = True
 ) -> None:
-    """The files of a repository, as released: the klein's autoencoder in diffusers' layout, text encoders in shards."""
+    """Write the files of a repository as released; text encoders in shards."""
     states = {part: module.state_dict() for part, module in parts.items()}
     for folder in ("vae", "text_encoder", "text_encoder_2"):
         (home / folder).mkdir(parents=True, exist_ok=True)
@@ -533,21 +532,18 @@ def write_weights(
 
 
 def diffusers_pipeline(spec: ModelSpec, parts: dict[str, nn.Module], text: dict | None = None):
-    """diffusers' pipeline for a row, with our weights; `text`: its tokenizers and text encoders, else it takes features."""
+    """Return diffusers' pipeline of a model with our weights.
+
+    `text`: its tokenizers and text encoders; without them it takes text features.
+    """
     import diffusers
 
-    distilled = (
-        {"is_distilled": not spec.cfg}
-        if not spec.transformer.guidance and spec.transformer.shared_modulation
-        else {}
-    )
-    family = (
-        "FluxPipeline"
-        if isinstance(spec.text, FLUX1Text)
-        else "Flux2KleinPipeline"
-        if distilled
-        else "Flux2Pipeline"
-    )
+    distilled = {}
+    family = "Flux2Pipeline"
+    if isinstance(spec.text, FLUX1Text):
+        family = "FluxPipeline"
+    elif not spec.transformer.guidance:
+        family, distilled = "Flux2KleinPipeline", {"is_distilled": not spec.cfg}
     encoders = (
         "text_encoder",
         "tokenizer",
@@ -579,7 +575,7 @@ def diffusers_pipeline(spec: ModelSpec, parts: dict[str, nn.Module], text: dict 
 def diffusers_text(
     spec: ModelSpec, parts: dict[str, nn.Module], home: Path, mistral_template: str
 ) -> dict:
-    """The text encoders of transformers with our weights, and its tokenizers from a repository's files."""
+    """Return transformers' text encoders with our weights, and tokenizers from files in `home`."""
     import transformers
 
     if isinstance(spec.text, FLUX1Text):
@@ -606,11 +602,11 @@ def diffusers_text(
     return encoder | {"tokenizer": tokenizer}
 
 
-# -------------------------------------------------------------------------------------------------------- golden tensors
+# ---------------------------------------------------------------- golden tensors
 
 
 def golden_networks() -> dict[str, nn.Module]:
-    """Our networks, each with the random weights that its golden tensors in `tests/golden` were made with."""
+    """Return our networks with the random weights that tests/golden was made with."""
     modules = {
         "flux.1-dev": Flux(FLUX1_TINY),
         "flux.1-schnell": Flux(SCHNELL_TINY),
@@ -627,10 +623,9 @@ def golden_networks() -> dict[str, nn.Module]:
 
 
 def fingerprint(*modules: nn.Module) -> Tensor:
-    """One float64 number a tensor, of the size of its values: it forgives a rounding, and nothing else.
+    """Return one float64 number for each tensor, which shows whether the weights are the same.
 
-    The weights are drawn anew and not kept. torch promises no equal draws between its versions or between processors,
-    though the generator of the CPU has kept them so far, to a rounding: a change must be told from a fault of ours.
+    The weights are drawn again in each test. torch does not promise equal draws in every version.
     """
     tensors = [
         tensor.double().flatten() for module in modules for tensor in module.state_dict().values()

@@ -9,9 +9,11 @@ import math
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -45,10 +47,14 @@ def write(
     files = {path: text.encode()}
     if folder:
         files |= {folder / f"{name}.png": data for name, data in pngs.items()}
-    return [
-        write_exclusive(target, lambda file, data=data: file.write(data))
-        for target, data in files.items()
-    ]
+    written = []
+    for target, data in files.items():
+        written.append(write_exclusive(target, partial(_write_bytes, data)))
+    return written
+
+
+def _write_bytes(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
 
 
 def page_path(path: str | Path) -> Path:
@@ -63,7 +69,7 @@ def check_output(path: str | Path, folder: str | Path | None = None) -> None:
     path = page_path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"output: must be an .html file or a folder (got {path}).")
-    for field, place in (("output", path.parent), ("png", folder and Path(folder))):
+    for field, place in (("output", path.parent), ("png", Path(folder) if folder else None)):
         try:
             if place is not None:
                 place.mkdir(parents=True, exist_ok=True)
@@ -352,9 +358,13 @@ def recipes(a: Capture, b: Capture) -> str:
 
 def flat(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield a recipe as lines: `versions.torch`, `files.transformer.0.sha256`."""
-    nested = isinstance(value, list) and any(isinstance(item, dict) for item in value)
-    if isinstance(value, dict) or nested:
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    if items:
+        for name, item in items:
             yield from flat(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         yield key, ", ".join(map(str, value))
@@ -366,8 +376,8 @@ def all_rows(rows: Sequence[Row]) -> str:
     """Return every row, folded by the part of the run."""
     first, parts = first_over(rows), []
     head = "".join(f"<th>{name}</th>" for name in ("", "tensor", "shape", *COLUMNS))
-    for name, group in groupby(rows, key=lambda row: row.name.split("/")[0]):
-        group = list(group)
+    for name, grouped in groupby(rows, key=lambda row: row.name.split("/")[0]):
+        group = list(grouped)
         over = sum(row.over for row in group)
         unfold = len(rows) <= OPEN or any(row is first for row in group)
         start = '<details open="open">' if unfold else "<details>"

@@ -174,7 +174,8 @@ def agree(row: str, column: str, a: str, b: str) -> bool:
 
 def cells(text: str) -> dict[tuple[str, str], str]:
     """Return (row, column) -> cell of all tables. A row's name has its table and its numerics."""
-    out, head = {}, None
+    out: dict[tuple[str, str], str] = {}
+    head: list[str] | None = None
     for line in text.splitlines():
         row = (
             [cell.strip() for cell in line.strip("| ").split(" | ")]
