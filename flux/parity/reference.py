@@ -452,7 +452,7 @@ def tiny_models(clip_eos: int) -> dict[str, ModelSpec]:
     flux1 = FLUX1Text(TINY_T5, replace(TINY_CLIP, eos_id=clip_eos))
     qwen, mistral = FLUX2Text(TINY_QWEN), FLUX2Text(TINY_MISTRAL)
     klein = replace(KLEIN_TINY, context_dim=TINY_QWEN.features)
-    tiny = {
+    tiny: dict[str, tuple[FluxConfig, Any, int, AutoEncoderConfig]] = {
         "flux.1-dev": (FLUX1_TINY, flux1, 24, TINY_AE1),
         "flux.1-schnell": (SCHNELL_TINY, flux1, 24, TINY_AE1),
         "flux.2-dev": (replace(klein, guidance=True), mistral, 256, TINY_AE2),

@@ -1,9 +1,10 @@
-"""Make `tests/golden`: what diffusers and transformers answer, for networks and pipelines with tiny random weights.
+"""Make `tests/golden`: outputs of diffusers and transformers for tiny random models.
 
     python scripts/dev/golden.py
 
-Each file holds inputs (`in.*`), their outputs (`out.*`), of a pipeline also its tokenizer's files (`file.*`), and a fingerprint
-of the weights, which `flux/parity/reference.py` draws anew from seeds. Its metadata names the versions that answered.
+Each file holds inputs (`in.*`), outputs (`out.*`), for a pipeline its tokenizer's files (`file.*`),
+and a fingerprint of the weights, which `flux/parity/reference.py` draws from seeds. The metadata
+names the versions of the libraries. Needs a clone of the repository.
 """
 
 import sys
@@ -24,13 +25,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from support.parity_rows import reference_of
 from support.tiny_repositories import home, write_tokenizers
 from support.tokenizer_files import MISTRAL_TEMPLATE
-from test_pipeline import PROMPTS
-from test_transformer import inputs
+from support.transformer_inputs import inputs
 
 from flux.configs import FLUX1Text
 from flux.parity import reference
 
 GOLDEN = ROOT / "tests/golden"
+PROMPTS = ["a photo of a cat", "an oil painting of a naïve café"]
 VERSIONS = {library.__name__: library.__version__ for library in (diffusers, transformers, torch)}
 RUNS = {
     "flux.1-dev": 3.0,
@@ -42,8 +43,8 @@ RUNS = {
 
 
 def answer(name: str, ours) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs, and the outputs of the reference with the weights of `ours`."""
-    given, (_, theirs) = asked(name, ours.config), reference_of(name, ours)
+    """Return inputs, and the outputs of the reference with the weights of `ours`."""
+    given, (_, theirs) = random_inputs(name, ours.config), reference_of(name, ours)
     names = (
         ["encoded", "decoded"]
         if name.endswith("autoencoder")
@@ -52,8 +53,8 @@ def answer(name: str, ours) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return given, dict(zip(names, theirs(given), strict=True))
 
 
-def asked(name: str, config) -> dict[str, Tensor]:
-    """Random inputs of a network."""
+def random_inputs(name: str, config) -> dict[str, Tensor]:
+    """Return random inputs of a network."""
     generator = torch.Generator().manual_seed(7)
     if name.endswith("autoencoder"):
         pixels = torch.rand(2, 3, 32, 48, generator=generator) * 2 - 1
@@ -74,8 +75,10 @@ def asked(name: str, config) -> dict[str, Tensor]:
     return {"ids": ids, "mask": mask.flip(1) if name == "mistral" else mask}
 
 
-def image(name: str, guidance: float | None, folder: Path) -> tuple[list, dict[str, Tensor]]:
-    """Our networks, and the tensors of a whole pipeline of diffusers, from the prompts on."""
+def pipeline_tensors(
+    name: str, guidance: float | None, folder: Path
+) -> tuple[list, dict[str, Tensor]]:
+    """Return our networks, and the tensors of a run of diffusers' pipeline."""
     repository, seen = home(folder, name), []
     spec = reference.tiny_models(write_tokenizers(repository, name))[name]
     parts, flux1 = reference.networks(spec), isinstance(spec.text, FLUX1Text)
@@ -126,7 +129,7 @@ def main() -> None:
         save(name, tensors | {"fingerprint": reference.fingerprint(ours)}, {})
     for name, guidance in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            modules, tensors = image(name, guidance, Path(folder))
+            modules, tensors = pipeline_tensors(name, guidance, Path(folder))
         asked = {"prompts": "\n".join(PROMPTS)} | (
             {} if guidance is None else {"guidance": str(guidance)}
         )
