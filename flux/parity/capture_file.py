@@ -413,14 +413,16 @@ RENAMED_IN_2 = {
 }
 CHANGED_IN_2 = re.compile(
     r".*(?:(?:img_mod|txt_mod|modulation|modulation_img|modulation_txt)/(?:in|out)\b.*"
-    r"|(?:double|single)_blocks\.\d+/in\b.*|references/.*)"
+    r"|(?:double|single)_blocks\.\d+/in\b.*|references/.*"
+    r"|self_attn\.[qk]_norm/(?:in|out)|upsample\.conv/in)"
 )
 
 
 def _upgrade(records: dict[str, Record], path: Path) -> dict[str, Record]:
     """Rename two tensors, and drop those of another meaning, with a warning.
 
-    Schema 1 recorded silu(vec) as a modulation's input and 1 + scale as its output.
+    Schema 1 recorded silu(vec) as a modulation's input and 1 + scale as its output, norms of the
+    language model's q and k with heads last, and a decoder's input before it is enlarged.
     """
     kept = {}
     for name, record in records.items():
@@ -429,8 +431,8 @@ def _upgrade(records: dict[str, Record], path: Path) -> dict[str, Record]:
             kept[RENAMED_IN_2.get(name, name)] = replace(record, same=stored)
     if skipped := len(records) - len(kept):
         warnings.warn(
-            f"{path}: was captured by an older version; {skipped:,} tensors of modulations, block "
-            "inputs and cached references are skipped, since they are recorded differently now.",
+            f"{path}: was captured by an older version. {skipped:,} tensors (modulations, inputs of "
+            "blocks, cached references and others) are recorded differently now, and are skipped.",
             stacklevel=2,
         )
     return kept
