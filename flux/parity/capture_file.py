@@ -431,8 +431,8 @@ def _upgrade(records: dict[str, Record], path: Path) -> dict[str, Record]:
             kept[RENAMED_IN_2.get(name, name)] = replace(record, same=stored)
     if skipped := len(records) - len(kept):
         warnings.warn(
-            f"{path}: was captured by an older version. {skipped:,} tensors (modulations, inputs of "
-            "blocks, cached references and others) are recorded differently now, and are skipped.",
+            f"{path}: was captured by an older version. {skipped:,} tensors (modulations, inputs "
+            "of blocks, cached references and others) are recorded differently now, and skipped.",
             stacklevel=2,
         )
     return kept
