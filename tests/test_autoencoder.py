@@ -1,7 +1,6 @@
 """flux.autoencoder against diffusers' AutoencoderKL and AutoencoderKLFlux2, live, to the bit.
 
-Both have the same random weights. What diffusers' pipelines do to latents is done around its
-networks.
+Both have the same random weights. The reference adds what diffusers' pipelines do to latents.
 """
 
 import pytest
@@ -123,7 +122,7 @@ def test_full_size_tensors_equal_diffusers(config, tensors, parameters):
 
 
 @pytest.mark.parametrize("config", [FLUX1, FLUX2], ids=["flux.1", "flux.2"])
-def test_every_diffusers_name_is_one_of_ours(config):
+def test_every_diffusers_name_maps_to_ours(config):
     with torch.device("meta"):
         ours = AutoEncoder(config).state_dict()
     theirs = diffusers_autoencoder(config).state_dict()
@@ -138,7 +137,7 @@ def test_every_diffusers_name_is_one_of_ours(config):
 
 @torch.no_grad()
 def test_file_saved_by_diffusers_gives_the_same_images(tmp_path):
-    """Names that map one to one could still exchange two tensors of one shape."""
+    """A map of names alone could still exchange two tensors of one shape."""
     config = TINY["flux.2"]
     theirs = reference(randomise(AutoEncoder(config)))
     theirs.save_pretrained(tmp_path)
@@ -161,7 +160,7 @@ def test_gradients_equal_diffusers(config):
     translated = autoencoder_to_diffusers(grads, config)
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert translated.keys() == expected.keys() and len(grads) > 100
-    # a gradient may be 0 but for rounding, as that of the keys' bias
+    # some gradients, such as that of the keys' bias, are 0 but for rounding
     largest = max(grad.abs().max() for grad in expected.values())
     for name, grad in expected.items():
         assert (translated[name] - grad).abs().max() <= 2e-6 * largest, name

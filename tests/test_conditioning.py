@@ -24,22 +24,22 @@ from flux.parity.reference import (
 )
 from flux.text_encoder import TextFeatures
 
-# of the largest latent; four steps of float32 rounding in random networks, seen: up to 7e-6
+# Relative to the largest latent. Seen: up to 7e-6 of float32 rounding in four steps.
 WITHIN = 2e-5
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    made = {}
+    built = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FLUX_WEIGHTS", raising=False)
         patch.setattr("flux.loading.SigLIPConfig", lambda: TINY_SIGLIP)
         patch.setattr("flux.loading.ReduxConfig", lambda: TINY_REDUX)
 
         def model(name: str) -> Model:
-            if name not in made:
-                made[name] = Model(name, tmp_path_factory.mktemp(name), patch)
-            return made[name]
+            if name not in built:
+                built[name] = Model(name, tmp_path_factory.mktemp(name), patch)
+            return built[name]
 
         yield model
 
@@ -47,36 +47,38 @@ def models(tmp_path_factory):
 def compare(
     model: Model,
     theirs,
-    pictures: ImageInputs,
-    given: dict,
-    conditioned=None,
-    noise_given: bool = True,
+    images: ImageInputs,
+    arguments: dict,
+    prompt_arguments=None,
+    pass_noise: bool = True,
     negative: TextFeatures | None = None,
     limit: float = WITHIN,
-    **asked,
+    **options,
 ):
-    """Latents after every step, and pictures, ours against those of one of diffusers' pipelines."""
-    features, seen = model.features(), []
+    """Compare latents after every step, and images, with those of a pipeline of diffusers."""
+    features, their_steps = model.features(), []
     words = dict(prompt_embeds=features.tokens) | (
         {"pooled_prompt_embeds": features.pooled} if model.flux1 else {}
     )
     if negative is not None:
         words["negative_prompt_embeds"] = negative.tokens.expand_as(features.tokens)
-    if conditioned is not None:
-        words |= conditioned
-    if noise_given:
-        given |= dict(latents=noise(model, SEEDS))
+    if prompt_arguments is not None:
+        words |= prompt_arguments
+    if pass_noise:
+        arguments |= dict(latents=noise(model, SEEDS))
     else:
-        given |= dict(generator=[torch.Generator().manual_seed(seed) for seed in SEEDS])
+        arguments |= dict(generator=[torch.Generator().manual_seed(seed) for seed in SEEDS])
     expected = theirs(
         **words,
         width=WIDTH,
         height=HEIGHT,
         num_inference_steps=STEPS,
-        **given,
-        callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
+        **arguments,
+        callback_on_step_end=lambda pipe, step, t, values: (
+            their_steps.append(values["latents"]) or {}
+        ),
     ).images
-    conditions = model.ours.condition(pictures, WIDTH, HEIGHT)
+    conditions = model.ours.condition(images, WIDTH, HEIGHT)
     steps = []
     latents = model.ours.sample(
         features,
@@ -85,28 +87,29 @@ def compare(
         negative=negative,
         conditions=conditions,
         callback=lambda step, t, x: steps.append(x.clone()),
-        **asked,
+        **options,
     )
-    assert len(steps) == len(seen) and torch.equal(steps[-1], latents)
-    assert max(max_error(a, grid(b, HEIGHT)) for a, b in zip(steps, seen, strict=True)) <= limit
+    assert len(steps) == len(their_steps) and torch.equal(steps[-1], latents)
+    for x, y in zip(steps, their_steps, strict=True):
+        assert max_error(x, grid(y, HEIGHT)) <= limit
     assert max(map(levels, model.ours.decode(latents), expected)) <= 1
     return conditions, latents
 
 
-# ------------------------------------------------------------------------------ channels
+# ------------------------------------------------------------------ channels
 
 
 def test_fill_equals_diffusers(models, monkeypatch):
-    """diffusers makes the mask hard, so ours is made so here."""
+    """diffusers binarizes the mask, so this test does too."""
     model = models("flux.1-fill-dev")
     theirs = model.variant("FluxFillPipeline", monkeypatch)
-    picture, mask = photo(), soft_mask()
-    pictures = ImageInputs((picture,), mask, mask_threshold=0.5)
+    image, mask = photo(), soft_mask()
+    images = ImageInputs((image,), mask, mask_threshold=0.5)
     compare(
         model,
         theirs,
-        pictures,
-        dict(image=picture, mask_image=mask, guidance_scale=20.0),
+        images,
+        dict(image=image, mask_image=mask, guidance_scale=20.0),
         guidance=20.0,
     )
 
@@ -114,19 +117,19 @@ def test_fill_equals_diffusers(models, monkeypatch):
 def test_control_equals_diffusers(models, monkeypatch):
     model = models("flux.1-canny-dev")
     theirs = model.variant("FluxControlPipeline", monkeypatch)
-    given = dict(control_image=photo(), guidance_scale=20.0)
-    compare(model, theirs, ImageInputs((photo(),)), given, guidance=20.0)
+    arguments = dict(control_image=photo(), guidance_scale=20.0)
+    compare(model, theirs, ImageInputs((photo(),)), arguments, guidance=20.0)
 
 
-# ------------------------------------------------------------------------------ image tokens
+# ------------------------------------------------------------------ image tokens
 
 
 def test_kontext_equals_diffusers(models, monkeypatch):
     model = models("flux.1-kontext-dev")
     theirs = model.variant("FluxKontextPipeline", monkeypatch)
-    picture = photo(80, 96)
-    given = dict(image=picture, guidance_scale=3.0, _auto_resize=False, max_area=WIDTH * HEIGHT)
-    compare(model, theirs, ImageInputs((picture,), keep_input_size=True), given, guidance=3.0)
+    image = photo(80, 96)
+    arguments = dict(image=image, guidance_scale=3.0, _auto_resize=False, max_area=WIDTH * HEIGHT)
+    compare(model, theirs, ImageInputs((image,), keep_input_size=True), arguments, guidance=3.0)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -134,25 +137,25 @@ def test_flux2_references_equal_diffusers(models, monkeypatch, count):
     model = models("flux.2-dev")
     theirs = model.variant("Flux2Pipeline", monkeypatch)
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)][:count]
-    given = dict(image=references, guidance_scale=3.0)
+    arguments = dict(image=references, guidance_scale=3.0)
     compare(
-        model, theirs, ImageInputs(tuple(references), reference_limit=1024), given, guidance=3.0
+        model, theirs, ImageInputs(tuple(references), reference_limit=1024), arguments, guidance=3.0
     )
 
 
 @pytest.mark.parametrize("name", ["flux.2-klein-4b", "flux.2-klein-base-4b"])
 def test_klein_references_equal_diffusers(models, monkeypatch, name):
-    """With classifier-free guidance, both passes see the references."""
+    """With classifier-free guidance, both passes have the references."""
     model = models(name)
     theirs = model.variant("Flux2KleinPipeline", monkeypatch)
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
     cfg = dict(guidance=3.0, negative=model.features(2, rows=1)) if model.spec.cfg else {}
-    given = dict(image=references, guidance_scale=cfg.get("guidance", 1.0))
-    compare(model, theirs, ImageInputs(tuple(references), reference_limit=1024), given, **cfg)
+    arguments = dict(image=references, guidance_scale=cfg.get("guidance", 1.0))
+    compare(model, theirs, ImageInputs(tuple(references), reference_limit=1024), arguments, **cfg)
 
 
 def test_klein_kv_equals_diffusers(models, monkeypatch):
-    """diffusers computes references within the first step: another order of float32 sums."""
+    """diffusers computes references in the first step: float32 sums in another order."""
     model = models("flux.2-klein-9b-kv")
     theirs = model.variant("Flux2KleinKVPipeline", monkeypatch)
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2)]
@@ -161,7 +164,7 @@ def test_klein_kv_equals_diffusers(models, monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------ text tokens
+# ------------------------------------------------------------------ text tokens
 
 
 def embedded_by_diffusers(model: Model, references: list[Image.Image]) -> Tensor:
@@ -186,29 +189,29 @@ def test_redux_equals_diffusers(models, monkeypatch, weights):
     added = torch.einsum(
         "n,ntd->td", torch.tensor(weights or [1.0]), embedded_by_diffusers(model, references)
     )[None]
-    pictures = ImageInputs(tuple(references), image_weights=weights)
-    assert max_error(model.ours.condition(pictures).text, added) <= 2e-6
+    images = ImageInputs(tuple(references), image_weights=weights)
+    assert max_error(model.ours.condition(images).text, added) <= 2e-6
 
     features = model.features()
     tokens = torch.cat([features.tokens, added.expand(len(SEEDS), -1, -1)], dim=1)
-    given, words = dict(guidance_scale=3.0), dict(prompt_embeds=tokens)
-    compare(model, model.theirs, pictures, given, words, guidance=3.0)
+    arguments, words = dict(guidance_scale=3.0), dict(prompt_embeds=tokens)
+    compare(model, model.theirs, images, arguments, words, guidance=3.0)
 
 
-# ------------------------------------------------------------------------------ a start
+# ------------------------------------------------------------------ image to image
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
 def test_image_to_image_equals_diffusers(models, monkeypatch, strength):
     model = models("flux.1-dev")
     theirs = model.variant("FluxImg2ImgPipeline", monkeypatch)
-    given = dict(image=photo(), strength=strength, guidance_scale=3.0)
+    arguments = dict(image=photo(), strength=strength, guidance_scale=3.0)
     compare(
         model,
         theirs,
         ImageInputs((photo(),), strength=strength),
-        given,
-        noise_given=False,
+        arguments,
+        pass_noise=False,
         guidance=3.0,
     )
 
@@ -217,13 +220,13 @@ def test_image_to_image_equals_diffusers(models, monkeypatch, strength):
 def test_inpainting_equals_diffusers(models, monkeypatch, strength):
     model = models("flux.1-dev")
     theirs = model.variant("FluxInpaintPipeline", monkeypatch)
-    given = dict(image=photo(), mask_image=soft_mask(), strength=strength, guidance_scale=3.0)
+    arguments = dict(image=photo(), mask_image=soft_mask(), strength=strength, guidance_scale=3.0)
     compare(
         model,
         theirs,
         ImageInputs((photo(),), soft_mask(), strength=strength),
-        given,
-        noise_given=False,
+        arguments,
+        pass_noise=False,
         guidance=3.0,
     )
 
@@ -234,22 +237,22 @@ def test_klein_inpainting_equals_diffusers(models, monkeypatch, name):
     theirs = model.variant("Flux2KleinInpaintPipeline", monkeypatch)
     other = photo(96, 80, seed=3)
     cfg = dict(guidance=3.0, negative=model.features(2, rows=1)) if model.spec.cfg else {}
-    given = dict(
+    arguments = dict(
         image=photo(),
         mask_image=soft_mask(),
         image_reference=other,
         strength=0.6,
         guidance_scale=cfg.get("guidance", 1.0),
     )
-    pictures = ImageInputs((photo(), other), soft_mask(), strength=0.6, reference_limit=1024)
-    compare(model, theirs, pictures, given, noise_given=False, **cfg)
+    images = ImageInputs((photo(), other), soft_mask(), strength=0.6, reference_limit=1024)
+    compare(model, theirs, images, arguments, pass_noise=False, **cfg)
 
 
-# ------------------------------------------------------------------------------ beyond diffusers
+# ------------------------------------------------------------------ beyond diffusers
 
 
 def test_kontext_with_several_references_equals_diffusers_networks(models):
-    """diffusers' pipeline takes one. Its transformer, called for a step, takes several."""
+    """diffusers' pipeline takes one reference. Its transformer takes several."""
     model = models("flux.1-kontext-dev")
     references, sizes = (photo(80, 96, seed=1), photo(64, 80, seed=2)), ((6, 5), (5, 4))
     tokens, ids, left = (
@@ -257,8 +260,8 @@ def test_kontext_with_several_references_equals_diffusers_networks(models):
         [[0, row, column] for row in range(4) for column in range(6)],
         0,
     )
-    for picture, (h, w) in zip(references, sizes, strict=True):
-        pixels = torch.from_numpy(np.asarray(picture) / 127.5 - 1).permute(2, 0, 1)[None].float()
+    for image, (h, w) in zip(references, sizes, strict=True):
+        pixels = torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1)[None].float()
         with torch.no_grad():
             latents = diffusers_encode(model.theirs.vae, pixels)
         tokens.append(latents.flatten(2).mT.expand(2, -1, -1))
@@ -282,14 +285,10 @@ def test_kontext_with_several_references_equals_diffusers_networks(models):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_images_of_redux_share_one(models, count):
-    """Without weights: the mean of diffusers' tokens of each alone (diffusers itself sums them)."""
+def test_redux_images_without_weights_are_averaged(models, count):
+    """The mean of diffusers' tokens of each image. diffusers itself sums them."""
     model = models("flux.1-redux-dev")
     references = [photo(80, 97, seed=1), photo(150, 70, seed=2), photo(64, 64, seed=3)][:count]
-    alone = [embedded_by_diffusers(model, [picture]).double() for picture in references]
-    assert (
-        max_error(
-            model.ours.condition(ImageInputs(tuple(references))).text.double(), sum(alone) / count
-        )
-        <= 2e-6
-    )
+    alone = [embedded_by_diffusers(model, [image]).double() for image in references]
+    text = model.ours.condition(ImageInputs(tuple(references))).text.double()
+    assert max_error(text, sum(alone) / count) <= 2e-6

@@ -1,7 +1,7 @@
 """flux.conditioning without a reference library: ids, layouts, cached references, masks.
 
 The literals are Black Forest Labs' (black-forest-labs/flux and flux2, src/*/sampling.py), or follow
-by hand from their rules. What diffusers computes too is compared live: test_conditioning.py.
+from their rules by hand. test_conditioning.py compares with diffusers, live.
 """
 
 import math
@@ -58,24 +58,20 @@ def refusal(call, *arguments, **options) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------ cached references
+# ------------------------------------------------------------------ cached references
 
 
 @pytest.mark.parametrize("name", [KV, "flux.2-dev", BASE])
 def test_cached_references_equal_references_of_every_step(zoo, name):
-    """Bit for bit, with a guidance input and in both passes of classifier-free guidance."""
+    """To the bit, with a guidance input and in both passes of classifier-free guidance."""
     pipe = zoo.pipe(name)
-    model, features, negative = (
-        pipe.transformer(),
-        random_features(pipe),
-        random_features(pipe, 1, seed=2),
-    )
-    given = pipe.condition(
-        ImageInputs((photo(80, 97, seed=1), photo(150, 70, seed=2)), kv_cache=True), WIDTH, HEIGHT
-    )
+    model, features = pipe.transformer(), random_features(pipe)
+    negative = random_features(pipe, 1, seed=2)
+    images = ImageInputs((photo(80, 97, seed=1), photo(150, 70, seed=2)), kv_cache=True)
+    conditions = pipe.condition(images, WIDTH, HEIGHT)
     scales = dict(guidance=3.0) if pipe.spec.guidance else {}
     cfg = dict(negative=negative) if pipe.spec.cfg else {}
-    once = pipe.sample(features, SEEDS, steps=4, conditions=given, **scales, **cfg)
+    once = pipe.sample(features, SEEDS, steps=4, conditions=conditions, **scales, **cfg)
 
     h, w = HEIGHT // 16, WIDTH // 16
     rope = model.rope(sampling.text_ids(7, 4), sampling.image_ids(h, w, 4))
@@ -85,9 +81,9 @@ def test_cached_references_equal_references_of_every_step(zoo, name):
     def velocity(x: Tensor, t: float) -> Tensor:
         vec = model.vec(torch.zeros(1), None if guidance is None else guidance[:1])
         caches = [KVCache(7) for _ in (*model.double_blocks, *model.single_blocks)]
-        reference_rope = model.rope(given.reference_ids[:0], given.reference_ids)
+        reference_rope = model.rope(conditions.reference_ids[:0], conditions.reference_ids)
         no_text, (mods,) = features.tokens[:1, :0], model.modulations([vec])
-        model.denoise(given.references, no_text, reference_rope, mods, caches)
+        model.denoise(conditions.references, no_text, reference_rope, mods, caches)
         kept.append(caches[-1].k)
         (now,) = model.modulations([model.vec(torch.full((2,), t), guidance)])
         passes = [
@@ -113,11 +109,11 @@ def dense(
     still: Tensor,
     now: Tensor,
 ) -> Tensor:
-    """Velocity (L, C) in float64 of one sequence: references (R, C), text (T, D), image (L, C).
+    """Return the velocity (L, C), in float64, of one sequence.
 
-    After black-forest-labs/flux2, forward_kv_extract: each token is modulated for its own time,
-    `still` (D,), the vec of t = 0, for references, and `now` for the others. References attend to
-    references only.
+    The sequence has references (R, C), text (T, D) and the image (L, C). As in BFL's
+    forward_kv_extract, `still` (D,), the vec of t = 0, modulates references, and `now` the other
+    tokens. References attend to references only.
     """
     c, w = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
     r, n = len(references), len(ids)
@@ -145,22 +141,20 @@ def dense(
         ids[:, [axis]] * c.theta ** (-torch.arange(0, d, 2).double() / d)
         for axis, d in enumerate(c.axes_dim)
     ]
-    turn = torch.polar(torch.ones(()).double(), torch.cat(spans, dim=-1))  # (N, d/2)
+    rotation = torch.polar(torch.ones(()).double(), torch.cat(spans, dim=-1))  # (N, d/2)
 
     def attended(qkv: Tensor, query: Tensor, key: Tensor) -> Tensor:
         q, k, v = (
             x.reshape(n, c.num_heads, -1).transpose(0, 1) for x in qkv.chunk(3, dim=-1)
         )  # (H, N, d)
         q, k = (
-            torch.view_as_complex(rms(x, s).unflatten(-1, (-1, 2))) * turn
+            torch.view_as_complex(rms(x, s).unflatten(-1, (-1, 2))) * rotation
             for x, s in ((q, query), (k, key))
         )
-        scores = (q @ k.mH).real / (
-            c.hidden_size // c.num_heads
-        ) ** 0.5  # the turned pairs' dot products
-        return (
-            (scores.masked_fill(hidden_from, -math.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
-        )
+        # dot products of the rotated pairs
+        scores = (q @ k.mH).real / (c.hidden_size // c.num_heads) ** 0.5
+        weights = scores.masked_fill(hidden_from, -math.inf).softmax(-1)
+        return (weights @ v).transpose(0, 1).flatten(1)
 
     def gated(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
@@ -188,12 +182,12 @@ def dense(
     shift, scale, gate = linear(times, "single_stream_modulation.lin").chunk(3, dim=-1)
     for block in (f"single_blocks.{i}." for i in range(c.depth_single)):
         inner = linear(norm(x) * (1 + scale) + shift, f"{block}linear1")
-        seen = attended(
+        attention = attended(
             inner[:, : 3 * c.hidden_size],
             *(w[f"{block}norm.{part}_norm.scale"] for part in ("query", "key")),
         )
         x = x + gate * linear(
-            torch.cat([seen, gated(inner[:, 3 * c.hidden_size :])], dim=-1), f"{block}linear2"
+            torch.cat([attention, gated(inner[:, 3 * c.hidden_size :])], dim=-1), f"{block}linear2"
         )
     shift, scale = linear(F.silu(now), "final_layer.adaLN_modulation.1").chunk(2)
     return linear(norm(x[-len(img) :]) * (1 + scale) + shift, "final_layer.linear")
@@ -202,13 +196,10 @@ def dense(
 @pytest.mark.parametrize("depth, depth_single", [(2, 0), (0, 2), (2, 3)])
 @torch.no_grad()
 def test_kv_cache_equals_one_sequence_with_a_mask(depth, depth_single):
-    """Two blocks at least: the first reads references as they came, whatever they see."""
+    """At least two blocks: the first one does not depend on what references attend to."""
     model = randomise(Flux(replace(FLUX2_TINY, depth=depth, depth_single=depth_single)))
-    references, txt, img = (
-        random(2, 10, 16, seed=1),
-        random(2, 5, 40, seed=2),
-        random(2, 12, 16, seed=3),
-    )
+    references = random(2, 10, 16, seed=1)
+    txt, img = random(2, 5, 40, seed=2), random(2, 12, 16, seed=3)
     ids = [sampling.image_ids(2, 5, 4, t=10), sampling.text_ids(5, 4), sampling.image_ids(3, 4, 4)]
     t, guidance = torch.tensor([0.8, 0.3]), torch.tensor([3.5, 2.0])
     still, now = model.vec(torch.zeros(2), guidance), model.vec(t, guidance)
@@ -219,82 +210,51 @@ def test_kv_cache_equals_one_sequence_with_a_mask(depth, depth_single):
     for row in range(2):
         *tokens, before, after = (x[row].double() for x in (references, txt, img, still, now))
         expected = dense(model, *tokens, torch.cat(ids), before, after)
-        assert (
-            max_error(ours[row].double(), expected) <= 1e-6
-        )  # float32 against float64; seen: up to 5e-7
+        assert max_error(ours[row].double(), expected) <= 1e-6  # seen: up to 5e-7, of float32
 
 
-# ------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------ layouts
 
 
-def test_ids_and_order_of_references():
+def test_references_have_ids_and_order_of_their_family():
     """Kontext: all at t = 1, side by side. FLUX.2: t = 10, 20, ..., from the same corner."""
     sizes = ((2, 3), (1, 2), (3, 1))
     latents = [
         torch.arange(4.0 * h * w).reshape(1, 4, h, w) + 100 * k for k, (h, w) in enumerate(sizes)
     ]
     tokens, ids = conditioning.reference_tokens(latents, 3)
-    first, second = (
-        ([1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 1, 0], [1, 1, 1], [1, 1, 2]),
-        ([1, 0, 3], [1, 0, 4]),
-    )
-    assert ids.tolist() == [*first, *second, [1, 0, 5], [1, 1, 5], [1, 2, 5]]
-    assert tokens.shape == (1, 11, 4) and tokens[0, :, 0].tolist() == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-        100,
-        101,
-        200,
-        201,
-        202,
-    ]
-    assert tokens[0, 4].tolist() == [4, 10, 16, 22] and tokens[0, 7].tolist() == [
-        101,
-        103,
-        105,
-        107,
-    ]
+    first = [[1, 0, 0], [1, 0, 1], [1, 0, 2], [1, 1, 0], [1, 1, 1], [1, 1, 2]]
+    second, third = [[1, 0, 3], [1, 0, 4]], [[1, 0, 5], [1, 1, 5], [1, 2, 5]]
+    assert ids.tolist() == first + second + third
+    assert tokens.shape == (1, 11, 4)
+    assert tokens[0, :, 0].tolist() == [*range(6), 100, 101, 200, 201, 202]
+    assert tokens[0, 4].tolist() == [4, 10, 16, 22]
+    assert tokens[0, 7].tolist() == [101, 103, 105, 107]
 
     same, ids = conditioning.reference_tokens(latents, 4)
-    first = [
-        [10, 0, 0, 0],
-        [10, 0, 1, 0],
-        [10, 0, 2, 0],
-        [10, 1, 0, 0],
-        [10, 1, 1, 0],
-        [10, 1, 2, 0],
-    ]
-    assert ids.tolist() == [
-        *first,
-        [20, 0, 0, 0],
-        [20, 0, 1, 0],
-        [30, 0, 0, 0],
-        [30, 1, 0, 0],
-        [30, 2, 0, 0],
-    ]
+    first = [[10, row, column, 0] for row in range(2) for column in range(3)]
+    second = [[20, 0, 0, 0], [20, 0, 1, 0]]
+    third = [[30, 0, 0, 0], [30, 1, 0, 0], [30, 2, 0, 0]]
+    assert ids.tolist() == first + second + third
     assert torch.equal(same, tokens)
     _, ids = conditioning.reference_tokens([latents[2]] * 10, 4)
     assert ids[::3, 0].tolist() == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
 
 
-def test_fill_sees_noise_masked_image_and_soft_mask(zoo):
+def test_fill_input_has_noise_masked_image_and_soft_mask(zoo):
     """The network's 64 + 64 + 256 channels, in the order of BFL's prepare_fill and denoise.
 
-    The image is masked in [-1, 1], so that a hole is mid-gray. All 16x16 mask values of a token are
-    channels: first by their place (y, x) within 8x8 pixels, then by that of the 8x8 pixels.
+    The image is masked in [-1, 1]: a hole is mid-gray. The 16x16 mask values of a token are
+    channels: first by the place (y, x) in 8x8 pixels, then by the place of the 8x8 pixels.
     """
-    pipe, seen = zoo.pipe(FILL), []
-    picture = photo(WIDTH, HEIGHT)
+    pipe, inputs = zoo.pipe(FILL), []
+    image = photo(WIDTH, HEIGHT)
     values = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH)).astype(np.uint8)
-    given = pipe.condition(ImageInputs((picture,), Image.fromarray(values)))
+    conditions = pipe.condition(ImageInputs((image,), Image.fromarray(values)))
     hook = pipe.transformer().img_in.register_forward_pre_hook(
-        lambda module, received: seen.append(received[0].clone())
+        lambda module, args: inputs.append(args[0].clone())
     )
-    pipe.sample(random_features(pipe), SEEDS, steps=2, conditions=given)
+    pipe.sample(random_features(pipe), SEEDS, steps=2, conditions=conditions)
     hook.remove()
 
     mask = values.astype(np.float32) / 255
@@ -302,21 +262,20 @@ def test_fill_sees_noise_masked_image_and_soft_mask(zoo):
     for row, column, y, x, below, right in np.ndindex(5, 6, 8, 8, 2, 2):
         value = mask[16 * row + 8 * below + y, 16 * column + 8 * right + x]
         packed[6 * row + column, 4 * (8 * y + x) + 2 * below + right] = value
-    masked = (np.asarray(picture) / 127.5 - 1) * (1 - mask[..., None])
+    masked = (np.asarray(image) / 127.5 - 1) * (1 - mask[..., None])
     with torch.no_grad():
         pixels = torch.from_numpy(masked.transpose(2, 0, 1)[None]).float()
         latents = pipe.image_encoder().encode(pixels)
     drawn = sampling.noise(SEEDS, 64, 5, 6, spatial=True)
-    assert [x.shape for x in seen] == [(2, 30, 384)] * 2 and len(np.unique(packed)) == 256
-    assert torch.equal(seen[0][..., :64], drawn.flatten(2).mT)
-    for x in (*seen[0], *seen[1]):  # of both steps and both pictures
-        assert (
-            max_error(x[:, 64:128], latents[0].flatten(1).T) <= 3e-6
-        )  # masked in float32 and in float64
+    assert [x.shape for x in inputs] == [(2, 30, 384)] * 2 and len(np.unique(packed)) == 256
+    assert torch.equal(inputs[0][..., :64], drawn.flatten(2).mT)
+    for x in (*inputs[0], *inputs[1]):  # of both steps and both images
+        # masked in float32 and in float64
+        assert max_error(x[:, 64:128], latents[0].flatten(1).T) <= 3e-6
         assert np.array_equal(x[:, 128:], packed)
 
 
-# ------------------------------------------------------------------------------ in the pipeline
+# ------------------------------------------------------------------ in the pipeline
 
 
 @pytest.mark.parametrize(
@@ -331,60 +290,48 @@ def test_fill_sees_noise_masked_image_and_soft_mask(zoo):
 )
 def test_images_are_encoded_in_float32_whatever_the_dtype(zoo, name, options):
     """In bfloat16, latents would be off by some per cent."""
-    pictures = ImageInputs((photo(90, 70),), **options)
-    exact = zoo.pipe(name).condition(pictures).tensors
-    rounded = load_again(zoo, name, torch.bfloat16).condition(pictures).tensors
+    images = ImageInputs((photo(90, 70),), **options)
+    exact = zoo.pipe(name).condition(images).tensors
+    rounded = load_again(zoo, name, torch.bfloat16).condition(images).tensors
     assert exact.keys() == rounded.keys() and len(exact) >= 1
-    assert all(
-        tensor.dtype == torch.float32 and torch.equal(tensor, rounded[part])
-        for part, tensor in exact.items()
-    )
+    for part, tensor in exact.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, rounded[part])
 
 
 @pytest.mark.parametrize(
     "name, hard", [("flux.2-tiny", True), (DEV, True), (KLEIN, True), (FILL, False)]
 )
-def test_composite_with_a_soft_mask(zoo, name, hard):
-    """In inpainting a place changes or does not, so that the composite has no grays; Fill has.
-
-    From black to white: the seam is blended over the first four pixels inside, in fifths.
-    """
-    picture, level = photo(WIDTH, HEIGHT), np.rint(np.linspace(0, 255, WIDTH)).astype(np.uint8)
-    pictures = ImageInputs((picture,), Image.fromarray(level[None].repeat(HEIGHT, 0)))
-    made, raw = (
-        np.asarray(
-            zoo.pipe(name)("a cat", steps=2, seed=5, images=replace(pictures, composite=composite))[
-                0
-            ],
-            float,
-        )
-        for composite in (True, False)
-    )
+def test_soft_mask_is_binarized_but_for_fill_and_its_seam_is_blended(zoo, name, hard):
+    """From black to white, the first four pixels inside are blended in fifths."""
+    image, level = photo(WIDTH, HEIGHT), np.rint(np.linspace(0, 255, WIDTH)).astype(np.uint8)
+    images = ImageInputs((image,), Image.fromarray(level[None].repeat(HEIGHT, 0)))
+    generated = {}
+    for composite in (True, False):
+        inputs = replace(images, composite=composite)
+        (out,) = zoo.pipe(name)("a cat", steps=2, seed=5, images=inputs)
+        generated[composite] = np.asarray(out, float)
+    composed, raw = generated[True], generated[False]
     white = level >= 128 if hard else level > 0
-    weight = np.clip((np.arange(WIDTH) - white.argmax() + 1) / 5, 0, 1) * (
-        1 if hard else level / 255
-    )
-    own, inside = np.asarray(picture, float), weight == 1
-    assert (
-        inside.sum() > (40 if hard else 0)
-        and (raw != own)[:, inside].mean() > 0.9
-        and (raw != own)[:, ~white].any()
-    )
-    assert np.array_equal(made[:, inside], raw[:, inside]) and np.array_equal(
-        made[:, ~white], own[:, ~white]
-    )
+    weight = np.clip((np.arange(WIDTH) - white.argmax() + 1) / 5, 0, 1)
+    if not hard:
+        weight = weight * (level / 255)
+    original, inside = np.asarray(image, float), weight == 1
+    assert inside.sum() > (40 if hard else 0)
+    assert (raw != original)[:, inside].mean() > 0.9
+    assert (raw != original)[:, ~white].any()
+    assert np.array_equal(composed[:, inside], raw[:, inside])
+    assert np.array_equal(composed[:, ~white], original[:, ~white])
     weight = weight[None, :, None]
-    assert (
-        np.abs(made - (own * (1 - weight) + raw * weight)).max() <= 0.5001
-    )  # to the nearest level
+    blended = original * (1 - weight) + raw * weight
+    assert np.abs(composed - blended).max() <= 0.5001  # to the nearest level
 
 
-# ------------------------------------------------------------------------------ input of any kind
+# ------------------------------------------------------------------ input of any kind
 
 GREY = Image.fromarray(np.asarray(photo(WIDTH, HEIGHT))[..., 1])
 DEEP = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)  # 16 bits
 ON_WHITE = Image.composite(photo(WIDTH, HEIGHT), Image.new("RGB", (WIDTH, HEIGHT), "white"), HALF)
-SHOWN = {  # a picture, and what it shows
+SHOWN = {  # an image, and the same in RGB
     "grey": (GREY, GREY.convert("RGB")),
     "16-bit grey": (DEEP, GREY.convert("RGB")),
     "palette": (
@@ -397,21 +344,20 @@ SHOWN = {  # a picture, and what it shows
 
 @pytest.mark.parametrize("kind", SHOWN)
 @pytest.mark.parametrize("name", [DEV, KLEIN])
-def test_images_in_any_mode_are_what_they_show(zoo, name, kind):
-    """As from files. Pillow's own conversion would make 16 bits white, and transparency black."""
-    picture, shown = SHOWN[kind]
+def test_image_in_any_mode_equals_its_rgb_image(zoo, name, kind):
+    """As from files. Pillow's conversion would turn 16 bits white, and transparency black."""
+    image, shown = SHOWN[kind]
     expected = zoo.pipe(name).condition(ImageInputs((shown,))).tensors
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        given = zoo.pipe(name).condition(ImageInputs((picture,))).tensors
-    assert given.keys() == expected.keys() and all(
-        torch.equal(given[part], expected[part]) for part in given
-    )
-    told = ["transparent parts were put on white" in str(note.message) for note in notes]
-    assert told == [True] * (kind == "transparent")
+        tensors = zoo.pipe(name).condition(ImageInputs((image,))).tensors
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[part], expected[part]) for part in tensors)
+    noted = ["transparent parts were put on white" in str(note.message) for note in notes]
+    assert noted == [True] * (kind == "transparent")
 
 
-def test_masks_in_any_mode_are_what_they_show(zoo):
+def test_mask_in_any_mode_equals_its_gray_mask(zoo):
     pipe, mask = zoo.pipe(FILL), GREY
     expected = pipe.condition(ImageInputs((photo(WIDTH, HEIGHT),), mask)).channels
     for other in (mask.convert("RGB"), mask.convert("RGBA"), DEEP, mask.convert("P")):
@@ -434,15 +380,15 @@ def test_masks_in_any_mode_are_what_they_show(zoo):
     ],
 )
 @pytest.mark.parametrize("name", [DEV, FILL])
-def test_masks_that_may_not_be_are_refused(zoo, name, mask, words):
+def test_wrong_mask_is_refused(zoo, name, mask, words):
     assert words in refusal(
         zoo.pipe(name), "a cat", images=ImageInputs((photo(WIDTH, HEIGHT),), mask)
     )
 
 
 @pytest.mark.parametrize("name", [DEV, KLEIN])
-def test_a_mask_that_no_latent_sees_is_refused(zoo, name):
-    """It would change nothing but what the autoencoder changes."""
+def test_mask_too_thin_for_latents_is_refused(zoo, name):
+    """Only the autoencoder would change the image."""
     thin = Image.new("L", (WIDTH, HEIGHT))
     thin.paste(255, (17, 0, 19, HEIGHT))
     assert "too thin: they fall between latents" in refusal(
@@ -450,44 +396,44 @@ def test_a_mask_that_no_latent_sees_is_refused(zoo, name):
     )
 
 
-def test_a_image_that_is_stretched_is_noted(zoo):
-    given = ImageInputs((photo(WIDTH, HEIGHT),), strength=0.5)
+def test_stretched_image_warns(zoo):
+    images = ImageInputs((photo(WIDTH, HEIGHT),), strength=0.5)
     with pytest.warns(
         UserWarning, match=f"the image of {WIDTH}x{HEIGHT} is stretched to 64x128: leave"
     ):
-        zoo.pipe(DEV).condition(given, 64, 128)
+        zoo.pipe(DEV).condition(images, 64, 128)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        zoo.pipe(DEV).condition(given, 2 * WIDTH, 2 * HEIGHT)
+        zoo.pipe(DEV).condition(images, 2 * WIDTH, 2 * HEIGHT)
 
 
 @pytest.mark.parametrize("name", [FILL, CANNY, CANNY_LORA, REDUX])
-def test_models_that_need_a_image_say_so(zoo, name):
+def test_model_that_needs_an_image_refuses_a_prompt_alone(zoo, name):
     pipe = zoo.pipe(name)
     assert refusal(pipe, "a cat") == f"images: {name} needs an image. Pass one."
     assert f"{name} takes" in refusal(pipe, "a cat", images=ImageInputs(()))
 
 
 @pytest.mark.parametrize("name", [DEV, KLEIN])
-def test_conditions_have_their_size(zoo, name):
-    pipe, pictures = zoo.pipe(name), ImageInputs((photo(WIDTH, HEIGHT),))
-    given = pipe.condition(pictures, 96, 80)
-    for asked in (
+def test_conditions_refuse_another_size(zoo, name):
+    pipe, images = zoo.pipe(name), ImageInputs((photo(WIDTH, HEIGHT),))
+    conditions = pipe.condition(images, 96, 80)
+    for size in (
         dict(width=64),
         dict(height=64),
         dict(width=64, height=64),
         dict(width=80, height=96),
     ):
-        told = refusal(pipe, "a cat", images=given, **asked)
-        assert told == "conditions: made for 96x80. Leave `width` and `height` out."
-    (one,) = pipe("a cat", images=given, steps=1, width=96, height=80)
-    (other,) = pipe("a cat", images=pictures, steps=1, width=96, height=80)
+        message = refusal(pipe, "a cat", images=conditions, **size)
+        assert message == "conditions: made for 96x80. Leave `width` and `height` out."
+    (one,) = pipe("a cat", images=conditions, steps=1, width=96, height=80)
+    (other,) = pipe("a cat", images=images, steps=1, width=96, height=80)
     assert one.tobytes() == other.tobytes()
 
 
-def test_images_for_another_number_of_prompts_are_refused(zoo):
+def test_wrong_number_of_image_inputs_is_refused(zoo):
     pipe, one = zoo.pipe(KLEIN), ImageInputs((photo(WIDTH, HEIGHT),))
-    for prompts, pictures in (
+    for prompts, images in (
         ("a cat", [one, one]),
         (["a cat"], ()),
         (["a cat", "a dog"], [one]),
@@ -496,6 +442,6 @@ def test_images_for_another_number_of_prompts_are_refused(zoo):
         count = 1 if isinstance(prompts, str) else len(prompts)
         words = (
             "images: one ImageInputs for each prompt is needed "
-            f"(got {len(pictures)} for {count} prompts)."
+            f"(got {len(images)} for {count} prompts)."
         )
-        assert refusal(pipe, prompts, num_images=2, images=pictures) == words
+        assert refusal(pipe, prompts, num_images=2, images=images) == words

@@ -1,6 +1,6 @@
-"""`import flux` and its public names import no module that a run may not need.
+"""`import flux` and its public names import only what every run needs.
 
-Each test lists the modules that a new interpreter has imported.
+The tests list the modules that a new interpreter has imported.
 """
 
 import json
@@ -19,9 +19,9 @@ def loaded_by(code: str, before: str = "pass") -> set[str]:
         [
             "import sys, json",
             before,
-            "seen = set(sys.modules)",
+            "earlier = set(sys.modules)",
             code,
-            "print(json.dumps(sorted(set(sys.modules) - seen)))",
+            "print(json.dumps(sorted(set(sys.modules) - earlier)))",
         ]
     )
     done = subprocess.run(
@@ -31,11 +31,8 @@ def loaded_by(code: str, before: str = "pass") -> set[str]:
 
 
 def test_import_flux_imports_nothing_else():
-    assert {
-        name
-        for name in loaded_by("import flux")
-        if name.split(".")[0] not in sys.stdlib_module_names
-    } == {"flux"}
+    added = loaded_by("import flux")
+    assert {name for name in added if name.split(".")[0] not in sys.stdlib_module_names} == {"flux"}
 
 
 def test_public_names_import_little_beyond_torch():
@@ -45,9 +42,8 @@ def test_public_names_import_little_beyond_torch():
     )
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL"}
-    assert "flux.pipeline" in added and not {
-        name for name in added if name.startswith(("torch", "flux.toy"))
-    }
+    assert "flux.pipeline" in added
+    assert not {name for name in added if name.startswith(("torch", "flux.toy"))}
     optional = {
         "flux.lora.formats",
         "flux.lora.merge",
@@ -65,24 +61,19 @@ def test_first_image_imports_no_compiler():
     added = loaded_by(code, before="import torch")
     outside = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert outside <= {"flux", "einops", "safetensors", "PIL", "tokenizers", "torch", "numpy"}
-    assert not {
-        name
-        for name in added
-        if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed"))
+    compiler = ("torch._dynamo", "torch._inductor", "torch.distributed")
+    assert not {name for name in added if name.startswith(compiler)}
+    optional = {
+        "flux.training.lora",
+        "flux.lora.formats",
+        "flux.lora.merge",
+        "benchmarks.lossy",
+        "flux.training.trainer",
     }
-    assert (
-        not {
-            "flux.training.lora",
-            "flux.lora.formats",
-            "flux.lora.merge",
-            "benchmarks.lossy",
-            "flux.training.trainer",
-        }
-        & added
-    )
+    assert not added & optional
 
 
-def test_empty_modules_have_shapes_and_draw_nothing():
+def test_empty_modules_have_shapes_but_draw_no_random_numbers():
     import torch
     from torch import nn
 
@@ -90,21 +81,17 @@ def test_empty_modules_have_shapes_and_draw_nothing():
 
     before = torch.get_rng_state()
     module = init_empty(lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm(2)))
-    assert all(p.is_meta for p in module.parameters()) and torch.equal(
-        torch.get_rng_state(), before
-    )
+    assert all(p.is_meta for p in module.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
     assert [tuple(p.shape) for p in module.parameters()] == [(5, 3), (2, 3), (2,), (2,), (2,)]
-    assert nn.Embedding(5, 3).weight.abs().sum() > 0  # outside, modules draw again
+    assert nn.Embedding(5, 3).weight.abs().sum() > 0  # modules outside draw weights
 
 
-def test_public_names():
+def test_public_names_and_submodules_are_found_without_an_import():
     import flux
 
     assert set(flux.__all__) == {"MODELS", "ImageInputs", "Pipeline", "UserError", "load"}
     assert all(map(flux.__getattr__, flux.__all__))
-    assert flux.sampling.schedule("unshifted", 1, 1).tolist() == [
-        1,
-        0,
-    ]  # a submodule, without its own import
+    assert flux.sampling.schedule("unshifted", 1, 1).tolist() == [1, 0]
     with pytest.raises(AttributeError, match="nonsense"):
         flux.nonsense  # noqa: B018

@@ -1,7 +1,7 @@
-"""flux.pipeline against the pipelines of diffusers, live: files to pictures, with the same tiny random weights.
+"""flux.pipeline against diffusers' pipelines, live: from files to images, tiny random weights.
 
-Ours reads whole repositories from a folder, in the released files' layouts. The reference's text encoders hold what the
-released ones do and we leave out: more layers, a head, eyes. Of the reference we take the latents after every step.
+Ours reads repositories from a folder, in the released layouts. The reference's text encoders have
+the parts that the released ones have and ours ignores: more layers, a head, a vision encoder.
 """
 
 import re
@@ -41,7 +41,7 @@ from flux.transformer import Flux
 
 WIDTH, HEIGHT, STEPS, SEEDS = 96, 64, 4, (5, 6)
 PROMPTS = ["a photo of a cat", "an oil painting of a naïve café"]
-RUNS = {  # every way to be guided; the released rows say which of them a model takes
+RUNS = {  # each kind of guidance
     "flux.1-dev": dict(guidance=3.0),
     "flux.1-dev with cfg": dict(guidance=2.0, true_cfg_scale=2.5),
     "flux.1-schnell": {},
@@ -53,9 +53,7 @@ NAMES = [name for name in RUNS if " " not in name]
 every_run = pytest.mark.parametrize("run", RUNS)
 every_model = pytest.mark.parametrize("name", NAMES)
 either_family = pytest.mark.parametrize("name", ["flux.1-dev", "flux.2-klein-4b"])
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.* was distilled for"
-)  # other numbers of steps, here and there
+pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")
 FEW = settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -63,7 +61,7 @@ FEW = settings(
 
 @dataclass(repr=False)
 class Model:
-    """A tiny row of the table, the weights and the folder that its repository lies in, and both pipelines, in float32."""
+    """A tiny row of the table, its weights and folder, and both pipelines in float32."""
 
     spec: ModelSpec
     parts: dict[str, nn.Module]
@@ -94,15 +92,15 @@ def models(tmp_path_factory):
             patch.setitem(MODELS, name, spec)
             parts = networks(spec)
             text = diffusers_text(spec, parts, home(folder, name), MISTRAL_TEMPLATE)
-            whole = parts | ({"model": text["text_encoder"]} if "model" in parts else {})
-            write_weights(home(folder, name), spec, whole)
+            files = parts | ({"model": text["text_encoder"]} if "model" in parts else {})
+            write_weights(home(folder, name), spec, files)
             ours = flux.load(name, weights=folder, device="cpu", dtype=torch.float32)
             out[name] = Model(spec, parts, folder, ours, diffusers_pipeline(spec, parts, text))
         yield out
 
 
 def random_features(model: Model, rows: int, seed: int) -> TextFeatures:
-    """Of seven tokens: nothing in sampling depends on the length of a prompt."""
+    """Return features of seven tokens. Sampling does not depend on the length of a prompt."""
     config, generator = model.spec.transformer, torch.Generator().manual_seed(seed)
     pooled = torch.randn(rows, config.vector_dim, generator=generator) if model.flux1 else None
     return TextFeatures(torch.randn(rows, 7, config.context_dim, generator=generator), pooled)
@@ -121,36 +119,38 @@ def by_diffusers(
     true_cfg_scale: float = 1.0,
     output: str = "pil",
 ) -> tuple[list[Tensor], list[Image.Image]]:
-    """The latents after every step, and the pictures."""
-    seen, dtype = [], theirs.transformer.dtype
+    """Return diffusers' latents after every step, and its images."""
+    latents_seen, dtype = [], theirs.transformer.dtype
     features = features.to("cpu", dtype)
-    given = dict(prompt_embeds=features.tokens)
+    arguments = dict(prompt_embeds=features.tokens)
     if negative is not None:
-        given["negative_prompt_embeds"] = negative.tokens.to(dtype).expand_as(features.tokens)
+        arguments["negative_prompt_embeds"] = negative.tokens.to(dtype).expand_as(features.tokens)
     if model.flux1:
-        given |= dict(pooled_prompt_embeds=features.pooled, true_cfg_scale=true_cfg_scale)
+        arguments |= dict(pooled_prompt_embeds=features.pooled, true_cfg_scale=true_cfg_scale)
         if negative is not None:
-            given["negative_pooled_prompt_embeds"] = negative.pooled.to(dtype).expand_as(
+            arguments["negative_pooled_prompt_embeds"] = negative.pooled.to(dtype).expand_as(
                 features.pooled
             )
-    pictures = theirs(
-        **given,
+    images = theirs(
+        **arguments,
         width=width,
         height=height,
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type=output,
         latents=noise(model, seeds, width, height).to(dtype),
-        callback_on_step_end=lambda pipe, step, t, values: seen.append(values["latents"]) or {},
+        callback_on_step_end=lambda pipe, step, t, values: (
+            latents_seen.append(values["latents"]) or {}
+        ),
     ).images
-    return [grid(x, height) for x in seen], pictures
+    return [grid(x, height) for x in latents_seen], images
 
 
 def by_us(
-    ours: Pipeline, features: TextFeatures, negative: TextFeatures | None, seeds=SEEDS, **asked
+    ours: Pipeline, features: TextFeatures, negative: TextFeatures | None, seeds=SEEDS, **options
 ):
-    """The latents after every step and the times there, the final latents, and the pictures."""
-    seen, times = [], []
+    """Return our latents and times after every step, the final latents, and the images."""
+    states, times = [], []
     latents = ours.sample(
         features,
         seeds,
@@ -158,24 +158,24 @@ def by_us(
         HEIGHT,
         STEPS,
         negative=negative,
-        callback=lambda step, t, x: (seen.append(x.clone()), times.append((step, t))),
-        **asked,
+        callback=lambda step, t, x: (states.append(x.clone()), times.append((step, t))),
+        **options,
     )
-    return seen, times, latents, ours.decode(latents)
+    return states, times, latents, ours.decode(latents)
 
 
 def setting(
     models: dict[str, Model], run: str
 ) -> tuple[Model, dict, TextFeatures, TextFeatures | None]:
-    model, asked = models[run.split()[0]], RUNS[run]
-    negative = (
-        random_features(model, 1, seed=2) if model.spec.cfg or "true_cfg_scale" in asked else None
-    )
-    return model, asked, random_features(model, 2, seed=1), negative
+    model, request = models[run.split()[0]], RUNS[run]
+    negative = None
+    if model.spec.cfg or "true_cfg_scale" in request:
+        negative = random_features(model, 1, seed=2)
+    return model, request, random_features(model, 2, seed=1), negative
 
 
 def copy_weights(*modules: nn.Module) -> None:
-    """Move mapped weights to memory of their own.
+    """Copy mapped weights to new memory.
 
     On a CPU, a product of one row sums in an order that depends on the weights' alignment.
     """
@@ -200,10 +200,10 @@ def test_whole_run_equals_diffusers_with_its_numerics(models, run, dtype):
     expected, _ = by_diffusers(theirs, model, features, negative, **request)
     ours = model.load(dtype=dtype, numerics="diffusers")
     copy_weights(ours.transformer(), ours.autoencoder())
-    seen, times, _, _ = by_us(ours, features, negative, **request)
+    states, times, _, _ = by_us(ours, features, negative, **request)
     assert [t for _, t in times] == theirs.scheduler.sigmas[1:].tolist()
-    assert len(seen) == len(expected) == STEPS and expected[-1].float().std() > 0.5
-    for x, y in zip(seen, expected, strict=True):
+    assert len(states) == len(expected) == STEPS and expected[-1].float().std() > 0.5
+    for x, y in zip(states, expected, strict=True):
         assert x.dtype == dtype and torch.equal(x, y)
 
     one = features.rows([0])
@@ -217,9 +217,9 @@ def test_exact_float32_run_is_close_to_diffusers(models, run):
     """The times differ by a rounding, which moves FLUX.1's latents by up to 2.4e-6."""
     model, request, features, negative = setting(models, run)
     expected, images = by_diffusers(model.theirs, model, features, negative, **request)
-    seen, _, latents, our_images = by_us(model.ours, features, negative, **request)
-    assert latents.equal(seen[-1])
-    assert max(max_error(x, y) for x, y in zip(seen, expected, strict=True)) <= 5e-6
+    states, _, latents, our_images = by_us(model.ours, features, negative, **request)
+    assert latents.equal(states[-1])
+    assert max(max_error(x, y) for x, y in zip(states, expected, strict=True)) <= 5e-6
     assert max(map(levels, our_images, images)) <= 1
 
 
@@ -236,9 +236,9 @@ def test_noise_equals_diffusers(models, name):
 
 
 @every_model
-def test_prompt_to_picture_equals_diffusers(models, name):
-    """Tokens and features, then pictures, from the words and seeds alone; seen: features of T5 2e-7 apart, others equal."""
-    model, asked = models[name], RUNS[name]
+def test_prompt_to_image_equals_diffusers(models, name):
+    """From prompts and seeds alone. Seen: T5's features 2e-7 apart, other features equal."""
+    model, request = models[name], RUNS[name]
     limits = dict(max_sequence_length=model.spec.text_length)
     if not model.flux1:
         limits["text_encoder_out_layers"] = model.spec.text.model.layers
@@ -249,17 +249,17 @@ def test_prompt_to_picture_equals_diffusers(models, name):
     assert max_error(features.tokens, tokens) <= 1e-6 and tokens.std() > 0.5
     assert features.pooled is None or max_error(features.pooled, pooled) <= 1e-6
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    pictures = model.theirs(
+    images = model.theirs(
         **words,
         **limits,
         width=WIDTH,
         height=HEIGHT,
         num_inference_steps=STEPS,
         generator=generators,
-        guidance_scale=asked.get("guidance", 1.0),
+        guidance_scale=request.get("guidance", 1.0),
     ).images
-    ours = model.ours(PROMPTS, WIDTH, HEIGHT, STEPS, asked.get("guidance"), seed=SEEDS[0])
-    assert max(map(levels, ours, pictures)) <= 1 and levels(*pictures) > 30
+    ours = model.ours(PROMPTS, WIDTH, HEIGHT, STEPS, request.get("guidance"), seed=SEEDS[0])
+    assert max(map(levels, ours, images)) <= 1 and levels(*images) > 30
 
 
 @either_family
@@ -270,17 +270,15 @@ def test_prompt_to_picture_equals_diffusers(models, name):
     seed=st.integers(0, 2**63 - 1),
 )
 def test_any_size_equals_diffusers(models, name, size, steps, seed):
-    """Some times differ by a rounding, 6e-8, of which sinusoids of 1000·t make 6e-5 radians; seen: 0 to 7e-6."""
+    """Some times differ by a rounding, 6e-8: 6e-5 radians in 1000 t. Seen: 0 to 7e-6."""
     model, (width, height) = models[name], (16 * n for n in size)
     guidance = {"guidance": 3.0} if model.flux1 else {}
-    given = dict(width=width, height=height, steps=steps, seeds=[seed], **guidance)
+    request = dict(width=width, height=height, steps=steps, seeds=[seed], **guidance)
     features = random_features(model, 1, seed=1)
-    expected, _ = by_diffusers(model.theirs, model, features, None, **given, output="latent")
-    latents = model.ours.sample(features, **given)
-    assert (
-        latents.shape[2:] == (height // 16, width // 16)
-        and max_error(latents, expected[-1]) <= 2e-5
-    )
+    expected, _ = by_diffusers(model.theirs, model, features, None, **request, output="latent")
+    latents = model.ours.sample(features, **request)
+    assert latents.shape[2:] == (height // 16, width // 16)
+    assert max_error(latents, expected[-1]) <= 2e-5
 
 
 # ------------------------------------------------------------------ properties
@@ -289,7 +287,7 @@ def test_any_size_equals_diffusers(models, name, size, steps, seed):
 @either_family
 @FEW
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 4))
-def test_a_picture_is_the_one_that_is_made_alone_with_its_seed(models, name, seed, count):
+def test_image_of_a_batch_equals_the_image_of_its_seed_alone(models, name, seed, count):
     model = models[name]
     features = random_features(model, count, seed=3)
     batch = model.ours.sample(features, range(seed, seed + count), 64, 64, 2)
@@ -300,34 +298,32 @@ def test_a_picture_is_the_one_that_is_made_alone_with_its_seed(models, name, see
 
 
 @either_family
-def test_pictures_of_several_prompts_come_in_their_order(models, name):
+def test_images_of_several_prompts_keep_the_order(models, name):
     pipe = models[name].ours
-    pictures = pipe(PROMPTS, 64, 64, 2, seed=3, num_images=2)
+    images = pipe(PROMPTS, 64, 64, 2, seed=3, num_images=2)
     alone = [
         pipe(prompt, 64, 64, 2, seed=3 + k)
         for k, prompt in enumerate(np.repeat(PROMPTS, 2).tolist())
     ]
-    assert len(pictures) == 4 and all(
-        levels(a, b) <= 1 for a, (b,) in zip(pictures, alone, strict=True)
-    )
-    assert all(levels(a, b) > 10 for k, a in enumerate(pictures) for b in pictures[:k])
+    assert len(images) == 4
+    assert all(levels(a, b) <= 1 for a, (b,) in zip(images, alone, strict=True))
+    assert all(levels(a, b) > 10 for k, a in enumerate(images) for b in images[:k])
 
 
 @pytest.mark.parametrize("name", ["flux.1-dev", "flux.2-klein-4b", "flux.2-klein-base-4b"])
-def test_the_stages_one_by_one_are_the_call(models, name):
+def test_stages_one_by_one_equal_a_call(models, name):
     pipe = models[name].ours
     negative = pipe.encode(["blurred"]) if pipe.spec.cfg else None
     latents = pipe.sample(pipe.encode(PROMPTS), [7, 8], WIDTH, HEIGHT, 2, negative=negative)
     called = pipe(
         PROMPTS, WIDTH, HEIGHT, 2, seed=7, negative_prompt="blurred" if pipe.spec.cfg else None
     )
-    assert [picture.tobytes() for picture in called] == [
-        picture.tobytes() for picture in pipe.decode(latents)
-    ]
+    decoded = pipe.decode(latents)
+    assert [image.tobytes() for image in called] == [image.tobytes() for image in decoded]
 
 
-def test_a_stage_that_is_told_nothing_to_keep_away_from_keeps_away_from_nothing(models):
-    """As the call: guidance is never left out."""
+def test_sample_without_negative_features_uses_the_empty_prompt(models):
+    """As a call does: guidance is not skipped."""
     pipe = models["flux.2-klein-base-4b"].ours
     latents = pipe.sample(pipe.encode(PROMPTS[0]), [7], 64, 64, 2, guidance=3.0)
     assert (
@@ -357,27 +353,27 @@ def test_empty_prompts_and_non_finite_pixels_raise(models):
             pipe.sample(pipe.encode(PROMPTS[0]), [7], width, height, 2)
 
 
-@pytest.mark.parametrize(
-    "asked, words",
-    [
-        (dict(width=64.0), "width: must be a whole number (got 64.0)"),
-        (dict(steps=2.5), "steps: must be a whole number (got 2.5)"),
-        (dict(seed="7"), "seed: must be a whole number (got '7')"),
-    ],
-)
-def test_what_is_no_whole_number_is_told(models, asked, words):
-    with pytest.raises(UserError, match=re.escape(words)):
-        models["flux.2-klein-4b"].ours(PROMPTS[0], **(dict(width=64, height=64, steps=2) | asked))
+def test_non_integer_argument_raises_with_its_name(models):
+    pipe = models["flux.2-klein-4b"].ours
+    for name, value, shown in (
+        ("width", 64.0, "64.0"),
+        ("steps", 2.5, "2.5"),
+        ("seed", "7", "'7'"),
+    ):
+        request = dict(width=64, height=64, steps=2) | {name: value}
+        message = f"{name}: must be a whole number (got {shown})"
+        with pytest.raises(UserError, match=re.escape(message)):
+            pipe(PROMPTS[0], **request)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn])
-def test_unsupported_dtype_raises(dtype):
-    with pytest.raises(UserError, match="^dtype: .* Use torch.bfloat16 or torch.float32"):
-        flux.load(dtype=dtype)
+def test_unsupported_dtype_raises():
+    for dtype in ("bfloat16", torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(UserError, match="^dtype: .* Use torch.bfloat16 or torch.float32"):
+            flux.load(dtype=dtype)
 
 
-def test_without_cfg_at_guidance_one(models):
-    """The second pass is left out where it would cancel, and its scale is the guidance elsewhere."""
+def test_guidance_of_one_skips_the_second_pass(models):
+    """Where the passes would cancel. Elsewhere the scale of the second pass is the guidance."""
     model = models["flux.2-klein-base-4b"]
     features, negative = random_features(model, 1, seed=1), random_features(model, 1, seed=2)
 
@@ -385,11 +381,8 @@ def test_without_cfg_at_guidance_one(models):
         return model.ours.sample(features, [0], 64, 64, 2, guidance, negative)
 
     assert torch.equal(at(1.0, negative), at(1.0, None))
-    assert (
-        max_error(at(1.0 + 1e-6, negative), at(1.0, None))
-        <= 1e-5
-        < max_error(at(2.0, negative), at(1.0, None))
-    )
+    assert max_error(at(1.0 + 1e-6, negative), at(1.0, None)) <= 1e-5
+    assert max_error(at(2.0, negative), at(1.0, None)) > 1e-5
 
 
 def test_latents_that_become_nan_raise_with_their_step(models):
@@ -418,20 +411,20 @@ def test_nan_in_the_weights_raises(models, tmp_path):
 
 def test_distilled_klein_refuses_guidance_and_negative_prompts(models):
     pipe = models["flux.2-klein-4b"].ours
-    for asked in (dict(guidance=2.0), dict(negative_prompt="blurred"), dict(true_cfg_scale=2.0)):
+    for option in (dict(guidance=2.0), dict(negative_prompt="blurred"), dict(true_cfg_scale=2.0)):
         with pytest.raises(UserError, match="distilled to sample without guidance.*base"):
-            pipe("a cat", 64, 64, **asked)
+            pipe("a cat", 64, 64, **option)
 
 
 @either_family
-def test_networks_released_between_stages_make_the_same_image(models, name):
+def test_networks_released_between_stages_give_the_same_image(models, name):
     model = models[name]
     expected = model.load()("a cat", 64, 64, 2)
     pipe = model.load(offload="model")
     parts = (*pipe.text.networks, pipe.transformer, pipe.autoencoder)
     for _ in range(2):
-        (picture,) = pipe("a cat", 64, 64, 2)
-        assert picture.tobytes() == expected[0].tobytes()
+        (image,) = pipe("a cat", 64, 64, 2)
+        assert image.tobytes() == expected[0].tobytes()
         assert all(network.module is None for network in parts if network not in pipe.text.networks)
     pipe("a dog", 64, 64, 1)
     assert all(network.module is None for network in parts)
@@ -440,8 +433,8 @@ def test_networks_released_between_stages_make_the_same_image(models, name):
 # ------------------------------------------------------------------ files
 
 
-def test_transformer_file_of_others_is_used_and_its_row_found(models, tmp_path):
-    """With a community prefix, other weights, and a depth that no row has."""
+def test_transformer_file_selects_its_row(models, tmp_path):
+    """The file has a community prefix, other weights, then a depth that no row has."""
     model, path = models["flux.2-klein-4b"], tmp_path / "other.safetensors"
     other = randomise(Flux(model.spec.transformer), seed=1)
     save_file(
@@ -465,17 +458,19 @@ def test_transformer_file_of_others_is_used_and_its_row_found(models, tmp_path):
         flux.load(weights=model.folder, transformer=path)
 
 
-def test_files_that_are_given_need_not_be_in_the_repository_too(models, tmp_path, monkeypatch):
+def test_replaced_files_need_not_be_in_the_repository(models, tmp_path, monkeypatch):
     model = models["flux.2-klein-4b"]
     shutil.copytree(model.home, tmp_path / model.home.name)
-    own = {
+    paths = {
         part: tmp_path / model.home.name / name
         for part, name in (
             ("transformer", model.spec.transformer_file),
             ("autoencoder", model.spec.autoencoder_files[0]),
         )
     }
-    files = {part: str(path.rename(tmp_path / f"{part}.safetensors")) for part, path in own.items()}
+    files = {
+        part: str(path.rename(tmp_path / f"{part}.safetensors")) for part, path in paths.items()
+    }
     latents = model.load(weights=tmp_path, **files).sample(
         features := random_features(model, 1, seed=1), [0], 64, 64
     )
@@ -486,7 +481,7 @@ def test_files_that_are_given_need_not_be_in_the_repository_too(models, tmp_path
 
 
 @either_family
-def test_one_file_and_shards_of_a_text_encoder_are_the_same(models, name, tmp_path):
+def test_one_file_equals_shards_of_a_text_encoder(models, name, tmp_path):
     model = models[name]
     for folder in ("tokenizer", "tokenizer_2"):
         if (model.home / folder).is_dir():

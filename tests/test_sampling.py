@@ -1,7 +1,7 @@
 """flux.sampling: schedules, positions, noise and Euler's method.
 
-Three truths: schedules that Black Forest Labs' and diffusers' own code computed, kept here as
-numbers; diffusers 0.42.1, live; and differential equations with a solution in closed form.
+References: schedules computed by Black Forest Labs' and diffusers' code, kept here as numbers;
+diffusers 0.42.1, live; differential equations with a closed solution.
 """
 
 import numpy as np
@@ -27,8 +27,9 @@ SHIFTED = [
     ("empirical", 4, 4301),
     ("empirical", 250, 8100),
 ]
+# kind, steps, tokens, bits: get_schedule of black-forest-labs/flux 802fb47 and flux2 ab7cca6,
+# with torch 2.13
 BFL_TIMES = [
-    # (kind, steps, tokens, bits): get_schedule of black-forest-labs/flux 802fb47, flux2 ab7cca6, torch 2.13
     ("linear", 28, 4096, 428816592955),
     ("linear", 50, 4080, 1345933120845),
     ("linear", 1, 16, 1065353216),
@@ -57,12 +58,12 @@ MODERATE = settings(max_examples=50, deadline=None)
         ("linear", 50, 4096, [1], 0.060550276),
         ("linear", 28, 1024, [1, 0.980655968, 0.960643768], 0.0650196),
         ("unshifted", 4, 4096, [1, 0.75, 0.5, 0.25], 0.25),
-        # The same scheduler with FLUX.2's mu, which BFL's flux2 repository equals to 1.2e-7.
+        # The same scheduler with FLUX.2's mu; BFL's flux2 code is within 1.2e-7.
         ("empirical", 4, 4096, [1, 0.9673840404, 0.9081439376, 0.7671999335], 0.7671999335),
         ("empirical", 50, 4096, [1, 0.9973090887, 0.9945213795, 0.9916315675, 0.9886339903], None),
     ],
 )
-def test_schedule_as_published(kind, steps, tokens, first, last):
+def test_schedule_equals_published_times(kind, steps, tokens, first, last):
     times = sampling.schedule(kind, steps, tokens)
     assert times.dtype == torch.float32 and times.shape == (steps + 1,)
     assert times[: len(first)].tolist() == pytest.approx(first, rel=ULP)
@@ -72,21 +73,21 @@ def test_schedule_as_published(kind, steps, tokens, first, last):
 @pytest.mark.parametrize(
     "width, height, times",
     [
-        # Four steps of the distilled FLUX.2 [klein], by BFL's get_schedule, to the digits that were printed.
+        # Four steps of the distilled FLUX.2 [klein], by BFL's get_schedule, as printed.
         (1024, 1024, [1, 0.96738, 0.90814, 0.76720, 0]),
         (512, 512, [1, 0.95809, 0.88398, 0.71750, 0]),
         (1360, 768, [1, 0.96734, 0.90803, 0.76696, 0]),
         (1440, 1440, [1, 0.9491, 0.8615, 0.6746, 0]),
     ],
 )
-def test_klein_schedule_as_published(width, height, times):
+def test_klein_schedule_equals_published_times(width, height, times):
     assert sampling.schedule(
         "empirical", 4, width // 16 * (height // 16)
     ).tolist() == pytest.approx(times, abs=5.1e-5)
 
 
-def test_mu_as_published():
-    """By BFL's code: FLUX.1 whatever the steps, FLUX.2 by the steps up to 4300 tokens, where its mu falls off a cliff."""
+def test_mu_equals_published_values():
+    """By BFL's code. FLUX.2's mu drops above 4300 tokens, and ignores the steps there."""
     assert [sampling.calculate_shift(n) for n in (256, 1024, 4080, 4096)] == pytest.approx(
         [0.5, 0.63, 1.14729166, 1.15], abs=1e-8
     )
@@ -103,7 +104,7 @@ def test_mu_as_published():
 
 
 def by_diffusers(kind: str, steps: int, tokens: int):
-    """diffusers' scheduler after `set_timesteps`, called as its pipelines do."""
+    """Return diffusers' scheduler after `set_timesteps`, called as its pipelines do."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -134,7 +135,7 @@ def by_diffusers(kind: str, steps: int, tokens: int):
     "kind, steps, tokens", [*SHIFTED, ("unshifted", 4, 4096), ("unshifted", 7, 100)]
 )
 def test_schedule_equals_diffusers(kind, steps, tokens):
-    """To the bit with diffusers' arithmetic. The default computes in float64 and rounds once."""
+    """To the bit with diffusers' arithmetic. The default rounds once, from float64."""
     theirs = by_diffusers(kind, steps, tokens).sigmas
     assert torch.equal(sampling.schedule(kind, steps, tokens, rounding="diffusers"), theirs)
     assert (sampling.schedule(kind, steps, tokens) - theirs).abs().max() <= ULP
@@ -149,7 +150,7 @@ def test_diffusers_schedule_equals_diffusers_to_the_bit(kind, steps, tokens):
 
 @pytest.mark.parametrize("kind, steps, tokens, bits", BFL_TIMES)
 def test_bfl_schedule_equals_bfl_to_the_bit(kind, steps, tokens, bits):
-    """The sum of the int32 views of all times identifies them, an ulp off in one would change it."""
+    """A weighted sum of the times' int32 views: an ulp off in one of them would change the sum."""
     times = sampling.schedule(kind, steps, tokens, rounding="bfl")
     weights = torch.arange(1, len(times) + 1)
     assert (times.view(torch.int32).long() * weights).sum().item() == bits
@@ -161,9 +162,7 @@ def test_bfl_schedule_equals_bfl_to_the_bit(kind, steps, tokens, bits):
 def test_times_fall_from_one_to_zero(kind, steps, tokens):
     times = sampling.schedule(kind, steps, tokens)
     assert times[0] == 1 and times[-1] == 0 and (times.diff() <= 0).all()
-    if (
-        tokens <= 16384
-    ):  # above, mu outgrows float32: at 4096x4096 the first of very many steps begin at the same time
+    if tokens <= 16384:  # above, the first of very many steps have equal times in float32
         assert (times.diff() < 0).all()
 
 
@@ -177,7 +176,7 @@ def test_larger_images_spend_more_steps_near_the_noise(kind, most, data, steps):
     assert (after > before).all()
 
 
-# ------------------------------------------------------------------ coordinates
+# ------------------------------------------------------------------ positions
 
 
 def test_ids_equal_diffusers():
@@ -198,7 +197,7 @@ def test_ids_equal_diffusers():
     )
 
 
-def test_ids_of_a_small_image():
+def test_ids_count_rows_and_columns():
     assert sampling.image_ids(2, 3, axes=3, t=1).tolist() == [
         [1, r, c] for r in range(2) for c in range(3)
     ]
@@ -231,7 +230,7 @@ def test_image_k_of_a_batch_has_the_noise_of_seed_k(spatial, seed, count, size):
 
 
 def test_flux1_noise_equals_diffusers():
-    """Drawn on the grid of the autoencoder and packed by `_pack_latents`; tokens of 64 channels."""
+    """Drawn on the autoencoder's grid, then packed into tokens of 64 channels."""
     from diffusers import FluxPipeline
 
     drawn = torch.randn(1, 16, 6, 10, generator=torch.Generator().manual_seed(7))
@@ -240,7 +239,7 @@ def test_flux1_noise_equals_diffusers():
     assert torch.equal(ours.flatten(2).mT, tokens)
 
 
-def test_flux2_noise_is_drawn_as_packed():
+def test_flux2_noise_is_drawn_packed():
     drawn = torch.randn(1, 128, 3, 5, generator=torch.Generator().manual_seed(7))
     assert torch.equal(sampling.noise([7], 128, 3, 5, spatial=False), drawn)
 
@@ -248,15 +247,14 @@ def test_flux2_noise_is_drawn_as_packed():
 @pytest.mark.parametrize("spatial", [True, False])
 def test_noise_is_standard_normal_and_leaves_the_global_generator_alone(spatial):
     before = torch.get_rng_state()
-    x = sampling.noise(
-        [1, 2], 128, 32, 32, spatial
-    ).double()  # 262144 numbers: the bounds are five standard errors
+    # 262144 numbers: the bounds are five standard errors
+    x = sampling.noise([1, 2], 128, 32, 32, spatial).double()
     assert torch.equal(torch.get_rng_state(), before)
     assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.007 and abs((x**4).mean() - 3) < 0.1
     assert abs((x[0] * x[1]).mean()) < 0.014 and abs((x[..., 1:] * x[..., :-1]).mean()) < 0.01
 
 
-# ------------------------------------------------------------------ Euler
+# ------------------------------------------------------------------ Euler's method
 
 
 def even(steps: int) -> Tensor:
@@ -267,48 +265,43 @@ def even(steps: int) -> Tensor:
 @given(steps=st.integers(1, 60), kind=st.sampled_from(["unshifted", "linear", "empirical"]))
 def test_straight_line_ends_at_its_image_in_any_number_of_steps(steps, kind):
     generator = torch.Generator().manual_seed(steps)
-    noise, image = (
-        torch.randn(2, 3, 5, generator=generator),
-        torch.randn(2, 3, 5, generator=generator),
-    )
-    made = sampling.denoise(lambda x, t: noise - image, noise, sampling.schedule(kind, steps, 1024))
-    assert (made - image).abs().max() <= 1e-5
+    noise, image = torch.randn(2, 2, 3, 5, generator=generator)
+    times = sampling.schedule(kind, steps, 1024)
+    x = sampling.denoise(lambda x, t: noise - image, noise, times)
+    assert (x - image).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 250])
 def test_euler_sums_equal_closed_forms(steps):
-    """In N even steps from t = 1 to 0: dx/dt = t ends at -(N + 1) / 2N, from 0, and dx/dt = x at (1 - 1/N)^N, from 1."""
+    """In N even steps, dx/dt = t leads from 0 to -(N + 1) / 2N, dx/dt = x from 1 to (1 - 1/N)^N."""
     zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    made = sampling.denoise(lambda x, t: torch.full_like(x, t), zero, even(steps))
-    assert made.tolist() == pytest.approx([-(steps + 1) / (2 * steps)] * 3, rel=1e-6)
-    made = sampling.denoise(lambda x, t: x, one, even(steps))
-    assert made.tolist() == pytest.approx([(1 - 1 / steps) ** steps] * 3, rel=1e-5, abs=1e-12)
+    x = sampling.denoise(lambda x, t: torch.full_like(x, t), zero, even(steps))
+    assert x.tolist() == pytest.approx([-(steps + 1) / (2 * steps)] * 3, rel=1e-6)
+    x = sampling.denoise(lambda x, t: x, one, even(steps))
+    assert x.tolist() == pytest.approx([(1 - 1 / steps) ** steps] * 3, rel=1e-5, abs=1e-12)
 
 
 def test_velocity_gets_each_state_and_callback_gets_each_result():
-    times, seen, told = sampling.schedule("linear", 5, 1024), [], []
+    times, inputs, results = sampling.schedule("linear", 5, 1024), [], []
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        seen.append((t, x))
+        inputs.append((t, x))
         return torch.ones_like(x)
 
-    made = sampling.denoise(velocity, torch.zeros(2), times, lambda *step: told.append(step))
-    assert [t for t, _ in seen] == times[:-1].tolist()
-    assert [(step, t) for step, t, _ in told] == list(enumerate(times[1:].tolist(), start=1))
-    states = [x for *_, x in told]
-    assert all(torch.equal(x, before) for (_, x), before in zip(seen[1:], states, strict=False))
-    assert torch.equal(made, states[-1]) and made.tolist() == pytest.approx([-1, -1])
+    x = sampling.denoise(velocity, torch.zeros(2), times, lambda *step: results.append(step))
+    assert [t for t, _ in inputs] == times[:-1].tolist()
+    assert [(step, t) for step, t, _ in results] == list(enumerate(times[1:].tolist(), start=1))
+    states = [x for *_, x in results]
+    assert all(torch.equal(x, before) for (_, x), before in zip(inputs[1:], states, strict=False))
+    assert torch.equal(x, states[-1]) and x.tolist() == pytest.approx([-1, -1])
 
 
 def bfloat16_run(
     numerics: str, steps: int = 12
 ) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
-    """Velocities in bfloat16 that depend on nothing, the noise, the states after each step, and the times."""
-    generator, times, states = (
-        torch.Generator().manual_seed(3),
-        sampling.schedule("linear", steps, 1024),
-        [],
-    )
+    """Run on random velocities. Return velocities, noise, the state after each step, and times."""
+    generator, states = torch.Generator().manual_seed(3), []
+    times = sampling.schedule("linear", steps, 1024)
     velocities = [torch.randn(64, generator=generator).bfloat16() for _ in range(steps)]
     noise, left = torch.randn(64, generator=generator), iter(velocities)
 
@@ -329,7 +322,7 @@ def test_bfloat16_state_of_diffusers_equals_its_scheduler():
 
 
 def test_bfloat16_state_of_bfl_is_rounded_at_every_step():
-    """As in BFL's `denoise`: img = img + (t_prev - t_curr) * pred, a Python float times a tensor in bfloat16."""
+    """As in BFL's `denoise`: img + (t_prev - t_curr) * pred, a float times a bfloat16 tensor."""
     velocities, noise, states, times = bfloat16_run("bfl")
     x = noise.bfloat16()
     for k, (v, state) in enumerate(zip(velocities, states, strict=True)):
@@ -350,7 +343,7 @@ def test_exact_state_is_float32_and_presets_differ():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_state_raises_with_its_step(value):
-    told = []
+    steps = []
 
     def velocity(x: Tensor, t: float) -> Tensor:
         return torch.where(torch.arange(4) == 2, value, 0.0) if t < 0.5 else torch.zeros(4)
@@ -358,8 +351,8 @@ def test_non_finite_state_raises_with_its_step(value):
     with pytest.raises(
         NonFiniteError, match=r"step 4 of 5 \(t = 0.2000\).*check_finite=True.*dtype=float32"
     ):
-        sampling.denoise(velocity, torch.zeros(4), even(5), lambda step, t, x: told.append(step))
-    assert told == [1, 2, 3]
+        sampling.denoise(velocity, torch.zeros(4), even(5), lambda step, t, x: steps.append(step))
+    assert steps == [1, 2, 3]
 
 
 def test_classifier_free_guidance_is_linear():
@@ -373,23 +366,25 @@ def test_classifier_free_guidance_is_linear():
     assert sampling.classifier_free_guidance(torch.tensor(3.0), torch.tensor(1.0), 2.5) == 6
 
 
-@pytest.mark.parametrize("steps", [1, 4, 28, 50])
-@pytest.mark.parametrize("strength", [0.01, 0.3, 0.6, 0.999, 1.0])
-def test_strength_keeps_the_steps_that_diffusers_keeps(steps, strength):
-    """FluxImg2ImgPipeline.get_timesteps, of the Euler scheduler's first order; it refuses where none is left."""
+def test_strength_keeps_the_steps_that_diffusers_keeps():
+    """As FluxImg2ImgPipeline.get_timesteps does with a scheduler of order 1."""
     from diffusers import FluxImg2ImgPipeline
 
-    class Scheduled:
-        class scheduler:
-            timesteps, order, set_begin_index = torch.arange(steps), 1, lambda index: None
+    for steps in (1, 4, 28, 50):
 
-    left, count = FluxImg2ImgPipeline.get_timesteps(Scheduled, steps, strength, "cpu")
-    times = even(steps)
-    ours = sampling.truncate_by_strength(times, strength)
-    assert len(ours) - 1 == count == len(left) and torch.equal(ours, times[steps - count :])
+        class Scheduled:
+            class scheduler:
+                timesteps, order, set_begin_index = torch.arange(steps), 1, lambda index: None
+
+        times = even(steps)
+        for strength in (0.01, 0.3, 0.6, 0.999, 1.0):
+            left, count = FluxImg2ImgPipeline.get_timesteps(Scheduled, steps, strength, "cpu")
+            ours = sampling.truncate_by_strength(times, strength)
+            assert len(ours) - 1 == count == len(left)
+            assert torch.equal(ours, times[steps - count :])
 
 
-def test_bfl_strength_skips_int_of_the_skipped_share():
+def test_bfl_strength_truncates_the_number_of_skipped_steps():
     """BFL's demos run 41 of 50 steps at strength 0.8: int((1 - 0.8) * 50) = 9."""
     times = even(50)
     assert len(sampling.truncate_by_strength(times, 0.8, "bfl")) - 1 == 41
@@ -397,31 +392,29 @@ def test_bfl_strength_skips_int_of_the_skipped_share():
 
 
 def test_scale_noise_interpolates():
-    assert (
-        sampling.scale_noise(torch.tensor(3.0), torch.tensor(-1.0), 0.25) == 2
-    )  # a quarter of the way to the noise
+    # a quarter of the way to the noise
+    assert sampling.scale_noise(torch.tensor(3.0), torch.tensor(-1.0), 0.25) == 2
     assert sampling.scale_noise(3.0, -1.0, 0) == 3 and sampling.scale_noise(3.0, -1.0, 1) == -1
 
 
-def test_per_step_values():
-    assert sampling.per_step_values([3], 4) == [3, 3, 3, 3] and sampling.per_step_values(
-        [5, 2], 4
-    ) == [5, 4, 3, 2]
-    assert sampling.per_step_values([1, 9, 2, 4], 4) == [1, 9, 2, 4] and sampling.per_step_values(
-        [5, 2], 1
-    ) == [5]
-    assert sampling.per_step_values([5, 2], 2) == [5, 2] and sampling.per_step_values([7], 1) == [7]
+def test_per_step_values_repeat_interpolate_or_stay():
+    assert sampling.per_step_values([3], 4) == [3, 3, 3, 3]
+    assert sampling.per_step_values([5, 2], 4) == [5, 4, 3, 2]
+    assert sampling.per_step_values([1, 9, 2, 4], 4) == [1, 9, 2, 4]
+    assert sampling.per_step_values([5, 2], 1) == [5]
+    assert sampling.per_step_values([5, 2], 2) == [5, 2]
+    assert sampling.per_step_values([7], 1) == [7]
 
 
 def test_blend_runs_before_the_callback():
-    """Before the callback sees it; here the second number is always what `blend` says."""
-    seen = []
+    """The second number is always the one that `blend` returns."""
+    results = []
 
     def blend(x, t):
         return torch.stack([x[0], torch.tensor(100 * t)])
 
-    def see(step, t, x):
-        return seen.append(x.tolist())
+    def callback(step, t, x):
+        results.append(x.tolist())
 
-    x = sampling.denoise(lambda x, t: torch.ones(2), torch.zeros(2), even(4), see, blend=blend)
-    assert seen == [[-0.25, 75], [-0.5, 50], [-0.75, 25], [-1, 0]] and x.tolist() == [-1, 0]
+    x = sampling.denoise(lambda x, t: torch.ones(2), torch.zeros(2), even(4), callback, blend=blend)
+    assert results == [[-0.25, 75], [-0.5, 50], [-0.75, 25], [-1, 0]] and x.tolist() == [-1, 0]

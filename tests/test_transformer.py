@@ -1,7 +1,7 @@
-"""flux.transformer against diffusers' FLUX.1 and FLUX.2 transformers, live, with the same random weights: bit for bit.
+"""flux.transformer against diffusers' transformers, live, with the same random weights: to the bit.
 
-What cannot be read off diffusers is pinned by literals: roundings that were measured in Black Forest Labs' code, and
-the tensor and parameter counts of the released files.
+Literals pin the rest: roundings measured in Black Forest Labs' code, and the tensor and parameter
+counts of the released files.
 """
 
 from dataclasses import replace
@@ -66,35 +66,35 @@ def reference(ours: Flux) -> nn.Module:
 @every_model
 @torch.no_grad()
 def test_float32_equals_diffusers(config):
-    ours, given = model(config), inputs(config)
-    velocity, expected = ours(**given), diffusers_velocity(reference(ours), **given)
-    assert (
-        velocity.shape == given["img"].shape[:2] + (config.out_channels,) and expected.std() > 0.5
-    )
+    ours, batch = model(config), inputs(config)
+    velocity, expected = ours(**batch), diffusers_velocity(reference(ours), **batch)
+    assert velocity.shape == batch["img"].shape[:2] + (config.out_channels,)
+    assert expected.std() > 0.5
     assert torch.equal(velocity, expected)
 
 
 @every_model
 @torch.no_grad()
 def test_bfloat16_equals_diffusers_with_its_numerics(config):
-    ours, given = model(config, NUMERICS["diffusers"]).bfloat16(), inputs(config, torch.bfloat16)
-    assert torch.equal(ours(**given), diffusers_velocity(reference(ours), **given))
+    ours, batch = model(config, NUMERICS["diffusers"]).bfloat16(), inputs(config, torch.bfloat16)
+    assert torch.equal(ours(**batch), diffusers_velocity(reference(ours), **batch))
 
 
 @every_model
 @torch.no_grad()
 def test_exact_numerics_are_closest_to_float32(config):
-    """Against float32 arithmetic on the same bfloat16 weights and inputs.
+    """Compare with float32 arithmetic on the same bfloat16 weights and inputs.
 
-    Seen: exact 0.007 to 0.009; diffusers 0.32 to 0.34 where there is guidance, else 0.07; BFL 0.43 to 0.46, else 0.3.
+    Seen: exact 0.007 to 0.009. With guidance, diffusers 0.32 to 0.34 and BFL 0.43 to 0.46.
+    Without, diffusers 0.07 and BFL 0.3.
     """
-    given, errors = inputs(config, torch.bfloat16), {}
+    batch, errors = inputs(config, torch.bfloat16), {}
     wide = {
-        name: value.float() if value.is_floating_point() else value for name, value in given.items()
+        name: value.float() if value.is_floating_point() else value for name, value in batch.items()
     }
     truth = model(config).bfloat16().float()(**wide)
     for name, numerics in NUMERICS.items():
-        velocity = model(config, numerics).bfloat16()(**given)
+        velocity = model(config, numerics).bfloat16()(**batch)
         assert velocity.dtype == torch.bfloat16
         errors[name] = relative_l2(velocity, truth)
     assert 1e-3 < errors["exact"] <= 0.01
@@ -105,7 +105,7 @@ def test_exact_numerics_are_closest_to_float32(config):
 
 
 def test_scaled_time_is_rounded_as_published():
-    """Literals from running both codes: guidance is rounded alike, the time of some steps is not."""
+    """Literals from running both: they round guidance equally, but not the time of some steps."""
     guidance, t = torch.tensor([2.5, 3.5, 4, 7, 10, 30]), torch.tensor([0.90453, 0.7672])
     assert scale_time(guidance, "bfl", torch.bfloat16).tolist() == [
         2496,
@@ -128,19 +128,19 @@ def test_scaled_time_is_rounded_as_published():
 
 @either_family
 @torch.no_grad()
-def test_published_codes_round_guidance_and_exact_does_not(config):
-    """2.5 and 2.496 are one guidance to both of them."""
-    given = inputs(config, torch.bfloat16)
+def test_published_codes_round_guidance_but_exact_does_not(config):
+    """Both codes round 2.5 and 2.496 to one guidance."""
+    batch = inputs(config, torch.bfloat16)
     for name in NUMERICS:
         ours = model(config, NUMERICS[name]).bfloat16()
         a, b = (
-            ours.vec(given["t"], torch.full((2,), g), given.get("vector")) for g in (2.5, 2.496)
+            ours.vec(batch["t"], torch.full((2,), g), batch.get("vector")) for g in (2.5, 2.496)
         )
         assert torch.equal(a, b) == (name != "exact"), name
 
 
 def test_bfl_rope_angles_are_float32():
-    """Their formula, 1 / theta^(i/dim), in the dtype of the ids; it strays from the float64 table by less than 3e-5."""
+    """BFL's formula, 1 / theta^(i/dim), in float32; within 3e-5 of the float64 table."""
     ids, frequency = (
         torch.arange(513)[:, None],
         1.0 / 2000 ** (torch.arange(0, 32, 2, dtype=torch.float32) / 32),
@@ -167,8 +167,8 @@ def test_bfl_norm_rounds_before_it_scales():
         assert torch.equal(q, value[0]) and torch.equal(k, value[1])
 
 
-def test_timestep_embedding():
-    """Cosines first; the first turns by t itself, the last almost by t / 10,000."""
+def test_timestep_embedding_has_cosines_then_sines():
+    """The first angle is t, the last almost t / 10,000."""
     wave = timestep_embedding(torch.tensor([0.0, 2.0]))
     assert wave.shape == (2, 256)
     assert torch.equal(wave[0], torch.tensor([1.0] * 128 + [0.0] * 128))
@@ -182,54 +182,55 @@ def test_timestep_embedding():
 @either_family
 @torch.no_grad()
 def test_row_does_not_depend_on_its_batch(config):
-    ours, given = model(config), inputs(config)
-    both = ours(**given)
+    ours, batch = model(config), inputs(config)
+    both = ours(**batch)
     for row in range(2):
         one = {
             name: value if name.endswith("ids") else value[row : row + 1]
-            for name, value in given.items()
+            for name, value in batch.items()
         }
         assert max_error(ours(**one), both[row : row + 1]) <= 1e-6
 
 
 @either_family
 @torch.no_grad()
-def test_image_token_order_is_known_from_ids_alone(config):
-    ours, given = model(config), inputs(config)
+def test_image_tokens_are_ordered_by_ids_alone(config):
+    ours, batch = model(config), inputs(config)
     velocity, order = (
-        ours(**given),
-        torch.randperm(len(given["img_ids"]), generator=torch.Generator().manual_seed(1)),
+        ours(**batch),
+        torch.randperm(len(batch["img_ids"]), generator=torch.Generator().manual_seed(1)),
     )
-    moved = given | {"img": given["img"][:, order], "img_ids": given["img_ids"][order]}
+    moved = batch | {"img": batch["img"][:, order], "img_ids": batch["img_ids"][order]}
     assert max_error(ours(**moved), velocity[:, order]) <= 2e-6
-    assert max_error(ours(**moved | {"img_ids": given["img_ids"]}), velocity[:, order]) > 0.01
+    assert max_error(ours(**moved | {"img_ids": batch["img_ids"]}), velocity[:, order]) > 0.01
 
 
 @torch.no_grad()
-def test_text_token_order_is_known_from_ids_alone():
-    ours, given = model(FLUX2_TINY), inputs(FLUX2_TINY)
-    velocity, order = ours(**given), torch.randperm(7, generator=torch.Generator().manual_seed(1))
-    moved = given | {"txt": given["txt"][:, order], "txt_ids": given["txt_ids"][order]}
+def test_text_tokens_are_ordered_by_ids_alone():
+    ours, batch = model(FLUX2_TINY), inputs(FLUX2_TINY)
+    velocity, order = ours(**batch), torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    moved = batch | {"txt": batch["txt"][:, order], "txt_ids": batch["txt_ids"][order]}
     assert max_error(ours(**moved), velocity) <= 2e-6
-    assert max_error(ours(**moved | {"txt_ids": given["txt_ids"]}), velocity) > 0.01
+    assert max_error(ours(**moved | {"txt_ids": batch["txt_ids"]}), velocity) > 0.01
 
 
-@pytest.mark.parametrize("axis", range(4))
 @torch.no_grad()
-def test_only_id_differences_matter_on_every_axis(axis):
-    ours, given = model(FLUX2_TINY), inputs(FLUX2_TINY)
-    velocity, step = ours(**given), torch.eye(4, dtype=torch.long)[axis] * 3
-    assert max_error(ours(**given | {"img_ids": given["img_ids"] + step}), velocity) > 0.01
-    together = {"img_ids": given["img_ids"] + step, "txt_ids": given["txt_ids"] + step}
-    assert max_error(ours(**given | together), velocity) <= 1e-5
+def test_only_id_differences_matter_on_every_axis():
+    ours, batch = model(FLUX2_TINY), inputs(FLUX2_TINY)
+    velocity = ours(**batch)
+    for axis in range(4):
+        step = torch.eye(4, dtype=torch.long)[axis] * 3
+        assert max_error(ours(**batch | {"img_ids": batch["img_ids"] + step}), velocity) > 0.01
+        together = {"img_ids": batch["img_ids"] + step, "txt_ids": batch["txt_ids"] + step}
+        assert max_error(ours(**batch | together), velocity) <= 1e-5
 
 
-@pytest.mark.parametrize("missing", ["guidance", "vector"])
-def test_missing_input_raises(missing):
-    given = inputs(FLUX1_TINY)
-    del given[missing]
-    with pytest.raises(ValueError, match=f"{missing}: missing"):
-        model(FLUX1_TINY)(**given)
+def test_missing_input_raises():
+    for missing in ("guidance", "vector"):
+        batch = inputs(FLUX1_TINY)
+        del batch[missing]
+        with pytest.raises(ValueError, match=f"{missing}: missing"):
+            model(FLUX1_TINY)(**batch)
 
 
 # ------------------------------------------------------------------ full size
@@ -269,7 +270,7 @@ KLEIN_9B = replace(
     depth_single=24,
     guidance=False,
 )
-RELEASED = {  # the file: its configuration, number of tensors, number of parameters
+RELEASED = {  # file: configuration, number of tensors, number of parameters
     "flux1-dev": (FLUX1, 780, 11_901_408_320),
     "flux1-schnell": (replace(FLUX1, guidance=False), 776, 11_891_178_560),
     "flux1-depth-dev": (replace(FLUX1, in_channels=128), 780, 11_901_604_928),

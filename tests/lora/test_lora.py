@@ -432,15 +432,15 @@ def test_velocity_equals_diffusers_with_its_own_loader(tmp_path, case):
             format="pt",
             lora_adapter_metadata=json.dumps(config),
         )
-    pipe, given = diffusers_pipeline(spec, parts), inputs(spec.transformer)
-    without = diffusers_velocity(pipe.transformer, **given)
+    pipe, batch = diffusers_pipeline(spec, parts), inputs(spec.transformer)
+    without = diffusers_velocity(pipe.transformer, **batch)
     pipe.load_lora_weights(str(tmp_path), weight_name="x.safetensors", adapter_name="it")
     pipe.set_adapters("it", SCALE)
-    theirs = diffusers_velocity(pipe.transformer, **given)
+    theirs = diffusers_velocity(pipe.transformer, **batch)
     merged(network, (file, SCALE))
-    ours = network(**given)
+    ours = network(**batch)
     assert max_error(theirs, without) > 0.05
-    # Theirs adds B(Ax) to Wx, ours merges first: the same sums, rounded in another order.
+    # diffusers adds B(Ax) to Wx, ours merges first: the sums are rounded in another order.
     assert max_error(ours, theirs) < 1e-5
 
 
@@ -481,11 +481,11 @@ PATTERN = {"double_blocks.0.img_attn.qkv": 9, "img_in": 6}
     ],
 )
 def test_folder_saved_by_peft_has_its_alpha(tmp_path, kind, options):
-    """Alpha is in a file of its own, adapter_config.json."""
+    """PEFT writes alpha to adapter_config.json."""
     import peft
 
     network = randomise(Flux(FLUX1_TINY))
-    given = inputs(network.config)
+    batch = inputs(network.config)
     config = getattr(peft, f"{kind}Config")(
         r=RANK, target_modules=["img_in", "qkv", "linear1"], **options
     )
@@ -496,24 +496,20 @@ def test_folder_saved_by_peft_has_its_alpha(tmp_path, kind, options):
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     with torch.no_grad():
-        without, expected = network(**given), theirs(**given)
+        without, expected = network(**batch), theirs(**batch)
         merged(network, (file, 1.0))
         assert max_error(expected, without) > 0.05
-        assert max_error(network(**given), expected) < 1e-5
+        assert max_error(network(**batch), expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', b'{"lora_alpha": 1%s}' % (400 * b"0")],
-)
-def test_damaged_configuration_of_peft_is_refused(tmp_path, damaged):
-    file = saved(
-        tmp_path / "x.safetensors",
-        {f"base_model.model.{name.partition('.')[2]}": x for name, x in GOOD.items()},
-    )
-    (tmp_path / "adapter_config.json").write_bytes(damaged)
-    message = refusal(lambda: match_layers(read_lora(file), {"transformer": Flux(FLUX1_TINY)}))
-    assert "adapter_config.json" in message or "lora_alpha in its configuration" in message
+def test_damaged_configuration_of_peft_is_refused(tmp_path):
+    tensors = {f"base_model.model.{name.partition('.')[2]}": x for name, x in GOOD.items()}
+    file, network = saved(tmp_path / "x.safetensors", tensors), Flux(FLUX1_TINY)
+    too_large = b'{"lora_alpha": 1%s}' % (400 * b"0")
+    for damaged in (b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', too_large):
+        (tmp_path / "adapter_config.json").write_bytes(damaged)
+        message = refusal(match_layers_of, file, network)
+        assert "adapter_config.json" in message or "lora_alpha in its configuration" in message
 
 
 @pytest.mark.parametrize(
@@ -526,22 +522,19 @@ def test_damaged_configuration_of_peft_is_refused(tmp_path, damaged):
     ],
     indirect=["network"],
 )
-@pytest.mark.filterwarnings(
-    "ignore:.*have invalid shape"
-)  # PEFT, of a bias: that it has one dimension
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # PEFT, of a bias
 def test_merge_equals_adapters_of_peft(tmp_path, network, kind):
     import peft
 
-    config, given = adapters()[kind], inputs(network.config)
+    config, batch = adapters()[kind], inputs(network.config)
     theirs = peft.inject_adapter_in_model(config, copy.deepcopy(network)).eval()
     tensors = peft.get_peft_model_state_dict(theirs)
-    for i, tensor in enumerate(
-        tensors.values()
-    ):  # magnitudes are a little off the lengths that they begin as
+    for i, tensor in enumerate(tensors.values()):
         noise = random(*tensor.shape, seed=i)
-        tensor.copy_(
-            tensor * (1 + 0.1 * noise) if tensor.ndim == 1 and "DoRA" in kind else 0.3 * noise
-        )
+        if tensor.ndim == 1 and "DoRA" in kind:  # magnitudes, near their initial values
+            tensor.mul_(1 + 0.1 * noise)
+        else:
+            tensor.copy_(0.3 * noise)
     peft.set_peft_model_state_dict(theirs, tensors)
     metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": 3})} if "oRA" in kind else {}
     file = saved(
@@ -550,13 +543,13 @@ def test_merge_equals_adapters_of_peft(tmp_path, network, kind):
         **metadata,
     )
     with torch.no_grad():
-        without, expected = network(**given), theirs(**given)
+        without, expected = network(**batch), theirs(**batch)
         merged(network, (file, 1.0))
         assert max_error(expected, without) > 0.05
-        assert max_error(network(**given), expected) < 1e-5
+        assert max_error(network(**batch), expected) < 1e-5
 
 
-def test_dora_of_kohya_and_lycoris(tmp_path, network):
+def test_dora_equals_formula_in_the_shapes_of_kohya_and_lycoris(tmp_path, network):
     """`dora_scale` is (rows, 1) in PEFT and (1, columns) in early LyCORIS."""
     path = "double_blocks.0.img_attn.proj"
     weight = network.get_submodule(path).weight.double()
@@ -586,8 +579,8 @@ def test_dora_of_kohya_and_lycoris(tmp_path, network):
             )
 
 
-@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr, whole", "difference"])
-def test_lycoris_products_with_alpha(tmp_path, network, kind):
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr without ranks", "difference"])
+def test_lycoris_products_equal_formula_with_alpha(tmp_path, network, kind):
     path = "single_blocks.1.linear2"
     weight = network.get_submodule(path).weight.double()
     rows, columns = weight.shape
@@ -608,7 +601,7 @@ def test_lycoris_products_with_alpha(tmp_path, network, kind):
         x = [random(8, 4), random(rows // 8, RANK, seed=1), random(RANK, columns // 4, seed=2)]
         ends = dict(zip(("lokr_w1", "lokr_w2_a", "lokr_w2_b"), x, strict=True)) | alpha
         change = ALPHA / RANK * torch.kron(x[0].double(), x[1].double() @ x[2].double())
-    elif kind == "LoKr, whole":  # LyCORIS writes this placeholder where there is no rank
+    elif kind == "LoKr without ranks":  # LyCORIS writes this placeholder for alpha
         ends = {
             "lokr_w1": random(8, 4),
             "lokr_w2": random(rows // 8, columns // 4),
@@ -626,7 +619,7 @@ def test_lycoris_products_with_alpha(tmp_path, network, kind):
     assert max_error(network.get_submodule(path).weight.double(), weight + SCALE * change) < 3e-7
 
 
-def test_differences_of_biases_and_norms(tmp_path):
+def test_differences_of_biases_and_norms_are_added(tmp_path):
     network = randomise(Flux(FLUX1_TINY))
     bias, scale = (
         network.img_in.bias.double(),
@@ -662,7 +655,7 @@ def hooked(network: Flux, tensors: dict[str, Tensor], scale: float) -> Flux:
         a, b, bias = (
             tensors[f"{name}.{end}"] for end in ("lora_A.weight", "lora_B.weight", "lora_B.bias")
         )
-        return lambda module, given, out: out + scale * (given[0] @ a.T @ b.T + bias)
+        return lambda module, args, out: out + scale * (args[0] @ a.T @ b.T + bias)
 
     for name, layer in wide.named_modules():
         if isinstance(layer, nn.Linear):
@@ -675,8 +668,8 @@ def test_control_lora_equals_black_forest_labs(tmp_path, scale):
     network = randomise(Flux(FLUX1_TINY))
     file = control_lora(tmp_path / "x.safetensors", network)
     config = network.config
-    given = inputs(config) | {"img": random(2, 12, 128)}
-    expected = hooked(network, read_lora(file).tensors, scale)(**given)
+    batch = inputs(config) | {"img": random(2, 12, 128)}
+    expected = hooked(network, read_lora(file).tensors, scale)(**batch)
     merged(network, (file, scale))
     assert read_lora(file).format == "BFL control"
     assert network.config == replace(config, in_channels=128)
@@ -684,7 +677,7 @@ def test_control_lora_equals_black_forest_labs(tmp_path, scale):
         config.hidden_size,
         128,
     )
-    assert max_error(network(**given), expected) < 1e-5
+    assert max_error(network(**batch), expected) < 1e-5
 
 
 def test_new_columns_of_img_in_start_at_zero(tmp_path):
@@ -699,7 +692,7 @@ def test_new_columns_of_img_in_start_at_zero(tmp_path):
 
 
 def test_control_lora_and_a_plain_one_share_img_in(tmp_path):
-    """The plain one, for 64 channels, adds to the first 64, also in a model with more channels."""
+    """A LoRA for 64 channels adds to the first 64, also in a model with more channels."""
     network = randomise(Flux(FLUX1_TINY))
     control, plain = (
         control_lora(tmp_path / "c.safetensors", network),
@@ -748,7 +741,7 @@ def test_merge_keeps_old_tensors_and_module_paths(tmp_path, network):
 
 
 def test_undone_merge_leaves_the_weights_of_the_files(tmp_path, network):
-    """Also after a merge that failed, which must not leave an unmerged network behind."""
+    """Also after a failed merge."""
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     loaded = LazyModule(
         Flux,
@@ -760,7 +753,7 @@ def test_undone_merge_leaves_the_weights_of_the_files(tmp_path, network):
     deltas = match_layers(
         read_lora(lora_file(tmp_path / "x.safetensors", network, "kohya")), {"transformer": network}
     )
-    whole, changed = loaded(), deltas[0].target.path
+    original, changed = loaded(), deltas[0].target.path
     for scale in (1.0, math.inf, 1.0, None):
         loaded.set_transform(
             None
@@ -772,7 +765,7 @@ def test_undone_merge_leaves_the_weights_of_the_files(tmp_path, network):
                 assert "exceeds" in refusal(loaded)
         else:
             equal = torch.equal(
-                loaded().get_submodule(changed).weight, whole.get_submodule(changed).weight
+                loaded().get_submodule(changed).weight, original.get_submodule(changed).weight
             )
             assert equal == (scale is None)
     assert all(
@@ -866,7 +859,7 @@ def quantized(path: Path, network: Flux, dtype: torch.dtype) -> Flux:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_quantized_layer_becomes_a_linear_and_others_stay(tmp_path, network, dtype):
     loaded = quantized(tmp_path / "model.safetensors", network, dtype)
-    whole = {
+    dequantized = {
         path: layer.dequantize()
         for path, layer in loaded.named_modules()
         if isinstance(layer, QuantizedLinear)
@@ -880,10 +873,10 @@ def test_merged_quantized_layer_becomes_a_linear_and_others_stay(tmp_path, netwo
         loaded,
         [(delta, SCALE) for delta in match_layers(read_lora(file), {"transformer": network})],
     )
-    assert len(whole) > len(changed) > 3
+    assert len(dequantized) > len(changed) > 3
     for i, path in enumerate(changed):
         a, b = factors(network, *changed[path], seed=10 * i)
-        before = whole.get(path, network.state_dict()[f"{path}.weight"].bfloat16()).double()
+        before = dequantized.get(path, network.state_dict()[f"{path}.weight"].bfloat16()).double()
         expected, layer = before + SCALE * (b.double() @ a.double()), loaded.get_submodule(path)
         assert (
             type(layer) is nn.Linear
@@ -896,9 +889,11 @@ def test_merged_quantized_layer_becomes_a_linear_and_others_stay(tmp_path, netwo
         )
         assert (error <= best + 1e-6 * expected.abs().max()).all(), path  # rounded once
         assert layer(torch.ones(1, layer.in_features, dtype=dtype)).shape == (1, layer.out_features)
-    for path in whole.keys() - changed.keys():
+    for path in dequantized.keys() - changed.keys():
         layer = loaded.get_submodule(path)
-        assert isinstance(layer, QuantizedLinear) and torch.equal(layer.dequantize(), whole[path])
+        assert isinstance(layer, QuantizedLinear) and torch.equal(
+            layer.dequantize(), dequantized[path]
+        )
 
 
 def test_quantized_layer_with_a_merged_bias_stays(tmp_path):
@@ -923,6 +918,10 @@ GOOD = {f"{TO_K}.lora_A.weight": random(4, 128), f"{TO_K}.lora_B.weight": random
 NORM = "double_blocks.0.img_attn.norm.query_norm"
 
 
+def match_layers_of(file: Path, network: Flux) -> list:
+    return match_layers(read_lora(file), {"transformer": network})
+
+
 def with_value(tensor: Tensor, value: float) -> Tensor:
     tensor = tensor.clone()
     tensor.view(-1)[5] = value
@@ -930,7 +929,7 @@ def with_value(tensor: Tensor, value: float) -> Tensor:
 
 
 def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
-    """Yield what is wrong, the tensors of the file, and parts of the message besides the file."""
+    """Yield the fault, the tensors of the file, and parts of the message."""
     a, b = GOOD
     yield "rank mismatch", GOOD | {b: random(128, 5)}, (a, b, "(4, 128)", "(128, 5)", "multiplied")
     yield (
@@ -990,7 +989,7 @@ def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
         ("5 tensors, of 7", "oft_blocks", "..."),
     )
     yield (
-        "whole Linear",
+        "weight of a Linear",
         GOOD | {"img_in.weight": random(128, 64)},
         ("1 tensors, of 3", "img_in.weight"),
     )
@@ -1012,14 +1011,14 @@ def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
     )
 
 
-BAD = {what: rest for what, *rest in bad()}
+BAD = {fault: rest for fault, *rest in bad()}
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_file_is_refused(tmp_path, what):
-    tensors, parts = BAD[what]
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_file_is_refused(tmp_path, fault):
+    tensors, parts = BAD[fault]
     file = saved(tmp_path / "x.safetensors", tensors)
-    message = refusal(lambda: match_layers(read_lora(file), {"transformer": Flux(FLUX1_TINY)}))
+    message = refusal(match_layers_of, file, Flux(FLUX1_TINY))
     assert str(file) in message
     for part in parts:
         assert part in message, message
@@ -1034,9 +1033,9 @@ def test_bias_for_a_model_without_biases_is_refused(tmp_path):
 
 def test_lora_of_the_other_family_is_refused(tmp_path):
     flux1, flux2 = (randomise(Flux(config)) for config in CONFIGS.values())
-    for made, other in ((flux1, flux2), (flux2, flux1)):
+    for trained, other in ((flux1, flux2), (flux2, flux1)):
         for name in ("kohya", "diffusers"):
-            lora = read_lora(lora_file(tmp_path / "x.safetensors", made, name))
+            lora = read_lora(lora_file(tmp_path / "x.safetensors", trained, name))
             assert "match no layer of Flux" in refusal(match_layers, lora, {"transformer": other})
             assert "does not fit Flux" in refusal(
                 match_layers, lora, {"transformer": other}, strict=False
@@ -1059,18 +1058,15 @@ def test_unmatched_tensors_are_ignored_if_not_strict(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "content, part",
-    [
+def test_file_that_is_not_safetensors_is_refused(tmp_path):
+    for content, part in (
         (b"<html>", "web page"),
         (b"PK\x03\x04" + b"\0" * 80, "pickle"),
         (b"", "empty"),
         (b"GGUF" + b"\0" * 80, "GGUF"),
-    ],
-)
-def test_file_that_is_not_safetensors_is_refused(tmp_path, content, part):
-    (tmp_path / "x.safetensors").write_bytes(content)
-    assert part in refusal(read_lora, tmp_path / "x.safetensors")
+    ):
+        (tmp_path / "x.safetensors").write_bytes(content)
+        assert part in refusal(read_lora, tmp_path / "x.safetensors")
     assert "does not exist" in refusal(read_lora, tmp_path / "nowhere.safetensors")
 
 
@@ -1086,25 +1082,25 @@ def test_full_model_is_refused(tmp_path, network):
     assert "is not a LoRA" in message and "`transformer`" in message
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        "[1]",
-        "{",
-        '{"transformer.alpha_pattern": [1]}',
-        '{"transformer.lora_alpha": "x"}',
-        '{"transformer.lora_alpha": NaN}',
-    ],
-)
-def test_damaged_metadata_is_refused(tmp_path, config):
-    file = saved(tmp_path / "x.safetensors", GOOD, lora_adapter_metadata=config)
-    message = refusal(lambda: match_layers(read_lora(file), {"transformer": Flux(FLUX1_TINY)}))
-    assert "lora_adapter_metadata" in message or "lora_alpha in its configuration" in message
+def test_damaged_metadata_is_refused(tmp_path):
+    network = Flux(FLUX1_TINY)
+    for number, config in enumerate(
+        (
+            "[1]",
+            "{",
+            '{"transformer.alpha_pattern": [1]}',
+            '{"transformer.lora_alpha": "x"}',
+            '{"transformer.lora_alpha": NaN}',
+        )
+    ):
+        file = saved(tmp_path / f"{number}.safetensors", GOOD, lora_adapter_metadata=config)
+        message = refusal(match_layers_of, file, network)
+        assert "lora_adapter_metadata" in message or "lora_alpha in its configuration" in message
 
 
 @pytest.mark.parametrize("kind, copies", [("LoRA", 2), ("DoRA", 3)])
-def test_merge_makes_few_copies_of_a_matrix(tmp_path, kind, copies):
-    """`copies` in float32, and the new one in bfloat16."""
+def test_merge_holds_few_copies_of_a_matrix(tmp_path, kind, copies):
+    """`copies` in float32, and the result in bfloat16."""
     layer = nn.ModuleDict({"img_in": nn.Linear(384, 1536, dtype=torch.bfloat16)}).requires_grad_(
         False
     )

@@ -1,12 +1,10 @@
-"""flux.lora.manager in a pipeline: LoRAs are added, scaled and removed; a row's own LoRA stays."""
+"""flux.lora.manager in a pipeline: LoRAs are added, scaled and removed; a row's LoRA stays."""
 
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.model_zoo import Zoo
 from torch import Tensor
@@ -15,9 +13,7 @@ from flux.errors import UserError
 from flux.parity.reference import max_error
 from flux.pipeline import Pipeline
 
-CANNY, CANNY_LORA, DEV = "flux.1-canny-dev", "flux.1-canny-dev-lora", "flux.1-dev"
-WIDTH, HEIGHT, SEEDS = 96, 80, (5, 6)
-HALF = Image.fromarray(np.uint8([0, 255]).repeat(WIDTH // 2)[None].repeat(HEIGHT, 0))
+CANNY_LORA, DEV = "flux.1-canny-dev-lora", "flux.1-dev"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* was distilled for"),
     pytest.mark.filterwarnings("ignore:.* was not trained with"),
@@ -42,7 +38,7 @@ def refusal(call, *arguments, **options) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------ LoRAs
+# ------------------------------------------------------------------ LoRAs
 
 LAYER = "double_blocks.0.img_mlp.0"
 
@@ -65,7 +61,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def added(before: Tensor, *files: tuple[Path, float]) -> Tensor:
-    """The layer's weight in float64 with what each file, at its scale, adds to it."""
+    """Return the layer's weight, in float64, with each file's change at its scale."""
     total = before.double()
     for path, scale in files:
         tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
@@ -79,8 +75,8 @@ def test_same_lora_twice_is_refused(zoo, tmp_path):
     pipe, file = load_again(zoo, DEV), lora(tmp_path / "a.safetensors")
     before = weights(pipe)
     pipe.load_lora(file, 0.5)
-    told = f"{file} is loaded already: give it once, or change its scale with set_lora_scale"
-    assert refusal(pipe.load_lora, str(file), 0.7) == told
+    expected = f"{file} is loaded already: give it once, or change its scale with set_lora_scale"
+    assert refusal(pipe.load_lora, str(file), 0.7) == expected
     now = weights(pipe)
     assert list(pipe.loras) == [file]
     assert (
@@ -99,20 +95,20 @@ def test_same_lora_twice_is_refused(zoo, tmp_path):
     assert refusal(pipe.set_lora_scale, file, 1.0) == f"{file} is not loaded; loaded are: none"
 
 
-def test_control_lora_is_for_its_own_rows(zoo):
-    """It would widen the input of a model that is then given no picture."""
+def test_control_lora_is_refused_by_other_models(zoo):
+    """The LoRA would widen the input of a model without a control image."""
     zoo(CANNY_LORA)
     pipe, file = (
         load_again(zoo, DEV),
         zoo.folder / "FLUX.1-Canny-dev-lora/flux1-canny-dev-lora.safetensors",
     )
     before = weights(pipe)
-    told = refusal(pipe.load_lora, file, 0.85)
-    assert told.startswith(
+    message = refusal(pipe.load_lora, file, 0.85)
+    assert message.startswith(
         f"{file} is for an input of 128 channels, which {DEV} does not have; if it is"
     )
-    assert told.endswith(" flux.1-canny-dev-lora, flux.1-depth-dev-lora")
-    fill = load_again(zoo, "flux.1-fill-dev")  # whose 384 channels begin with other things
+    assert message.endswith(" flux.1-canny-dev-lora, flux.1-depth-dev-lora")
+    fill = load_again(zoo, "flux.1-fill-dev")  # its 384 channels have another order
     assert (
         "which flux.1-fill-dev does not have" in refusal(fill.load_lora, file) and fill.loras == {}
     )
@@ -121,52 +117,53 @@ def test_control_lora_is_for_its_own_rows(zoo):
 
 def test_unloading_keeps_the_lora_of_the_row(zoo, tmp_path):
     pipe, file = load_again(zoo, CANNY_LORA), lora(tmp_path / "a.safetensors")
-    before, own = weights(pipe), list(pipe.loras)
-    assert before["img_in.weight"].shape == (128, 128) and len(own) == 1
+    before, builtin = weights(pipe), list(pipe.loras)
+    assert before["img_in.weight"].shape == (128, 128) and len(builtin) == 1
     pipe.load_lora(file)
-    assert list(pipe.loras) == [*own, file] and not same(weights(pipe), before)
+    assert list(pipe.loras) == [*builtin, file] and not same(weights(pipe), before)
     pipe.unload_loras()
-    assert list(pipe.loras) == own and same(weights(pipe), before)
+    assert list(pipe.loras) == builtin and same(weights(pipe), before)
 
 
 def test_second_control_lora_is_refused_before_anything_is_merged(zoo, tmp_path):
     pipe = load_again(zoo, CANNY_LORA)
-    (own,), before = pipe.loras, weights(pipe)
-    (other := tmp_path / "other.safetensors").write_bytes(own.read_bytes())
-    assert refusal(pipe.load_lora, other).startswith(f"{other} and {own} replace the same weights")
-    assert list(pipe.loras) == [own] and same(weights(pipe), before)
+    (builtin,), before = pipe.loras, weights(pipe)
+    (other := tmp_path / "other.safetensors").write_bytes(builtin.read_bytes())
+    assert refusal(pipe.load_lora, other).startswith(
+        f"{other} and {builtin} replace the same weights"
+    )
+    assert list(pipe.loras) == [builtin] and same(weights(pipe), before)
 
 
-def test_lora_of_the_row_is_given_another_scale_and_not_loaded_twice(zoo, tmp_path):
-    """By any name of its file; to its 0.85, nothing is added."""
+def test_loading_the_lora_of_the_row_changes_its_scale(zoo, tmp_path):
+    """By any name of its file. The scale replaces the row's 0.85."""
     pipe = load_again(zoo, CANNY_LORA)
-    (own,) = pipe.loras
+    (builtin,) = pipe.loras
     base = load_file(zoo.folder / "FLUX.1-dev/flux1-dev.safetensors")[f"{LAYER}.weight"]
-    assert max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (own, 0.85))) < 1e-6
+    assert max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (builtin, 0.85))) < 1e-6
     link = tmp_path / "linked.safetensors"
-    link.symlink_to(own)
+    link.symlink_to(builtin)
     for path, scale in (
-        (own, 0.3),
-        (str(own), -0.5),
-        (own.parent / ".." / own.parent.name / own.name, 0.6),
+        (builtin, 0.3),
+        (str(builtin), -0.5),
+        (builtin.parent / ".." / builtin.parent.name / builtin.name, 0.6),
         (link, 0.0),
     ):
         pipe.load_lora(path, scale)
-        assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(own, scale)]
+        assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(builtin, scale)]
         assert (
-            max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (own, scale))) < 1e-6
+            max_error(weights(pipe)[f"{LAYER}.weight"].double(), added(base, (builtin, scale)))
+            < 1e-6
         )
 
 
-@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
-def test_scale_that_is_not_finite_changes_nothing(zoo, tmp_path, scale):
+def test_scale_that_is_not_finite_changes_nothing(zoo, tmp_path):
     pipe, other = load_again(zoo, CANNY_LORA), lora(tmp_path / "a.safetensors", seed=2)
-    (own,), before = pipe.loras, weights(pipe)
-    for call, path in ((pipe.set_lora_scale, own), (pipe.load_lora, own), (pipe.load_lora, other)):
-        assert (
-            refusal(call, path, scale)
-            == f"scale: must be a finite number (got {scale} for {path})."
-        )
-        assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(own, 0.85)] and same(
-            weights(pipe), before
-        )
+    (builtin,), before = pipe.loras, weights(pipe)
+    calls = ((pipe.set_lora_scale, builtin), (pipe.load_lora, builtin), (pipe.load_lora, other))
+    for scale in (math.inf, -math.inf, math.nan):
+        for call, path in calls:
+            message = refusal(call, path, scale)
+            assert message == f"scale: must be a finite number (got {scale} for {path})."
+            assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(builtin, 0.85)]
+            assert same(weights(pipe), before)
