@@ -23,7 +23,8 @@ def check(image: np.ndarray, scene: Scene) -> dict[str, bool]:
     layout = look(image)
     right = _compare(layout, scene.objects, scene.background)
     if scene.relation:
-        right["relation"] = _related(image, *_of(scene.objects, layout), scene.relation)
+        first, second = _of(scene.objects, layout)
+        right["relation"] = _related(image, first, second, scene.relation)
     return right | {"all": all(right.values())}
 
 
@@ -41,7 +42,8 @@ def check_edit(image: np.ndarray, edit: Edit) -> dict[str, bool]:
     right["place"] = all(_close(image, wanted, item) for wanted, item in kept)
     if edit.kind == "add":
         (relation,) = (relation for relation in RELATIONS if f" {relation} " in edit.instruction)
-        right["relation"] = _related(image, *seen, relation)
+        first, second = seen
+        right["relation"] = _related(image, first, second, relation)
     return right | {"all": all(right.values())}
 
 

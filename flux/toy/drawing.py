@@ -25,12 +25,20 @@ def draw(
     scene: Scene | Layout, width: int, height: int, rng: np.random.Generator | None = None
 ) -> np.ndarray:
     """Return the image (H, W, 3) uint8. `rng` draws the attributes that a scene leaves open."""
-    layout = arrange(scene, rng) if isinstance(scene, Scene) else scene
-    image = np.broadcast_to(np.float32(COLOURS[layout.background]), (height, width, 3))
+    if isinstance(scene, Layout):
+        layout = scene
+    else:
+        assert rng is not None, "rng: is missing. Pass the generator that arranges the scene"
+        layout = arrange(scene, rng)
+    image = np.broadcast_to(_rgb(layout.background), (height, width, 3))
     for item in layout.items:
         alpha = ink(item, width, height)[..., None]
-        image = image * (1 - alpha) + np.float32(COLOURS[item.thing.colour]) * alpha
+        image = image * (1 - alpha) + _rgb(item.thing.colour) * alpha
     return np.rint(image).astype(np.uint8)
+
+
+def _rgb(colour: str) -> np.ndarray:
+    return np.array(COLOURS[colour], np.float32)
 
 
 def framed(image: np.ndarray) -> np.ndarray:
@@ -104,7 +112,8 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Two discs over a triangle whose sides touch them."""
     x, y = np.abs(x), y + 0.08
     lobes = np.hypot(x - 0.46, y + 0.36) - 0.55
-    side, tip = np.float32((0.7071, 0.7071)), 1.05  # the line from the tip to the right disc
+    # the line from the tip to the right disc
+    side, tip = np.array((0.7071, 0.7071), np.float32), 1.05
     below = np.maximum.reduce([x * side[0] + (y - tip) * side[1], -(y + 0.36), x - 1.0])
     return np.minimum(lobes, below)
 

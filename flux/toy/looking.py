@@ -21,7 +21,7 @@ def look(image: np.ndarray) -> Layout:
     A pixel belongs to the nearest palette colour that the image has. A colour counts where it fills
     squares, so that blends along edges do not count. The background is the border's main colour.
     """
-    names, palette = list(COLOURS), np.float32(list(COLOURS.values()))
+    names, palette = list(COLOURS), np.array(list(COLOURS.values()), np.float32)
     nearness = 2 * image.astype(np.float32) @ palette.T - np.square(palette).sum(1)  # (H, W, 10)
     labels = nearness.argmax(-1)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
@@ -96,7 +96,7 @@ def _fit(mask: np.ndarray) -> tuple[str, str, float, float, float]:
 
 _STEP = 1 / 25  # of a stencil, in radii
 # points of a stencil along one axis, from -1.26 to 1.26: no shape reaches further
-_POINTS = np.float32((np.arange(64) - 31.5) * _STEP)
+_POINTS = ((np.arange(64) - 31.5) * _STEP).astype(np.float32)
 
 
 @cache
@@ -161,8 +161,12 @@ def _moments(mask: np.ndarray) -> tuple[float, float, int]:
 
 def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
     """Return the rows and columns that the mask covers, with a margin."""
-    spans = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return tuple(slice(max(0, span[0] - margin), span[-1] + 1 + margin) for span in spans)
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return _span(rows, margin), _span(columns, margin)
+
+
+def _span(indices: np.ndarray, margin: int) -> slice:
+    return slice(max(0, indices[0] - margin), indices[-1] + 1 + margin)
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:

@@ -216,8 +216,8 @@ def arrange(scene: Scene, rng: np.random.Generator) -> Layout:
     items = []
     for thing, (x, y) in zip(scene.objects, _centres(scene, rng), strict=True):
         if isinstance(thing, Object):
-            thing = replace(thing, size=thing.size or _pick(rng, sizes(thing.pattern)), place=None)
-            items.append(Item(thing, x, y, SIZES[thing.size]))
+            size = thing.size or _pick(rng, sizes(thing.pattern))
+            items.append(Item(replace(thing, size=size, place=None), x, y, SIZES[size]))
         else:
             items.append(Item(replace(thing, place=None), 0.5, y, 0.0))
     return Layout(tuple(items), background)
@@ -284,7 +284,7 @@ def families(seed: int) -> Iterator[list[Edit]]:
         layout, family = _some_layout(rng, pair=True), []
         for number, item in enumerate(layout.items):
             for attribute, choices in _CHOICES.items():
-                if values := choices(layout, item.thing):
+                if values := choices(layout, _object(item.thing)):
                     there = _changed(layout, number, attribute, _pick(rng, values))
                     family += [
                         there,
@@ -301,12 +301,21 @@ def _some_layout(rng: np.random.Generator, pair: bool | None = None) -> Layout:
     """
     while True:
         scene = random_scene(rng)
-        if isinstance(scene.objects[0], Word) or (
-            pair is not None and pair != (len(scene.objects) == 2)
-        ):
+        if pair is not None and pair != (len(scene.objects) == 2):
             continue
-        if len({thing.shape for thing in scene.objects}) == len(scene.objects):
+        if len(_shapes(scene.objects)) == len(scene.objects):
             return arrange(scene, rng)
+
+
+def _object(thing: Object | Word) -> Object:
+    """Return a thing that is known to be an object: an edit changes no words."""
+    assert isinstance(thing, Object)
+    return thing
+
+
+def _shapes(things: Iterable[Object | Word]) -> set[str]:
+    """Return the shapes of the things; a word has none."""
+    return {thing.shape for thing in things if isinstance(thing, Object)}
 
 
 def _free_colours(layout: Layout) -> list[str]:
@@ -322,27 +331,28 @@ _CHOICES: dict[str, Callable[[Layout, Object], list[str]]] = {
         p for p in ("", *PATTERNS) if p != thing.pattern and thing.size in sizes(p)
     ],
     "shape": lambda layout, thing: [
-        s for s in SHAPES if s not in {item.thing.shape for item in layout.items}
+        s for s in SHAPES if s not in _shapes(item.thing for item in layout.items)
     ],
 }
 
 
 def _change(rng: np.random.Generator, attribute: str) -> Edit:
     """Give one object another colour, size, pattern or shape."""
-    values = []
+    values: list[str] = []
     while not values:
         layout = _some_layout(rng)
         number = int(rng.integers(len(layout.items)))
-        values = _CHOICES[attribute](layout, layout.items[number].thing)
+        values = _CHOICES[attribute](layout, _object(layout.items[number].thing))
     return _changed(layout, number, attribute, _pick(rng, values))
 
 
 def _changed(layout: Layout, number: int, attribute: str, value: str) -> Edit:
     item = layout.items[number]
-    thing = replace(item.thing, **{attribute: value})
-    changed = replace(item, thing=thing, radius=SIZES[thing.size])
+    thing = _object(item.thing)
+    radius = SIZES[value] if attribute == "size" else item.radius
+    changed = replace(item, thing=replace(thing, **{attribute: value}), radius=radius)
     items = layout.items[:number] + (changed,) + layout.items[number + 1 :]
-    shape = item.thing.shape
+    shape = thing.shape
     text = (
         f"turn the {shape} into {a(value)}"
         if attribute == "shape"
@@ -354,7 +364,7 @@ def _changed(layout: Layout, number: int, attribute: str, value: str) -> Edit:
 def _new_background(rng: np.random.Generator) -> Edit:
     layout = _some_layout(rng)
     colour = _pick(rng, _free_colours(layout))
-    shapes = " and the ".join(item.thing.shape for item in layout.items)
+    shapes = " and the ".join(_object(item.thing).shape for item in layout.items)
     text = _pick(rng, [f"make the background {colour}", f"the {shapes} on {a(colour)} background"])
     return Edit(text, (layout,), replace(layout, background=colour), "background")
 
@@ -362,13 +372,13 @@ def _new_background(rng: np.random.Generator) -> Edit:
 def _add(rng: np.random.Generator) -> Edit:
     """Lay out a pair, and leave its first object out before: there is room for it."""
     scene = random_scene(rng)
-    while scene.relation is None or len({thing.shape for thing in scene.objects}) == 1:
+    while scene.relation is None or len(_shapes(scene.objects)) == 1:
         scene = random_scene(rng)
     layout = arrange(scene, rng)
-    new, old = scene.objects
+    new, old = map(_object, scene.objects)
     text = f"put {new} {scene.relation} {_pick(rng, ['it', f'the {old.shape}'])}"
     first, second = layout.items
-    said = replace(first, thing=replace(first.thing, size=new.size))
+    said = replace(first, thing=replace(_object(first.thing), size=new.size))
     return Edit(
         text, (replace(layout, items=(second,)),), replace(layout, items=(said, second)), "add"
     )
@@ -380,7 +390,7 @@ def _remove(rng: np.random.Generator) -> Edit:
 
 def _removed(layout: Layout, number: int) -> Edit:
     return Edit(
-        f"remove the {layout.items[number].thing.shape}",
+        f"remove the {_object(layout.items[number].thing).shape}",
         (layout,),
         replace(layout, items=(layout.items[1 - number],)),
         "remove",
@@ -402,7 +412,7 @@ def _two_images(
         which = int(rng.integers(2))
         (item,), (other,) = layouts[which].items, layouts[1 - which].items
         new = colour(layouts[1 - which]) not in (item.thing.colour, layouts[which].background)
-        if new and item.thing.shape != other.thing.shape:
+        if new and _object(item.thing).shape != _object(other.thing).shape:
             return layouts, which
 
 
@@ -411,7 +421,8 @@ def _onto(rng: np.random.Generator) -> Edit:
     layouts, which = _two_images(rng, lambda layout: layout.background)
     (item,), background = layouts[which].items, layouts[1 - which].background
     first, second = _ORDER[which], _ORDER[1 - which]
-    text = f"the {item.thing.shape} of the {first} picture on the background of the {second}"
+    shape = _object(item.thing).shape
+    text = f"the {shape} of the {first} picture on the background of the {second}"
     return Edit(text, layouts, Layout((item,), background), "two images: background")
 
 
@@ -419,8 +430,8 @@ def _painted(rng: np.random.Generator) -> Edit:
     """Paint the thing of one image in the colour of the other's."""
     layouts, which = _two_images(rng, lambda layout: layout.items[0].thing.colour)
     (item,), (other,) = layouts[which].items, layouts[1 - which].items
-    first = f"the {item.thing.shape} of the {_ORDER[which]} picture"
-    text = f"{first} in the color of the {other.thing.shape}"
+    first = f"the {_object(item.thing).shape} of the {_ORDER[which]} picture"
+    text = f"{first} in the color of the {_object(other.thing).shape}"
     painted = replace(item, thing=replace(item.thing, colour=other.thing.colour))
     return Edit(text, layouts, replace(layouts[which], items=(painted,)), "two images: colour")
 
@@ -433,11 +444,8 @@ def _described(rng: np.random.Generator) -> Edit:
     layout = arrange(scene, rng)
     number = int(rng.integers(len(layout.items)))
     item, colour = layout.items[number], _pick(rng, _free_colours(layout))
-    others = [
-        replace(item.thing, colour=colour),
-        replace(item.thing, colour=colour, shape=_pick(rng, SHAPES)),
-        None,
-    ]
+    recoloured = replace(_object(item.thing), colour=colour)
+    others = [recoloured, replace(recoloured, shape=_pick(rng, SHAPES)), None]
     other = _pick(rng, others[: 1 + len(layout.items)])  # something is left
     items = () if other is None else (replace(item, thing=other),)
     before = replace(layout, items=layout.items[:number] + items + layout.items[number + 1 :])
