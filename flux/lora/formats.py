@@ -283,7 +283,8 @@ def _layer_delta(
         missing = [sorted(complete - core) for complete in COMPLETE if complete > core]
         problem = "which do not belong together"
         if missing:
-            problem = f"without its {' and '.join(min(missing, key=len))}"
+            fewest = min(missing, key=len)
+            problem = f"without its {' and '.join(fewest)}"
         raise lora.error(f"has {lora.show(*keys.values())}, {problem}")
     columns = _check_shapes(lora, target, keys, module)
     scaling = _scaling(lora, target.part, next(iter(keys.values())), factors)

@@ -116,8 +116,13 @@ def check_possible(pipe: Pipeline, request: Request, folder: Path) -> None:
 
 def networks_of(pipe: Pipeline) -> dict[str, LazyModule]:
     """Return the networks by the names of their files in the kit."""
-    text = {part: getattr(pipe.text, part) for part in pipe.spec.text.networks}
-    return {"transformer": pipe.transformer, "autoencoder": pipe.autoencoder} | text
+    networks: dict[str, LazyModule] = {
+        "transformer": pipe.transformer,
+        "autoencoder": pipe.autoencoder,
+    }
+    for part in pipe.spec.text.networks:
+        networks[part] = getattr(pipe.text, part)
+    return networks
 
 
 def is_included(name: str, only: Sequence[str]) -> bool:
