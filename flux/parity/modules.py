@@ -228,7 +228,7 @@ def in_dtype(
         setattr(owner, part, network)
     twin.autoencoder.dtype = pipe.options.decode_dtype or decode_dtype(pipe.numerics, dtype)
     twin.text.networks = tuple(getattr(twin.text, part) for part in pipe.spec.text.networks)
-    networks = twin.transformer, twin.autoencoder, *twin.text.networks
+    networks: list[LazyModule] = [twin.transformer, twin.autoencoder, *twin.text.networks]
     twin.residency = copy.copy(pipe.residency)
     twin.residency.keep_loaded()  # what is in memory when, is decided here
     fits = sum(network.nbytes for network in networks) < 0.8 * free_memory(pipe.device)
