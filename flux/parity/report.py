@@ -358,12 +358,12 @@ def recipes(a: Capture, b: Capture) -> str:
 
 def flat(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield a recipe as lines: `versions.torch`, `files.transformer.0.sha256`."""
-    items: Iterable[tuple[object, object]] = ()
+    items: Iterable[tuple[object, object]] | None = None
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         items = enumerate(value)
-    if items:
+    if items is not None:
         for name, item in items:
             yield from flat(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
