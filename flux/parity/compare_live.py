@@ -81,7 +81,8 @@ def adaptor(
     for each in module_runs(capture, only) or module_runs(capture)[:1]:
         answer: Any = call(each.name, recorded_inputs(capture, each))
         if isinstance(answer, str | os.PathLike):
-            return compare(Capture(os.fspath(answer)), capture, allowed(capture, precision, tolerance), only)
+            theirs = Capture(os.fspath(answer))
+            return compare(theirs, capture, allowed(capture, precision, tolerance), only)
         if not rows:
             outputs = [name for run in module_runs(capture) for name in run.outputs.values()]
             check_patterns(only, outputs)

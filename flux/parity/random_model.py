@@ -1,4 +1,4 @@
-"""Tiny models of both families with random weights, where 0 or 1 could hide a mistake."""
+"""Tiny models of both families with random weights; a weight of 0 or 1 could hide a mistake."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +33,8 @@ def random_model(family: str) -> Iterator[tuple[str, Path]]:
     name = f"{family}-random"
     tiny = reference.tiny_models(clip_eos=SPECIAL.index("<|endoftext|>"))
     spec = tiny[f"{family}-dev"]
-    text: FLUX1Text | FLUX2Text = tiny[
-        "flux.2-klein-4b"
-    ].text  # its template is shorter than that of FLUX.2 [dev]
+    # the klein's template is shorter than that of FLUX.2 [dev]
+    text: FLUX1Text | FLUX2Text = tiny["flux.2-klein-4b"].text
     if isinstance(spec.text, FLUX1Text):
         text = replace(spec.text, t5_tokenizer=TOKENIZER, clip_tokenizer=TOKENIZER)
     spec = replace(spec, name=name, repository=name, text=text, text_length=96, size=128)

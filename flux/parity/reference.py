@@ -61,13 +61,14 @@ KLEIN_TINY = replace(FLUX2_TINY, guidance=False)
 
 
 def max_error(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference / the largest value of `b`; infinity where NaN is involved."""
+    """Return max |a - b| / max |b|; infinity if any value is not finite."""
     assert a.shape == b.shape, f"{tuple(a.shape)} and not {tuple(b.shape)}"
     found = errors(a, b)
     return math.inf if found.nonfinite or found.misplaced else found.max_abs / b.abs().max().item()
 
 
 def relative_l2(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |b|; infinity if any value is not finite."""
     assert a.shape == b.shape, f"{tuple(a.shape)} and not {tuple(b.shape)}"
     found = errors(a, b)
     return math.inf if found.nonfinite or found.misplaced else found.relative_l2
@@ -79,7 +80,8 @@ def relative_l2(a: Tensor, b: Tensor) -> float:
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Fill every parameter and buffer with random values: 0 and 1 would hide faults.
 
-    A tensor's values depend on the seed, its name and its shape. Matrices keep the size of inputs.
+    A tensor's values depend on the seed, its name and its shape only. A matrix keeps the magnitude
+    of its input.
     """
     for name, tensor in module.state_dict().items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -249,6 +251,7 @@ def diffusers_decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def language_model_to_transformers(state: dict[str, Tensor], mistral: bool) -> dict[str, Tensor]:
+    """Add the prefix of transformers' names."""
     prefix = "model.language_model." if mistral else "model."
     return {prefix + name: tensor for name, tensor in state.items()}
 
@@ -277,7 +280,7 @@ def transformers_language_model(config: LanguageModelConfig, depth: int, mistral
         return transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(**common, attention_bias=False)
         )
-    eyes = transformers.PixtralVisionConfig(
+    vision = transformers.PixtralVisionConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
@@ -286,7 +289,7 @@ def transformers_language_model(config: LanguageModelConfig, depth: int, mistral
         image_size=56,
     )
     both = transformers.Mistral3Config(
-        text_config=transformers.MistralConfig(**common), vision_config=eyes
+        text_config=transformers.MistralConfig(**common), vision_config=vision
     )
     return transformers.Mistral3ForConditionalGeneration(both)
 
@@ -294,7 +297,8 @@ def transformers_language_model(config: LanguageModelConfig, depth: int, mistral
 def with_trunk(theirs: Any, state: dict[str, Tensor], mistral: bool) -> nn.Module:
     """Load our weights, and random ones into the parts that our language model leaves out.
 
-    All get our dtype, except RoPE's frequencies, which transformers does not load either.
+    Ours must fill the embedding and each of our layers. All get our dtype, except RoPE's
+    frequencies, which transformers does not load either.
     """
     dtype, ours = state["embed_tokens.weight"].dtype, language_model_to_transformers(state, mistral)
     others = {
@@ -512,7 +516,10 @@ def save_sharded(state: dict[str, Tensor], index: Path) -> None:
 def write_weights(
     home: Path, spec: ModelSpec, parts: dict[str, nn.Module], sharded: bool = True
 ) -> None:
-    """Write the files of a repository as released; text encoders in shards."""
+    """Write the files of a repository as released.
+
+    The klein's autoencoder has diffusers' names. `sharded`: the larger text encoder is in shards.
+    """
     states = {part: module.state_dict() for part, module in parts.items()}
     for folder in ("vae", "text_encoder", "text_encoder_2"):
         (home / folder).mkdir(parents=True, exist_ok=True)
@@ -623,9 +630,10 @@ def golden_networks() -> dict[str, nn.Module]:
 
 
 def fingerprint(*modules: nn.Module) -> Tensor:
-    """Return one float64 number for each tensor, which shows whether the weights are the same.
+    """Return one float64 number for each tensor, (tensors,): equal weights give equal numbers.
 
-    The weights are drawn again in each test. torch does not promise equal draws in every version.
+    A rounding changes a number slightly, a fault changes it clearly. The weights are drawn again in
+    each test, and torch does not promise equal draws in every version or on every processor.
     """
     tensors = [
         tensor.double().flatten() for module in modules for tensor in module.state_dict().values()
