@@ -1,0 +1,208 @@
+"""Run Black Forest Labs' own code on one file of weights and inputs. golden_bfl_code.py calls this.
+
+    python scripts/dev/run_bfl.py CLONE INPUTS OUTPUTS
+
+BFL's packages are called `flux` and `flux2`, so this process must not import the project's `flux`.
+INPUTS is a safetensors file. Its tensors are `transformer.*`, `autoencoder.*`, `text`, `pooled`,
+`negative` and `reference.*`. Its metadata has the settings, as JSON. OUTPUTS gets the times
+and latents after each step, tokens (1, N, C), and the decoded pixels (1, 3, H, W).
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+# BFL's modules import these at the top, and the functions that are called here do not need them
+UNUSED = {
+    "torchvision": (),
+    "cv2": (),
+    "imwatermark": ("WatermarkEncoder",),
+    "transformers": (
+        *("AutoModelForDepthEstimation", "AutoProcessor", "SiglipImageProcessor"),
+        *("SiglipVisionModel", "CLIPTextModel", "CLIPTokenizer", "T5EncoderModel", "T5Tokenizer"),
+    ),
+}
+
+
+class Unused:
+    """A class of a package that need not be installed."""
+
+    def set_watermark(self, *args) -> None:
+        """Do nothing. BFL's flux.util calls this when it is imported."""
+
+
+def replace_unused_packages() -> None:
+    for name, classes in UNUSED.items():
+        module = sys.modules[name] = ModuleType(name)
+        for each in classes:
+            setattr(module, each, Unused)
+
+
+def run_flux1(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
+    model = importlib.import_module("flux.model")
+    autoencoder = importlib.import_module("flux.modules.autoencoder")
+    sampling = importlib.import_module("flux.sampling")
+    c, width, height = settings["transformer"], settings["width"], settings["height"]
+    params = model.FluxParams(
+        in_channels=c["in_channels"],
+        out_channels=c["out_channels"],
+        vec_in_dim=c["vector_dim"],
+        context_in_dim=c["context_dim"],
+        hidden_size=c["hidden_size"],
+        mlp_ratio=c["mlp_ratio"],
+        num_heads=c["num_heads"],
+        depth=c["depth"],
+        depth_single_blocks=c["depth_single"],
+        axes_dim=list(c["axes_dim"]),
+        theta=c["theta"],
+        qkv_bias=c["bias"],
+        guidance_embed=c["guidance"],
+    )
+    transformer = load(model.Flux(params).to(torch.bfloat16), tensors, "transformer.")
+
+    noise = sampling.get_noise(1, height, width, "cpu", torch.bfloat16, settings["seed"])
+
+    def text(prompt):
+        return tensors["text"]
+
+    def pooled(prompt):
+        return tensors["pooled"]
+
+    inputs = sampling.prepare(text, pooled, noise, prompt="")
+    tokens = inputs["img"].shape[1]
+    times = sampling.get_schedule(settings["steps"], tokens, shift=settings["shift"])
+    seen = latents_before_each_step(transformer, tokens)
+    latents = sampling.denoise(
+        transformer, **inputs, timesteps=times, guidance=settings["guidance"]
+    )
+    outputs = by_step(times, [*seen, latents])
+    if a := settings["autoencoder"]:
+        params = autoencoder.AutoEncoderParams(
+            resolution=256,
+            in_channels=3,
+            ch=a["ch"],
+            out_ch=3,
+            ch_mult=list(a["ch_mult"]),
+            num_res_blocks=a["num_res_blocks"],
+            z_channels=a["z_channels"],
+            scale_factor=a["scale_factor"],
+            shift_factor=a["shift_factor"],
+        )
+        decoder = load(autoencoder.AutoEncoder(params), tensors, "autoencoder.")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs["pixels"] = decoder.decode(sampling.unpack(latents.float(), height, width))
+    return outputs
+
+
+def run_flux2(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
+    model = importlib.import_module("flux2.model")
+    autoencoder = importlib.import_module("flux2.autoencoder")
+    sampling = importlib.import_module("flux2.sampling")
+    c = settings["transformer"]
+    params = dict(
+        in_channels=c["in_channels"],
+        context_in_dim=c["context_dim"],
+        hidden_size=c["hidden_size"],
+        num_heads=c["num_heads"],
+        depth=c["depth"],
+        depth_single_blocks=c["depth_single"],
+        axes_dim=list(c["axes_dim"]),
+        theta=c["theta"],
+        mlp_ratio=c["mlp_ratio"],
+    )
+    if hasattr(model.Flux2Params, "use_guidance_embed"):  # since klein
+        params["use_guidance_embed"] = c["guidance"]
+    transformer = model.Flux2(model.Flux2Params(**params)).to(torch.bfloat16)
+    load(transformer, tensors, "transformer.")
+
+    shape = (1, c["in_channels"], settings["height"] // 16, settings["width"] // 16)
+    generator = torch.Generator().manual_seed(settings["seed"])
+    noise = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+    x, x_ids = sampling.batched_prc_img(noise)
+    tokens = x.shape[1]
+    times = sampling.get_schedule(settings["steps"], tokens)
+    references = sorted(name for name in tensors if name.startswith("reference."))
+    reference_tokens = reference_ids = None
+    if references:
+        numbers = [torch.tensor([10 * i]) for i in range(1, len(references) + 1)]
+        encoded = [tensors[name] for name in references]  # (C, h, w) each
+        all_tokens, all_ids = sampling.listed_prc_img(encoded, t_coord=numbers)
+        reference_tokens = torch.cat(all_tokens)[None].to(torch.bfloat16)
+        reference_ids = torch.cat(all_ids)[None]
+    text = tensors["text"]
+    if settings["cfg"]:
+        text = torch.cat([tensors["negative"], text])
+        denoise = sampling.denoise_cfg
+    else:
+        denoise = sampling.denoise_cached if settings["kv_cache"] else sampling.denoise
+    text, text_ids = sampling.batched_prc_txt(text)
+    seen = latents_before_each_step(transformer, tokens)
+    latents = denoise(
+        transformer,
+        x,
+        x_ids,
+        text,
+        text_ids,
+        timesteps=times,
+        guidance=settings["guidance"],
+        img_cond_seq=reference_tokens,
+        img_cond_seq_ids=reference_ids,
+    )
+    outputs = by_step(times, [*seen, latents])
+    if a := settings["autoencoder"]:
+        sizes = {n: a[n] for n in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
+        decoder = autoencoder.AutoEncoder(autoencoder.AutoEncoderParams(**sizes))
+        load(decoder, tensors, "autoencoder.")
+        grid = torch.cat(sampling.scatter_ids(latents, x_ids)).squeeze(2)
+        outputs["pixels"] = decoder.decode(grid).float()
+    return outputs
+
+
+def load(module: torch.nn.Module, tensors: dict, prefix: str) -> torch.nn.Module:
+    state = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+    module.load_state_dict(state, strict=True)
+    return module.eval()
+
+
+def latents_before_each_step(transformer: torch.nn.Module, tokens: int) -> list[torch.Tensor]:
+    """Return a list to which every call of the network appends the latents that it reads.
+
+    Its first item is the noise, which nobody reads: a KV cache's first call has references there.
+    """
+    seen = []
+
+    def record(module, args):
+        seen.append(args[0][:1, :tokens].clone())
+
+    transformer.img_in.register_forward_pre_hook(record)
+    return seen
+
+
+def by_step(times: list[float], latents: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the times and the latents after each step. The first latents are the noise."""
+    outputs = {f"step.{step:03}/latents": x for step, x in enumerate(latents[1:], start=1)}
+    outputs["times"] = torch.tensor(times[1:])
+    return outputs
+
+
+@torch.no_grad()
+def main() -> None:
+    clone, inputs, outputs = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(clone / "src"))
+    replace_unused_packages()
+    with safe_open(inputs, "pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    run = run_flux2 if settings["transformer"]["shared_modulation"] else run_flux1
+    save_file({n: x.contiguous() for n, x in run(settings, tensors).items()}, outputs)
+
+
+if __name__ == "__main__":
+    main()
