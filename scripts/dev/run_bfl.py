@@ -64,7 +64,8 @@ def run_flux1(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
         qkv_bias=c["bias"],
         guidance_embed=c["guidance"],
     )
-    transformer = load(model.Flux(params).to(torch.bfloat16), tensors, "transformer.")
+    transformer = model.Flux(params).to(torch.bfloat16)
+    load(transformer, tensors, "transformer.")
 
     noise = sampling.get_noise(1, height, width, "cpu", torch.bfloat16, settings["seed"])
 
@@ -94,7 +95,8 @@ def run_flux1(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
             scale_factor=a["scale_factor"],
             shift_factor=a["shift_factor"],
         )
-        decoder = load(autoencoder.AutoEncoder(params), tensors, "autoencoder.")
+        decoder = autoencoder.AutoEncoder(params)
+        load(decoder, tensors, "autoencoder.")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs["pixels"] = decoder.decode(sampling.unpack(latents.float(), height, width))
     return outputs
@@ -164,10 +166,10 @@ def run_flux2(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
     return outputs
 
 
-def load(module: torch.nn.Module, tensors: dict, prefix: str) -> torch.nn.Module:
+def load(module: torch.nn.Module, tensors: dict, prefix: str) -> None:
     state = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
     module.load_state_dict(state, strict=True)
-    return module.eval()
+    module.eval()
 
 
 def latents_before_each_step(transformer: torch.nn.Module, tokens: int) -> list[torch.Tensor]:
@@ -180,7 +182,7 @@ def latents_before_each_step(transformer: torch.nn.Module, tokens: int) -> list[
     def record(module, args):
         seen.append(args[0][:1, :tokens].clone())
 
-    transformer.img_in.register_forward_pre_hook(record)
+    transformer.get_submodule("img_in").register_forward_pre_hook(record)
     return seen
 
 
