@@ -983,7 +983,9 @@ def test_command_refuses_wrong_arguments(parity, tmp_path):
         parity("capture", "x", "--model", "nosuch", "--output", "a.safetensors")
     )
     assert say(2, "is missing")(parity("capture", "--output", "a.safetensors"))
-    assert say(2, "one capture has one prompt (got 2)")(parity("capture", "x", "y", "--output", "a.safetensors"))
+    assert say(2, "one capture has one prompt (got 2)")(
+        parity("capture", "x", "y", "--output", "a.safetensors")
+    )
     assert say(2, "'1,x'")(parity("capture", "x", "--steps-of", "1,x", "--output", "a.safetensors"))
     assert say(2, "--output")(parity("capture", "x"))
     assert say(2, "does not exist")(parity("compare", "a.safetensors", "b.safetensors"))
