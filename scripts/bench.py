@@ -112,7 +112,7 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
         raise UserError(with_flags(str(error), FLAGS)) from None
     setting = Setting(device, args.rounds)
     if device.type == "cpu":
-        setting = replace(setting, whole=256, replayed=0.5)
+        setting = replace(setting, full_side=256, replayed=0.5)
     if args.quick:
         setting = setting.quick()
     rows = []

@@ -63,7 +63,7 @@ def full_rows(spec: ModelSpec, setting: Setting, against: bool) -> Iterator[Row]
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    pixels = photo_like(setting.whole, setting.device)
+    pixels = photo_like(setting.full_side, setting.device)
     with TemporaryDirectory() as folder:
         saves = [save_ours, save_theirs] if against else [save_ours]
         runs = [save(pixels, Path(folder)) for save in saves]
@@ -95,13 +95,18 @@ def stage_rows(
     """
     build, build_theirs = STAGES[name]
     gpu = setting.device.type == "cuda"
-    stage = build(spec, setting.whole, setting.device)
-    case = f"{name}, {spec.name}, {setting.whole}x{setting.whole}, {dtype_name(stage.dtype)}"
+    stage = build(spec, setting.full_side, setting.device)
+    case = (
+        f"{name}, {spec.name}, {setting.full_side}x{setting.full_side}, {dtype_name(stage.dtype)}"
+    )
     goal = None
     if name == "step":
         goal = 0.85 if gpu else 1.0
     theirs = build_theirs(spec, stage) if against else None
-    runs = [stage.run, replay(operations(build(spec, setting.whole, "meta").run), setting.device)]
+    runs = [
+        stage.run,
+        replay(operations(build(spec, setting.full_side, "meta").run), setting.device),
+    ]
     runs += [theirs.run] if theirs else []
     with same_attention():
         yield from time_rows(case, name, runs, setting, spent, goal)
@@ -137,12 +142,12 @@ def compiled_rows(
     """Time both sides compiled block by block, and ours compiled against diffusers eager."""
     if setting.device.type == "cuda":
         with fresh_cache():
-            whole = timed(torch.compile(stage.run))
+            whole_graph = timed(torch.compile(stage.run))
         torch._dynamo.reset()
         compile_blocks(*stage.modules, BLOCK_LISTS)
         with fresh_cache():
             first = f"{case}, first step, compiled"
-            yield Row(first, "s", timed(stage.run), whole, "compiled whole", goal=0.2)
+            yield Row(first, "s", timed(stage.run), whole_graph, "one graph", goal=0.2)
     compile_blocks(*stage.modules, BLOCK_LISTS)
     if theirs:
         theirs.modules[0].compile_repeated_blocks(fullgraph=True)
@@ -221,15 +226,15 @@ def encoding(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:
     config = spec.text.model
     model = random_weights(lambda: LanguageModel(config), device, torch.bfloat16)
     ids = random(config.vocab_size, spec.text_length)
-    given = dict(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
-    return Stage([model], given, lambda: model(**given))
+    tensors = dict(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+    return Stage([model], tensors, lambda: model(**tensors))
 
 
 def stepping(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:
     model = random_weights(lambda: Flux(spec.transformer), device, torch.bfloat16)
     model = as_loaded(model, device)
-    given = inputs(spec.transformer, side, spec.text_length, device, torch.bfloat16)
-    return Stage([model], given, our_step(model, given))
+    tensors = inputs(spec.transformer, side, spec.text_length, device, torch.bfloat16)
+    return Stage([model], tensors, our_step(model, tensors))
 
 
 def decoding(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:

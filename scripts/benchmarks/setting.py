@@ -22,7 +22,7 @@ class Setting:
     channels: int = 128  # of the autoencoder's first level
     saved: int = 1024  # side in pixels of the image that is saved
     compiled: bool = True
-    whole: int = 1024  # side in pixels of the image of a full-size model
+    full_side: int = 1024  # side in pixels of the image of a full-size model
     replayed: float = 2.0  # seconds of one timing of the floor
     prompts: int = 24  # of the embedded model, for each lossy mode
 

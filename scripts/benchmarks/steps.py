@@ -67,18 +67,21 @@ def overhead_row(name: str, setting: Setting) -> Row:
     """Time a model so narrow, on so few tokens, that starting kernels takes most of the time."""
     ours, theirs = both(narrowed(FAMILIES[name], 32), setting.device, torch.float32)
     ours = as_loaded(ours, setting.device)
-    given = inputs(ours.config, 32, 4, setting.device, torch.float32)
+    tensors = inputs(ours.config, 32, 4, setting.device, torch.float32)
     with same_attention():
         case = f"step, {name}, full depth, width 32, 8 tokens, float32, eager"
-        return pair(case, our_step(ours, given), their_step(theirs, given), setting, goal=0.65)
+        return pair(case, our_step(ours, tensors), their_step(theirs, tensors), setting, goal=0.65)
 
 
 def resident_row() -> Row:
     """Count the weights that a full-size step reads. Ours does not read those of modulation."""
     with torch.device("meta"):
         ours, theirs = Flux(FLUX1).bfloat16(), diffusers_transformer(FLUX1).bfloat16()
-    given = inputs(FLUX1, 64, 8, "meta", torch.bfloat16)
-    sizes = [read_bytes(ours, our_step(ours, given)), read_bytes(theirs, their_step(theirs, given))]
+    tensors = inputs(FLUX1, 64, 8, "meta", torch.bfloat16)
+    sizes = [
+        read_bytes(ours, our_step(ours, tensors)),
+        read_bytes(theirs, their_step(theirs, tensors)),
+    ]
     return Row("step, FLUX.1, weights that it reads", "B", *sizes, goal=0.75)
 
 
@@ -111,11 +114,11 @@ def timed_rows(
     eager, compiled: goals. On a CPU a row "plain" shows what flux/runtime/fast.py is worth.
     """
     ours, theirs = both(config, setting.device, torch.bfloat16)
-    given = inputs(config, side, setting.text, setting.device, torch.bfloat16)
-    our, their = our_step(ours, given), their_step(theirs, given)
+    tensors = inputs(config, side, setting.text, setting.device, torch.bfloat16)
+    our, their = our_step(ours, tensors), their_step(theirs, tensors)
     with same_attention():
         if setting.device.type == "cpu":
-            plain_step = our_step(sharing_weights(ours), given)
+            plain_step = our_step(sharing_weights(ours), tensors)
             as_loaded(ours, setting.device)
         yield pair(f"{case}, eager", our, their, setting, goal=eager)
         if setting.device.type == "cpu":
@@ -161,7 +164,7 @@ def inputs(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     tokens, axes = side // 16, len(config.axes_dim)
-    given = dict(
+    tensors = dict(
         img=random(1, tokens**2, config.in_channels),
         img_ids=sampling.image_ids(tokens, tokens, axes),
         txt=random(1, text, config.context_dim),
@@ -169,23 +172,25 @@ def inputs(
         t=torch.full((1,), 0.5, device=device),
     )
     if config.guidance:
-        given["guidance"] = torch.full((1,), 4.0, device=device)
+        tensors["guidance"] = torch.full((1,), 4.0, device=device)
     if config.vector_dim is not None:
-        given["vector"] = random(1, config.vector_dim)
-    return given
+        tensors["vector"] = random(1, config.vector_dim)
+    return tensors
 
 
-def our_step(model: Flux, given: dict[str, Tensor]) -> Step:
-    img, txt = given["img"], given["txt"]
-    rope = model.rope(given["txt_ids"], given["img_ids"]).to(img.device)
-    vec_inputs = {name: given[name] for name in ("t", "guidance", "vector") if name in given}
+def our_step(model: Flux, tensors: dict[str, Tensor]) -> Step:
+    img, txt = tensors["img"], tensors["txt"]
+    rope = model.rope(tensors["txt_ids"], tensors["img_ids"]).to(img.device)
+    vec_inputs = {name: tensors[name] for name in ("t", "guidance", "vector") if name in tensors}
     mods = model.modulations([model.vec(**vec_inputs)])[0]
     return lambda: model.denoise(img, txt, rope, mods)
 
 
-def their_step(model: nn.Module, given: dict[str, Tensor]) -> Step:
-    given = given | {ids: given[ids].to(given["img"].device) for ids in ("img_ids", "txt_ids")}
-    return lambda: diffusers_velocity(model, **given)
+def their_step(model: nn.Module, tensors: dict[str, Tensor]) -> Step:
+    tensors = tensors | {
+        ids: tensors[ids].to(tensors["img"].device) for ids in ("img_ids", "txt_ids")
+    }
+    return lambda: diffusers_velocity(model, **tensors)
 
 
 @contextmanager

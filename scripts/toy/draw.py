@@ -1,9 +1,9 @@
-"""Draws images of the embedded models' world, each with its caption, for `scripts/train.py` to learn from.
+"""Draw images of the embedded models' world with captions, as data for `scripts/train.py`.
 
-    python scripts/toy/draw.py framed --framed                     # 64 images in a wooden frame, which it has not seen
-    python scripts/toy/draw.py edits --edits --images 500        # images before and after, with instructions
+    python scripts/toy/draw.py framed --framed               # 64 images in a wooden frame
+    python scripts/toy/draw.py edits --edits --images 500    # instructions, images before and after
 
-Nothing that is held out is among them, so that it can be asked of what was trained.
+No held-out combination is among them, so that held-out prompts can test the trained model.
 """
 
 import argparse
@@ -12,78 +12,77 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np
+from command_line import add_hidden_alias
 from PIL import Image
 
 from flux import toy
 
 
 def main() -> int:
+    args = arguments()
     try:
-        draw_all(arguments())
+        args.folder.mkdir(parents=True, exist_ok=True)
+        if args.edits:
+            draw_edits(args)
+        else:
+            draw_scenes(args)
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
 
-def draw_all(args: argparse.Namespace) -> None:
-    args.folder.mkdir(parents=True, exist_ok=True)
+def draw_scenes(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(args.seed)
-    style = toy.framed if args.framed else lambda image: image
-
-    def draw(what):
-        return Image.fromarray(style(toy.draw(what, args.size, args.size, rng)))
-
-    if args.edits:
-        lines = []
-        for number, edit in enumerate(
-            itertools.islice(toy.edits(args.seed, held=False), args.images)
-        ):
-            before = [f"{number:04d}-before-{k}.png" for k in range(1, len(edit.before) + 1)]
-            for name, layout in zip(
-                [f"{number:04d}.png", *before], [edit.after, *edit.before], strict=True
-            ):
-                draw(layout).save(args.folder / name)
-            lines.append(
-                json.dumps(
-                    {"image": f"{number:04d}.png", "caption": str(edit), "references": before}
-                )
-            )
-        (args.folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-        return
-    for number, scene in enumerate(
-        itertools.islice(toy.scenes(args.seed, held=False, complete=True), args.images)
-    ):
-        draw(scene).save(args.folder / f"{number:04d}.png")
+    scenes = toy.scenes(args.seed, held=False, complete=True)
+    for number, scene in enumerate(itertools.islice(scenes, args.images)):
+        image = toy.draw(scene, args.size, args.size, rng)
+        if args.framed:
+            image = toy.framed(image)
+        Image.fromarray(image).save(args.folder / f"{number:04d}.png")
         (args.folder / f"{number:04d}.txt").write_text(f"{scene}\n")
+
+
+def draw_edits(args: argparse.Namespace) -> None:
+    rng, lines = np.random.default_rng(args.seed), []
+    edits = toy.edits(args.seed, held=False)
+    for number, edit in enumerate(itertools.islice(edits, args.images)):
+        after = f"{number:04d}.png"
+        before = [f"{number:04d}-before-{k}.png" for k in range(1, len(edit.before) + 1)]
+        for name, layout in zip([after, *before], [edit.after, *edit.before], strict=True):
+            image = toy.draw(layout, args.size, args.size, rng)
+            Image.fromarray(image).save(args.folder / name)
+        lines.append(json.dumps({"image": after, "caption": str(edit), "references": before}))
+    (args.folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="it is made, or must be empty")
-    parser.add_argument("--images", type=int, default=64, metavar="N")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=5_000_000,
-        help="of what is drawn (default: one that nothing else uses)",
-    )
+    parser.add_argument("folder", type=Path, help="a new or empty folder")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="(default: 64)")
+    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="(default: 256)")
+    parser.add_argument("--seed", type=int, default=5_000_000, help="(default: an unused one)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--framed", action="store_true", help="a frame around each: a style to learn")
     kind.add_argument(
-        "--edits", action="store_true", help="of one image or two, with metadata.jsonl"
+        "--edits", action="store_true", help="edits of one image or two, with metadata.jsonl"
     )
+    add_hidden_alias(parser, "--pictures", "--images")
     args = parser.parse_args()
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        parser.error(f"{args.folder} has something in it: name a folder that is new or empty")
-    if args.images < 1 or not 64 <= args.size <= 4096 or args.seed < 0:
-        parser.error("--images is 1 at least, --size from 64 to 4096, and --seed 0 at least")
+        parser.error(f"folder: must be new or empty (got {args.folder})")
+    if args.images < 1:
+        parser.error(f"--images: must be at least 1 (got {args.images})")
+    if not 64 <= args.size <= 4096:
+        parser.error(f"--size: must be from 64 to 4096 (got {args.size})")
+    if args.seed < 0:
+        parser.error(f"--seed: must be at least 0 (got {args.seed})")
     return args
 
 

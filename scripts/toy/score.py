@@ -1,15 +1,16 @@
-"""Scores an embedded model: asks for images that it was not trained on, and measures what it makes against what was asked.
+"""Score an embedded model: measure its images of prompts that it was not trained on.
 
     python scripts/toy/score.py                          # forty minutes on two cores
     python scripts/toy/score.py --only text,edits
-    python scripts/toy/score.py --model flux.1-tiny      # which makes no edits
-    python scripts/toy/score.py --sheets images        # contact sheets instead
+    python scripts/toy/score.py --model flux.1-tiny      # which has no edits
+    python scripts/toy/score.py --sheets sheets          # write contact sheets instead
 
-One row is one use of the model: text to image in a few ways, edits, what else it does with images, negative prompts, and
-each way to make its matrices small. The first two rows are the measure's own: drawn images, and the same through the
-autoencoder. A cell is the share of the images that are right in what was asked of them. Prompts to make images
-of name combinations of colour, shape and background, or words, that no caption of the training does, but for one row; and the
-results of edits have such combinations. What else it does with images is asked of all.
+A row is one use of the model: text to image in a few ways, edits, image to image, inpainting,
+outpainting, negative prompts, and each lossy mode. The first two rows measure the measure: drawn
+images, and drawn images through the autoencoder. A cell is the share of the images that are right
+in one attribute. Prompts have combinations of colour, shape and background, and words, that were
+not trained, except in one row; so have the results of edits. The rows of image to image, inpainting
+and outpainting have all combinations.
 """
 
 import argparse
@@ -36,24 +37,25 @@ import flux
 from flux import toy
 from flux.configs import ModelSpec
 from flux.errors import UserError
+from flux.image_io.output import to_pixels
 from flux.toy import Edit, Item, Layout, Object, Scene
 
-SCENES, EDITS, OTHERS = 1_000_000, 1_100_000, 1_200_000  # seeds that no training has used
+SCENES, EDITS, OTHERS = 1_000_000, 1_100_000, 1_200_000  # seeds that no training uses
 COLUMNS = (*toy.ATTRIBUTES, "each letter", "all")
 BATCH = 20
 STRENGTH = 0.8  # of image to image
 
 
 class Task(NamedTuple):
-    """A prompt, the images that go with it, and what the result is measured against."""
+    """A prompt with its images, and the request that the result is measured against."""
 
     prompt: str
-    asked: Scene | Edit
+    request: Scene | Edit
     images: flux.ImageInputs | None = None
 
 
 class Row(NamedTuple):
-    """One use of the model; `groups` are rows of their own, about those of its images of which something else was asked."""
+    """One use of the model. `groups` are rows about some of its images, by their requests."""
 
     name: str
     tasks: list[Task]
@@ -64,9 +66,7 @@ class Row(NamedTuple):
 
 def main() -> int:
     args = arguments()
-    torch.set_flush_denormal(
-        True
-    )  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
+    torch.set_flush_denormal(True)  # a CPU is ten times slower on the tails of SiLU
     try:
         pipe = flux.load(args.model)
     except UserError as error:
@@ -75,15 +75,13 @@ def main() -> int:
     if args.sheets:
         write_sheets(pipe, args.sheets, args.seed)
         return 0
-    print(
-        f"{pipe.spec.name}: {pipe.spec.steps} steps, guidance {pipe.spec.guidance}; torch {torch.__version__}, "
-        f"{platform.machine()} {pipe.device.type.upper()}, {date.today()}\n"
-    )
+    spec, machine = pipe.spec, f"{platform.machine()} {pipe.device.type.upper()}"
+    print(f"{spec.name}: {spec.steps} steps, guidance {spec.guidance}; ", end="")
+    print(f"torch {torch.__version__}, {machine}, {date.today()}\n")
     print("| images | number | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
-    for name, count, shares in rows(
-        pipe, args.only or parts_of(pipe.spec), args.prompts, args.edits, args.seed
-    ):
+    parts = args.only or parts_of(spec)
+    for name, count, shares in rows(pipe, parts, args.prompts, args.edits, args.seed):
         cells = (f"{shares[column]:.1%}" if column in shares else "" for column in COLUMNS)
         print(f"| {name} | {count} | " + " | ".join(cells) + " |", flush=True)
     return 0
@@ -99,36 +97,43 @@ def arguments() -> argparse.Namespace:
         "--only",
         type=lambda text: text.split(","),
         metavar="PART[,PART]",
-        help=f"of {', '.join(PARTS)}",
+        help=f"some of {', '.join(PARTS)} (default: all)",
     )
     parser.add_argument(
         "--prompts",
         type=int,
         default=500,
         metavar="N",
-        help="of text to image; fewer for other rows",
+        help="images of text to image (default: 500); fewer for other rows",
     )
-    parser.add_argument("--edits", type=int, default=300, metavar="N", help="of one image or two")
-    parser.add_argument("--seed", type=int, default=0, help="of what is asked for and of the noise")
     parser.add_argument(
-        "--sheets",
-        type=Path,
-        metavar="FOLDER",
-        help="write contact sheets there, and score nothing",
+        "--edits",
+        type=int,
+        default=300,
+        metavar="N",
+        help="edits of one image or two (default: 300)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the requests and of the noise (default: 0)"
+    )
+    parser.add_argument(
+        "--sheets", type=Path, metavar="FOLDER", help="write contact sheets there instead of scores"
     )
     args = parser.parse_args()
     known = parts_of(flux.MODELS[args.model])
-    if strange := [part for part in args.only or () if part not in known]:
-        parser.error(f"--only {strange[0]}: choose from {', '.join(known)}")
-    if args.prompts < 1 or args.edits < 1 or args.seed < 0:
-        parser.error("--prompts and --edits are 1 at least, and --seed 0")
+    for part in args.only or ():
+        if part not in known:
+            parser.error(f"--only: {part} is no part. Choose from {', '.join(known)}.")
+    for name, least in (("prompts", 1), ("edits", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: must be at least {least} (got {getattr(args, name)})")
     return args
 
 
 def rows(
     pipe: flux.Pipeline, parts: Sequence[str], prompts: int, edits: int, seed: int
 ) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """Name, number of images and score of each row."""
+    """Yield the name, the number of images and the score of each row."""
     scenes = first(toy.scenes(SCENES + seed, held=True, complete=True), prompts)
     few = scenes[: -(-prompts // 5)]
     size, rng = pipe.spec.size, np.random.default_rng(seed)
@@ -143,11 +148,12 @@ def rows(
     for row in itertools.chain.from_iterable(
         PARTS[part](pipe, scenes, few, edits, seed) for part in parts
     ):
-        images, asked = made(pipe, row, seed), [task.asked for task in row.tasks]
-        yield row.name, len(asked), row.score(images, asked)
+        images, requests = generate(pipe, row, seed), [task.request for task in row.tasks]
+        yield row.name, len(requests), row.score(images, requests)
         for name, belongs in row.groups.items():
-            if some := [pair for pair in zip(images, asked, strict=True) if belongs(pair[1])]:
-                yield name, len(some), row.score(*zip(*some, strict=True))
+            pairs = [pair for pair in zip(images, requests, strict=True) if belongs(pair[1])]
+            if pairs:
+                yield name, len(pairs), row.score(*zip(*pairs, strict=True))
 
 
 def text_rows(
@@ -180,10 +186,10 @@ def text_rows(
 def edit_rows(
     pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], count: int, seed: int
 ) -> Iterator[Row]:
-    """Instructions, and images before that are freshly drawn."""
+    """Yield the row of edits, whose images before are drawn."""
     size, rng = pipe.spec.size, np.random.default_rng(seed)
-    asked = first(toy.edits(EDITS + seed, held=True), count)
-    tasks = [Task(str(edit), edit, drawings(edit.before, size, rng)) for edit in asked]
+    edits = first(toy.edits(EDITS + seed, held=True), count)
+    tasks = [Task(str(edit), edit, drawings(edit.before, size, rng)) for edit in edits]
     groups = {
         "of them, of one image": lambda edit: len(edit.before) == 1,
         "of them, of two images": lambda edit: len(edit.before) == 2,
@@ -194,13 +200,13 @@ def edit_rows(
 def mode_rows(
     pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int
 ) -> Iterator[Row]:
-    """What else it does with images, and what it is told not to do; of any scenes, held out or not."""
+    """Yield rows of image to image, inpainting, outpainting and negative prompts, of all scenes."""
     size, rng, count = pipe.spec.size, np.random.default_rng(seed), len(few)
-    some = toy.scenes(OTHERS + seed, held=None, complete=True)
+    every = toy.scenes(OTHERS + seed, held=None, complete=True)
     singles = first(
-        (s for s in some if s.relation is None and isinstance(s.objects[0], Object)), count
+        (s for s in every if isinstance(s.objects[0], Object) and not s.relation), count
     )
-    pairs = first((s for s in some if s.relation in ("to the left of", "to the right of")), count)
+    pairs = first((s for s in every if s.relation in ("to the left of", "to the right of")), count)
     yield Row(
         "image to image: another colour",
         [recoloured(scene, size, rng) for scene in singles],
@@ -223,7 +229,7 @@ def mode_rows(
     tasks = [Task(str(scene), scene) for scene in open_]
     negative = "a large circle"
     options = {"negative_prompt": negative}
-    if not pipe.spec.cfg:  # two passes, in place of the guidance that is an input, not on top of it
+    if not pipe.spec.cfg:  # two passes replace the guidance that is an input
         options |= {"true_cfg_scale": pipe.spec.guidance, "guidance": 1.0}
     yield Row("sizes left open: those that are not large", tasks, {}, not_large)
     yield Row(f'the same, negative prompt "{negative}"', tasks, options, not_large)
@@ -232,7 +238,7 @@ def mode_rows(
 def quantised_rows(
     pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int
 ) -> Iterator[Row]:
-    """The transformer is in a row's mode until the next row is asked for; half as many images as in others, of many rows."""
+    """Yield a row for each lossy mode. The transformer is in this mode until the next row."""
     tasks = [Task(str(scene), scene) for scene in few[: -(-len(few) // 2)]]
     for mode in modes():
         pipe.transformer.set_transform(mode.change)
@@ -244,14 +250,14 @@ PARTS = {"text": text_rows, "edits": edit_rows, "modes": mode_rows, "quantised":
 
 
 def parts_of(spec: ModelSpec) -> list[str]:
-    """All, but edits are for models that take references."""
+    """Return the parts of a model. Edits are for models with references."""
     return [part for part in PARTS if part != "edits" or spec.image_mode == "reference"]
 
 
 def recoloured(scene: Scene, size: int, rng: np.random.Generator) -> Task:
-    """The image of a scene, and the caption of the same scene in another colour.
+    """Return the image of a scene, and the caption of the same scene in another colour.
 
-    The caption does not say where the thing is, or a model that ignores the image could be right.
+    The caption leaves the place open, or a model that ignores the image could be right.
     """
     before, (thing,) = toy.arrange(scene, rng), scene.objects
     free = [colour for colour in toy.COLOURS if colour not in (thing.colour, scene.background)]
@@ -259,17 +265,14 @@ def recoloured(scene: Scene, size: int, rng: np.random.Generator) -> Task:
     (item,) = before.items
     after = replace(before, items=(replace(item, thing=replace(item.thing, colour=thing.colour)),))
     caption = str(replace(scene, objects=(thing,)))
-    return Task(
-        caption,
-        Edit(caption, (before,), after, "recolour"),
-        drawings([before], size, rng, strength=STRENGTH),
-    )
+    edit = Edit(caption, (before,), after, "recolour")
+    return Task(caption, edit, drawings([before], size, rng, strength=STRENGTH))
 
 
 def half(scene: Scene, size: int, rng: np.random.Generator, other: Object | None) -> Task:
-    """A pair's caption, and its image with `other` or nothing in the second one's half, where a mask lets it change.
+    """Return a pair's caption, and its image with `other`, or nothing, in the masked half.
 
-    What the model can get wrong is in this half; the first thing is given.
+    The model must fill the half of the second thing. The first thing stays.
     """
     layout = toy.arrange(scene, rng)
     kept, gone = layout.items
@@ -280,32 +283,30 @@ def half(scene: Scene, size: int, rng: np.random.Generator, other: Object | None
     items = (kept,) if other is None else (kept, Item(other, gone.x, gone.y, toy.SIZES[other.size]))
     image = toy.draw(Layout(items, layout.background), size, size, rng)
     if other is None:
-        image[mask == 255] = 128  # canvas
+        image[mask == 255] = 128  # an empty canvas
     images = flux.ImageInputs((Image.fromarray(image),), mask=Image.fromarray(mask), strength=1.0)
     return Task(str(scene), scene, images)
 
 
 def another(scene: Scene) -> Object:
-    """A thing that the scene does not have."""
-    used = {thing.colour for thing in scene.objects} | {scene.background}
-    colour = next(colour for colour in toy.COLOURS if colour not in used)
-    shape = next(
-        shape for shape in toy.SHAPES if shape not in {thing.shape for thing in scene.objects}
-    )
+    """Return a thing in a colour and a shape that the scene does not have."""
+    colours = {thing.colour for thing in scene.objects} | {scene.background}
+    shapes = {thing.shape for thing in scene.objects}
+    colour = next(colour for colour in toy.COLOURS if colour not in colours)
+    shape = next(shape for shape in toy.SHAPES if shape not in shapes)
     return Object(shape, colour, "medium")
 
 
 def not_large(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
-    """As `toy.score`, of scenes of one thing in any size: its size is right where the thing is seen, and not large."""
+    """Score scenes of one thing: its size is right if the thing is found, and not large."""
 
     def right(image: np.ndarray, scene: Scene) -> bool:
         things = [replace(item.thing, place=None) for item in toy.look(image).items]
-        return any(
-            replace(scene.objects[0], place=None, size=size) in things
-            for size in ("small", "medium")
-        )
+        wanted = [replace(scene.objects[0], place=None, size=size) for size in ("small", "medium")]
+        return any(thing in things for thing in wanted)
 
-    return toy.score(images, scenes) | {"size": float(np.mean(list(map(right, images, scenes))))}
+    share = float(np.mean([right(*pair) for pair in zip(images, scenes, strict=True)]))
+    return toy.score(images, scenes) | {"size": share}
 
 
 def drawings(
@@ -315,26 +316,24 @@ def drawings(
     return flux.ImageInputs(tuple(drawn), strength=strength)
 
 
-def made(pipe: flux.Pipeline, row: Row, seed: int) -> list[np.ndarray]:
-    """The model's image for each task, (H, W, 3) uint8; that of task k has seed + k."""
+def generate(pipe: flux.Pipeline, row: Row, seed: int) -> list[np.ndarray]:
+    """Return the image of each task, (H, W, 3) uint8. Task k has the seed `seed` + k."""
     result = []
     for start in tqdm(range(0, len(row.tasks), BATCH), row.name, disable=None, leave=False):
         tasks = row.tasks[start : start + BATCH]
         images = [task.images for task in tasks] if tasks[0].images else None
-        result += pipe(
-            [task.prompt for task in tasks], seed=seed + start, images=images, **row.options
-        )
+        prompts = [task.prompt for task in tasks]
+        result += pipe(prompts, seed=seed + start, images=images, **row.options)
     return [np.asarray(image) for image in result]
 
 
 def through(pipe: flux.Pipeline, drawn: list[np.ndarray]) -> list[np.ndarray]:
-    """ImageInputs (H, W, 3) uint8, encoded and decoded."""
+    """Encode and decode images (H, W, 3) uint8."""
     encoder, result = pipe.image_encoder(), []
     for image in drawn:
         with torch.inference_mode():
-            result += pipe.decode(
-                encoder.encode(flux.image_io.output.to_pixels(image).to(pipe.device))
-            )
+            pixels = to_pixels(image).to(pipe.device)
+            result += pipe.decode(encoder.encode(pixels))
     return [np.asarray(image) for image in result]
 
 

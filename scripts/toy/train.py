@@ -1,16 +1,19 @@
-"""Makes an embedded model from nothing: it draws its own images, of a grammar's captions and edits, and learns from them.
+"""Train an embedded model from nothing: on its own drawings, captions and edits of a grammar.
 
     python scripts/toy/train.py runs/toy --compile --export flux/toy/tiny/flux.2-tiny
-    python scripts/toy/train.py runs/more --export runs/better --start-from flux/toy/tiny/flux.2-tiny
-    python scripts/toy/train.py runs/one --model flux.1-tiny --autoencoder flux/toy/tiny/flux.2-tiny/ae.safetensors
+    python scripts/toy/train.py runs/more --start-from flux/toy/tiny/flux.2-tiny --export runs/new
+    python scripts/toy/train.py runs/one --model flux.1-tiny --compile --export runs/flux.1-tiny \\
+        --autoencoder flux/toy/tiny/flux.2-tiny/ae.safetensors
 
-In turn: the tokenizers, the autoencoder, the latents of all images, for flux.1-tiny its T5, the transformer with its text
-encoders, for flux.1-tiny the student that it distils its guidance into, and the decoder once more (`scripts/toy/recipe/`).
+Stages (`scripts/toy/recipe/`): the tokenizers, the autoencoder, the latents of all images, for
+flux.1-tiny its T5, the transformer with its text encoders, for flux.1-tiny a student with distilled
+guidance, and the decoder again.
 
-What is in the run's folder is not made again, and a network whose training was stopped goes on from its last checkpoint.
-Lengths are minutes, not steps: the learning rates follow the clock, so a run ends when it was told to, on any machine. Loss
-logs (CSV) and contact sheets (PNG) appear in the folder as it goes. The second command trains the model further, with the
-autoencoder that it has; the third makes the other model, with the same autoencoder in the layout of its family.
+A stage whose result is in the run's folder does not run again, and a stopped training resumes from
+its last checkpoint. Lengths are minutes, not steps: learning rates follow the clock, so a run ends
+on time on any machine. Losses (CSV) and contact sheets (PNG) appear in the folder. The second
+command trains a model further, with its autoencoder. The third trains the other model, with the
+same autoencoder in the layout of its family.
 """
 
 import argparse
@@ -24,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 
 import torch
+from command_line import with_flags
 from recipe.autoencoder import train_autoencoder, train_decoder
 from recipe.latents import encode_all
 from recipe.neighbours import train_neighbours
@@ -43,34 +47,30 @@ from flux.training.checkpoint import load_tensors, save_tensors, strip_prefix
 from flux.training.distillation import make_teacher
 from flux.transformer import Flux
 
-PREFIX = {
-    "model": "model."
-}  # of the tensors' names in the files of a text encoder, as the released ones have it
+PREFIX = {"model": "model."}  # of the tensors' names in a text encoder's file, as released
+
+FLAGS = {"device": "--device"}
 
 
 def main() -> int:
     args = arguments()
-    torch.set_flush_denormal(
-        True
-    )  # SiLU's tails are denormal numbers, on which a CPU is ten times slower
+    torch.set_flush_denormal(True)  # a CPU is ten times slower on the tails of SiLU
     try:
-        make(args, MODELS[args.model])
+        train(args, MODELS[args.model])
     except (UserError, NonFiniteError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_flags(str(error), FLAGS)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("Stopped. The same command resumes from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
 
 
-def make(args: argparse.Namespace, spec: ModelSpec) -> None:
-    """All stages in turn, each in the run's folder."""
+def train(args: argparse.Namespace, spec: ModelSpec) -> None:
+    """Run all stages, each in the run's folder."""
     run, start, device = args.run, args.start_from, choose_device(args.device)
     if args.compile and not can_compile(device):
-        raise UserError(
-            "--compile needs a C++ compiler, or Triton on a GPU, which is not here: leave --compile out"
-        )
+        raise UserError("--compile: a C++ compiler, or Triton on a GPU, is missing. Leave it out.")
     run.mkdir(parents=True, exist_ok=True)
     if start:
         copy_tokenizers(start, run, spec)
@@ -79,11 +79,10 @@ def make(args: argparse.Namespace, spec: ModelSpec) -> None:
     autoencoder = train_autoencoder(
         run, spec.autoencoder, args.autoencoder_minutes, device, args.autoencoder
     )
-    encode_all(
-        run, autoencoder.requires_grad_(False), tokenizer, edited=spec.image_mode == "reference"
-    )
+    has_edits = spec.image_mode == "reference"
+    encode_all(run, autoencoder.requires_grad_(False), tokenizer, edited=has_edits)
     networks, sampler = begin(spec, start).to(device), Sampler(spec, autoencoder, tokenizer)
-    cooling = 1.0 if start else COOLING  # weights that were trained stay near to what they are
+    cooling = 1.0 if start else COOLING  # trained weights change little
     if networks.text.near:
         train_neighbours(run, networks.text, args.text_minutes)
     train_transformer(run, networks, sampler, args.transformer_minutes, args.compile, cooling)
@@ -105,42 +104,36 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--autoencoder-minutes",
         type=float,
-        help="default: 40, or 0 where there is one to begin with",
+        help="(default: 40, or 0 with --autoencoder or --start-from)",
     )
     parser.add_argument(
-        "--text-minutes", type=float, default=4, help="on T5 alone, for flux.1-tiny, if it is new"
+        "--text-minutes", type=float, default=4, help="of T5 alone, for a new flux.1-tiny"
     )
     parser.add_argument("--transformer-minutes", type=float, default=400)
     parser.add_argument(
         "--student-minutes",
         type=float,
         default=40,
-        help="on the distillation of guidance, for flux.1-tiny",
+        help="of the distillation of guidance, for flux.1-tiny",
     )
     parser.add_argument(
         "--decoder-minutes",
         type=float,
         default=15,
-        help="on the autoencoder's decoder alone, at the end",
+        help="of the autoencoder's decoder alone, at the end",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler"
     )
     parser.add_argument(
-        "--start-from",
-        type=Path,
-        metavar="FOLDER",
-        help="weights to begin with, as --export wrote them",
+        "--start-from", type=Path, metavar="FOLDER", help="initial weights, as --export writes them"
     )
     parser.add_argument(
-        "--autoencoder",
-        type=Path,
-        metavar="FILE",
-        help="an autoencoder to begin with, of either family",
+        "--autoencoder", type=Path, metavar="FILE", help="an initial autoencoder, of either family"
     )
     parser.add_argument(
-        "--export", type=Path, metavar="FOLDER", help="where the finished model goes"
+        "--export", type=Path, metavar="FOLDER", help="folder for the trained model"
     )
     args = parser.parse_args()
     if args.autoencoder_minutes is None:
@@ -148,27 +141,28 @@ def arguments() -> argparse.Namespace:
     for part in ("autoencoder", "text", "transformer", "student", "decoder"):
         minutes = getattr(args, f"{part}_minutes")
         if not 0 <= minutes < math.inf:
-            parser.error(f"--{part}-minutes {minutes}: must be 0 or more")
+            parser.error(f"--{part}-minutes: must be 0 or more (got {minutes})")
     if args.start_from:
         lacking = [
             name for name in files_of(MODELS[args.model]) if not (args.start_from / name).is_file()
         ]
         if lacking:
             parser.error(
-                f"--start-from {args.start_from}: {lacking[0]} is not there; give a folder that --export wrote"
+                f"--start-from: {lacking[0]} is missing in {args.start_from}. "
+                "Pass a folder that --export wrote."
             )
         args.autoencoder = args.autoencoder or args.start_from / AE
     if args.autoencoder and not args.autoencoder.is_file():
-        parser.error(f"--autoencoder {args.autoencoder}: there is no such file")
+        parser.error(f"--autoencoder: there is no such file (got {args.autoencoder})")
     if not (args.autoencoder_minutes or args.autoencoder or (args.run / AE).exists()):
         parser.error(
-            "--autoencoder-minutes 0 keeps an autoencoder as it is: say which, with --autoencoder FILE"
+            "--autoencoder-minutes: 0 needs a trained autoencoder. Pass --autoencoder FILE."
         )
     return args
 
 
 def files_of(spec: ModelSpec) -> list[str]:
-    """What `export` writes."""
+    """Return the names of the files that `export` writes."""
     tokenizers = itertools.chain.from_iterable(spec.text.tokenizers.values())
     return [
         AE,
@@ -179,14 +173,14 @@ def files_of(spec: ModelSpec) -> list[str]:
 
 
 def copy_tokenizers(source: Path, target: Path, spec: ModelSpec) -> None:
-    """With all numbers of tokens as they are."""
+    """Copy the tokenizers' files: all token ids stay."""
     for name in itertools.chain.from_iterable(spec.text.tokenizers.values()):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / name, target / name)
 
 
 def begin(spec: ModelSpec, start: Path | None) -> Networks:
-    """New networks, or those of an exported model; of a student, what it is at guidance 1."""
+    """Return new networks, or an exported model's. A student becomes a teacher at guidance 1."""
     torch.manual_seed(0)
     networks = new_networks(spec)
     if start:
@@ -195,7 +189,7 @@ def begin(spec: ModelSpec, start: Path | None) -> Networks:
         exported.load_state_dict(load_tensors(start / spec.transformer_file), assign=True)
         teacher = make_teacher(exported) if spec.transformer.guidance else exported
         networks.transformer.load_state_dict(teacher.state_dict())
-        networks.text.near = None  # a T5 that was trained knows them
+        networks.text.near = None  # a trained T5 knows its neighbours
         for part, (name, *_) in spec.text.networks.items():
             getattr(networks.text, part).load_state_dict(
                 strip_prefix(load_tensors(start / name), PREFIX.get(part, ""))
@@ -211,7 +205,7 @@ def export(
     transformer: Flux,
     text: TextEncoder,
 ) -> None:
-    """The files of an embedded model, bfloat16, in the layout of its family's repositories."""
+    """Write the files of an embedded model, in bfloat16 and the layout of its family."""
     files = {spec.transformer_file: transformer.state_dict(), AE: autoencoder.state_dict()}
     for part, (name, *_) in spec.text.networks.items():
         files[name] = {
@@ -219,11 +213,8 @@ def export(
         }
     for name, tensors in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(
-            target / name,
-            {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()},
-            {"format": "pt"},
-        )
+        rounded = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
+        save_tensors(target / name, rounded, {"format": "pt"})
     copy_tokenizers(run, target, spec)
 
 

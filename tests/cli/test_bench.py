@@ -36,7 +36,7 @@ TINY = dict(
     channels=8,
     saved=64,
     compiled=False,
-    whole=64,
+    full_side=64,
     replayed=1e-3,
 )
 

@@ -1,7 +1,6 @@
-"""flux.toy.looking and checking: what is seen in an image, and the verdict.
+"""flux.toy.looking and checking: the layout that is found in an image, and the verdict.
 
-The truth: images that are drawn right, also through what a model or a file does to them, and images that are wrong in one
-thing that the test knows.
+Images are drawn right, also blurred, noisy or compressed; or wrong in one thing that is known.
 """
 
 import io
@@ -44,7 +43,7 @@ def drawn(layout: Layout | Scene, size: int = 256, seed: int = 0) -> np.ndarray:
 
 
 def soft(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Blurred with a Gaussian of one pixel, then with noise of six grey levels."""
+    """Blur with a Gaussian of one pixel, and add noise of six grey levels."""
     weights = np.exp(-np.square(np.arange(-4, 5)) / 2)
     padded = np.pad(image.astype(np.float32), ((4, 4), (4, 4), (0, 0)), mode="edge")
     height, width = image.shape[:2]
@@ -62,43 +61,42 @@ def jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 WAYS = {"as drawn": lambda image, rng: image, "soft": soft, "jpeg": jpeg}
 
 
-# ---------------------------------------------------------------------------------------------------------- right is right
+# ------------------------------------------------------------------ right images
 
 
 def plain(layout: Layout) -> bool:
     return not any(getattr(item.thing, "pattern", "") for item in layout.items)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way, size, least",
     [("as drawn", 256, 1), ("as drawn", 128, 1), ("soft", 256, 1), ("jpeg", 256, 0.98)],
 )
-def test_what_is_drawn_is_right(way, size, least, count=60):
+def test_right_drawings_are_right(way, size, least, count=30):
     rng = np.random.default_rng(size)
     laid = [(scene, arrange(scene, rng)) for scene in islice(scenes(size, None), count)]
-    right = [
-        check(WAYS[way](drawn(layout, size), rng), scene)["all"]
-        for scene, layout in laid
-        if size > 128 or plain(layout)
-    ]
-    right += [
-        check_edit(WAYS[way](drawn(edit.after, size), rng), edit)["all"]
-        for edit in islice(edits(size, None), count // 2)
-        if size > 128 or plain(edit.after)
-    ]
+    right = []
+    for scene, layout in laid:
+        if size > 128 or plain(layout):
+            right.append(check(WAYS[way](drawn(layout, size), rng), scene)["all"])
+    for edit in islice(edits(size, None), count // 2):
+        if size > 128 or plain(edit.after):
+            right.append(check_edit(WAYS[way](drawn(edit.after, size), rng), edit)["all"])
     assert np.mean(right) >= least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, height", [(256, 192), (160, 320), (512, 512)])
-def test_other_sizes(width, height):
+def test_drawings_of_other_sizes_are_right(width, height):
     rng = np.random.default_rng(0)
-    for scene in islice(scenes(8, None), 12):
+    for scene in islice(scenes(8, None), 8):
         assert check(draw(scene, width, height, rng), scene)["all"], scene
 
 
-def test_what_is_seen_is_what_was_laid_out():
+def test_look_finds_the_layout_of_a_drawing():
     rng = np.random.default_rng(0)
-    for scene in islice(scenes(9, None), 20):
+    for scene in islice(scenes(9, None), 12):
         layout = arrange(scene, rng)
         seen = look(drawn(layout))
         assert seen.background == layout.background
@@ -114,11 +112,11 @@ def test_what_is_seen_is_what_was_laid_out():
                 )
 
 
-# ---------------------------------------------------------------------------------------------------------- wrong is wrong
+# ------------------------------------------------------------------ one thing wrong
 
 
 def with_item(layout: Layout, number: int, **thing) -> Layout:
-    """A layout with one thing changed; its radius follows its size."""
+    """Change one thing of a layout. Its radius follows its size."""
     items = list(layout.items)
     changed = replace(items[number].thing, **thing)
     items[number] = replace(
@@ -130,7 +128,7 @@ def with_item(layout: Layout, number: int, **thing) -> Layout:
 
 
 def mirrored(layout: Layout) -> Layout:
-    """Both things where the other was."""
+    """Exchange the positions of both things."""
     a, b = layout.items
     return replace(layout, items=(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)))
 
@@ -141,7 +139,7 @@ def free_colour(layout: Layout, rng: np.random.Generator) -> str:
 
 
 def wrong_words(letters: str, rng: np.random.Generator) -> list[str]:
-    """One letter changed, missing, added, and two in the wrong order."""
+    """Change, drop and add one letter, and exchange two."""
     n, new = rng.integers(len(letters)), str(rng.choice(list(LETTERS)))
     words = {
         letters[:n] + new + letters[n + 1 :],
@@ -153,7 +151,7 @@ def wrong_words(letters: str, rng: np.random.Generator) -> list[str]:
 
 
 def wrongs(scene: Scene, layout: Layout, rng: np.random.Generator):
-    """What is changed, the attributes that may then be wrong, and the layout with only this changed."""
+    """Yield a change, the attributes that it makes wrong, and the layout with this change alone."""
     yield "background", {"background"}, replace(layout, background=free_colour(layout, rng))
     for number, (said, item) in enumerate(zip(scene.objects, layout.items, strict=True)):
         thing = item.thing
@@ -183,25 +181,25 @@ def wrongs(scene: Scene, layout: Layout, rng: np.random.Generator):
         yield "relation", {"relation"}, mirrored(layout)
 
 
+@pytest.mark.slow
 def test_one_thing_wrong_is_found_and_no_other():
     rng, verdicts = np.random.default_rng(1), {}
-    for scene in islice(scenes(1, None, complete=True), 30):
+    for scene in islice(scenes(1, None, complete=True), 18):
         every = list(wrongs(scene, arrange(scene, rng), rng))
         for change in toy.ATTRIBUTES:
             cases = [(attributes, wrong) for name, attributes, wrong in every if name == change]
-            for n in rng.permutation(len(cases))[:3]:
+            for n in rng.permutation(len(cases))[:2]:
                 attributes, wrong = cases[n]
                 false = {name for name, right in check(drawn(wrong), scene).items() if not right}
                 found = false == attributes | {"all"} if attributes else {"colour", "all"} <= false
                 verdicts.setdefault(change, []).append(found)
     assert verdicts.keys() == set(toy.ATTRIBUTES) and min(map(len, verdicts.values())) >= 3
-    assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(
-        verdicts, 1
-    )
+    assert all(all(found) for found in verdicts.values()), verdicts
 
 
-def test_every_shape_and_pattern_is_told_from_every_other():
-    """What is seen is one thing; so none is taken for two."""
+@pytest.mark.slow
+def test_every_shape_and_pattern_is_recognised():
+    """Exactly one thing is found: no thing looks like two."""
     for size, shape, pattern in product(SIZES, SHAPES, ("", *PATTERNS)):
         if size in sizes(pattern):
             thing = Object(shape, "red", size, pattern)
@@ -219,8 +217,9 @@ def pairs(count: int, seed: int = 0) -> list[tuple[Scene, Layout]]:
     return list(islice(found, count))
 
 
-def test_colours_and_patterns_belong_to_their_things():
-    for scene, layout in pairs(12):
+@pytest.mark.slow
+def test_exchanged_colours_and_patterns_are_wrong():
+    for scene, layout in pairs(8):
         (a, b) = (item.thing for item in layout.items)
         if replace(a, colour="") != replace(b, colour=""):
             swapped = with_item(with_item(layout, 0, colour=b.colour), 1, colour=a.colour)
@@ -230,16 +229,14 @@ def test_colours_and_patterns_belong_to_their_things():
             assert not check(drawn(swapped), scene)["pattern"]
 
 
-def test_things_too_many_and_too_few():
+@pytest.mark.slow
+def test_missing_and_extra_things_are_wrong():
     rng = np.random.default_rng(2)
-    for scene, layout in pairs(8):
+    for scene, layout in pairs(5):
         for number in (0, 1):
             fewer = check(drawn(replace(layout, items=layout.items[number : number + 1])), scene)
             assert not fewer["colour"] and not fewer["relation"] and not fewer["all"]
-        for colour in (
-            free_colour(layout, rng),
-            scene.objects[0].colour,
-        ):  # in a colour of its own, or another's
+        for colour in (free_colour(layout, rng), scene.objects[0].colour):  # a new or a used one
             x, y = (0.12, 0.12) if scene.relation in ("above", "below") else (0.12, 0.88)
             third = Item(Object(str(rng.choice(SHAPES)), colour, "small"), x, y, SIZES["small"])
             more = check(drawn(replace(layout, items=(*layout.items, third))), scene)
@@ -247,12 +244,12 @@ def test_things_too_many_and_too_few():
             assert colour == scene.objects[0].colour or not more["colour"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right", "upper", "lower"])
-def test_half_a_thing_is_none(side):
+def test_half_a_thing_is_wrong(side):
     rng = np.random.default_rng(3)
-    for scene in islice(
-        (scene for scene in scenes(3, None, complete=True) if not scene.relation), 12
-    ):
+    singles = (scene for scene in scenes(3, None, complete=True) if not scene.relation)
+    for scene in islice(singles, 8):
         layout = arrange(scene, rng)
         image = drawn(layout)
         thing = np.argwhere((image != image[0, 0]).any(-1))
@@ -266,17 +263,14 @@ def test_half_a_thing_is_none(side):
         }[side]
         image[erased] = image[0, 0]
         verdict = check(image, scene)
-        assert (
-            not verdict["all"]
-            and verdict["background"]
-            and not verdict.get("shape")
-            and not verdict.get("letters")
-        )
+        assert verdict["background"] and not verdict["all"]
+        assert not verdict.get("shape") and not verdict.get("letters")
 
 
-# ---------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------ words
 
 
+@pytest.mark.slow
 def test_every_letter_is_read():
     for start in range(0, 26, 2):
         for letters in (
@@ -291,7 +285,7 @@ def test_every_letter_is_read():
             assert letters_right(image, word) == len(letters)
 
 
-def test_letters_right_are_counted_where_they_belong():
+def test_letters_count_at_their_position_only():
     image = drawn(Scene((Word("FLUX", "black"),), None, "white"))
     for said, count in {"FLUX": 4, "FLAX": 3, "LFUX": 2, "FLU": 3, "LUX": 0, "JAZZ": 0}.items():
         assert letters_right(image, Word(said, "black")) == count
@@ -299,88 +293,67 @@ def test_letters_right_are_counted_where_they_belong():
     assert letters_right(image, Word("FLUX", "red")) == 0
 
 
-def test_a_spoilt_letter_is_not_one():
-    """A letter may miss up to three of its squares, but is then still itself and no other."""
+def test_spoilt_letter_is_wrong():
+    """A letter may miss up to three of its squares, and no two letters are closer than two."""
     glyphs = {letter: drawing.GLYPHS[letter] > 0 for letter in LETTERS}
     assert min((glyphs[a] ^ glyphs[b]).sum() for a, b in product(LETTERS, LETTERS) if a < b) >= 2
     image = drawn(Scene((Word("HE", "black"),), None, "white"))
     assert letters_right(image, Word("HE", "black")) == 2
     ink = np.argwhere((image == 15).all(-1))
     (top, left), bottom = ink.min(0), ink[:, 0].max() + 1
-    image[top + 28 : bottom, left : left + 41] = 250  # of the H, its lower half
+    image[top + 28 : bottom, left : left + 41] = 250  # the lower half of the H
     assert letters_right(image, Word("HE", "black")) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- edits
+# ------------------------------------------------------------------ edits
+
+
+def size_of(radius: float) -> str:
+    return min(SIZES, key=lambda size: abs(SIZES[size] - radius))
 
 
 def wrong_results(edit: Edit, rng: np.random.Generator):
-    """What is changed, and the layout with only this changed."""
+    """Yield a change, and the layout with this change alone."""
     after = edit.after
     yield "background", replace(after, background=free_colour(after, rng))
     if edit.before[0] != after:
         yield "nothing done", edit.before[0]
-    yield (
-        "third",
-        replace(
-            after,
-            items=(
-                *after.items,
-                Item(Object("ring", free_colour(after, rng)), 0.1, 0.1, SIZES["small"]),
-            ),
-        ),
-    )
+    third = Item(Object("ring", free_colour(after, rng)), 0.1, 0.1, SIZES["small"])
+    yield "third", replace(after, items=(*after.items, third))
     for number, item in enumerate(after.items):
         x, y = item.x - np.sign(item.x - 0.5 + 1e-9) * 0.15, item.y
         away = after.items[:number] + (replace(item, x=x, y=y),) + after.items[number + 1 :]
         if edit.kind != "add" or number == 1:
             yield "place", replace(after, items=away)
-        thing = replace(
-            item.thing,
-            size=item.thing.size or min(SIZES, key=lambda size: abs(SIZES[size] - item.radius)),
-        )
-        whole = replace(
-            after,
-            items=after.items[:number] + (replace(item, thing=thing),) + after.items[number + 1 :],
-        )
-        yield "colour", with_item(whole, number, colour=free_colour(after, rng))
-        yield (
-            "shape",
-            with_item(
-                whole,
-                number,
-                shape=str(rng.choice([shape for shape in SHAPES if shape != thing.shape])),
-            ),
-        )
-        yield (
-            "pattern",
-            with_item(
-                whole,
-                number,
-                pattern=str(rng.choice([p for p in ("", *PATTERNS) if p != thing.pattern])),
-            ),
-        )
+        size = item.thing.size or size_of(item.radius)
+        thing = replace(item.thing, size=size)
+        others = after.items[:number], after.items[number + 1 :]
+        sized = replace(after, items=(*others[0], replace(item, thing=thing), *others[1]))
+        shape = str(rng.choice([shape for shape in SHAPES if shape != thing.shape]))
+        pattern = str(rng.choice([p for p in ("", *PATTERNS) if p != thing.pattern]))
+        yield "colour", with_item(sized, number, colour=free_colour(after, rng))
+        yield "shape", with_item(sized, number, shape=shape)
+        yield "pattern", with_item(sized, number, pattern=pattern)
         if item.thing.size and len(sizes(thing.pattern)) > 1:
             size = str(rng.choice([size for size in sizes(thing.pattern) if size != thing.size]))
-            yield "size", with_item(whole, number, size=size)
+            yield "size", with_item(sized, number, size=size)
         yield "colour", replace(after, items=after.items[:number] + after.items[number + 1 :])
     if edit.kind == "add":
         yield "relation", mirrored(after)
 
 
-def test_one_thing_wrong_in_an_edited_image_is_found():
+@pytest.mark.slow
+def test_one_thing_wrong_in_an_edit_is_found():
     rng, verdicts = np.random.default_rng(4), {}
-    for edit in islice(edits(4, None), 24):
+    for edit in islice(edits(4, None), 14):
         for change, wrong in wrong_results(edit, rng):
             verdict = check_edit(drawn(wrong), edit)
             verdicts.setdefault(change, []).append(not verdict["all"] and not verdict.get(change))
     assert verdicts.keys() == {*toy.ATTRIBUTES, "nothing done", "third"} - {"letters"}
-    assert {change: np.mean(found) for change, found in verdicts.items()} == dict.fromkeys(
-        verdicts, 1
-    )
+    assert all(all(found) for found in verdicts.values()), verdicts
 
 
-def test_what_was_added_may_be_of_any_size_unless_it_was_said_and_anywhere_in_its_relation():
+def test_new_thing_may_have_any_open_size_and_any_position_in_its_relation():
     old = Item(Object("star", "red", "medium"), 0.5, 0.75, SIZES["medium"])
     new = Item(Object("ring", "blue"), 0.5, 0.25, SIZES["small"])
     edit = Edit(
@@ -403,15 +376,16 @@ def test_what_was_added_may_be_of_any_size_unless_it_was_said_and_anywhere_in_it
     assert not check_edit(drawn(edit.after), said)["size"]
 
 
-# ---------------------------------------------------------------------------------------------------------- any image
+# ------------------------------------------------------------------ any image
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     sides=st.sampled_from([(64, 64), (16, 256), (128, 128), (40, 24)]),
     kind=st.sampled_from(["noise", "flat", "boxes"]),
 )
+@pytest.mark.slow
 def test_any_image_has_a_verdict(seed, sides, kind):
     rng = np.random.default_rng(seed)
     scene, edit = next(scenes(seed, None)), next(edits(seed, None))
@@ -420,9 +394,8 @@ def test_any_image_has_a_verdict(seed, sides, kind):
         image = rng.integers(0, 256, (*sides, 3), np.uint8)
     for _ in range(6 if kind == "boxes" else 0):
         top, left = (rng.integers(0, side) for side in sides)
-        image[top : top + rng.integers(1, 40), left : left + rng.integers(1, 40)] = rng.integers(
-            0, 256, 3
-        )
+        bottom, right = top + rng.integers(1, 40), left + rng.integers(1, 40)
+        image[top:bottom, left:right] = rng.integers(0, 256, 3)
     before = image.copy()
     verdict = check(image, scene)
     assert verdict == check(image, scene) and np.array_equal(image, before)
@@ -430,7 +403,7 @@ def test_any_image_has_a_verdict(seed, sides, kind):
     assert all(type(right) is bool for right in verdict.values())
 
 
-def test_a_verdict_names_what_the_caption_names():
+def test_verdict_has_the_attributes_of_the_caption():
     def seen(*objects, **other):
         return check(drawn(Scene((Object("ring", "red"),))), Scene(objects, **other)).keys()
 
@@ -448,11 +421,9 @@ def test_a_verdict_names_what_the_caption_names():
     assert "relation" in seen(Object("ring", "red"), Object("star", "blue"), relation="above")
 
 
-def test_shares():
-    good, bad = (
-        Scene((Object("ring", "red"),), None, "white"),
-        Scene((Object("star", "red"),), None, "white"),
-    )
+def test_scores_are_shares_of_right_images():
+    good = Scene((Object("ring", "red"),), None, "white")
+    bad = Scene((Object("star", "red"),), None, "white")
     words = Scene((Word("AB", "blue"),)), Scene((Word("AC", "blue"),))
     ring, letters = drawn(good), drawn(words[0])
     assert toy.score([ring, ring, letters, letters], [good, bad, *words]) == {

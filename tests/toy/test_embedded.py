@@ -1,4 +1,4 @@
-"""The embedded models from the prompt to the image: images are right, and wrong with a broken network.
+"""The embedded models from the prompt to the image: right images, and wrong with a broken network.
 
 `flux.toy.check` measures pixels and knows nothing of networks; test_checking.py tests it. The
 prompts here are few and always the same. `scripts/toy/score.py` measures 500 others. The planted

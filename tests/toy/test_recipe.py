@@ -1,6 +1,6 @@
-"""The recipe of the embedded models: its losses, optimizer and checkpoints, its batches, its tokenizer, the export.
+"""The recipe of the embedded models: losses, optimizers, checkpoints, batches, tokenizers, export.
 
-Whether training works is shown by its product, in tests/test_embedded.py.
+test_embedded.py tests the product of the training.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from flux.weights.load import infer_config
 train = script("toy/train")  # whose folder is where the recipe is found from now on
 from recipe import autoencoder
 from recipe.attention import attention
-from recipe.batches import Batches, Images
+from recipe.batches import BATCH, Batches, LatentFile
 from recipe.images import to_images, to_pixels
 from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, images, shown
 from recipe.neighbours import neighbours_loss
@@ -59,7 +59,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder for each model, with its tokenizers."""
+    """Train the tokenizers of each model into a folder."""
     folders = {spec.name: tmp_path_factory.mktemp(spec.name) for spec in (SPEC, SPEC1)}
     for name, folder in folders.items():
         train_tokenizers(folder, MODELS[name].text)
@@ -67,7 +67,7 @@ def run(tmp_path_factory):
 
 
 def random_networks(spec: ModelSpec = SPEC) -> Networks:
-    """All that begins as zero, or as one, is something else."""
+    """Return new networks in which no parameter is 0 or 1."""
     torch.manual_seed(0)
     networks = new_networks(spec)
     with torch.no_grad():
@@ -76,11 +76,11 @@ def random_networks(spec: ModelSpec = SPEC) -> Networks:
     return networks
 
 
-# ---------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------ losses
 
 
 class Oracle:
-    """From x = (1 - t) · latents + t · noise follows noise - latents = (x - latents) / t."""
+    """The true velocity: x = (1 - t) latents + t noise, so noise - latents = (x - latents) / t."""
 
     def __init__(self, latents: torch.Tensor, factor: float = 1.0):
         self.latents, self.factor = latents, factor
@@ -89,82 +89,71 @@ class Oracle:
         return self.factor * (x - self.latents) / t[:, None, None, None]
 
 
-def test_the_loss_is_zero_for_the_true_velocity_and_only_for_it():
+def test_flow_loss_is_zero_only_for_the_true_velocity():
     latents = drawn(4, 8, 2, 3)
     assert flow_loss(Oracle(latents), latents, None) < 1e-9
     assert flow_loss(Oracle(latents, 0.9), latents, None) > 1e-3
 
 
-def test_tokens_of_images_are_seen_half_way_through_the_single_blocks():
-    """What is kept are the tokens that the fifth block reads, of the image and then of references, less those of the text."""
+def test_hidden_states_are_those_of_the_middle_single_block():
+    """Tokens of the image and of references are kept, as the middle block reads them."""
     networks = random_networks()
     blocks, seen = networks.transformer.single_blocks, []
     blocks[len(blocks) // 2].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
-    features, references = (
-        TextFeatures(drawn(2, 5, 384, seed=1), None),
-        drawn(2, 1, 64, 3, 5, seed=3),
-    )
+    features = TextFeatures(drawn(2, 5, 384, seed=1), None)
+    references = drawn(2, 1, 64, 3, 5, seed=3)
     networks.velocity(features, drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9]), references)
     assert seen[0].shape[1] == 5 + 6 + 15
     assert torch.equal(networks.hidden, seen[0][:, 5:])
     assert networks.shown(networks.hidden).shape == (2, 6 + 15, len(THINGS) + 16 + 1)
 
 
-def test_tokens_of_a_window_have_the_coordinates_that_they_have_in_the_image():
+def test_tokens_of_a_window_keep_their_coordinates():
     networks, features = random_networks(), TextFeatures(drawn(2, 5, 384, seed=1), None)
     x, t = drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9])
-    ids, txt_ids = (
-        sampling.image_ids(9, 8, 4).reshape(9, 8, -1)[4:6, 3:6].flatten(0, 1),
-        sampling.text_ids(5, 4),
-    )
+    ids = sampling.image_ids(9, 8, 4).reshape(9, 8, -1)[4:6, 3:6].flatten(0, 1)
+    txt_ids = sampling.text_ids(5, 4)
     expected = networks.transformer(x.flatten(2).mT, ids, features.tokens, txt_ids, t, None, None)
-    assert torch.equal(
-        networks.velocity(features, x, t, corner=(4, 3)), expected.mT.unflatten(2, (2, 3))
-    )
-    whole = predict_velocity(networks.transformer, Batch(x, features), 1.0, x, t)
-    assert torch.equal(networks.velocity(features, x, t), whole)
+    moved = networks.velocity(features, x, t, corner=(4, 3))
+    assert torch.equal(moved, expected.mT.unflatten(2, (2, 3)))
+    full = predict_velocity(networks.transformer, Batch(x, features), 1.0, x, t)
+    assert torch.equal(networks.velocity(features, x, t), full)
 
 
-def test_windows_of_references_have_their_coordinates_too():
+def test_windows_of_references_keep_their_coordinates():
     networks, others = random_networks(), [drawn(2, 64, 2, 3, seed=k) for k in (3, 4)]
-    features, x, t = (
-        TextFeatures(drawn(2, 5, 384, seed=1), None),
-        drawn(2, 64, 2, 3),
-        torch.tensor([0.3, 0.9]),
-    )
+    features = TextFeatures(drawn(2, 5, 384, seed=1), None)
+    x, t = drawn(2, 64, 2, 3), torch.tensor([0.3, 0.9])
     tokens, ids = reference_tokens(others, 4)
-    whole = predict_velocity(networks.transformer, Batch(x, features, tokens, ids), 1.0, x, t)
-    assert torch.equal(networks.velocity(features, x, t, torch.stack(others, dim=1)), whole)
+    full = predict_velocity(networks.transformer, Batch(x, features, tokens, ids), 1.0, x, t)
+    assert torch.equal(networks.velocity(features, x, t, torch.stack(others, dim=1)), full)
     ids = torch.cat([sampling.image_ids(2, 3, 4), ids]) + torch.tensor([0, 4, 3, 0])
     img = torch.cat([x.flatten(2).mT, tokens], dim=1)
-    expected = networks.transformer(
-        img, ids, features.tokens, sampling.text_ids(5, 4), t, None, None
-    )[:, :6]
+    txt, txt_ids = features.tokens, sampling.text_ids(5, 4)
+    expected = networks.transformer(img, ids, txt, txt_ids, t, None, None)[:, :6]
     moved = networks.velocity(features, x, t, torch.stack(others, dim=1), corner=(4, 3))
     assert torch.equal(moved, expected.mT.unflatten(2, (2, 3)))
 
 
-def test_what_is_shown_costs_nothing_where_it_is_known():
-    """Two tokens: one of a third thing, covered in its first part alone; one of the background."""
-    things, covered = (
-        torch.tensor([[2, 0]], dtype=torch.uint8),
-        torch.zeros(1, 2, 16, dtype=torch.uint8),
-    )
+def test_shown_loss_is_zero_for_right_predictions():
+    """One token shows the third thing in its first part; the other shows the background."""
+    things = torch.tensor([[2, 0]], dtype=torch.uint8)
+    covered = torch.zeros(1, 2, 16, dtype=torch.uint8)
     covered[0, 0, 0] = 255
     kinds, parts = torch.full((1, 2, len(THINGS)), -30.0), torch.full((1, 2, 16), -30.0)
     kinds[0, 0, 2] = kinds[0, 1, 0] = parts[0, 0, 0] = 30
-    rest = torch.full((1, 2, 1), 7.0)  # what `changed_loss` reads
-    assert shown_loss(torch.cat([kinds, parts, rest], -1), things, covered) < 1e-6
-    assert shown_loss(
-        torch.cat([kinds.flip(1), parts, rest], -1), things, covered
-    ).item() == pytest.approx(60)
-    assert shown_loss(
-        torch.cat([kinds, parts.flip(1), rest], -1), things, covered
-    ).item() == pytest.approx(2 * 30 / 32)
+    rest = torch.full((1, 2, 1), 7.0)  # read by `changed_loss`
+
+    def loss(kinds, parts):
+        return shown_loss(torch.cat([kinds, parts, rest], -1), things, covered).item()
+
+    assert loss(kinds, parts) < 1e-6
+    assert loss(kinds.flip(1), parts) == pytest.approx(60)
+    assert loss(kinds, parts.flip(1)) == pytest.approx(2 * 30 / 32)
 
 
-def test_what_an_edit_changes_costs_nothing_where_it_is_known():
-    """Of two rows of three tokens one is another; that is asked of the result's tokens, and of those of the image before."""
+def test_changed_loss_is_zero_for_right_predictions():
+    """One of six tokens changes. Tokens of the result and of the reference predict the change."""
     before = drawn(1, 8, 2, 3)
     after = before + 0.2 * drawn(1, 8, 2, 3, seed=1)
     after[0, :, 1, 0] += 1
@@ -178,19 +167,18 @@ def test_what_an_edit_changes_costs_nothing_where_it_is_known():
         assert changed_loss(wrong, after, before).item() == pytest.approx(30 / 12)
 
 
-def test_in_drawn_images_changes_are_told_from_what_is_beside_them():
-    """By the shipped autoencoder: where a thing is recoloured, nearly all of its tokens change, and hardly any others do."""
+def test_changed_tokens_are_those_of_the_recoloured_thing():
+    """The latents are the shipped autoencoder's: nearly all tokens of the thing change."""
     encoder, hits, misses = flux.load("flux.2-tiny", device="cpu").image_encoder(), [], []
-    some = (
-        edit
-        for edit in toy.edits(5, held=None)
-        if edit.kind == "colour" and len(edit.after.items) == 2
-    )
-    for edit in itertools.islice(some, 4):
+
+    def recolours_one_of_two(edit):
+        return edit.kind == "colour" and len(edit.after.items) == 2
+
+    for edit in itertools.islice(filter(recolours_one_of_two, toy.edits(5, held=None)), 3):
+        layouts = edit.after, *edit.before
+        pixels = to_pixels(np.stack([toy.draw(layout, 256, 256) for layout in layouts]))
         with torch.inference_mode():
-            latents = encoder.encode(
-                to_pixels(np.stack([toy.draw(x, 256, 256) for x in (edit.after, *edit.before)]))
-            )
+            latents = encoder.encode(pixels)
         changed = (latents[0] - latents[1]).square().mean(0).sqrt() > CHANGED
         item = next(item for item in edit.after.items if item not in edit.before[0].items)
         covered = shown(replace(edit.after, items=(item,)), 256, 256)[1].mean(-1)
@@ -199,79 +187,67 @@ def test_in_drawn_images_changes_are_told_from_what_is_beside_them():
     assert np.mean(hits) > 0.9 and np.mean(misses) < 0.1
 
 
-def test_neighbours_cost_nothing_where_they_are_told_and_pads_need_not_tell_any():
-    """Of five tokens, each with a vector of its own, the last is a pad; beyond both ends there are pads."""
+def test_neighbours_loss_is_zero_for_right_predictions_and_ignores_pads():
+    """The last of five tokens is a pad, and beyond both ends there are pads."""
     ids, d = torch.tensor([[3, 1, 2, 5, 0]]), 8
-    table = 90 * torch.eye(
-        d
-    )  # told by 1, a token has the logit 90 / √8 = 31.8, and the other seven have 0
-    text = SimpleNamespace(
-        t5=SimpleNamespace(shared=torch.nn.Embedding(d, d, _weight=table)), near=lambda told: told
-    )
-    told = torch.zeros(1, 5, len(NEAR), d)
+    table = 90 * torch.eye(d)  # a prediction of 1 gives the logit 90 / √8 = 31.8, the others 0
+    t5 = SimpleNamespace(shared=torch.nn.Embedding(d, d, _weight=table))
+    text = SimpleNamespace(t5=t5, near=torch.nn.Identity())
+    predicted = torch.zeros(1, 5, len(NEAR), d)
     for place, offset in itertools.product(range(4), NEAR):
         inside = 0 <= place + offset < 5
-        told[0, place, NEAR.index(offset), ids[0, place + offset] if inside else 0] = 1
+        predicted[0, place, NEAR.index(offset), ids[0, place + offset] if inside else 0] = 1
 
-    def loss(told):
-        return neighbours_loss(text, told.flatten(2), ids).item()
+    def loss(predicted):
+        return neighbours_loss(text, predicted.flatten(2), ids).item()
 
-    assert loss(told) < 1e-6
-    assert loss(told.flip(2)) > 10  # what comes before is not what comes after
-    told[0, 4] = torch.randn(len(NEAR), d)
-    assert loss(told) < 1e-6
-    told[0, 1, NEAR.index(2)] = torch.eye(d)[4]  # 5 stands there: one of 24 is wrong
-    assert loss(told) == pytest.approx(90 / 8**0.5 / 24, rel=1e-3)
+    assert loss(predicted) < 1e-6
+    assert loss(predicted.flip(2)) > 10  # before is not after
+    predicted[0, 4] = torch.randn(len(NEAR), d)
+    assert loss(predicted) < 1e-6
+    predicted[0, 1, NEAR.index(2)] = torch.eye(d)[4]  # 5 is right: one of 24 is wrong
+    assert loss(predicted) == pytest.approx(90 / 8**0.5 / 24, rel=1e-3)
 
 
-def test_heads_of_t5_begin_with_looks_back_and_ahead_near_and_far():
+def test_heads_of_t5_first_attend_back_and_ahead_near_and_far():
     torch.manual_seed(0)
     t5 = new_networks(SPEC1).text.t5
-    weights = (
-        t5.encoder.position_bias(32, "cpu")[0].softmax(-1)[:, 16].detach()
-    )  # (heads, keys): by the bias alone
+    bias = t5.encoder.position_bias(32, "cpu")[0].detach()
+    weights = bias.softmax(-1)[:, 16]  # (heads, keys): by the bias alone
     centres = (weights * (torch.arange(32) - 16)).sum(-1).tolist()
     assert centres[2] < centres[0] < -0.4 and 0.4 < centres[1] < centres[3]
 
 
 @pytest.mark.parametrize("size", [(256, 256), (320, 192)])
-def test_what_tokens_show_is_what_is_drawn(size):
-    """Where a token shows a thing, it has its colour in the image, as much as is said; elsewhere there is background."""
-    for scene, (layout,) in itertools.islice(images(*size), 60):
+def test_shown_things_are_those_of_the_drawing(size):
+    """A token that shows a thing has its colour in the image; the others have the background."""
+    for _, (layout,) in itertools.islice(images(*size), 30):
         things, covered = shown(layout, *size)
-        names = {THINGS[number] for number in np.unique(things)} - {None}
-        things_of = [item.thing for item in layout.items]
-        assert names == {
-            name
-            for x in things_of
-            for name in (x.letters if isinstance(x, toy.Word) else [x.shape])
-        }
-        image, ground = (
-            toy.draw(layout, *size).astype(float),
-            np.array(toy.COLOURS[layout.background], float),
-        )
+        names = set()
+        for item in layout.items:
+            names |= (
+                set(item.thing.letters) if isinstance(item.thing, toy.Word) else {item.thing.shape}
+            )
+        assert {THINGS[number] for number in np.unique(things)} - {None} == names
+        image = toy.draw(layout, *size).astype(float)
+        ground = np.array(toy.COLOURS[layout.background], float)
         height, width = things.shape
         away = np.abs(image - ground).max(-1).reshape(height, 16, width, 16)
         assert np.array_equal(away.max((1, 3)) > 0, things > 0)
-        cells = (
-            away.reshape(height, 4, 4, width, 4, 4)
-            .max((2, 5))
-            .transpose(0, 2, 1, 3)
-            .reshape(height, width, 16)
-        )
-        assert not covered[cells == 0].any() and (covered[cells > 0]).mean() > 128 * (
-            len(layout.items) > 0
-        )
+        cells = away.reshape(height, 4, 4, width, 4, 4).max((2, 5)).transpose(0, 2, 1, 3)
+        cells = cells.reshape(height, width, 16)
+        assert not covered[cells == 0].any()
+        assert covered[cells > 0].mean() > 128
 
 
-def test_the_box_of_a_image_holds_what_it_shows():
+def test_box_of_an_image_holds_its_things():
     for _, (layout,) in itertools.islice(images(256, 256), 20):
         things, covered = shown(layout, 256, 256)
         rows, columns = np.nonzero(things)
         assert (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1) == box(covered)
 
 
-def test_most_edits_of_one_image_are_about_one_of_its_things():
+def test_most_edits_of_one_image_change_one_of_its_things():
     some = [edit for edit, _ in itertools.islice(edits("edits-1"), 300)]
     assert 0.6 < np.mean([edit.kind in CHANGES for edit in some]) < 0.76
     assert {edit.kind for edit in some} == {*CHANGES, "background", "add", "described"}
@@ -280,18 +256,18 @@ def test_most_edits_of_one_image_are_about_one_of_its_things():
     assert {edit.kind for edit, _ in itertools.islice(edits("families"), 60)} == set(CHANGES)
 
 
-def test_letters_are_told_apart():
+def test_letters_of_a_word_are_shown_apart():
     word = toy.Layout((toy.Item(toy.Word("AZ", "red"), 0.5, 0.5, 0.0),), "blue")
     things, _ = shown(word, 256, 256)
     left, right = (np.argwhere(things == THINGS.index(letter))[:, 1] for letter in "AZ")
     assert left.max() < right.min() and len(left) >= 6 and len(right) >= 6
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------ training
 
 
 def test_training_attention_equals_the_transformers():
-    """Bit for bit in float64; under autocast, with at most twice the error of torch's attention."""
+    """The bits are equal in float64. Under autocast the error is at most twice that of torch."""
     q, k, v = (drawn(2, 50, 4, 32, seed=seed).double().requires_grad_() for seed in range(3))
     upstream = drawn(2, 50, 128, seed=3)
     rope = transformer.rope_table(sampling.image_ids(5, 10, 4), (8, 8, 8, 8), 2000, torch.float64)
@@ -327,8 +303,8 @@ def test_training_attention_reads_a_cache():
 
 
 @every_model
-def test_muon_is_for_the_blocks_matrices(spec):
-    """With what tells of T5's neighbours, without what makes vectors of time and prompt into modulations, or is a table."""
+def test_muon_gets_the_matrices_of_blocks(spec):
+    """It also gets the projection to neighbours. Modulations and tables are for AdamW."""
     networks = random_networks(spec)
     names = {id(p): path for path, p in networks.named_parameters()}
     muon, adam = (o.param_groups[0]["params"] for o in optimizers(networks, 1e-3, 1e-3, EDGES))
@@ -344,14 +320,11 @@ def test_muon_is_for_the_blocks_matrices(spec):
     for p in adam:
         path = names[id(p)]
         exempt = ("_mod.", ".modulation.", "relative_attention_bias")
-        assert (
-            p.ndim < 2
-            or any(part in path for part in exempt)
-            or not any(block in path for block in blocks)
-        ), path
+        in_block = any(block in path for block in blocks)
+        assert p.ndim < 2 or any(part in path for part in exempt) or not in_block, path
 
 
-def test_a_stopped_run_goes_on_with_the_state_that_it_had(tmp_path):
+def test_stopped_run_resumes_with_its_state(tmp_path):
     def trainer(minutes):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
@@ -373,18 +346,16 @@ def test_a_stopped_run_goes_on_with_the_state_that_it_had(tmp_path):
     for name, value in second.ema.items():
         assert torch.equal(value, first.ema[name])
     for before, after in zip(first.optimizers, second.optimizers, strict=True):
-        states = zip(
-            before.state_dict()["state"].values(), after.state_dict()["state"].values(), strict=True
-        )
-        for a, b in states:
+        old, new = (each.state_dict()["state"].values() for each in (before, after))
+        for a, b in zip(old, new, strict=True):
             assert a and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
 @pytest.mark.parametrize(
     "cooling, rates", [(0.4, [1, 1, 0.51, 0.01]), (1.0, [1, 0.51, 0.21, 0.01])]
 )
-def test_the_learning_rate_follows_the_clock(tmp_path, cooling, rates):
-    """At the start, half, four fifths and the end of a minute; the first steps are small."""
+def test_learning_rate_follows_the_clock(tmp_path, cooling, rates):
+    """Rates are those at the start, half, four fifths and the end of a minute, after a warm-up."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
     trainer = TimedTrainer(
         model, optimizers(model, 0.5, 0.1, ("1.",)), tmp_path / "model.safetensors", 1, 0.9, cooling
@@ -400,7 +371,7 @@ def test_the_learning_rate_follows_the_clock(tmp_path, cooling, rates):
         assert now() == pytest.approx([0.5 * rate, 0.1 * rate])
 
 
-def test_no_minutes_are_no_steps(tmp_path):
+def test_run_of_no_minutes_takes_no_step(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 8))
     before = model[0].weight.detach().clone()
     trainer = TimedTrainer(
@@ -418,9 +389,10 @@ def digits(latents: torch.Tensor) -> torch.Tensor:
 
 
 def files(run, count: int = 400, seed: int = 0) -> None:
-    """As `encode_all` writes them, but a token's latents say where it is: in which image of an edit, row and column.
+    """Write files as `encode_all` does, in which tokens encode their position.
 
-    What it shows is the number of its text in the file, and the same, in digits. The images are in no order.
+    The latents of a token are its image in the edit, its row and its column. Its thing is, in
+    digits, the number of its text and the same position. The images are in no order.
     """
     rng = np.random.default_rng(seed)
     for name, (width, height), others in [
@@ -429,9 +401,7 @@ def files(run, count: int = 400, seed: int = 0) -> None:
     ]:
         h, w = height // 16, width // 16
         axes = (torch.arange(n) for n in (1 + others, h, w))
-        where = torch.stack(
-            torch.meshgrid(*axes, indexing="ij"), dim=1
-        ).half()  # (1 + others, 3, h, w)
+        where = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=1).half()  # (1 + R, 3, h, w)
         which = torch.from_numpy(rng.permutation(count * (1 + others))).view(count, -1)
         order = which.flatten().argsort()
         ids = torch.arange(1, count + 1)[:, None].expand(count, 3)
@@ -440,20 +410,17 @@ def files(run, count: int = 400, seed: int = 0) -> None:
             [rng.integers(first[:, axis] + 1, side + 1) for axis, side in enumerate((h, w))], axis=1
         )
         latents = where.repeat(count, 1, 1, 1)[order]
-        things = 1_000_000 * ids[:, 0].repeat_interleave(1 + others)[order].view(-1, 1, 1) + digits(
-            latents
-        )
-        save_tensors(
-            run / f"{name}.safetensors",
-            {
-                "latents": latents,
-                "ids": ids,
-                "things": things,
-                "covered": 2 * things[..., None],
-                "boxes": torch.from_numpy(np.concatenate([first, behind], axis=1)),
-                "images": which,
-            },
-        )
+        numbers = ids[:, 0].repeat_interleave(1 + others)[order]
+        things = 1_000_000 * numbers.view(-1, 1, 1) + digits(latents)
+        tensors = {
+            "latents": latents,
+            "ids": ids,
+            "things": things,
+            "covered": 2 * things[..., None],
+            "boxes": torch.from_numpy(np.concatenate([first, behind], axis=1)),
+            "images": which,
+        }
+        save_tensors(run / f"{name}.safetensors", tensors)
 
 
 def test_batches_are_of_images_and_of_edits(tmp_path):
@@ -462,43 +429,34 @@ def test_batches_are_of_images_and_of_edits(tmp_path):
     seen, empty, windows = set(), 0.0, 0
     for step in range(60):
         batch, again = batches(step), batches(step)
-        assert torch.equal(again.latents, batch.latents) and torch.equal(
-            again.words["ids"], batch.words["ids"]
-        )
+        assert torch.equal(again.latents, batch.latents)
+        assert torch.equal(again.words["ids"], batch.words["ids"])
         ids, things, (top, left) = batch.words["ids"], batch.things, batch.corner
-        number, (h, w) = (
-            0 if batch.references is None else batch.references.shape[1],
-            batch.latents.shape[2:],
-        )
+        number = 0 if batch.references is None else batch.references.shape[1]
+        h, w = batch.latents.shape[2:]
         dropped = (ids == 0).all(1)
         assert torch.equal(2 * things[..., None], batch.covered)
-        assert (
-            ids[~dropped, :1] == things[~dropped] // 1_000_000
-        ).all()  # all images of a text are its own
-        coordinates = torch.stack(
-            torch.meshgrid(top + torch.arange(h), left + torch.arange(w), indexing="ij")
-        )
+        # all images of a text are its own
+        assert (ids[~dropped, :1] == things[~dropped] // 1_000_000).all()
+        axes = top + torch.arange(h), left + torch.arange(w)
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"))
         images = [batch.latents, *(batch.references.unbind(1) if number else ())]
-        for place, latents in enumerate(
-            images
-        ):  # the result first, then those before in their order
+        for place, latents in enumerate(images):  # the result, then the references in their order
             assert (latents[:, 0] == place).all() and (latents[:, 1:] == coordinates).all()
         shown = torch.cat([digits(latents).flatten(1) for latents in images], dim=1)
         assert torch.equal(things % 1_000_000, shown)  # in the order of the tokens
         seen.add(number)
         empty += dropped.double().mean().item() / 60
-        windows += (h, w) not in [(height // 16, width // 16) for width, height in SCENES]
-    assert seen == {0, 1, 2} and 0.05 < empty < 0.15  # a tenth of the captions is left out
-    assert windows > 20
+        windows += (16 * w, 16 * h) not in SCENES
+    assert seen == {0, 1, 2} and windows > 20
+    assert 0.05 < empty < 0.15  # one caption in ten is dropped
 
 
-def test_windows_hold_all_that_a_image_shows_with_room_to_spare(tmp_path):
+def test_windows_hold_all_things_with_a_margin(tmp_path):
     files(tmp_path)
     rng, corners = np.random.default_rng(0), set()
-    for some in (
-        Images(tmp_path / "latents-256x256.safetensors"),
-        Images(tmp_path / "latents-320x192.safetensors"),
-    ):
+    for size in ("256x256", "320x192"):
+        some = LatentFile(tmp_path / f"latents-{size}.safetensors")
         for _ in range(200):
             rows, corner, size = some.some(8, rng)
             boxes, end = some.boxes[rows], np.add(corner, size)
@@ -510,38 +468,35 @@ def test_windows_hold_all_that_a_image_shows_with_room_to_spare(tmp_path):
 
 
 class Coloured(torch.nn.Module):
-    """An autoencoder that shows each latent as a colour, and keeps what it was asked for."""
+    """An autoencoder that shows each latent as a colour, and keeps the latents it decodes."""
 
     def __init__(self):
         super().__init__()
-        self.decoder, self.asked = torch.nn.Conv2d(1, 3, 1), []
+        self.decoder, self.decoded = torch.nn.Conv2d(1, 3, 1), []
 
     def decode(self, latents):
-        self.asked.append(int(latents[0, 0, 0, 0]))
+        self.decoded.append(int(latents[0, 0, 0, 0]))
         return self.decoder(latents.expand(-1, 1, 256, 256))
 
 
-def test_the_decoder_learns_from_the_images_that_its_latents_are_of(tmp_path, monkeypatch):
-    save_tensors(
-        tmp_path / "latents-256x256.safetensors",
-        {
-            "latents": torch.arange(8).half().view(8, 1, 1, 1),
-            "images": torch.arange(8).flip(0)[:, None],
-        },
-    )
+def test_decoder_is_trained_on_the_images_of_its_latents(tmp_path, monkeypatch):
+    latents, numbers = torch.arange(8).half().view(8, 1, 1, 1), torch.arange(8).flip(0)[:, None]
+    tensors = {"latents": latents, "images": numbers}
+    save_tensors(tmp_path / "latents-256x256.safetensors", tensors)
     torch.manual_seed(0)
     model, wanted = Coloured(), []
     before = {name: p.detach().clone() for name, p in model.decoder.named_parameters()}
-    straight = autoencoder.image_loss
-    monkeypatch.setattr(
-        autoencoder,
-        "image_loss",
-        lambda made, pixels: wanted.append(pixels) or straight(made, pixels),
-    )
+    image_loss = autoencoder.image_loss
+
+    def recorded_loss(decoded, pixels):
+        wanted.append(pixels)
+        return image_loss(decoded, pixels)
+
+    monkeypatch.setattr(autoencoder, "image_loss", recorded_loss)
     autoencoder.train_decoder(tmp_path, 0.01, torch.device("cpu"), model, count=5)
     drawn = [toy.draw(layout, 256, 256) for _, (layout,) in itertools.islice(images(256, 256), 5)]
-    assert len(model.asked) == len(wanted) > 0 and set(model.asked) <= set(range(3, 8))
-    for row, pixels in zip(model.asked, wanted, strict=True):
+    assert len(model.decoded) == len(wanted) > 0 and set(model.decoded) <= set(range(3, 8))
+    for row, pixels in zip(model.decoded, wanted, strict=True):
         assert np.array_equal(to_images(pixels)[0], drawn[7 - row])
     assert all(
         not p.requires_grad and not torch.equal(p, before[name])
@@ -549,76 +504,72 @@ def test_the_decoder_learns_from_the_images_that_its_latents_are_of(tmp_path, mo
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- captions
+# ------------------------------------------------------------------ captions
 
 
 @every_model
-def test_captions_fit_and_have_ids_that_the_encoder_knows(spec, run):
+def test_captions_fit_and_have_known_ids(spec, run):
     networks = random_networks(spec)
-    captions = [
-        str(scene) for scene in itertools.islice(toy.scenes(5, held=None, complete=True), 500)
-    ]
-    words = Tokenizer(run[spec.name], spec)(captions)  # UserError, if one does not fit
+    captions = [str(s) for s in itertools.islice(toy.scenes(5, held=None, complete=True), 500)]
+    words = Tokenizer(run[spec.name], spec)(captions)  # raises UserError if one does not fit
     features = networks.text(**{part: x[:4] for part, x in words.items()})
     assert features.tokens.shape == (4, 32, spec.transformer.context_dim)
-    assert (features.pooled is None) if spec is SPEC else features.pooled.shape == (4, 128)
-    tables = (
-        {"ids": 512}
-        if spec is SPEC
-        else {"t5": SPEC1.text.t5.vocab_size, "clip": SPEC1.text.clip.vocab_size}
-    )
+    if spec is SPEC:
+        assert features.pooled is None
+        tables = {"ids": 512}
+    else:
+        assert features.pooled.shape == (4, 128)
+        tables = {"t5": SPEC1.text.t5.vocab_size, "clip": SPEC1.text.clip.vocab_size}
     for name, size in tables.items():
         assert 0 <= words[name].min() and words[name].max() < size
 
 
 @every_model
-def test_a_word_of_the_grammar_is_one_token_and_written_letters_are_one_each(spec, run):
-    """CLIP reads letters in lower case, and two of them may be one token there: what is written comes from T5."""
+def test_each_word_of_the_grammar_and_each_letter_is_one_token(spec, run):
+    """CLIP's tokens are in lower case and may hold two letters: T5 reads the letters of a word."""
     space = {"tokenizer": " Ġ", "t5_tokenizer": " ▁", "clip_tokenizer": "</w> "}
-    some = [
-        text for text in texts() if '"' not in text and not {"it", "plain"} & set(text.split())
-    ][::20]
+    rare = {"it", "plain"}
+    unwritten = [text for text in texts() if '"' not in text and not rare & set(text.split())]
+    some = unwritten[::20]
     assert len(some) > 300
+
+    def tokens_of(tokenizer, text):
+        return tokenizer.tokenizer.encode(text, add_special_tokens=False).tokens
+
     for part, tokenizer in Tokenizer(run[spec.name], spec).parts.items():
-        read = lambda text: [
-            t for t in tokenizer.tokenizer.encode(text, add_special_tokens=False).tokens
-        ]
         for text in some:
-            assert (
-                " ".join(read(text)).replace(space[part], " ").strip("▁").removesuffix("</w>")
-                == text
-            )
+            joined = " ".join(tokens_of(tokenizer, text)).replace(space[part], " ")
+            assert joined.strip("▁").removesuffix("</w>") == text
         if part != "clip_tokenizer":
             mark = space[part][1]
-            tokens = [token.strip(mark) for token in read('the word "QXZA" in red')]
+            tokens = [t.strip(mark) for t in tokens_of(tokenizer, 'the word "QXZA" in red')]
             assert tokens == ["the", "word", '"', "Q", "X", "Z", "A", '"', "in", "red"]
 
 
-def test_an_end_of_text_has_the_number_that_clip_looks_for(run):
+def test_end_of_text_has_the_id_that_clip_reads(run):
     ids = Tokenizer(run[SPEC1.name], SPEC1)(["a red circle"])["clip"][0]
     assert (ids == SPEC1.text.clip.eos_id).nonzero()[0] == 4  # after a start and three words
 
 
-def test_t5s_pieces_are_those_that_sentencepiece_finds(run):
+def test_t5_pieces_equal_those_of_sentencepiece(run):
     import sentencepiece
 
     truth = sentencepiece.SentencePieceProcessor(str(run[SPEC1.name] / SPEC1.text.t5_tokenizer[0]))
     ours = Tokenizer(run[SPEC1.name], SPEC1).parts["t5_tokenizer"]
     for text in (*texts()[::400], 'the word "QXZA" in red', "a photo of 12 cats?"):
-        assert ours([text], 64).ids[0].tolist() == [*truth.encode(text), 1] + [0] * (
-            63 - len(truth.encode(text))
-        )
+        expected = [*truth.encode(text), 1]
+        assert ours([text], 64).ids[0].tolist() == expected + [0] * (64 - len(expected))
 
 
-# ---------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------ the script
 
 
 @every_model
-def test_what_it_exports_loads_strictly_and_makes_images(spec, run, tmp_path, monkeypatch):
+def test_export_loads_strictly_and_makes_images(spec, run, tmp_path, monkeypatch):
     networks = random_networks(spec).to(torch.bfloat16).float()  # as the files have them
-    network = (
-        make_student(networks.transformer) if spec.transformer.guidance else networks.transformer
-    )
+    network = networks.transformer
+    if spec.transformer.guidance:
+        network = make_student(network)
     home = tmp_path / spec.name
     train.export(home, run[spec.name], spec, AutoEncoder(spec.autoencoder), network, networks.text)
     assert infer_config(home / spec.transformer_file) == spec.transformer
@@ -628,64 +579,58 @@ def test_what_it_exports_loads_strictly_and_makes_images(spec, run, tmp_path, mo
     assert image.size == (256, 256) and np.asarray(image).dtype == np.uint8
     features = networks.text(**Tokenizer(run[spec.name], spec)(["a red circle"]))
     for ours, exported in zip(features, pipe.text.encode(["a red circle"]), strict=True):
-        assert (
-            ours is exported or relative_l2(exported, ours) < 1e-5
-        )  # batches, and padding, differ
+        assert ours is exported or relative_l2(exported, ours) < 1e-5  # the padding differs
     begun = train.begin(spec, home)
     for name, x in begun.text.state_dict().items():
         assert torch.equal(x, networks.text.state_dict()[name]), name
 
 
-def made_by(options: str, monkeypatch) -> None:
-    """What toy.py makes of a few images, in a step or more of each training, without a look at it."""
+def train_quickly(options: str, monkeypatch) -> None:
+    """Run train.py on a few images, with a step or more of each training, without sheets."""
     monkeypatch.setattr(train.Sampler, "sheet", lambda *_: None)
     stages = "text", "transformer", "student", "decoder"
-    minutes = " ".join(
-        ["--autoencoder-minutes 0", *(f"--{stage}-minutes 0.001" for stage in stages)]
-    )
-    monkeypatch.setattr(
-        "sys.argv", ["train.py", *options.split(), *minutes.split(), "--device", "cpu"]
-    )
+    minutes = " ".join(f"--{stage}-minutes 0.001" for stage in stages)
+    flags = f"{options} --autoencoder-minutes 0 {minutes} --device cpu"
+    monkeypatch.setattr("sys.argv", ["train.py", *flags.split()])
     with monkeypatch.context() as patch:
-        patch.setattr(
-            transformer, "attention", transformer.attention
-        )  # training puts its own there
+        patch.setattr(transformer, "attention", transformer.attention)  # which training replaces
         assert train.main() == 0
 
 
 @every_model
-def test_all_stages_make_a_model_of_another_one(spec, tmp_path, monkeypatch):
-    """flux.2-tiny of the shipped one; flux.1-tiny of that one's autoencoder, and another one of what was made."""
+def test_all_stages_train_a_model_from_another(spec, tmp_path, monkeypatch):
+    """flux.2-tiny starts from the shipped one, flux.1-tiny from its autoencoder and from itself."""
     for sizes in (SCENES, EDITS):
         for size in sizes:
             monkeypatch.setitem(sizes, size, 3)
+    for references in BATCH:
+        monkeypatch.setitem(BATCH, references, 2)
     few = partial(autoencoder.train_autoencoder, count=215)  # 129 of them are scenes
     monkeypatch.setattr(train, "train_autoencoder", few)
-    before, made = models.EMBEDDED / SPEC.name, tmp_path / "tiny" / spec.name
+    before, after = models.EMBEDDED / SPEC.name, tmp_path / "tiny" / spec.name
     if spec is SPEC1:
         before, file = tmp_path / "first", before / "ae.safetensors"
-        made_by(
+        train_quickly(
             f"{tmp_path}/run --model {spec.name} --autoencoder {file} --export {before}",
             monkeypatch,
         )
-    made_by(
-        f"{tmp_path}/more --model {spec.name} --start-from {before} --export {made}", monkeypatch
+    train_quickly(
+        f"{tmp_path}/more --model {spec.name} --start-from {before} --export {after}", monkeypatch
     )
     for name in train.files_of(spec):
         if name.endswith(".safetensors"):
-            old, new = (load_tensors(folder / name) for folder in (before, made))
-            assert old.keys() == new.keys() and any(
-                not torch.equal(old[key], new[key]) for key in old
-            ), name
+            old, new = (load_tensors(folder / name) for folder in (before, after))
+            assert old.keys() == new.keys(), name
+            assert any(not torch.equal(old[key], new[key]) for key in old), name
         else:
-            assert (before / name).read_bytes() == (made / name).read_bytes()
+            assert (before / name).read_bytes() == (after / name).read_bytes()
     monkeypatch.setattr(models, "EMBEDDED", tmp_path / "tiny")
     (image,) = flux.load(spec.name, device="cpu")("a red circle", steps=1)
     assert image.size == (256, 256)
 
 
-def test_an_autoencoder_of_flux2_makes_the_same_images_in_flux1s_layout():
-    """All parameters random; then latents are made normal, and the images are still the same."""
+def test_flux2_autoencoder_makes_the_same_images_in_flux1_layout():
+    """All parameters are random. Normalising the latents does not change the images either."""
     first = randomise(AutoEncoder(SPEC.autoencoder))
     first.bn.running_var.abs_().add_(0.1)
     second = autoencoder.in_flux1(first.state_dict(), SPEC1.autoencoder)
@@ -700,7 +645,7 @@ def test_an_autoencoder_of_flux2_makes_the_same_images_in_flux1s_layout():
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ("--autoencoder-minutes 0", "--autoencoder FILE"),
         ("--autoencoder nowhere", "there is no such file"),
@@ -713,12 +658,10 @@ def test_an_autoencoder_of_flux2_makes_the_same_images_in_flux1s_layout():
         ("--device abacus", "abacus is not available"),
     ],
 )
-def test_what_cannot_be_made_is_refused_before_it_begins(
-    options, told, tmp_path, monkeypatch, capsys
-):
+def test_wrong_flags_are_refused_before_training(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", str(tmp_path / "run"), *options.split()])
     try:
         code = train.main()
     except SystemExit as refused:
         code = refused.code
-    assert code == 2 and told in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert code == 2 and message in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -1,1 +1,1 @@
-"""How the embedded models are made, stage by stage; scripts/toy/train.py runs it."""
+"""The training of the embedded models, stage by stage. scripts/toy/train.py runs it."""

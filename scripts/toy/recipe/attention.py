@@ -1,4 +1,7 @@
-"""Attention for training on a CPU, where torch's fused one takes longer backwards than all matrix products together."""
+"""Attention for training on a CPU.
+
+The backward pass of torch's fused attention takes longer there than all matrix products together.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from flux.transformer import KVCache
 
 
 class Attention(torch.autograd.Function):
-    """softmax(q kᵀ / √d) v of (N, L, d), in bfloat16; of what lies between, only the probabilities are kept."""
+    """softmax(q kᵀ / √d) v of (N, L, d), in bfloat16. Only the probabilities are kept."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The autoencoder: trained on crops of scenes, of textures and of shapes in any colours; later its decoder alone."""
+"""Train the autoencoder on crops of scenes, textures and any shapes; then its decoder alone."""
 
 import itertools
 import math
@@ -14,16 +14,12 @@ from flux.autoencoder import AutoEncoder, pack
 from flux.configs import AutoEncoderConfig
 from flux.errors import UserError
 from flux.training.checkpoint import load_tensors, save_tensors
-from recipe.latents import images
 from recipe.images import busy_image, contact_sheet, to_images, to_pixels
+from recipe.latents import images
 from recipe.trainer import TimedTrainer, optimizers
 
-EDGES = (
-    "conv_in",
-    "conv_out",
-    "quant_conv",
-)  # layers that touch pixels or latents are not for Muon
-SIZE = 256  # of the images that crops are taken of
+EDGES = ("conv_in", "conv_out", "quant_conv")  # layers at pixels or latents are not for Muon
+SIZE = 256  # of the images that crops are taken from
 
 
 def train_autoencoder(
@@ -34,16 +30,16 @@ def train_autoencoder(
     start: Path | None,
     count: int = 3000,
 ) -> AutoEncoder:
-    """The one that the run has finished; else one that begins with the file `start`, or anew, and learns for some minutes.
+    """Return the run's finished autoencoder; else train one from the file `start`, or a new one.
 
-    A file of FLUX.2's family is good for FLUX.1's too.
-    Crops of 64 pixels, and of 128 for the last sixth, of `count` images; three in five of these are of the grammar.
+    A file of FLUX.2's family also starts FLUX.1's. Crops have 64 pixels, and 128 in the last sixth
+    of the time, of `count` images, three in five of which are scenes of the grammar.
     """
     torch.manual_seed(0)
     model = AutoEncoder(config)
     last = model.encoder.quant_conv or model.encoder.conv_out
     with torch.no_grad():
-        # little posterior noise: at unit variance nothing gets through for hundreds of steps
+        # little posterior noise: at unit variance the decoder learns nothing for hundreds of steps
         last.bias[config.z_channels :] -= 6
     finished, changed = run / "ae.safetensors", False
     if finished.exists() or start:
@@ -54,9 +50,8 @@ def train_autoencoder(
             try:
                 model.load_state_dict(tensors)
             except RuntimeError:  # which lists every key
-                raise UserError(
-                    f"{finished if finished.exists() else start} is not an autoencoder of this size"
-                ) from None
+                path = finished if finished.exists() else start
+                raise UserError(f"{path}: is not an autoencoder of this size.") from None
     model.to(device, memory_format=torch.channels_last)
     if finished.exists() or not (minutes or changed):
         return model
@@ -78,27 +73,20 @@ def train_autoencoder(
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((1, step))
         size, batch = (64, 8) if trainer.progress < 5 / 6 else (128, 2)
-
-        def corner():
-            return rng.integers(0, SIZE + 1 - size, 2)
-
-        crops = [
-            data[i, y : y + size, x : x + size]
-            for i in rng.integers(0, len(data), batch)
-            for y, x in [corner()]
-        ]
-        return autoencoder_loss(
-            model, to_pixels(np.stack(crops)).to(device, memory_format=torch.channels_last)
-        )
+        crops = []
+        for i in rng.integers(0, len(data), batch):
+            y, x = rng.integers(0, SIZE + 1 - size, 2)
+            crops.append(data[i, y : y + size, x : x + size])
+        pixels = to_pixels(np.stack(crops)).to(device, memory_format=torch.channels_last)
+        return autoencoder_loss(model, pixels)
 
     def sheet() -> None:
         with torch.no_grad():
             pixels = to_pixels(data[:10]).to(device)
             decoded = model.decoder(model.encoder(pixels).chunk(2, 1)[0])
         contact_sheet(run / "autoencoder.png", to_images(torch.cat([pixels, decoded])), 10)
-        print(
-            f"\nPSNR {10 * math.log10(4 / F.mse_loss(decoded.clamp(-1, 1), pixels).item()):.1f} dB"
-        )
+        error = F.mse_loss(decoded.clamp(-1, 1), pixels).item()
+        print(f"\nPSNR {10 * math.log10(4 / error):.1f} dB")
 
     trainer.run(loss, sheet=sheet)
     measure_statistics(model, data[np.arange(count) % 5 < 3][:512])
@@ -107,7 +95,7 @@ def train_autoencoder(
 
 
 def autoencoder_loss(model: AutoEncoder, pixels: Tensor) -> Tensor:
-    """Of pixels (B, 3, H, W) through a sample of their posterior: `image_loss`, and a light KL to the unit normal."""
+    """Return the loss of pixels (B, 3, H, W) through a sample of the posterior, with a light KL."""
     mean, log_variance = model.encoder(pixels).chunk(2, dim=1)  # (B, z, h, w) each
     log_variance = log_variance.clamp(-30, 20)
     decoded = model.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
@@ -116,7 +104,7 @@ def autoencoder_loss(model: AutoEncoder, pixels: Tensor) -> Tensor:
 
 
 def image_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """L1, of the pixels and of the differences between neighbours: sharp edges are worth more than exact greys."""
+    """Return the L1 of pixels and of neighbours' differences: edges matter more than greys."""
     error = decoded - pixels
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     return error.abs().mean() + 0.5 * edges
@@ -125,7 +113,7 @@ def image_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
 def train_decoder(
     run: Path, minutes: float, device: torch.device, autoencoder: AutoEncoder, count: int = 3000
 ) -> None:
-    """The decoder alone, on whole images and their exact latents: these stay as they are, so the transformer fits still."""
+    """Train the decoder alone, on full images. The latents stay as the transformer knows them."""
     tensors = load_tensors(run / f"latents-{SIZE}x{SIZE}.safetensors")
     latents = tensors["latents"][tensors["images"][:count, 0]]
     layouts = [layout for _, (layout,) in itertools.islice(images(SIZE, SIZE), len(latents))]
@@ -140,9 +128,8 @@ def train_decoder(
 
     def loss(step: int) -> Tensor:
         row = np.random.default_rng((3, step)).integers(len(latents))
-        wanted = to_pixels(toy.draw(layouts[row], SIZE, SIZE)[None]).to(
-            device, memory_format=torch.channels_last
-        )
+        wanted = to_pixels(toy.draw(layouts[row], SIZE, SIZE)[None])
+        wanted = wanted.to(device, memory_format=torch.channels_last)
         return image_loss(autoencoder.decode(latents[row][None].float().to(device)), wanted)
 
     trainer.run(loss)
@@ -151,8 +138,11 @@ def train_decoder(
 
 @torch.no_grad()
 def measure_statistics(model: AutoEncoder, drawn: np.ndarray) -> None:
-    """Latents of images (N, H, W, 3), N >= 128, get a variance of one: in FLUX.2 in each channel, by the running statistics
-    that they are normalised with; in FLUX.1, which has one constant for all, by what the encoder multiplies them with."""
+    """Give the latents of images (N, H, W, 3), N >= 128, a variance of one.
+
+    FLUX.2 normalises each channel by its running statistics. FLUX.1 has one constant for all
+    channels, so its encoder's last convolution is scaled.
+    """
     device = next(model.parameters()).device
     packed = torch.cat(
         [
@@ -166,17 +156,18 @@ def measure_statistics(model: AutoEncoder, drawn: np.ndarray) -> None:
         return
     factor = packed.std() * model.config.scale_factor
     last, first = model.encoder.conv_out, model.decoder.conv_in
-    last.weight[: len(last.weight) // 2] /= factor  # of the means; the other half are log-variances
+    last.weight[: len(last.weight) // 2] /= factor  # of the means; the rest are log-variances
     last.bias[: len(last.bias) // 2] /= factor
     first.weight *= factor
 
 
 @torch.no_grad()
 def in_flux1(tensors: dict[str, Tensor], config: AutoEncoderConfig) -> AutoEncoder:
-    """An autoencoder of FLUX.2, in the layout of FLUX.1: it makes the same images, of latents of another size and mean.
+    """Return an autoencoder of FLUX.2 in the layout of FLUX.1.
 
-    FLUX.1 has no 1x1 convolutions between encoder and decoder. Both act on single latents, so they can act in the encoder's
-    last convolution; log-variances stay as they are.
+    It makes the same images, from latents of another size and mean. FLUX.1 has no 1x1 convolutions
+    between encoder and decoder. Both act on single latents, so they are merged into the encoder's
+    last convolution. Log-variances stay.
     """
     z, last = config.z_channels, "encoder.conv_out."
     tensors = {name: x.float() for name, x in tensors.items() if not name.startswith("bn.")}

@@ -1,4 +1,4 @@
-"""Images beyond the grammar, which the autoencoder should survive; and arrays to pixels and back."""
+"""Images beyond the grammar, for the autoencoder; and arrays to pixels and back."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from flux.toy.drawing import coverage
 
 
 def busy_image(rng: np.random.Generator, size: int) -> np.ndarray:
-    """(S, S, 3) uint8: on a colour ramp or on smooth noise, half of them shapes in any colours, half regions of other noise."""
+    """Return an image (S, S, 3) uint8: shapes or regions of noise, on a ramp or on noise."""
     image = smooth(rng, size, rng.uniform(1.0, 2.4)) if rng.random() < 0.5 else ramp(rng, size)
-    if rng.random() < 0.5:  # regions of other stuff, with sharp borders
+    if rng.random() < 0.5:  # regions of noise with sharp borders
         for _ in range(rng.integers(1, 4)):
             field = smooth(rng, size, rng.uniform(1.8, 2.6))[..., :1]
             edge = np.clip(
@@ -25,25 +25,23 @@ def busy_image(rng: np.random.Generator, size: int) -> np.ndarray:
         for _ in range(rng.integers(2, 7)):
             shape, radius = str(rng.choice(toy.SHAPES)), rng.uniform(0.06, 0.3) * size
             pattern = str(rng.choice(["", "", *toy.PATTERNS]))
-            alpha = coverage(shape, *rng.uniform(0, size, 2), radius, size, size, pattern)[
-                ..., None
-            ]
+            x, y = rng.uniform(0, size, 2)
+            alpha = coverage(shape, x, y, radius, size, size, pattern)[..., None]
             image = image * (1 - alpha) + rng.uniform(0, 255, 3).astype(np.float32) * alpha
     return np.rint(image.clip(0, 255)).astype(np.uint8)
 
 
 def ramp(rng: np.random.Generator, size: int) -> np.ndarray:
-    """From one colour to another, (S, S, 3) float32."""
+    """Return a ramp from one colour to another, (S, S, 3) float32."""
     along = np.linspace(0, 1, size, dtype=np.float32)
     along = along[:, None, None] if rng.random() < 0.5 else along[None, :, None]
-    image = rng.uniform(0, 255, 3).astype(np.float32) * along + rng.uniform(0, 255, 3).astype(
-        np.float32
-    ) * (1 - along)
+    first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    image = first * along + second * (1 - along)
     return np.broadcast_to(image, (size, size, 3))
 
 
 def smooth(rng: np.random.Generator, size: int, power: float) -> np.ndarray:
-    """Noise whose amplitude is frequency^-power, as is that of photos, mostly in brightness, (S, S, 3) float32."""
+    """Return noise (S, S, 3) float32 of amplitude frequency^-power, as photos have."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     spectrum = (
         np.fft.rfft2(rng.standard_normal((3, size, size))) / np.maximum(frequency, 1) ** power
@@ -52,9 +50,8 @@ def smooth(rng: np.random.Generator, size: int, power: float) -> np.ndarray:
     fields = (fields - fields.mean((1, 2), keepdims=True)) / fields.std((1, 2), keepdims=True)
     colours = rng.normal(0, 1, (3, 3)) * np.array([[0.2], [0.35], [0.35]])
     colours[0] += 1  # the first field is brightness
-    image = np.einsum("fhw,fc->hwc", fields, colours) * rng.uniform(15, 60) + rng.uniform(
-        40, 215, 3
-    )
+    image = np.einsum("fhw,fc->hwc", fields, colours) * rng.uniform(15, 60)
+    image = image + rng.uniform(40, 215, 3)
     return image.astype(np.float32)
 
 
@@ -64,12 +61,12 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> np.ndarray:
-    """(B, 3, H, W) -> (B, H, W, 3) uint8; what is not in [-1, 1] is clamped."""
+    """(B, 3, H, W) -> (B, H, W, 3) uint8, clamped."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def contact_sheet(path: Path, images: np.ndarray, columns: int) -> None:
-    """Images (N, H, W, 3) in rows; N is a multiple of `columns`."""
+    """Save images (N, H, W, 3) in rows. N is a multiple of `columns`."""
     rows = [
         np.concatenate(list(images[i : i + columns]), axis=1)
         for i in range(0, len(images), columns)

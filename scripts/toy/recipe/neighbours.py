@@ -1,4 +1,4 @@
-"""T5 before all else: its tokens learn what stands next to them, as FLUX.1's T5 is pretrained (there by filling gaps)."""
+"""Pretrain T5: its tokens learn their neighbours. (FLUX.1's T5 is pretrained by filling gaps.)"""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ CAPTIONS = 64  # a step
 
 
 def train_neighbours(run: Path, text: TextEncoder, minutes: float) -> None:
-    """On the captions in the files of `encode_all`."""
+    """Train T5 on the captions in the files of `encode_all`."""
     ids = torch.cat(
         [captions(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
     )
@@ -39,29 +39,24 @@ def train_neighbours(run: Path, text: TextEncoder, minutes: float) -> None:
 
 
 def captions(path: Path) -> Tensor:
-    """T5's ids (N, T) alone: the latents beside them are some hundred megabytes."""
+    """Return T5's ids (N, T). The latents in the same file are some hundred megabytes."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor("t5")
 
 
 def neighbours_loss(text: TextEncoder, tokens: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy, in nats, of the tokens at the distances NEAR, told by each one's last hidden state; of pads, nothing.
+    """Return the cross-entropy, in nats, of predicting the tokens at the distances NEAR.
 
-    tokens: (B, T, D), of the ids (B, T).
+    tokens: last hidden states (B, T, D) of the ids (B, T). Pads do not count.
 
-    FLUX.1's transformer is not told where in the text a token stands: which letter is the first, or what is red, it can only
-    read in the token itself. Velocities alone take thousands of steps to teach T5 that tokens have an order.
+    FLUX.1's transformer does not know the position of a text token: which letter is the first, or
+    what is red, is only in the token itself. Velocities alone take thousands of steps to teach T5
+    that tokens have an order.
     """
-    table, reach = (
-        text.t5.shared.weight.detach(),
-        max(NEAR),
-    )  # the table is no better for it if it moves
-    windows = F.pad(ids, (reach, reach)).unfold(1, 2 * reach + 1, 1)[
-        ..., [reach + offset for offset in NEAR]
-    ]  # (B, T, n)
+    table, reach = text.t5.shared.weight.detach(), max(NEAR)  # training the table gains nothing
+    windows = F.pad(ids, (reach, reach)).unfold(1, 2 * reach + 1, 1)  # (B, T, 2 reach + 1)
+    windows = windows[..., [reach + offset for offset in NEAR]]  # (B, T, n)
     windows = windows.masked_fill((ids == 0)[..., None], -100)  # which cross_entropy leaves out
-    told = rearrange(text.near(tokens), "b t (n d) -> (b t n) d", n=len(NEAR))
-    logits = (told @ table.to(told.dtype).T).float() / math.sqrt(
-        table.shape[1]
-    )  # (B T n, vocabulary)
-    return F.cross_entropy(logits, windows.flatten())
+    predicted = rearrange(text.near(tokens), "b t (n d) -> (b t n) d", n=len(NEAR))
+    logits = (predicted @ table.to(predicted.dtype).T).float()  # (B T n, vocabulary)
+    return F.cross_entropy(logits / math.sqrt(table.shape[1]), windows.flatten())

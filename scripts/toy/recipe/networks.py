@@ -1,4 +1,4 @@
-"""The transformer with its text encoder, and what they learn: the flow, and what is where."""
+"""The transformer with its text encoder, and their losses: the flow, and the things of tokens."""
 
 import math
 from dataclasses import replace
@@ -17,27 +17,21 @@ from flux.transformer import Flux
 from recipe.latents import PART, THINGS, TOKEN
 from recipe.text import TextEncoder
 
-EDGES = (
-    "_in.",
-    ".lin.",
-    "final_layer",
-    "embed",
-    "shared",
-    "bias",
-    "shown",
-)  # these touch latents, tokens, numbers
+# layers at latents, tokens and numbers
+EDGES = ("_in.", ".lin.", "final_layer", "embed", "shared", "bias", "shown")
 RATE = 2.5e-3  # of Muon; AdamW's is a third of it
-CHANGED = 0.3  # root mean square over a token's channels; where nothing is changed, what is beside it moves latents by less
-SHIFT = math.log(
-    4
-)  # of the times, towards noise, where the sampler's are too: there it is decided what the image shows
+CHANGED = (
+    0.3  # root mean square over a changed token's channels, at least; its neighbours move less
+)
+SHIFT = math.log(4)  # of the times, towards noise, as in sampling: there the image is decided
 
 
 class Networks(nn.Module):
     """A transformer, and the text encoder whose features it reads.
 
-    For training alone, `hidden` are the tokens of the image and the references of the last `velocity`, half way through the
-    single blocks, (B, L + R, D), and `shown` reads off them what each shows, or will show, and whether an edit changes it.
+    `hidden` and `shown` are for training. `hidden` are the tokens of the image and the references
+    half-way through the single blocks of the last `velocity`, (B, L + R, D). `shown` predicts the
+    thing of each token, its coverage, and whether an edit changes it.
     """
 
     def __init__(self, transformer: Flux, text: TextEncoder):
@@ -62,14 +56,15 @@ class Networks(nn.Module):
         corner: tuple[int, int] = (0, 0),
         guidance: float | Tensor = 1.0,
     ) -> Tensor:
-        """Of latents x (B, C, h, w) at times t (B,), by the features of B prompts, with references (B, R, C, h, w).
+        """Return the velocity of latents x (B, C, h, w) at times t (B,), with B prompts' features.
 
-        `corner`: row and column of the first tokens, if the latents are a window of the images. `guidance` is for students.
+        references: (B, R, C, h, w). corner: row and column of the first token of a window.
+        guidance: for students.
         """
         axes = len(self.transformer.config.axes_dim)
-        tokens = (
-            (None, None) if references is None else reference_tokens(references.unbind(1), axes)
-        )
+        tokens = (None, None)
+        if references is not None:
+            tokens = reference_tokens(references.unbind(1), axes)
         velocity = training.predict_velocity(
             self.transformer, Batch(x, features, *tokens), guidance, x, t, corner
         )
@@ -91,7 +86,7 @@ class Networks(nn.Module):
         )
 
     def compile_blocks(self) -> None:
-        """Block by block: what one compiled, the next ones use."""
+        """Compile block by block: equal blocks share their code."""
         for block in [
             *self.transformer.double_blocks,
             *self.transformer.single_blocks,
@@ -101,7 +96,7 @@ class Networks(nn.Module):
 
 
 def new_networks(spec: ModelSpec) -> Networks:
-    """With random weights; the transformer is not told its guidance: that is what its student will be."""
+    """Return networks with random weights. The transformer has no guidance input: a student has."""
     transformer = Flux(replace(spec.transformer, guidance=False))
     for name, p in transformer.named_parameters():
         if "mod" in name or "final_layer" in name:
@@ -116,7 +111,7 @@ def flow_loss(
     references: Tensor | None = None,
     corner: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """Mean squared error of the velocity along straight lines from noise."""
+    """Return the mean squared error of the velocity along straight lines from noise."""
 
     def velocity(x, t):
         return networks.velocity(features, x, t, references, corner=corner)
@@ -127,12 +122,14 @@ def flow_loss(
 
 
 def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
-    """Cross-entropy, in nats, of what tokens show, and of how much of their parts is covered.
+    """Return the cross-entropy, in nats, of tokens' things and of the coverage of their parts.
 
-    logits: (B, L, n + 1), as of `shown`; things: (B, L), places in THINGS; covered: (B, L, 16) from 0 to 255.
+    logits: (B, L, n + 1), as of `shown`; things: (B, L), indices in THINGS; covered: (B, L, 16),
+    from 0 to 255.
 
-    A representation is aligned (Yu et al. 2024, there to another network's) with what is known of a drawn image. Velocities
-    alone take very long to teach a small network that the names of shapes and letters mean something.
+    This aligns hidden states with the known drawing (Yu et al. 2024 align them with another
+    network). Velocities alone take very long to teach a small network the names of shapes and
+    letters.
     """
     kinds, parts = logits[..., : len(THINGS)].float(), logits[..., len(THINGS) : -1].float()
     what = F.cross_entropy(kinds.transpose(1, 2), things.long())
@@ -140,24 +137,24 @@ def shown_loss(logits: Tensor, things: Tensor, covered: Tensor) -> Tensor:
 
 
 def changed_loss(logits: Tensor, latents: Tensor, reference: Tensor) -> Tensor:
-    """Cross-entropy, in nats, of which tokens an edit changes: those of the result, and those of the image before it.
+    """Return the cross-entropy, in nats, of which tokens an edit changes.
 
-    logits: (B, 2L, n + 1), as of `shown`; latents, reference: (B, C, h, w).
+    logits: (B, 2L, n + 1) of the result and the reference, as of `shown`; latents, reference:
+    (B, C, h, w).
 
-    It takes the instruction and the image together to know that. Velocities alone teach a small network first to change all
-    that an image shows, and thousands of steps later that "the circle" is one of two things.
+    The prediction needs the instruction and the image together. Velocities alone first teach a
+    small network to change all things, and much later that "the circle" is one of two.
     """
     changed = (latents - reference).square().mean(1).sqrt().flatten(1) > CHANGED
-    return F.binary_cross_entropy_with_logits(
-        logits[..., -1].float(), torch.cat([changed, changed], 1).float()
-    )
+    targets = torch.cat([changed, changed], 1).float()
+    return F.binary_cross_entropy_with_logits(logits[..., -1].float(), targets)
 
 
 def some_times(latents: Tensor) -> Tensor:
-    """Logit-normal (Esser et al. 2024) and shifted, (B,)."""
+    """Draw logit-normal times (Esser et al. 2024), shifted, (B,)."""
     return training.shifted_times(torch.randn(len(latents), device=latents.device), SHIFT)
 
 
 def expanded(one: TextFeatures, count: int) -> TextFeatures:
-    """The features of one prompt, (1, T, D), for so many images."""
+    """Repeat the features of one prompt, (1, T, D), for `count` images."""
     return TextFeatures(*(x if x is None else x.expand(count, *x.shape[1:]) for x in one))

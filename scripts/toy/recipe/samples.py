@@ -1,4 +1,4 @@
-"""Images of prompts, as the pipeline samples them, and how many of them are right: a look at a training as it goes."""
+"""Images of prompts during training, sampled as the pipeline samples them, and their scores."""
 
 import itertools
 from pathlib import Path
@@ -7,26 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux import sampling
-from flux import toy
+from flux import sampling, toy
 from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
-from recipe.networks import Networks, expanded
 from recipe.images import contact_sheet, to_images, to_pixels
+from recipe.networks import Networks, expanded
 from recipe.text import Tokenizer, Words
 from recipe.trainer import device_of
 
 
 class Sampler:
-    """What makes images of latents, and words of prompts."""
+    """Samples images with the networks in training."""
 
     def __init__(self, spec: ModelSpec, autoencoder: AutoEncoder, words: Tokenizer):
-        self.spec, self.autoencoder, self.words, self.edits = (
-            spec,
-            autoencoder,
-            words,
-            spec.image_mode == "reference",
-        )
+        self.spec, self.autoencoder, self.words = spec, autoencoder, words
+        self.edits = spec.image_mode == "reference"
         self.device = device_of(autoencoder)
         self.empty = self.words_of([""])
 
@@ -34,40 +29,37 @@ class Sampler:
         return {name: x.to(self.device) for name, x in self.words(prompts).items()}
 
     def sheet(self, networks: Networks, path: Path) -> None:
-        """40 held-out scenes, and 20 edits if it makes edits: a contact sheet, and their scores printed."""
+        """Save a sheet of 40 held-out scenes and of 20 edits, if supported. Print scores."""
         scenes = list(itertools.islice(toy.scenes(7, held=True, complete=True), 40))
-        made = self.images(networks, list(map(str, scenes)))
-        reports = [toy.score(made, scenes)]
+        drawn = self.images(networks, list(map(str, scenes)))
+        reports = [toy.score(drawn, scenes)]
         if self.edits:
             edits = list(itertools.islice(toy.edits(7, held=True), 20))
             edited = self.edited(networks, edits)
-            made = np.concatenate([made, edited])
+            drawn = np.concatenate([drawn, edited])
             reports.append(toy.score_edits(edited, edits))
-        contact_sheet(path, made, 10)
+        contact_sheet(path, drawn, 10)
         for report in reports:
-            print(
-                "\n" + "  ".join(f"{name} {share:.0%}" for name, share in report.items()),
-                flush=True,
-            )
+            shares = "  ".join(f"{name} {share:.0%}" for name, share in report.items())
+            print("\n" + shares, flush=True)
 
     def edited(self, networks: Networks, edits: list[toy.Edit]) -> np.ndarray:
-        """The results of edits whose images are freshly drawn, (N, H, W, 3) uint8."""
-        rng, size, made = np.random.default_rng(0), self.spec.size, []
+        """Return the results of edits, whose images are drawn here, (N, H, W, 3) uint8."""
+        rng, size, drawn = np.random.default_rng(0), self.spec.size, []
         for edit in edits:
-            pixels = to_pixels(
-                np.stack([toy.draw(layout, size, size, rng) for layout in edit.before])
-            )
+            before = [toy.draw(layout, size, size, rng) for layout in edit.before]
+            pixels = to_pixels(np.stack(before))
             with torch.no_grad():
                 references = self.autoencoder.encode(pixels.to(self.device))[None]
-            made.append(self.images(networks, [str(edit)], references))
-        return np.concatenate(made)
+            drawn.append(self.images(networks, [str(edit)], references))
+        return np.concatenate(drawn)
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # too few passes to pay for another compilation
     def images(
         self, networks: Networks, prompts: list[str], references: Tensor | None = None
     ) -> np.ndarray:
-        """(N, H, W, 3) uint8; image k has seed k. References (1, R, C, h, w) are for all of them."""
+        """Return images (N, H, W, 3) uint8. Image k has seed k. References are (1, R, C, h, w)."""
         spec, side, count = self.spec, self.spec.size // 16, len(prompts)
         features, empty = (networks.text(**words) for words in (self.words_of(prompts), self.empty))
         empty = expanded(empty, count)

@@ -1,4 +1,4 @@
-"""Guidance, distilled into a student of the trained transformer, as FLUX.1 [dev] was made."""
+"""Distil guidance into a student of the trained transformer, as FLUX.1 [dev] was made."""
 
 from pathlib import Path
 
@@ -12,15 +12,16 @@ from recipe.networks import EDGES, RATE, Networks, expanded, some_times
 from recipe.samples import Sampler
 from recipe.trainer import TimedTrainer, device_of, optimizers
 
-GUIDANCE = 1.0, 6.0  # that it is told: any between these, as often
+GUIDANCE = 1.0, 6.0  # uniform between these
 
 
 def train_student(
     run: Path, networks: Networks, sampler: Sampler, minutes: float, compiled: bool
 ) -> Flux:
-    """One pass that is told its guidance, for two of the teacher, which are guided; on the images that the teacher knows.
+    """Train one pass with a guidance input to equal two guided passes of the teacher.
 
-    Some captions are left out here too, and guidance then does nothing: so negative prompts can be used with the student.
+    The data are the teacher's. Some captions are dropped here too, where guidance has no effect, so
+    that negative prompts work with the student.
     """
     student, device = make_student(networks.transformer), device_of(networks)
     networks.requires_grad_(False)

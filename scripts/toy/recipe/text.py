@@ -1,7 +1,7 @@
-"""Captions to features: the tokenizers, and the text encoders that learn with the transformer.
+"""Captions to features: the tokenizers, and the text encoders, trained with the transformer.
 
-Between the two are a caption's *words*, as they are kept with the latents: token ids of T5 and of CLIP; or those of a language
-model, and their mask; (B, T) each.
+Between the two are a caption's *words*, which are saved with the latents: token ids of T5 and of
+CLIP; or of a language model, with their mask; (B, T) each.
 """
 
 from pathlib import Path
@@ -18,50 +18,51 @@ from flux.text_encoder import TextFeatures
 from flux.tokenizers import CLIPTokenizer, PromptTokenizer, QwenTokenizer, T5Tokenizer, Tokens
 
 Words = dict[str, Tensor]
-NEAR = (-3, -2, -1, 1, 2, 3)  # how far from a token of T5 are those that it shall know of
+NEAR = (-3, -2, -1, 1, 2, 3)  # distances of the neighbours that a token of T5 predicts
+
+TOKENIZERS = {
+    "t5_tokenizer": T5Tokenizer,
+    "clip_tokenizer": CLIPTokenizer,
+    "tokenizer": QwenTokenizer,
+}
 
 
 class Tokenizer:
-    """Of a row's family, from the files of a run."""
+    """The tokenizers of a model, from the files of a run."""
 
     def __init__(self, run: Path, spec: ModelSpec):
-        kinds = {
-            "t5_tokenizer": T5Tokenizer,
-            "clip_tokenizer": CLIPTokenizer,
-            "tokenizer": QwenTokenizer,
-        }
-        self.parts = {
-            part: kinds[part]((run / names[0]).parent)
-            for part, names in spec.text.tokenizers.items()
-        }
-        self.spec = spec
+        self.spec, self.parts = spec, {}
+        for part, names in spec.text.tokenizers.items():
+            self.parts[part] = TOKENIZERS[part]((run / names[0]).parent)
 
     def __call__(self, texts: list[str]) -> Words:
-        """UserError if a text has more tokens than the model takes."""
-        if isinstance(text := self.spec.text, FLUX1Text):
+        """Return the words of texts. UserError if a text has more tokens than the model takes."""
+        text = self.spec.text
+        if isinstance(text, FLUX1Text):
             t5, clip = self.parts["t5_tokenizer"], self.parts["clip_tokenizer"]
             return {
-                "t5": whole(t5, texts, self.spec.text_length).ids,
-                "clip": whole(clip, texts, text.clip.max_length).ids,
+                "t5": untruncated(t5, texts, self.spec.text_length).ids,
+                "clip": untruncated(clip, texts, text.clip.max_length).ids,
             }
-        tokens = whole(self.parts["tokenizer"], texts, self.spec.text_length)
+        tokens = untruncated(self.parts["tokenizer"], texts, self.spec.text_length)
         return {"ids": tokens.ids, "mask": tokens.mask}
 
 
-def whole(tokenizer: PromptTokenizer, texts: list[str], length: int) -> Tokens:
-    """UserError if a text has more tokens."""
+def untruncated(tokenizer: PromptTokenizer, texts: list[str], length: int) -> Tokens:
+    """Return the tokens of texts. UserError if a text has more than `length`."""
     tokens = tokenizer(texts, length)
-    if cut := [text for text, rest in zip(texts, tokens.truncated, strict=True) if rest]:
-        raise UserError(
-            f"{cut[0]!r} has more than {length} tokens: give the model a larger text_length, or the grammar less"
-        )
+    for text, rest in zip(texts, tokens.truncated, strict=True):
+        if rest:
+            raise UserError(
+                f"text_length: {text!r} has more than {length} tokens. Give the model more."
+            )
     return tokens
 
 
 class TextEncoder(nn.Module):
-    """The networks of a row's text encoder, under the names that the row has for their files.
+    """The networks of a model's text encoder, under the names of its spec.
 
-    For training alone, `near` tells of T5's tokens which ones stand at the distances NEAR. None: there is nothing to learn.
+    `near` is for training: it predicts neighbours from T5's tokens. None: nothing to train.
     """
 
     def __init__(self, text: FLUX1Text | FLUX2Text):
@@ -86,13 +87,10 @@ class TextEncoder(nn.Module):
 
 @torch.no_grad()
 def look_around(t5: T5) -> None:
-    """Heads begin with a look back or ahead, in turn, and each pair of them farther than the one before."""
-    table = (
-        t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-    )  # (buckets, heads)
-    distance = torch.arange(
-        len(table) // 2
-    )  # the first buckets are of keys before a token, the rest of those after it
+    """Let heads first attend back and ahead in turn, each pair farther than the one before."""
+    attention = t5.encoder.block[0].layer[0].SelfAttention
+    table = attention.relative_attention_bias.weight  # (buckets, heads)
+    distance = torch.arange(len(table) // 2)  # buckets of keys before a token, then of keys after
     for head in range(table.shape[1]):
         slope = 0.3 ** (head // 2)
         halves = -slope * distance, -8 * slope * distance

@@ -1,4 +1,4 @@
-"""The tokenizers, trained on the grammar's captions and instructions: any text has ids, and a word of the grammar has one."""
+"""Train tokenizers on the grammar: any text has ids, and each word of the grammar has one id."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ SENTINELS = 100  # <extra_id_0> and so on, which T5's tokenizer adds to the piec
 
 
 def train_tokenizers(run: Path, text: FLUX1Text | FLUX2Text) -> None:
-    """Those that are not there, into the folders where the family's repositories have them."""
+    """Train the missing tokenizers, into the folders of the family's repositories."""
     for part, names in text.tokenizers.items():
         path = run / names[0]
         if path.exists():
@@ -31,21 +31,22 @@ def train_tokenizers(run: Path, text: FLUX1Text | FLUX2Text) -> None:
 
 
 def texts() -> list[str]:
-    """Captions and instructions, held-out ones too. The letters of words stand alone: no two of them shall be one token."""
-    captions = (
-        str(scene)
-        for scene in toy.scenes(0, held=None)
-        if not isinstance(scene.objects[0], toy.Word)
-    )
+    """Return captions and instructions, held-out ones too.
+
+    Letters of words stand alone, so that no two letters become one token.
+    """
+    scenes = toy.scenes(0, held=None)
+    captions = (str(scene) for scene in scenes if not isinstance(scene.objects[0], toy.Word))
     instructions = map(str, toy.edits(0, held=None))
     letters = [f'the word "{letter}" in the' for letter in string.ascii_uppercase] * 40
     return [*itertools.islice(captions, 4000), *itertools.islice(instructions, 4000), *letters]
 
 
 def train_byte_level_bpe(texts: list[str], vocab_size: int, path: Path):
-    """Trains byte-level BPE of `vocab_size` tokens, and writes and returns it: a tokenizer.json in Qwen's format.
+    """Train byte-level BPE of `vocab_size` tokens, write it in Qwen's format, and return it.
 
-    As in Qwen's vocabulary, the special tokens come last; `<think>` and `</think>` are added tokens, but not special.
+    As in Qwen's vocabulary, special tokens come last. `<think>` and `</think>` are added tokens,
+    but not special.
     """
     from tokenizers import (
         AddedToken,
@@ -79,7 +80,7 @@ def train_byte_level_bpe(texts: list[str], vocab_size: int, path: Path):
 
 
 def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:
-    """A Unigram model of at most so many pieces, as T5's is: pads are 0, ends 1, what it does not know 2."""
+    """Train a Unigram model of at most `vocab_size` pieces, as T5's: pad 0, eos 1, unk 2."""
     import sentencepiece
 
     alphabet = "".join(sorted(set(string.printable) - set(string.whitespace)))
@@ -101,8 +102,10 @@ def train_sentencepiece(texts: list[str], vocab_size: int, path: Path) -> None:
 
 
 def train_clip(texts: list[str], vocab_size: int, folder: Path) -> None:
-    """Byte-level BPE of lower case, written as CLIP's vocab.json and merges.txt: the bytes, the bytes that end a word, the
-    merges, and two special tokens; the last one, which ends a text, has the last number."""
+    """Train byte-level BPE in lower case, written as CLIP's vocab.json and merges.txt.
+
+    The order: bytes, bytes that end a word, merges, two special tokens. The end of text is last.
+    """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -116,13 +119,10 @@ def train_clip(texts: list[str], vocab_size: int, folder: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_, special = (
-        [*alphabet, *(byte + "</w>" for byte in alphabet)],
-        ["<|startoftext|>", "<|endoftext|>"],
-    )
-    merges = json.loads(tokenizer.to_str())["model"]["merges"][
-        : vocab_size - len(bytes_) - len(special)
-    ]
+    bytes_ = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    merges = merges[: vocab_size - len(bytes_) - len(special)]
     vocabulary = [*bytes_, *map("".join, merges), *special]
     (folder / "vocab.json").write_text(
         json.dumps({token: number for number, token in enumerate(vocabulary)}), "utf-8"

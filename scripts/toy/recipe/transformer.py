@@ -1,4 +1,4 @@
-"""The training of the transformer with its text encoder."""
+"""Train the transformer with its text encoder."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from recipe.samples import Sampler
 from recipe.trainer import COOLING, TimedTrainer, device_of, optimizers
 
 SHOWN = 0.2  # weight of `shown_loss`, and of `changed_loss` for edits of one image
-NEIGHBOURS = 0.1  # and of `neighbours_loss`, for a T5 that is new
+NEIGHBOURS = 0.1  # weight of `neighbours_loss`, for a new T5
 
 
 def train_transformer(
@@ -25,16 +25,17 @@ def train_transformer(
     compiled: bool,
     cooling: float = COOLING,
 ) -> None:
-    """With its text encoder, on the files of `encode_all` in the run's folder; `cooling` is a share of the minutes."""
+    """Train on the files of `encode_all` in the run's folder.
+
+    cooling: share of the minutes in which the learning rate falls.
+    """
     if device_of(networks).type == "cpu":
         transformer.attention = attention
     if compiled:
         torch._dynamo.config.cache_size_limit = 64
         networks.compile_blocks()
-    batches, path = (
-        Batches(run, sampler.empty, edited=sampler.edits),
-        run / "transformer.safetensors",
-    )
+    batches = Batches(run, sampler.empty, edited=sampler.edits)
+    path = run / "transformer.safetensors"
 
     def loss(step: int) -> Tensor:
         batch = batches(step)
