@@ -1,4 +1,4 @@
-"""scripts/dev/fullsize.py on the toy's shapes: its counts against counts by hand, and its errors."""
+"""scripts/dev/fullsize.py on the toy's shapes: counts against counts by hand, and errors."""
 
 import re
 import shutil
