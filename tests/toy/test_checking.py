@@ -184,7 +184,7 @@ def wrongs(scene: Scene, layout: Layout, rng: np.random.Generator):
 @pytest.mark.slow
 def test_one_thing_wrong_is_found_and_no_other():
     rng, verdicts = np.random.default_rng(1), {}
-    for scene in islice(scenes(1, None, complete=True), 18):
+    for scene in islice(scenes(2, None, complete=True), 16):
         every = list(wrongs(scene, arrange(scene, rng), rng))
         for change in toy.ATTRIBUTES:
             cases = [(attributes, wrong) for name, attributes, wrong in every if name == change]

@@ -654,7 +654,7 @@ def test_flux2_autoencoder_makes_the_same_images_in_flux1_layout():
         ("--model flux.1-dev", "invalid choice"),
         ("--transformer-minutes -1", "0 or more"),
         ("--decoder-minutes nan", "0 or more"),
-        ("--start-from nowhere", "ae.safetensors is not there"),
+        ("--start-from nowhere", "ae.safetensors is missing"),
         ("--device abacus", "abacus is not available"),
     ],
 )
