@@ -1,7 +1,7 @@
-"""flux.parity.compare_live: diffusers live, with the weights and inputs of a capture, and adaptors, right and wrong.
+"""flux.parity.compare_live: diffusers live on a capture's inputs, and functions of other ports.
 
-What is expected is diffusers' own; a fault that is planted in a copy of our network must be found where it is planted.
-Networks are tiny and random, or the embedded model's.
+Expected values are diffusers' own. A fault planted in a copy of our network must be found where it
+is planted. Networks are tiny and random, or the embedded model's.
 """
 
 import copy
@@ -45,7 +45,7 @@ FIRST = {  # where diffusers has no module of the same inputs and outputs
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """Of tiny random weights, of which the table's rows speak meanwhile."""
+    """A function that loads a tiny random model."""
     with tiny_repositories(tmp_path_factory.mktemp("weights"), REQUESTS) as folder:
         yield lambda name, **how: flux.load(
             name, weights=folder, device="cpu", fast=False, **{"dtype": torch.float32} | how
@@ -70,7 +70,7 @@ def captures(right, tmp_path_factory):
 
 
 @either_family
-def test_every_tensor_is_that_of_diffusers(name, captures, right):
+def test_every_tensor_equals_diffusers(name, captures, right):
     """Seen: the same to the bit, but for 1.5e-7 in FLUX.2 from the last modulation on."""
     rows = against.diffusers(captures[name], right[name], tolerance=2e-6)
     assert first_over(rows) is None
@@ -89,8 +89,8 @@ def test_every_tensor_is_that_of_diffusers(name, captures, right):
 
 
 @either_family
-def test_bfloat16_in_its_numerics(name, pipeline, tmp_path):
-    """To the bit. A file does not keep how tensors lie in memory, on which the rounding of a Linear with bias depends."""
+def test_bfloat16_equals_diffusers_with_its_numerics(name, pipeline, tmp_path):
+    """To the bit. A file does not keep strides, on which a biased Linear's rounding depends."""
     pipe = pipeline(name, dtype=torch.bfloat16, numerics="diffusers")
     layer = pipe.transformer().img_in
     layer.forward = lambda x: F.linear(x.contiguous(), layer.weight, layer.bias)
@@ -103,14 +103,14 @@ def test_bfloat16_in_its_numerics(name, pipeline, tmp_path):
     "name, change",
     [*((KLEIN, change) for change in CHANGES if change != "weight"), ("flux.1-dev", "weight")],
 )
-def test_a_fault_of_ours_is_found_where_it_is(name, change, pipeline, right, tmp_path):
+def test_planted_fault_is_found_in_its_module(name, change, pipeline, right, tmp_path):
     pipe = changed(pipeline(name), change)
     taken = capture(pipe, ONE_STEP, tmp_path / "a.safetensors", Selection(("step.001", "ids")))
     first = first_over(against.diffusers(taken, right[name], tolerance=2e-6))
     assert first.name == f"step.001/{FIRST.get(change, CHANGES[change][2])}" and first.ratio > 50
 
 
-def test_guidance_of_a_run_that_starts_from_a_picture(right, tmp_path):
+def test_image_to_image_uses_the_guidance_of_its_steps(right, tmp_path):
     """It has another value in each step, and the first steps are left out."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     request = replace(
@@ -135,7 +135,7 @@ LOST = {  # the first tensor that is missed -> what a capture lacks
 }
 
 
-def test_mistakes_with_diffusers(captures, right, tmp_path, monkeypatch):
+def test_wrong_captures_for_diffusers_are_refused(captures, right, tmp_path, monkeypatch):
     taken, pipe = captures[KLEIN], right[KLEIN]
     with pytest.raises(
         UserError, match=r"is of flux\.1-dev \(the pipeline is flux\.2-klein-base-4b\)"
@@ -165,7 +165,7 @@ def test_mistakes_with_diffusers(captures, right, tmp_path, monkeypatch):
         against.diffusers(taken, pipe)
 
 
-def test_references_that_are_remembered(right, tmp_path):
+def test_cached_references_are_refused_for_diffusers(right, tmp_path):
     pictures = ImageInputs((Image.new("RGB", (64, 64), "red"),), kv_cache=True)
     taken = capture(
         right[KLEIN],
@@ -181,7 +181,7 @@ def test_references_that_are_remembered(right, tmp_path):
 
 
 @either_family
-def test_an_adaptor(name, captures, right):
+def test_function_is_judged_module_by_module(name, captures, right):
     ours, only = Modules(right[name]), ["step.002/single_blocks.*"]
     assert differing(against.adaptor(captures[name], ours, only)) == []
 
@@ -196,7 +196,7 @@ def test_an_adaptor(name, captures, right):
     ]  # errors do not add up
 
 
-def test_an_adaptor_that_writes_a_capture(captures, tmp_path):
+def test_function_may_return_its_own_capture(captures, tmp_path):
     taken, asked = captures[KLEIN], []
     tensors = {
         name: taken.tensors[name] for name in ("step.001/latents", "step.002/latents", "pixels")
@@ -239,14 +239,14 @@ WRONG = {  # what an adaptor gives for a double block, two of (1, L, 128) -> wha
 
 
 @pytest.mark.parametrize("answer, words", WRONG.values(), ids=WRONG)
-def test_an_adaptor_that_answers_wrongly(answer, words, captures):
+def test_wrong_outputs_of_a_function_are_refused(answer, words, captures):
     with pytest.raises(UserError, match=words):
         against.adaptor(
             captures[KLEIN], lambda name, inputs: answer, ["step.001/double_blocks.0/out.?"]
         )
 
 
-def test_an_adaptor_that_fails(captures):
+def test_failing_function_is_one_sentence(captures):
     with pytest.raises(UserError, match=r"returned 2 tensors for step.001/img_in \(expected 1\)"):
         against.adaptor(
             captures[KLEIN], lambda name, inputs: [inputs[0]] * 2, ["step.001/img_in/out"]
@@ -275,7 +275,7 @@ def written(name, inputs):
 """
 
 
-def test_the_command(parity):
+def test_command_compares_live_runs(parity):
     size = ("--width", 64, "--height", 64, "--steps", 1)
     assert parity("capture", "a small red circle", *size, "--output", "a.safetensors")[0] == 0
     code, out, _ = parity(
@@ -314,9 +314,12 @@ def test_the_command(parity):
         (("--against", "another_port:no"), "--against: there is no function another_port:no"),
         (
             ("--against", "another_port:port", "--dtype", "bfloat16"),
-            "--dtype is for --against here or diffusers",
+            "--dtype: applies only with --against here or diffusers",
         ),
-        (("a.safetensors", "--lora-partial"), "--lora-partial is for --against here or diffusers"),
+        (
+            ("a.safetensors", "--lora-partial"),
+            "--lora-ignore-unmatched: applies only with --against",
+        ),
         (("--against", "here", "--image", "none.png"), "none.png"),
     ):
         code, _, err = parity("compare", "a.safetensors", *arguments)
