@@ -25,7 +25,7 @@ import flux
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs
 from flux.parity import compare_live as against
-from flux.parity import tolerances as budgets
+from flux.parity import tolerances
 from flux.parity.capture import Selection, capture
 from flux.parity.capture_file import Capture
 from flux.parity.compare import first_over
@@ -327,7 +327,7 @@ def test_command_compares_live_runs(parity):
 
     only, json_file = "step.001/single_blocks.1/out", ("--json", "allowed.json")
     assert parity("budgets", "a.safetensors", "--precision", "bfloat16", "--only", only)[0] == 0
-    measured = budgets.stored(Capture("a.safetensors"))["bfloat16"][only]
+    measured = tolerances.stored_rounding(Capture("a.safetensors"))["bfloat16"][only]
     code, *_ = parity(
         "compare",
         "a.safetensors",
