@@ -18,7 +18,7 @@ _MODULES = {
 
 
 def __getattr__(name: str):
-    """Import public names and submodules on first use, so that `import flux` is fast."""
+    """Import public names and submodules on first use, to keep `import flux` fast."""
     if name in _MODULES:
         return getattr(importlib.import_module(f"flux.{_MODULES[name]}"), name)
     try:

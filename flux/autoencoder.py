@@ -1,7 +1,7 @@
 """The FLUX.1 and FLUX.2 autoencoders, all of it in this single file.
 
 Pixels are (B, 3, H, W) in [-1, 1]. Latents are (B, 4z, H/16, W/16): convolutions shrink an image by
-8, then each 2x2 patch is packed into channels, so that one position is one transformer token.
+8, then each 2x2 patch is packed into channels. One position is one transformer token.
 
 References:
 1) FLUX.1: https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/autoencoder.py

@@ -1,7 +1,7 @@
 """What input images add to a generation, as tensors: three kinds of conditioning, and a start.
 
 channels    (1, L, C')    next to the latents' channels in every image token    Fill, Canny, Depth
-references  (1, R, C)     image tokens after the image's own, with their ids    Kontext, FLUX.2
+references  (1, R, C)     image tokens after the image's, with their ids        Kontext, FLUX.2
 text        (1, T', D)    text tokens after the prompt's                        Redux
 init        (1, C, h, w)  latents to mix noise into, and a mask of where        image to image,
                           the image may change                                  inpainting

@@ -317,13 +317,13 @@ def _row(like: ModelSpec, repository: str, file: str) -> ModelSpec:
 
 
 def _on_dev(like: ModelSpec, name: str, scale: float = 1.0, **files: str) -> ModelSpec:
-    """All networks of FLUX.1 [dev], and files of an own repository: part=file."""
+    """All networks of FLUX.1 [dev], and files of a second repository: part=file."""
     addon = Addon(f"black-forest-labs/{name}", tuple(files.items()), scale)
     return replace(_row(like, "FLUX.1-dev", "flux1-dev"), name=name.lower(), addon=addon)
 
 
 def _quantized(like: ModelSpec, base: str, repository: str) -> ModelSpec:
-    """A transformer in a repository of its own; the other files are in the repository `base`."""
+    """A transformer in a separate repository; the other files are in the repository `base`."""
     file = repository.lower().replace("flux.2-dev", "flux2-dev").replace("flux.2", "flux-2")
     row = _row(like, base, file)
     addon = Addon(f"black-forest-labs/{repository}", (("transformer", row.transformer_file),))

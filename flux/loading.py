@@ -50,7 +50,7 @@ def load(
     weights: folder with the files; else $FLUX_WEIGHTS, the Hugging Face cache, a download.
     device, dtype: default to the best device, and to bfloat16 if the device computes in it.
     numerics: a preset of `flux.transformer.NUMERICS`, or a Numerics.
-    transformer, autoencoder: files that replace the model's own. Without `name`, the model is the
+    transformer, autoencoder: files that replace the model's. Without `name`, the model is the
         first in the table with the shapes of the transformer file.
     check_finite: look for NaN and infinity in all weights.
     The other arguments are fields of `RuntimeOptions`.
@@ -61,8 +61,8 @@ def load(
     spec = get_spec(name, transformer)
     if isinstance(numerics, str):
         if numerics not in NUMERICS:
-            known = ", ".join(NUMERICS)
-            raise UserError(f"numerics: unknown (got {numerics!r}, expected one of {known}).")
+            presets = ", ".join(NUMERICS)
+            raise UserError(f"numerics: unknown (got {numerics!r}, expected one of {presets}).")
         numerics = NUMERICS[numerics]
     if dtype is not None and not (
         isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
@@ -74,7 +74,7 @@ def load(
     chosen = choose_device(device)
     if dtype is None:
         dtype = torch.float32 if spec.embedded else choose_dtype(chosen)
-    replaced: dict[str, list[Path]] = {}  # these replace the model's own, which need not exist
+    replaced: dict[str, list[Path]] = {}  # these replace the model's, which need not exist
     if transformer is not None:
         replaced["transformer"] = shard_files(Path(transformer))
     if autoencoder is not None:

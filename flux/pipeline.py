@@ -118,7 +118,7 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Return `num_images` images of each prompt. None stands for the model's default.
 
-        Image k has seed + k, and equals the image made alone with that seed.
+        Image k has seed + k, and equals the single image of that seed.
         guidance: the scale that the model was trained with, or uses with classifier-free guidance.
         true_cfg_scale: adds classifier-free guidance, against `negative_prompt`, to other models.
         Both may be a list: one value for each step, or two values with a straight line between.
@@ -311,7 +311,7 @@ class Pipeline:
     def _initial_latents(
         self, noise: Tensor, t: float, conditions: Conditions
     ) -> tuple[Tensor, Callable[[Tensor, float], Tensor] | None]:
-        """Return tokens (B, L, C) at time t, and a function that restores known parts of an image.
+        """Return tokens (B, L, C) at time t, and a function that restores protected parts.
 
         Text to image starts from noise, image to image from an image with noise. Inpainting also
         restores, after each step, what the mask protects.
@@ -411,7 +411,7 @@ class Pipeline:
         guidance: float | None,
         text_length: int,
     ) -> list[KVCache]:
-        """Run the reference tokens alone, at t = 0, once for all steps and the whole batch."""
+        """Run the reference tokens alone, at t = 0, once for all steps and images."""
         c = self.spec.transformer
         caches = [KVCache(text_length) for _ in range(c.depth + c.depth_single)]
         zero = torch.zeros(1, device=self.device)
@@ -427,7 +427,7 @@ class Pipeline:
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Return the images of latents (B, C, h, w).
 
-        One image is decoded at a time, so that a batch takes the memory of one image.
+        One image is decoded at a time: a batch takes the memory of one image.
         """
         dtype = self.dtype if self.numerics.decode == "model" else torch.float32
         images = [to_images(self._decode(x), dtype)[0] for x in latents.split(1)]
@@ -506,7 +506,7 @@ class Pipeline:
 def batches(conditions: Sequence[Conditions | None], num_images: int) -> list[list[int]]:
     """Group image numbers whose conditions can share a batch.
 
-    That is one group, unless each prompt has input images of its own.
+    That is one group, unless prompts have different input images.
     """
     groups = defaultdict(list)
     for number in range(len(conditions) * num_images):

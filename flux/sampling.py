@@ -72,7 +72,7 @@ def schedule(
     """Return times from 1 to 0, (steps + 1,) float32.
 
     `kind`: "unshifted" (schnell) is even. "linear" (FLUX.1) and "empirical" (FLUX.2) shift by mu,
-    t -> e^mu / (e^mu + 1/t - 1), so that larger images spend more steps near the noise. `tokens`
+    t -> e^mu / (e^mu + 1/t - 1), and larger images spend more steps near the noise. `tokens`
     counts the generated image's tokens, without references. `rounding`: the arithmetic, float64
     or the float32 of a published implementation, which differs in the last bits.
     """
@@ -154,7 +154,7 @@ def denoise(
     """Follow the velocity from `times[0]` to `times[-1]`: x <- x + (t' - t) * velocity(x, t).
 
     x has any shape. `callback(step, t', x)` is called after each step, counted from 1.
-    `blend(x, t')` may replace known parts of the image before that. `state` says how x is rounded
+    `blend(x, t')` may restore parts of an image before that. `state` says how x is rounded
     between steps. Raise NonFiniteError at the first step after which x is not finite.
     """
     for step, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist()), start=1):

@@ -51,7 +51,7 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Return the prompts' features, on the CPU.
 
-        Prompts are encoded one at a time, so that features do not depend on the batch.
+        Prompts are encoded one at a time: features do not depend on the batch.
         """
         for prompt in prompts:
             if prompt not in self.cache:
@@ -95,7 +95,7 @@ class FLUX1TextEncoder(TextEncoder):
     def encode_one(self, prompt: str) -> TextFeatures:
         t5_tokens = self.t5_tokenizer([prompt], self.length)
         clip_tokens = self.clip_tokenizer([prompt], self.clip.config.max_length)
-        # No warning for CLIP's 77 tokens: T5 still reads the whole prompt.
+        # No warning for CLIP's 77 tokens: T5 still reads all of it.
         warn_if_truncated(t5_tokens, self.length)
         tokens = self.t5()(t5_tokens.ids.to(self.t5.device))  # (1, T, D)
         pooled = self.clip()(clip_tokens.ids.to(self.clip.device))  # (1, V)

@@ -62,7 +62,7 @@ class PromptTokenizer:
                     f"{folder}: the tokenizer has no token {name!r}, it is another model's. "
                     f"Take the files from {self.repository_hint}."
                 )
-        # Replaces the file's own template, which would add a second <s> to Mistral's.
+        # Replaces the file's template, which would add a second <s> to Mistral's.
         self.tokenizer.post_processor = TemplateProcessing(
             single=self.special_token_template, special_tokens=list(special.items())
         )
@@ -139,7 +139,7 @@ class T5Tokenizer(PromptTokenizer):
 
     def _build(self, folder: Path):
         # The pipelines run T5TokenizerFast: sentencepiece's vocabulary and character map, without
-        # sentencepiece itself, which reads special tokens in a prompt as text and maps combining
+        # sentencepiece. The latter reads special tokens in a prompt as text, and maps combining
         # characters differently.
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 

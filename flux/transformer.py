@@ -10,8 +10,8 @@ References:
 2) FLUX.2: https://github.com/black-forest-labs/flux2/blob/main/src/flux2/model.py
 3) DiT: Peebles & Xie 2022, https://arxiv.org/abs/2212.09748
 
-Attribute names are the keys of the released checkpoints, and a module computes what the module of
-that name computes in the original code. In comments: B batch, L image tokens, T text tokens,
+Attribute names are the keys of the released checkpoints. A module computes what the module of that
+name computes in the original code. In comments: B batch, L image tokens, T text tokens,
 N = T + L, D hidden size, H heads, d = D / H channels of a head, R reference tokens.
 """
 
@@ -276,7 +276,7 @@ def mlp(c: FluxConfig) -> nn.Sequential:
 
 
 class DoubleStreamBlock(nn.Module):
-    """Image and text have their own weights and meet in one joint attention."""
+    """Image and text have separate weights, and meet in one joint attention."""
 
     def __init__(self, c: FluxConfig, numerics: Numerics):
         super().__init__()

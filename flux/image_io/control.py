@@ -1,4 +1,4 @@
-"""Control images for FLUX.1 Canny and Depth, made from a photo as Black Forest Labs' code does.
+"""Control images for FLUX.1 Canny and Depth, computed from a photo as Black Forest Labs' code does.
 
 Needs the packages of `pip install -e '.[control]'`; a ready control image needs none of this. The
 photo has the size of the output already. Source: black-forest-labs/flux,
@@ -62,7 +62,7 @@ def depth(
 ) -> Tensor:
     """Return the inverse depth of an RGB image as pixels (1, 3, H, W), float32; near is bright.
 
-    `model`: a repository or a folder. The values stay on the network's own scale: not normalized,
+    `model`: a repository or a folder. The values stay on the network's scale: not normalized,
     not rounded, not clamped to [-1, 1].
     """
     processor, network = _depth_anything(model)

@@ -124,7 +124,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
-    """Scale to 8 bits a channel by the range of the mode; Pillow's own conversion clips at 255."""
+    """Scale to 8 bits a channel by the range of the mode; Pillow's conversion clips at 255."""
     if image.mode == "LAB":
         raise UserError(f"{name}: the LAB color space is not supported. Save it as RGB.")
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
@@ -275,8 +275,8 @@ def composite(
 ) -> Image.Image:
     """Blend: `result` where the mask is white, `original`, byte for byte, where it is black.
 
-    The seam runs over up to `feather` pixels inside the mask. Where the mask is narrow it runs over
-    fewer, so that the middle is the result's own.
+    The seam runs over up to `feather` pixels inside the mask. Where the mask is narrow, the seam is
+    narrower: the middle is always `result`.
     """
     depth = np.zeros((mask.height, mask.width), np.uint8)  # how deep inside, up to feather + 1
     eroded = mask.point(lambda level: 255 * (level > 0))

@@ -65,7 +65,7 @@ OLD_OPTION_NAMES = {
 def describe(
     args: Namespace, pipe, prompt: str, width: int, height: int, steps: int, guidance, seed: int
 ) -> dict:
-    """Return everything that decides an image but its files, and what the image was made on."""
+    """Return all that determines an image, except its files, and the environment of the run."""
     import torch
 
     import flux

@@ -29,7 +29,7 @@ class ImageInputs:
     strength: float | None = None  # image to image, inpainting: the share of the steps that is run
     outpaint: tuple[int, int, int, int] | None = None  # Fill: new pixels left, top, right, bottom
     mask_threshold: float | None = None  # Fill: binarizes a soft mask; None keeps the mask soft
-    composite: bool = True  # put the input's own pixels back where the mask is black
+    composite: bool = True  # put the input's pixels back where the mask is black
     image_weights: tuple[float, ...] | None = None  # Redux: one an image; by default they share 1
     match_image_size: int | None = None  # make the size of the k-th reference, counted from 1
     keep_input_size: bool = False  # Kontext: do not resize to a preferred resolution
@@ -198,7 +198,7 @@ def output_size(
 ) -> Size:
     """Return width and height of the output; a side of None follows from the images or the model.
 
-    The images' size is capped at twice the model's own pixels, except with `match_image_size`.
+    The images' size is capped at twice the model's default size, except with `match_image_size`.
     """
     if images is None or spec.image_mode == "redux" or None not in (width, height):
         return spec.size if width is None else width, spec.size if height is None else height

@@ -4,8 +4,8 @@
     deltas = match_layers(lora, {"transformer": flux, "clip": None})   # one per changed layer
     merge(flux, [(delta, 0.8) for delta in deltas])                    # flux.lora.merge
 
-A key is a prefix (PREFIXES), the name of a layer (ours, diffusers' or OTHER_NAMES, with "." or "_")
-and the role of the tensor (ROLES). Any mixture of the three is read. Files hold LoRA, DoRA, LoHa,
+A key is a prefix (PREFIXES), the name of a layer and the role of the tensor (ROLES). Names are
+ours, diffusers' or OTHER_NAMES, with "." or "_". Any mixture is read. Files hold LoRA, DoRA, LoHa,
 LoKr or plain differences.
 """
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a run without LoRAs does not import the rest of flux.lora
 class LoraManager:
     """The set of LoRA files that are merged now.
 
-    `builtin`: the files of the model's own row in flux.MODELS, which are always merged. `networks`:
+    `builtin`: the files of the model's row in flux.MODELS, which are always merged. `networks`:
     "transformer" and, if loaded, "clip" and "t5". `changed` is called after every change.
     """
 
@@ -97,7 +97,7 @@ class LoraManager:
                     )
 
     def _merge(self) -> None:
-        """Merge all files into the weights as loaded, so that sums are rounded once."""
+        """Merge all files into the weights as loaded, rounding each sum once."""
         for part, network in self.networks.items():
             deltas = []
             for file_deltas, scale in self.files.values():

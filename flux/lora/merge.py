@@ -1,8 +1,8 @@
 """Merge LoRAs into a network: W + sum of scale · delta, in float32, rounded once.
 
-A delta is alpha/rank · BA of a LoRA, or that of one of its relatives (DoRA, LoHa, LoKr, plain
-differences). Merging costs nothing per step, and every module keeps its path. Wrapped layers, which
-compute Wx + s·B(Ax), would do neither.
+A delta is alpha/rank · BA of a LoRA, or the change of a DoRA, LoHa, LoKr or plain difference.
+Merging costs nothing per step, and every module keeps its path. Wrapped layers, which compute
+Wx + s·B(Ax), would do neither.
 """
 
 from collections import defaultdict
@@ -47,7 +47,7 @@ class LayerDelta:
         factors = {role: factor.to(weight) for role, factor in self.factors.items()}
         delta = multiply_factors(factors)
         if "diff" in factors or "value" in factors:
-            delta = self.scaling * delta  # a copy: this one may be the file's own tensor
+            delta = self.scaling * delta  # a copy: the tensor may be the file's
         else:
             delta.mul_(self.scaling)
         if "magnitude" not in factors:
@@ -66,7 +66,7 @@ class LayerDelta:
 def multiply_factors(factors: Mapping[str, Tensor]) -> Tensor:
     """Return the delta (rows, columns) without alpha/rank.
 
-    LoRA: B·A. LoHa: (B1·A1) * (B2·A2). LoKr: a Kronecker product. Others: the file's own tensor.
+    LoRA: B·A. LoHa: (B1·A1) * (B2·A2). LoKr: a Kronecker product. Others: the file's tensor.
     """
     if "down" in factors:
         return factors["up"] @ factors["down"]
@@ -106,8 +106,8 @@ def merge(
     Scale 0 leaves W as it is; scale 1 gives what PEFT gives. New norms and new columns of img_in
     apply at every scale, as in Black Forest Labs' code. Sums are rounded once, to the dtype of W
     (float8 too). A quantized layer whose weight changes becomes a Linear in the dtype of the
-    computation, since quantizing again would lose more. Old tensors stay as they are and are not
-    kept: to undo a merge, load the module again. `each(path)` is called after each changed layer.
+    computation: quantizing again would lose more. Old tensors stay as they are and are not kept: to
+    undo a merge, load the module again. `each(path)` is called after each changed layer.
 
     UserError if a sum overflows; the module is then unusable.
     """

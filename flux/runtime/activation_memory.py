@@ -1,8 +1,8 @@
 """Count the bytes of activations that each stage takes next to its weights.
 
 The counts come from a forward pass of the networks themselves, on the CPU. Activations grow in
-proportion to the width of a network and to the number of tokens or pixels. So a narrow copy, with
-one block of each type, is run on a small input, and its peak is scaled up. (The meta device would
+proportion to the width of a network and to the number of tokens or pixels. So a narrow copy with
+one block of each type runs on a small input, and its peak is scaled up. (The meta device would
 need no copy, but its kernels import torch's compiler, which takes seconds.)
 """
 
@@ -46,7 +46,7 @@ class Workload:
     height: int
     batch: int = 1  # images that pass through the transformer at once
     reference_tokens: int = 0  # tokens of reference images, next to those of the image
-    image_text_tokens: int = 0  # text tokens made from images (FLUX.1 Redux)
+    image_text_tokens: int = 0  # text tokens of images (FLUX.1 Redux)
     steps: int = 1  # steps whose modulation is precomputed
     itemsize: int = 2  # bytes of an activation
     tile: int | None = None  # pixels: side of the tiles of a tiled decode
@@ -247,7 +247,7 @@ def _dtype(itemsize: int) -> torch.dtype:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Return the most bytes that tensors made in `function` take at one time, without gradients.
+    """Return the most bytes that tensors created in `function` take at one time, without gradients.
 
     The count is taken after each operation, so workspaces of an operation are not included.
     """
@@ -263,21 +263,21 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Storages made elsewhere. A reference keeps the address from being used again.
+        # Storages created elsewhere. A reference keeps the address from being used again.
         self.others: dict[int, StorageWeakRef] = {}
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.created: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for key, ref, _ in _storages((args, kwargs)):
-            if key not in self.made:
+            if key not in self.created:
                 self.others[key] = ref
         out = function(*args, **(kwargs or {}))
         for key, ref, size in _storages(out):
             if key not in self.others:
-                self.made[key] = ref, size
-        self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.made.values()))
+                self.created[key] = ref, size
+        self.created = {k: entry for k, entry in self.created.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.created.values()))
         return out
 
 

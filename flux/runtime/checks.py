@@ -46,7 +46,7 @@ def check_size(height: int, width: int) -> tuple[int, int]:
 
 
 def check_steps(spec: ModelSpec, steps: int | None) -> int:
-    """Return the number of steps, by default the model's; warn if a distilled model has its own."""
+    """Return the number of steps, by default the model's; warn if a distilled model has another."""
     if steps is None:
         return spec.steps
     check_integer("steps", steps)

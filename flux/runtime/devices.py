@@ -20,7 +20,7 @@ class FreeMemory(NamedTuple):
 
     device_type: str  # one of DEVICE_TYPES
     device: float
-    host: float = math.inf  # ignored unless the device has memory of its own
+    host: float = math.inf  # ignored if device and host share one memory
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -7,8 +7,8 @@ The stages run one after another: encode the prompt, run the transformer, decode
     offload="block"   the same; of a stage that does not fit, some blocks stay on the device and
                       the others are streamed, one after another (streaming.py)
 
-A GB is 10^9 bytes. On the CPU, mapped weights are pages of their file and take no memory of their
-own. On Apple's GPUs, device and host share one memory.
+A GB is 10^9 bytes. On the CPU, mapped weights are pages of their file and take no other memory.
+On Apple's GPUs, device and host share one memory.
 """
 
 import math
@@ -36,7 +36,7 @@ class WeightSizes:
 
     fixed: int  # on the device as long as the stage runs
     blocks: tuple[int, ...] = ()  # the streamable bytes of each block
-    mapped: int = 0  # how much of all that is the file's own pages while it is on the CPU
+    mapped: int = 0  # how many of these bytes are pages of a file on the CPU
     scratch: int = 0  # bytes to dequantize the largest matrix
     merging: int = 0  # bytes to merge LoRAs into the largest matrix
 
@@ -142,15 +142,16 @@ def required(
 
     `resident` bytes of the blocks stay on the device and the rest is streamed. None: no streaming.
     """
-    own = sizes.total - sizes.mapped  # not pages of a file
+    unmapped = sizes.total - sizes.mapped
     working = active + sizes.scratch + RESERVED[device_type]
     if resident is None:
-        held = own if device_type == "cpu" else sizes.total
+        held = unmapped if device_type == "cpu" else sizes.total
         return Required(held + max(working, sizes.merging + RESERVED[device_type]), 0)
     buffers = NUM_BUFFERS * max(sizes.blocks)
     held = 0 if device_type == "cpu" else sizes.fixed + resident
     device = held + buffers + working
-    host = max(buffers, sizes.merging) + own  # pinned buffers; weights that were cast or merged
+    # pinned buffers; weights that were cast or merged
+    host = max(buffers, sizes.merging) + unmapped
     return Required(device, host) if device_type == "cuda" else Required(device + host, 0)
 
 

@@ -1,8 +1,8 @@
 """Which networks of a pipeline are in memory, and when.
 
 A run has stages: the prompt is encoded, input images are encoded, the transformer runs, latents are
-decoded. Before the first, `plan` decides whether all weights stay on the device, only those of the
-stage that runs, or only some of its blocks. After each stage, `done` releases what must go.
+decoded. Before the first, `plan` decides which weights stay on the device: all, those of the stage
+that runs, or some of its blocks. After each stage, `done` releases what must go.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Stream blocks: their weights stay in host memory and come to the device one block at a time.
 
 `stream` replaces each list of blocks by a `StreamedModuleList`. Iterating over the list yields each
-block with its weights on the device, while the weights of the next block are being copied. So a
-network that loops over its blocks is streamed unchanged, and module and weight names stay the same.
+block with its weights on the device, while the next block's weights are copied. So a network that
+loops over its blocks is streamed unchanged, and module and weight names stay the same.
 
     file's pages (host) --memcpy--> pinned memory (host) --copy stream--> buffer (device)
 
@@ -64,7 +64,7 @@ def unstream(module: nn.Module, lists: Sequence[str]) -> nn.Module:
 def choose_resident(sizes: Sequence[int], budget: int) -> list[bool]:
     """Choose which blocks stay on the device, within `budget` bytes.
 
-    The blocks that stay are evenly spaced, so that each copy runs during the computation of others.
+    The blocks that stay are evenly spaced: each copy runs during the computation of others.
     """
     stays: list[bool] = []
     total, seen, kept = sum(sizes), 0, 0
@@ -102,7 +102,7 @@ class StreamedModuleList(nn.ModuleList):
 class TensorSlice(NamedTuple):
     """One tensor of a block and its place in a buffer."""
 
-    tensor: Tensor  # the module's own; its data is `host`, or a view of a buffer
+    tensor: Tensor  # the module's; its data is `host`, or a view of a buffer
     host: Tensor
     start: int  # bytes
 
@@ -146,8 +146,7 @@ class PrefetchRing:
             self.buffers = [Buffer(size, device, self.streams) for _ in range(count)]
         self.copy_stream = self.streams.Stream(device)
         for buffer in self.buffers:
-            # what had this memory before may still be in use, and the last copy may be running
-            # when the buffer is freed
+            # The memory's earlier user may still run. The last copy may run when it is freed.
             buffer.free.record(self.streams.current_stream(device))
             if device.type == "cuda":
                 buffer.memory.record_stream(self.copy_stream)

@@ -128,7 +128,7 @@ AUTOENCODER = (  # parts of names, ours and diffusers'; no first dot: the start 
 
 
 def from_diffusers(name: str, levels: int = 4) -> str:
-    """Return our name of a tensor in a `vae/` file; our own names stay as they are."""
+    """Return our name of a tensor in a `vae/` file; our names stay as they are."""
     return _rename(name, [(theirs, ours) for ours, theirs in AUTOENCODER], levels)
 
 

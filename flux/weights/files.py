@@ -293,7 +293,7 @@ def _in_folder(repository: str, filename: str, weights: Path | None) -> Path | N
     folder = weights_folder(weights)
     if folder is None:
         return None
-    # Capitals do not matter, as on the hub. The repository's own folder comes first, because a
+    # Capitals do not matter, as on the hub. The repository's folder comes first, because a
     # file at the top may belong to another repository.
     names = (repository.lower(), repository.lower().split("/")[-1])
     try:

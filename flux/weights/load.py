@@ -1,7 +1,7 @@
 """Load weight files, strictly, into a module that was built on the meta device.
 
 Our module names are the released checkpoints' keys, so nothing is renamed. A file is mapped, not
-read: its tensors are the file's own pages, and take no memory until they are cast or moved.
+read: its tensors are pages of the file, and take no memory until they are cast or moved.
 Linears whose weights the file stores quantized are replaced by modules that keep them quantized.
 Nothing is ever unpickled.
 """
@@ -70,11 +70,11 @@ def load_module(
 ) -> None:
     """Load `files` into a module on the meta device; freeze it and set evaluation mode.
 
-    On the CPU and in the files' own dtype (`dtype=None`) tensors stay mapped. Otherwise floats are
+    On the CPU and in the files' dtype (`dtype=None`) tensors stay mapped. Otherwise floats are
     cast one tensor at a time, except quantized weights and their scales.
 
     prefixes: what may stand before the names in the files; the best fit is removed.
-    ignore_keys: whether a tensor of this name, without prefix, is known and not needed.
+    ignore_keys: whether a tensor of this name, without prefix, is expected but not needed.
     rename: from a name in the file, without prefix, to the module's name, for a foreign layout.
     check_finite: raise UserError if a weight is NaN or infinite.
 

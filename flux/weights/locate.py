@@ -118,7 +118,7 @@ def locate(
 ) -> dict[str, list[Path] | Path]:
     """Return every file of a row: a list of weight files by network, a folder by tokenizer.
 
-    `local_files` replace the row's own files of a network, which then need not exist.
+    `local_files` replace the row's files of a network, which then need not exist.
     """
     files: dict[str, list[Path] | Path] = {}
     for part, choices in networks(spec).items():
@@ -136,14 +136,14 @@ def locate(
 
 
 def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """Return the files of each network in the row's own repository; any one of them is enough."""
-    own = {
+    """Return the files of each network in the row's repository; any one of them is enough."""
+    files = {
         **spec.text.networks,
         "transformer": (spec.transformer_file,),
         "autoencoder": spec.autoencoder_files,
     }
     from_addon = {part for part, _ in spec.addon.files} if spec.addon else set()
-    return {part: choices for part, choices in own.items() if part not in from_addon}
+    return {part: choices for part, choices in files.items() if part not in from_addon}
 
 
 def is_available_locally(spec: ModelSpec, weights: Path | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""FP8: one byte a weight, with a scale for the whole matrix, for each row, for each block, or none.
+"""FP8: one byte a weight, with one scale for the matrix, for each row, for each block, or none.
 
 Both float8 types are specified by "OCP 8-bit Floating Point Specification (OFP8)". A file has, for
 a layer L:
@@ -24,7 +24,7 @@ E4M3_MAX = 448.0  # of float8_e4m3fn
 
 
 class FP8Linear(QuantizedLinear):
-    """A float8 weight, and its scale: of the whole matrix, of each row, or none.
+    """A float8 weight, and its scale: of the matrix, of each row, or none.
 
     Each weight is one byte: float8_e4m3fn (4 bits of exponent, 3 of mantissa) or float8_e5m2.
     weight = value * weight_scale. Without a scale, the value is the weight.

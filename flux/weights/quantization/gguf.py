@@ -4,7 +4,7 @@
     weight = tensors(path)[name]         # mapped: (out, bytes per row) uint8
     decode(weight, "Q4_K", (out, in))    # (out, in) float32
 
-A quantized row is cut into blocks of 32 or 256 neighbouring weights, each packed on its own.
+A quantized row is cut into blocks of 32 or 256 neighbouring weights, each packed separately.
 A weight is a small integer times a scale, plus a minimum in some types. In the K-quants, the scales
 and minima of groups are small integers times a scale too.
 The arithmetic is ggml's, in float32, to the last bit (diffusers computes in float16).
@@ -266,7 +266,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str | int 
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """Map every tensor: in its own dtype or, if quantized, as bytes (..., bytes per row) uint8."""
+    """Map every tensor: in its dtype or, if quantized, as bytes (..., bytes per row) uint8."""
     path = Path(path)
     header = _read(path)
     try:

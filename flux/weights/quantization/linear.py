@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
         return out if self.bias is None else out + self.bias.to(dtype)
 
     def to_linear(self, weight: Tensor) -> nn.Linear:
-        """Return a frozen Linear with this weight instead of the layer's own, and the same bias."""
+        """Return a frozen Linear with this weight instead of the layer's, and the same bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", self.bias)

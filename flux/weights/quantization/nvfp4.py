@@ -4,7 +4,7 @@ A file has, for a layer L:
 
     L.weight            U8       (out, in/2)     two numbers a byte
     L.weight_scale      F8_E4M3  (out, in/16)    of each block of 16 along a row
-    L.weight_scale_2    F32      ()              of the whole matrix
+    L.weight_scale_2    F32      ()              of the matrix
     L.input_scale       F32      ()              of activations, if hardware multiplies in 4
                                                  bits; may be absent
 

@@ -18,7 +18,7 @@ from flux.weights.quantization.linear import QuantizedLinear
 from flux.weights.quantization.nf4 import lookup
 
 # Parts of paths in a transformer that stay as they are: inputs, outputs, time, guidance and
-# modulation, which act on every token. Black Forest Labs' own FP8 files keep the same layers.
+# modulation, which act on every token. Black Forest Labs' FP8 files keep the same layers.
 SKIPPED = frozenset(
     {
         "img_in",
@@ -153,7 +153,7 @@ def encode_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     0.5625 bytes a weight. Rows are padded to a multiple of 32. The largest of a group, whatever its
     sign, becomes -8, as in GGUF's Q4_0: 8.6 % error on normal numbers. From -7 to 7 the error is
-    9.7 %; with a minimum beside the scale, for 64 weights and as many bytes, 9.0 %.
+    9.7 %; with a minimum next to the scale, for 64 weights and as many bytes, 9.0 %.
     """
     padded = F.pad(weight, (0, -weight.shape[1] % GROUP))
     groups = padded.unflatten(1, (-1, GROUP))  # (n, groups, 32)
