@@ -136,10 +136,8 @@ def our_autoencoder(
     with TemporaryDirectory() as folder:
         path = Path(folder, "ae.safetensors")
         save_file(random_weights(lambda: AutoEncoder(config), "cpu", dtype).state_dict(), path)
-        speed_up = fast_autoencoder if device.type == "cpu" else None
-        network = LazyModule(
-            AutoEncoder, config, [path], device=device, dtype=dtype, speed_up=speed_up
-        )
+        adapt = fast_autoencoder if device.type == "cpu" else None
+        network = LazyModule(AutoEncoder, config, [path], device=device, dtype=dtype, adapt=adapt)
         return network()
 
 
