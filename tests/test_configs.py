@@ -193,9 +193,9 @@ def test_quantized_rows_equal_the_unquantized_ones():
         )
     }
     for name, spec in QUANTIZED.items():
-        whole, _, storage = name.rpartition("-")
+        base, _, storage = name.rpartition("-")
         file = dict(transformer_file=spec.transformer_file, addon=spec.addon, weight_format=storage)
-        assert spec == replace(MODELS[whole], name=name, **file) and spec.weight_format == storage
+        assert spec == replace(MODELS[base], name=name, **file) and spec.weight_format == storage
         assert spec.addon.files == (("transformer", spec.transformer_file),)
 
 
@@ -355,16 +355,16 @@ def test_other_transformer_changes_guidance(name, embeds, guidance, cfg):
 def test_unknown_name_lists_the_nearest(wrong, near):
     with pytest.raises(
         UserError, match=r"there is no such model \(got .*\); did you mean .*The choices are"
-    ) as told:
+    ) as caught:
         get_spec(wrong)
-    assert f"name: there is no such model (got {wrong})" in str(told.value)
-    assert near in str(told.value).partition("did you mean ")[2].partition("?")[0]
+    assert f"name: there is no such model (got {wrong})" in str(caught.value)
+    assert near in str(caught.value).partition("did you mean ")[2].partition("?")[0]
 
 
 @pytest.mark.parametrize("wrong", ["", "zzz", "../../etc/passwd"])
 def test_unknown_name_lists_all(wrong):
     with pytest.raises(
         UserError, match=r"there is no such model \(got .*\); The choices are"
-    ) as told:
+    ) as caught:
         get_spec(wrong)
-    assert all(name in str(told.value) for name in MODELS)
+    assert all(name in str(caught.value) for name in MODELS)

@@ -218,7 +218,7 @@ def test_local_upsampling_refuses_wrong_input(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path, asked",
+    "path, expected",
     [
         ("", "/v1"),
         ("/", "/v1"),
@@ -228,7 +228,7 @@ def test_local_upsampling_refuses_wrong_input(folder, tmp_path, monkeypatch):
         ("/v1beta/openai/", "/v1beta/openai"),
     ],
 )
-def test_remote_request(server, monkeypatch, path, asked):
+def test_remote_request(server, monkeypatch, path, expected):
     server.reply = 200, {}, chat_reply(" a fluffy\ncat \x1b[31m\U0001f431\ud83d\n")
     assert (
         upsample_remotely(PROMPT, server.url + path, "some/model") == "a fluffy\ncat [31m\U0001f431"
@@ -237,8 +237,8 @@ def test_remote_request(server, monkeypatch, path, asked):
     upsample_remotely(PROMPT, server.url + path, "some/model", images=IMAGES[1:])
     upsample_remotely(PROMPT, server.url + path, "some/model", key="other")
     upsample_remotely(PROMPT, server.url + path, "some/model", key="")
-    assert [address for address, _, _ in server.asked] == [asked + "/chat/completions"] * 4
-    assert [headers["Authorization"] for _, headers, _ in server.asked] == [
+    assert [address for address, _, _ in server.requests] == [expected + "/chat/completions"] * 4
+    assert [headers["Authorization"] for _, headers, _ in server.requests] == [
         None,
         f"Bearer {KEY}",
         "Bearer other",
@@ -248,17 +248,17 @@ def test_remote_request(server, monkeypatch, path, asked):
     system, user = (
         {"role": role, "content": text} for role, text in (("system", EXPAND), ("user", PROMPT))
     )
-    assert server.asked[0][2] == server.asked[2][2] == recipe | {"messages": [system, user]}
-    picture, text = server.asked[1][2]["messages"][1].pop("content")
-    assert server.asked[1][2] == recipe | {
+    assert server.requests[0][2] == server.requests[2][2] == recipe | {"messages": [system, user]}
+    image_part, text = server.requests[1][2]["messages"][1].pop("content")
+    assert server.requests[1][2] == recipe | {
         "messages": [{"role": "system", "content": EDIT}, {"role": "user"}]
     }
-    assert text == {"type": "text", "text": PROMPT} and picture.keys() == {"type", "image_url"} == {
-        picture["type"],
+    assert text == {"type": "text", "text": PROMPT} and image_part.keys() == {
         "type",
-    }
-    start, _, data = picture["image_url"].pop("url").partition(",")
-    assert start == "data:image/png;base64" and not picture["image_url"]
+        "image_url",
+    } == {image_part["type"], "type"}
+    start, _, data = image_part["image_url"].pop("url").partition(",")
+    assert start == "data:image/png;base64" and not image_part["image_url"]
     assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), IMAGES[1])
 
 
@@ -270,7 +270,9 @@ def test_large_images_are_shrunk(server):
         "m",
         images=[Image.new("RGB", (1600, 900)), Image.new("RGB", (768, 768))],
     )
-    urls = [part["image_url"]["url"] for part in server.asked[0][2]["messages"][1]["content"][:2]]
+    urls = [
+        part["image_url"]["url"] for part in server.requests[0][2]["messages"][1]["content"][:2]
+    ]
     sizes = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in urls]
     assert sizes == [(1024, 576), (768, 768)]  # 1024·576 = 768²
 
@@ -314,7 +316,7 @@ def test_server_errors_are_reported_without_the_key(server, reply, fault):
     assert KEY[:4] not in str(error.value) and error.value.__suppress_context__ | (
         error.value.__context__ is None
     )
-    assert len(server.asked) == 1 and len(str(error.value)) < 500
+    assert len(server.requests) == 1 and len(str(error.value)) < 500
 
 
 def test_slow_and_missing_servers_are_reported(server):

@@ -467,7 +467,7 @@ def test_prompt_is_expanded_by_a_server_that_sees_the_images(cli, here, zoo, ser
     flags = (*zoo(KLEIN), *BOTH.split(), "--steps", 2, "--seed", 5)
     by_server = ("--upsample", server.url, "--upsample-model", "some/model")
     path = image_of(run := cli("a cat", *flags, *by_server))
-    ((address, _, body),) = server.asked
+    ((address, _, body),) = server.requests
     content = body["messages"][1]["content"]
     assert address == "/v1/chat/completions" and body["model"] == "some/model"
     assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
@@ -477,14 +477,14 @@ def test_prompt_is_expanded_by_a_server_that_sees_the_images(cli, here, zoo, ser
     assert (metadata["prompt"], metadata["upsampled_from"]) == ("a cat,\nin fur", "a cat")
     assert pixels(path) == pixels(image_of(cli("a cat,\nin fur", *flags)))
     again = image_of(cli("--from-image", path, "--weights", zoo.folder))
-    assert pixels(again) == pixels(path) and len(server.asked) == 1
+    assert pixels(again) == pixels(path) and len(server.requests) == 1
 
 
 def test_every_prompt_is_expanded_once(cli, server):
     server.reply = 200, {}, chat_reply("a red ring")
     by_server = ("--upsample", server.url + "/v1", "--upsample-model", "m", "--num-images", 2)
     run = cli("a ring", "a star", *QUICK, *by_server)
-    sent = [body["messages"][1]["content"] for _, _, body in server.asked]
+    sent = [body["messages"][1]["content"] for _, _, body in server.requests]
     assert run.code == 0 and sent == ["a ring", "a star"]
     recorded = [read_metadata(path)["upsampled_from"] for path in run.images]
     assert recorded == ["a ring", "a ring", "a star", "a star"]
@@ -496,14 +496,14 @@ def test_expanded_prompt_too_long_for_a_jpeg_is_refused_before_the_work(cli, ser
     by_server = ("--upsample", server.url, "--upsample-model", "m", "--output", "a.jpg")
     run = cli(PROMPT, *QUICK, *by_server)
     run.fails_with("--output: the prompt is too long", "a.jpg", ".png")
-    assert not run.files and len(server.asked) == 1
+    assert not run.files and len(server.requests) == 1
 
 
 def test_error_of_the_server_is_one_line(cli, server):
     server.reply = 500, {}, b'{"error": "no room"}'
     run = cli(PROMPT, *QUICK, "--upsample", server.url, "--upsample-model", "m")
     run.fails_with(f"{server.url}/v1/chat/completions", "500", "no room")
-    assert not run.files and len(server.asked) == 1
+    assert not run.files and len(server.requests) == 1
 
 
 # ------------------------------------------------------------------------------ making again

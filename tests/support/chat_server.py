@@ -11,17 +11,17 @@ from types import SimpleNamespace
 
 @contextmanager
 def chat_server() -> Iterator[SimpleNamespace]:
-    """Serve at `url`; set `reply` and `delay` (seconds), then read the requests in `asked`.
+    """Serve at `url`; set `reply` and `delay` (seconds), then read the requests in `requests`.
 
     `reply`: status, headers and content of every response; or all bytes of the response.
-    `asked`: (path, headers, body) of every request; the body of a GET is None.
+    `requests`: (path, headers, body) of every request; the body of a GET is None.
     """
-    state = SimpleNamespace(asked=[], reply=(200, {}, b""), delay=0.0)
+    state = SimpleNamespace(requests=[], reply=(200, {}, b""), delay=0.0)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            state.asked.append((self.path, self.headers, json.loads(body)))
+            state.requests.append((self.path, self.headers, json.loads(body)))
             time.sleep(state.delay)
             if isinstance(state.reply, bytes):
                 self.wfile.write(state.reply)
@@ -34,7 +34,7 @@ def chat_server() -> Iterator[SimpleNamespace]:
             self.wfile.write(content)
 
         def do_GET(self):  # the client must not follow a redirect
-            state.asked.append((self.path, self.headers, None))
+            state.requests.append((self.path, self.headers, None))
 
         def log_message(self, *_):
             pass

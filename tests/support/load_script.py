@@ -8,7 +8,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def script(name: str) -> ModuleType:
-    """A new module each time, so that a test may change it. `name`: the path below scripts/, without .py."""
+    """Return scripts/`name`.py as a module. It is new each time, so a test may change it."""
     spec = importlib.util.spec_from_file_location(
         f"{Path(name).name}_script", SCRIPTS / f"{name}.py"
     )
