@@ -640,7 +640,9 @@ def add_table(commands) -> None:
         "table",
         "measure each network and pipeline, tiny and random, against diffusers and transformers",
     )
-    p.add_argument("--write", action="store_true", help="also replace the tables in flux/parity/README.md")
+    p.add_argument(
+        "--write", action="store_true", help="also replace the tables in flux/parity/README.md"
+    )
 
 
 def table(args: argparse.Namespace) -> int:

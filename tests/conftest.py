@@ -1,14 +1,15 @@
-"""Fixtures of several test modules. Puts the folders of tests/ on sys.path."""
+"""Fixtures of several test modules."""
 
+import os
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
-import torch
 
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(folder) for folder in (TESTS, *TESTS.glob("*/")) if folder.is_dir()]
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
 
 
 @pytest.fixture(autouse=True)
