@@ -7,6 +7,7 @@ and a fingerprint of the weights, which `flux/parity/reference.py` draws from se
 names the versions of the libraries. Needs a clone of the repository.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -120,6 +121,9 @@ def save(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Non
 
 @torch.no_grad()
 def main() -> None:
+    argparse.ArgumentParser(
+        description="Write tests/golden again. Takes no arguments."
+    ).parse_args()
     GOLDEN.mkdir(exist_ok=True)
     for name, ours in reference.golden_networks().items():
         given, expected = answer(name, ours)
@@ -130,10 +134,11 @@ def main() -> None:
     for name, guidance in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             modules, tensors = pipeline_tensors(name, guidance, Path(folder))
-        asked = {"prompts": "\n".join(PROMPTS)} | (
-            {} if guidance is None else {"guidance": str(guidance)}
-        )
-        save(f"pipeline-{name}", tensors | {"fingerprint": reference.fingerprint(*modules)}, asked)
+        request = {"prompts": "\n".join(PROMPTS)}
+        if guidance is not None:
+            request["guidance"] = str(guidance)
+        fingerprint = reference.fingerprint(*modules)
+        save(f"pipeline-{name}", tensors | {"fingerprint": fingerprint}, request)
 
 
 if __name__ == "__main__":
