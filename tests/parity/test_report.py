@@ -25,6 +25,7 @@ from flux.parity.compare import Row, compare, first_over
 
 pytest.importorskip("matplotlib")
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/parity.py"
 TEXT, REFERENCES = 5, 2  # tokens
 HEIGHT, WIDTH = 3, 4  # of the latent grid

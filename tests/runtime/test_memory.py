@@ -430,7 +430,7 @@ byte_counts = st.integers(0, 5 * GB)
 @st.composite
 def weight_sizes(draw) -> WeightSizes:
     fixed, blocks = draw(byte_counts), tuple(draw(st.lists(byte_counts, max_size=5)))
-    mapped = int(draw(st.floats(0, 1)) * (fixed + sum(blocks)))
+    mapped = int(draw(st.floats(0, 1, allow_subnormal=False)) * (fixed + sum(blocks)))
     return WeightSizes(fixed, blocks, mapped, draw(byte_counts))
 
 

@@ -32,6 +32,7 @@ from flux.text_encoder import TextFeatures
 from flux.transformer import Flux, Modulation
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("small_kontext_sizes"),
     pytest.mark.filterwarnings("ignore:.* was distilled for"),
     pytest.mark.filterwarnings("ignore:.* was not trained with"),
