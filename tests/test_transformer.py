@@ -29,6 +29,7 @@ from flux.transformer import (
     NUMERICS,
     Flux,
     FluxConfig,
+    KVCache,
     Numerics,
     QKNorm,
     rope_table,
@@ -231,6 +232,19 @@ def test_missing_input_raises():
         del batch[missing]
         with pytest.raises(ValueError, match=f"{missing}: missing"):
             model(FLUX1_TINY)(**batch)
+
+
+@torch.no_grad()
+def test_kv_cache_keeps_no_more_than_its_tensors():
+    """A view of q, k and v would keep all three in memory."""
+    ours, given = model(FLUX2_TINY), inputs(FLUX2_TINY)
+    caches = [KVCache(text_length=7) for _ in (*ours.double_blocks, *ours.single_blocks)]
+    rope = ours.rope(given["txt_ids"][:0], given["img_ids"])
+    (mods,) = ours.modulations([ours.vec(given["t"], given["guidance"])])
+    ours.denoise(given["img"], given["txt"][:, :0], rope, mods, caches)
+    for cache in caches:
+        for tensor in (cache.k, cache.v):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 # ------------------------------------------------------------------ full size
