@@ -873,6 +873,7 @@ def test_failed_run_leaves_no_file(load, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_limit_and_free_space_are_checked(load, tmp_path, monkeypatch):
     pipe, path = load("flux.1-dev"), tmp_path / "a.safetensors"
     with pytest.raises(
@@ -904,6 +905,7 @@ def test_unmatched_pattern_suggests_near_names(only, near, load, tmp_path):
         capture(load("flux.1-dev"), SMALL, tmp_path / "a.safetensors", Selection((only,)))
 
 
+@pytest.mark.slow
 def test_wrong_requests_are_refused(load, tmp_path):
     pipe, path = load("flux.1-dev"), tmp_path / "a.safetensors"
     with pytest.raises(UserError, match=r"steps: there are 2 steps, counted from 1 \(got 3\)"):
@@ -936,6 +938,7 @@ QUICK = (
 )
 
 
+@pytest.mark.slow
 def test_command_captures_and_compares(parity, tmp_path):
     code, out, err = parity("capture", *QUICK, "--output", "a.safetensors")
     assert (code, out) == (0, "a.safetensors\n") and re.match(

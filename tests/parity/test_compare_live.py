@@ -99,6 +99,7 @@ def test_bfloat16_equals_diffusers_with_its_numerics(name, pipeline, tmp_path):
     assert {row.dtype for row in rows} == {"BF16"} and differing(rows) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, change",
     [*((KLEIN, change) for change in CHANGES if change != "weight"), ("flux.1-dev", "weight")],
@@ -275,6 +276,7 @@ def written(name, inputs):
 """
 
 
+@pytest.mark.slow
 def test_command_compares_live_runs(parity):
     size = ("--width", 64, "--height", 64, "--steps", 1)
     assert parity("capture", "a small red circle", *size, "--output", "a.safetensors")[0] == 0

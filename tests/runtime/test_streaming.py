@@ -210,6 +210,7 @@ def test_weights_that_are_not_contiguous_stream():
     assert torch.equal(stream(Chain(*layers), ["layers"], "cpu")(x), expected)
 
 
+@pytest.mark.slow
 @either_family
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_streaming_compiles_one_graph_per_type_of_block(config, share):
