@@ -54,7 +54,7 @@ class Numerics:
     """Where the published implementations round differently. `NUMERICS` names the presets.
 
     The first three fields concern this network, the others what runs around it.
-    In float32, only `rope` and `schedule` make a difference.
+    In float32, `time`, `norm_scale` and `state` make no difference.
     """
 
     time: Literal["float32", "bfl", "diffusers"] = "float32"  # rounding of 1000 t, 1000 guidance
