@@ -429,7 +429,7 @@ class Pipeline:
 
         One image is decoded at a time: a batch takes the memory of one image.
         """
-        dtype = self.dtype if self.numerics.decode == "model" else torch.float32
+        dtype = self.autoencoder.dtype if self.numerics.decode == "model" else torch.float32
         images = [to_images(self._decode(x), dtype)[0] for x in latents.split(1)]
         self.residency.done(self.autoencoder)
         return images
