@@ -1,0 +1,43 @@
+"""Files that a user names: plain files only, of a bounded size.
+
+Reading a pipe may wait for its writer, and a device such as /dev/zero never ends.
+"""
+
+from pathlib import Path
+
+from flux.errors import UserError
+
+
+def require_plain_file(path: Path, kind: str = "a file") -> Path:
+    """Return `path`, unopened. UserError unless a plain file, or a link to one, is there.
+
+    `kind`: what the user should name, for the message.
+    """
+    path = Path(path)
+    try:
+        if path.is_file():
+            return path
+        path.stat()  # `is_file` hides why there is none
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist. Name {kind}.") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise UserError(f"{path}: cannot be read ({_reason(error)}). Name {kind}.") from None
+    problem = "a folder" if path.is_dir() else "a pipe or a device"
+    raise UserError(f"{path}: is {problem}, not a plain file. Name {kind}.")
+
+
+def read_plain_file(path: Path, limit: int, kind: str = "a file") -> bytes:
+    """Return a plain file's bytes. UserError for other files, and for more than `limit` bytes."""
+    path = require_plain_file(path, kind)
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}). Name {kind}.") from None
+    if len(content) > limit:
+        raise UserError(f"{path}: is larger than {limit:,} bytes. Name {kind}.")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
