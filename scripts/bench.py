@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch
 from benchmarks.rows import Report, Row, check_json, installed
 from benchmarks.setting import Setting
-from command_line import with_flags
+from command_line import Parser, exit_code, show
 
 from flux.configs import ModelSpec
 from flux.errors import UserError
@@ -40,28 +40,29 @@ FLAGS = {"name": "--model", "device": "--device"}
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
+    command = shlex.join(["bench.py", *arguments])
+    stopped = "stopped; --json keeps the rows that were measured"
+    return exit_code(lambda: measure(args, command), FLAGS, args.json, stopped)
+
+
+def measure(args: argparse.Namespace, command: str) -> int:
+    setting, rows = plan(args)
+    report = Report(command, device_name(setting.device))
+    report.print_heading()
     try:
-        setting, rows = plan(args)
-        report = Report(shlex.join(["bench.py", *arguments]), device_name(setting.device))
-        report.print_heading()
-        try:
-            if rows:
-                report.print_rows(itertools.chain(*rows))
-            if args.lossy:
-                report.print_losses(losses(setting))
-        finally:  # rows that were measured before a failure are kept
-            if args.json and (report.rows or report.losses):
-                print(f"\n{report.save(args.json)}")
-    except (UserError, OSError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
+        if rows:
+            report.print_rows(itertools.chain(*rows))
+        if args.lossy:
+            report.print_losses(losses(setting))
+    finally:  # rows that were measured before a failure are kept
+        if args.json and (report.rows or report.losses):
+            path = report.save(args.json)
+            show("", path)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what (default: a start)")
     what.add_argument(
         "--against",
@@ -105,11 +106,8 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
         raise UserError("--against: diffusers is not installed. Run `pip install -e '.[test]'`.")
     if args.json:
         check_json(args.json)
-    try:
-        device = choose_device(args.device)
-        spec = get_spec(args.model) if args.model else None
-    except UserError as error:
-        raise UserError(with_flags(str(error), FLAGS)) from None
+    device = choose_device(args.device)
+    spec = get_spec(args.model) if args.model else None
     setting = Setting(device, args.rounds)
     if device.type == "cpu":
         setting = replace(setting, full_side=256, replayed=0.5)

@@ -9,10 +9,13 @@ import argparse
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from typing import NoReturn, TextIO
 
-CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # what would steer a terminal
+from flux.runtime.terminal import printable
+
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -42,13 +45,57 @@ def add_hidden_alias(parser: argparse._ActionsContainer, old: str, new: str) -> 
     parser._option_string_actions[old] = action
 
 
-def say(text: str) -> None:
-    """Print to standard error, if there is one, without control characters.
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows wrong arguments escaped, and reports a full standard output."""
 
-    Parts of a message may come from files of unknown origin.
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        file = sys.stderr if file is None else file
+        try:
+            if message and file is not None:
+                file.write(message)
+                file.flush()
+        except OSError as error:  # argparse would ignore a full disk
+            _discard(file)
+            sys.exit(fail(f"standard output: {error.strerror}") if file is sys.stdout else 2)
+
+
+def show(*lines: object) -> None:
+    """Print lines to standard output, if there is one. All printing of the scripts goes this way.
+
+    What is foreign in a line is shown escaped, newlines too: each argument is one line. Raise
+    OSError that names standard output if the lines cannot be written.
     """
-    if sys.stderr is not None:
-        print(CONTROL.sub("", text), file=sys.stderr, flush=True)
+    try:
+        _write(sys.stdout, lines)
+    except OSError as error:
+        _discard(sys.stdout)  # else Python's own last flush would fail too
+        error.filename = "standard output"
+        raise
+
+
+def say(*lines: object) -> None:
+    """Print lines to standard error, if there is one, as `show` does."""
+    try:
+        _write(sys.stderr, lines)
+    except OSError:  # nobody can be told
+        _discard(sys.stderr)
+
+
+def _write(file: TextIO | None, lines: tuple[object, ...]) -> None:
+    if file is None:
+        return
+    text = "".join(f"{printable(line)}\n" for line in lines)
+    encoding = file.encoding or "utf-8"
+    file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    file.flush()
+
+
+def _discard(file: TextIO) -> None:
+    """Let all further output to `file` disappear."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def fail(text: str, code: int = 1) -> int:
@@ -70,9 +117,9 @@ def show_warnings_once(flags: Mapping[str, str]) -> None:
     warnings.showwarning = note
 
 
-def close_stdout() -> None:
-    """Point standard output to nowhere, so that Python's own last flush does not fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def show_traceback(*error) -> None:
+    """Print the traceback of a bug: the error may quote foreign text."""
+    say(*"".join(traceback.format_exception(*error)).rstrip("\n").split("\n"))
 
 
 def exit_code(
@@ -81,10 +128,13 @@ def exit_code(
     """Run a command; print a failure in one line, and return the exit code.
 
     2: a mistake of the user; 1: a failure; 130: Ctrl-C. A bug of ours keeps its traceback.
+    Warnings become notes.
     `output` is the file to name if the system does not say which one failed.
     """
     from flux.errors import NonFiniteError, UserError
 
+    show_warnings_once(flags)
+    sys.excepthook = show_traceback
     try:
         return command()
     except UserError as error:
@@ -95,7 +145,6 @@ def exit_code(
         install = "Run `pip install -e .` in the repository."
         return fail(f"the package {error.name!r} is missing. {install}")
     except BrokenPipeError:  # the reader of `script | head` has seen enough
-        close_stdout()
         return 1
     except OSError as error:  # the disk is full, for example
         return fail(f"{error.filename or output}: {error.strerror or error}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from command_line import add_hidden_alias, close_stdout, exit_code, say, show_warnings_once
+from command_line import Parser, add_hidden_alias, exit_code, say, show
 
 from flux.errors import UserError
 from flux.image_io.metadata import (
@@ -66,7 +66,7 @@ DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -235,9 +235,6 @@ def flags_of(p: argparse.ArgumentParser) -> dict[str, str]:
 def main() -> int:
     p = parser()
     args, flags = p.parse_args(), flags_of(p)
-    show_warnings_once(flags)
-    if sys.stdout is not None:  # a file name may have bytes that are not text
-        sys.stdout.reconfigure(errors="backslashreplace")
     stopped = "stopped; finished images are kept"
     command = list_models if args.list_models else run
     return exit_code(lambda: command(args), flags, args.output, stopped)
@@ -396,11 +393,12 @@ def read_prompts(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file, or of standard input for "-"; empty lines are left out."""
     try:
         raw = read_stdin() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise UserError(f"prompt_file: {path} cannot be read ({error.strerror}).") from None
+    try:
         lines = [line.strip() for line in re.split(r"\r\n|\r|\n", raw.decode("utf-8-sig"))]
         if b"\0" in raw:  # UTF-16 without its mark reads as UTF-8 with zeros
             raise ValueError
-    except OSError as error:
-        raise UserError(f"prompt_file: {path} cannot be read ({error.strerror}).") from None
     except ValueError:
         raise UserError(
             f"prompt_file: {path} is not UTF-8 text. Save it as UTF-8, one prompt a line."
@@ -513,20 +511,20 @@ def list_models(args: argparse.Namespace) -> int:
     from flux.weights.locate import count_parameters, is_available_locally
 
     weights_folder(args.weights)
-    print(f"{'name':28}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
+    show(f"{'name':28}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
     for spec in MODELS.values():
         here = "yes" if is_available_locally(spec, args.weights) else "no"
         size = f"{count_parameters(spec) / 1e9:.3g}"
-        print(f"{spec.name:28}{size:>10} B  {spec.steps:>5}  {here:5} {spec.licence.name}")
+        show(f"{spec.name:28}{size:>10} B  {spec.steps:>5}  {here:5} {spec.licence.name}")
     return 0
 
 
 def print_path(path: Path) -> None:
     """Print to standard output; go on if its reader has gone."""
     try:
-        print(path, flush=True)
+        show(path)
     except BrokenPipeError:
-        close_stdout()
+        pass
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from command_line import show
 
 from flux.errors import UserError
 from flux.image_io.output import write_exclusive
@@ -98,32 +99,32 @@ class Report:
         libraries = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         cores = f"{self.machine['cores']} cores, {self.machine['threads']} threads"
         machine = f"{self.machine['processor']}, {cores}"
-        print(f"`{self.command}` · {self.date} · {self.device} · {machine} · {libraries}")
+        show(f"`{self.command}` · {self.date} · {self.device} · {machine} · {libraries}")
 
     def print_losses(self, losses: Iterable[NamedTuple]) -> None:
         """Print one line for each mode as soon as it is measured."""
         for loss in losses:
             if not self.losses:
-                print(f"\n| {' | '.join(loss._fields)} |\n|{'---|' * len(loss)}")
+                show("", f"| {' | '.join(loss._fields)} |", f"|{'---|' * len(loss)}")
             kept, cells = {}, []
             for name, value in loss._asdict().items():
                 kept[name] = None if value == math.inf else value
                 cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
             self.losses.append(kept)
-            print(f"| {' | '.join(cells)} |", flush=True)
+            show(f"| {' | '.join(cells)} |")
 
     def print_rows(self, rows: Iterable[Row]) -> None:
         """Print each row as soon as it is measured, then the goals that were missed."""
-        print("\n| what | ours | against | ratio | goal |\n|---|---|---|---|---|")
+        show("", "| what | ours | against | ratio | goal |", "|---|---|---|---|---|")
         for row in rows:
             self.rows.append(row)
-            print(f"| {' | '.join(row.cells())} |", flush=True)
+            show(f"| {' | '.join(row.cells())} |")
         goals = [row for row in self.rows if row.reached is not None]
         missed = [row for row in goals if not row.reached]
         if goals:
-            print(f"\n{len(goals) - len(missed)} of {len(goals)} goals reached")
+            show("", f"{len(goals) - len(missed)} of {len(goals)} goals reached")
             for row in missed:
-                print(f"- missed: {row.name}, against {row.against}")
+                show(f"- missed: {row.name}, against {row.against}")
 
     def save(self, path: Path) -> Path:
         """Write a JSON file under a new name, completely or not at all, and return its path."""

@@ -34,11 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from benchmarks.measure import proc
-from command_line import with_flags
+from command_line import Parser, exit_code, show
 
 from flux import sampling
 from flux.configs import ModelSpec
-from flux.errors import NonFiniteError, UserError
+from flux.errors import UserError
 from flux.text_encoder import TextFeatures
 from flux.training import loss as training
 from flux.training.checkpoint import load_tensors, save_tensors
@@ -56,32 +56,30 @@ FLAGS = {"name": "--model"}
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    try:
-        if args.lora_rank is not None and args.lora_rank < 1:
-            raise UserError(f"--lora-rank: must be at least 1 (got {args.lora_rank})")
-        spec = get_spec(args.model)
-        path = args.folder / spec.transformer_file
-        written = write(path, init_empty(lambda: Flux(spec.transformer)))
-        with get_context("spawn").Pool(1) as fresh:
-            work = partial(train, rank=args.lora_rank) if args.lora_rank else measure
-            measured, good = fresh.apply(work, (spec, path))
-    except (UserError, NonFiniteError, OSError) as error:
-        print(f"fullsize.py: {with_flags(str(error), FLAGS)}", file=sys.stderr)
-        return 1 if isinstance(error, NonFiniteError) else 2
+    return exit_code(lambda: run(args), FLAGS, args.folder, "stopped")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.lora_rank is not None and args.lora_rank < 1:
+        raise UserError(f"--lora-rank: must be at least 1 (got {args.lora_rank})")
+    spec = get_spec(args.model)
+    path = args.folder / spec.transformer_file
+    written = write(path, init_empty(lambda: Flux(spec.transformer)))
+    with get_context("spawn").Pool(1) as fresh:
+        work = partial(train, rank=args.lora_rank) if args.lora_rank else measure
+        measured, good = fresh.apply(work, (spec, path))
     rows = [
         ("model", f"{spec.name}, {path.stat().st_size / 1e9:.3f} GB"),
         *machine(),
         ("written", written),
         *measured,
     ]
-    print("| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in rows))
+    show("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows))
     return 0 if good else 1
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
         default="flux.2-klein-base-4b",

@@ -7,7 +7,6 @@ and a fingerprint of the weights, which `flux/parity/reference.py` draws from se
 names the versions of the libraries. Needs a clone of the repository.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -21,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
+from command_line import Parser
 from support.parity_rows import reference_of
 from support.tiny_repositories import home, write_tokenizers
 from support.tokenizer_files import MISTRAL_TEMPLATE
@@ -121,9 +121,7 @@ def save(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Non
 
 @torch.no_grad()
 def main() -> None:
-    argparse.ArgumentParser(
-        description="Write tests/golden again. Takes no arguments."
-    ).parse_args()
+    Parser(description="Write tests/golden again. Takes no arguments.").parse_args()
     GOLDEN.mkdir(exist_ok=True)
     for name, ours in reference.golden_networks().items():
         given, expected = answer(name, ours)

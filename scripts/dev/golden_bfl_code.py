@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from command_line import show
 
 from flux.autoencoder import AutoEncoderConfig
 from flux.configs import MODELS, ModelSpec
@@ -150,7 +152,7 @@ def check_equations(family: str, clone: Path) -> None:
     for name, tokens in outputs.items():
         if not tokens.mT.equal(golden[name].flatten(2)):
             sys.exit(f"{family}.safetensors: {name} differs from BFL's code. Run golden_bfl.py.")
-    print(f"{family}.safetensors: times and latents equal those of BFL's code to the bit")
+    show(f"{family}.safetensors: times and latents equal those of BFL's code to the bit")
 
 
 def main() -> None:
@@ -176,7 +178,7 @@ def main() -> None:
         path = GOLDEN / f"code-{name}.safetensors"
         metadata = summation() | {"commit": commit}
         save_file(outputs | {"fingerprint": fingerprint}, path, metadata=metadata)
-        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+        show(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

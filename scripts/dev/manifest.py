@@ -26,13 +26,14 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from command_line import Parser, exit_code, show
 
 from flux import configs
 from flux.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux.clip import CLIP, CLIPConfig
 from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
-from flux.errors import UserError
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
 from flux.t5 import T5, T5Config
@@ -44,6 +45,7 @@ from flux.weights.load import init_empty
 from flux.weights.locate import get_spec
 
 FOLDER = ROOT / "tests" / "manifests"
+FLAGS = {"name": "--check", "weights": "--weights"}
 CONTROL = replace(configs.FLUX1, in_channels=128)  # channels of the noise and a control image
 
 
@@ -116,9 +118,7 @@ Manifest = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype in safetensor
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="files of one network")
     parser.add_argument("--check", metavar="MODEL", help="check the files of this model")
     parser.add_argument(
@@ -130,21 +130,21 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print the tables of weights.md")
     parser.add_argument("--rebuild", action="store_true", help="write tests/manifests/*.json again")
     args = parser.parse_args()
-    try:
-        if args.files:
-            print(dumps(from_files(args.files)), end="")
-        elif args.check:
-            return check(get_spec(args.check), args.weights)
-        elif args.markdown:
-            print("\n\n".join(tables()))
-        elif args.rebuild:
-            for name, config in MANIFESTS.items():
-                (FOLDER / f"{name}.json").write_text(dumps(from_reference(config)))
-        else:
-            parser.error("give a FILE, --check, --markdown or --rebuild")
-    except UserError as error:
-        print(f"manifest.py: {error}", file=sys.stderr)
-        return 2
+    if not (args.files or args.check or args.markdown or args.rebuild):
+        parser.error("give a FILE, --check, --markdown or --rebuild")
+    return exit_code(lambda: run(args), FLAGS, FOLDER, "stopped")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.files:
+        show(*dumps(from_files(args.files)).splitlines())
+    elif args.check:
+        return check(get_spec(args.check), args.weights)
+    elif args.markdown:
+        show(*"\n\n".join(tables()).splitlines())
+    else:
+        for name, config in MANIFESTS.items():
+            (FOLDER / f"{name}.json").write_text(dumps(from_reference(config)))
     return 0
 
 
@@ -375,13 +375,13 @@ def check(spec: ModelSpec, weights: Path | None) -> int:
         elif found := [name for name in choices if is_local(repository, name, weights)]:
             files = find_files(repository, found[0], weights)
         else:
-            print(f"{part}: {choices[0]} of {repository} is not here")
+            show(f"{part}: {choices[0]} of {repository} is not here")
             problems += 1
             continue
         lines = differences(comparable(from_files(files), config), from_json(name_of(config)))
         if not lines:
             lines = checksum_differences(files[0])
-        print(f"{part}: {files[0]}: {'; '.join(lines) or 'as expected'}")
+        show(f"{part}: {files[0]}: {'; '.join(lines) or 'as expected'}")
         problems += bool(lines)
     return 1 if problems else 0
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np
-from command_line import add_hidden_alias
+from command_line import Parser, add_hidden_alias, exit_code
 from PIL import Image
 
 from flux import toy
@@ -24,15 +24,16 @@ from flux import toy
 
 def main() -> int:
     args = arguments()
-    try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        if args.edits:
-            draw_edits(args)
-        else:
-            draw_scenes(args)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    stopped = f"stopped; {args.folder} has a part of the images"
+    return exit_code(lambda: draw(args), {}, args.folder, stopped)
+
+
+def draw(args: argparse.Namespace) -> int:
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.edits:
+        draw_edits(args)
+    else:
+        draw_scenes(args)
     return 0
 
 
@@ -61,9 +62,7 @@ def draw_edits(args: argparse.Namespace) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a new or empty folder")
     parser.add_argument("--images", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="(default: 256)")

@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 import numpy as np
 import torch
 from benchmarks.lossy import modes
+from command_line import Parser, exit_code, show
 from PIL import Image
 from toy.sheets import write_sheets
 from tqdm import tqdm
@@ -36,7 +37,6 @@ from tqdm import tqdm
 import flux
 from flux import toy
 from flux.configs import ModelSpec
-from flux.errors import UserError
 from flux.image_io.output import to_pixels
 from flux.toy import Edit, Item, Layout, Object, Scene
 
@@ -44,6 +44,7 @@ SCENES, EDITS, OTHERS = 1_000_000, 1_100_000, 1_200_000  # seeds that no trainin
 COLUMNS = (*toy.ATTRIBUTES, "each letter", "all")
 BATCH = 20
 STRENGTH = 0.8  # of image to image
+FLAGS = {"name": "--model"}
 
 
 class Task(NamedTuple):
@@ -66,31 +67,28 @@ class Row(NamedTuple):
 
 def main() -> int:
     args = arguments()
+    return exit_code(lambda: score(args), FLAGS, args.sheets, "stopped; printed rows are complete")
+
+
+def score(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)  # a CPU is ten times slower on the tails of SiLU
-    try:
-        pipe = flux.load(args.model)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    pipe = flux.load(args.model)
     if args.sheets:
         write_sheets(pipe, args.sheets, args.seed)
         return 0
     spec, machine = pipe.spec, f"{platform.machine()} {pipe.device.type.upper()}"
-    print(f"{spec.name}: {spec.steps} steps, guidance {spec.guidance}; ", end="")
-    print(f"torch {torch.__version__}, {machine}, {date.today()}\n")
-    print("| images | number | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 2) + "|")
+    settings = f"{spec.name}: {spec.steps} steps, guidance {spec.guidance}"
+    show(f"{settings}; torch {torch.__version__}, {machine}, {date.today()}", "")
+    show("| images | number | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|")
     parts = args.only or parts_of(spec)
     for name, count, shares in rows(pipe, parts, args.prompts, args.edits, args.seed):
         cells = (f"{shares[column]:.1%}" if column in shares else "" for column in COLUMNS)
-        print(f"| {name} | {count} | " + " | ".join(cells) + " |", flush=True)
+        show(f"| {name} | {count} | " + " | ".join(cells) + " |")
     return 0
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     embedded = [spec for spec in flux.MODELS.values() if spec.embedded]
     parser.add_argument("--model", choices=[spec.name for spec in embedded], default="flux.2-tiny")
     parser.add_argument(

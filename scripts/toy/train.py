@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 
 import torch
-from command_line import with_flags
+from command_line import Parser, exit_code
 from recipe.autoencoder import train_autoencoder, train_decoder
 from recipe.latents import encode_all
 from recipe.neighbours import train_neighbours
@@ -41,7 +41,7 @@ from recipe.transformer import train_transformer
 
 from flux.autoencoder import AutoEncoder
 from flux.configs import AE, MODELS, ModelSpec
-from flux.errors import NonFiniteError, UserError
+from flux.errors import UserError
 from flux.runtime.devices import can_compile, choose_device
 from flux.training.checkpoint import load_tensors, save_tensors, strip_prefix
 from flux.training.distillation import make_teacher
@@ -55,18 +55,11 @@ FLAGS = {"device": "--device"}
 def main() -> int:
     args = arguments()
     torch.set_flush_denormal(True)  # a CPU is ten times slower on the tails of SiLU
-    try:
-        train(args, MODELS[args.model])
-    except (UserError, NonFiniteError, OSError) as error:
-        print(f"error: {with_flags(str(error), FLAGS)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command resumes from the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+    stopped = "stopped; the same command resumes from the last checkpoint"
+    return exit_code(lambda: train(args, MODELS[args.model]), FLAGS, args.run, stopped)
 
 
-def train(args: argparse.Namespace, spec: ModelSpec) -> None:
+def train(args: argparse.Namespace, spec: ModelSpec) -> int:
     """Run all stages, each in the run's folder."""
     run, start, device = args.run, args.start_from, choose_device(args.device)
     if args.compile and not can_compile(device):
@@ -92,13 +85,12 @@ def train(args: argparse.Namespace, spec: ModelSpec) -> None:
     train_decoder(run, args.decoder_minutes, device, autoencoder)
     if args.export:
         export(args.export, run, spec, autoencoder, transformer, networks.text)
+    return 0
 
 
 def arguments() -> argparse.Namespace:
     embedded = [name for name, spec in MODELS.items() if spec.embedded]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
     parser.add_argument("--model", choices=embedded, default="flux.2-tiny")
     parser.add_argument(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from command_line import say
 from torch import Tensor
 
 from flux import toy
@@ -86,7 +87,7 @@ def train_autoencoder(
             decoded = model.decoder(model.encoder(pixels).chunk(2, 1)[0])
         contact_sheet(run / "autoencoder.png", to_images(torch.cat([pixels, decoded])), 10)
         error = F.mse_loss(decoded.clamp(-1, 1), pixels).item()
-        print(f"\nPSNR {10 * math.log10(4 / error):.1f} dB")
+        say("", f"PSNR {10 * math.log10(4 / error):.1f} dB")
 
     trainer.run(loss, sheet=sheet)
     measure_statistics(model, data[np.arange(count) % 5 < 3][:512])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import say
 from torch import Tensor
 
 from flux import sampling, toy
@@ -41,7 +42,7 @@ class Sampler:
         contact_sheet(path, drawn, 10)
         for report in reports:
             shares = "  ".join(f"{name} {share:.0%}" for name, share in report.items())
-            print("\n" + shares, flush=True)
+            say("", shares)
 
     def edited(self, networks: Networks, edits: list[toy.Edit]) -> np.ndarray:
         """Return the results of edits, whose images are drawn here, (N, H, W, 3) uint8."""
