@@ -328,6 +328,7 @@ def run(
     """
     log = CSVLog(args.run / "loss.csv", COLUMNS, trainer.step)
     main_process, halted = distributed.rank() == 0, False
+    count = args.gradient_accumulation_steps
     if not can_plot():
         report("note: no loss.png without matplotlib: run `pip install -e '.[plots]'`")
     bar = tqdm(
@@ -336,7 +337,9 @@ def run(
     with bar, delayed_signals() as received:
         while trainer.step < args.steps and not halted:
             start, rate = time.monotonic(), trainer.learning_rate
-            value, norm = update(args, trainer, batch_loss)
+            numbers = range(trainer.step * count, (trainer.step + 1) * count)
+            with non_finite_advice(trainer):
+                value, norm = trainer.update([partial(batch_loss, n) for n in numbers])
             seconds = time.monotonic() - start
             speed = args.batch_size * args.gradient_accumulation_steps / seconds
             bar.update()
@@ -346,7 +349,8 @@ def run(
             if main_process:
                 log.add(trainer.step, value, norm, rate, seconds, speed)
             if last or trainer.step % args.save_every == 0:
-                trainer.save()
+                with non_finite_advice(trainer):
+                    trainer.save()
                 if main_process and can_plot():
                     plot_loss(log, args.run / "loss.png")
             if sheet and not halted and (last or trainer.step % args.sample_every == 0):
@@ -358,18 +362,20 @@ def run(
     return 128 + (received or [signal.SIGTERM])[0] if halted else 0
 
 
-def update(
-    args: argparse.Namespace, trainer: Trainer, batch_loss: Callable[[int], Tensor]
-) -> tuple[float, float]:
-    """Take one step. NonFiniteError says from which step the run can be resumed."""
-    count = args.gradient_accumulation_steps
-    numbers = range(trainer.step * count, (trainer.step + 1) * count)
+@contextmanager
+def non_finite_advice(trainer: Trainer) -> Iterator[None]:
+    """Add to a NonFiniteError of the block what the user can do. The last checkpoint is finite."""
     try:
-        return trainer.update([partial(batch_loss, number) for number in numbers])
-    except NonFiniteError as error:  # the checkpoint is not overwritten by this state
-        saved = trainer.saved_step()
-        again = f"Repeat the command with a smaller --lr to resume at step {saved}."
-        advice = again if saved else "Use a smaller --lr."
+        yield
+    except NonFiniteError as error:
+        saved = trainer.saved_step
+        if trainer.step > saved:
+            advice = "Repeat the command with a smaller --lr"
+            advice += f" to resume at step {saved}." if saved else "."
+        elif saved:  # the first step after a checkpoint depends on its weights only
+            advice = "Use a smaller --lr in another folder: this checkpoint leads here at any --lr."
+        else:
+            advice = "Use --dtype float32, or other weights: --lr has no part in the first step."
         raise NonFiniteError(f"{error}. The run was stopped. {advice}") from None
 
 

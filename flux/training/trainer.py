@@ -7,6 +7,7 @@ and processes that share a step need not exchange random numbers.
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 
 from flux.errors import NonFiniteError, UserError
 from flux.training.checkpoint import (
+    check_header,
+    check_tensors,
+    initialize_optimizers,
+    is_finite,
     load_tensors,
     optimizer_tensors,
     remove_unfinished,
@@ -26,7 +31,7 @@ from flux.training.checkpoint import (
     strip_prefix,
 )
 from flux.training.distributed import all_mean, distribute_like, full_tensor, to_local
-from flux.weights.files import read_header
+from flux.weights.files import preview, read_header
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 
@@ -134,6 +139,7 @@ class Trainer:
         if ema_decay is not None:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step = 0
+        self.saved_step = 0  # of the checkpoint; 0 if there is none
         self.seconds = 0.0  # spent in `update`, over all parts of the run
         remove_unfinished(path.parent)
         if path.exists():
@@ -196,41 +202,81 @@ class Trainer:
         finally:
             copy_weights(self.parameters, live)
 
-    def saved_step(self) -> int:
-        """Return the step of the checkpoint; 0 if there is none."""
-        return int(read_header(self.path)[1]["step"]) if self.path.exists() else 0
-
-    def save(self) -> None:
-        """Write the checkpoint atomically."""
-        tensors = {f"model.{name}": p for name, p in self.parameters.items()}
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return everything that a checkpoint holds, by its name there."""
+        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
         tensors |= {f"ema.{name}": x for name, x in self.ema.items()}
         state = optimizer_tensors(self.optimizers)
-        tensors |= {f"optimizer.{name}": x for name, x in state.items()}
+        return tensors | {f"optimizer.{name}": x for name, x in state.items()}
+
+    def save(self) -> None:
+        """Write the checkpoint atomically.
+
+        NonFiniteError if a weight or a state is not finite; the last checkpoint stays.
+        """
+        tensors = self._tensors()
+        bad = [name for name, x in tensors.items() if not is_finite(to_local(x.detach()))]
+        if all_mean(len(bad)):  # all processes agree
+            names = f": {preview(bad)}" if bad else ""
+            raise NonFiniteError(f"step {self.step}: weights are not finite{names}")
         metadata = {
             "step": str(self.step),
             "seconds": repr(self.seconds),
             "config": json.dumps(self.config),
         }
-        save_tensors(self.path, tensors, metadata)
+        save_tensors(self.path, tensors, metadata, checksum=True)
+        self.saved_step = self.step
 
     def restore(self) -> None:
-        """Load the checkpoint. UserError if the checkpoint belongs to another run."""
-        _, metadata = read_header(self.path)
+        """Load the checkpoint, or nothing of it.
+
+        UserError if the checkpoint belongs to another run, or does not hold exactly what this run
+        would save, in finite values.
+        """
+        header, metadata = read_header(self.path)
+        step, seconds, config = self._read_progress(metadata)
+        self._check_config({self.old_names.get(name, name): x for name, x in config.items()})
+        if step:
+            initialize_optimizers(self.optimizers)
+        expected = self._tensors()
+        # "average." was the prefix of the average before "ema."
+        old = any(name.startswith("average.") for name in header)
+        prefix = "average." if old else "ema."
+        expected = {re.sub(r"^ema\.", prefix, name): x for name, x in expected.items()}
         try:
-            step, seconds = int(metadata["step"]), float(metadata.get("seconds", 0))
+            check_header(self.path, header, expected)
+            tensors = load_tensors(self.path)
+            check_tensors(self.path, tensors, metadata)
+            state = strip_prefix(tensors, "optimizer.")
+            self._check_steps(state, step)
+        except UserError as error:
+            fix = "Put back a sound checkpoint, or use another folder."
+            raise UserError(f"{error} {fix}") from None
+        copy_weights(self.parameters, strip_prefix(tensors, "model."))
+        copy_weights(self.ema, strip_prefix(tensors, prefix))
+        restore_optimizers(self.optimizers, state)
+        self.step, self.saved_step, self.seconds = step, step, seconds
+
+    def _read_progress(self, metadata: Mapping[str, str]) -> tuple[int, float, dict[str, str]]:
+        """Return step, seconds and config of a checkpoint's metadata."""
+        try:
+            step, seconds = metadata["step"], float(metadata.get("seconds", 0))
             config = json.loads(metadata["config"] if "config" in metadata else metadata["about"])
-        except (KeyError, ValueError):
+            if not re.fullmatch("[0-9]{1,15}", step) or not 0 <= seconds < math.inf:
+                raise ValueError
+            if not isinstance(config, dict) or not all(type(x) is str for x in config.values()):
+                raise ValueError
+        except (KeyError, ValueError, RecursionError):
             raise UserError(
                 f"{self.path}: is not a checkpoint of a training run. Use another folder."
             ) from None
-        self._check_config({self.old_names.get(name, name): x for name, x in config.items()})
-        tensors = load_tensors(self.path)
-        # "average." was the prefix of the average before "ema."
-        ema = strip_prefix(tensors, "ema.") or strip_prefix(tensors, "average.")
-        copy_weights(self.parameters, strip_prefix(tensors, "model."))
-        self.ema = {name: distribute_like(x, self.parameters[name]) for name, x in ema.items()}
-        restore_optimizers(self.optimizers, strip_prefix(tensors, "optimizer."))
-        self.step, self.seconds = step, seconds
+        return int(step), seconds, config
+
+    def _check_steps(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Raise UserError if an optimizer has taken no step, or more than the run."""
+        for name, x in state.items():
+            if name.endswith(".step") and not 0 < x.item() <= step:
+                raise UserError(f"{self.path}: is damaged: optimizer.{name} is not a step so far.")
 
     def _check_config(self, saved: dict[str, str]) -> None:
         for name in saved | self.config:

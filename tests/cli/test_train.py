@@ -385,22 +385,55 @@ def test_old_flags_are_accepted_and_hidden(train):
     assert options.OLD_CONFIG_NAMES == {old: new for new, old in OLD_NAMES.items()}
 
 
-def test_nan_stops_the_run_and_keeps_the_last_checkpoint(train, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "step, saved, advice",
+    [
+        (1, 0, "Use --dtype float32, or other weights: --lr has no part in the first step."),
+        (2, 0, "Repeat the command with a smaller --lr."),
+        (3, 2, "Use a smaller --lr in another folder: this checkpoint leads here at any --lr."),
+        (4, 2, "Repeat the command with a smaller --lr to resume at step 2."),
+    ],
+)
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(
+    train, images, tmp_path, monkeypatch, step, saved, advice
+):
     flow_loss, calls = loss.rectified_flow_loss, []
 
     def spoiled(*arguments):
         calls.append(arguments)
-        return flow_loss(*arguments) * (float("nan") if len(calls) == 5 else 1)  # in the third step
+        # two losses a step
+        return flow_loss(*arguments) * (float("nan") if len(calls) == 2 * step - 1 else 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(loss, "rectified_flow_loss", spoiled)
         code, out, err = train(images, tmp_path, *LORA)
     assert (code, out) == (1, "")
-    assert "error: step 3: not finite (loss nan, norm of the gradient nan)" in err
-    assert "Repeat the command with a smaller --lr to resume at step 2" in err
-    assert all(x.isfinite().all() for x in load_file(tmp_path / "checkpoint.safetensors").values())
-    assert train(images, tmp_path, *LORA, "--lr", "1e-4")[0] == 0
+    error = f"error: step {step}: not finite (loss nan, norm of the gradient nan). "
+    assert error + f"The run was stopped. {advice}" in err
+    path = tmp_path / "checkpoint.safetensors"
+    assert path.exists() == bool(saved)
+    assert not saved or all(x.isfinite().all() for x in load_file(path).values())
+    code, _, err = train(images, tmp_path, *LORA, "--lr", "1e-4")
+    assert code == 0 and ("resumed at step 2" in err) == bool(saved)
     assert len(rows_of(tmp_path)) == 4
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, images, tmp_path, monkeypatch):
+    def spoil(self, losses, update=Trainer.update):
+        result = update(self, losses)
+        if self.step == 4:
+            next(iter(self.parameters.values())).data.fill_(float("inf"))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", spoil)
+        code, out, err = train(images, tmp_path, *LORA)
+    assert (code, out) == (1, "")
+    assert "error: step 4: weights are not finite: model." in err
+    assert err.endswith("Repeat the command with a smaller --lr to resume at step 2.\n")
+    assert not (tmp_path / "lora.safetensors").exists()
+    code, _, err = train(images, tmp_path, *LORA, "--lr", "1e-4")
+    assert code == 0 and "resumed at step 2" in err
 
 
 # -------------------------------------------------------------------------------- several processes

@@ -1,15 +1,19 @@
 """Tiny networks and batches for tests of training."""
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux import sampling
 from flux.parity.reference import FLUX1_TINY, FLUX2_TINY, KLEIN_TINY
 from flux.text_encoder import TextFeatures
 from flux.training import loss
+from flux.training.checkpoint import optimizer_tensors
+from flux.training.trainer import Trainer, make_optimizer, warmup_cosine
 from flux.transformer import Flux, FluxConfig
 
 CPU = torch.device("cpu")
@@ -42,3 +46,42 @@ def network_loss(network: Flux, seed: int = 0, dtype: torch.dtype = torch.float3
     with loss.autocast_matmul(CPU, dtype):
         velocity = partial(loss.predict_velocity, network, batch, 1.0)
         return loss.rectified_flow_loss(velocity, batch.latents, torch.tensor([0.3, 0.8]), noise)
+
+
+# -------------------------------------------------------------------------------------- trainers
+
+RUN = {"model": "a", "batch_size": 2}
+
+
+def make_trainer(path: Path, ema: float | None = 0.9, config=RUN, **options) -> Trainer:
+    """Return a trainer of a small MLP: 6 steps, 2 of them warm-up, at a rate of 0.05."""
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = make_optimizer("adamw", module.parameters(), 0.05)
+    schedule = warmup_cosine(6, 2)
+    return Trainer(module, path, config, [optimizer], schedule, ema_decay=ema, **options)
+
+
+def make_loss(trainer: Trainer, number: int) -> Callable[[], Tensor]:
+    return lambda: (trainer.module(random(5, 4, seed=number)) - number).square().mean()
+
+
+def take_steps(trainer: Trainer, start: int, stop: int) -> list[tuple[float, float]]:
+    """Take steps of two losses each; return losses and norms of the gradients."""
+    results = []
+    for n in range(start, stop):
+        losses = [make_loss(trainer, 2 * n), make_loss(trainer, 2 * n + 1)]
+        results.append(trainer.update(losses))
+    return results
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    """Return a copy of everything that a checkpoint holds."""
+    tensors = dict(trainer.module.named_parameters())
+    tensors |= {f"ema.{name}": x for name, x in trainer.ema.items()}
+    tensors |= {f"optimizer.{n}": x for n, x in optimizer_tensors(trainer.optimizers).items()}
+    return {name: x.detach().clone() for name, x in tensors.items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -5,8 +5,8 @@ Compared with: torch's AdamW, and float64 by hand.
 
 import json
 import math
+import os
 import resource
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,53 +14,25 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.training import network_loss, random
+from support.training import (
+    RUN,
+    equal,
+    make_loss,
+    make_trainer,
+    network_loss,
+    random,
+    state,
+    take_steps,
+)
 from support.weight_files import refusal
 from torch import Tensor, nn
 
 from flux.errors import NonFiniteError
 from flux.parity.reference import KLEIN_TINY, max_error, randomise
-from flux.training.checkpoint import optimizer_tensors, save_tensors
+from flux.training.checkpoint import save_tensors
 from flux.training.memory import optimizer_state_bytes
 from flux.training.trainer import Trainer, make_optimizer, warmup_cosine
 from flux.transformer import Flux
-
-CONFIG = {"model": "a", "batch_size": 2}
-
-
-def make_trainer(path: Path, ema: float | None = 0.9, config=CONFIG, **options) -> Trainer:
-    """Return a trainer of a small MLP: 6 steps, 2 of them warm-up, at a rate of 0.05."""
-    torch.manual_seed(3)
-    module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizer = make_optimizer("adamw", module.parameters(), 0.05)
-    schedule = warmup_cosine(6, 2)
-    return Trainer(module, path, config, [optimizer], schedule, ema_decay=ema, **options)
-
-
-def make_loss(trainer: Trainer, number: int) -> Callable[[], Tensor]:
-    return lambda: (trainer.module(random(5, 4, seed=number)) - number).square().mean()
-
-
-def take_steps(trainer: Trainer, start: int, stop: int) -> list[tuple[float, float]]:
-    """Take steps of two losses each; return losses and norms of the gradients."""
-    results = []
-    for n in range(start, stop):
-        losses = [make_loss(trainer, 2 * n), make_loss(trainer, 2 * n + 1)]
-        results.append(trainer.update(losses))
-    return results
-
-
-def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Return a copy of everything that a checkpoint holds."""
-    tensors = dict(trainer.module.named_parameters())
-    tensors |= {f"ema.{name}": x for name, x in trainer.ema.items()}
-    tensors |= {f"optimizer.{n}": x for n, x in optimizer_tensors(trainer.optimizers).items()}
-    return {name: x.detach().clone() for name, x in tensors.items()}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
 
 # -------------------------------------------------------------------------------------------- steps
 
@@ -170,7 +142,7 @@ def test_checkpoint_of_an_older_version_is_restored(tmp_path):
     old_names = {"--batch": "batch_size"}
     resumed = make_trainer(path, old_names=old_names)
     assert resumed.step == 3 and equal(state(trainer), state(resumed))
-    config = CONFIG | {"batch_size": 3}
+    config = RUN | {"batch_size": 3}
     message = refusal(make_trainer, path, config=config, old_names=old_names)
     assert "belongs to another run: `batch_size` was 2 and is now 3" in message
 
@@ -211,7 +183,7 @@ def test_eight_bit_moments_resume_and_follow_adamw(tmp_path):
 
 def test_checkpoint_of_another_run_is_refused(tmp_path):
     make_trainer(tmp_path / "x.safetensors").save()
-    message = refusal(make_trainer, tmp_path / "x.safetensors", config=CONFIG | {"model": "b"})
+    message = refusal(make_trainer, tmp_path / "x.safetensors", config=RUN | {"model": "b"})
     assert "x.safetensors: belongs to another run: `model` was a and is now b." in message
     save_file({"x": torch.zeros(1)}, tmp_path / "y.safetensors")
     message = refusal(make_trainer, tmp_path / "y.safetensors")
@@ -262,17 +234,17 @@ def test_kill_while_writing_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def killed(*_, **__):  # at the last moment before the new file is in place
         raise KeyboardInterrupt
 
-    unlink = Path.unlink
-
-    def no_cleanup(path: Path, **options) -> None:  # a killed process cleans nothing up
-        if path.suffix != ".part":
-            unlink(path, **options)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        patch.setattr(Path, "unlink", no_cleanup)
+        patch.setattr("os.replace", killed)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
         with pytest.raises(KeyboardInterrupt):
             trainer.save()
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    old = [tmp_path / ".x.safetensors.0a1b.part", tmp_path / ".tmpAbc123"]  # of older versions
+    for file in (*old, tmp_path / ".tmpNew123"):
+        file.write_bytes(before)
+    for file in old:
+        os.utime(file, (0, 0))
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 5
     assert equal(saved, state(make_trainer(path)))
-    assert list(tmp_path.iterdir()) == [path]  # the unfinished file is removed
+    # only what another process may be writing is left
+    assert set(tmp_path.iterdir()) == {path, tmp_path / ".tmpNew123"}
