@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 from flux.errors import UserError
 from flux.parity.capture_file import (
     DTYPES,
+    PROBE,
+    SLICE,
     Capture,
     Kind,
     positions,
+    raw,
     reduce,
     statistics,
     token_norms,
@@ -35,6 +39,7 @@ TOLERANCES = {  # relative L2 by dtype; 0 for integers
     "F8_E5M2": 0.2,
     "U8": 1 / 128,
 }
+INTEGERS = ("BOOL", "I8", "U8", "I16", "I32", "I64")
 GUARD = 10  # the worst token may err ten times as much as the tensor
 AGREE = (  # keys of the recipe that must be equal
     "model",
@@ -98,6 +103,8 @@ class Row:
     tolerance: float
     errors: Errors | None  # None where they cannot be compared; `fault` says why
     fault: str = ""
+    values: int = 0  # finite numbers that were compared; 0 where statistics alone are stored
+    identical: bool = False  # the bytes are equal, or have the hash that the reference states
 
     @property
     def over(self) -> bool:
@@ -124,16 +131,20 @@ def errors(a: Tensor, b: Tensor) -> Errors:
     alike, nonfinite = (x == y) | (x.isnan() & y.isnan()), int((~y.isfinite()).sum())
     x, y = x.where(finite, 0), y.where(finite, 0)
     distance = x - y
+    if not (a.is_floating_point() or b.is_floating_point()):  # exact beyond 2^53
+        distance = (a.long() - b.long()).double()
+    scale = _scale(x, y)
+    x, y, distance = x / scale, y / scale, distance / scale
     worst = int(distance.abs().argmax()) if distance.numel() else 0
     worst_token, token = _worst_token(token_norms(distance), token_norms(y))
     count = finite.sum().clamp(min=1)
     x_centred, y_centred = ((z - z.sum() / count).where(finite, 0) for z in (x, y))
     return Errors(
-        relative_l2=_relative(distance.norm().item(), y.norm().item()),
+        relative_l2=_relative(distance.norm().item(), y.norm().item(), scale),
         worst_token=worst_token,
         worst_token_at=token,
         norm_ratio=_norm_ratio(x.norm().item(), y.norm().item()),
-        max_abs=distance.abs().max().item() if distance.numel() else 0.0,
+        max_abs=scale * distance.abs().max().item() if distance.numel() else 0.0,
         worst_index=_index(worst, b.shape),
         cosine=_cosine(x, y),
         pcc=_cosine(x_centred, y_centred),
@@ -143,8 +154,17 @@ def errors(a: Tensor, b: Tensor) -> Errors:
     )
 
 
-def _relative(distance: float, norm: float) -> float:
-    return distance / norm if norm else distance
+def _scale(x: Tensor, y: Tensor) -> float:
+    """Return the largest value, by which both are divided where their squares would not be exact.
+
+    The squares of 1e-200 are 0, and those of 1e200 are infinite.
+    """
+    largest = max((z.abs().max().item() for z in (x, y) if z.numel()), default=0.0)
+    return 1.0 if largest == 0 or 1e-12 < largest < 1e12 else largest
+
+
+def _relative(distance: float, norm: float, scale: float = 1.0) -> float:
+    return distance / norm if norm else scale * distance
 
 
 def _norm_ratio(a: float, b: float) -> float:
@@ -256,6 +276,7 @@ def first_over(rows: Sequence[Row]) -> Row | None:
 
 def _row(name: str, a: Capture, b: Capture, tolerance: float | Mapping[str, float] | None) -> Row:
     ours, theirs = a.records[name], b.records[name]
+    shape = theirs.shape
     dtype = min(ours.dtype, theirs.dtype, key=COARSEST_FIRST.index)
     kinds = {ours.kind, theirs.kind}
     kind = min(kinds, key=LEAST_FIRST.index)
@@ -266,34 +287,72 @@ def _row(name: str, a: Capture, b: Capture, tolerance: float | Mapping[str, floa
     if tolerance is None:
         tolerance = theirs.tolerance
     if tolerance is None:
-        tolerance = _default_tolerance(dtype, a, b)
-    row = Row(name, theirs.shape, dtype, kind, tolerance, None)
-    if ours.shape != theirs.shape:
-        return replace(row, fault=f"has shape {ours.shape} (expected {theirs.shape})")
-    if ours.sha256 and (ours.sha256, ours.dtype) == (theirs.sha256, theirs.dtype):
-        summary = _statistics(b, name)
-        nonfinite = summary["nan"] + summary["inf"]
-        equal = Errors(0.0, 0.0, (), 1.0, 0.0, (), 1.0, 1.0, (0, 0, 0), nonfinite, 0)
-        return replace(row, errors=equal)
-    if kind == "statistics":
-        found = _of_statistics(_statistics(a, name), _statistics(b, name))
+        tolerance = _default_tolerance(dtype, theirs.dtype, a, b)
+    row = Row(name, shape, dtype, kind, tolerance, None)
+    if ours.shape != shape:
+        return replace(row, fault=f"has shape {ours.shape} (expected {shape})")
+    identical = _identical(name, a, b)
+    if identical and kind == "full":
+        found = _equal(b.tensors[name])
+    elif kind == "statistics":
+        found = _of_statistics(_statistics(a, name), _statistics(b, name), math.prod(shape))
     elif kind == "probe":
         found = _of_probes(name, a, b)
+    elif kind == "slice":
+        found = _of_slices(name, a, b)
     else:
-        found = errors(_stored(a, name, kind), _stored(b, name, kind))
-    return replace(row, errors=found)
+        found = errors(a.tensors[name], b.tensors[name])
+    values = _stored_values(kind, shape)
+    if identical:  # all values have the hash of the reference's
+        values = math.prod(shape)
+    return replace(row, errors=found, values=max(values - found.nonfinite, 0), identical=identical)
 
 
-def _default_tolerance(dtype: str, *captures: Capture) -> float:
+def _identical(name: str, a: Capture, b: Capture) -> bool:
+    """Return whether all bytes of `a` are those of `b`, or have the hash that `b` states.
+
+    What `a` states about its own tensor is no evidence: a port may have copied its metadata.
+    """
+    ours, theirs = a.records[name], b.records[name]
+    if ours.kind != "full" or (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    x = a.tensors[name]
+    if theirs.kind == "full":
+        return torch.equal(_bytes(x), _bytes(b.tensors[name]))
+    return sha256(raw(x)).hexdigest() == theirs.sha256
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def _equal(tensor: Tensor) -> Errors:
+    nonfinite = 0
+    if tensor.is_floating_point():
+        tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
+        nonfinite = int((~tensor.isfinite()).sum())
+    return Errors(0.0, 0.0, (), 1.0, 0.0, (), 1.0, 1.0, (0, 0, 0), nonfinite, 0)
+
+
+def _stored_values(kind: Kind, shape: Sequence[int]) -> int:
+    """Return how many values of a tensor are stored."""
+    if kind == "statistics":
+        return 0
+    if kind == "probe":
+        return PROBE
+    return math.prod(min(n, SLICE) if kind == "slice" else n for n in shape)
+
+
+def _default_tolerance(dtype: str, reference: str, *captures: Capture) -> float:
     """Return the tolerance of the coarser dtype of the tensor and the runs.
 
-    A run in bfloat16 keeps its latents in float32; they are no more exact for it.
+    A run in bfloat16 keeps its latents in float32; they are no more exact for it. Integers of the
+    reference must be equal, in whatever dtype a port stores them; but an image (U8) is rounded.
     """
-    runs = [
-        DTYPES[getattr(torch, capture.recipe["dtype"])]
-        for capture in captures
-        if "dtype" in capture.recipe
-    ]
+    if reference in INTEGERS:
+        return TOLERANCES["U8"] if dtype == reference == "U8" else 0.0
+    names = {str(key).removeprefix("torch."): value for key, value in DTYPES.items()}
+    runs = [names[run] for x in captures if (run := str(x.recipe.get("dtype"))) in names]
     if dtype.startswith(("F", "BF")):
         dtype = min([dtype, *runs], key=COARSEST_FIRST.index)
     return TOLERANCES.get(dtype, 0.0)
@@ -325,19 +384,43 @@ def _of_probes(name: str, a: Capture, b: Capture) -> Errors:
     )
 
 
-def _statistics(capture: Capture, name: str) -> dict:
-    return capture.records[name].statistics or statistics(capture.tensors[name])
-
-
-def _of_statistics(a: dict, b: dict) -> Errors:
-    """Return the least relative L2 that the norms allow; other errors are unknown, NaN."""
-    nan, norms = math.nan, (a.get("l2", 0.0), b.get("l2", 0.0))
-    least = _relative(abs(norms[0] - norms[1]), norms[1])
-    misplaced = abs(a["nan"] - b["nan"]) + abs(a["inf"] - b["inf"])
-    nonfinite = b["nan"] + b["inf"]
-    return Errors(
-        least, least, (), _norm_ratio(*norms), nan, (), nan, nan, (0, 0, 0), nonfinite, misplaced
+def _of_slices(name: str, a: Capture, b: Capture) -> Errors:
+    """Compare a corner, and the statistics of the whole tensors."""
+    found = errors(*(_stored(capture, name, "slice") for capture in (a, b)))
+    size = math.prod(b.records[name].shape)
+    whole = _of_statistics(_statistics(a, name), _statistics(b, name), size)
+    return replace(
+        found,
+        relative_l2=max(found.relative_l2, whole.relative_l2),
+        norm_ratio=whole.norm_ratio,
+        misplaced=max(found.misplaced, whole.misplaced),
     )
+
+
+def _statistics(capture: Capture, name: str) -> dict:
+    """Return what is computed from the values, or else what the capture states."""
+    if capture.kind(name) == "full":
+        return statistics(capture.tensors[name])
+    return capture.records[name].statistics or {}
+
+
+def _of_statistics(a: dict, b: dict, size: int) -> Errors:
+    """Return the least relative L2 that the statistics allow; other errors are unknown, NaN.
+
+    For n values, |a - b| is at least as large as the difference of the norms, of the extremes, and
+    of the means and standard deviations times sqrt(n).
+    """
+    nan, norm = math.nan, b.get("l2", 0.0)
+    nonfinite = b["nan"] + b["inf"]
+    root = math.sqrt(max(size - nonfinite, 0))
+    weights = {"l2": 1.0, "min": 1.0, "max": 1.0, "mean": root, "std": root}
+    differences = [w * abs(a.get(key, 0.0) - b.get(key, 0.0)) for key, w in weights.items()]
+    least = nan if any(map(math.isnan, differences)) else _relative(max(differences), norm)
+    if least < TOLERANCES["F64"]:  # sums of another order
+        least = 0.0
+    misplaced = abs(a["nan"] - b["nan"]) + abs(a["inf"] - b["inf"])
+    ratio = _norm_ratio(a.get("l2", 0.0), norm)
+    return Errors(least, least, (), ratio, nan, (), nan, nan, (0, 0, 0), nonfinite, misplaced)
 
 
 # ---------------------------------------------------------------- text
