@@ -27,9 +27,9 @@ from flux.errors import NonFiniteError
 def noise(seeds: Sequence[int], channels: int, height: int, width: int, spatial: bool) -> Tensor:
     """Return standard normal latents, (B, channels, height, width) float32, drawn on the CPU.
 
-    Each seed has its own generator. So image k of a batch with seeds s, s + 1, ... equals the image
-    of seed s + k alone, on every device. `spatial`: FLUX.1 draws before it packs 2x2 patches into
-    channels, FLUX.2 draws packed latents.
+    Each seed has its own generator. So the noise of a seed is the same alone and in a batch, on
+    every device. `spatial`: FLUX.1 draws before it packs 2x2 patches into channels, FLUX.2 draws
+    packed latents.
     """
     shape = (channels // 4, 2 * height, 2 * width) if spatial else (channels, height, width)
     drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]

@@ -29,6 +29,10 @@ class TextFeatures(NamedTuple):
         pooled = None if self.pooled is None else self.pooled[index]
         return TextFeatures(self.tokens[index], pooled)
 
+    def expand(self, count: int) -> "TextFeatures":
+        """Repeat the features of a single prompt `count` times; those of `count` prompts stay."""
+        return self.rows([0] * count) if len(self.tokens) == 1 else self
+
     def append(self, tokens: Tensor) -> "TextFeatures":
         """Append the same tokens (1, T', D) to every prompt's: (B, T + T', D)."""
         tokens = tokens.to(self.tokens).expand(len(self.tokens), -1, -1)

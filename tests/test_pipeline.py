@@ -322,6 +322,33 @@ def test_stages_one_by_one_equal_a_call(models, name):
     assert [image.tobytes() for image in called] == [image.tobytes() for image in decoded]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["flux.1-tiny", "flux.2-tiny"])
+def test_features_of_one_prompt_serve_all_seeds_to_the_byte(name, dtype):
+    """FLUX.1's layers have biases, which are rounded apart if their input is strided."""
+    pipe = flux.load(name, device="cpu", dtype=dtype)
+    cfg = dict(true_cfg_scale=2.0) if pipe.spec.flux1 else dict(guidance=2.0)
+    options = dict(width=64, height=64, steps=1, **cfg)
+    features, negative = pipe.encode("a red circle"), pipe.encode("a blue ring")
+    latents = pipe.sample(features, [0, 1, 2, 3], negative=negative, **options)
+    each = pipe.encode(["a red circle"] * 4), pipe.encode(["a blue ring"] * 4)
+    assert torch.equal(latents, pipe.sample(each[0], [0, 1, 2, 3], negative=each[1], **options))
+    images = pipe.decode(latents)
+    called = pipe("a red circle", num_images=4, negative_prompt="a blue ring", **options)
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in called]
+    assert levels(images[0], images[1]) > 10
+
+
+def test_wrong_number_of_prompts_raises(models):
+    pipe = models["flux.1-dev"].ours
+    features = pipe.encode(PROMPTS)
+    for wrong in ([7], [7, 8, 9], []):
+        with pytest.raises(UserError, match="^features: one prompt, or one for each of `seeds`"):
+            pipe.sample(features, wrong, 64, 64, 1)
+    with pytest.raises(UserError, match=r"^negative: .*got 2 prompts and 1 seeds"):
+        pipe.sample(pipe.encode("x"), [7], 64, 64, 1, negative=features, true_cfg_scale=2.0)
+
+
 def test_sample_without_negative_features_uses_the_empty_prompt(models):
     """As a call does: guidance is not skipped."""
     pipe = models["flux.2-klein-base-4b"].ours
