@@ -16,7 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux import conditioning, sampling
+from flux import conditioning, sampling, text_encoder
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
 from flux.configs import ModelSpec
@@ -46,6 +46,8 @@ from flux.text_encoder import FLUX1TextEncoder, TextEncoder, TextFeatures
 from flux.transformer import Flux, KVCache, Modulation, Modulations, Numerics
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, its new time, latents (B, C, h, w)
+
+MAX_AHEAD = 256  # prompts that are encoded before the first image: some seconds
 
 
 class Networks(NamedTuple):
@@ -168,7 +170,10 @@ class Pipeline:
     # ---------------------------------------------------------------- prompt -> text features
 
     def encode(self, prompts: str | Sequence[str]) -> TextFeatures:
-        """Return the text features of prompts. They are kept for the next call."""
+        """Return the text features of prompts. Those of the last prompts are kept for later calls.
+
+        Up to 1 GiB are kept (`flux.text_encoder.MAX_CACHE`).
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("prompts: empty. Pass at least one prompt.")
@@ -177,6 +182,28 @@ class Pipeline:
         features = self.text.encode(prompts)
         self.residency.done(*self.text.networks)
         return features
+
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
+        """Encode prompts for later calls, which then need not load the text encoder.
+
+        What is kept has a bound: pass at most `prompts_ahead` prompts, and one negative prompt.
+        """
+        if self.residency.planned is None:
+            self.plan_memory()
+        for prompt in prompts:
+            self.text.features(prompt)
+        self.residency.done(*self.text.networks)
+
+    @property
+    def prompts_ahead(self) -> int:
+        """Prompts to encode at a time for calls one by one: few enough for the cache."""
+        return max(1, min(MAX_AHEAD, text_encoder.MAX_CACHE // self.feature_bytes - 1))
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of one prompt's features."""
+        c = self.spec.transformer
+        return (self.text.length * c.context_dim + (c.vector_dim or 0)) * self.text.dtype.itemsize
 
     # ---------------------------------------------------------------- input images -> conditions
 

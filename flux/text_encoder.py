@@ -16,12 +16,18 @@ from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5
 from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer, Tokens
 
+MAX_CACHE = 2**30  # bytes of features that are kept for later calls: 136 prompts of klein 4B
+
 
 class TextFeatures(NamedTuple):
     """What the transformer reads of a prompt."""
 
     tokens: Tensor  # (B, T, D)
     pooled: Tensor | None  # (B, V); None in FLUX.2
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
     def rows(self, rows: Sequence[int]) -> "TextFeatures":
         """Return the features of some of the prompts, which may repeat."""
@@ -44,7 +50,7 @@ class TextFeatures(NamedTuple):
 
 
 class TextEncoder:
-    """Base of the two families' text encoders. `cache` keeps the features of every prompt."""
+    """Base of the two families' text encoders. `cache` keeps the features of the last prompts."""
 
     networks: tuple[LazyModule, ...]
 
@@ -57,14 +63,22 @@ class TextEncoder:
 
         Prompts are encoded one at a time: features do not depend on the batch.
         """
-        for prompt in prompts:
-            if prompt not in self.cache:
-                with torch.inference_mode():
-                    self.cache[prompt] = self.encode_one(prompt).to("cpu", self.dtype)
-        features = [self.cache[prompt] for prompt in prompts]
+        encoded = {prompt: self.features(prompt) for prompt in dict.fromkeys(prompts)}
+        features = [encoded[prompt] for prompt in prompts]
         tokens = torch.cat([one.tokens for one in features])  # (B, T, D)
         pooled = [one.pooled for one in features if one.pooled is not None]
         return TextFeatures(tokens, torch.cat(pooled) if pooled else None)  # pooled: (B, V)
+
+    def features(self, prompt: str) -> TextFeatures:
+        """Return one prompt's features from the cache, or encode the prompt and cache them."""
+        features = self.cache.pop(prompt, None)
+        if features is None:
+            with torch.inference_mode():
+                features = self.encode_one(prompt).to("cpu", self.dtype)
+        self.cache[prompt] = features  # the last is the most recent
+        while len(self.cache) > max(1, MAX_CACHE // features.nbytes):  # all have the same size
+            del self.cache[next(iter(self.cache))]
+        return features
 
     def encode_one(self, prompt: str) -> TextFeatures:
         raise NotImplementedError

@@ -205,7 +205,7 @@ def prepare(args: argparse.Namespace):
     from flux.parity.capture import Request
     from flux.weights.locate import get_spec
 
-    prompts = sample.gather_prompts(args)
+    prompts = list(sample.gather_prompts(args))
     if len(prompts) > 1:
         raise UserError(f"prompts: one capture has one prompt (got {len(prompts)})")
     images = sample.gather_images(args, get_spec(args.model, args.transformer))

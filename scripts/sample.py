@@ -8,10 +8,13 @@ python scripts/sample.py "a red door" --model flux.1-fill-dev --image house.jpg 
 """
 
 import argparse
+import codecs
+import itertools
 import json
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -24,10 +27,12 @@ from flux.image_io.metadata import (
     IMAGE_OPTIONS,
     describe,
     describe_files,
+    other_environment,
     restore_args,
     short,
 )
 
+MAX_PROMPT_FILE = 2**26  # bytes
 NUMERICS = ("exact", "bfl", "diffusers")
 OLD_OFFLOAD = {"stages": "model", "stream": "block"}
 ALIASES = {  # an older name of a flag -> the flag
@@ -244,11 +249,13 @@ def run(args: argparse.Namespace) -> int:
     # 1. Check the request before anything heavy is imported, and before any download.
     from flux.image_io import output
 
+    earlier = {}
     if args.from_image:
-        restore_args(args, output.read_metadata(args.from_image), parser().get_default)
+        earlier = output.read_metadata(args.from_image)
+        restore_args(args, earlier, parser().get_default)
     args.numerics = args.numerics or "exact"
     prompts = gather_prompts(args)
-    output.check_output(args.output, [p + (args.negative_prompt or "") for p in prompts])
+    output.check_output(args.output, (p + (args.negative_prompt or "") for p in prompts))
     first_seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
 
     import torch
@@ -261,10 +268,12 @@ def run(args: argparse.Namespace) -> int:
         from flux.lora.manager import check_files
 
         check_files(args.lora)
-    checks.check_count(len(prompts) * args.num_images, first_seed)
+    count = len(prompts) * args.num_images
+    checks.check_count(count, first_seed)
+    last_seed = first_seed + count - 1
     spec = get_spec(args.model, args.transformer)
     images, files = gather_images(args, spec), describe_files(args)
-    if prompts == [""] and spec.image_mode != "redux":
+    if not any(prompts) and spec.image_mode != "redux":
         raise UserError(f"prompt: {spec.name} needs one. Say what the image should show.")
     width, height = request.output_size(spec, images, args.width, args.height)
     checks.check_size(height, width)
@@ -283,39 +292,53 @@ def run(args: argparse.Namespace) -> int:
     say(summary(args, pipe, width, height, steps, guidance))
     if spec.embedded:
         note_unknown_words(prompts)
+    if differences := other_environment(earlier, pipe.device.type):
+        changes = "; ".join(differences)
+        say(f"note: {args.from_image} was made with {changes}: some pixels may differ by a level")
     plan = pipe.plan_memory(width, height, steps, encoded_pixels=width * height if images else 0)
     if not spec.embedded or args.offload or args.max_vram or args.quantize:
         say(f"memory: {plan.message}")
 
-    # 3. Expand the prompts, if requested.
-    shown = images.images if images else ()
-    expanded = [upsample(args, pipe, prompt, shown, first_seed) for prompt in prompts]
-    metadata_of_each = []
-    for number in range(len(prompts) * args.num_images):
-        row, seed = number // args.num_images, first_seed + number
-        size = width, height, steps, guidance
-        metadata = describe(args, pipe, expanded[row], *size, seed) | files
-        metadata["upsampled_from"] = prompts[row] if args.upsample else None
-        output.check_metadata_fits(args.output, metadata)
-        metadata_of_each.append(metadata)
+    if len(prompts) > pipe.prompts_ahead:
+        size = pipe.prompts_ahead * pipe.feature_bytes / 1e9
+        say(f"memory: the features of {pipe.prompts_ahead} prompts at a time, {size:.2g} GB")
 
-    # 4. Encode everything, then generate one by one: no image depends on the others.
+    # 3. Encode the images, then some prompts at a time. No image depends on the others.
     conditions = images and pipe.condition(images, width, height)
     if conditions:
         pipe.plan_memory(steps=steps, conditions=conditions)  # now the number of tokens is known
     if args.save_control:
         say(f"control: {output.save(conditions.control_image, args.save_control, {})}")
-    pipe.encode(expanded + ([args.negative_prompt or ""] if cfg else []))
-    for metadata in metadata_of_each:
-        seed, prompt = metadata["seed"], metadata["prompt"]
-        image, latents = generate(args, pipe, prompt, seed, steps, conditions)
-        suffixes = [".safetensors"] if args.save_latents else []
-        path = output.save(image, args.output, metadata, suffixes)
-        if args.save_latents:
-            save_latents(path, latents, metadata)
-        say(f"seed {seed}: {prompt}")
-        print_path(path)
+    negative = [args.negative_prompt or ""] if cfg else []
+    shown = images.images if images else ()
+    seeds, remaining = itertools.count(first_seed), iter(prompts)
+    while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
+        expanded = [upsample(args, pipe, prompt, shown, first_seed) for prompt in some]
+        recipes = []
+        for typed, prompt in zip(some, expanded):
+            recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed) | files
+            recipe["upsampled_from"] = typed if args.upsample else None
+            output.check_metadata_fits(args.output, recipe)
+            recipes.append(recipe)
+        pipe.encode_ahead(expanded + negative)
+        for recipe in recipes:
+            for seed in itertools.islice(seeds, args.num_images):
+                generate_file(args, pipe, recipe | {"seed": seed}, steps, conditions)
     return 0
+
+
+def generate_file(args: argparse.Namespace, pipe, metadata: dict, steps: int, conditions) -> None:
+    """Generate one image, write the image and its latents, and print its name."""
+    from flux.image_io import output
+
+    seed, prompt = metadata["seed"], metadata["prompt"]
+    image, latents = generate(args, pipe, prompt, seed, steps, conditions)
+    suffixes = [".safetensors"] if args.save_latents else []
+    path = output.save(image, args.output, metadata, suffixes)
+    if args.save_latents:
+        save_latents(path, latents, metadata)
+    say(f"seed {seed}: {prompt}")
+    print_path(path)
 
 
 def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int, conditions):
@@ -370,48 +393,79 @@ def load(args: argparse.Namespace, fast: bool = True):
 # ------------------------------------------------------------------------------ input
 
 
-def gather_prompts(args: argparse.Namespace) -> list[str]:
+class Prompts:
+    """Prompts of the command line, then those of a file, whose lines are decoded one by one.
+
+    A file of a million lines takes the memory of its bytes.
+    """
+
+    def __init__(self, typed: Sequence[str], lines: bytes = b""):
+        self.typed, self.lines = typed, lines
+        self.count = sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.typed
+        for line in re.finditer(rb"[^\r\n]+", self.lines):
+            if prompt := line[0].decode().strip():
+                yield prompt
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def gather_prompts(args: argparse.Namespace) -> Prompts:
     """Return the prompts of the command line and of the file, in this order."""
-    prompts = args.prompts + args.prompt
+    typed = args.prompts + args.prompt
+    for prompt in (*typed, args.negative_prompt or ""):
+        if "\0" in prompt or prompt != prompt.encode("utf-8", "ignore").decode("utf-8"):
+            raise UserError(f"prompt: {prompt!r:.120} has bytes that are not UTF-8 text.")
+    if any(not prompt.strip() for prompt in typed):
+        raise UserError("prompt: is empty. Say what the image should show.")
     if args.prompt_file:
-        prompts += read_prompts(args.prompt_file)
-    if not prompts and args.image:  # FLUX.1 Redux needs none
-        return [""]
-    if not prompts:
+        return Prompts(typed, read_prompts(args.prompt_file))
+    if not typed and args.image:  # FLUX.1 Redux needs none
+        return Prompts([""])
+    if not typed:
         raise UserError(
             "prompt: is missing. Give one in quotes, or --prompt-file FILE, or --from-image FILE."
         )
-    if any(not prompt.strip() for prompt in prompts):
-        raise UserError("prompt: is empty. Say what the image should show.")
-    for text in (*prompts, args.negative_prompt or ""):
-        if "\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8"):
-            raise UserError(f"prompt: {text!r:.120} has bytes that are not UTF-8 text.")
-    return prompts
+    return Prompts(typed)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file, or of standard input for "-"; empty lines are left out."""
+def read_prompts(path: Path) -> bytes:
+    """Return the checked lines of a UTF-8 file, or of standard input for "-"."""
     try:
-        raw = read_stdin() if str(path) == "-" else path.read_bytes()
+        lines = read_stdin() if str(path) == "-" else read_start(path)
     except OSError as error:
         raise UserError(f"prompt_file: {path} cannot be read ({error.strerror}).") from None
+    if len(lines) > MAX_PROMPT_FILE:
+        raise UserError(
+            f"prompt_file: {path} has more than {MAX_PROMPT_FILE:,} bytes. Split the file."
+        )
+    lines = lines.removeprefix(codecs.BOM_UTF8)
     try:
-        lines = [line.strip() for line in re.split(r"\r\n|\r|\n", raw.decode("utf-8-sig"))]
-        if b"\0" in raw:  # UTF-16 without its mark reads as UTF-8 with zeros
+        count = Prompts([], lines).count
+        if b"\0" in lines:  # UTF-16 without its mark reads as UTF-8 with zeros
             raise ValueError
     except ValueError:
         raise UserError(
             f"prompt_file: {path} is not UTF-8 text. Save it as UTF-8, one prompt a line."
         ) from None
-    if not any(lines):
+    if not count:
         raise UserError(f"prompt_file: {path} has no prompt. Write one a line.")
-    return [line for line in lines if line]
+    return lines
 
 
 def read_stdin() -> bytes:
     if sys.stdin is None:
         raise UserError("prompt_file: - needs a standard input. Name a file.")
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
+
+
+def read_start(path: Path) -> bytes:
+    """Return all bytes of a file that is not too large. A device may have no end."""
+    with path.open("rb") as file:
+        return file.read(MAX_PROMPT_FILE + 1)
 
 
 def gather_images(args: argparse.Namespace, spec):
@@ -478,13 +532,14 @@ def summary(args: argparse.Namespace, pipe, width: int, height: int, steps: int,
     return f"{text}, on {pipe.device} in {short(pipe.dtype)}"
 
 
-def note_unknown_words(prompts: list[str]) -> None:
-    """Say which words of the prompts the toy does not know, and which it knows."""
+def note_unknown_words(prompts: Iterable[str]) -> None:
+    """Say which words of the first prompts the toy does not know, and which it knows."""
     from flux import toy
 
-    unknown = [word for prompt in prompts for word in toy.unknown_words(prompt)]
+    first = itertools.islice(prompts, 1000)
+    unknown = dict.fromkeys(word for prompt in first for word in toy.unknown_words(prompt))
     if unknown:
-        words = ", ".join(repr(word) for word in dict.fromkeys(unknown))
+        words = ", ".join(map(repr, itertools.islice(unknown, 50)))
         known = "; ".join(map(", ".join, (toy.SHAPES, toy.COLOURS, toy.PATTERNS, toy.SIZES)))
         say(
             f"note: the toy does not know {words}. It knows {known}; places such as 'at the top "

@@ -68,8 +68,6 @@ def describe(
     """Return all that determines an image, except its files, and the environment of the run."""
     import torch
 
-    import flux
-
     spec = pipe.spec
     options = {name: getattr(args, name) for name in IMAGE_OPTIONS} if args.image else None
     note = None
@@ -89,6 +87,7 @@ def describe(
         dtype=short(pipe.dtype),
         decode_dtype=args.decode_dtype,
         device=pipe.device.type,
+        threads=torch.get_num_threads(),
         transformer=args.transformer.name if args.transformer else None,
         autoencoder=args.autoencoder.name if args.autoencoder else None,
         quantize=args.quantize,
@@ -98,8 +97,34 @@ def describe(
         image_options=options,
         note=note,
         licence=spec.licence.name,
-        software=f"flux {flux.__version__}, torch {torch.__version__}",
+        software=software(),
     )
+
+
+def other_environment(metadata: dict, device: str) -> list[str]:
+    """Return what differs between the run that made an image and this one: "threads 2, now 1".
+
+    The same environment gives the same bytes. Another sums matrix products in another order, which
+    may change some pixels by a level, and more in bfloat16. Threads matter on a CPU only.
+    """
+    import torch
+
+    now: dict[str, object] = {"device": device, "software": software()}
+    if device == "cpu":
+        now["threads"] = torch.get_num_threads()
+    return [
+        f"{name} {metadata[name]!s:.60}, now {value}"
+        for name, value in now.items()
+        if name in metadata and metadata[name] != value
+    ]
+
+
+def software() -> str:
+    import torch
+
+    import flux
+
+    return f"flux {flux.__version__}, torch {torch.__version__}"
 
 
 def describe_files(args: Namespace) -> dict:

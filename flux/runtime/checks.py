@@ -10,6 +10,7 @@ from flux.image_io.input import MAX_PIXELS
 
 Guidance = float | Sequence[float]  # one value; a first and a last value; or one value a step
 MIN_SIDE, MAX_SIDE = 64, 8192  # pixels
+MAX_IMAGES = 10**9  # of one run
 
 
 def check_range(name: str, value: float, low: float, high: float, advice: str = "") -> None:
@@ -140,12 +141,22 @@ def check_cfg(
 
 
 def check_count(count: int, seed: int) -> None:
-    """Check the number of images and the first image's seed; image k has seed + k."""
+    """Check the number of all images and the first image's seed; image k has seed + k."""
     if count < 1:
         raise UserError(
             "num_images: there is nothing to generate. "
             "Give at least one prompt, and at least one image for each."
         )
+    if count > MAX_IMAGES:
+        raise UserError(
+            f"num_images: all prompts together have too many images (got {count}, expected at most "
+            f"{MAX_IMAGES})."
+        )
     check_integer("seed", seed)
-    if not 0 <= seed <= 2**63 - count:
+    if not 0 <= seed < 2**63:
         raise UserError(f"seed: must be from 0 to 2^63 - 1 (got {seed}).")
+    if seed + count > 2**63:
+        raise UserError(
+            f"seed: the last of {count} images would have a seed above 2^63 - 1 (got {seed}). "
+            "Use a smaller seed."
+        )

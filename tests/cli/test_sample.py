@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from flux.configs import EMBEDDED, MODELS
 from flux.image_io.output import read_metadata
 from flux.parity.reference import FLUX1_TINY, randomise
 from flux.pipeline import Pipeline
+from flux.text_encoder import FLUX2TextEncoder
 from flux.transformer import Flux
 from flux.weights import locate
 
@@ -85,6 +87,48 @@ def test_each_image_is_the_one_of_its_own_seed_and_none_is_overwritten(cli):
     assert [read_metadata(path)["seed"] for path in both.images] == [5, 6]
 
 
+def test_features_of_many_prompts_are_never_all_in_memory(cli, monkeypatch):
+    """The bound is that of the cache: here three prompts and the negative one."""
+    prompts = [f"a red circle {number}" for number in range(8)]
+    Path("prompts.txt").write_text("\n".join(prompts))
+    flags = ("--guidance", 2, "--negative-prompt", "black", "--seed", 1, "--num-images", 2)
+    whole = cli("--prompt-file", "prompts.txt", *QUICK, *flags, "--output", "whole.png")
+    assert "memory: " not in whole.err
+    encoded, alive, most = [], [], [0]
+    encode_one = FLUX2TextEncoder.encode_one
+
+    def record(self, prompt):
+        features = encode_one(self, prompt)
+        encoded.append(prompt)
+        alive.append(weakref.ref(features.tokens))
+        most[0] = max(most[0], sum(tokens() is not None for tokens in alive))
+        return features
+
+    monkeypatch.setattr(FLUX2TextEncoder, "encode_one", record)
+    size = loading.load(device="cpu").feature_bytes
+    monkeypatch.setattr("flux.text_encoder.MAX_CACHE", 4 * size + 7)
+    run = cli("--prompt-file", "prompts.txt", *QUICK, *flags, "--output", "few.png")
+    line = f"memory: the features of 3 prompts at a time, {3 * size / 1e9:.2g} GB"
+    assert run.code == 0 and line in run.err
+    assert encoded == [*prompts[:3], "black", *prompts[3:]]  # each once
+    assert most[0] == 5  # the bound, and the one that takes another's place
+    assert list(map(pixels, run.images)) == list(map(pixels, whole.images))
+    assert [read_metadata(path)["seed"] for path in run.images] == [*range(1, 17)]
+
+
+def test_number_of_images_needs_no_memory(cli, monkeypatch, sample_script):
+    made = []
+
+    def generate_file(args, pipe, metadata, *_):
+        made.append(metadata["seed"])
+        if len(made) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample_script, "generate_file", generate_file)
+    run = cli(PROMPT, *QUICK, "--num-images", 10**9, "--seed", 7)
+    assert run.code == 130 and made == [7, 8, 9]
+
+
 def test_prompts_come_from_all_sources_in_order(cli):
     Path("prompts.txt").write_text("\ufeffa red ring\n\n  a blue star \r\n", encoding="utf-8")
     sources = ("a green cross", "--prompt", "a pink circle", "--prompt-file", "prompts.txt")
@@ -102,10 +146,23 @@ def test_image_is_made_again_from_its_metadata(cli):
     (again,) = cli("--from-image", path, "--output", "a.webp").images
     assert first.code == 0 and again.name == "a-2.webp"
     assert pixels(path) == pixels(again) and read_metadata(path) == read_metadata(again)
+    assert read_metadata(path)["threads"] == torch.get_num_threads()
     typed = ("--seed", 4, "--numerics", "exact", "--negative-prompt", "exact")
     (other,) = cli("--from-image", path, *typed, "--output", "a.webp").images
     changed = {"seed": 4, "numerics": "exact", "negative_prompt": "exact"}
     assert read_metadata(other) == read_metadata(path) | changed and pixels(other) != pixels(path)
+
+
+def test_note_names_another_environment_of_the_image(cli, monkeypatch):
+    """The number of threads decides in which order numbers are added."""
+    made = cli(PROMPT, *QUICK, "--output", "a.png")
+    assert "was made with" not in cli("--from-image", *made.images).err
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    run = cli("--from-image", *made.images)
+    expected = f"a.png was made with threads {threads}, now {threads + 1}: some pixels may differ"
+    assert run.code == 0 and expected in run.err
+    assert read_metadata(*run.images)["threads"] == threads + 1
 
 
 def test_latents_are_written_next_to_the_image_and_overwrite_nothing(cli):

@@ -6,6 +6,7 @@ the words of the command line, with exit code 2, before anything is loaded or wr
 
 import io
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -174,9 +175,39 @@ def test_prompt_file_without_utf8_prompts_is_refused(cli):
 def test_prompts_are_split_at_newlines_only(sample_script, tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red\x0bstar\u2028\x0c\r\n  a blue ring\ra star \n\n".encode())
-    assert sample_script.read_prompts(path) == ["a red\x0bstar", "a blue ring", "a star"]
+    prompts = sample_script.Prompts(["typed"], sample_script.read_prompts(path))
+    assert list(prompts) == ["typed", "a red\x0bstar", "a blue ring", "a star"] == list(prompts)
+    assert len(prompts) == 4
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a näive ring".encode())))
-    assert sample_script.read_prompts(Path("-")) == ["a näive ring"]
+    assert sample_script.read_prompts(Path("-")) == "a näive ring".encode()
+
+
+def test_endless_prompt_file_is_refused(cli):
+    cli("--prompt-file", "/dev/zero", *QUICK).fails_with("--prompt-file: /dev/zero has more than")
+
+
+def test_million_prompts_take_the_memory_of_their_bytes(sample_script, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"a cat\n" * 10**6)
+    tracemalloc.start()
+    prompts = sample_script.Prompts([], sample_script.read_prompts(tmp_path / "prompts.txt"))
+    assert len(prompts) == 10**6
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * 6 * 10**6 + sample_script.MAX_PROMPT_FILE  # read() asks for the limit
+
+
+@pytest.mark.parametrize(
+    "count, words",
+    [
+        (0, "--num-images: there is nothing to generate"),
+        (-5, "--num-images: there is nothing to generate"),
+        (10**9 + 1, "--num-images: all prompts together have too many images"),
+        (10**12, "--num-images: all prompts together have too many images"),
+        (2**63, "--num-images: all prompts together have too many images"),
+    ],
+)
+def test_absurd_number_of_images_is_refused(cli, count, words):
+    cli("a cat", *QUICK, "--num-images", count).fails_with(words)
 
 
 # ------------------------------------------------------------------------------ models

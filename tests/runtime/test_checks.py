@@ -46,7 +46,10 @@ REFUSED = [
     (check_cfg, (BASE, 1.0, "grey", None, 4), "negative_prompt: has an effect only with `guid"),
     (check_count, (0, 7), "num_images: there is nothing to generate."),
     (check_count, (1, -1), "seed: must be from 0 to 2^63 - 1 (got -1)."),
-    (check_count, (2, 2**63 - 1), "seed: must be from 0 to 2^63 - 1"),
+    (check_count, (1, 2**63), f"seed: must be from 0 to 2^63 - 1 (got {2**63})."),
+    (check_count, (2, 2**63 - 1), "seed: the last of 2 images would have a seed above 2^63 - 1"),
+    (check_count, (10**9 + 1, 0), "num_images: all prompts together have too many images"),
+    (check_count, (2**63, 0), f"(got {2**63}, expected at most 1000000000)"),
     (check_count, (1, "7"), "seed: must be a whole number (got '7')."),
 ]
 # fmt: on
