@@ -14,19 +14,21 @@ python scripts/parity.py bisect a.safetensors --transformer mine.safetensors
 python scripts/parity.py calibrate a.safetensors
 python scripts/parity.py table
 
-Exit codes: 0 within tolerance, 1 over tolerance or stopped at NaN, 2 wrong arguments, 130 Ctrl-C.
+Exit codes: 0 within tolerance; 1 over tolerance, nothing compared, or stopped at NaN; 2 wrong
+arguments or files; 130 Ctrl-C.
 """
 
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import sample
-from command_line import add_hidden_alias, exit_code, say, show_warnings_once
+from command_line import Parser, add_hidden_alias, exit_code, say, show
 
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 # flags of sample.py that parity.py does not take: about several images, and about their files
@@ -62,6 +64,7 @@ FLAGS = sample.flags_of(sample.parser()) | {
     "tolerance": "--tolerance",
     "against": "--against",
     "module_fn": "--module-fn",
+    "json": "--json",
     "inside": "--inside",
     "precision": "--precision",
     "include_weights=False": "--without-weights",
@@ -69,7 +72,7 @@ FLAGS = sample.flags_of(sample.parser()) | {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -195,7 +198,7 @@ def capture(args: argparse.Namespace) -> int:
     pipe, request = prepare(args)
     selection = Selection(tuple(args.only), args.at_steps, args.store, args.limit * 1e9)
     recorded = capture(pipe, request, args.output, selection, say)
-    print(args.output)
+    show(args.output)
     return int("stopped" in recorded.recipe)
 
 
@@ -236,7 +239,8 @@ def add_compare(commands) -> None:
         help="instead of B, compare a live run with A, which is then the reference: `here` (the "
         "pipeline, from the prompt on), `diffusers` (its transformer with the same weights, in "
         "each recorded pass), or MODULE:FUNCTION (see --module-fn of replay; the function may "
-        "also return the path of a capture). A file is used as B",
+        "also return the path of a capture), whose module is imported and run, also from the "
+        "current folder: name only code that you trust. A file is used as B",
     )
     add_filter(p)
     add_tolerance(
@@ -251,7 +255,6 @@ def add_compare(commands) -> None:
 def compare(args: argparse.Namespace) -> int:
     from flux.errors import UserError
     from flux.parity import compare
-    from flux.parity.capture_file import Capture
     from flux.parity.compare_live import allowed
     from flux.parity.tolerances import format_ratio, stored_rounding
 
@@ -263,20 +266,33 @@ def compare(args: argparse.Namespace) -> int:
             f"--{unused[0].replace('_', '-')}: applies only with --against here or diffusers. "
             "Leave it out"
         )
+    check_json(args.json)
     if args.against and not args.against.endswith(".safetensors"):
         return compare_live(args)
-    reference_path = args.reference or Path(args.against)
-    a, b = Capture(args.judged), Capture(reference_path)
+    a, b = read_pair(args.judged, args.reference or Path(args.against))
     precision = a.recipe.get("dtype")
     rows = compare.compare(a, b, allowed(b, precision, args.tolerance), args.only)
-    print(compare.table(rows))
+    show_lines(compare.table(rows, compare.coverage(rows, b, a)))
     if precision in stored_rounding(b):
-        print(format_ratio(rows, b, precision))
-    for path, names in zip((args.judged, reference_path), compare.unmatched(a, b)):
-        if names:
-            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            say(f"note: {len(names):,} tensors are only in {path}: {listed}")
+        show(format_ratio(rows, b, precision))
+    if caution := compare.about_copies(rows, a, b):
+        say(f"note: {caution}")
     return finish(rows, args)
+
+
+def read_pair(judged: Path, reference: Path):
+    """Return two captures. UserError if both are one file."""
+    from flux.parity.capture_file import Capture
+    from flux.parity.compare import check_two_files
+
+    a, b = Capture(judged), Capture(reference)
+    check_two_files(a, b)
+    return a, b
+
+
+def show_lines(text: str) -> None:
+    """Print a text of ours, in which names from files are escaped already."""
+    show(*text.split("\n"))
 
 
 def compare_live(args: argparse.Namespace) -> int:
@@ -296,8 +312,9 @@ def compare_live(args: argparse.Namespace) -> int:
     else:
         sys.path.append("")  # the function may be in a file of the current folder
         function = compare_live.named(args.against)
-        rows = compare_live.adaptor(Capture(args.judged), function, args.only, args.tolerance)
-    print(compare.table(rows))
+        capture = Capture(args.judged)
+        rows = compare_live.adaptor(capture, function, args.only, args.tolerance)
+    show_lines(compare.table(rows, compare.coverage(rows, capture, only=args.only)))
     return finish(rows, args)
 
 
@@ -305,15 +322,36 @@ def dtype_name(pipe) -> str:
     return str(pipe.dtype).removeprefix("torch.")
 
 
+def check_json(path: Path | None) -> None:
+    """Make the folder of --json. UserError if no file can be written there."""
+    from flux.errors import UserError
+
+    try:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent):
+                pass
+    except OSError as error:
+        raise UserError(
+            f"json: {path} cannot be written ({error.strerror}). Choose another folder."
+        ) from None
+
+
 def finish(rows, args: argparse.Namespace) -> int:
     """Write the rows where --json says. Return the exit code."""
+    from flux.errors import UserError
     from flux.image_io.output import write_exclusive
     from flux.parity import compare
 
     if args.json:
         content = compare.to_json(rows).encode()
-        say(f"rows: {write_exclusive(args.json, lambda file: file.write(content))}")
-    return int(compare.first_over(rows) is not None)
+        try:
+            say(f"rows: {write_exclusive(args.json, lambda file: file.write(content))}")
+        except OSError as error:
+            raise UserError(
+                f"json: {args.json} cannot be written ({error.strerror}). Make room."
+            ) from None
+    return int(not compare.passed(rows))
 
 
 # ---------------------------------------------------------------- diagnose
@@ -338,19 +376,19 @@ def add_diagnose(commands) -> None:
 
 
 def diagnose(args: argparse.Namespace) -> int:
-    from flux.parity import replay
-    from flux.parity.capture_file import Capture
-    from flux.parity.compare import compare, verdict
+    from flux.parity import compare, replay
     from flux.parity.diagnose import diagnose, format_diagnosis
 
-    port, reference = Capture(args.judged), Capture(args.reference)
+    port, reference = read_pair(args.judged, args.reference)
     replay.recipe_of(reference)
-    rows = compare(port, reference, args.tolerance, args.only)
-    if not any(row.over for row in rows):
-        print(verdict(rows))
-        return 0
+    rows = compare.compare(port, reference, args.tolerance, args.only)
+    if compare.first_over(rows) is None:
+        show(compare.verdict(rows), compare.coverage(rows, reference, port))
+        if caution := compare.about_copies(rows, port, reference):
+            say(f"note: {caution}")
+        return int(not compare.passed(rows))
     pipe = load_pipeline(reference, args)
-    print(format_diagnosis(diagnose(rows, port, reference, pipe)))
+    show_lines(format_diagnosis(diagnose(rows, port, reference, pipe)))
     return 1
 
 
@@ -377,15 +415,13 @@ def add_report(commands) -> None:
 
 def report(args: argparse.Namespace) -> int:
     from flux.parity import compare, report
-    from flux.parity.capture_file import Capture
 
     report.check_output(args.output, args.png)
-    a, b = Capture(args.judged), Capture(args.reference)
+    a, b = read_pair(args.judged, args.reference)
     rows = compare.compare(a, b, args.tolerance, args.only)
-    for path in report.write(a, b, rows, args.output, args.png):
-        print(path)
-    say(compare.verdict(rows))
-    return int(compare.first_over(rows) is not None)
+    show(*report.write(a, b, rows, args.output, args.png))
+    say(compare.verdict(rows), compare.coverage(rows, b, a))
+    return int(not compare.passed(rows))
 
 
 # ---------------------------------------------------------------- replay, bisect, calibrate
@@ -467,7 +503,8 @@ def add_module_fn(p: argparse.ArgumentParser) -> None:
         "--module-fn",
         metavar="MODULE:FUNCTION",
         help="a function to compare instead of the networks here: it takes the name of a module "
-        "and a list of tensors, and returns a list of tensors",
+        "and a list of tensors, and returns a list of tensors. Its module is imported and run, "
+        "also from the current folder: name only code that you trust",
     )
     add_hidden_alias(p, "--call", "--module-fn")
     add_tolerance(
@@ -513,6 +550,7 @@ def replay(args: argparse.Namespace) -> int:
 
     if bool(args.end_to_end) + bool(args.inside) + bool(args.module_fn) > 1:
         raise UserError("--end-to-end, --inside and --module-fn exclude each other. Pass one")
+    check_json(args.json)
     module_fn = load_module_fn(args)
     capture, pipe, request = load_run(args.capture, args)
     precision, local = dtype_name(pipe), not args.end_to_end
@@ -526,7 +564,10 @@ def replay(args: argparse.Namespace) -> int:
     else:
         call = module_fn or Modules(pipe)
         rows = replay.replay_modules(capture, call, args.only, tolerance)
-    print(compare.table(rows))
+    missing = "were not computed, or not from recorded inputs"
+    show_lines(
+        compare.table(rows, compare.coverage(rows, capture, only=args.only, missing=missing))
+    )
     if measured:
         say(tolerances.format_ratio(rows, capture, precision, local))
     return finish(rows, args)
@@ -537,7 +578,7 @@ def bisect(args: argparse.Namespace) -> int:
 
     module_fn = load_module_fn(args)
     found = bisect(*load_run(args.capture, args), module_fn, args.tolerance)
-    print(found or "no step differs")
+    show_lines(str(found or "no step differs: each run of steps ends within tolerance"))
     return int(found is not None)
 
 
@@ -551,7 +592,7 @@ def calibrate(args: argparse.Namespace) -> int:
         for precision in precisions
     }
     tolerances.store_rounding(capture.path, measured, precisions[0])
-    print(tolerances.format_table(measured))
+    show_lines(tolerances.format_table(measured))
     say(
         f"stored in {capture.path}: compare allows {tolerances.FACTOR} times the error of "
         f"{precisions[0]} in a run"
@@ -626,7 +667,7 @@ def build_kit(args: argparse.Namespace) -> int:
         args.limit * 1e9,
         say,
     )
-    print(args.output)
+    show(args.output)
     return 0
 
 
@@ -660,7 +701,7 @@ def table(args: argparse.Namespace) -> int:
             f"table needs diffusers, transformers and the tests' packages: {error.name or error} "
             'is missing or too old. Run `pip install -e ".[test]"` in a clone of the repository'
         ) from None
-    print(text)
+    show_lines(text)
     if args.write:
         table.write(root / "flux/parity/README.md", text)
     return 0
@@ -671,7 +712,6 @@ def table(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parser().parse_args()
-    show_warnings_once(FLAGS)
     stopped = "stopped; nothing was written"
     return exit_code(lambda: args.run(args), FLAGS, getattr(args, "output", "the output"), stopped)
 

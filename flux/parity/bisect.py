@@ -39,6 +39,7 @@ from flux.parity.replay import (
 )
 from flux.pipeline import Pipeline
 from flux.runtime.checks import check_cfg, check_steps
+from flux.runtime.terminal import printable
 from flux.transformer import KVCache, Modulations
 
 BLOCK = re.compile(r"(double|single)_blocks\.(\d+)")
@@ -58,9 +59,9 @@ class FirstDifference:
     runs: Counter
 
     def __str__(self) -> str:
-        where = self.block or f"step {self.step}, outside the blocks"
+        where = printable(self.block or f"step {self.step}, outside the blocks")
         if self.row.errors is None:
-            error = self.row.fault
+            error = printable(self.row.fault)
         else:
             error = f"relative L2 {self.row.errors.relative_l2:.2g} of {self.row.tolerance:.2g}"
         subject = "the first difference is at"
@@ -70,7 +71,7 @@ class FirstDifference:
             f"{self.runs['stretches']} stretches: {self.runs['network']} runs of the network, "
             f"{self.runs['block']} of a block"
         )
-        return f"{subject} {self.row.name}, in {where}: {error}\nfound in {runs}"
+        return f"{subject} {printable(self.row.name)}, in {where}: {error}\nfound in {runs}"
 
 
 def bisect(
@@ -167,9 +168,11 @@ class _Loop:
         recorded = [name for name in capture.names if re.fullmatch(r"step\.\d+/latents", name)]
         self.steps = len(recorded)
         expected = [f"step.{number:03}/latents" for number in range(1, self.steps + 1)]
-        if not recorded or not all(name in capture.tensors for name in expected):
+        if not recorded or any(
+            name not in capture.records or capture.kind(name) != "full" for name in expected
+        ):
             raise UserError(
-                f"{capture.path}: lacks latents to start from. Capture it without "
+                f"{capture.path}: lacks latents to start from. Capture it in full, without "
                 "`at_steps` and `only`"
             )
         self.conditions = None

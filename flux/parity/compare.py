@@ -29,6 +29,7 @@ from flux.parity.capture_file import (
     token_norms,
 )
 from flux.parity.hooks import check_patterns, matches
+from flux.runtime.terminal import printable
 
 TOLERANCES = {  # relative L2 by dtype; 0 for integers
     "F64": 1e-12,
@@ -124,7 +125,12 @@ class Row:
 
 
 def errors(a: Tensor, b: Tensor) -> Errors:
-    """Compare two tensors of one shape, of any dtypes; `b` is the reference."""
+    """Compare two tensors of one shape, of any dtypes; `b` is the reference.
+
+    UserError for tensors of different shapes.
+    """
+    if a.shape != b.shape:
+        raise UserError(f"a: has another shape (got {tuple(a.shape)}, expected {tuple(b.shape)}).")
     a, b = a.detach().cpu(), b.detach().cpu()
     x, y = a.double(), b.double()
     finite = x.isfinite() & y.isfinite()
@@ -290,7 +296,8 @@ def _row(name: str, a: Capture, b: Capture, tolerance: float | Mapping[str, floa
         tolerance = _default_tolerance(dtype, theirs.dtype, a, b)
     row = Row(name, shape, dtype, kind, tolerance, None)
     if ours.shape != shape:
-        return replace(row, fault=f"has shape {ours.shape} (expected {shape})")
+        reason = _why_shapes_differ(name, ours.shape, shape)
+        return replace(row, fault=f"has shape {ours.shape} (expected {shape}){reason}")
     identical = _identical(name, a, b)
     if identical and kind == "full":
         found = _equal(b.tensors[name])
@@ -306,6 +313,22 @@ def _row(name: str, a: Capture, b: Capture, tolerance: float | Mapping[str, floa
     if identical:  # all values have the hash of the reference's
         values = math.prod(shape)
     return replace(row, errors=found, values=max(values - found.nonfinite, 0), identical=identical)
+
+
+def _why_shapes_differ(name: str, a: Sequence[int], b: Sequence[int]) -> str:
+    """Say so where shapes look as those of another request do."""
+    differ = [axis - len(b) for axis, (m, n) in enumerate(zip(a, b)) if m != n]
+    if len(a) != len(b) or len(b) < 2 or not set(differ) <= {-3, -2, -1}:
+        return ""
+    if name == "image" or (len(b) == 4 and name.endswith(("noise", "latents", "pixels"))):
+        return ": the images have different sizes"
+    if len(b) < 3 and not name.startswith("ids/") or differ != [-2]:
+        return ""
+    if name.startswith(("text/", "ids/txt")) or "txt" in name:
+        return ": the texts have different numbers of tokens"
+    if "single_blocks" in name or "/attention/" in name:
+        return ": the images have different sizes, or the texts different numbers of tokens"
+    return ": the images have different sizes"
 
 
 def _identical(name: str, a: Capture, b: Capture) -> bool:
@@ -426,24 +449,61 @@ def _of_statistics(a: dict, b: dict, size: int) -> Errors:
 # ---------------------------------------------------------------- text
 
 
+def passed(rows: Sequence[Row]) -> bool:
+    """Return whether values were compared, and no tensor is over its tolerance."""
+    return any(row.values for row in rows) and first_over(rows) is None
+
+
 def verdict(rows: Sequence[Row]) -> str:
     """Return one sentence: the first tensor over its tolerance, or the one nearest to it."""
-    if not rows:
-        return "nothing was compared"
     row = first_over(rows)
-    if row is None:
-        nearest = max(rows, key=lambda row: row.ratio)
-        if nearest.ratio == 0:
-            return f"all {len(rows):,} tensors are equal"
-        return (
-            f"all {len(rows):,} tensors are within tolerance; "
-            f"{nearest.name} comes nearest, at {nearest.ratio:.2g} of it"
+    if row is not None:
+        return _verdict_over(row, rows)
+    compared = [row for row in rows if row.values]
+    if not compared:
+        return "nothing was compared" + _left_open(rows)
+    nearest = max(rows, key=lambda row: row.ratio)
+    subject = f"all {len(compared):,} tensors are"
+    if nearest.ratio:
+        text = (
+            f"{subject} within tolerance; "
+            f"{printable(nearest.name)} comes nearest, at {nearest.ratio:.2g} of it"
         )
+    elif all(row.identical for row in compared):
+        text = f"{subject} equal to the bit"
+    else:
+        text = f"{subject} equal"
+        in_value = sum(row.kind == "full" and not row.identical for row in compared)
+        if in_value:
+            text += f", {in_value:,} of them in value alone: dtypes or signs of zeros differ"
+    return text + _left_open(rows)
+
+
+def _left_open(rows: Sequence[Row]) -> str:
+    """Say how many tensors were compared in part only, or not at all."""
+    partly = [row for row in rows if row.values and not row.identical]
+    probes = sum(row.kind == "probe" for row in partly)
+    corners = sum(row.kind == "slice" for row in partly)
+    alone = sum(row.kind == "statistics" and not row.values for row in rows)
+    empty = sum(row.kind != "statistics" and not row.values for row in rows)
+    parts = (
+        (probes, "compared by 4,096 values and the norms of all tokens"),
+        (corners, "compared by a corner and statistics"),
+        (alone, "not compared, because statistics alone are stored"),
+        (empty, "not compared, because they have no finite values"),
+    )
+    return "".join(f"; {count:,} {text}" for count, text in parts if count)
+
+
+def _verdict_over(row: Row, rows: Sequence[Row]) -> str:
     count = sum(row.over for row in rows)
-    over = f"{count:,} of {len(rows):,} tensors are over tolerance; the first is {row.name}:"
+    over = (
+        f"{count:,} of {len(rows):,} tensors are over tolerance; "
+        f"the first is {printable(row.name)}:"
+    )
     e = row.errors
     if e is None:
-        return f"{over} {row.fault}"
+        return f"{over} {printable(row.fault)}"
     if e.misplaced:
         return f"{over} NaN or infinity differs in {e.misplaced:,} places"
     return (
@@ -453,22 +513,78 @@ def verdict(rows: Sequence[Row]) -> str:
     )
 
 
+def coverage(
+    rows: Sequence[Row],
+    reference: Capture,
+    judged: Capture | None = None,
+    only: Sequence[str] = (),
+    missing: str = "were not computed",
+) -> str:
+    """Return how many of the reference's tensors have a row, and why the others have none.
+
+    `judged`: the other capture; None for a run, whose `missing` tensors are described by a verb.
+    `only`: the patterns of the comparison.
+    """
+    have = {row.name for row in rows}
+    rest = [name for name in reference.names if name not in have]
+    lost = [name for name in rest if judged is None or name not in judged.records]
+    if judged is None:
+        lost = [name for name in lost if matches(name, only)]
+    reasons = [f"{len(rows):,} of the {len(reference.names):,} tensors of {reference.path}"]
+    if lost:
+        why = missing if judged is None else f"are not in {judged.path}"
+        reasons.append(f"{len(lost):,} {why} ({_few(lost)})")
+    if len(rest) > len(lost):
+        reasons.append(f"{len(rest) - len(lost):,} are left out by the filter")
+    if judged is not None:
+        extra, _ = unmatched(judged, reference)
+        if extra:
+            reasons.append(f"{len(extra):,} are in {judged.path} alone ({_few(extra)})")
+    return printable("compared: " + "; ".join(reasons))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def about_copies(rows: Sequence[Row], a: Capture, b: Capture) -> str:
+    """Return a caution where `a` may be a copy of `b`, else an empty text."""
+    if not a.recipe or a.recipe != b.recipe or a.names != b.names:
+        return ""
+    if not all(row.identical for row in rows):
+        return ""
+    return (
+        f"{a.path} has the recipe and all bytes of {b.path}: one file is a copy of the other, or "
+        "the same code made both. That shows nothing about a port."
+    )
+
+
+def check_two_files(a: Capture, b: Capture) -> None:
+    """Raise UserError if both are one file: it would equal itself whatever is in it."""
+    if a.path.samefile(b.path):
+        raise UserError(
+            f"{a.path}: is the same file as {b.path}, and every file equals itself. "
+            "Pass the port's own tensors."
+        )
+
+
 COLUMNS = (
     f"{'':4} {'rel L2':>8} {'tol.':>8} {'token':>8} {'|a|/|b|-1':>9} {'max abs':>8} {'1-PCC':>8} "
     f"{'ULP':>19}  name"
 )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the verdict in one line, then all rows, in the order of execution."""
-    return "\n".join([verdict(rows), "", COLUMNS, *map(format_row, rows)])
+def table(rows: Sequence[Row], compared: str = "") -> str:
+    """Return the verdict in one line, `coverage` in another, and all rows, as they were run."""
+    head = [verdict(rows), compared] if compared else [verdict(rows)]
+    return "\n".join([*head, "", COLUMNS, *map(format_row, rows)])
 
 
 def format_row(row: Row) -> str:
     mark, e = "OVER" if row.over else "", row.errors
     if e is None:
-        return f"{mark:4} {row.name} {row.fault}"
-    name = f"{row.name} {'x'.join(map(str, row.shape))} {row.dtype}"
+        return f"{mark:4} {printable(row.name)} {printable(row.fault)}"
+    name = f"{printable(row.name)} {'x'.join(map(str, row.shape))} {row.dtype}"
     if row.kind != "full":
         name += f" ({row.kind})"
     if e.nonfinite or e.misplaced:
@@ -485,14 +601,12 @@ def format_ulp(e: Errors) -> str:
 
 def to_json(rows: Sequence[Row]) -> str:
     """Return a list of objects with the fields of `Row` and `Errors`; NaN and infinity are null."""
-    objects = []
-    for row in rows:
-        fields = asdict(row) | {"over": row.over}
-        if row.errors is not None:
-            fields["errors"] = {key: _finite(x) for key, x in fields["errors"].items()}
-        objects.append(fields)
+    objects = [_strict(asdict(row) | {"over": row.over}) for row in rows]
     return json.dumps(objects, indent=1, allow_nan=False)
 
 
-def _finite(x):
+def _strict(x):
+    """Return what JSON can hold: it has no NaN and no infinity."""
+    if isinstance(x, dict):
+        return {key: _strict(value) for key, value in x.items()}
     return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flux.errors import UserError
 from flux.parity import modules, reference
 from flux.parity.capture_file import DTYPES, Capture
-from flux.parity.compare import Row, compare
+from flux.parity.compare import Row, check_two_files, compare
 from flux.parity.hooks import check_patterns, joined, matches, watching
 from flux.parity.modules import Call, guarded
 from flux.parity.name_map import Gather, matches_of
@@ -82,6 +82,7 @@ def adaptor(
         answer: Any = call(each.name, recorded_inputs(capture, each))
         if isinstance(answer, str | os.PathLike):
             theirs = Capture(os.fspath(answer))
+            check_two_files(theirs, capture)
             return compare(theirs, capture, allowed(capture, precision, tolerance), only)
         if not rows:
             outputs = [name for run in module_runs(capture) for name in run.outputs.values()]

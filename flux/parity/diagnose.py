@@ -14,6 +14,7 @@ from flux.parity.compare import Row, errors, verdict
 from flux.parity.known_bugs import KNOWN_BUGS, KnownBug
 from flux.parity.rerun import Rerun, reruns
 from flux.pipeline import Pipeline
+from flux.runtime.terminal import printable
 
 # A match must be this many times nearer to the bug's tensor than to the reference's.
 # A wrong epsilon moves a tensor by about ten times its rounding, no more.
@@ -119,7 +120,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         lines.append(f"none of the {len(KNOWN_BUGS)} known bugs matches{reason}")
     if diagnosis.baseline_error is not None:
         lines.append(
-            f"note: without any bug, these weights give {row.name} with relative L2 "
+            f"note: without any bug, these weights give {printable(row.name)} with relative L2 "
             f"{diagnosis.baseline_error:.1e} to the reference. They are not the weights that the "
             "reference was captured with"
         )
@@ -133,7 +134,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
 def _why_no_match(diagnosis: Diagnosis) -> str:
     row = diagnosis.row
     if row.errors is None:
-        return f": {row.name} {row.fault}"
+        return f": {printable(row.name)} {printable(row.fault)}"
     if not diagnosis.trials:
         return ": none applies here. Capture every tensor of both sides in full to try more"
     return f": the nearest is at relative L2 {diagnosis.trials[0].distance:.1e}"

@@ -10,10 +10,11 @@ import numpy as np
 from flux.errors import UserError
 from flux.parity.compare import Row, first_over
 
-STEP = re.compile(r"step\.(\d+)/")
+STEP = re.compile(r"step\.([0-9]{1,6})/")
 OVER = "#d55e00"  # vermilion and blues of Okabe and Ito, which every colour vision can tell apart
 COLOURS = ("#0072b2", "#cc79a7", "#009e73")
 PLAIN = {"parse_math": False}  # a "$" in a file's names is not mathematics
+MOST_BLOCKS = 400  # in one figure, which holds them in a readable size
 
 
 def check_matplotlib() -> None:
@@ -37,6 +38,12 @@ def block_of(row: Row) -> str:
     negative = "negative/" if place.startswith("negative/") else ""
     block = re.match(r"[^./]+(\.\d+(?=[./]))?", place.removeprefix("negative/"))
     return negative + (block[0] if block else place)
+
+
+def label_of(name: str, length: int = 30) -> str:
+    """Return a name from a file as ASCII that fits into a figure, whose font lacks most others."""
+    text = ascii(name)[1:-1]
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def error_of(row: Row) -> float:
@@ -71,11 +78,15 @@ def along_run(rows: Sequence[Row]) -> bytes:
     xs = [position[STEP.sub("step/", row.name)] for row in rows]
     axes.scatter(xs, [row.tolerance or math.nan for row in rows], 12, "k", "_", label="tolerance")
     starts = [x for x, place in enumerate(places) if x == 0 or _part(place) != _part(places[x - 1])]
-    axes.set_xticks(starts, [_part(places[x]) for x in starts], rotation=30, ha="right", **PLAIN)
+    axes.set_xticks(
+        starts, [label_of(_part(places[x])) for x in starts], rotation=30, ha="right", **PLAIN
+    )
     if first:
         x = position[STEP.sub("step/", first.name)]
         axes.axvline(x, color=OVER, lw=0.8)
-        axes.set_title(f"first over tolerance: {first.name}", color=OVER, fontsize=10, **PLAIN)
+        axes.set_title(
+            f"first over tolerance: {label_of(first.name, 80)}", color=OVER, fontsize=10, **PLAIN
+        )
     return plot.finish(figure, "order of execution")
 
 
@@ -119,11 +130,11 @@ def block_ratios(rows: Sequence[Row]) -> tuple[list[str], list[int], np.ndarray]
 
 
 def by_block(rows: Sequence[Row]) -> bytes | None:
-    """Draw `block_ratios` as a heat map; None without steps."""
+    """Draw `block_ratios` as a heat map; None without steps, and for too many blocks."""
     from matplotlib.colors import LogNorm
 
     blocks, steps, ratios = block_ratios(rows)
-    if not blocks:
+    if not 0 < len(blocks) <= MOST_BLOCKS:
         return None
     figure, axes = _axes(min(3 + 0.6 * len(steps), 11), 2 + 0.2 * len(blocks))
     image = axes.imshow(
@@ -131,7 +142,7 @@ def by_block(rows: Sequence[Row]) -> bytes | None:
     )
     over = np.argwhere(ratios > 1)
     axes.scatter(over[:, 1], over[:, 0], 20, OVER, "D", edgecolors="white")
-    axes.set_yticks(range(len(blocks)), blocks, fontsize=8, **PLAIN)
+    axes.set_yticks(range(len(blocks)), map(label_of, blocks), fontsize=8, **PLAIN)
     axes.set_xticks(range(len(steps)), steps)
     axes.set_xlabel("step")
     figure.colorbar(image, label="multiple of the tolerance")
@@ -163,7 +174,7 @@ class _LogPlot:
 
     def __init__(self, axes, rows: Sequence[Row]):
         values = [error_of(row) for row in rows] + [row.tolerance for row in rows]
-        logs = [math.log10(value) for value in values if 0 < value < math.inf] or [-8, 0]
+        logs = [math.log10(value) for value in values if 1e-30 < value < 1e30] or [-8, 0]
         self.axes, self.zero = axes, 10 ** (math.floor(min(logs)) - 1)
         self.infinity = 10 ** (math.ceil(max(logs)) + 1)
         axes.set_yscale("log")

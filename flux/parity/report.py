@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from flux.errors import UserError
+from flux.errors import UserError, WriteError
 from flux.image_io.output import write_exclusive
 from flux.parity import figures
 from flux.parity.capture_file import Capture, token_norms
-from flux.parity.compare import Row, first_over, format_ulp, unmatched, verdict
+from flux.parity.compare import Row, about_copies, coverage, first_over, format_ulp, passed, verdict
 
 IMAGE = "image"
 OPEN = 200  # show all rows at once up to this number, else those of the first part over tolerance
@@ -47,9 +47,17 @@ def write(
     files = {path: text.encode()}
     if folder:
         files |= {folder / f"{name}.png": data for name, data in pngs.items()}
-    written = []
-    for target, data in files.items():
-        written.append(write_exclusive(target, partial(_write_bytes, data)))
+    written: list[Path] = []
+    try:
+        for target, data in files.items():
+            written.append(write_exclusive(target, partial(_write_bytes, data)))
+    except OSError as error:
+        for target in written:  # all or nothing
+            target.unlink()
+        raise WriteError(
+            f"output: {path} cannot be written ({error.strerror}). Make room, or choose another "
+            "folder."
+        ) from None
     return written
 
 
@@ -164,7 +172,10 @@ def section(title: str, text: str, body: str) -> str:
 
 
 def table(lines: Iterable[tuple[str, str]]) -> str:
-    rows = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in lines)
+    rows = "".join(
+        f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(value)}</td></tr>'
+        for name, value in lines
+    )
     return f"<table><tbody>{rows}</tbody></table>"
 
 
@@ -173,8 +184,8 @@ def img(pngs: dict[str, bytes], name: str, caption: str = "") -> str:
         return ""
     data = base64.b64encode(pngs[name]).decode()
     return (
-        f'<figure><img alt="{caption or name}" src="data:image/png;base64,{data}"/>'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<figure><img alt="{escaped(caption or name)}" src="data:image/png;base64,{data}"/>'
+        f"<figcaption>{escaped(caption)}</figcaption></figure>"
     )
 
 
@@ -184,16 +195,15 @@ def img(pngs: dict[str, bytes], name: str, caption: str = "") -> str:
 def heading(a: Capture, b: Capture, rows: Sequence[Row]) -> str:
     """Return the verdict, the two files, and what limits the comparison."""
     first, text = first_over(rows), verdict(rows)
-    notes = []
-    for capture, names in zip((a, b), unmatched(a, b)):
+    notes = [coverage(rows, b, a), about_copies(rows, a, b)]
+    for capture in (a, b):
         if "stopped" in capture.recipe:
             notes.append(f"{capture.path} stopped early: {capture.recipe['stopped']}")
-        if names:
-            few = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            notes.append(f"{len(names):,} tensors are in {capture.path} alone: {few}")
-    head = '<h1 class="over">Over tolerance</h1>' if first else "<h1>Within tolerance</h1>"
+    head = "<h1>Within tolerance</h1>"
+    if not passed(rows):
+        head = f'<h1 class="over">{"Over tolerance" if first else "Nothing was compared"}</h1>'
     link = f'<p><a href="#first"><code>{escaped(first.name)}</code></a></p>' if first else ""
-    lines = "".join(f'<p class="note">{escaped(note)}</p>' for note in notes)
+    lines = "".join(f'<p class="note">{escaped(note)}</p>' for note in notes if note)
     return (
         f"<header>{head}{link}<p>{escaped(text[:1].upper() + text[1:])}.</p>"
         f"<p>A, judged: <code>{escaped(a.path)}</code><br/>"
@@ -207,7 +217,7 @@ def first_over_tolerance(row: Row | None, figure: str) -> str:
         return ""
     facts = [("shape", "×".join(map(str, row.shape))), ("dtype", row.dtype), ("stored", row.kind)]
     if row.errors is None:
-        facts.append(("fault", escaped(row.fault)))
+        facts.append(("fault", row.fault))
     else:
         e = row.errors
         facts += [
@@ -397,7 +407,7 @@ def row_line(row: Row, is_first: bool) -> str:
     if row.kind != "full":
         shape += f" {row.kind}"
     mark = "◆" if row.over else ""
-    cells = f'<td>{mark}</td><th scope="row">{escaped(row.name)}</th><td>{shape}</td>'
+    cells = f'<td>{mark}</td><th scope="row">{escaped(row.name)}</th><td>{escaped(shape)}</td>'
     if row.errors is None:
         return f'<tr{style}{anchor}>{cells}<td colspan="8">{escaped(row.fault)}</td></tr>'
     e = row.errors

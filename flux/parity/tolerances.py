@@ -29,6 +29,7 @@ from flux.parity.hooks import check_patterns
 from flux.parity.modules import Modules, in_dtype
 from flux.parity.replay import check_model, module_runs, replay_module, run_and_compare
 from flux.pipeline import Pipeline
+from flux.runtime.terminal import printable
 from flux.weights.files import read_header
 
 FACTOR = 2  # another order of rounding errs about as much as ours, in another direction
@@ -169,7 +170,9 @@ def format_ratio(rows: Sequence[Row], capture: Capture, precision: str, local: b
     if not ratios:
         return f"no compared tensor is rounded in {precision}"
     largest, name = max(ratios)
-    return f"within {largest:.2g}x of {precision} rounding; the largest ratio is at {name}"
+    return (
+        f"within {largest:.2g}x of {precision} rounding; the largest ratio is at {printable(name)}"
+    )
 
 
 def format_table(measured: Mapping[str, Mapping[str, Rounding]]) -> str:
@@ -182,5 +185,5 @@ def format_table(measured: Mapping[str, Mapping[str, Rounding]]) -> str:
     for name in dict.fromkeys(name for tensors in measured.values() for name in tensors):
         pairs = [tensors.get(name, Rounding(None, None)) for tensors in measured.values()]
         cells = [f"{cell(p.local):>10} {cell(p.accumulated):>9}" for p in pairs]
-        lines.append("".join(cells) + f"  {name}")
+        lines.append("".join(cells) + f"  {printable(name)}")
     return "\n".join(lines)

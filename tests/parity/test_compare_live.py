@@ -7,6 +7,7 @@ is planted. Networks are tiny and random, or the embedded model's.
 import copy
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -272,6 +273,8 @@ ours = Modules(flux.load(device="cpu", fast=False))
 def port(name, inputs):
     return [x * 1.01 if name == "step.001/single_blocks.1" else x for x in ours(name, inputs)]
 def written(name, inputs):
+    return "copy.safetensors"
+def itself(name, inputs):
     return "a.safetensors"
 """
 
@@ -306,13 +309,16 @@ def test_command_compares_live_runs(parity):
     Path("another_port.py").write_text(PORT)
     code, out, _ = parity("compare", "a.safetensors", "--against", "another_port:port")
     assert code == 1 and "the first is step.001/single_blocks.1/out:" in out.splitlines()[0]
-    for same in ("another_port:written", "a.safetensors"):
+    shutil.copy("a.safetensors", "copy.safetensors")
+    for same in ("another_port:written", "copy.safetensors"):
         code, out, _ = parity("compare", "a.safetensors", "--against", same, "--only", "latents")
         assert code == 0 and out.startswith("all 1 tensors")
     for arguments, words in (
         ((), "compare takes A and either B or --against X"),
         (("a.safetensors", "--against", "here"), "compare takes A and either B or --against X"),
         (("--against", "there"), "--against: unknown (got there, expected here, diffusers"),
+        (("--against", "another_port:itself"), "is the same file as"),
+        (("a.safetensors",), "is the same file as"),
         (("--against", "another_port:no"), "--against: there is no function another_port:no"),
         (
             ("--against", "another_port:port", "--dtype", "bfloat16"),

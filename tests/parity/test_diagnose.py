@@ -6,6 +6,7 @@ here, wrongly, as a port might.
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -858,7 +859,10 @@ def test_command_diagnose(parity, pipes, captures, folder, tmp_path):
         code, out, _ = parity(command, *files, "--weights", folder, "--device", "cpu")
         assert code == 1 and "the first is ids/img" in out
         assert "cause: rows and columns swapped: an image token's position" in out
-    code, out, _ = parity("diagnose", reference.path, reference.path)
-    assert code == 0 and out.startswith("all ")
+    copy = shutil.copy(reference.path, tmp_path / "copy.safetensors")
+    code, out, err = parity("diagnose", copy, reference.path)
+    assert code == 0 and out.startswith("all ") and "shows nothing about a port" in err
+    code, _, err = parity("diagnose", reference.path, reference.path)
+    assert code == 2 and "is the same file as" in err
     code, _, err = parity("diagnose", reference.path, port.path)
     assert code == 2 and "is a plain file" in err

@@ -262,8 +262,12 @@ def test_notes_name_lost_tensors_and_stopped_runs(pair):
     del pair.a["noise"]
     pair.recipes[0]["stopped"] = "the latents are not finite after step 2"
     notes = [text_of(e) for e in pair.page()[0].iter("p") if e.get("class") == "note"]
-    assert notes[0].endswith("a.safetensors stopped early: the latents are not finite after step 2")
-    assert re.fullmatch(r"1 tensors are in .*b\.safetensors alone: noise", notes[1])
+    assert notes[1].endswith("a.safetensors stopped early: the latents are not finite after step 2")
+    assert re.fullmatch(
+        r"compared: 20 of the 21 tensors of .*b\.safetensors; "
+        r"1 are not in .*a\.safetensors \(noise\)",
+        notes[0],
+    )
 
 
 def test_plain_file_of_a_port_has_no_figures_by_step(pair):
@@ -377,14 +381,25 @@ def test_files_are_never_overwritten_or_left_in_part(pair, monkeypatch):
     second = report.write(a, b, rows, pair.folder / "out")  # a folder gets report.html
     assert second == [pair.folder / "out/report-2.html"] and path.read_bytes() == before
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    files, link = [], output.os.link
+
+    def full(part, path):
+        files.append(path)
+        if len(files) > room:
+            raise OSError(28, "No space left on device", str(part))
+        link(part, path)
 
     monkeypatch.setattr(output.os, "link", full)
     monkeypatch.setattr(output.os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        report.write(a, b, rows, pair.folder / "new/report.html")
-    assert list((pair.folder / "new").iterdir()) == []
+    for room in (0, 1, 3):
+        files.clear()
+        with pytest.raises(
+            UserError, match=r"output: .*/report\.html cannot be written \(No space"
+        ):
+            report.write(a, b, rows, pair.folder / "new/report.html", pair.folder / "figures")
+        assert len(files) > room
+        assert not list((pair.folder / "new").iterdir())
+        assert not list((pair.folder / "figures").iterdir())
 
 
 def test_wrong_outputs_are_refused(pair, monkeypatch):

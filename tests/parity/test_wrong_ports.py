@@ -1,8 +1,12 @@
-"""A wrong port passes no verdict of scripts/parity.py.
+"""A wrong port passes no verdict of scripts/parity.py, and a right one passes each.
 
-The truth is a run of a tiny random model. A wrong port is made of it by one change.
+The truth is a run of a tiny random model. A wrong port is made of the truth by one change.
 """
 
+import json
+import re
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.parity_requests import KLEIN, SMALL
 from support.tiny_repositories import tiny_repositories
+from torch import Tensor
 
 import flux
+from flux.errors import UserError
 from flux.parity.capture import Selection, capture
+from flux.parity.capture_file import Capture, Writer
+from flux.parity.compare import compare, errors, first_over, passed, verdict
 
+Tensors = dict[str, Tensor]
 REQUEST = replace(SMALL, width=64, height=64, steps=2, guidance=1.0)
 SELECTION = Selection(("noise", "ids", "step.001", "latents", "image"))
+IN, OUT = "step.001/double_blocks.0/in.0", "step.001/double_blocks.0/out.0"  # of one shape
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +43,291 @@ def truth(weights, tmp_path_factory) -> Path:
     return capture(pipe, REQUEST, path, SELECTION).path
 
 
+@pytest.fixture(scope="module")
+def tensors(truth) -> Tensors:
+    recorded = Capture(truth).tensors
+    return {name: recorded[name].clone() for name in recorded}
+
+
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return file.metadata()
 
 
-@pytest.mark.parametrize("command", ["compare", "diagnose", "report"])
+# ---------------------------------------------------------------- ports
+
+
+def each(change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
+    """Change every tensor."""
+    return lambda tensors: {name: change(x).contiguous() for name, x in tensors.items()}
+
+
+def one(change: Callable[[Tensor], Tensor], name: str = OUT) -> Callable[[Tensors], Tensors]:
+    """Change one tensor."""
+    return lambda tensors: tensors | {name: change(tensors[name]).contiguous()}
+
+
+def with_value(value: float, *place: int) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[place] = value
+        return x
+
+    return change
+
+
+def rotten(x: Tensor) -> Tensor:
+    """Flip the bits of 1,000 bytes."""
+    raw = x.clone().contiguous().flatten().view(torch.uint8)
+    at = torch.randperm(len(raw), generator=torch.Generator().manual_seed(1))[:1000]
+    raw[at] ^= 255
+    return raw.view(x.dtype).reshape(x.shape)
+
+
+def swapped(tensors: Tensors) -> Tensors:
+    return tensors | {IN: tensors[OUT], OUT: tensors[IN]}
+
+
+WRONG = {
+    "zeros": each(torch.zeros_like),
+    "sevens": each(lambda x: torch.full_like(x, 7)),
+    "one tensor of zeros": one(torch.zeros_like),
+    "one tensor of sevens": one(lambda x: torch.full_like(x, 7)),
+    "negative": one(torch.neg),
+    "scaled": one(lambda x: 1.001 * x),
+    "swapped names": swapped,
+    "tokens in another order": one(lambda x: x.flip(1)),
+    "channels in another order": one(lambda x: x.flip(2)),
+    "one bad token": one(with_value(0.0, 0, 3)),
+    "the last token": one(with_value(0.0, 0, -1), "step.001/txt_in/out"),
+    "rotten": one(rotten),
+    "the last tensor": one(lambda x: 255 - x, "image"),
+    "NaN": one(lambda x: x * torch.nan),
+    "one NaN": one(with_value(torch.nan, 0, 1, 2)),
+    "infinity": one(with_value(torch.inf, 0, 1, 2)),
+    "transposed": one(lambda x: x.mT),
+    "without the batch": one(lambda x: x[0]),
+    "one token less": one(lambda x: x[:, 1:]),
+    "without values": one(lambda x: x[:, :0]),
+    "broadcast": one(lambda x: x[:, :1, :1]),
+    "truncated to integers": one(lambda x: x.long()),
+    "only signs": one(lambda x: x > 0),
+    "bfloat16 zeros": each(lambda x: torch.zeros_like(x, dtype=torch.bfloat16)),
+    "an id off by one": one(with_value(2, 15, 2), "ids/img"),
+    "ids in bfloat16, off": one(lambda x: (1.01 * x).bfloat16(), "ids/img"),
+    "alone": lambda tensors: {OUT: tensors[IN]},
+    "amid extra tensors": lambda tensors: swapped(tensors) | {"mine": tensors[OUT].clone()},
+}
+RIGHT = {  # a port that is right, and what is said
+    "equal": (dict, r"all 265 tensors are equal to the bit\n"),
+    "zeros with a minus": (
+        one(lambda x: torch.where(x == 0, -0.0, x), "step.001/vec"),
+        r"all 265 tensors are equal",
+    ),
+    "float64": (
+        each(lambda x: x.double() if x.is_floating_point() else x),
+        r"all 265 tensors are equal, 262 of them in value alone",
+    ),
+    "bfloat16": (
+        each(lambda x: x.bfloat16() if x.is_floating_point() else x),
+        r"all 265 tensors are within tolerance; \S+ comes nearest",
+    ),
+    "ids in float32": (one(Tensor.float, "ids/img"), r"all 265 tensors are equal, 1 of them"),
+    "one tensor": (lambda tensors: {OUT: tensors[OUT]}, r"all 1 tensors are equal to the bit\n"),
+    "rounded": (one(lambda x: x * (1 + 1e-6)), r"all 265 tensors are within tolerance"),
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_compare_finds_each_wrong_port(change, tensors, truth, parity):
+    save_file(change(tensors), "port.safetensors")
+    code, out, _ = parity("compare", "port.safetensors", truth, "--json", "rows/rows.json")
+    assert code == 1 and "tensors are over tolerance; the first is" in out.splitlines()[0]
+    assert out.splitlines()[1].startswith("compared: ")
+    rows = json.loads(Path("rows/rows.json").read_text())
+    assert any(row["over"] for row in rows)
+
+
+@pytest.mark.parametrize("change, words", RIGHT.values(), ids=RIGHT)
+def test_compare_passes_each_right_port(change, words, tensors, truth, parity):
+    save_file(change(tensors), "port.safetensors")
+    code, out, _ = parity("compare", "port.safetensors", truth)
+    assert code == 0 and re.match(words, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["report", "diagnose"])
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_report_and_diagnose_find_each_wrong_port(change, command, tensors, truth, weights, parity):
+    save_file(change(tensors), "port.safetensors")
+    how = ("--output", "page.html") if command == "report" else ("--weights", weights)
+    code, out, err = parity(command, "port.safetensors", truth, *how)
+    assert code == 1 and "tensors are over tolerance; the first is" in out + err
+    if command == "report":
+        assert '<h1 class="over">Over tolerance</h1>' in Path("page.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["compare", pytest.param("report", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [0, 7])
 def test_stated_hashes_are_not_believed(command, number, truth, parity):
     """The port's tensors are constant; its metadata, with all hashes, is a copy of the truth's."""
-    tensors = {name: torch.full_like(x, number) for name, x in load_file(truth).items()}
-    save_file(tensors, "port.safetensors", metadata_of(truth))
+    constant = {name: torch.full_like(x, number) for name, x in load_file(truth).items()}
+    save_file(constant, "port.safetensors", metadata_of(truth))
     output = ("--output", "report.html") if command == "report" else ()
     code, out, err = parity(command, "port.safetensors", truth, *output)
     assert code in (1, 2) and "equal" not in out + err
+
+
+@pytest.mark.parametrize("command", ["compare", "diagnose", "report"])
+def test_nothing_in_common_is_no_pass(command, tensors, truth, parity):
+    output = ("--output", "page.html") if command == "report" else ()
+    for port in ({}, {"mine": tensors[OUT]}):
+        save_file(port, "port.safetensors")
+        code, out, err = parity(command, "port.safetensors", truth, *output)
+        assert (code, out) == (2, "") and "has no tensor in common" in err
+    Path("port.safetensors").write_bytes(b"")
+    code, out, err = parity(command, "port.safetensors", truth, *output)
+    assert (code, out) == (2, "") and "is empty" in err
+
+
+@pytest.mark.parametrize(
+    "command", ["compare", "diagnose", pytest.param("report", marks=pytest.mark.slow)]
+)
+def test_truth_is_not_its_own_port(command, truth, parity):
+    output = ("--output", "page.html") if command == "report" else ()
+    Path("link.safetensors").symlink_to(truth)
+    for same in (truth, "link.safetensors"):
+        code, out, err = parity(command, same, truth, *output)
+        assert (code, out) == (2, "") and "every file equals itself" in err
+    shutil.copy(truth, "copy.safetensors")
+    code, out, err = parity(command, "copy.safetensors", truth, *output)
+    assert code == 0 and "equal to the bit" in out + err
+    text = Path("page.html").read_text() if command == "report" else err
+    assert "That shows nothing about a port." in text
+
+
+def test_verdict_counts_what_was_not_compared(tensors, truth, parity):
+    save_file({OUT: tensors[OUT], "mine": tensors[IN]}, "port.safetensors")
+    code, out, _ = parity("compare", "port.safetensors", truth)
+    assert code == 0 and out.splitlines()[1] == (
+        f"compared: 1 of the 265 tensors of {truth}; 264 are not in port.safetensors "
+        "(noise, ids/txt, ids/img, ...); 1 are in port.safetensors alone (mine)"
+    )
+    save_file(tensors, "port.safetensors")
+    code, out, _ = parity("compare", "port.safetensors", truth, "--filter", "noise")
+    assert code == 0 and out.splitlines()[1] == (
+        f"compared: 1 of the 265 tensors of {truth}; 264 are left out by the filter"
+    )
+
+
+# ---------------------------------------------------------------- what is not stored in full
+
+
+def written(path: str, tensors: Tensors, kind="full") -> Capture:
+    with Writer(Path(path), {}) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor, kind)
+    return Capture(path)
+
+
+@pytest.fixture
+def large() -> Tensors:
+    draw = torch.Generator().manual_seed(3)
+    return {"step.001/img_in/out": torch.randn(1, 300, 64, generator=draw)}
+
+
+@pytest.mark.parametrize("kind", ["full", "probe", "slice", "statistics"])
+def test_reference_in_part_finds_a_wrong_port(kind, large, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reference = written("truth.safetensors", large, kind)
+    changes = {name: WRONG[name] for name in ("zeros", "sevens")}
+    changes["beyond the corner"] = each(lambda x: torch.cat([x[:, :16], 0 * x[:, 16:]], 1))
+    for name, change in changes.items():
+        port = written(f"{name}.safetensors", change(large))
+        rows = compare(port, reference)
+        assert rows[0].over and not passed(rows), name
+
+
+@pytest.mark.parametrize("kind", ["full", "probe", "slice", "statistics"])
+def test_hash_of_the_reference_shows_equality_to_the_bit(kind, large, tmp_path, monkeypatch):
+    """The hash of the port's own bytes is computed, whatever its metadata states."""
+    monkeypatch.chdir(tmp_path)
+    reference = written("truth.safetensors", large, kind)
+    save_file(large, "port.safetensors")
+    rows = compare(Capture("port.safetensors"), reference)
+    assert rows[0].identical and rows[0].values == 300 * 64 and passed(rows)
+    save_file({name: x * (1 + 1e-6) for name, x in large.items()}, "near.safetensors")
+    rows = compare(Capture("near.safetensors"), reference)
+    assert not rows[0].identical and not rows[0].over
+    assert passed(rows) == (kind != "statistics")
+
+
+@pytest.mark.parametrize("kind", ["probe", "slice", "statistics"])
+def test_port_in_part_is_never_equal_to_the_bit(kind, large, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reference = written("truth.safetensors", large)
+    rows = compare(written("port.safetensors", large, kind), reference)
+    assert not rows[0].over and not rows[0].identical and "to the bit" not in verdict(rows)
+    words = {"probe": "4,096 values", "slice": "a corner", "statistics": "statistics alone"}
+    assert words[kind] in verdict(rows) and passed(rows) == (kind != "statistics")
+
+
+def test_command_passes_no_statistics(large, parity):
+    written("truth.safetensors", large)
+    written("port.safetensors", large, "statistics")
+    code, out, _ = parity("compare", "port.safetensors", "truth.safetensors")
+    assert code == 1
+    assert out.startswith("nothing was compared; 1 not compared, because statistics alone are")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_reference_without_finite_values_is_no_pass(value, large, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    broken = each(lambda x: torch.full_like(x, value))(large)
+    save_file(broken, "a.safetensors"), save_file(broken, "b.safetensors")
+    rows = compare(Capture("a.safetensors"), Capture("b.safetensors"))
+    assert first_over(rows) is None and not passed(rows)
+    assert verdict(rows).startswith("nothing was compared; 1 not compared, because they have no")
+
+
+# ---------------------------------------------------------------- two tensors
+
+
+def test_integers_beyond_float64_are_compared():
+    """2^60 and 2^60 + 1 are one number in float64."""
+    b = torch.tensor([2**60])
+    assert errors(b + 1, b).over(0) and not errors(b, b).over(0)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e200, 1e300])
+def test_extreme_float64_is_compared(size):
+    """The squares of these numbers are 0 or infinite in float64."""
+    b = size * torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    assert not errors(b, b).over(0)
+    assert errors(1.01 * b, b).relative_l2 == pytest.approx(0.01)
+    assert errors(0 * b, b).over(0.9) and errors(b, 0 * b).over(0.9)
+
+
+def test_shapes_are_not_broadcast():
+    with pytest.raises(UserError, match=r"got \(1,\), expected \(3,\)"):
+        errors(torch.ones(1), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "name, ours, theirs, words",
+    [
+        ("single_blocks.0/out", (1, 9, 8), (1, 6, 8), "the images have different sizes, or the"),
+        ("double_blocks.0/out.0", (1, 9, 8), (1, 6, 8), "the images have different sizes"),
+        ("latents", (1, 4, 3, 2), (1, 4, 2, 2), "the images have different sizes"),
+        ("txt_in/out", (1, 9, 8), (1, 6, 8), "the texts have different numbers of tokens"),
+        ("double_blocks.0/out.0", (1, 8, 6), (1, 6, 8), ""),
+    ],
+)
+def test_other_shapes_are_explained(name, ours, theirs, words, tmp_path):
+    a = written(tmp_path / "a.safetensors", {f"step.001/{name}": torch.ones(ours)})
+    b = written(tmp_path / "b.safetensors", {f"step.001/{name}": torch.ones(theirs)})
+    fault = compare(a, b)[0].fault
+    assert fault.startswith(f"has shape {ours} (expected {theirs})")
+    assert fault.removeprefix(f"has shape {ours} (expected {theirs})").startswith(
+        f": {words}" if words else ""
+    ) and bool(words) == (": " in fault)
