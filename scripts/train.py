@@ -27,7 +27,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from typing import NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
-from command_line import with_flags
+from command_line import OUT_OF_MEMORY, show, show_traceback, with_flags
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -51,18 +51,20 @@ from training_options import (
 )
 
 import flux
+from flux.atomic_files import exclusive_lock, write_atomically
 from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError, WriteError
 from flux.text_encoder import TextFeatures
 from flux.training import dataset, distillation, distributed, loss
-from flux.training.checkpoint import save_tensors
+from flux.training.checkpoint import remove_unfinished, save_tensors
 from flux.training.log import CSVLog, can_plot, plot_loss, report
 from flux.training.lora import add_lora, lora_state_dict
 from flux.training.memory import enable_gradient_checkpointing
 from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
 from flux.transformer import Flux
-from flux.weights.files import shard_files
+from flux.weights.files import preview, shard_files
 
+LOG_EVERY = 10  # steps, without a terminal
 SAMPLE_IMAGES = 4  # on a sheet, without --prompt
 COLUMNS = ("step", "loss", "gradient", "rate", "seconds", "images_per_second")  # of loss.csv
 
@@ -70,6 +72,7 @@ COLUMNS = ("step", "loss", "gradient", "rate", "seconds", "images_per_second")  
 def main() -> int:
     args = parser(__doc__).parse_args()
     warnings.showwarning = print_warning
+    sys.excepthook = show_traceback
     try:
         return train(args)
     except UserError as error:
@@ -80,8 +83,9 @@ def main() -> int:
         return fail(f"{error.filename or args.run}: {error.strerror or error}")
     except KeyboardInterrupt:
         return fail("stopped; everything encoded and saved so far is kept", 130)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not any(part in text for part in OUT_OF_MEMORY):
             raise
         return fail(
             "out of memory. Use --gradient-checkpointing, a smaller --batch-size or --size, or "
@@ -110,8 +114,33 @@ def train(args: argparse.Namespace) -> int:
     resolve(args, pipe, samples)
     check_memory(args, pipe, samples)
 
-    # 2. Encode images and captions.
     args.run.mkdir(parents=True, exist_ok=True)
+    with locked(args.run):
+        return train_in_folder(args, pipe, samples)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other trainings out of a folder. The first process holds the lock."""
+    with ExitStack() as stack:
+        with distributed.main_process_first():
+            if distributed.rank() == 0:
+                try:
+                    stack.enter_context(exclusive_lock(run / "training"))
+                except UserError:
+                    raise UserError(
+                        f"{run}: another training is running in this folder. Wait until it ends, "
+                        "or use another folder."
+                    ) from None
+        yield
+
+
+def train_in_folder(
+    args: argparse.Namespace, pipe: flux.Pipeline, samples: Sequence[dataset.Sample]
+) -> int:
+    remove_unfinished(args.run / "samples")
+
+    # 2. Encode images and captions.
     cache = dataset.Cache(args.cache or args.run / "cache", pipe, args.size)
     with distributed.main_process_first():  # the other processes find everything in the cache
         encoded = encode(args, cache, samples)
@@ -135,6 +164,11 @@ def train(args: argparse.Namespace) -> int:
         ema_decay=args.ema,
         old_names=OLD_CONFIG_NAMES,
     )
+    if trainer.step > args.steps:
+        raise UserError(
+            f"steps: must be at least {trainer.step}, the step of {trainer.path} "
+            f"(got {args.steps}). Or use another folder."
+        )
     count = sum(p.numel() for p in trainer.parameters.values())
     resumed = f"; resumed at step {trainer.step}" if trainer.step else ""
     report(
@@ -157,7 +191,7 @@ def train(args: argparse.Namespace) -> int:
     # 5. Export the weights.
     path = export(args, network, trainer, pipe.dtype)
     if distributed.rank() == 0:
-        print(path)
+        show(path)
     return 0
 
 
@@ -216,8 +250,8 @@ def encode(
     if not encoded:
         raise UserError(f"{args.images}: none of the {len(samples)} images can be used")
     sizes = Counter(f"{16 * e.shape[0][2]}x{16 * e.shape[0][1]}" for e in encoded)
-    counts = ", ".join(f"{count} of {size}" for size, count in sizes.most_common())
-    report(f"{len(encoded)} images: {counts}")
+    counts = [f"{count} of {size}" for size, count in sizes.most_common()]
+    report(f"{len(encoded)} images: {preview(counts, 10)}")
     return encoded
 
 
@@ -334,6 +368,9 @@ def run(
     bar = tqdm(
         total=args.steps, initial=trainer.step, unit="step", disable=None if main_process else True
     )
+    draw = partial(draw_sheet, args, trainer, sheet)
+    if not is_image(sheet_path(args, trainer.step)):  # the run was stopped before it was drawn
+        draw()
     with bar, delayed_signals() as received:
         while trainer.step < args.steps and not halted:
             start, rate = time.monotonic(), trainer.learning_rate
@@ -341,11 +378,16 @@ def run(
             with non_finite_advice(trainer):
                 value, norm = trainer.update([partial(batch_loss, n) for n in numbers])
             seconds = time.monotonic() - start
-            speed = args.batch_size * args.gradient_accumulation_steps / seconds
+            speed = args.batch_size * count / seconds
             bar.update()
             bar.set_postfix(loss=f"{value:.4f}", images_per_second=f"{speed:.2f}")
             halted = distributed.all_mean(len(received)) > 0  # all processes stop at the same step
             last = halted or trainer.step == args.steps
+            if bar.disable and (last or trainer.step % LOG_EVERY == 0):  # there is no terminal
+                report(
+                    f"step {trainer.step} of {args.steps}: loss {value:.4f}, "
+                    f"{speed:.2f} images a second"
+                )
             if main_process:
                 log.add(trainer.step, value, norm, rate, seconds, speed)
             if last or trainer.step % args.save_every == 0:
@@ -353,13 +395,37 @@ def run(
                     trainer.save()
                 if main_process and can_plot():
                     plot_loss(log, args.run / "loss.png")
-            if sheet and not halted and (last or trainer.step % args.sample_every == 0):
-                try:
-                    with trainer.ema_weights():
-                        sheet(args.run / "samples" / f"{trainer.step:06}.png")
-                except NonFiniteError:  # the sampler may overflow where the loss does not
-                    report(f"note: no samples at step {trainer.step}: latents are not finite")
+            if not halted:
+                draw()
     return 128 + (received or [signal.SIGTERM])[0] if halted else 0
+
+
+def draw_sheet(
+    args: argparse.Namespace, trainer: Trainer, sheet: Callable[[Path], None] | None
+) -> None:
+    """Draw the sample images of this step by the averaged weights, if any are due."""
+    step = trainer.step
+    if sheet is None or step == 0 or (step % args.sample_every and step != args.steps):
+        return
+    try:
+        with trainer.ema_weights():
+            sheet(sheet_path(args, step))
+    except NonFiniteError:  # the sampler may overflow where the loss does not
+        report(f"note: no samples at step {step}: latents are not finite")
+
+
+def sheet_path(args: argparse.Namespace, step: int) -> Path:
+    return args.run / "samples" / f"{step:06}.png"
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file holds a whole image."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+        return True
+    except Exception:  # on a damaged file Pillow's readers may fail in any way
+        return False
 
 
 @contextmanager
@@ -422,7 +488,8 @@ def draw_previews(
         sheet.paste(image, (left, 0))
         left += image.width
     path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    with write_atomically(path, wait=True) as unfinished:
+        sheet.save(unfinished)
 
 
 def export(args: argparse.Namespace, network: Flux, trainer: Trainer, dtype: torch.dtype) -> Path:

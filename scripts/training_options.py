@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from command_line import add_hidden_alias, with_flags
+from command_line import Parser, add_hidden_alias, with_flags
 
 import flux
 from flux.errors import UserError
@@ -43,6 +43,8 @@ FLAGS = {
     "target_modules": "--target-modules",
     "size": "--size",
     "prompt": "--prompt",
+    "steps": "--steps",
+    "rank": "--lora-rank",
 }
 OLD_FLAGS = {
     "--batch": "--batch-size",
@@ -66,12 +68,22 @@ OLD_CONFIG_NAMES = {
     "--distill": "distill",
     "--guided": "train_at_guidance",
 }
+BOUNDS = {  # of whole numbers; the network bounds the rank
+    "steps": (1, 10**9),
+    "batch_size": (1, 2**16),
+    "gradient_accumulation_steps": (1, 2**16),
+    "save_every": (1, 2**63 - 1),
+    "sample_every": (0, 2**63 - 1),
+    "lora_rank": (1, 2**63 - 1),
+    "warmup": (0, 2**63 - 1),
+    "seed": (0, 2**63 - 1),
+}
 QUANTIZED = "is quantized, but weights are trained in float32. Use the model's bfloat16 file."
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Return the parser of scripts/train.py."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -232,24 +244,13 @@ def load_pipeline(args: argparse.Namespace) -> flux.Pipeline:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise UserError if a number is out of range, or two flags contradict each other."""
-    minimum = dict(
-        steps=1,
-        batch_size=1,
-        gradient_accumulation_steps=1,
-        save_every=1,
-        lora_rank=1,
-        warmup=0,
-        sample_every=0,
-        seed=0,
-    )
-    for name, least in minimum.items():
+    for name, (least, most) in BOUNDS.items():
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if value is None:
-            continue
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"{flag}: must be at least {least} (got {value})")
-        if value >= 2**63:
-            raise UserError(f"{flag}: must be at most 2^63 - 1 (got {value})")
+        if value is not None and value > most:
+            limit = "2^63 - 1" if most == 2**63 - 1 else f"{most:,}"
+            raise UserError(f"{flag}: must be at most {limit} (got {value})")
     if args.target_modules and not args.lora_rank:
         raise UserError("--target-modules: selects layers for a LoRA. Add --lora-rank.")
     if args.ema is not None and not 0 < args.ema < 1:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -24,13 +26,24 @@ from flux.image_io import input as inputs
 from flux.image_io.control import control_pixels
 from flux.image_io.output import to_mask, to_pixels
 from flux.pipeline import Pipeline
+from flux.plain_files import read_plain_file, require_plain_file
 from flux.text_encoder import TextFeatures
-from flux.training.checkpoint import load_tensors, save_tensors
+from flux.training.checkpoint import (
+    CHECKSUM,
+    check_header,
+    check_tensors,
+    is_finite,
+    load_tensors,
+    remove_unfinished,
+    save_tensors,
+)
 from flux.training.loss import Batch, seeded_generator
 from flux.weights.files import preview, read_header
 
 # -------------------------------------------------------------------------------- folders and sizes
 
+MAX_IMAGES = 1_000_000
+MAX_CAPTION, MAX_LIST = 2**20, 2**30  # bytes of a .txt file, and of a metadata.jsonl file
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 KEYS = {"image", "caption", "references", "control", "mask"}  # of a line of metadata.jsonl
 MAX_ASPECT_RATIO = 4
@@ -46,19 +59,25 @@ class Sample:
     control: Path | None = None  # Canny and Depth; None: computed from the image
     mask: Path | None = None  # Fill, white where to paint; None: a random rectangle
 
+    @property
+    def files(self) -> list[Path]:
+        return [x for x in (self.image, *self.references, self.control, self.mask) if x]
+
 
 def read_folder(folder: Path) -> list[Sample]:
     """Read the samples of `metadata.jsonl`, or else each image with the .txt file next to it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder. Name a folder of images and captions.")
-    if (folder / "metadata.jsonl").exists():
+    if os.path.lexists(folder / "metadata.jsonl"):  # a broken link is told
         return _read_list(folder / "metadata.jsonl")
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    images = sorted(islice(found, MAX_IMAGES + 1))
+    _check_count(folder, len(images))
     if not images:
         raise UserError(
             f"{folder}: has no images ({', '.join(SUFFIXES)}) and no metadata.jsonl that lists any"
         )
-    samples = [Sample(path, _read_text(path.with_suffix(".txt"))) for path in images]
+    samples = [Sample(path, _read_text(path.with_suffix(".txt"), MAX_CAPTION)) for path in images]
     missing = [sample.image.name for sample in samples if not sample.caption]
     if missing:
         raise UserError(
@@ -69,10 +88,17 @@ def read_folder(folder: Path) -> list[Sample]:
     return samples
 
 
-def _read_text(path: Path) -> str:
+def _check_count(source: Path, images: int) -> None:
+    if images > MAX_IMAGES:
+        raise UserError(f"{source}: has more than {MAX_IMAGES:,} images. Use fewer of them.")
+
+
+def _read_text(path: Path, limit: int) -> str:
     """Return the text of a file, stripped; "" if there is no file."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip() if path.exists() else ""
+        if not os.path.lexists(path):
+            return ""
+        return read_plain_file(path, limit, "a text file").decode("utf-8-sig").strip()
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}). Check its name and permissions."
@@ -88,11 +114,21 @@ def _read_list(path: Path) -> list[Sample]:
 
     "control" or "mask" may name an image instead of "references".
     """
-    text = _read_text(path)
+    text = _read_text(path, MAX_LIST)
+    _check_count(path, text.count("\n") + 1)
     lines = text.split("\n") if text else []  # not splitlines(), which splits at U+2028 too
     if not lines:
         raise UserError(f"{path}: is empty. List images and their captions in it.")
-    return [_read_line(path, number, line) for number, line in enumerate(lines, start=1)]
+    samples = [_read_line(path, number, line) for number, line in enumerate(lines, start=1)]
+    folder = path.parent.resolve()
+    files = {file for sample in samples for file in sample.files}
+    outside = [str(file) for file in sorted(files) if folder not in file.resolve().parents]
+    if outside:
+        warnings.warn(
+            f"{path}: names {len(outside)} files outside its folder ({preview(outside)})",
+            stacklevel=3,
+        )
+    return samples
 
 
 def _read_line(path: Path, number: int, line: str) -> Sample:
@@ -117,7 +153,7 @@ def _read_line(path: Path, number: int, line: str) -> Sample:
         )
     missing = [str(file) for file in (image, *files, *others.values()) if not file.is_file()]
     if missing:
-        raise UserError(f"{path}, line {number}: file not found: {preview(missing)}")
+        raise UserError(f"{path}, line {number}: not a file: {preview(missing)}")
     return Sample(image, caption, tuple(files), **others)
 
 
@@ -169,7 +205,11 @@ class CachedSample(NamedTuple):
 
 
 class Cache:
-    """Latents and text features on disk. A file's name is a hash of everything it depends on."""
+    """Latents and text features on disk. A file's name is a hash of everything it depends on.
+
+    The metadata of a file repeat its name and hold a checksum. A file that is not what the cache
+    wrote under this name is made again. Several runs may share the folder.
+    """
 
     def __init__(self, folder: Path, pipe: Pipeline, size: int):
         self.folder, self.pipe, self.size = folder, pipe, size
@@ -182,6 +222,7 @@ class Cache:
             pipe.text.dtype,
         )
         folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
 
     def sample(self, sample: Sample) -> CachedSample:
         """Encode a sample, except for what is cached. UserError if an image is unusable."""
@@ -190,14 +231,14 @@ class Cache:
         shape = tuple(read_header(file)[0]["latents"].shape for file in (latents, *references))
         channels = None
         if self.pipe.spec.image_mode in ("control", "fill"):
-            channels = self.channels(sample)
+            channels = self.channels(sample, math.prod(shape[0][1:]))
         features = self.features(sample.caption, sample.image.name)
         return CachedSample(latents, features, references, shape, channels)
 
     def latents(self, path: Path, reference: bool = False) -> Path:
         """Encode an image to {"latents": (C, h, w)}, float32."""
         file = self._file("latents", self.file_sha256(path), reference, self.size, self.encoder_id)
-        if is_intact(file):
+        if self._is_intact(file, latents=(self.pipe.spec.transformer.out_channels, -1, -1)):
             return file
         image = inputs.read_image(path)
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
@@ -216,25 +257,27 @@ class Cache:
             fitted = fit_reference(self.pipe.spec, image, self.size)
         else:
             fitted = fit_to_bucket(image, self.size)
-        save_tensors(file, {"latents": self._encode(to_pixels(fitted))[0]})
-        return file
+        return self._save(file, str(path), latents=self._encode(to_pixels(fitted))[0])
 
-    def channels(self, sample: Sample) -> Path:
-        """Encode the extra input of Fill, Canny and Depth to {"channels": (L, C')}, float32."""
+    def channels(self, sample: Sample, tokens: int) -> Path:
+        """Encode the extra input of Fill, Canny and Depth to {"channels": (L, C')}, float32.
+
+        `tokens`: L, the number of latent tokens of the image.
+        """
         spec, other = self.pipe.spec, sample.control or sample.mask
         hashes = [self.file_sha256(path) for path in (sample.image, other) if path]
         file = self._file(
             "channels", hashes, spec.image_mode, spec.control, self.size, self.encoder_id
         )
-        if is_intact(file):
+        c = spec.transformer
+        if self._is_intact(file, channels=(tokens, c.in_channels - c.out_channels)):
             return file
         image = inputs.read_image(sample.image)
         if spec.image_mode == "fill":
             channels = self._fill_channels(sample, image, hashes[0])
         else:
             channels = self._control_channels(sample, image)
-        save_tensors(file, {"channels": channels[0]})
-        return file
+        return self._save(file, str(sample.image), channels=channels[0])
 
     def _fill_channels(self, sample: Sample, image: Image.Image, image_sha256: str) -> Tensor:
         if sample.mask:
@@ -268,7 +311,11 @@ class Cache:
         Errors and warnings about the caption begin with `source`.
         """
         file = self._file("text", caption, self.text_id)
-        if is_intact(file):
+        c = self.pipe.spec.transformer
+        shapes: dict[str, tuple[int, ...]] = {"tokens": (self.pipe.spec.text_length, c.context_dim)}
+        if c.vector_dim is not None:
+            shapes["pooled"] = (c.vector_dim,)
+        if self._is_intact(file, self.pipe.text.dtype, **shapes):
             return file
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -280,26 +327,59 @@ class Cache:
             warnings.warn(f"{source}: {warning.message}", stacklevel=2)
         self.pipe.text.cache.pop(caption)  # the file keeps the features
         tensors = {key: x[0] for key, x in features._asdict().items() if x is not None}
-        save_tensors(file, tensors)
-        return file
+        return self._save(file, source, **tensors)
 
     def _file(self, kind: str, *parts: object) -> Path:
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
         return self.folder / f"{kind}-{digest}.safetensors"
 
+    def _save(self, file: Path, source: str, **tensors: Tensor) -> Path:
+        """Write a file of the cache. UserError if the encoder's output is not finite."""
+        if not all(map(is_finite, tensors.values())):
+            raise UserError(f"{source}: is not finite when encoded. Use `dtype=float32`.")
+        save_tensors(file, tensors, {"name": file.stem}, checksum=True)
+        return file
 
-def is_intact(file: Path) -> bool:
-    """Return whether a cached file is complete. A damaged file is encoded again."""
+    def _is_intact(
+        self, file: Path, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...]
+    ) -> bool:
+        """Return whether a file is what the cache wrote. In a shape, -1 is any positive number."""
+        if not file.exists():
+            return False
+        try:
+            header = read_header(file)[0]
+            expected = {}
+            for name, shape in shapes.items():
+                found = header[name].shape if name in header else ()
+                found = found if len(found) == len(shape) else shape
+                sides = [b if a == -1 else a for a, b in zip(shape, found, strict=True)]
+                sides = [max(1, side) for side in sides]
+                expected[name] = torch.empty(sides, dtype=dtype, device="meta")
+            check_header(file, header, expected)
+            load_cached(file)
+            return True
+        except UserError:
+            return False
+
+
+def load_cached(file: Path) -> dict[str, Tensor]:
+    """Read a file of the cache. UserError if the file is not what the cache wrote."""
     try:
-        return file.exists() and bool(read_header(file))
-    except UserError:
-        return False
+        metadata = read_header(file)[1]
+        tensors = load_tensors(file)
+        check_tensors(file, tensors, metadata)
+        if CHECKSUM not in metadata or metadata.get("name") != file.stem:
+            raise UserError(f"{file}: was not written under this name.")
+    except UserError as error:
+        raise UserError(f"{error} Repeat the command to make this file again.") from None
+    return tensors
 
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file. UserError if the file cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with require_plain_file(path, "an image file").open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}). Check its name and permissions."
@@ -354,7 +434,7 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 def collate(samples: Sequence[CachedSample], axes: int) -> Batch:
     """Load samples of one shape as a batch. `axes` is the number of position coordinates."""
-    latents = torch.stack([load_tensors(s.latents)["latents"] for s in samples])
+    latents = torch.stack([load_cached(s.latents)["latents"] for s in samples])
     batch = Batch(latents, load_features(samples), channels=load_channels(samples))
     references = [load_references(s, axes) for s in samples if s.references]
     if not references:
@@ -365,7 +445,7 @@ def collate(samples: Sequence[CachedSample], axes: int) -> Batch:
 
 def load_features(samples: Sequence[CachedSample]) -> TextFeatures:
     """Load the text features: (B, T, D) and, for FLUX.1, the pooled (B, V)."""
-    texts = [load_tensors(s.features) for s in samples]
+    texts = [load_cached(s.features) for s in samples]
     pooled = torch.stack([x["pooled"] for x in texts]) if "pooled" in texts[0] else None
     return TextFeatures(torch.stack([x["tokens"] for x in texts]), pooled)
 
@@ -373,12 +453,12 @@ def load_features(samples: Sequence[CachedSample]) -> TextFeatures:
 def load_channels(samples: Sequence[CachedSample]) -> Tensor | None:
     """Load the extra input channels (B, L, C') of Fill, Canny and Depth."""
     files = [s.channels for s in samples if s.channels]
-    return torch.stack([load_tensors(file)["channels"] for file in files]) if files else None
+    return torch.stack([load_cached(file)["channels"] for file in files]) if files else None
 
 
 def load_references(sample: CachedSample, axes: int) -> tuple[Tensor, Tensor]:
     """Load the tokens (1, R, C) and ids (R, axes) of the references of a sample that has any."""
-    latents = [load_tensors(file)["latents"][None] for file in sample.references]
+    latents = [load_cached(file)["latents"][None] for file in sample.references]
     return conditioning.reference_tokens(latents, axes)
 
 

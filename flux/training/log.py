@@ -1,62 +1,109 @@
 """The reports of a training run: lines on the terminal, a CSV file, and a chart of the loss."""
 
-import csv
 import importlib.util
 import math
 import os
 import sys
+from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
 from tqdm import tqdm
 
+from flux.atomic_files import write_atomically
+from flux.errors import UserError
+from flux.plain_files import read_plain_file
+from flux.runtime.terminal import printable
 from flux.training.distributed import rank
 
+MAX_LOG = 2**28  # bytes: four million rows
 WINDOW = 50  # steps of the moving mean in the chart
 
 
 def report(text: str) -> None:
-    """Print a line to standard error from the first process, without breaking a progress bar."""
-    if rank() == 0:
-        tqdm.write(text, file=sys.stderr)
+    """Print a line to standard error from the first process, without breaking a progress bar.
+
+    Control characters, in a file's name for example, are shown escaped.
+    """
+    if rank() == 0 and sys.stderr is not None:
+        with suppress(OSError):  # nobody can be told
+            tqdm.write(printable(text), file=sys.stderr)
 
 
 class CSVLog:
     """A CSV file whose first column is a step number. Only the first process writes the file."""
 
     def __init__(self, path: Path, columns: Sequence[str], step: int = 0):
-        """Drop rows after `step`: they belong to a stopped run, whose steps are repeated."""
+        """Read the rows of a stopped run, but for those after `step`, which is repeated.
+
+        A half-written last row is dropped. UserError if the file is anything but such a log.
+        """
         self.path = path if rank() == 0 else Path(os.devnull)
         self.columns = list(columns)
-        rows = list(csv.reader(self.path.open(errors="replace"))) if self.path.exists() else []
-        self.rows = [row for row in rows if self._is_valid(row) and int(row[0]) <= step]
-        if self.path.is_char_device() or rows == [self.columns, *self.rows]:
-            return
-        unfinished = self.path.with_suffix(".part")
-        with unfinished.open("w", newline="") as file:
-            csv.writer(file).writerows([self.columns, *self.rows])
-        unfinished.replace(self.path)
+        self.numbers = [array("d") for _ in columns]
+        if rank() == 0:
+            self._read(step)
 
-    def _is_valid(self, row: list[str]) -> bool:
-        """Return whether the row has a step and finite numbers."""
-        if len(row) != len(self.columns) or not row[0].isdecimal():
-            return False
+    def _read(self, step: int) -> None:
+        content = b""
+        if self.path.exists():
+            content = read_plain_file(self.path, MAX_LOG, "another folder")
+        # a killed process leaves its last row without an end
+        *lines, rest = content.decode(errors="replace").replace("\r\n", "\n").split("\n")
+        header = ",".join(self.columns)
+        names = lines[0].split(",") if lines else self.columns
+        if (
+            names[0] != self.columns[0]
+            or len(names) != len(self.columns)
+            or not (lines or header.startswith(rest))
+        ):
+            raise UserError(
+                f"{self.path}: is not the log of a run, which begins with {header}. "
+                "Move the file away, or use another folder."
+            )
+        kept = [header]
+        for number, line in enumerate(lines[1:], start=2):
+            row = self._row(line)
+            if row is None:
+                raise UserError(
+                    f"{self.path}, line {number}: is no step, or no later step than the line "
+                    f"before (got {line!r:.80}). Delete the line, or move the file away."
+                )
+            if row[0] <= step:
+                kept.append(line)
+                self._append(row)
+        text = "".join(f"{line}\r\n" for line in kept).encode()
+        if text != content:
+            with write_atomically(self.path) as unfinished:
+                unfinished.write_bytes(text)
+
+    def _row(self, line: str) -> list[float] | None:
+        """Return the numbers of a line, if they are finite and the step is later than the last."""
+        cells = line.split(",")
         try:
-            return all(math.isfinite(float(cell)) for cell in row)
+            row = [float(cell) for cell in cells]
         except ValueError:
-            return False
+            return None
+        last = self.numbers[0][-1] if self.numbers[0] else -1
+        sound = len(row) == len(self.columns) and cells[0].isdecimal() and row[0] > last
+        return row if sound and all(map(math.isfinite, row)) else None
+
+    def _append(self, row: Sequence[float]) -> None:
+        for numbers, number in zip(self.numbers, row, strict=True):
+            numbers.append(number)
 
     def add(self, step: int, *numbers: float) -> None:
         """Append a row to the file."""
-        self.rows.append([str(step), *(f"{number:.6g}" for number in numbers)])
+        cells = [str(step), *(f"{number:.6g}" for number in numbers)]
+        self._append([float(cell) for cell in cells])
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow(self.rows[-1])
+            file.write(",".join(cells) + "\r\n")
 
     def column(self, name: str) -> list[float]:
         """Return the numbers of one column."""
-        place = self.columns.index(name)
-        return [float(row[place]) for row in self.rows]
+        return list(self.numbers[self.columns.index(name)])
 
 
 def can_plot() -> bool:
@@ -81,4 +128,5 @@ def plot_loss(log: CSVLog, path: Path) -> None:
     axes.set_title(f"step {steps[-1]:.0f}, mean loss {means[-1]:.4f}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    with write_atomically(path, wait=True) as unfinished:
+        figure.savefig(unfinished, format="png")

@@ -55,7 +55,8 @@ class LoRALinear(nn.Module):
 def add_lora(network: Flux, rank: int, target_modules: Sequence[str] = ("*",)) -> list[str]:
     """Freeze the network and wrap its attention and MLP layers in LoRALinear; return their paths.
 
-    `target_modules` are patterns of paths, such as "*attn.qkv".
+    `target_modules` are patterns of paths, such as "*attn.qkv". UserError if one matches nothing,
+    or if `rank` is larger than a side of a matrix.
     """
     network.requires_grad_(False)
     linears = [
@@ -71,6 +72,16 @@ def add_lora(network: Flux, rank: int, target_modules: Sequence[str] = ("*",)) -
                 f"target_modules: {pattern} matches none of the {len(trainable)} trainable layers "
                 f"({preview(trainable)}). Use * for any part of a name."
             )
+    sides = {
+        path: min(linear.in_features, linear.out_features)
+        for path, linear in network.named_modules()
+        if path in set(paths) and isinstance(linear, nn.Linear | QuantizedLinear)
+    }
+    smallest = min(sides, key=sides.__getitem__)
+    if rank > sides[smallest]:
+        raise UserError(
+            f"rank: must be at most {sides[smallest]}, the smaller side of {smallest} (got {rank})"
+        )
     for path in paths:
         base = cast(nn.Linear | QuantizedLinear, network.get_submodule(path))
         network.set_submodule(path, LoRALinear(base, rank))

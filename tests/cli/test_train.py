@@ -336,6 +336,89 @@ def test_other_settings_or_images_are_another_run(train, images, finished, tmp_p
     assert code == 2 and "belongs to another run: `images` was " in err
 
 
+def test_steps_behind_the_checkpoint_are_refused(train, images, finished):
+    before = (finished / "lora.safetensors").read_bytes()
+    code, _, err = train(images, finished, *LORA, "--steps", 3)
+    assert code == 2
+    path = finished / "checkpoint.safetensors"
+    assert f"--steps: must be at least 4, the step of {path} (got 3). Or use another" in err
+    assert (finished / "lora.safetensors").read_bytes() == before
+
+
+def test_second_training_in_a_folder_is_refused(train, images, finished, tmp_path):
+    command = [sys.executable, "-c", LOCK, str(finished)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    files = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    code, out, err = train(images, finished, *LORA)
+    assert (code, out) == (2, "")
+    assert f"error: {finished}: another training is running in this folder. Wait until" in err
+    assert files == {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert train(images, tmp_path / "other", *LORA, "--steps", 1)[0] == 0  # the cache is shared
+    holder.kill()
+    holder.wait()
+    assert train(images, finished, *LORA)[0] == 0
+    assert not list(finished.glob(".*lock"))
+
+
+LOCK = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(SCRIPT.parents[1])!r})
+from flux.atomic_files import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]) / "training"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_foreign_log_is_refused_and_kept(train, images, tmp_path):
+    (tmp_path / "loss.csv").write_text("my,own,table\n1,2,3\n")
+    code, _, err = train(images, tmp_path, *LORA)
+    assert code == 2 and f"error: {tmp_path / 'loss.csv'}: is not the log of a run" in err
+    assert (tmp_path / "loss.csv").read_text() == "my,own,table\n1,2,3\n"
+
+
+@pytest.mark.parametrize("content", [None, b"", "half"])
+def test_sheet_that_is_missing_or_broken_is_drawn_again(train, images, tmp_path, content):
+    """A process may be killed between its checkpoint and its sheet."""
+    flags = (*LORA, "--sample-every", 2, "--prompt", "a red circle")
+    assert train(images, tmp_path, *flags, "--steps", 2)[0] == 0
+    path = tmp_path / "samples" / "000002.png"
+    with Image.open(path) as image:
+        expected = np.asarray(image)
+    whole = path.read_bytes()
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    left = path.with_name(".000001.png.unfinished")
+    left.mkdir()
+    (left / "000001.png").write_bytes(whole)
+    assert train(images, tmp_path, *flags, "--steps", 2)[0] == 0
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(image), expected)
+    assert list(path.parent.iterdir()) == [path]
+    inode = path.stat().st_ino
+    assert train(images, tmp_path, *flags, "--steps", 2)[0] == 0
+    assert path.stat().st_ino == inode  # a whole sheet stays
+
+
+def test_steps_are_reported_without_a_terminal(train, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.module, "LOG_EVERY", 2)
+    _, _, err = train(images, tmp_path, *LORA, "--steps", 3)
+    lines = re.findall(r"^step (\d) of 3: loss \d\.\d{4}, [\d.]+ images a second$", err, re.M)
+    assert lines == ["2", "3"]
+
+
+def test_names_of_files_are_shown_escaped(train, tmp_path):
+    name = "a\x1b]0;owned\x07\u202e.png"
+    write_metadata(tmp_path, {"image": name, "caption": "a"})
+    code, _, err = train(tmp_path, tmp_path / "run", *LORA)
+    assert code == 2 and "a\\x1b]0;owned\\x07\\u202e.png" in err
+    assert not set("\x1b\x07\u202e") & set(err)
+
+
 # The names in a checkpoint's config before the flags were renamed, and the flags of that time.
 OLD_NAMES = {
     "images": "pictures",
@@ -898,6 +981,17 @@ WRONG_REQUESTS = [
         "--guidance: must be from 0 to 100 (got nan)",
     ),
     (("--steps", 0), "--steps: must be at least 1 (got 0)"),
+    (("--steps", 2**62), "--steps: must be at most 1,000,000,000 (got 4611686018427387904)"),
+    (("--batch-size", 2**62), "--batch-size: must be at most 65,536 (got 4611686018427387904)"),
+    (
+        ("--gradient-accumulation-steps", 2**62),
+        "--gradient-accumulation-steps: must be at most 65,536 (got 4611686018427387904)",
+    ),
+    (("--lora-rank", 2**62), "--lora-rank: must be at most 1"),
+    (("--lora-rank", 2**63), "--lora-rank: must be at most 2^63 - 1 (got 9223372036854775808)"),
+    (("--save-every", 2**63), "--save-every: must be at most 2^63 - 1"),
+    (("--sample-every", 2**63), "--sample-every: must be at most 2^63 - 1"),
+    (("--batch-size", 65_536, "--lora-rank", 2), "not enough memory: training flux.2-tiny needs"),
     (("--warmup", -1), "--warmup: must be at least 0 (got -1)"),
     (("--target-modules", "*"), "Add --lora-rank"),
     (("--lora-rank", 2, "--target-modules", "nothing"), "--target-modules: nothing matches none"),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,9 +104,9 @@ BAD_LINES = {
     '{"image": 3, "caption": "a"}': "must be",
     '{"image": "a.png", "caption": "a", "references": "a.png"}': "must be",
     '{"image": "a.png", "caption": "a", "mask": []}': "must be",
-    '{"image": "a.png", "caption": "a", "references": ["b.png"]}': "file not found: ",
-    '{"image": "a.png", "caption": "a", "mask": "b.png"}': "file not found: ",
-    '{"image": ".", "caption": "b.png"}': "file not found: ",
+    '{"image": "a.png", "caption": "a", "references": ["b.png"]}': "not a file: ",
+    '{"image": "a.png", "caption": "a", "mask": "b.png"}': "not a file: ",
+    '{"image": ".", "caption": "b.png"}': "not a file: ",
     '{"image": "a.png", "caption": "a", "reference": ["a.png"]}': "unknown name 'reference'",
 }
 
@@ -131,6 +133,74 @@ def test_unusable_folder_is_refused(tmp_path):
     assert "0.txt: is not UTF-8 text" in refusal(dataset.read_folder, tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n")
     assert "metadata.jsonl: is empty" in refusal(dataset.read_folder, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "broken link", "large"])
+def test_text_that_is_no_plain_file_is_refused(tmp_path, monkeypatch, name, kind):
+    path = write_image(tmp_path / "a.png").with_name(name)
+    message = {"folder": "is a folder", "broken link": "does not exist"}.get(
+        kind, "is a pipe or a "
+    )
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "large":
+        monkeypatch.setattr(dataset, "MAX_CAPTION", 100)
+        monkeypatch.setattr(dataset, "MAX_LIST", 100)
+        path.write_text("a" * 101)
+        message = "is larger than 100 bytes"
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
+    assert f"{path}: {message}" in refusal(dataset.read_folder, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_image_that_is_no_plain_file_is_refused(tmp_path, toy, kind):
+    path = tmp_path / "a.png"
+    path.with_suffix(".txt").write_text("a cat")
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    (sample,) = dataset.read_folder(tmp_path)
+    message = refusal(dataset.Cache(tmp_path / "cache", toy, 64).sample, sample)
+    assert f"{path}: is a " in message
+    (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "caption": "a cat"}')
+    assert f"line 1: not a file: {path}" in refusal(dataset.read_folder, tmp_path)
+
+
+def test_files_outside_the_folder_are_noted_once(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    write_image(folder / "a.png")
+    (folder / "link.png").symlink_to(write_image(tmp_path / "b.png"))
+    names = ["a.png", "link.png", "../b.png", str(tmp_path / "b.png"), "../images/a.png"]
+    lines = [json.dumps({"image": name, "caption": "a"}) for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.warns(UserWarning) as caught:
+        assert len(dataset.read_folder(folder)) == 5
+    (note,) = [str(warning.message) for warning in caught]
+    assert "metadata.jsonl: names 3 files outside its folder (" in note and "link.png" in note
+    (folder / "metadata.jsonl").write_text(lines[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset.read_folder(folder)
+
+
+def test_too_many_images_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "MAX_IMAGES", 2)
+    for number in range(3):
+        write_image(tmp_path / f"{number}.png").with_suffix(".txt").write_text("a")
+    assert f"{tmp_path}: has more than 2 images" in refusal(dataset.read_folder, tmp_path)
+    line = '{"image": "0.png", "caption": "a"}\n'
+    (tmp_path / "metadata.jsonl").write_text(2 * line)
+    assert len(dataset.read_folder(tmp_path)) == 2
+    (tmp_path / "metadata.jsonl").write_text(3 * line)
+    assert "metadata.jsonl: has more than 2 images" in refusal(dataset.read_folder, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- the cache
@@ -173,12 +243,16 @@ def test_damaged_cache_file_is_encoded_again(tmp_path, toy):
     sample = Sample(write_image(tmp_path / "a.png"), "a cat", (reference,))
     cached = cache.sample(sample)
     files = [cached.latents, cached.features, *cached.references]
-    contents = [file.read_bytes() for file in files]
-    for damaged in (b"", None):  # empty, and truncated
-        for file, content in zip(files, contents, strict=True):
-            file.write_bytes(content[:200] if damaged is None else damaged)
+    contents = [
+        {name: x.clone() for name, x in load_tensors(file).items()} for file in files
+    ]  # clones: a mapped file must not be cut
+    for size in (0, 200):
+        for file in files:
+            file.write_bytes(file.read_bytes()[:size])
         assert cache.sample(sample) == cached
-        assert [file.read_bytes() for file in files] == contents
+        for file, content in zip(files, contents, strict=True):
+            again = load_tensors(file)
+            assert all(torch.equal(again[name], x) for name, x in content.items())
 
 
 def test_unusable_image_or_caption_is_refused_with_its_file(tmp_path, toy):
@@ -192,7 +266,7 @@ def test_unusable_image_or_caption_is_refused_with_its_file(tmp_path, toy):
     assert f"{long}: aspect ratio must be at most 4:1 (got 330x64)" in message
     unusable = [
         (Sample(broken, "a"), broken.name),
-        (Sample(tmp_path / "none.png", "a"), "none.png: cannot be read"),
+        (Sample(tmp_path / "none.png", "a"), "none.png: does not exist"),
         (Sample(good, "a", (small,)), small.name),
         (Sample(good, "a \0 cat"), "a.png: "),
     ]

@@ -142,3 +142,17 @@ def test_lora_on_a_quantized_layer_equals_lora_on_its_dequantized_layer(scheme):
         assert max_error(ours, expected) < 1e-5  # the bias is added in another place
     with torch.autocast("cpu", torch.bfloat16):
         assert quantized.differentiable(x).dtype == torch.bfloat16
+
+
+def test_rank_is_at_most_the_smaller_side_of_a_matrix():
+    network = Flux(KLEIN_TINY)
+    sides = {
+        path: min(m.weight.shape)
+        for path, m in network.named_modules()
+        if path and hasattr(m, "weight") and m.weight.ndim == 2
+    }
+    message = refusal(add_lora, network, 2**62)
+    limit = min(side for path, side in sides.items() if "_blocks" in path and "mod" not in path)
+    assert message.startswith(f"rank: must be at most {limit}, the smaller side of ")
+    assert refusal(add_lora, network, limit + 1).endswith(f"(got {limit + 1})")
+    assert add_lora(network, limit)

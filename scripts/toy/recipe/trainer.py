@@ -70,7 +70,7 @@ class TimedTrainer(Trainer):
             if self.step % LOG_EVERY == 0:
                 bar.set_postfix(step=self.step, loss=f"{fmean(losses):.4f}")
                 columns = ("step", "seconds", "loss")
-                log = log or CSVLog(self.path.with_suffix(".csv"), columns, self.step)
+                log = log or CSVLog(self.path.with_suffix(".csv"), columns, self.step - 1)
                 log.add(self.step, self.seconds, fmean(losses))
                 losses = []
             if self.seconds - saved > 60 * every_minutes or self.progress == 1:
