@@ -25,6 +25,7 @@ QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
 
 class Tokens(NamedTuple):
@@ -119,8 +120,9 @@ class PromptTokenizer:
                 return Tokenizer.from_file(str(folder / "tokenizer.json"))
             return self._build(folder)
         except Exception as error:  # the library raises no narrower type
+            reason = " ".join(str(error).split())  # which may quote the file
             raise UserError(
-                f"{folder}: cannot read {' with '.join(names)} ({error}). "
+                f"{folder}: cannot read {' with '.join(names)} ({reason:.200}). "
                 f"Download the files again from {self.repository_hint}."
             ) from error
 
@@ -241,7 +243,9 @@ def _add_listed_tokens(tokenizer, config: Path) -> None:
     listed = json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"]
     for index, token in sorted(listed.items(), key=lambda item: int(item[0])):
         name = token["content"]
-        tokenizer.add_tokens([AddedToken(**token)])
+        # of an unknown flag, the library would print the name
+        flags = {flag: value for flag, value in token.items() if flag in TOKEN_FLAGS}
+        tokenizer.add_tokens([AddedToken(name, **flags)])
         actual = tokenizer.token_to_id(name)
         if actual != int(index):
             raise ValueError(

@@ -308,6 +308,20 @@ def test_broken_older_files_are_named(kind, name, folders, tmp_path):
                 kind(tmp_path)
 
 
+def test_files_are_quoted_in_one_short_line(folders, tmp_path, capfd):
+    shutil.copytree(folders["qwen-old"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    next(iter(config["added_tokens_decoder"].values()))["a\nflag"] = True
+    write_json(tmp_path / "tokenizer_config.json", config)
+    QwenTokenizer(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    with (tmp_path / "merges.txt").open("a") as file:
+        file.write("9" * 5000 + " x\n")
+    with pytest.raises(UserError) as caught:
+        QwenTokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
 def test_ids_other_than_the_vocabularys_are_refused(folders, tmp_path):
     shutil.copytree(folders["qwen-old"], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
