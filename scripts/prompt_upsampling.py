@@ -9,14 +9,16 @@ src/flux2/text_encoder.py); the two instructions are our own.
 import base64
 import gc
 import io
+import ipaddress
 import json
 import os
 import re
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import HTTPErrorProcessor, Request, build_opener
+from threading import Thread
+from urllib.parse import quote, urlsplit
+from urllib.request import HTTPErrorProcessor, ProxyHandler, Request, build_opener
 
 import torch
 from PIL import Image
@@ -29,6 +31,7 @@ NEW_TOKENS = 512
 MAX_TOKENS = 2048  # of the prompt with its template
 MAX_PIXELS = 768**2  # of an image
 MAX_RESPONSE = 2**22  # bytes
+SECRET_LENGTH = 8  # characters of a key that protects something
 CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # characters that are removed
 EXPAND = (
     "You write prompts for an image generator. Rewrite the user's prompt as one paragraph that "
@@ -161,12 +164,15 @@ def upsample_remotely(
     key: str | None = None,
     images: Sequence[Image.Image] = (),
     timeout: float = 120,
+    total_timeout: float = 600,
 ) -> str:
     """Return the prompt as the server at `url` writes it.
 
     `url`: such as https://api.openai.com or http://localhost:8080/v1; `/v1` is added if the path
     has no version, and `/chat/completions` always. `key`: $OPENAI_API_KEY if None; over http it is
-    sent to this machine only. `timeout`: seconds without a byte. UserError for every failure.
+    sent to this machine only, and never through a proxy. It is in one header and nowhere else.
+    `timeout`: seconds without a byte; `total_timeout`: until the whole answer. UserError for every
+    failure.
     """
     key = (os.environ.get("OPENAI_API_KEY", "") if key is None else key).strip()
     address = _address(url, key)
@@ -183,7 +189,7 @@ def upsample_remotely(
         "temperature": TEMPERATURE,
         "max_tokens": NEW_TOKENS,
     }
-    response = _post(address, key, request, timeout)
+    response = _post(address, key, request, timeout, total_timeout)
     try:
         text = json.loads(response)["choices"][0]["message"]["content"]
     except (ValueError, RecursionError):
@@ -193,6 +199,8 @@ def upsample_remotely(
         problem = f"answered without choices: {_server_message(response)}"
         raise _error(address, problem, key) from None
     text = _printable(text) if isinstance(text, str) else ""
+    if len(key) >= SECRET_LENGTH:  # shorter ones, as local servers take, are parts of words
+        text = _without_key(text, key)
     if not text:
         problem = "answered without text: try another prompt or model, or do not upsample"
         raise _error(address, problem, key)
@@ -208,14 +216,39 @@ class KeepResponse(HTTPErrorProcessor):
     https_response = http_response
 
 
-def _post(address: str, key: str, body: dict, timeout: float) -> bytes:
+def _post(address: str, key: str, body: dict, timeout: float, total_timeout: float) -> bytes:
+    """Return the body of the answer.
+
+    A thread waits for the server: the timeout of a socket begins again with each byte, and so does
+    not bound the time of an answer.
+    """
+    results: list[bytes | BaseException] = []
+
+    def post() -> None:
+        try:
+            results.append(_post_and_wait(address, key, body, timeout))
+        except BaseException as error:
+            results.append(error)
+
+    thread = Thread(target=post, daemon=True)  # the process may end while a server still sends
+    thread.start()
+    thread.join(total_timeout)
+    if not results:
+        raise _error(address, f"did not finish its answer in {total_timeout:g} seconds", key)
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
+
+
+def _post_and_wait(address: str, key: str, body: dict, timeout: float) -> bytes:
     # Some servers refuse urllib's own User-Agent.
     headers = {"Content-Type": "application/json", "User-Agent": "flux"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
     try:
         request = Request(address, json.dumps(body).encode(), headers)
-        with build_opener(KeepResponse).open(request, timeout=timeout) as response:
+        no_proxy = [ProxyHandler({})] if _is_local(urlsplit(address).hostname) else []
+        with build_opener(KeepResponse, *no_proxy).open(request, timeout=timeout) as response:
             status, redirect = response.status, response.headers.get("Location")
             content = response.read(MAX_RESPONSE)
     except (OSError, HTTPException, ValueError) as error:
@@ -246,13 +279,21 @@ def _address(url: str, key: str) -> str:
     if not re.fullmatch("[!-~]*", key):
         problem = "cannot be sent a key with spaces or special characters: check $OPENAI_API_KEY"
         raise _error(shown, problem, key)
-    if key and parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
+    if key and parts.scheme == "http" and not _is_local(host):
         problem = "would be sent the key unencrypted: use https, or unset $OPENAI_API_KEY"
         raise _error(shown, problem, key)
     path = parts.path.rstrip("/")
     if not re.search("/v[0-9]", path):
         path += "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}/chat/completions"
+
+
+def _is_local(host: str | None) -> bool:
+    """Return whether a host is this machine: nothing for such a server may go to a proxy."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _server_message(response: bytes) -> str:
@@ -269,8 +310,15 @@ def _error(address: str, problem: str, key: str) -> UserError:
     """Return one short line without the key, which servers may repeat."""
     problem = " ".join(CONTROL.sub("", problem).split())
     if key:
-        address, problem = address.replace(key, "***"), problem.replace(key, "***")
+        address, problem = _without_key(address, key), _without_key(problem, key)
     return UserError(f"{address} {problem:.400}")
+
+
+def _without_key(text: str, key: str) -> str:
+    """Replace the key, also as URLs and JSON spell it."""
+    for secret in (key, quote(key, safe=""), quote(key), key.replace("/", "\\/")):
+        text = text.replace(secret, "***")
+    return text
 
 
 # ------------------------------------------------------------------ images and text

@@ -11,7 +11,12 @@ import re
 import shutil
 import socket
 import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import prompt_upsampling
@@ -24,7 +29,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from prompt_upsampling import EDIT, EXPAND, upsample_locally, upsample_remotely
 from safetensors.torch import load_file, save_file
-from support.chat_server import chat_reply
+from support.chat_server import chat_reply, chat_server
 from support.tokenizer_files import MISTRAL_TEMPLATE, make_mistral
 
 from flux.errors import UserError
@@ -332,6 +337,82 @@ def test_slow_and_missing_servers_are_reported(server):
             UserError, match=f"{url}/v1/chat/completions cannot be reached .*refused"
         ):
             upsample_remotely(PROMPT, url, "m", KEY)
+
+
+@contextmanager
+def dripping(start: bytes, drop: bytes):
+    """A server that sends `start`, and then `drop` every 20 ms until nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.sendall(start)
+                    while True:
+                        connection.sendall(drop)
+                        time.sleep(0.02)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "start, drop",
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        (b"", b"H"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["body", "chunks", "header", "status", "continue"],
+)
+def test_answer_without_end_is_given_up(monkeypatch, start, drop):
+    monkeypatch.setenv("no_proxy", "*")
+    with dripping(start, drop) as url:
+        began = time.monotonic()
+        with pytest.raises(UserError, match="did not finish its answer in 0.3 seconds$"):
+            upsample_remotely(PROMPT, url, "m", KEY, timeout=10, total_timeout=0.3)
+        assert 0.3 <= time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_no_proxy_sees_what_is_for_this_machine(server, monkeypatch, variable):
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    server.reply = 200, {}, chat_reply("a fluffy cat")
+    with chat_server() as proxy:
+        proxy.reply = 200, {}, chat_reply("by the proxy")
+        monkeypatch.setenv(variable, proxy.url)
+        port = server.url.rpartition(":")[2]
+        for host in ("localhost", "127.0.0.1", "LOCALHOST"):
+            url = f"http://{host}:{port}"
+            assert upsample_remotely(PROMPT, url, "m", KEY, IMAGES[1:]) == "a fluffy cat"
+        with suppress(UserError):  # nobody listens there
+            upsample_remotely(PROMPT, f"http://[::1]:{port}", "m", KEY)
+        assert not proxy.requests and len(server.requests) == 3
+        if "http" in variable:  # the variable has an effect on other hosts
+            assert upsample_remotely(PROMPT, "http://elsewhere.invalid", "m", "") == "by the proxy"
+            assert proxy.requests[0][1]["Authorization"] is None
+
+
+def test_key_in_an_answer_is_not_shown_or_kept(server):
+    server.reply = 200, {}, chat_reply(f"a cat with {KEY}")
+    assert upsample_remotely(PROMPT, server.url, "m", KEY) == "a cat with ***"
+    server.reply = 200, {}, chat_reply("an empty box")
+    assert upsample_remotely(PROMPT, server.url, "m", "empty") == "an empty box"
+    for reply in (
+        (400, {}, json.dumps({"detail": f"bad {KEY}"}).replace("/", "\\/").encode()),
+        (302, {"Location": "/login?key=" + quote(KEY, safe="")}, b""),
+    ):
+        server.reply = reply
+        with pytest.raises(UserError) as error:
+            upsample_remotely(PROMPT, server.url, "m", KEY)
+        assert "secret" not in str(error.value) and "***" in str(error.value)
+    frames = traceback.walk_tb(error.value.__traceback__)
+    assert len(list(frames)) > 1  # the traceback is there; its text has no key
+    assert KEY not in "".join(traceback.format_exception(error.value))
 
 
 @pytest.mark.parametrize(
