@@ -37,8 +37,9 @@ def write_atomically(path: Path, overwrite: bool = True, wait: bool = False) -> 
         if unfinished.is_dir():
             os.replace(unfinished, path)  # fails unless `path` is absent or an empty folder
             return
-        # safetensors makes private files; the folder has the mode that the user chose
-        unfinished.chmod(unfinished.parent.stat().st_mode & 0o666)
+        # safetensors makes private files; a new folder has the mode that the user chose
+        old = path if path.is_file() else unfinished.parent
+        unfinished.chmod(old.stat().st_mode & 0o666)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         if overwrite:

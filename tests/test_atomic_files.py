@@ -85,6 +85,14 @@ def test_file_gets_the_default_mode_even_if_written_as_private(tmp_path):
     assert modes[0] == modes[1]
 
 
+def test_new_file_has_the_mode_of_the_file_that_it_replaces(tmp_path):
+    path = tmp_path / "a"
+    path.touch(mode=0o640)
+    with write_atomically(path) as file:
+        file.touch()
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "link that leads nowhere"])
 def test_without_overwrite_nothing_that_exists_is_replaced(tmp_path, kind):
     path = tmp_path / "a"

@@ -1,7 +1,7 @@
 """The file of a capture: a plain .safetensors with a JSON text under "flux.parity".
 
-    {"schema": 2, "recipe": {...}, "tensors": {name: {ordinal, kind, dtype, shape, sha256,
-                                                      statistics, same, budget}}}
+    {"schema": 2, "recipe": {...}, "rounding": {precision: {name: [local, accumulated]}},
+     "tensors": {name: {ordinal, kind, dtype, shape, sha256, statistics, same, budget}}}
 
 `dtype`, `shape` and `sha256` are those of the recorded tensor, whatever is stored of it:
 
@@ -11,8 +11,7 @@
                 `<name>/tokens`, the L2 norm of each token
     statistics  nothing but the metadata: min, max, mean, std, l2, nan, inf, histogram of 32 bins
 
-`budget` is the tolerance of the tensor, if it was measured. Schema 1 (until version 0.1) recorded
-1 + scale in place of a modulation's scale: see `_upgrade`.
+`budget` is the tolerance of the tensor, if it was measured. `capture_metadata` checks every field.
 """
 
 import errno
@@ -20,58 +19,40 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
-from uuid import uuid4
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flux.atomic_files import exclusive_lock, write_atomically
 from flux.errors import UserError
+from flux.parity.capture_metadata import (
+    BINS,
+    DTYPES,
+    MAX_AXES,
+    PROBE,
+    SCHEMA,
+    SLICE,
+    Kind,
+    Metadata,
+    Record,
+    check,
+    parse,
+    parse_json,
+    to_entry,
+)
 from flux.weights.files import MAX_HEADER, read_header
 
-Kind = Literal["full", "slice", "probe", "statistics"]
-KEY, SCHEMA = "flux.parity", 2
-PROBE, SLICE, BINS = 4096, 16, 32
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-
-
-@dataclass(frozen=True)
-class Record:
-    """The metadata of one tensor."""
-
-    ordinal: int  # in the order of execution
-    kind: Kind
-    dtype: str  # as safetensors spells it
-    shape: tuple[int, ...]
-    sha256: str = ""  # "" in a plain file
-    statistics: dict | None = None
-    same: str | None = None  # the name under which the same bytes are stored
-    tolerance: float | None = None  # relative L2, if it was measured; "budget" in the file
+KEY = "flux.parity"
+# How tensors of other dtypes are recorded and compared: exactly, in a dtype that torch computes in.
+READ_AS = {"U16": "I64", "U32": "I64", "U64": "I64", "C64": "F32", "F8_E8M0": "F32"}
 
 
 # ---------------------------------------------------------------- what is stored of a tensor
@@ -119,6 +100,15 @@ def token_norms(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor.float(), dim=others or None)
 
 
+def comparable(tensor: Tensor) -> Tensor:
+    """Return the same values in a dtype of `DTYPES`; a complex number is a pair of real ones."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return tensor.to(torch.int64)
+    return tensor.float() if tensor.dtype == torch.float8_e8m0fnu else tensor
+
+
 def statistics(tensor: Tensor) -> dict:
     """Return statistics of the finite values, in float64."""
     x = tensor.flatten().double()
@@ -128,10 +118,14 @@ def statistics(tensor: Tensor) -> dict:
         return out
     low, high = finite.min().item(), finite.max().item()
     moments = dict(
-        min=low, max=high, mean=finite.mean().item(), std=finite.std(correction=0).item()
+        min=low,
+        max=high,
+        mean=finite.mean().item(),
+        std=finite.std(correction=0).item(),
+        l2=finite.norm().item(),
     )
-    histogram = torch.histc(finite, BINS, low, high).long().tolist()
-    return out | moments | {"l2": finite.norm().item(), "histogram": histogram}
+    out |= {key: value for key, value in moments.items() if math.isfinite(value)}  # no overflow
+    return out | {"histogram": torch.histc(finite, BINS, low, high).long().tolist()}
 
 
 def stored_as(tensor: Tensor, kind: Kind) -> int:
@@ -157,8 +151,8 @@ class Writer:
     """Stream a capture to disk. The file appears when the `with` block ends without an error.
 
     The header is known at the end only: `reserve` bytes are left for it, padded with spaces.
-    `recipe` can be changed until the end. UserError if the file exists, if it would be larger than
-    `limit` bytes, or if the disk is full.
+    `recipe` can be changed until the end. UserError if the file exists, if another process writes
+    it, if it would be larger than `limit` bytes, or if the disk is full.
     """
 
     def __init__(
@@ -172,17 +166,38 @@ class Writer:
         self._odd: list[tuple[str, Tensor]] = []
         self._times: Counter[str] = Counter()
         check_new(self.path)
-        self._part = self.path.parent / f".{uuid4().hex}.part"
-        self._file = self._part.open("xb")
-        self._file.seek(self.start)
+
+    @contextmanager
+    def _opened(self) -> Iterator["Writer"]:
+        with write_atomically(self.path, overwrite=False) as unfinished:
+            with unfinished.open("xb") as self._file:
+                self._file.seek(self.start)
+                yield self
+                for name, tensor in sorted(self._odd, key=lambda item: -item[1].itemsize):
+                    self._append(name, tensor, raw(tensor))
+            tensors = {name: to_entry(record) for name, record in self.records.items()}
+            document = {"schema": SCHEMA, "recipe": self.recipe, "tensors": tensors}
+            seal(unfinished, self.start, self.entries, document)
+
+    def __enter__(self) -> "Writer":
+        self._context = self._opened()
+        try:
+            return self._context.__enter__()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self._context.__exit__(kind, error, trace)
+        except OSError as failure:  # of this file; an error of the block passes through
+            raise cannot_write(self.path, failure) from failure
 
     def add(self, name: str, tensor: Tensor, kind: Kind = "full") -> None:
         """Record the present values of a tensor. The second call with a name records `name~2`."""
         self._times[name] += 1
         if self._times[name] > 1:
             name += f"~{self._times[name]}"
-        x = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        x = x.detach().cpu()
+        x = comparable(tensor.detach()).cpu()
         kind = kind_of(x, kind)
         content = DTYPES[x.dtype], tuple(x.shape), hashlib.sha256(raw(x)).hexdigest()
         first = self._first.setdefault(content, name)
@@ -225,42 +240,6 @@ class Writer:
         }
         self.size += len(data)
 
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            with suppress(OSError):  # the error of the write is already raised
-                self._file.close()
-            self._part.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        for name, tensor in sorted(self._odd, key=lambda item: -item[1].itemsize):
-            self._append(name, tensor, raw(tensor))
-        tensors = {name: to_entry(record) for name, record in self.records.items()}
-        try:
-            self._file.close()
-            seal(
-                self._part,
-                self.start,
-                self.entries,
-                {"schema": SCHEMA, "recipe": self.recipe, "tensors": tensors},
-            )
-            os.replace(self._part, self.path)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-
-
-def to_entry(record: Record) -> dict:
-    """Return a record as the file has it."""
-    entry = {key: value for key, value in asdict(record).items() if value is not None}
-    if "tolerance" in entry:
-        entry["budget"] = entry.pop("tolerance")
-    return entry
-
 
 def seal(path: Path, start: int, entries: dict, document: dict) -> None:
     """Write the header of a file whose data begin at `start`; move the data if it is too long."""
@@ -292,14 +271,14 @@ def check_new(path: Path) -> None:
     """Raise UserError for a file that exists or cannot be written."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a capture must be a .safetensors file. Change the suffix.")
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(
             f"{path}: the file exists, and captures are never overwritten. "
             "Delete it, or choose another name."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
+        with exclusive_lock(path):  # no other process writes it, and the folder is writable
             pass
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -328,52 +307,42 @@ def readable(size: float) -> str:
 class Capture:
     """A file of named tensors, which stay mapped until they are read.
 
-    `recipe`, `names` in the order of execution, `records` by name. A plain safetensors file, which
-    any language can write, is read as a capture without a recipe. UserError for any other file.
+    `recipe`, `names` in the order of execution, `records` by name, measured `rounding`. A plain
+    safetensors file, which any language can write, is read as a capture without a recipe.
+    UserError for any other file, and where the file contradicts itself.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            infos, metadata = read_header(self.path)
+            self._stored, metadata = read_header(self.path)
         except UserError as error:
             text = str(error).replace("download it", "capture it")
             raise UserError(text.replace("Download it", "Capture it")) from None
-        if KEY in metadata:
-            self.recipe, self.records = self._read(metadata[KEY], infos)
-        else:
-            self.recipe, self.records = {}, {}
-            for ordinal, (name, info) in enumerate(infos.items()):
-                self.records[name] = Record(ordinal, "full", info.dtype, info.shape)
-        self.names = sorted(self.records, key=lambda name: self.records[name].ordinal)
-        self._file = safe_open(self.path, framework="pt")
-
-    def _read(self, text: str, stored: Mapping) -> tuple[dict, dict[str, Record]]:
-        try:
-            document = json.loads(text)
-            if document["schema"] not in (1, SCHEMA):
+        for info in self._stored.values():
+            if info.dtype not in (*DTYPES.values(), *READ_AS) or len(info.shape) > MAX_AXES:
                 raise UserError(
-                    f"{self.path}: has an unknown schema (got {document['schema']!s:.20}, "
-                    f"expected {SCHEMA}). Capture it again, or update flux."
+                    f"{self.path}: tensor {info.name!r:.120} cannot be compared (got {info.dtype} "
+                    f"with {len(info.shape)} axes). Save it as F32, with at most {MAX_AXES} axes."
                 )
-            records = {}
-            for name, entry in document["tensors"].items():
-                fields = dict(entry, shape=tuple(entry["shape"]))
-                fields["tolerance"] = fields.pop("budget", None)
-                records[name] = record = Record(**fields)
-                if record.kind != "statistics" and (record.same or name) not in stored:
-                    raise KeyError(name)
-            recipe = document["recipe"]
-            if document["schema"] == 1:
-                records = _upgrade(records, self.path)
-                recipe = {RENAMED_IN_2.get(key, key): value for key, value in recipe.items()}
-            return recipe, records
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
+        if KEY in metadata:
+            read = parse(metadata[KEY], self._stored, self.path)
+        else:
+            read = Metadata({}, dict(self._records_of_plain_file()), {})
+        self.recipe, self.records, self.rounding = read
+        self.names = sorted(self.records, key=lambda name: self.records[name].ordinal)
+        self._verified: set[str] = set()
+        try:
+            self._file = safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:  # its reader is stricter in some details
             raise UserError(
-                f"{self.path}: is a damaged capture ({error!s:.80}). Capture it again."
+                f"{self.path}: is not a safetensors file ({error!s:.120}). Capture it again."
             ) from None
+
+    def _records_of_plain_file(self) -> Iterator[tuple[str, Record]]:
+        for ordinal, (name, info) in enumerate(self._stored.items()):
+            shape = (*info.shape, 2) if info.dtype == "C64" else info.shape
+            yield name, Record(ordinal, "full", READ_AS.get(info.dtype, info.dtype), shape)
 
     @cached_property
     def tensors(self) -> "Tensors":
@@ -385,7 +354,41 @@ class Capture:
 
     def tokens(self, name: str) -> Tensor:
         """Return the L2 norm of each token of a tensor that is stored as a probe."""
-        return self._file.get_tensor(f"{self.records[name].same or name}/tokens")
+        return self._read(f"{self.records[name].same or name}/tokens")
+
+    def values(self, name: str) -> Tensor:
+        """Return what is stored of a tensor.
+
+        UserError if all of it is stored, and has not the SHA-256 that the metadata state.
+        """
+        record = self.records[name]
+        tensor = self._read(record.same or name)
+        if record.kind == "full" and record.sha256 and name not in self._verified:
+            if hashlib.sha256(raw(tensor)).hexdigest() != record.sha256:
+                raise UserError(
+                    f"{self.path}: tensor {name!r:.120} has not the sha256 that the metadata "
+                    "state: its values were changed. Capture it again."
+                )
+            self._verified.add(name)
+        return tensor
+
+    def _read(self, stored: str) -> Tensor:
+        try:
+            tensor = self._file.get_tensor(stored)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"{self.path}: tensor {stored!r:.120} cannot be read ({error!s:.120}). "
+                "Capture it again."
+            ) from None
+        if self._stored[stored].dtype not in READ_AS:
+            return tensor
+        read = comparable(tensor)
+        if tensor.dtype == torch.uint64 and (read < 0).any():
+            raise UserError(
+                f"{self.path}: tensor {stored!r:.120} of dtype U64 has numbers from 2^63 on, which "
+                "cannot be compared. Save it as I64."
+            )
+        return read
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -396,7 +399,7 @@ class Tensors(Mapping[str, Tensor]):
         self.names = [name for name in capture.names if capture.kind(name) != "statistics"]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.capture._file.get_tensor(self.capture.records[name].same or name)
+        return self.capture.values(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -405,71 +408,53 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.names)
 
 
-RENAMED_IN_2 = {
-    "picture": "image",
-    "conditions/start": "conditions/init",
-    "pictures": "images",  # of the recipe
-    "cfg_scale": "true_cfg_scale",
-}
-CHANGED_IN_2 = re.compile(
-    r".*(?:(?:img_mod|txt_mod|modulation|modulation_img|modulation_txt)/(?:in|out)\b.*"
-    r"|(?:double|single)_blocks\.\d+/in\b.*|references/.*"
-    r"|self_attn\.[qk]_norm/(?:in|out)|upsample\.conv/in)"
-)
-
-
-def _upgrade(records: dict[str, Record], path: Path) -> dict[str, Record]:
-    """Rename two tensors, and drop those of another meaning, with a warning.
-
-    Schema 1 recorded silu(vec) as a modulation's input and 1 + scale as its output, norms of the
-    language model's q and k with heads last, and a decoder's input before it is enlarged.
-    """
-    kept = {}
-    for name, record in records.items():
-        if not CHANGED_IN_2.fullmatch(name):
-            stored = record.same or name
-            kept[RENAMED_IN_2.get(name, name)] = replace(record, same=stored)
-    if skipped := len(records) - len(kept):
-        warnings.warn(
-            f"{path}: was captured by an older version. {skipped:,} tensors (modulations, inputs "
-            "of blocks, cached references and others) are recorded differently now, and skipped.",
-            stacklevel=2,
-        )
-    return kept
+# ---------------------------------------------------------------- changing
 
 
 def set_tolerances(path: str | Path, tolerances: Mapping[str, float]) -> None:
-    """Store the tolerance (relative L2) of tensors in a capture."""
-    known = Capture(path).records
-    for name in tolerances:
-        if name not in known:
-            raise UserError(f"{path}: has no tensor {name} to set a tolerance for.")
+    """Store the tolerance (relative L2) of tensors in a capture. UserError for unknown names."""
 
     def write(document: dict) -> None:
         for name, tolerance in tolerances.items():
-            document["tensors"][name]["budget"] = tolerance
+            entry_of(document, name, Path(path))["budget"] = tolerance
 
     amend(Path(path), write)
 
 
+def entry_of(document: dict, name: str, path: Path) -> dict:
+    """Return the entry of a tensor. UserError if there is none."""
+    if name not in document["tensors"]:
+        raise UserError(f"{path}: has no tensor {name} to set a tolerance for.")
+    return document["tensors"][name]
+
+
 def amend(path: Path, change: Callable[[dict], None]) -> None:
-    """Change the metadata of a capture; the file is replaced at once, or stays as it is."""
-    part = path.parent / f".{uuid4().hex}.part"
+    """Change the metadata of a capture; the file is replaced at once, or stays as it is.
+
+    Waits for other processes that change the same capture: no change is lost.
+    """
     try:
-        shutil.copyfile(path, part)
-        with part.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        metadata = entries.pop("__metadata__", {})
-        if KEY not in metadata:
-            raise UserError(
-                f"{path}: is a plain file and cannot store tolerances. Capture it with parity.py."
-            )
-        document = json.loads(metadata[KEY])
-        change(document)
-        seal(part, 8 + length, entries, document)
-        os.replace(part, path)
+        with write_atomically(path, wait=True) as unfinished:
+            stored, metadata = read_header(path)
+            if KEY not in metadata:
+                raise UserError(
+                    f"{path}: is a plain file and cannot store tolerances. "
+                    "Capture it with parity.py."
+                )
+            document = parse_json(metadata[KEY], path)
+            check(document, stored, path)
+            if document["schema"] != SCHEMA:
+                raise UserError(
+                    f"{path}: was captured by an older version and cannot store tolerances. "
+                    "Capture it again."
+                )
+            change(document)
+            check(document, stored, path)
+            shutil.copyfile(path, unfinished)
+            with unfinished.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(length))
+            del entries["__metadata__"]
+            seal(unfinished, 8 + length, entries, document)
     except OSError as error:
         raise cannot_write(path, error) from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -14,24 +14,24 @@ only outputs are stored.
 """
 
 import json
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from flux import sampling
+from flux.atomic_files import write_atomically
 from flux.configs import FLUX2Text, ModelSpec
 from flux.errors import NonFiniteError, UserError
 from flux.parity import example_port
 from flux.parity.capture import Request, describe, run, without_weights
-from flux.parity.capture_file import DTYPES, KEY, Capture, Writer, cannot_write, raw, readable
+from flux.parity.capture_file import KEY, Capture, Writer, cannot_write, raw, readable
+from flux.parity.capture_metadata import DTYPES
 from flux.parity.hooks import check_patterns, matches
 from flux.pipeline import Pipeline
 from flux.runtime.checks import format_values
@@ -72,29 +72,16 @@ def build(
     folder = Path(folder).resolve()
     check_possible(pipe, request, folder)
     networks = networks_of(pipe) if include_weights else {}
-    part = folder.parent / f".{uuid4().hex}.part"
     try:
-        part.mkdir(parents=True)
-        check_size(pipe, request, only, networks, folder, limit, report)
-        write_run(pipe, request, only, part)
-        for name, network in networks.items():
-            write_tensors(part / f"weights/{name}.safetensors", network().state_dict())
-            if not pipe.residency.keep:
-                network.release()
-        shutil.copyfile(example_port.__file__, part / "example_port.py")
-        expected = Capture(part / "expected.safetensors")
-        (part / "tensors.txt").write_text(list_tensors(expected), encoding="utf-8")
-        text = format_readme(pipe, expected, include_weights)
-        (part / "README.md").write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        os.replace(part, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(folder, overwrite=False) as unfinished:
+            unfinished.mkdir()
+            check_size(pipe, request, only, networks, folder, limit, report)
+            write_kit(pipe, request, unfinished, only, networks)
     except NonFiniteError as error:
         raise UserError(f"the run failed, and no kit was written: {error}") from error
     except OSError as error:
         raise cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_possible(pipe: Pipeline, request: Request, folder: Path) -> None:
@@ -175,6 +162,26 @@ def check_size(
 
 
 # ---------------------------------------------------------------- files
+
+
+def write_kit(
+    pipe: Pipeline,
+    request: Request,
+    folder: Path,
+    only: Sequence[str],
+    networks: Mapping[str, LazyModule],
+) -> None:
+    """Run the pipeline and write all files of the kit."""
+    write_run(pipe, request, only, folder)
+    for name, network in networks.items():
+        write_tensors(folder / f"weights/{name}.safetensors", network().state_dict())
+        if not pipe.residency.keep:
+            network.release()
+    shutil.copyfile(example_port.__file__, folder / "example_port.py")
+    expected = Capture(folder / "expected.safetensors")
+    (folder / "tensors.txt").write_text(list_tensors(expected), encoding="utf-8")
+    text = format_readme(pipe, expected, include_weights=bool(networks))
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def write_run(pipe: Pipeline, request: Request, only: Sequence[str], folder: Path) -> None:

@@ -25,7 +25,8 @@ from flux import loading, sampling
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs
 from flux.parity.capture import Request, run
-from flux.parity.capture_file import DTYPES, Capture, Kind, Record
+from flux.parity.capture_file import Capture, comparable
+from flux.parity.capture_metadata import DTYPES, Kind, Record
 from flux.parity.compare import COARSEST_FIRST, TOLERANCES, Row, compare
 from flux.parity.hooks import check_patterns, matches, replaced, watching
 from flux.parity.modules import PLACE, Call, Modules, in_dtype
@@ -34,6 +35,17 @@ from flux.text_encoder import TextFeatures
 
 Tolerance = float | Mapping[str, float] | None  # relative L2, of all tensors or by name
 MODULE_TOLERANCES = {"F32": 1e-5, "F16": 8e-4, "BF16": 6e-3}  # one module; a network: TOLERANCES
+
+REQUEST = (  # arguments of a run that stand in a recipe under the same names
+    "prompt",
+    "width",
+    "height",
+    "steps",
+    "guidance",
+    "seed",
+    "negative_prompt",
+    "true_cfg_scale",
+)
 
 TAP = re.compile(r"(.+)/(in|arg|out)(?:\.(\d+))?(~\d+)?")
 # a text encoder's attention also takes a mask, which is not recorded with it
@@ -267,6 +279,7 @@ def compare_to_recorded(
     """Compare outputs of recorded inputs. A network is allowed more: its errors accumulate."""
     defaults = TOLERANCES if is_network else TOLERANCES | MODULE_TOLERANCES
     allowed = {}
+    tensors = {name: comparable(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         dtype = min(DTYPES[tensor.dtype], capture.records[name].dtype, key=COARSEST_FIRST.index)
         given = tolerance.get(name) if isinstance(tolerance, Mapping) else tolerance
@@ -276,6 +289,7 @@ def compare_to_recorded(
 
 def as_capture(tensors: Mapping[str, Tensor], recipe: dict | None = None) -> Capture:
     """Return what `compare` takes for tensors in memory."""
+    tensors = {name: comparable(tensor) for name, tensor in tensors.items()}
     return cast(Capture, _TensorsAsCapture(tensors, recipe))
 
 
@@ -357,24 +371,18 @@ def request_of(capture: Capture, images: ImageInputs | None = None) -> Request:
         raise UserError(
             f"images: {capture.path} was made with images. Pass the same images and their options"
         )
-    fields = (
-        "prompt",
-        "width",
-        "height",
-        "steps",
-        "guidance",
-        "seed",
-        "negative_prompt",
-        "true_cfg_scale",
-    )
-    return Request(**{key: recipe[key] for key in fields}, images=images)
+    return Request(**{key: recipe[key] for key in REQUEST}, images=images)
 
 
 def recipe_of(capture: Capture) -> dict:
+    """Return the recipe of a capture whose run can be repeated. UserError for other files."""
     if "model" not in capture.recipe:
         raise UserError(
             f"{capture.path}: is a plain file, without a recipe. Capture it with scripts/parity.py"
         )
+    for key in ("dtype", "numerics", "images", *REQUEST):
+        if key not in capture.recipe:
+            raise UserError(f"{capture.path}: has no {key} in its recipe. Capture it again")
     return capture.recipe
 
 

@@ -7,8 +7,6 @@ tensors come from one processor: two of their errors agree if tests/test_golden.
 """
 
 import math
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from flux.atomic_files import write_atomically
 from flux.errors import UserError
 from flux.parity.compare import errors
 
@@ -215,11 +214,6 @@ def find(readme: Path) -> tuple[str, str, str]:
 
 def write(readme: Path, table: str) -> None:
     """Replace the tables. The file is replaced at once, or stays as it is."""
-    before, _, after = find(readme)
-    part = readme.with_name(f".{readme.name}.part")
-    try:
-        part.write_text(f"{before}\n\n{table}\n\n{after}", encoding="utf-8")
-        shutil.copymode(readme, part)
-        os.replace(part, readme)
-    finally:
-        part.unlink(missing_ok=True)
+    with write_atomically(readme) as unfinished:
+        before, _, after = find(readme)
+        unfinished.write_text(f"{before}\n\n{table}\n\n{after}", encoding="utf-8")

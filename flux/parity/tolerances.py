@@ -12,35 +12,26 @@ Both are stored in the capture's header under "rounding". FACTOR times the accum
 stored as the tensor's tolerance.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flux.errors import NonFiniteError, UserError
 from flux.parity.capture import Request
-from flux.parity.capture_file import KEY, Capture, amend
+from flux.parity.capture_file import Capture, amend, entry_of
+from flux.parity.capture_metadata import Rounding
 from flux.parity.compare import Row
 from flux.parity.hooks import check_patterns
 from flux.parity.modules import Modules, in_dtype
 from flux.parity.replay import check_model, module_runs, replay_module, run_and_compare
 from flux.pipeline import Pipeline
 from flux.runtime.terminal import printable
-from flux.weights.files import read_header
 
 FACTOR = 2  # another order of rounding errs about as much as ours, in another direction
 PRECISIONS = ("bfloat16", "float16", "float8")
-
-
-class Rounding(NamedTuple):
-    """Relative L2 to float32; None where it was not measured, or the result was not finite."""
-
-    local: float | None
-    accumulated: float | None
 
 
 # ---------------------------------------------------------------- measure
@@ -119,27 +110,25 @@ def store_rounding(
     """
 
     def write(document: dict) -> None:
-        document["rounding"] = document.get("rounding", {}) | measured
+        stored = document.setdefault("rounding", {})
+        for each, tensors in measured.items():
+            stored[each] = {name: list(rounding) for name, rounding in tensors.items()}
         for name, rounding in measured[precision].items():
+            entry = entry_of(document, name, Path(path))
             if rounding.accumulated is not None:
-                document["tensors"][name]["budget"] = FACTOR * rounding.accumulated
+                entry["budget"] = FACTOR * rounding.accumulated
 
     amend(Path(path), write)
 
 
 def stored_rounding(capture: Capture) -> dict[str, dict[str, Rounding]]:
-    """Return what `store_rounding` stored: precision -> name -> rounding."""
-    _, metadata = read_header(capture.path)
-    stored = json.loads(metadata.get(KEY, "{}")).get("rounding", {})
-    return {
-        precision: {name: Rounding(*pair) for name, pair in tensors.items()}
-        for precision, tensors in stored.items()
-    }
+    """Return what `store_rounding` had stored when the capture was opened."""
+    return capture.rounding
 
 
 def measured_tolerances(capture: Capture, precision: str, local: bool = False) -> dict[str, float]:
     """Return FACTOR times the measured rounding, by name; `local` is for `replay_modules`."""
-    stored = stored_rounding(capture).get(precision)
+    stored = capture.rounding.get(precision)
     if not stored:
         raise UserError(
             f"{capture.path}: has no measured rounding in {precision}. "

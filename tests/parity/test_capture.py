@@ -515,7 +515,8 @@ def test_capture_of_schema_1_is_read_without_what_changed(tmp_path):
     def to_schema_1(document: dict) -> None:
         document["schema"] = 1
 
-    record.amend(path, to_schema_1)
+    with pytest.warns(UserWarning, match="captured by an older version"):
+        record.amend(path, to_schema_1)
     with pytest.warns(UserWarning, match=r"captured by an older version\. 8 tensors"):
         read = Capture(path)
     renamed = {"conditions/start": "conditions/init", "picture": "image"}
