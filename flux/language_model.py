@@ -48,18 +48,19 @@ class LanguageModel(nn.Module):
         """Token ids (B, L), True on real tokens (B, L) -> hidden states (B, L, len(layers)·D).
 
         Rows of padding are computed too, since the transformer attends to them: they see the real
-        tokens before them. Where there are none (Mistral pads on the left), attention gives zero,
-        as PyTorch's SDPA does. Positions count padding.
+        tokens before them. Where there are none (Mistral pads on the left), attention gives zero.
+        Positions count padding.
         """
         length = ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # (L, L)
         visible = causal & mask[:, None, None, :]  # (B, 1, L, L)
+        blind = ~visible.any(dim=-1, keepdim=True)  # (B, 1, L, 1)
         x = self.embed_tokens(ids)  # (B, L, D)
         rope = rotary_embedding(length, self.config.head_dim, self.config.theta, ids.device)
         rope = rope.to(x.dtype)  # (2, L, d), rounded here, as in transformers
         hidden_states = []
         for number, layer in enumerate(self.layers, start=1):
-            x = layer(x, rope, visible)
+            x = layer(x, rope, visible, blind)
             if number in self.config.layers:
                 hidden_states.append(x)
         return torch.cat(hidden_states, dim=-1)  # (B, L, len(layers)·D)
@@ -75,8 +76,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Tensor, visible: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, visible)
+    def forward(self, x: Tensor, rope: Tensor, visible: Tensor, blind: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, visible, blind)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x  # (B, L, D)
 
@@ -99,7 +100,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.eps)
             self.k_norm = RMSNorm(config.head_dim, config.eps)
 
-    def forward(self, x: Tensor, rope: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, visible: Tensor, blind: Tensor) -> Tensor:
         q = rearrange(self.q_proj(x), "b l (h d) -> b l h d", d=self.head_dim)
         k = rearrange(self.k_proj(x), "b l (h d) -> b l h d", d=self.head_dim)
         v = rearrange(self.v_proj(x), "b l (h d) -> b h l d", d=self.head_dim)
@@ -112,6 +113,7 @@ class Attention(nn.Module):
         k = k.repeat_interleave(self.groups, dim=1)  # (B, num_heads, L, d)
         v = v.repeat_interleave(self.groups, dim=1)  # (B, num_heads, L, d)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        x = x.masked_fill(blind, 0)  # NaN, by some backends
         return self.o_proj(rearrange(x, "b h l d -> b l (h d)"))  # (B, L, D)
 
 
@@ -138,9 +140,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        variance = x.float().pow(2).mean(dim=-1, keepdim=True)
-        normed = x.float() * torch.rsqrt(variance + self.eps)
-        return self.weight * normed.to(x.dtype)  # the shape of x
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)  # the shape of x
 
 
 def rotary_embedding(length: int, dim: int, theta: float, device: torch.device) -> Tensor:

@@ -36,6 +36,7 @@ from flux.runtime.checks import (
     check_steps,
     check_true_cfg_scale,
 )
+from flux.runtime.devices import no_tf32
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan
 from flux.runtime.options import RuntimeOptions
@@ -233,7 +234,8 @@ class Pipeline:
 
     def _encode_image(self, pixels: Tensor) -> Tensor:
         """(1, 3, H, W) -> latents (1, C, H/16, W/16), float32."""
-        return self.image_encoder().encode(pixels.to(self.device)).cpu()
+        with no_tf32():
+            return self.image_encoder().encode(pixels.to(self.device)).cpu()
 
     def _embed_image(self, image: Image.Image) -> Tensor:
         """Return an image as text tokens, (1, 729, D), by FLUX.1 Redux."""
@@ -475,9 +477,10 @@ class Pipeline:
         """Latents (1, C, h, w) -> pixels (1, 3, 16h, 16w), nominally in [-1, 1]."""
         autoencoder, tile = self.autoencoder(), self.options.vae_tile
         latents = latents.to(self.device, self.autoencoder.dtype)
-        if tile:
-            return decode_tiled(autoencoder, latents, tile_size=tile // 16, overlap=tile // 64)
-        return autoencoder.decode(latents)
+        with no_tf32():
+            if tile:
+                return decode_tiled(autoencoder, latents, tile_size=tile // 16, overlap=tile // 64)
+            return autoencoder.decode(latents)
 
     # ---------------------------------------------------------------- LoRA
 

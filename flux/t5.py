@@ -153,8 +153,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        variance = x.float().pow(2).mean(dim=-1, keepdim=True)  # (B, L, 1)
-        x = x * torch.rsqrt(variance + self.eps)
+        x = F.rms_norm(x, x.shape[-1:], eps=self.eps)
         return self.weight * x.to(self.weight.dtype)  # (B, L, D)
 
 

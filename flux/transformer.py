@@ -208,7 +208,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.numerics.norm_scale == "after":
             return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.scale
-        return (F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * self.scale).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):

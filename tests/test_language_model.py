@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity.reference import (
@@ -98,6 +100,36 @@ def test_padding_on_the_left_attends_to_nothing(config):
             hidden_states.append(x)
     expected = torch.cat(hidden_states, dim=-1)
     assert max_error(ours(prompts(), mask("left"))[padding], expected[padding]) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], ids=str)
+@torch.no_grad()
+def test_padding_on_the_left_is_zero_on_each_backend_of_a_cpu(backend):
+    ours = randomise(LanguageModel(MISTRAL))
+    padding, seen = ~mask("left"), []
+    for layer in ours.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, out: seen.append(out))
+    with sdpa_kernel(backend):
+        ours(prompts(), mask("left"))
+    assert len(seen) == len(ours.layers)
+    for out in seen:
+        assert (out[padding] == 0).all() and (out[~padding] != 0).any(-1).all()
+
+
+@torch.no_grad()
+def test_padding_on_the_left_is_zero_where_a_backend_gives_nan(monkeypatch):
+    """A softmax over no key is 0 / 0. Some kernels of GPUs return this quotient."""
+    ours = randomise(LanguageModel(MISTRAL))
+    expected = ours(prompts(), mask("left"))
+    attend = F.scaled_dot_product_attention
+
+    def with_nan(q, k, v, attn_mask):
+        empty = ~attn_mask.any(-1, keepdim=True)
+        assert empty.any()
+        return attend(q, k, v, attn_mask=attn_mask).masked_fill(empty, float("nan"))
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", with_nan)
+    assert torch.equal(ours(prompts(), mask("left")), expected)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -380,6 +380,26 @@ def test_empty_prompts_and_non_finite_pixels_raise(models):
             pipe.sample(pipe.encode(PROMPTS[0]), [7], width, height, 2)
 
 
+def test_autoencoder_computes_without_tf32(models, monkeypatch):
+    """cuDNN convolves float32 in TF32 by default. Elsewhere the setting stays as it was."""
+    pipe, seen = models["flux.2-klein-4b"].ours, []
+
+    def precisions() -> tuple[str, str]:
+        cudnn, cublas = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return cudnn.fp32_precision, cublas.fp32_precision
+
+    def watched(self, x: Tensor) -> Tensor:
+        seen.append(precisions())
+        return x
+
+    before = precisions()
+    monkeypatch.setattr(type(pipe.autoencoder()), "decode", watched)
+    monkeypatch.setattr(type(pipe.image_encoder()), "encode", watched)
+    pipe._decode(torch.zeros(1, 16, 2, 2))
+    pipe._encode_image(torch.zeros(1, 3, 32, 32))
+    assert seen == 2 * [("ieee", "ieee")] and precisions() == before == ("tf32", "none")
+
+
 def test_non_integer_argument_raises_with_its_name(models):
     pipe = models["flux.2-klein-4b"].ours
     for name, value, shown in (

@@ -7,7 +7,7 @@ both figures, and their ratio is the cost of the code around them.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,16 @@ from flux.runtime.devices import can_compile
 from flux.runtime.lazy_module import compile_blocks
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
-HEAVY = (F.linear, F.scaled_dot_product_attention, F.conv2d)
-# function, positional arguments, named arguments; a tensor is described as (shape, dtype)
-Operation = tuple[Callable, tuple, tuple]
+HEAVY = (F.linear, F.scaled_dot_product_attention, F.conv2d, F.conv_transpose2d)
+Operation = tuple[Callable, tuple, tuple]  # function, positional arguments, named arguments
+
+
+class Description(NamedTuple):
+    """What decides the time of an operation on a tensor: its values do not."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]  # a convolution is faster or slower with the channels last
+    dtype: torch.dtype
 
 
 def floor_rows(setting: Setting) -> Iterator[Row]:
@@ -74,7 +81,9 @@ def operations(function: Callable[[], object]) -> list[Operation]:
 
 
 def described(value: Any) -> Any:
-    return (value.shape, value.dtype) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return Description(value.shape, value.stride(), value.dtype)
+    return value
 
 
 def replay(operations: list[Operation], device: torch.device) -> Callable[[], None]:
@@ -97,14 +106,16 @@ def filled(operation: Operation, device: torch.device) -> tuple[list, dict]:
     _, args, named = operation
 
     def make(value: Any) -> Any:
-        if isinstance(value, tuple) and isinstance(value[0], torch.Size):
-            return random(*value, device)
-        return value
+        return random(value, device) if isinstance(value, Description) else value
 
     return [make(value) for value in args], {name: make(value) for name, value in named}
 
 
-def random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if dtype == torch.bool:  # a mask
-        return torch.ones(shape, dtype=dtype, device=device)
-    return torch.randn(shape, dtype=dtype, device=device)
+def random(tensor: Description, device: torch.device) -> Tensor:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
+    memory = torch.empty(last + 1, dtype=tensor.dtype, device=device)
+    if tensor.dtype == torch.bool:  # a mask
+        memory.fill_(True)
+    else:
+        memory.normal_()
+    return memory.as_strided(tensor.shape, tensor.strides)

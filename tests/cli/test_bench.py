@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.load_script import script
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,6 +151,22 @@ def test_floor_includes_convolutions_and_masks():
         floor.replay(operations, torch.device("cpu"))()
         functions = {function for function, *_ in operations}
         assert (torch.nn.functional.conv2d in functions) == (name == "decode")
+
+
+def test_floor_replays_transposed_convolutions_and_layouts():
+    x = torch.empty(2, 3, 4, 5, device="meta").contiguous(memory_format=torch.channels_last)
+    weight = torch.empty(3, 6, 4, 4, device="meta")
+
+    def run():
+        F.conv_transpose2d(x, weight, stride=2, padding=1)
+        F.linear(x.mT[:, :, :1].expand(-1, -1, 7, -1), torch.empty(8, 4, device="meta"))
+
+    (transposed, args, _), (_, (expanded, _), _) = found = floor.operations(run)
+    assert transposed is F.conv_transpose2d and expanded.strides[2] == 0
+    data, _ = floor.filled(found[0], torch.device("cpu"))
+    assert [tensor.stride() for tensor in data] == [x.stride(), weight.stride()]
+    assert args[0].dtype == torch.float32 and data[0].std() > 0.5
+    floor.replay(found, torch.device("cpu"))()
 
 
 # ------------------------------------------------------------------ timing
