@@ -7,6 +7,8 @@ from pathlib import Path
 
 from flux.errors import UserError
 
+PIECE = 2**20  # bytes
+
 
 def require_plain_file(path: Path, kind: str = "a file") -> Path:
     """Return `path`, unopened. UserError unless a plain file, or a link to one, is there.
@@ -28,15 +30,17 @@ def require_plain_file(path: Path, kind: str = "a file") -> Path:
 
 def read_plain_file(path: Path, limit: int, kind: str = "a file") -> bytes:
     """Return a plain file's bytes. UserError for other files, and for more than `limit` bytes."""
-    path = require_plain_file(path, kind)
+    path, content = require_plain_file(path, kind), bytearray()
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            # in pieces: read(n) sets n bytes aside first
+            while len(content) <= limit and (piece := file.read(PIECE)):
+                content += piece
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)}). Name {kind}.") from None
     if len(content) > limit:
         raise UserError(f"{path}: is larger than {limit:,} bytes. Name {kind}.")
-    return content
+    return bytes(content)
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Only plain files of a bounded size are read; pipes, devices and folders are told in one line."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_plain_file_is_read_up_to_its_limit(tmp_path, special):
     assert require_plain_file(path) == path
     assert read_plain_file(path, limit=9) == b"123456789"
     assert "is larger than 8 bytes" in refusal(read_plain_file, path, limit=8)
+
+
+def test_memory_is_that_of_the_file_not_of_the_limit(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 3_000_000)
+    tracemalloc.start()
+    try:
+        assert len(read_plain_file(tmp_path / "file", limit=2**30)) == 3_000_000
+        assert tracemalloc.get_traced_memory()[1] < 12_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_links_in_a_circle_are_refused(tmp_path):
