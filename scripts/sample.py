@@ -10,7 +10,6 @@ python scripts/sample.py "a red door" --model flux.1-fill-dev --image house.jpg 
 import argparse
 import codecs
 import itertools
-import json
 import os
 import re
 import sys
@@ -552,9 +551,9 @@ def save_latents(image: Path, latents, metadata: dict) -> None:
     """Write the latents next to the image."""
     from safetensors.torch import save
 
-    from flux.image_io.output import write_exclusive
+    from flux.image_io.output import to_json, write_exclusive
 
-    data = save({"latents": latents.cpu().contiguous()}, {"flux": json.dumps(metadata)})
+    data = save({"latents": latents.cpu().contiguous()}, {"flux": to_json(metadata)})
     path = write_exclusive(image.with_suffix(".safetensors"), lambda file: file.write(data))
     say(f"latents: {path}")
 

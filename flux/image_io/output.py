@@ -2,12 +2,10 @@
 
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from flux.atomic_files import unfinished_file
 from flux.errors import NonFiniteError, UserError
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -52,7 +51,7 @@ def to_mask(mask: Image.Image) -> Tensor:
 def check_output(path: Path, texts: Iterable[str] = (), name: str = "output") -> None:
     """Create the folder of `path`; UserError if no image with any of these texts fits there.
 
-    `name`: the argument to blame.
+    What a killed process left unfinished at `path` is removed. `name`: the argument to blame.
     """
     if path.suffix.lower() not in FORMATS:
         raise UserError(
@@ -61,8 +60,8 @@ def check_output(path: Path, texts: Iterable[str] = (), name: str = "output") ->
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         next_free_path(path)  # raises if the name is too long for the file system
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
+        with unfinished_file(path, wait=True) as unfinished:
+            unfinished.touch()
     except OSError as error:
         raise UserError(
             f"{name}: {path} cannot be written ({error.strerror}). Use another folder or name."
@@ -81,8 +80,13 @@ def check_metadata_fits(path: Path, metadata: dict, name: str = "output") -> Non
 
 
 def _xmp(metadata: dict) -> bytes:
-    text = json.dumps(metadata).replace("]]>", "]]\\u003e")  # CDATA may not hold its own end
+    text = to_json(metadata).replace("]]>", "]]\\u003e")  # CDATA may not hold its own end
     return XMP.format(text).encode()
+
+
+def to_json(metadata: dict) -> str:
+    """Return strict JSON in ASCII, without control characters: NaN has no spelling there."""
+    return json.dumps(metadata, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 # ------------------------------------------------------------------------------ files
@@ -109,12 +113,14 @@ def save(image: Image.Image, path: Path, metadata: dict, suffixes: Sequence[str]
 
     `suffixes`: as in `next_free_path`.
     """
+    image = image.copy()
+    image.info.clear()  # a JPEG would repeat the comment of an input image
     options: dict[str, Any] = {"format": FORMATS[path.suffix.lower()]}
     if options["format"] == "PNG":
         from PIL import PngImagePlugin  # imported here, as Pillow itself does
 
         info = PngImagePlugin.PngInfo()
-        info.add_itxt(KEY, json.dumps(metadata))
+        info.add_itxt(KEY, to_json(metadata))
         # After PNG's filters, RLE is faster than zlib's level 1, and smaller than its level 6.
         options |= {"pnginfo": info, "compress_type": zlib.Z_RLE}
     else:
@@ -127,23 +133,23 @@ def save(image: Image.Image, path: Path, metadata: dict, suffixes: Sequence[str]
 def write_exclusive(
     path: Path, write: Callable[[BinaryIO], object], suffixes: Sequence[str] = ()
 ) -> Path:
-    """Call `write` with a file of a free name, and return the name. Atomic; never overwrites."""
-    part = path.parent / f".{uuid4().hex}.part"
-    try:
-        with part.open("xb") as file:
+    """Call `write` with a file of a free name, and return the name. Atomic; never overwrites.
+
+    Of several processes that write to one `path`, one waits for the other.
+    """
+    with unfinished_file(path, wait=True) as unfinished:
+        with unfinished.open("xb") as file:
             write(file)
         while True:
             target = next_free_path(path, suffixes)
             try:
-                os.link(part, target)  # unlike a rename, fails if the name was taken meanwhile
+                os.link(unfinished, target)  # unlike a rename, fails if the name is taken now
                 return target
             except FileExistsError:
                 continue
             except OSError:  # a file system without hard links
-                os.replace(part, target)
+                os.replace(unfinished, target)
                 return target
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict:

@@ -4,10 +4,16 @@ The truth: the 256 levels themselves, Pillow's readers, diffusers' image process
 file system.
 """
 
+import json
+import math
 import os
+import re
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,6 +26,7 @@ from PIL import Image
 from flux.errors import NonFiniteError, UserError
 from flux.image_io import output as images
 
+ROOT = Path(__file__).resolve().parents[2]
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
 every_format = pytest.mark.parametrize("suffix", SUFFIXES)
 
@@ -179,6 +186,30 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
+def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path):
+    """And what a living process writes is waited for."""
+    path = tmp_path / "a.png"
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom flux.image_io.output import *\n"
+        "def write(file):\n"
+        "    file.write(b'half')\n    file.flush()\n    print('half', flush=True)\n"
+        "    time.sleep(60)\n"
+        "write_exclusive(Path(sys.argv[1]), write)"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout.readline() == b"half\n"
+        checked = threading.Thread(target=images.check_output, args=(path,))
+        checked.start()
+        checked.join(0.2)
+        assert checked.is_alive() and list(tmp_path.rglob("a.png"))  # unfinished
+        process.kill()
+    checked.join()
+    assert not list(tmp_path.iterdir())
+    assert images.save(gray_image(), path, {}) == path
+
+
 @every_format
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, suffix, error):
@@ -208,6 +239,35 @@ NASTY = [
 ]
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+@pytest.mark.parametrize("text", [*NASTY, "<x/>&lt;]]]]><![CDATA[>", "\u202e\x9b\ufffe\uffff"])
+def test_xmp_is_well_formed_and_ascii(tmp_path, suffix, text):
+    with Image.open(images.save(gray_image(), tmp_path / f"a{suffix}", {text: text})) as image:
+        xmp = image.info["xmp"]
+    packet = ElementTree.fromstring(xmp)
+    assert [child.tag for child in packet] == ["flux"] and not list(packet[0])
+    assert json.loads(packet[0].text, parse_constant=pytest.fail) == {text: text}
+    assert re.fullmatch(rb"[ -~]*", xmp)
+
+
+@every_format
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_number_that_json_cannot_spell_is_refused(tmp_path, suffix, number):
+    with pytest.raises(ValueError, match="JSON"):
+        images.save(gray_image(), tmp_path / f"a{suffix}", {"guidance": [number]})
+    assert not list(tmp_path.iterdir())
+
+
+@every_format
+def test_metadata_of_input_images_are_not_copied(tmp_path, suffix):
+    """A comment or a profile of a foreign image would be of another image."""
+    image = gray_image()
+    secret = b"<script>\x1b[2J"
+    image.info |= {"comment": secret, "icc_profile": secret, "exif": secret, "xmp": secret}
+    image.info |= {"Description": secret.decode()}
+    assert secret not in images.save(image, tmp_path / f"a{suffix}", {}).read_bytes()
+
+
 @every_format
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -215,7 +275,9 @@ NASTY = [
 @given(
     text=st.text(max_size=60),
     number=st.one_of(
-        st.none(), st.integers(0, 2**63), st.floats(allow_nan=False, allow_subnormal=False)
+        st.none(),
+        st.integers(0, 2**63),
+        st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False),
     ),
 )
 @example(text=" ".join(NASTY), number=2**63 - 1)
