@@ -151,8 +151,9 @@ def _read_line(path: Path, number: int, line: str) -> Sample:
             f"{path}, line {number}: unknown name {preview(sorted(map(repr, unknown)))}. "
             f"Use {', '.join(sorted(KEYS))}."
         )
-    missing = [str(file) for file in (image, *files, *others.values()) if not file.is_file()]
-    if missing:
+    named = (image, *files, *others.values())
+    # unlike Path.is_file, isfile does not fail at names that are too long
+    if missing := [str(file) for file in named if not os.path.isfile(file)]:
         raise UserError(f"{path}, line {number}: not a file: {preview(missing)}")
     return Sample(image, caption, tuple(files), **others)
 

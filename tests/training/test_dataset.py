@@ -107,6 +107,7 @@ BAD_LINES = {
     '{"image": "a.png", "caption": "a", "references": ["b.png"]}': "not a file: ",
     '{"image": "a.png", "caption": "a", "mask": "b.png"}': "not a file: ",
     '{"image": ".", "caption": "b.png"}': "not a file: ",
+    '{"image": "%s", "caption": "a"}' % ("x" * 300): "not a file: ",
     '{"image": "a.png", "caption": "a", "reference": ["a.png"]}': "unknown name 'reference'",
 }
 
