@@ -1,13 +1,16 @@
-"""Files that a user names: plain files only, of a bounded size.
+"""Files that a user names: plain files only, of a bounded size, and their JSON.
 
 Reading a pipe may wait for its writer, and a device such as /dev/zero never ends.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from flux.errors import UserError
 
 PIECE = 2**20  # bytes
+MAX_JSON = 4_000_000  # bytes; parsed, a hostile text can be thirty times as large
 
 
 def require_plain_file(path: Path, kind: str = "a file") -> Path:
@@ -20,7 +23,7 @@ def require_plain_file(path: Path, kind: str = "a file") -> Path:
         if path.is_file():
             return path
         path.stat()  # `is_file` hides why there is none
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: does not exist. Name {kind}.") from None
     except (OSError, ValueError) as error:  # ValueError: NUL in the name
         raise UserError(f"{path}: cannot be read ({_reason(error)}). Name {kind}.") from None
@@ -45,3 +48,25 @@ def read_plain_file(path: Path, limit: int, kind: str = "a file") -> bytes:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse UTF-8 JSON. ValueError if damaged, too long or deep, or with a name twice."""
+    if len(text) > MAX_JSON:
+        raise ValueError(f"has more than {MAX_JSON:,} bytes")
+    try:
+        return _decoder.decode(text if isinstance(text, str) else text.decode())
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ValueError(f"has the name {name!r:.120} twice")
+        members[name] = value
+    return members
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique)

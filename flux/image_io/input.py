@@ -6,13 +6,15 @@ An image is 8-bit RGB from here on. A mask is 8-bit gray ("L"): white is what ma
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from flux.errors import UserError
+from flux.plain_files import require_plain_file
 
 # Pillow knows more formats; EPS and WMF would start other programs.
 # fmt: off
@@ -37,12 +39,12 @@ KONTEXT_SIZES = [
 
 def read_image(path: str | Path) -> Image.Image:
     """Read a file as an upright RGB image; UserError if no image, several frames, or too large."""
-    return as_image(_open(Path(path)), str(path))
+    return as_image(_read(Path(path)), str(path))
 
 
 def read_mask(path: str | Path) -> Image.Image:
     """Read a file as a mask ("L"); UserError as in `read_image`, and for colors or transparency."""
-    return as_mask(_open(Path(path)), str(path))
+    return as_mask(_read(Path(path)), str(path))
 
 
 def as_image(image: Image.Image, name: str = "images") -> Image.Image:
@@ -89,21 +91,24 @@ def is_color(image: Image.Image) -> bool:
     return bool((levels.max(axis=2) - levels.min(axis=2)).max() > 64)
 
 
-def _open(path: Path) -> Image.Image:
+def _read(path: Path) -> Image.Image:
     """Read the upright image in a file, with all of its pixels."""
+    with open_image(path) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # MPO: a photo and its preview
+            raise UserError(f"{path}: holds {frames} images. Save one of them as PNG.")
+        return ImageOps.exif_transpose(image)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image file. Any error of Pillow, also while the file is read, becomes a UserError."""
+    require_plain_file(path, "an image file")
     try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder. Name an image file.")
-        if not path.is_file():
-            problem = "is not a regular file" if path.exists() else "does not exist"
-            raise UserError(f"{path}: {problem}. Name an image file.")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                frames = getattr(image, "n_frames", 1)
-                if frames > 1 and image.format != "MPO":  # MPO: a photo and its preview
-                    raise UserError(f"{path}: holds {frames} images. Save one of them as PNG.")
-                return ImageOps.exif_transpose(image)
+                yield image
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -119,7 +124,7 @@ def _open(path: Path) -> Image.Image:
                 f"{path}: cannot be read ({error.strerror}). Check its name and permissions."
             ) from None
         raise UserError(
-            f"{path}: is damaged ({error}). Get it again, or save it again as PNG."
+            f"{path}: is damaged ({error!s:.120}). Get it again, or save it again as PNG."
         ) from None
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flux.atomic_files import unfinished_file
 from flux.errors import NonFiniteError, UserError
+from flux.image_io.input import open_image
+from flux.plain_files import parse_json
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 KEY = "flux"  # the name of our JSON in a PNG; JPEG and WebP carry it as XMP
@@ -154,25 +156,18 @@ def write_exclusive(
 
 def read_metadata(path: Path) -> dict:
     """Return the metadata that `save` wrote into an image file."""
+    with open_image(path) as image:
+        if image.format == "PNG" and KEY not in image.info:
+            image.load()  # other programs may have put it behind the pixels
+        text, xmp = image.info.get(KEY), image.info.get("xmp") or b""
     try:
-        with Image.open(path) as image:
-            if image.format == "PNG" and KEY not in image.info:
-                image.load()  # other programs may have put it behind the pixels
-            text = image.info.get(KEY)
-            if text is None:
-                xmp = image.info.get("xmp") or b""
-                text = xmp.decode("utf-8").partition("<![CDATA[")[2].partition("]]>")[0]
-        metadata = json.loads(text)
+        if text is None:
+            text = xmp.decode("utf-8").partition("<![CDATA[")[2].partition("]]>")[0]
+        metadata = parse_json(text)
         if not isinstance(metadata, dict):
             raise ValueError
         return metadata
-    except FileNotFoundError:
-        raise UserError(f"{path}: does not exist.") from None
-    except PermissionError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}). Check its permissions."
-        ) from None
-    except (OSError, TypeError, ValueError, RecursionError, Image.DecompressionBombError):
+    except (TypeError, ValueError, AttributeError):
         raise UserError(
             f"{path}: is not an image with flux metadata. Another program may have removed them."
         ) from None

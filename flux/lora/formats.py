@@ -9,7 +9,6 @@ ours, diffusers' or OTHER_NAMES, with "." or "_". Any mixture is read. Files hol
 LoKr or plain differences.
 """
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from flux.errors import UserError
 from flux.lora.merge import NO_DELTA, LayerDelta, Target, multiply_factors, weight_name
+from flux.plain_files import MAX_JSON, parse_json, read_plain_file
 from flux.weights.diffusers_names import BLOCKS, diffusers_layer, split_block
 from flux.weights.files import read_header
 
@@ -184,33 +184,34 @@ def _format(keys: Iterable[str]) -> str:
 
 def _configuration(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict:
     """Return the adapter's configuration: the file's metadata, or PEFT's adapter_config.json."""
+    text: str | bytes
     sidecar = Path(path).with_name("adapter_config.json")
     if "lora_adapter_metadata" in metadata:
         text, source = metadata["lora_adapter_metadata"], f"{path}: lora_adapter_metadata"
-    elif any(key.startswith("base_model.") for key in keys) and sidecar.is_file():
+    elif any(key.startswith("base_model.") for key in keys) and sidecar.exists():
+        text = read_plain_file(sidecar, MAX_JSON, f"the configuration of {path}")
         source = f"{sidecar} (of {path}): the file"
-        try:
-            text = sidecar.read_bytes().decode()
-        except OSError as error:
-            raise UserError(f"{source} cannot be read ({error.strerror}).") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source} is damaged ({error!s:.80}). Download it again.") from error
     else:
         return {}
     try:
-        config = json.loads(text)
+        config = parse_json(text)
         if not isinstance(config, dict):
             raise ValueError("not a table")
         for name, value in config.items():
             if name.endswith("alpha_pattern") and not isinstance(value or {}, dict):
                 raise ValueError(f"{name} is not a table")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{source} is damaged ({error!s:.80}). Download it again.") from error
     return config
 
 
 # ------------------------------------------------------------------ matching
 
+FLOATS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 COMPLETE = (  # sets of factors that make a delta
     {"down", "up"},
     {"diff"},
@@ -272,7 +273,8 @@ def _layer_delta(
     """Check the tensors under these keys, by role, and return their delta."""
     factors = {role: lora.tensors[key] for role, key in keys.items()}
     for role, tensor in factors.items():
-        if tensor.numel() == 0 or not (tensor.is_floating_point() or role == "alpha"):
+        allowed = FLOATS + INTEGERS if role == "alpha" else FLOATS
+        if tensor.numel() == 0 or tensor.dtype not in allowed:
             raise lora.error(
                 f"has {lora.show(keys[role])} and {tensor.dtype}, expected floating-point numbers"
             )

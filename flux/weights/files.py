@@ -9,16 +9,20 @@ import errno
 import json
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flux.errors import UserError
+from flux.plain_files import MAX_JSON, parse_json, read_plain_file, require_plain_file
 
 # ---------------------------------------------------------------- headers
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_TENSORS = 200_000  # the released models have some 2,000, captures many more
+MAX_DIMENSIONS = 16  # torch takes 64 at most, and many of its kernels fewer
 FLOATS = ("F64", "F32", "F16", "BF16")
 # fmt: off
 BITS = {  # of one number, by dtype
@@ -70,21 +74,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
     The file holds the header's length (8 bytes, little-endian), the header in JSON, and the bytes
     of the tensors: https://github.com/huggingface/safetensors#format.
-    UserError if the file is anything else, or if its header contradicts itself or the file's size.
+    UserError if the file is anything else, if its header contradicts itself or the file's size, or
+    for more than `MAX_HEADER` bytes, `MAX_TENSORS` tensors or `MAX_DIMENSIONS` dimensions.
     """
-    path = Path(path)
+    path = require_plain_file(path, "a safetensors file")
     text, data_size = _header_text(path)
     try:
-        header = json.loads(text.decode())
-        metadata = header.pop("__metadata__", None) or {}
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("metadata that is not text")
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        infos, spans, metadata = _parse_header(text, path)
+    except ValueError as error:
         raise UserError(
-            f"{path} has a damaged header ({error!s:.80}); download it again."
+            f"{path} has a damaged header: {error!s:.300}; download it again."
         ) from error
 
-    spans = {name: _span(path, name, entry) for name, entry in header.items()}
     position = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != position:
@@ -98,27 +99,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         problem = "is truncated" if position > data_size else "goes on after its end"
         sizes = f"{start + position:,} bytes expected, {start + data_size:,} found"
         raise UserError(f"{path} {problem}: {sizes}; download it again.")
-    infos = {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), path, name)
-        for name, entry in header.items()
-    }
     return infos, metadata
 
 
 def _header_text(path: Path) -> tuple[bytes, int]:
     """Return the JSON text of the header, and the number of bytes after it."""
     try:
-        if not path.exists():
-            raise UserError(f"{path} does not exist.")
-        if not path.is_file():
-            kind = "folder" if path.is_dir() else "special file"
-            raise UserError(f"{path} is a {kind}, not a safetensors file.")
         with path.open("rb") as file:
             size = path.stat().st_size
             start = file.read(64)
             length = int.from_bytes(start[:8], "little")
             file.seek(8)
-            text = file.read(length) if length <= MAX_HEADER else b""
+            text = file.read(length) if length <= min(MAX_HEADER, size) else b""
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if size == 0:
@@ -142,23 +134,100 @@ def _header_text(path: Path) -> tuple[bytes, int]:
     return text, size - 8 - length
 
 
-def _span(path: Path, name: str, entry: dict) -> tuple[int, int]:
-    """Return where a tensor's bytes begin and end, counted from the end of the header."""
+# The parts of a header's JSON. It is parsed entry by entry, because parsing 100 MB of empty lists
+# at once would take gigabytes. The repetitions are possessive ("*+"): they never backtrack.
+SPACE = rb"[ \t\r\n]*+"
+OPENING = re.compile(SPACE + rb"\{" + SPACE + rb"(\})?+")
+NAME = re.compile(SPACE + rb'("(?:[^"\\]|\\.){,10000}+")' + SPACE + b":" + SPACE, re.DOTALL)
+TENSOR = re.compile(rb"\{[^{}]{,1000}+\}")
+TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+NEXT = re.compile(SPACE + rb"(?:,|(\}))")
+END = re.compile(SPACE + rb"\Z")
+
+
+def _parse_header(
+    text: bytes, path: Path
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]], dict[str, str]]:
+    """Return the tensors, where the bytes of each begin and end, and the metadata.
+
+    ValueError if the header is damaged.
+    """
+
+    def member(name: str, position: int) -> tuple[Any, int]:
+        if name == "__metadata__":
+            if text.startswith(b"null", position):
+                return {}, position + 4
+            return _parse_object(text, position, metadata_value)
+        if found := TENSOR.match(text, position):
+            return _parse_tensor(path, name, found[0]), found.end()
+        raise _not_understood(name, text[position : position + 80])
+
+    def metadata_value(name: str, position: int) -> tuple[str, int]:
+        if found := TEXT.match(text, position):
+            return json.loads(found[0].decode()), found.end()
+        raise ValueError(f"metadata that is not text, {name!r:.120}")
+
+    if text.count(b'"data_offsets"') > MAX_TENSORS:  # at once, before any is parsed
+        raise ValueError(f"more than {MAX_TENSORS:,} tensors")
+    members, end = _parse_object(text, 0, member)
+    _match(END, text, end)
+    metadata = members.pop("__metadata__", {})
+    infos = {name: info for name, (info, _) in members.items()}
+    spans = {name: span for name, (_, span) in members.items()}
+    return infos, spans, metadata
+
+
+def _parse_object(
+    text: bytes, position: int, parse_value: Callable[[str, int], tuple[Any, int]]
+) -> tuple[dict[str, Any], int]:
+    """Return the members of the JSON object at `position`, and where the object ends."""
+    members: dict[str, Any] = {}
+    opening = _match(OPENING, text, position)
+    position, closed = opening.end(), opening[1]
+    while not closed:
+        found = _match(NAME, text, position)
+        name = json.loads(found[1].decode())
+        if name in members:
+            raise ValueError(f"{name!r:.120} stands in it twice")
+        if len(members) > MAX_TENSORS:
+            raise ValueError(f"more than {MAX_TENSORS:,} names")
+        members[name], position = parse_value(name, found.end())
+        separator = _match(NEXT, text, position)
+        position, closed = separator.end(), separator[1]
+    return members, position
+
+
+def _match(pattern: re.Pattern[bytes], text: bytes, position: int) -> re.Match[bytes]:
+    if found := pattern.match(text, position):
+        return found
+    raise ValueError(f"it is not understood from byte {position:,} on")
+
+
+def _parse_tensor(path: Path, name: str, text: bytes) -> tuple[TensorInfo, tuple[int, int]]:
+    """Return a tensor's description, and where its bytes begin and end after the header."""
     try:
+        entry = parse_json(text)
         bits, shape, (begin, end) = BITS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
+            raise ValueError
+        if len(shape) > MAX_DIMENSIONS:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged, or newer than this loader: the header's entry for tensor "
-            f"{name!r:.120} is not understood: {entry!s:.120}."
-        ) from error
+        raise _not_understood(name, text) from error
     if (end - begin) * 8 != prod(shape) * bits:
-        raise UserError(
-            f"{path} has a damaged header, with {end - begin:,} bytes for tensor {name!r:.120}, "
-            f"{entry['dtype']} of shape {shape!s:.120}; download it again."
+        raise ValueError(
+            f"{end - begin:,} bytes for tensor {name!r:.120}, {entry['dtype']} of shape "
+            f"{shape!s:.120}"
         )
-    return begin, end
+    return TensorInfo(sys.intern(entry["dtype"]), tuple(shape), path, name), (begin, end)
+
+
+def _not_understood(name: str, text: bytes) -> ValueError:
+    shown = text.decode(errors="replace")
+    return ValueError(
+        f"the entry for tensor {name!r:.120} is not understood, or newer than this loader: "
+        f"{shown!r:.120}"
+    )
 
 
 def preview(names: Sequence[str], shown: int = 3) -> str:
@@ -190,10 +259,11 @@ def is_index(path: Path) -> bool:
 
 def _shard_names(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except OSError as error:
-        raise UserError(f"{index} cannot be read: {error.strerror}.") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        text = read_plain_file(index, MAX_JSON, "an index of safetensors files")
+        names = sorted(set(parse_json(text)["weight_map"].values()))
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError):
         names = []
     if not names:
         raise UserError(

@@ -272,13 +272,15 @@ def test_missing_file_folder_and_pipe_are_refused(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")  # which, opened, would wait for ever
     with pytest.raises(UserError, match="none.png: does not exist. Name an image file"):
         read(tmp_path / "none.png")
-    with pytest.raises(UserError, match=": is a folder. Name an image file"):
+    with pytest.raises(UserError, match=": is a folder, not a plain file. Name an image file"):
         read(str(tmp_path))
-    with pytest.raises(UserError, match="pipe: is not a regular file. Name an image file"):
+    with pytest.raises(
+        UserError, match="pipe: is a pipe or a device, not a plain file. Name an image file"
+    ):
         read(tmp_path / "pipe")
     with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "file" / "a.png")
-    with pytest.raises(UserError, match="cannot be read .*too long.*Check its name"):
+    with pytest.raises(UserError, match="cannot be read .*too long.*Name an image file"):
         read(tmp_path / ("a" * 300))
 
 

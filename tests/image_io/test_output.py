@@ -7,6 +7,7 @@ file system.
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -337,18 +338,67 @@ def test_parameters_of_another_kind_are_refused(tmp_path, monkeypatch, text):
 def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n, or so it says")
     (tmp_path / "a.txt").write_text("a cat")
-    for name in ("a.png", "a.txt", "."):
-        with pytest.raises(UserError, match="is not an image with flux metadata"):
+    os.mkfifo(tmp_path / "pipe")
+    for name, problem in (
+        ("a.png", "is not an image of a supported format"),
+        ("a.txt", "is not an image of a supported format"),
+        ("none.png", "does not exist"),
+        (".", "is a folder"),
+        ("pipe", "is a pipe or a device"),
+    ):
+        with pytest.raises(UserError, match=problem):
             images.read_metadata(tmp_path / name)
-    with pytest.raises(UserError, match="none.png: does not exist"):
-        images.read_metadata(tmp_path / "none.png")
 
 
 def test_image_that_is_too_large_to_open_is_refused(tmp_path, monkeypatch):
     path = images.save(gray_image(), tmp_path / "a.png", {})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
-    with pytest.raises(UserError, match="is not an image with flux metadata"):
+    with pytest.raises(UserError, match="has more than 0 megapixels"):
         images.read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    "suffix, found, place, changed, problem",
+    [
+        # the first block of pixels is said to have 1 byte: a SyntaxError of Pillow
+        (".png", b"IDAT", -4, b"\0\0\0\1", "broken PNG file"),
+        (".avif", b"av01", 0, b"\0\0\0\0", "Failed to decode image"),  # a RuntimeError
+    ],
+)
+def test_every_kind_of_error_of_pillow_is_one_sentence(
+    tmp_path, suffix, found, place, changed, problem
+):
+    gray_image().save(path := tmp_path / f"a{suffix}")
+    content = bytearray(path.read_bytes())
+    start = content.index(found) + place
+    content[start : start + len(changed)] = changed
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"a{suffix}: is damaged \\({problem}"):
+        images.read_metadata(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif", ".tiff", ".gif"])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**32))
+@pytest.mark.filterwarnings("ignore")
+def test_metadata_of_a_damaged_image_are_read_or_refused(tmp_path, suffix, seed):
+    path, fate = tmp_path / f"a{suffix}", random.Random(seed)
+    if suffix in SUFFIXES and fate.random() < 0.5:
+        path = images.save(gray_image(), path, {"prompt": "a"})
+    else:
+        gray_image().save(path)
+    content = bytearray(path.read_bytes())
+    for _ in range(fate.randint(1, 4)):
+        content[fate.randrange(len(content))] = fate.randrange(256)
+    path.write_bytes(content[: fate.choice([None, fate.randrange(len(content))])])
+    try:
+        assert type(images.read_metadata(path)) is dict
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    finally:
+        path.unlink()
 
 
 # ------------------------------------------------------------------------------ refusals

@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from support.load_script import script
 from support.lora_files import control_lora, random
-from support.weight_files import refusal, saved
+from support.weight_files import entry, raw, refusal, saved
 from torch import Tensor, nn
 
 from flux import sampling
@@ -506,10 +507,14 @@ def test_damaged_configuration_of_peft_is_refused(tmp_path):
     tensors = {f"base_model.model.{name.partition('.')[2]}": x for name, x in GOOD.items()}
     file, network = saved(tmp_path / "x.safetensors", tensors), Flux(FLUX1_TINY)
     too_large = b'{"lora_alpha": 1%s}' % (400 * b"0")
-    for damaged in (b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', too_large):
+    twice = b'{"lora_alpha": 1, "lora_alpha": 2}'
+    for damaged in (b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', too_large, twice):
         (tmp_path / "adapter_config.json").write_bytes(damaged)
         message = refusal(match_layers_of, file, network)
         assert "adapter_config.json" in message or "lora_alpha in its configuration" in message
+    (tmp_path / "adapter_config.json").unlink()
+    os.mkfifo(tmp_path / "adapter_config.json")
+    assert "is a pipe or a device" in refusal(read_lora, file)
 
 
 @pytest.mark.parametrize(
@@ -975,6 +980,10 @@ def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
         ("NaN or infinity", "alpha"),
     )
     yield "alphas", GOOD | {f"{TO_K}.alpha": torch.ones(4)}, ("alpha' of shape (4,)",)
+    complex_alpha = torch.tensor(4, dtype=torch.complex64)
+    yield "complex alpha", GOOD | {f"{TO_K}.alpha": complex_alpha}, ("alpha", "complex64")
+    yield "alpha of bits", GOOD | {f"{TO_K}.alpha": torch.tensor(True)}, ("alpha", "torch.bool")
+    yield "16 dimensions", GOOD | {a: torch.ones((1,) * 16)}, (a, "(1, 1,")
     yield "empty", {a: torch.zeros(0, 128), b: torch.zeros(128, 0)}, ("(0, 128)",)
     yield "integers", GOOD | {a: torch.ones(4, 128, dtype=torch.int8)}, (a, "int8")
     yield "twice", GOOD | {f"{TO_K}.lora_down.weight": GOOD[a].clone()}, ("twice", a, "lora_down")
@@ -1022,6 +1031,25 @@ def test_bad_file_is_refused(tmp_path, fault):
     assert str(file) in message
     for part in parts:
         assert part in message, message
+
+
+@pytest.mark.parametrize(
+    "dtype, shape, size, problem",
+    [
+        ("F32", [1] * 70, 4, "is not understood"),
+        ("F4", [4, 128], 256, "float4_e2m1fn_x2, expected floating-point numbers"),
+        ("F4", [3, 1], 1, "damaged header"),
+        ("F6_E2M3", [4, 4], 12, "cannot be mapped"),
+        ("F8_E8M0", [4, 128], 512, "float8_e8m0fnu, expected floating-point numbers"),
+        ("C64", [4, 128], 4096, "complex64, expected floating-point numbers"),
+        ("U32", [4, 128], 2048, "uint32, expected floating-point numbers"),
+    ],
+)
+def test_shape_or_dtype_that_no_lora_has_is_refused(tmp_path, dtype, shape, size, problem):
+    a, b = GOOD
+    entries = {a: entry(dtype, shape, 0, size), b: entry("F32", [128, 4], size, size + 2048)}
+    file = raw(tmp_path / "x.safetensors", entries, b"\x3f" * (size + 2048))
+    assert problem in refusal(match_layers_of, file, Flux(FLUX1_TINY))
 
 
 def test_bias_for_a_model_without_biases_is_refused(tmp_path):

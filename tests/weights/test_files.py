@@ -7,7 +7,9 @@ a transport that answers like the hub, without a network.
 import errno
 import json
 import os
+import signal
 import struct
+import tracemalloc
 from pathlib import Path
 
 import httpx2
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from support.weight_files import entry, raw, refusal, saved
 
+from flux.weights import files
 from flux.weights.files import find_file, find_files, is_local, read_header, shard_files
 
 # ---------------------------------------------------------------- headers
@@ -87,7 +90,7 @@ def test_missing_file_folder_and_pipe_are_refused(tmp_path):
     assert "is a folder" in refusal(read_header, tmp_path)
     assert "cannot be read" in refusal(read_header, tmp_path / ("x" * 300))
     os.mkfifo(tmp_path / "pipe")
-    assert "special file" in refusal(read_header, tmp_path / "pipe")
+    assert "is a pipe or a device" in refusal(read_header, tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,22 @@ def test_missing_file_folder_and_pipe_are_refused(tmp_path):
         ({"a": []}, "'a'"),
         ({"a": entry(shape=[3])}, "8 bytes for tensor 'a', F32 of shape [3]"),
         ({"a": entry("BF16")}, "8 bytes for tensor 'a', BF16 of shape [2]"),
-        ({"a": entry(shape=[1 << 63, 2])}, "8 bytes for tensor 'a'"),
+        ({"a": entry(shape=[(1 << 63) - 1, 2])}, "8 bytes for tensor 'a'"),
+        ({"a": entry(shape=[1 << 63])}, "'a' is not understood"),
+        ({"a": entry(begin=1 << 63, end=(1 << 63) + 8)}, "'a' is not understood"),
+        ({"a": entry(shape=[10**900])}, "'a' is not understood"),
+        (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4300 + b"]}}", "'a' is not understood"),
+        ({"a": entry(shape=[2] + [1] * 69)}, "'a' is not understood"),
+        ({"a": entry() | {"more": {}}}, "'a' is not understood"),
+        (b'{"a": {"dtype": "F32", "dtype": "F32"}}', "'a' is not understood"),
+        (f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry())}}}'.encode(), "'a' stands in"),
+        (f'{{"a": {json.dumps(entry())}, "\\u0061": 1}}'.encode(), "'a' stands in it twice"),
+        (b'{"__metadata__": {"a": "1", "a": "2"}}', "'a' stands in it twice"),
+        (b'{"__metadata__": {}, "__metadata__": {}}', "'__metadata__' stands in it twice"),
+        (f'{{"a": {json.dumps(entry())},}}'.encode(), "not understood from byte"),
+        (f'{{"a": {json.dumps(entry())}}}}}'.encode(), "not understood from byte"),
+        (f'{{"a": {json.dumps(entry())}'.encode(), "not understood from byte"),
+        (b'{"' + b"x" * 20_000 + b'": 1}', "not understood from byte 1"),
         ({"a": entry(), "b": entry(begin=4, end=12)}, "'b' overlaps"),
         ({"a": entry(), "b": entry(begin=12, end=20)}, "'b' leaves a hole"),
         ({"a": entry(begin=8, end=16)}, "'a' leaves a hole"),
@@ -120,6 +138,50 @@ def test_missing_file_folder_and_pipe_are_refused(tmp_path):
 def test_header_that_contradicts_itself_is_refused(tmp_path, header, expected):
     message = refusal(read_header, raw(tmp_path / "x.safetensors", header, b"\0" * 8))
     assert expected in message and str(tmp_path / "x.safetensors") in message
+
+
+@pytest.mark.parametrize("spaces", ["", " \n\t\r"])
+def test_spaces_escapes_and_empty_metadata_are_read(tmp_path, spaces):
+    """And in any order of fields, as JSON may be."""
+    fields = '"data_offsets":[0,8],"shape":[2],"dtype":"F32"'
+    text = f'{{"__metadata__":null,"caf\\u00e9 \\"":{{{fields}}}}}'
+    for sign in "{}[]:,":
+        text = text.replace(sign, f"{sign}{spaces}")
+    infos, metadata = read_header(raw(tmp_path / "x.safetensors", text.encode(), b"\0" * 8))
+    assert {name: info[:2] for name, info in infos.items()} == {'café "': ("F32", (2,))}
+    assert metadata == {}
+
+
+HOSTILE = {  # a piece of a header, repeated to 4 MB; json.loads makes up to 100 MB of each
+    "empty lists": (b'{"a":[', b"[],"),
+    "empty lists in a shape": (b'{"a":{"dtype":"F32","shape":[', b"[],"),
+    "nested lists": (b'{"a":', b"["),
+    "nested tables": (b"{", b'"a":{'),
+    "names": (b"{", b'"a":0,'),
+    "tensors": (b"{", b'"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'),
+    "metadata": (b'{"__metadata__":{', b'"%07d":"",'),
+    "metadata without an end": (b'{"__metadata__":{"a":"', b'\\"'),
+    "a name without an end": (b'{"', b'\\"'),
+    "spaces": (b'{"a"', b" "),
+    "digits": (b'{"a":{"dtype":"F32","shape":[', b"9"),
+    "large numbers": (b'{"a":{"dtype":"F32","shape":[', b"9" * 4000 + b","),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_header_takes_little_memory(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(files, "MAX_TENSORS", 1_000)
+    start, piece = HOSTILE[kind]
+    count = 4_000_000 // len(piece)
+    body = b"".join(piece % i for i in range(count)) if b"%" in piece else piece * count
+    path = raw(tmp_path / "x.safetensors", start + body)
+    del body
+    signal.alarm(60)  # the slowest takes a second
+    tracemalloc.start()
+    assert "damaged header" in refusal(read_header, path)
+    assert tracemalloc.get_traced_memory()[1] < 9_000_000
+    tracemalloc.stop()
+    signal.alarm(0)
 
 
 def test_truncated_and_overlong_files_are_refused_with_both_sizes(tmp_path):
@@ -179,8 +241,17 @@ def test_index_that_leaves_its_folder_is_refused(tmp_path, name):
     assert f"{index} names {name!r}, which is not the plain name" in message
 
 
-def test_missing_index_is_refused(tmp_path):
-    assert "cannot be read" in refusal(shard_files, tmp_path / "x.safetensors.index.json")
+def test_missing_pipe_and_endless_index_are_refused(tmp_path):
+    index = tmp_path / "x.safetensors.index.json"
+    assert "does not exist" in refusal(shard_files, index)
+    os.mkfifo(index)
+    assert "is a pipe or a device" in refusal(shard_files, index)
+    index.unlink()
+    index.symlink_to("/dev/zero")
+    assert "is a pipe or a device" in refusal(shard_files, index)
+    index.unlink()
+    index.write_bytes(b" " * 5_000_000)
+    assert "is larger than 4,000,000 bytes" in refusal(shard_files, index)
 
 
 # ---------------------------------------------------------------- finding

@@ -1,6 +1,7 @@
 """GGUF files are read like the `gguf` package, to the last bit; broken files are refused."""
 
 import math
+import os
 import struct
 import time
 import tracemalloc
@@ -439,7 +440,11 @@ HUGE = (1 << 64) - 1
         (header(info(), tensor_count=2) + bytes(32), "download it again"),
         (header(info(), info("b", begin=32), tensor_count=1) + bytes(64), "goes on after its end"),
         (header(info(), value_count=HUGE) + bytes(32), "download it again"),
-        (header(tensor_count=HUGE), "truncated"),
+        (header(tensor_count=HUGE), f"with {HUGE:,} tensors"),
+        (
+            header(info(), values=(value(8, struct.pack("<Q", 0), "a"),) * 2) + bytes(32),
+            "value 'a' comes twice",
+        ),
         (header(), "no tensors"),
         (header(struct.pack("<Q", HUGE) + b"a") + bytes(64), "truncated"),
         (header(struct.pack("<Q", 1 << 40) + b"a") + bytes(64), "truncated"),
@@ -524,9 +529,21 @@ def test_long_array_of_numbers_is_skipped_at_once(tmp_path):
     assert time.perf_counter() - start < 10  # one by one, it would be a minute
 
 
+def test_long_array_of_strings_is_refused_before_its_end(tmp_path):
+    path, count = tmp_path / "x.gguf", 10_000_000
+    path.write_bytes(
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + value(9, struct.pack("<IQ", 8, count))
+    )
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + 8 * count)  # empty strings
+    assert "more than 1,000,000 strings" in refusal(read_header, path)
+
+
 def test_missing_file_and_folder_are_refused(tmp_path):
-    assert "is not a file" in refusal(read_header, tmp_path / "none.gguf")
-    assert "is not a file" in refusal(read_header, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe or a device" in refusal(read_header, tmp_path / "pipe")
+    assert "does not exist" in refusal(read_header, tmp_path / "none.gguf")
+    assert "is a folder" in refusal(read_header, tmp_path)
     assert "cannot be read" in refusal(read_header, tmp_path / ("x" * 300))
 
 

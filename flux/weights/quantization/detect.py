@@ -12,7 +12,6 @@ Undeclared layers are recognised by dtypes and by the names and shapes of their 
 `TABLE` lists all formats.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flux.errors import UserError
+from flux.plain_files import parse_json
 from flux.weights.files import FLOATS, TensorInfo
 from flux.weights.quantization import gguf, nf4
 from flux.weights.quantization.fp8 import BlockFP8Linear, FP8Linear
@@ -279,17 +279,9 @@ def _read_declarations(
     if states:
         return BNB, states
     try:
-        header = _checked(json.loads(metadata[METADATA])["layers"]) if in_header else {}
+        header = _checked(parse_json(metadata[METADATA])["layers"]) if in_header else {}
         by_layer = _checked(_read_json_tensors(comfy))
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OSError,
-        SafetensorError,
-    ) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise UserError(
             f"{file} has a damaged {present[0]} ({error!s:.80}); download it again."
         ) from error
@@ -344,6 +336,5 @@ def _read_json_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, dict]:
         with safe_open(file, framework="pt", device="cpu") as mapped:
             for layer, info in infos.items():
                 if info.file == file:
-                    text = bytes(mapped.get_tensor(info.name).flatten().tolist())
-                    found[layer] = json.loads(text)
+                    found[layer] = nf4.parse_json_tensor(mapped.get_tensor(info.name))
     return found

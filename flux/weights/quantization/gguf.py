@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from flux.errors import UserError
-from flux.weights.files import MAX_HEADER, TensorInfo
+from flux.plain_files import require_plain_file
+from flux.weights.files import MAX_HEADER, MAX_TENSORS, TensorInfo
 from flux.weights.quantization.linear import QuantizedLinear
 
 # ---------------------------------------------------------------- blocks
@@ -247,6 +248,7 @@ NUMBERS = {  # enum gguf_type -> the format character of `struct`
 }
 # fmt: on
 STRING, ARRAY = 8, 9  # enum gguf_type
+MAX_STRINGS = 1_000_000  # of all arrays; Mistral's vocabulary and merges are some 400,000
 
 
 class Header(NamedTuple):
@@ -299,12 +301,12 @@ def _size(kind: str, shape: Sequence[int]) -> int:
 
 def _read(path: Path) -> Header:
     try:
-        if not path.is_file():
-            raise ValueError("is not a file")
-        with path.open("rb") as file:
+        with require_plain_file(path, "a GGUF file").open("rb") as file:
             return _parse(_Fields(file, path.stat().st_size), path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} {error}.") from error
 
@@ -322,7 +324,18 @@ def _parse(fields: "_Fields", path: Path) -> Header:
             "supported"
         )
     tensor_count, value_count = fields.integer("Q"), fields.integer("Q")
-    metadata = {fields.text(): fields.value() for _ in range(value_count)}
+    if max(tensor_count, value_count) > MAX_TENSORS:
+        raise ValueError(
+            f"has a damaged header, with {tensor_count:,} tensors and {value_count:,} values (at "
+            f"most {MAX_TENSORS:,}); download it again"
+        )
+    metadata: dict[str, str | int | float | None] = {}
+    for _ in range(value_count):
+        if (name := fields.text()) in metadata:
+            raise ValueError(
+                f"has a damaged header: value {name!r:.120} comes twice; download it again"
+            )
+        metadata[name] = fields.value()
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
         raise ValueError(
@@ -361,6 +374,7 @@ class _Fields:
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size = file, size
+        self.strings = 0  # of all arrays so far
 
     def take(self, size: int) -> bytes:
         if self.file.tell() + size > (limit := min(self.size, MAX_HEADER)):
@@ -395,9 +409,15 @@ class _Fields:
         kind, count = self.integer("I"), self.integer("Q")
         if kind in NUMBERS:
             self.take(count * struct.calcsize(NUMBERS[kind]))
-        else:
-            for _ in range(count):
-                self.scalar(kind)
+            return None
+        for _ in range(count):
+            self.strings += 1
+            if self.strings > MAX_STRINGS:
+                raise ValueError(
+                    f"has a damaged header, with arrays of more than {MAX_STRINGS:,} strings; "
+                    "download it again"
+                )
+            self.scalar(kind)
         return None
 
     def tensor(self, path: Path) -> tuple[TensorInfo, int]:

@@ -13,10 +13,9 @@ A module's tensor cannot have tensors below it, so `canonical` renames L.weight.
 and the others likewise.
 """
 
-import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux.errors import UserError
+from flux.plain_files import MAX_JSON, parse_json
 from flux.weights.quantization.linear import QuantizedLinear
 
 STATE = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__\w+")  # the group is the layer
@@ -43,11 +43,18 @@ class QuantState(NamedTuple):
     nested_offset: float  # added to every absmax, because they were centred before quantization
 
 
+def parse_json_tensor(tensor: Tensor) -> Any:
+    """Return the JSON that a tensor of bytes holds; ValueError if the tensor is anything else."""
+    if tensor.dtype != torch.uint8 or tensor.numel() > MAX_JSON:
+        raise ValueError(f"{tensor.dtype} of shape {tuple(tensor.shape)} is not JSON")
+    return parse_json(bytes(tensor.flatten().tolist()))
+
+
 def read_state(path: Path, name: str) -> QuantState:
     """Read a layer's state from tensor `name` of a file; UserError if the state is damaged."""
     try:
         with safe_open(path, framework="pt", device="cpu") as mapped:
-            table = json.loads(bytes(mapped.get_tensor(name).flatten().tolist()))
+            table = parse_json_tensor(mapped.get_tensor(name))
         kind, blocksize, (rows, columns) = table["quant_type"], table["blocksize"], table["shape"]
         nested, offset = table.get("nested_blocksize"), table.get("nested_offset", 0.0)
         sizes = [blocksize, rows, columns]
@@ -57,15 +64,7 @@ def read_state(path: Path, name: str) -> QuantState:
             raise ValueError("its sizes are not whole numbers above 0")
         if not isinstance(offset, int | float) or not abs(offset) < torch.finfo(torch.float32).max:
             raise ValueError("its offset is not a finite number")
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OSError,
-        SafetensorError,
-    ) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise UserError(
             f"{path} has a damaged {name!r:.120} ({error!s:.80}); download it again."
         ) from error
