@@ -1,6 +1,6 @@
 """Write files that are complete or absent, whichever process is killed and whoever else writes.
 
-While NAME is written, the file `.NAME.lock` next to it is locked, and the folder
+While NAME is written, the file `.NAME.unfinished.lock` next to it is locked, and the folder
 `.NAME.unfinished` holds what is written so far. The kernel releases the lock of a killed process:
 what lies in such a folder without a locked file is a leftover, and the next write removes it.
 """
@@ -96,7 +96,7 @@ def exclusive_lock(path: Path, wait: bool = False) -> Iterator[bool]:
     of `path` is not writable. The lock is not reentrant: a second call waits or fails too.
     Yields False where the system or the file system cannot lock.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = path.with_name(f".{path.name}.unfinished.lock")
     descriptor, is_locked = _open_locked(lock, path, wait)
     try:
         yield is_locked
@@ -139,10 +139,10 @@ def _lock(descriptor: int, path: Path, wait: bool) -> bool:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes left unfinished in `folder`, and nothing of living processes."""
-    for unfinished in folder.glob(".*.unfinished"):
-        path = folder / unfinished.name.removeprefix(".").removesuffix(".unfinished")
+    left = *folder.glob(".*.unfinished"), *folder.glob(".*.unfinished.lock")
+    for name in {path.name[1:].removesuffix(".lock").removesuffix(".unfinished") for path in left}:
         try:
-            with unfinished_file(path):
+            with unfinished_file(folder / name):
                 pass
         except (UserError, OSError):  # another process writes the file, or the folder is read-only
             continue

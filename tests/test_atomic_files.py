@@ -174,6 +174,14 @@ def test_leftovers_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_pat
     assert names(tmp_path) == []
 
 
+def test_lock_of_a_process_that_was_killed_before_it_wrote_goes(tmp_path):
+    (tmp_path / ".a.txt.unfinished.lock").touch()
+    (tmp_path / ".b.lock").touch()  # of another program
+    with exclusive_lock(tmp_path / "c"):
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == [".b.lock", ".c.unfinished.lock"]
+
+
 def test_next_write_removes_the_leftovers_of_its_target(tmp_path, writer):
     writer.kill()
     writer.wait()
@@ -212,7 +220,7 @@ def test_lock_of_a_folder_is_next_to_the_folder(tmp_path):
     folder = tmp_path / "run"
     with exclusive_lock(folder) as is_locked:
         assert is_locked
-        assert names(tmp_path) == [".run.lock"]
+        assert names(tmp_path) == [".run.unfinished.lock"]
         with pytest.raises(UserError, match="another process"), exclusive_lock(folder):
             pass
     assert names(tmp_path) == []

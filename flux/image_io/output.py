@@ -13,7 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux.atomic_files import unfinished_file
+from flux.atomic_files import remove_leftovers, unfinished_file
 from flux.errors import NonFiniteError, UserError
 from flux.image_io.input import open_image
 from flux.plain_files import parse_json
@@ -53,7 +53,7 @@ def to_mask(mask: Image.Image) -> Tensor:
 def check_output(path: Path, texts: Iterable[str] = (), name: str = "output") -> None:
     """Create the folder of `path`; UserError if no image with any of these texts fits there.
 
-    What a killed process left unfinished at `path` is removed. `name`: the argument to blame.
+    What killed processes left unfinished in the folder is removed. `name`: the argument to blame.
     """
     if path.suffix.lower() not in FORMATS:
         raise UserError(
@@ -64,6 +64,7 @@ def check_output(path: Path, texts: Iterable[str] = (), name: str = "output") ->
         next_free_path(path)  # raises if the name is too long for the file system
         with unfinished_file(path, wait=True) as unfinished:
             unfinished.touch()
+        remove_leftovers(path.parent)  # of other numbers, and of latents
     except OSError as error:
         raise UserError(
             f"{name}: {path} cannot be written ({error.strerror}). Use another folder or name."

@@ -209,6 +209,9 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start(tmp_path):
     checked.join()
     assert not list(tmp_path.iterdir())
     assert images.save(gray_image(), path, {}) == path
+    (tmp_path / ".a-3.safetensors.unfinished").mkdir()  # of the latents of an earlier image
+    images.check_output(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @every_format
