@@ -19,7 +19,6 @@ from flux.image_io import output
 HOSTILE = "\x1b]0;pwned\x07 \u202egnp\u202c\nerror: the disk is full\r\u200b\x9b2J"
 SHOWN = r"\x1b]0;pwned\x07 \u202egnp\u202c\nerror: the disk is full\r\u200b\x9b2J"
 HOSTILE_FLAG = "--pwned\x1b[2J\n\u202e"
-LATER = {"parity.py", "train.py", "training_options.py"}
 
 
 def escaped(text: str) -> bool:
@@ -35,8 +34,6 @@ def escaped(text: str) -> bool:
 )
 def test_scripts_print_through_show_and_say(path):
     """Another way to the terminal would not escape file names, prompts and tensor names."""
-    if path.name in LATER:
-        pytest.xfail("is being changed")
     barred = ("print", "pprint", "tqdm.write", "bar.write", "traceback.print_exc")
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
@@ -45,9 +42,12 @@ def test_scripts_print_through_show_and_say(path):
             assert not name.endswith((".stdout.write", ".stderr.write")), node.lineno
             assert name != "argparse.ArgumentParser", node.lineno
         if isinstance(node, ast.Assign):  # a library's warnings
-            assert "warnings.showwarning" not in map(ast.unparse, node.targets) or (
-                path.name == "command_line.py"
-            )
+            shown = "warnings.showwarning" in map(ast.unparse, node.targets)
+            assert not shown or path.name in ("command_line.py", "train.py"), node.lineno
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,24 @@ def test_scripts_print_through_show_and_say(path):
         ("bench", ["--model", HOSTILE]),
         ("bench", ["--device", HOSTILE]),
         ("bench", ["--json", HOSTILE]),
-        ("toy/score", [HOSTILE_FLAG]),
-        ("toy/score", ["--model", HOSTILE]),
+        slow("toy/score", [HOSTILE_FLAG]),
+        slow("toy/score", ["--model", HOSTILE]),
         ("toy/draw", ["folder", HOSTILE_FLAG]),
         ("toy/draw", [HOSTILE]),
-        ("toy/train", ["run", HOSTILE_FLAG]),
-        ("toy/train", [HOSTILE, "--device", HOSTILE, "--autoencoder", HOSTILE]),
+        slow("toy/train", ["run", HOSTILE_FLAG]),
+        slow("toy/train", [HOSTILE, "--device", HOSTILE, "--autoencoder", HOSTILE]),
+        ("parity", ["compare", HOSTILE_FLAG, "a"]),
+        ("parity", ["compare", HOSTILE, HOSTILE]),
+        ("parity", ["capture", HOSTILE, "--model", HOSTILE, "--output", "a.safetensors"]),
+        ("parity", ["report", HOSTILE, HOSTILE, "--output", HOSTILE]),
+        ("train", [HOSTILE, HOSTILE]),
+        ("train", [".", "run", HOSTILE_FLAG]),
         ("dev/manifest", [HOSTILE_FLAG]),
         ("dev/manifest", ["--check", HOSTILE]),
         ("dev/manifest", [HOSTILE]),
         ("dev/fullsize", [HOSTILE_FLAG]),
         ("dev/fullsize", ["--model", HOSTILE]),
     ],
-    ids=str,
 )
 def test_hostile_arguments_are_shown_escaped(
     name, arguments, no_weights_here, tmp_path, monkeypatch, capsys
@@ -100,6 +105,7 @@ def test_hostile_arguments_are_shown_escaped(
     assert escaped(err) and "error: " in err
 
 
+@pytest.mark.slow
 def test_prompts_file_names_and_answers_are_shown_escaped(cli, server, tmp_path):
     run = cli("a red circle " + HOSTILE, *QUICK, "--output", f"{HOSTILE}.png", "--save-latents")
     assert run.code == 0 and escaped(run.err) and escaped(run.out)
@@ -113,6 +119,7 @@ def test_prompts_file_names_and_answers_are_shown_escaped(cli, server, tmp_path)
     assert expanded.code == 0 and escaped(expanded.err)
 
 
+@pytest.mark.slow
 def test_metadata_of_a_foreign_image_is_shown_escaped(cli):
     made = cli("a red circle", *QUICK, "--output", "a.png")
     metadata = output.read_metadata(made.folder / "a.png")
@@ -137,6 +144,7 @@ def test_tensor_names_are_shown_escaped(cli, tmp_path, monkeypatch, capsys):
     assert escaped(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_undecodable_file_name_is_shown_escaped(cli):
     run = cli("a red circle", *QUICK, "--output", os.fsdecode(b"\xff\x1b.png"))
     assert run.code == 0 and run.out == "\\udcff\\x1b.png\n"
