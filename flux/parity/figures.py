@@ -175,8 +175,8 @@ class _LogPlot:
     def __init__(self, axes, rows: Sequence[Row]):
         values = [error_of(row) for row in rows] + [row.tolerance for row in rows]
         logs = [math.log10(value) for value in values if 1e-30 < value < 1e30] or [-8, 0]
-        self.axes, self.zero = axes, 10 ** (math.floor(min(logs)) - 1)
-        self.infinity = 10 ** (math.ceil(max(logs)) + 1)
+        self.axes, self.zero = axes, 10.0 ** (math.floor(min(logs)) - 1)
+        self.infinity = 10.0 ** (math.ceil(max(logs)) + 1)
         axes.set_yscale("log")
         axes.set_ylim(self.zero / 3, self.infinity * 3)
         for value, name in ((self.zero, "equal"), (self.infinity, "NaN or shape")):

@@ -6,6 +6,7 @@ The truth is a run of a tiny random model. A wrong port is made of the truth by 
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,7 @@ WRONG = {
     "alone": lambda tensors: {OUT: tensors[IN]},
     "amid extra tensors": lambda tensors: swapped(tensors) | {"mine": tensors[OUT].clone()},
 }
+SOME = ("zeros", "swapped names", "one NaN", "one token less", "rotten", "the last tensor")
 RIGHT = {  # a port that is right, and what is said
     "equal": (dict, r"all 265 tensors are equal to the bit\n"),
     "zeros with a minus": (
@@ -157,7 +159,7 @@ def test_compare_passes_each_right_port(change, words, tensors, truth, parity):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["report", "diagnose"])
-@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("change", map(WRONG.get, SOME), ids=SOME)
 def test_report_and_diagnose_find_each_wrong_port(change, command, tensors, truth, weights, parity):
     save_file(change(tensors), "port.safetensors")
     how = ("--output", "page.html") if command == "report" else ("--weights", weights)
@@ -331,3 +333,86 @@ def test_other_shapes_are_explained(name, ours, theirs, words, tmp_path):
     assert fault.removeprefix(f"has shape {ours} (expected {theirs})").startswith(
         f": {words}" if words else ""
     ) and bool(words) == (": " in fault)
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def whole(weights, tmp_path_factory) -> Path:
+    """A capture of everything, which a run can be repeated from."""
+    pipe = flux.load(KLEIN, weights=weights, device="cpu", fast=False, dtype=torch.float32)
+    return capture(pipe, REQUEST, tmp_path_factory.mktemp("whole") / "whole.safetensors").path
+
+
+# A port that knows the truth and changes it.
+PORT = """
+import torch
+from flux.parity.capture_file import Capture
+from flux.parity.replay import module_runs
+recorded = Capture({truth!r})
+outputs = {{each.name: list(each.outputs.values()) for each in module_runs(recorded)}}
+def true(name):
+    return [recorded.tensors[output] for output in outputs[name]]
+def port(name, inputs):
+    return [{change} for x in true(name)]
+"""
+CHANGES = {
+    "zeros": "torch.zeros_like(x)",
+    "sevens": "torch.full_like(x, 7)",
+    "negative": "-x",
+    "scaled": "1.001 * x",
+    "NaN": "x * torch.nan",
+    "bfloat16 zeros": "torch.zeros_like(x).bfloat16()",
+    "one token": "torch.cat([x[:, :1] * 0, x[:, 1:]], 1)",
+    "inputs": "inputs[0] if inputs[0].shape == x.shape else x * 2",
+}
+CALLS = {
+    "against": ("compare", "{}", "--against", "my_port:port"),
+    "replay": ("replay", "{}", "--module-fn", "my_port:port", "--weights", "{weights}"),
+    "bisect": ("bisect", "{}", "--module-fn", "my_port:port", "--weights", "{weights}"),
+}
+
+
+def run_call(parity, command: tuple[str, ...], truth: Path, weights: Path, change: str):
+    Path("my_port.py").write_text(PORT.format(truth=str(truth), change=change))
+    sys.modules.pop("my_port", None)
+    return parity(*(part.format(truth, weights=weights) for part in command))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_wrong_function_is_found(change, command, whole, weights, parity):
+    code, out, _ = run_call(parity, command, whole, weights, change)
+    assert code == 1 and re.match(r"[\d,]+ of [\d,]+ tensors are over|the first difference is", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", CALLS.values(), ids=CALLS)
+def test_right_function_passes(command, whole, weights, parity):
+    code, out, _ = run_call(parity, command, whole, weights, "x")
+    assert code == 0 and re.match(r"all \d+ tensors are equal to the bit|no step differs", out)
+
+
+RUNS = {
+    "here": ("compare", "{}", "--against", "here"),
+    "diffusers": ("compare", "{}", "--against", "diffusers"),
+    "modules": ("replay", "{}"),
+    "loop": ("replay", "{}", "--end-to-end"),
+    "inside": ("replay", "{}", "--inside", "step.001"),
+    "bisect": ("bisect", "{}"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUNS.values(), ids=RUNS)
+def test_wrong_weights_are_found(command, whole, weights, parity):
+    (file,) = weights.rglob("flux-2-klein*.safetensors")
+    state = load_file(file)
+    name = next(name for name in state if "single_blocks.1.linear1" in name)
+    save_file(state | {name: state[name] * 1.01}, "wrong.safetensors")
+    run = [part.format(whole) for part in command]
+    code, out, _ = parity(*run, "--weights", weights, "--transformer", "wrong.safetensors")
+    assert code == 1 and "single_blocks.1" in out.splitlines()[0]
+    assert parity(*run, "--weights", weights)[0] == 0
