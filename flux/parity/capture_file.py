@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flux.atomic_files import exclusive_lock, write_atomically
+from flux.atomic_files import exclusive_lock, remove_leftovers, write_atomically
 from flux.errors import UserError
 from flux.parity.capture_metadata import (
     BINS,
@@ -268,9 +268,13 @@ def seal(path: Path, start: int, entries: dict, document: dict) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raise UserError for a file that exists or cannot be written."""
+    """Raise UserError for a file that exists or cannot be written.
+
+    What killed processes left unfinished in its folder is removed.
+    """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a capture must be a .safetensors file. Change the suffix.")
+    remove_leftovers(path.parent)
     if os.path.lexists(path):
         raise UserError(
             f"{path}: the file exists, and captures are never overwritten. "

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flux import sampling
-from flux.atomic_files import write_atomically
+from flux.atomic_files import remove_leftovers, write_atomically
 from flux.configs import FLUX2Text, ModelSpec
 from flux.errors import NonFiniteError, UserError
 from flux.parity import example_port
@@ -85,6 +85,7 @@ def build(
 
 
 def check_possible(pipe: Pipeline, request: Request, folder: Path) -> None:
+    remove_leftovers(folder.parent)  # of killed processes
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"output: {folder} exists already, and kits are never overwritten. "

@@ -447,8 +447,10 @@ def test_second_capture_of_one_name_is_refused(tmp_path):
         with pytest.raises(UserError, match="another process is using this file"):
             Writer(path, {})
         writer.add("x", torch.ones(3))
+    (tmp_path / ".a.safetensors.unfinished").mkdir()  # of a process that was killed at its end
     with pytest.raises(UserError, match="the file exists, and captures are never overwritten"):
         Writer(path, {})
+    assert list(tmp_path.iterdir()) == [path]
     assert Capture(path).tensors["x"].equal(torch.ones(3))
 
 

@@ -466,10 +466,12 @@ def test_impossible_kits_are_refused(load, tmp_path, monkeypatch):
     pipe, output = load(FLUX2), tmp_path / "kit"
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious").touch()
+    (tmp_path / ".full.unfinished").mkdir()  # of a process that was killed at its end
     with pytest.raises(
         UserError, match="output: .* exists already, and kits are never overwritten"
     ):
         golden_kit.build(pipe, TINY, tmp_path / "full")
+    assert list(tmp_path.iterdir()) == [tmp_path / "full"]
     with pytest.raises(UserError, match="dtype: a kit is in float32"):
         golden_kit.build(load(FLUX2, torch.bfloat16), TINY, output)
     images = ImageInputs((Image.new("RGB", (64, 64)),), kv_cache=True)
