@@ -287,6 +287,67 @@ train.main()
         assert [ours[name] for name in columns] == [expected[name] for name in columns]
 
 
+KILLS = 10
+KILLED_RUNS = f"""
+import os, random, signal, sys
+sys.path[:0] = [{str(SCRIPT.parent)!r}]
+import train
+
+def run(folder, last):
+    # Train in a process of its own, which is killed before its `last`-th change of a file.
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    changes = []
+    def hook(event, arguments):
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod"):
+            if folder in os.fsdecode(arguments[0]):
+                changes.append(event)
+                if len(changes) == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    train.can_plot, train.check_memory = lambda: False, lambda *_: None  # both take time
+    sys.argv = ["train.py", sys.argv[1], folder, *sys.argv[4:]]
+    os._exit(train.main())
+
+whole, killed = sys.argv[2:4]
+assert run(whole, None) == 0
+draw = random.Random(0)
+kills = [run(killed, draw.randrange(1, 28)) for _ in range({KILLS})]
+print(kills, run(killed, None))
+"""
+
+
+def test_run_that_is_killed_ten_times_equals_one_that_is_not(images, tmp_path):
+    """The kills come before changes of files: while encoding, logging, saving and drawing."""
+    flags = (
+        *(*SMALL, "--lora-rank", 2, "--steps", 4, "--save-every", 2, "--sample-every", 2),
+        *("--prompt", "a red circle", "--device", "cpu"),
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED_RUNS, images, whole, killed, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=500
+    )
+    assert result.returncode == 0, result.stderr
+    codes, last = json.loads(result.stdout.splitlines()[-1].replace("] ", "], ").join("[]"))
+    assert last == 0 and codes.count(-signal.SIGKILL) >= 8 and set(codes) <= {0, -signal.SIGKILL}
+    assert equal_runs(whole, killed)
+    columns = ("step", "loss", "gradient", "rate")
+    for ours, expected in zip(rows_of(killed), rows_of(whole), strict=True):
+        assert [ours[name] for name in columns] == [expected[name] for name in columns]
+    sheets = sorted((whole / "samples").iterdir())
+    assert [sheet.name for sheet in sheets] == [f"{step:06}.png" for step in (2, 4)]
+    for sheet in sheets:
+        assert (killed / "samples" / sheet.name).read_bytes() == sheet.read_bytes()
+    for file in (whole / "cache").iterdir():
+        assert equal_files(file, killed / "cache" / file.name)
+    names = [{path.relative_to(run) for path in run.rglob("*")} for run in (whole, killed)]
+    assert names[0] == names[1]  # nothing is left over
+
+
 def test_ctrl_c_and_sigterm_finish_the_step_and_save(
     train, images, finished, tmp_path, monkeypatch
 ):

@@ -27,6 +27,7 @@ from support.training import (
 from support.weight_files import refusal
 from torch import Tensor, nn
 
+from flux.atomic_files import exclusive_lock
 from flux.errors import NonFiniteError
 from flux.parity.reference import KLEIN_TINY, max_error, randomise
 from flux.training.checkpoint import save_tensors
@@ -240,11 +241,14 @@ def test_kill_while_writing_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             trainer.save()
     old = [tmp_path / ".x.safetensors.0a1b.part", tmp_path / ".tmpAbc123"]  # of older versions
+    (tmp_path / ".y.safetensors.unfinished.lock").touch()
     for file in (*old, tmp_path / ".tmpNew123"):
         file.write_bytes(before)
     for file in old:
         os.utime(file, (0, 0))
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 5
-    assert equal(saved, state(make_trainer(path)))
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 6
+    with exclusive_lock(tmp_path / "training"):
+        assert equal(saved, state(make_trainer(path)))
+        assert (tmp_path / ".training.unfinished.lock").exists()  # nothing of a living process
     # only what another process may be writing is left
     assert set(tmp_path.iterdir()) == {path, tmp_path / ".tmpNew123"}
