@@ -12,6 +12,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thre
 import torch
 
 
+def pytest_addoption(parser) -> None:
+    group = parser.getgroup("fuzz", "damaged inputs (tests/fuzz)")
+    group.addoption("--fuzz-seed", type=int, default=0, help="draws the damage (default: 0)")
+    group.addoption(
+        "--fuzz-cases",
+        type=case_numbers,
+        metavar="COUNT|FIRST:STOP",
+        help="cases of each kind of input in the fast run (default: 18 to 300, by their speed)",
+    )
+
+
+def case_numbers(text: str) -> range:
+    """Parse "100" or "17:18"."""
+    return range(*map(int, text.split(":")))
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers_every_time():
     torch.manual_seed(0)
