@@ -52,7 +52,8 @@ def load(
     numerics: a preset of `flux.transformer.NUMERICS`, or a Numerics.
     transformer, autoencoder: files that replace the model's. Without `name`, the model is the
         first in the table with the shapes of the transformer file.
-    check_finite: look for NaN and infinity in all weights.
+    check_finite: look for NaN and infinity in all weights, and check the hashes of files in the
+        Hugging Face cache.
     The other arguments are fields of `RuntimeOptions`.
     """
     options = RuntimeOptions(

@@ -11,10 +11,18 @@ from torch import Tensor
 
 from flux.clip import CLIP
 from flux.configs import FLUX1Text, FLUX2Text
+from flux.errors import UserError
 from flux.language_model import LanguageModel
 from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5
-from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer, Tokens
+from flux.tokenizers import (
+    CLIPTokenizer,
+    MistralTokenizer,
+    PromptTokenizer,
+    QwenTokenizer,
+    T5Tokenizer,
+    Tokens,
+)
 
 MAX_CACHE = 2**30  # bytes of features that are kept for later calls: 136 prompts of klein 4B
 
@@ -115,6 +123,8 @@ class FLUX1TextEncoder(TextEncoder):
         clip_tokens = self.clip_tokenizer([prompt], self.clip.config.max_length)
         # No warning for CLIP's 77 tokens: T5 still reads all of it.
         warn_if_truncated(t5_tokens, self.length)
+        require_known_ids(t5_tokens, self.t5_tokenizer, self.t5)
+        require_known_ids(clip_tokens, self.clip_tokenizer, self.clip)
         tokens = self.t5()(t5_tokens.ids.to(self.t5.device))  # (1, T, D)
         pooled = self.clip()(clip_tokens.ids.to(self.clip.device))  # (1, V)
         return TextFeatures(tokens, pooled)
@@ -133,8 +143,19 @@ class FLUX2TextEncoder(TextEncoder):
     def encode_one(self, prompt: str) -> TextFeatures:
         tokens = self.tokenizer([prompt], self.length)
         warn_if_truncated(tokens, self.length)
+        require_known_ids(tokens, self.tokenizer, self.model)
         ids, mask = tokens.ids.to(self.model.device), tokens.mask.to(self.model.device)
         return TextFeatures(self.model()(ids, mask), None)  # (1, T, D)
+
+
+def require_known_ids(tokens: Tokens, tokenizer: PromptTokenizer, network: LazyModule) -> None:
+    """Raise UserError for an id beyond the network's embedding, before the network is loaded."""
+    last, size = int(tokens.ids.max()), network.config.vocab_size
+    if last >= size:
+        raise UserError(
+            f"{tokenizer.folder}: the tokenizer gives the id {last:,}, but {network.files[0]} has "
+            f"{size:,} tokens. Take the tokenizer from {tokenizer.repository_hint}."
+        )
 
 
 def warn_if_truncated(tokens: Tokens, length: int) -> None:

@@ -5,7 +5,6 @@ otherwise from the older files that the class names. Special tokens typed inside
 `<|im_end|>`, `[/INST]`) are parsed as special tokens, as in the released pipelines.
 """
 
-import json
 import re
 import struct
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flux.errors import UserError
+from flux.plain_files import MAX_JSON, parse_json, read_plain_file
 
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates, left by a wrong decoding
 CLIP_WORDS = (
@@ -26,6 +26,9 @@ QWEN_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+
+
+MAX_SPIECE = 2**24  # bytes of a spiece.model; T5's has 0.8 million
 
 
 class Tokens(NamedTuple):
@@ -54,7 +57,8 @@ class PromptTokenizer:
     def __init__(self, folder: Path):
         from tokenizers.processors import TemplateProcessing
 
-        self.tokenizer = self._load(Path(folder))
+        self.folder = Path(folder)
+        self.tokenizer = self._load(self.folder)
         names = (*re.findall(r"<\S+>", self.special_token_template), self.pad, *self.required)
         special = {name: self.tokenizer.token_to_id(name) for name in names}
         for name, index in special.items():
@@ -145,7 +149,9 @@ class T5Tokenizer(PromptTokenizer):
         # characters differently.
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-        pieces, charsmap = _read_sentencepiece((folder / "spiece.model").read_bytes())
+        pieces, charsmap = _read_sentencepiece(
+            read_plain_file(folder / "spiece.model", MAX_SPIECE, "a sentencepiece model")
+        )
         names = [name for name, _ in pieces]
         sentinels = [f"<extra_id_{i}>" for i in reversed(range(100))]  # not in the file
         pieces += [(name, 0.0) for name in sentinels]
@@ -240,7 +246,7 @@ def _add_listed_tokens(tokenizer, config: Path) -> None:
     """Add the tokens that tokenizer_config.json lists; ValueError if their ids differ."""
     from tokenizers import AddedToken
 
-    listed = json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"]
+    listed = parse_json(read_plain_file(config, MAX_JSON))["added_tokens_decoder"]
     for index, token in sorted(listed.items(), key=lambda item: int(item[0])):
         name = token["content"]
         # of an unknown flag, the library would print the name

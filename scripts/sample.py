@@ -178,7 +178,7 @@ def add_files(group) -> None:
         help="repeatable; any common format, merged in order")
     add("--lora-ignore-unmatched", action="store_true",
         help="skip LoRA tensors that match no layer of the model, instead of stopping")
-    add("--check-finite", action="store_true", help="look for NaN and infinity in the weights")
+    add("--check-finite", action="store_true", help="look for NaN and wrong hashes in the weights")
     add("--output", type=Path, default=Path("outputs/flux.png"), metavar="FILE",
         help="PNG, JPEG or WebP, by its suffix; a number is added rather than overwrite a file "
         "(default: outputs/flux.png)")

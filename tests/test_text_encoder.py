@@ -11,7 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.tiny_repositories import tiny_repositories
 
+import flux
 from flux.clip import CLIP, CLIPConfig
 from flux.errors import UserError
 from flux.language_model import LanguageModel, LanguageModelConfig
@@ -111,3 +113,26 @@ def test_unknown_tensor_is_refused(tmp_path):
         reload(
             tmp_path, LanguageModel, LM_TINY, ["layers.0.extra"], ignore_keys=two_layers_ignore_keys
         )
+
+
+@pytest.mark.parametrize(
+    "name, part, field",
+    [
+        ("flux.1-dev", "t5", "t5_tokenizer"),
+        ("flux.1-dev", "clip", "clip_tokenizer"),
+        ("flux.2-klein-4b", "model", "tokenizer"),
+    ],
+)
+def test_ids_beyond_the_embedding_are_refused_before_the_network_runs(tmp_path, name, part, field):
+    """torch raises IndexError on the CPU; on a GPU, the process could not go on."""
+    with tiny_repositories(tmp_path, [name]):
+        encoder = flux.load(name, weights=tmp_path, device="cpu").text
+        network, tokenizer = getattr(encoder, part), getattr(encoder, field)
+        encoder.encode(["a cat"])
+        ids = tokenizer(["a dog"], 16).ids
+        network.config = replace(network.config, vocab_size=int(ids.max()))
+        for other in encoder.networks:
+            other.release()
+        with pytest.raises(UserError, match=f"{tokenizer.folder}: the tokenizer gives the id"):
+            encoder.encode(["a dog"])
+        assert all(other.module is None for other in encoder.networks[:1])

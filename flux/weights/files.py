@@ -6,6 +6,7 @@ Nothing is ever unpickled.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -291,7 +292,8 @@ def find_file(
 
     The order is: the folder `weights`, or else $FLUX_WEIGHTS; the Hugging Face cache; a download.
     In the folder the file is `filename`, `<name>/filename` or `<owner>/<name>/filename`.
-    With a folder, nothing is downloaded. UserError, with `licence` and what `gated` means, if the
+    With a folder, nothing is downloaded. A download must have the hash that Hugging Face states.
+    UserError, with `licence` and what `gated` means, if the
     file cannot be had.
     """
     if path := _in_folder(repository, filename, weights) or _in_cache(repository, filename):
@@ -308,7 +310,7 @@ def find_file(
     import huggingface_hub  # imported here: a local file must not wait a second for the import
 
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, filename))
+        path = Path(huggingface_hub.hf_hub_download(repository, filename))
     # Any error, of the hub, httpx, hf_xet or the system, means that the file did not come.
     except Exception as error:
         reason = _download_problem(error, page, licence or "its licence", gated)
@@ -316,6 +318,31 @@ def find_file(
             f"{filename} of {repository} was not downloaded: {reason}; or put the file into a "
             "folder and pass that folder as `weights`."
         ) from error
+    if not has_stated_hash(path):
+        path.resolve().unlink()
+        path.unlink()
+        raise UserError(
+            f"{filename} of {repository} was not downloaded: what came has not the hash that "
+            "Hugging Face states, and was deleted; run again."
+        )
+    return path
+
+
+def has_stated_hash(path: Path) -> bool:
+    """Return whether a file in the Hugging Face cache has the hash that is the name of its blob.
+
+    The hash is SHA-256 for large files, and git's for others. True if the file states no hash.
+    """
+    blob = path.resolve()
+    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return True
+    try:
+        git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+        with blob.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256" if len(blob.name) == 64 else lambda: git)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest() == blob.name
 
 
 def find_files(
@@ -416,6 +443,11 @@ def _download_problem(error: BaseException, page: str, licence: str, gated: bool
                 f"it is gated and your token's account has no access; accept {licence} at {page} "
                 "with that account, and allow the token to read gated repositories"
             )
+        case errors.HfHubHTTPError() if status == 401 and (token := _token_source()):
+            return (
+                f"HTTP 401, the Hugging Face token {token} is refused, or there is no such "
+                f"repository; remove the token or {log_in}"
+            )
         case errors.RepositoryNotFoundError():
             return (
                 f"there is no public repository {page}; check its name or, if it is private, "
@@ -426,7 +458,16 @@ def _download_problem(error: BaseException, page: str, licence: str, gated: bool
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return (
                 "the disk is full; free some space, or set HF_HOME to a folder on another disk, "
-                "and run again (the download resumes)"
+                "and run again (the download starts over)"
             )
     reason = f"{type(error).__name__}, {' '.join(str(error).split()):.120}"
-    return f"{f'HTTP {status}' if status else reason}; run again (the download resumes)"
+    # huggingface_hub goes on with a download inside one process only.
+    return f"{f'HTTP {status}' if status else reason}; run again (the download starts over)"
+
+
+def _token_source() -> str:
+    """Return where huggingface_hub found its token; "" without one."""
+    from huggingface_hub import get_token
+
+    names = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)]
+    return f"in {names[0]}" if names else "of `hf auth login`" if get_token() else ""

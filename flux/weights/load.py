@@ -18,7 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from flux.errors import UserError
 from flux.transformer import FluxConfig
-from flux.weights.files import FLOATS, TensorInfo, preview, read_header, shard_files
+from flux.weights.files import (
+    FLOATS,
+    TensorInfo,
+    has_stated_hash,
+    preview,
+    read_header,
+    shard_files,
+)
 from flux.weights.quantization import (
     QuantizedLinear,
     canonical,
@@ -76,11 +83,18 @@ def load_module(
     prefixes: what may stand before the names in the files; the best fit is removed.
     ignore_keys: whether a tensor of this name, without prefix, is expected but not needed.
     rename: from a name in the file, without prefix, to the module's name, for a foreign layout.
-    check_finite: raise UserError if a weight is NaN or infinite.
+    check_finite: raise UserError if a weight is NaN or infinite, or if a file in the Hugging Face
+        cache has not its hash.
 
     UserError, before anything is loaded, if a tensor is missing, unknown, or of a wrong shape or
     dtype.
     """
+    for file in files if check_finite else ():
+        if not has_stated_hash(file):
+            raise UserError(
+                f"{file} has not the hash that Hugging Face states; delete {file.resolve()} and "
+                "download it again."
+            )
     infos, metadata = _read_headers(files)
     sources = _match_names(infos, module.state_dict(), prefixes, ignore_keys, rename)
     layers = _quantized_layers(module, sources, metadata)

@@ -26,7 +26,7 @@ from flux.configs import MODELS
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs
 from flux.parity import capture_file as record
-from flux.parity.capture import Request, Selection, capture, plan
+from flux.parity.capture import Request, Selection, _file, capture, plan
 from flux.parity.capture_file import Capture, Writer, positions, set_tolerances
 from flux.parity.compare import compare, errors, first_over, table, to_json
 from flux.parity.hooks import matches, watching
@@ -294,6 +294,14 @@ def test_recipe_describes_the_run(captures, load, folder):
     (file,) = recipe["files"]["transformer"]
     path = home(folder, spec.name) / spec.transformer_file
     assert file == {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def test_hash_of_a_file_is_of_its_content_and_not_its_name(tmp_path):
+    """The Hugging Face cache names files by the hash that they should have."""
+    (rotten := tmp_path / ("a" * 64)).write_bytes(b"rotten")
+    (link := tmp_path / "x.safetensors").symlink_to(rotten)
+    stated = _file(link)
+    assert stated == {"file": link.name, "size": 6, "sha256": sha256(rotten)}
 
 
 def sha256(path: Path) -> str:

@@ -5,10 +5,12 @@ a transport that answers like the hub, without a network.
 """
 
 import errno
+import hashlib
 import json
 import os
 import signal
 import struct
+import subprocess
 import tracemalloc
 from pathlib import Path
 
@@ -271,6 +273,8 @@ def empty_cache(tmp_path, monkeypatch):
         huggingface_hub, "hf_hub_download", lambda *names: pytest.fail(f"downloads {names}")
     )
     monkeypatch.delenv("FLUX_WEIGHTS", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
 
 
 def touch(path: Path, text: str = "") -> Path:
@@ -423,7 +427,7 @@ def test_missing_network_and_offline_mode_are_reported(hub, monkeypatch):
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (
             httpx2.ReadTimeout("timed out"),
-            "ReadTimeout, timed out; run again (the download resumes)",
+            "ReadTimeout, timed out; run again (the download starts over)",
         ),
         (
             RuntimeError("Data processing error:\n  lost"),
@@ -438,6 +442,54 @@ def test_interrupted_download_is_reported(monkeypatch, error, sentence):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     message = refusal(find_file, REPOSITORY, FILE)
     assert sentence in message and REPOSITORY in message and FILE in message
+
+
+def test_refused_token_is_told_with_its_place(hub, monkeypatch):
+    hub(answering(401, None, "Invalid credentials in Authorization header"))
+    monkeypatch.setenv("HF_TOKEN", "hf_stale")
+    message = refusal(find_file, REPOSITORY, FILE)
+    assert "HTTP 401, the Hugging Face token in HF_TOKEN is refused" in message
+    assert "hf_stale" not in message
+    hub(answering(401))  # of a repository that is not there, or is private
+    assert "the Hugging Face token in HF_TOKEN is refused, or there is no such" in refusal(
+        find_file, REPOSITORY, FILE
+    )
+    monkeypatch.delenv("HF_TOKEN")
+    assert "there is no public repository" in refusal(find_file, REPOSITORY, FILE)
+
+
+@pytest.mark.parametrize("kind", ["sha256", "git"])
+def test_download_with_another_hash_is_deleted(hub, kind):
+    """Large files have their SHA-256 as ETag, others what `git hash-object` prints."""
+    right = b"the right bytes"
+    etag = hashlib.sha256(right).hexdigest()
+    if kind == "git":
+        etag = hashlib.sha1(b"blob 15\0" + right).hexdigest()
+
+    def serve(content):
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": "c" * 40}
+        hub(lambda request: httpx2.Response(200, headers=headers, content=content, request=request))
+
+    serve(b"the wrong bytes")
+    message = refusal(find_file, REPOSITORY, FILE)
+    assert "was not downloaded: what came has not the hash" in message and FILE in message
+    assert not is_local(REPOSITORY, FILE)
+    serve(right)
+    path = find_file(REPOSITORY, FILE)
+    assert path.read_bytes() == right and files.has_stated_hash(path)
+    path.resolve().write_bytes(b"the rotten byte")
+    assert find_file(REPOSITORY, FILE) == path and not files.has_stated_hash(path)
+
+
+def test_git_names_a_blob_by_its_hash(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "x").write_bytes(b"hello\n")
+    done = subprocess.run(
+        ["git", "hash-object", tmp_path / "x"], capture_output=True, text=True, check=True
+    )
+    (tmp_path / "x").rename(tmp_path / "blobs" / done.stdout.strip())
+    (tmp_path / "link").symlink_to(tmp_path / "blobs" / done.stdout.strip())
+    assert files.has_stated_hash(tmp_path / "link")
 
 
 def test_ctrl_c_is_not_swallowed(monkeypatch):

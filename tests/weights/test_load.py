@@ -3,6 +3,7 @@
 The truth is what `safetensors` itself writes and reads, and the shapes of the released models.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -207,6 +208,19 @@ def test_check_finite_finds_nan_and_infinity(tmp_path, value):
     load_module(meta(), [path])
     message = refusal(load_module, meta(), [path], check_finite=True)
     assert "'proj.weight'" in message and str(path) in message
+
+
+def test_check_finite_checks_the_hash_of_a_file_in_the_cache(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    content = saved(tmp_path / "x", tiny_tensors(torch.bfloat16)).read_bytes()
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    (path := tmp_path / "x.safetensors").symlink_to(blob)
+    blob.write_bytes(content)
+    load_module(meta(), [path], check_finite=True)
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # another number, and as finite
+    load_module(meta(), [path])
+    message = refusal(load_module, meta(), [path], check_finite=True)
+    assert "has not the hash" in message and str(path) in message and f"delete {blob}" in message
 
 
 @pytest.mark.skipif(
