@@ -1117,7 +1117,7 @@ def test_broken_image_is_named_and_skipped_on_request(train, tmp_path):
 
 
 def test_full_disk_is_not_reported_as_a_broken_image(train, images, tmp_path, monkeypatch):
-    def full(path, tensors, metadata=None):
+    def full(path, *_, **__):
         raise WriteError(f"{path}: cannot be written")
 
     monkeypatch.setattr(dataset, "save_tensors", full)
