@@ -100,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
     """Return sizes and rows. All flags are checked here; rows are measured as they are read."""
-    if args.rounds < 1:
-        raise UserError(f"--rounds: must be at least 1 (got {args.rounds})")
+    if not 1 <= args.rounds <= 1000:
+        raise UserError(f"--rounds: must be from 1 to 1000 (got {args.rounds})")
     if args.against and not installed("diffusers"):
         raise UserError("--against: diffusers is not installed. Run `pip install -e '.[test]'`.")
     if args.json:

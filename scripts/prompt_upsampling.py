@@ -290,10 +290,13 @@ def _address(url: str, key: str) -> str:
 
 def _is_local(host: str | None) -> bool:
     """Return whether a host is this machine: nothing for such a server may go to a proxy."""
+    if host == "localhost":
+        return True
     try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+        address = ipaddress.ip_address(host or "")
     except ValueError:  # a name
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def _server_message(response: bytes) -> str:

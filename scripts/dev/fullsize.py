@@ -60,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.lora_rank is not None and args.lora_rank < 1:
-        raise UserError(f"--lora-rank: must be at least 1 (got {args.lora_rank})")
+    if args.lora_rank is not None and not 1 <= args.lora_rank <= 1024:
+        raise UserError(f"--lora-rank: must be from 1 to 1024 (got {args.lora_rank})")
     spec = get_spec(args.model)
     path = args.folder / spec.transformer_file
     written = write(path, init_empty(lambda: Flux(spec.transformer)))

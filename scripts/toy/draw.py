@@ -76,8 +76,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         parser.error(f"folder: must be new or empty (got {args.folder})")
-    if args.images < 1:
-        parser.error(f"--images: must be at least 1 (got {args.images})")
+    if not 1 <= args.images <= 10**6:
+        parser.error(f"--images: must be from 1 to 1000000 (got {args.images})")
     if not 64 <= args.size <= 4096:
         parser.error(f"--size: must be from 64 to 4096 (got {args.size})")
     if args.seed < 0:

@@ -122,9 +122,9 @@ def arguments() -> argparse.Namespace:
     for part in args.only or ():
         if part not in known:
             parser.error(f"--only: {part} is no part. Choose from {', '.join(known)}.")
-    for name, least in (("prompts", 1), ("edits", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name}: must be at least {least} (got {getattr(args, name)})")
+    for name, least, most in (("prompts", 1, 100_000), ("edits", 1, 100_000), ("seed", 0, 2**62)):
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name}: must be from {least} to {most} (got {getattr(args, name)})")
     return args
 
 

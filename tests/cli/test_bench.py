@@ -379,12 +379,12 @@ def test_losses_are_printed_and_saved(tmp_path, tiny, capsys, monkeypatch):
 def refused(capsys, *arguments: str) -> str:
     assert bench.main(list(arguments)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("bench.py: ") and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1
     return error
 
 
 def test_wrong_flags_are_refused_before_measuring(tmp_path, capsys, monkeypatch):
-    assert "--rounds: must be at least 1 (got 0)" in refused(capsys, "--rounds", "0")
+    assert "--rounds: must be from 1 to 1000 (got 0)" in refused(capsys, "--rounds", "0")
     error = refused(capsys, "--model", "flux.2-klein-4")
     assert "--model: " in error and "flux.2-klein-4b" in error
     assert "--device: tpu" in refused(capsys, "--device", "tpu")

@@ -150,6 +150,29 @@ def test_undecodable_file_name_is_shown_escaped(cli):
     assert run.code == 0 and run.out == "\\udcff\\x1b.png\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, arguments, flag",
+    [
+        ("bench", ["--rounds", "4611686018427387904"], "--rounds"),
+        ("toy/score", ["--prompts", "1000000000000"], "--prompts"),
+        ("toy/score", ["--edits", "9223372036854775808"], "--edits"),
+        ("toy/draw", ["folder", "--images", "1000000000000"], "--images"),
+        ("dev/fullsize", ["--lora-rank", "4611686018427387904"], "--lora-rank"),
+    ],
+)
+def test_absurd_numbers_are_refused(name, arguments, flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    try:
+        code = script(name).main()
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and f"error: {flag}: must be from 1 to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------ standard files
 
 

@@ -139,7 +139,7 @@ def test_unchanged_lora_and_changed_weights_are_reported(measured, fullsize, tmp
 def test_wrong_flags_are_refused(fullsize, tmp_path, capsys):
     folder = ["--folder", str(tmp_path)]
     assert fullsize.main(["--model", "flux.2-tiny", "--lora-rank", "0", *folder]) == 2
-    assert capsys.readouterr().err == "fullsize.py: --lora-rank: must be at least 1 (got 0)\n"
+    assert capsys.readouterr().err == "error: --lora-rank: must be from 1 to 1024 (got 0)\n"
     assert fullsize.main(["--model", "flux.3", *folder]) == 2
-    assert capsys.readouterr().err.startswith("fullsize.py: --model: ")
+    assert capsys.readouterr().err.startswith("error: --model: ")
     assert not list(tmp_path.iterdir())

@@ -389,8 +389,9 @@ def test_no_proxy_sees_what_is_for_this_machine(server, monkeypatch, variable):
         for host in ("localhost", "127.0.0.1", "LOCALHOST"):
             url = f"http://{host}:{port}"
             assert upsample_remotely(PROMPT, url, "m", KEY, IMAGES[1:]) == "a fluffy cat"
-        with suppress(UserError):  # nobody listens there
-            upsample_remotely(PROMPT, f"http://[::1]:{port}", "m", KEY)
+        for host in ("[::1]", "127.7.7.7", "[::ffff:127.7.7.7]"):
+            with suppress(UserError):  # nobody listens there
+                upsample_remotely(PROMPT, f"http://{host}:{port}", "m", KEY)
         assert not proxy.requests and len(server.requests) == 3
         if "http" in variable:  # the variable has an effect on other hosts
             assert upsample_remotely(PROMPT, "http://elsewhere.invalid", "m", "") == "by the proxy"
