@@ -4,6 +4,7 @@ Reading a pipe may wait for its writer, and a device such as /dev/zero never end
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,23 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse UTF-8 JSON. ValueError if damaged, too long or deep, or with a name twice."""
-    if len(text) > MAX_JSON:
-        raise ValueError(f"has more than {MAX_JSON:,} bytes")
+def parse_json(text: str | bytes, limit: int = MAX_JSON) -> Any:
+    """Parse UTF-8 JSON. ValueError if damaged, too long or deep, or with a name twice.
+
+    NaN, infinity and one half of a surrogate pair are damage: JSON and UTF-8 have none of them.
+    """
+    if len(text) > limit:
+        raise ValueError(f"has more than {limit:,} bytes")
     try:
-        return _decoder.decode(text if isinstance(text, str) else text.decode())
+        text = text if isinstance(text, str) else text.decode()
+        value = _decoder.decode(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("has one half of a surrogate pair") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -69,4 +79,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_unique)
+def _refuse(constant: str) -> None:
+    raise ValueError(f"has {constant}, which is no number of JSON")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)

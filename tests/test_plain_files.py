@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.weight_files import refusal
 
-from flux.plain_files import read_plain_file, require_plain_file
+from flux.plain_files import parse_json, read_plain_file, require_plain_file
 
 
 @pytest.fixture(params=["itself", "link"])
@@ -69,3 +69,29 @@ def test_links_in_a_circle_are_refused(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert "cannot be read (" in refusal(require_plain_file, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ('{"a": 1, "a": 1}', "has the name 'a' twice"),
+        ('{"a": [NaN]}', "has NaN, which is no number"),
+        ("-Infinity", "has -Infinity, which is no number"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('"\\ud83d"', "has one half of a surrogate pair"),
+        ('{"\\uDE00": 1}', "has one half of a surrogate pair"),
+        ("1" * 5000, "4300 digits"),
+        (b'"\xff"', "utf-8"),
+        ("[1, 2, 3]", "has more than 8 bytes"),
+        ("", "Expecting value"),
+    ],
+)
+def test_json_that_other_readers_refuse_is_refused(text, problem):
+    with pytest.raises(ValueError, match=problem):
+        parse_json(text, limit=8 if text == "[1, 2, 3]" else 10**6)
+
+
+def test_json_is_read():
+    assert parse_json(r'{"a": [1, 2.5, null, "\ud83d\ude00 \\ud83d"]}') == {
+        "a": [1, 2.5, None, "\U0001f600 \\ud83d"]
+    }

@@ -36,7 +36,6 @@ from flux.errors import UserError
 from flux.parity.capture_metadata import (
     BINS,
     DTYPES,
-    MAX_AXES,
     PROBE,
     SCHEMA,
     SLICE,
@@ -45,7 +44,7 @@ from flux.parity.capture_metadata import (
     Record,
     check,
     parse,
-    parse_json,
+    parse_document,
     to_entry,
 )
 from flux.weights.files import MAX_HEADER, read_header
@@ -324,10 +323,10 @@ class Capture:
             text = str(error).replace("download it", "capture it")
             raise UserError(text.replace("Download it", "Capture it")) from None
         for info in self._stored.values():
-            if info.dtype not in (*DTYPES.values(), *READ_AS) or len(info.shape) > MAX_AXES:
+            if info.dtype not in (*DTYPES.values(), *READ_AS):
                 raise UserError(
-                    f"{self.path}: tensor {info.name!r:.120} cannot be compared (got {info.dtype} "
-                    f"with {len(info.shape)} axes). Save it as F32, with at most {MAX_AXES} axes."
+                    f"{self.path}: tensor {info.name!r:.120} has the dtype {info.dtype}, which "
+                    "cannot be compared. Save the tensor as F32."
                 )
         if KEY in metadata:
             read = parse(metadata[KEY], self._stored, self.path)
@@ -445,7 +444,7 @@ def amend(path: Path, change: Callable[[dict], None]) -> None:
                     f"{path}: is a plain file and cannot store tolerances. "
                     "Capture it with parity.py."
                 )
-            document = parse_json(metadata[KEY], path)
+            document = parse_document(metadata[KEY], path)
             check(document, stored, path)
             if document["schema"] != SCHEMA:
                 raise UserError(

@@ -7,7 +7,6 @@ Anyone can write such a file, and other programs do. What passes these checks ca
 further ones: numbers are finite, and shapes, kinds and dtypes agree with the stored tensors.
 """
 
-import json
 import math
 import re
 import warnings
@@ -20,7 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from flux.errors import UserError
-from flux.weights.files import TensorInfo
+from flux.plain_files import parse_json
+from flux.weights.files import MAX_DIMENSIONS, MAX_HEADER, TensorInfo
 
 Kind = Literal["full", "slice", "probe", "statistics"]
 KINDS: tuple[Kind, ...] = ("full", "slice", "probe", "statistics")
@@ -41,7 +41,6 @@ DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 SHA256 = re.compile("([0-9a-f]{64})?")
-MAX_AXES = 16  # numpy and torch have limits too, of 32 and 64
 MAX_DEPTH = 16  # of a recipe
 
 
@@ -102,7 +101,7 @@ def is_dict(x: Any, accepts: Callable[[Any], bool]) -> bool:
 
 def is_shape(x: Any) -> bool:
     """Return whether the sizes are possible; a tensor without elements has small axes."""
-    if not is_list(x, is_count) or len(x) > MAX_AXES:
+    if not is_list(x, is_count) or len(x) > MAX_DIMENSIONS:
         return False
     return math.prod(max(n, 1) for n in x) < (2**31 if 0 in x else 2**63)
 
@@ -150,7 +149,7 @@ TENSOR = {
     "ordinal": COUNT,
     "kind": Field(f"one of {', '.join(KINDS)}", lambda x: x in KINDS),
     "dtype": Field(f"one of {', '.join(DTYPES.values())}", lambda x: x in DTYPES.values()),
-    "shape": Field(f"a list of at most {MAX_AXES} sizes", is_shape),
+    "shape": Field(f"a list of at most {MAX_DIMENSIONS} sizes", is_shape),
     "sha256": Field("64 hexadecimal digits", lambda x: is_text(x) and bool(SHA256.fullmatch(x))),
     "statistics": optional(OBJECT),
     "same": optional(TEXT),
@@ -206,30 +205,15 @@ def parse(text: str, stored: Mapping[str, TensorInfo], path: Path) -> Metadata:
 
     UserError that names the first field that is wrong.
     """
-    return check(parse_json(text, path), stored, path)
+    return check(parse_document(text, path), stored, path)
 
 
-def parse_json(text: str, path: Path) -> Any:
-    """Read a JSON text strictly: no name twice in an object, no NaN, no half of a character."""
+def parse_document(text: str, path: Path) -> Any:
+    """Read the JSON text strictly, before any field is checked."""
     try:
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-        if re.search(r"\\u[dD][89a-fA-F]", text):  # without its other half, no file can hold it
-            json.dumps(document, ensure_ascii=False).encode()
-        return document
-    except (ValueError, RecursionError) as error:
-        reason = "half of a character" if isinstance(error, UnicodeError) else f"{error!s:.80}"
-        raise _damaged(path, f"its metadata are not a JSON text ({reason})") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+        return parse_json(text, MAX_HEADER)
+    except ValueError as error:
+        raise _damaged(path, f"its metadata are not a JSON text ({error!s:.160})") from None
 
 
 def check(document: Any, stored: Mapping[str, TensorInfo], path: Path) -> Metadata:

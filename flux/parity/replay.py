@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -314,22 +315,40 @@ def start_from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
     places = ("text", "text/negative")
     stored = [place for place in places if _stored_in_full(capture, [f"{place}/features"])]
     if stored:
-        features = iter([recorded_features(capture, place) for place in stored])
+        features = iter([recorded_features(capture, place, pipe) for place in stored])
         copied.text.encode_one = lambda prompt: next(features)  # type: ignore[method-assign]
         for part in pipe.spec.text.networks:  # nothing to load, and nothing to observe
             setattr(copied.text, part, nn.Identity)
     if not _stored_in_full(capture, ["noise"]):
         yield copied
         return
-    noise = capture.tensors["noise"]
-    with replaced(sampling, "noise", lambda original: lambda *_, **__: noise.clone()):
+
+    def recorded_noise(original: Callable, *args, **kwargs) -> Tensor:
+        drawn = original(*args, **kwargs)
+        return checked_shape(capture, "noise", drawn.shape).clone()
+
+    with replaced(sampling, "noise", lambda original: partial(recorded_noise, original)):
         yield copied
 
 
-def recorded_features(capture: Capture, place: str) -> TextFeatures:
-    return TextFeatures(
-        capture.tensors[f"{place}/features"], capture.tensors.get(f"{place}/pooled")
-    )
+def recorded_features(capture: Capture, place: str, pipe: Pipeline) -> TextFeatures:
+    config, length = pipe.spec.transformer, pipe.spec.text_length
+    pooled = None
+    if f"{place}/pooled" in capture.tensors.names:
+        pooled = checked_shape(capture, f"{place}/pooled", (1, config.vector_dim or 0))
+    tokens = checked_shape(capture, f"{place}/features", (1, length, config.context_dim))
+    return TextFeatures(tokens, pooled)
+
+
+def checked_shape(capture: Capture, name: str, shape: Sequence[int]) -> Tensor:
+    """Return a recorded tensor. UserError if it has another shape."""
+    tensor = capture.tensors[name]
+    if tensor.shape != tuple(shape):
+        raise UserError(
+            f"{capture.path}: tensor {name} has shape {tuple(tensor.shape)} "
+            f"(expected {tuple(shape)}). Capture it again"
+        )
+    return tensor
 
 
 # ---------------------------------------------------------------- the pipeline of a capture

@@ -25,6 +25,7 @@ from support.parity_requests import REQUESTS
 from support.tiny_repositories import tiny_repositories
 
 import flux
+from flux.atomic_files import exclusive_lock
 from flux.configs import EMBEDDED, MODELS
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs
@@ -472,6 +473,9 @@ def test_impossible_kits_are_refused(load, tmp_path, monkeypatch):
     ):
         golden_kit.build(pipe, TINY, tmp_path / "full")
     assert list(tmp_path.iterdir()) == [tmp_path / "full"]
+    with exclusive_lock(output):
+        with pytest.raises(UserError, match="kit: another process is using this file"):
+            golden_kit.build(pipe, TINY, output)
     with pytest.raises(UserError, match="dtype: a kit is in float32"):
         golden_kit.build(load(FLUX2, torch.bfloat16), TINY, output)
     images = ImageInputs((Image.new("RGB", (64, 64)),), kv_cache=True)
