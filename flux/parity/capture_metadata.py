@@ -333,7 +333,7 @@ def _damaged(path: Path, problem: str) -> UserError:
 
 def _shown(value: Any) -> str:
     """Return the beginning of a value, which may be huge."""
-    return REPR.repr(value)
+    return f"{REPR.repr(value):.160}"
 
 
 REPR = Repr()
