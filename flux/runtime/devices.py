@@ -89,7 +89,7 @@ def no_tf32() -> Iterator[None]:
     torch lets cuDNN convolve in TF32 by default, with 10 bits of mantissa: latents and pixels would
     be off by about 1e-3. The settings of the process are restored.
     """
-    operations = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    operations = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [operation.fp32_precision for operation in operations]
     try:
         for operation in operations:
