@@ -463,6 +463,9 @@ def read_stdin() -> bytes:
 
 def read_start(path: Path) -> bytes:
     """Return all bytes of a file that is not too large. A device may have no end."""
+    opened = path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))  # such as /dev/fd/63
+    if path.is_fifo() and not opened:
+        raise UserError(f"prompt_file: {path} is a pipe, which may never end. Pass it as -.")
     with path.open("rb") as file:
         return file.read(MAX_PROMPT_FILE + 1)
 

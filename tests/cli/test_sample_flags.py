@@ -5,6 +5,7 @@ the words of the command line, with exit code 2, before anything is loaded or wr
 """
 
 import io
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from support.sample_run import PROMPT, QUICK
 
 from flux.configs import MODELS
+from flux.errors import UserError
 from flux.image_io import output
 
 
@@ -180,6 +182,17 @@ def test_prompts_are_split_at_newlines_only(sample_script, tmp_path, monkeypatch
     assert len(prompts) == 4
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a näive ring".encode())))
     assert sample_script.read_prompts(Path("-")) == "a näive ring".encode()
+
+
+def test_pipe_of_prompts_is_read_only_if_it_is_open(sample_script, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe, which may never end. Pass it as -."):
+        sample_script.read_prompts(tmp_path / "pipe")
+    reading, writing = os.pipe()
+    os.write(writing, b"a cat\n")
+    os.close(writing)
+    assert sample_script.read_prompts(Path(f"/dev/fd/{reading}")).split() == [b"a", b"cat"]
+    os.close(reading)
 
 
 def test_endless_prompt_file_is_refused(cli):
