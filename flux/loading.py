@@ -111,7 +111,7 @@ def build_networks(
     )
 
     # the plain networks are the reference, and run wherever exactness is the point
-    fast = options.fast and numerics == NUMERICS["exact"] and device.type == "cpu"
+    fast = options.fast and numerics == NUMERICS["exact"] and device.type in ("cpu", "cuda")
     adapt_autoencoder = fast_autoencoder if fast else None
     if numerics.decode == "bfl":
         adapt_autoencoder = bfl_autoencoder

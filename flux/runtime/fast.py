@@ -1,13 +1,17 @@
-"""The same networks, faster and leaner on a CPU. Applied from outside, after loading.
+"""The same networks, faster and leaner. Applied from outside, after loading.
 
-    fast_transformer(flux)  QK-norm, RoPE and activations in chunks of tokens: the same bits
+    fast_transformer(flux)  QK-norm, RoPE and activations in fewer passes: the same bits on a CPU
     fast_autoencoder(ae)    channels_last, chunks of rows, fused upsampling: 3e-6 of relative L2
 
-A chunk stays in the CPU's cache between operations, and large intermediate tensors are never made.
-Modules get a subclass of their class. Names, weights, `state_dict()` and hooks stay as they are.
+On a CPU, work is done in chunks that stay in its cache. On a GPU, each pass over memory counts and
+each kernel has a cost, so chunks are few and large. The meta device stands for a GPU, whose kernels
+can be counted there. Modules get a subclass of their class. Names, weights, `state_dict()` and
+hooks stay as they are.
 """
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,7 @@ from flux.autoencoder import AutoEncoder, Decoder, PointwiseConv, ResnetBlock, U
 from flux.transformer import (
     DoubleStreamBlock,
     Flux,
+    GatedSiLU,
     KVCache,
     ModulationOut,
     RMSNorm,
@@ -25,9 +30,29 @@ from flux.transformer import (
     modulate,
 )
 
-TOKEN_CHUNK = 2**20  # elements: q of 340 tokens of 24 heads
-ROW_CHUNK = 2**22  # elements: 32 rows of 512 pixels of 256 channels
-STATISTICS_CHUNK = 2**18  # elements that a core's cache holds
+
+@dataclass(frozen=True)
+class Chunks:
+    """Elements of a chunk of each kind of work."""
+
+    tokens: int
+    rows: int
+    fewest: int  # a convolution with fewer chunks of rows is not divided
+    statistics: int
+
+
+# q of 340 tokens of 24 heads; 32 rows of 512 pixels of 256 channels; what a core's cache holds
+CPU = Chunks(tokens=2**20, rows=2**22, fewest=2, statistics=2**18)
+# only the convolutions of 1024x1024 pixels of 256 channels, the decoder's peak, are divided
+GPU = Chunks(tokens=2**60, rows=2**26, fewest=4, statistics=2**60)
+
+
+def on_cpu(x: Tensor) -> bool:
+    return x.is_cpu
+
+
+def chunk_sizes(x: Tensor) -> Chunks:
+    return CPU if on_cpu(x) else GPU
 
 
 def fast_transformer(flux: Flux) -> Flux:
@@ -40,9 +65,12 @@ def fast_transformer(flux: Flux) -> Flux:
 def fast_autoencoder(ae: AutoEncoder) -> AutoEncoder:
     """Make `ae`, after loading, work in chunks and in channels_last. Return `ae`.
 
-    Weights in channels_last take a copy of 0.2 GB.
+    Weights in channels_last take a copy of 0.2 GB. A GPU has fast kernels for float32 only with the
+    channels first, and for bfloat16 only with the channels last.
     """
-    ae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weight = ae.decoder.conv_in.weight
+    if on_cpu(weight) or weight.dtype != torch.float32:
+        ae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in ae.modules():
         module.__class__ = AUTOENCODER_CLASSES.get(type(module), type(module))
     return ae
@@ -51,11 +79,9 @@ def fast_autoencoder(ae: AutoEncoder) -> AutoEncoder:
 def runs_plain(module: nn.Module, x: Tensor) -> bool:
     """Return whether `module` must run its plain forward on `x`.
 
-    Chunks help a CPU only (the meta device counts its memory). Autograd needs every intermediate
-    tensor, a compiler chunks better, and a hook on an inner module must see whole tensors.
+    Autograd needs every intermediate tensor, a compiler chunks better, and a hook on an inner
+    module must see whole tensors.
     """
-    if x.device.type not in ("cpu", "meta"):
-        return True
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return True
     inner = list(module.modules())[1:]
@@ -64,7 +90,7 @@ def runs_plain(module: nn.Module, x: Tensor) -> bool:
 
 def chunked(function: Callable[..., Tensor], out: Tensor, *inputs: Tensor) -> None:
     """Write `function(*inputs)` to `out`, in chunks of tokens, which are the second dimension."""
-    count = max(1, inputs[0].numel() // TOKEN_CHUNK)
+    count = max(1, inputs[0].numel() // chunk_sizes(out).tokens)
     chunks = [x.chunk(count, dim=1) for x in (out, *inputs)]
     for out_chunk, *input_chunks in zip(*chunks, strict=True):
         out_chunk.copy_(function(*input_chunks))
@@ -128,8 +154,19 @@ class ChunkedSingleStreamBlock(SingleStreamBlock):
         del q, k
         joined = out.new_empty(*x.shape[:2], self.linear2.in_features)
         joined[..., : out.shape[2]] = out
-        chunked(self.mlp_act, joined[..., out.shape[2] :], hidden)
+        activate(self.mlp_act, joined[..., out.shape[2] :], hidden)
         return joined
+
+
+def activate(activation: nn.Module, out: Tensor, x: Tensor) -> None:
+    """Write `activation(x)` to `out`: in chunks on a CPU, without an intermediate copy on a GPU."""
+    if on_cpu(x):
+        chunked(activation, out, x)
+    elif isinstance(activation, GatedSiLU):
+        gate, up = x.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), up, out=out)
+    else:
+        torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
 
 
 def split_qkv(attn: SelfAttention, x: Tensor) -> tuple[Tensor, ...]:
@@ -178,10 +215,16 @@ class ChunkedResnetBlock(ResnetBlock):
     def forward(self, x: Tensor) -> Tensor:
         if runs_plain(self, x) or len(x) > 1:
             return super().forward(x)
-        h = norm_silu_conv(self.norm1, self.conv1, x)
-        h = norm_silu_conv(self.norm2, self.conv2, h, overwrite=True)
+        # in one expression: a name would keep the inner result in memory
+        h = norm_silu_conv(
+            self.norm2, self.conv2, norm_silu_conv(self.norm1, self.conv1, x), overwrite=True
+        )
         h += x if self.nin_shortcut is None else self.nin_shortcut(x)
         return h
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 def norm_silu_conv(
@@ -193,14 +236,16 @@ def norm_silu_conv(
     a chunk is written when the next one, which sees its last row, has been read.
     """
     height = x.shape[2]
-    count = x.numel() // ROW_CHUNK
-    if count < 2:
-        return conv(F.silu(norm(x), inplace=True))
+    sizes = chunk_sizes(x)
+    count = min(height, x.numel() // sizes.rows)
+    if count < sizes.fewest:
+        x = F.silu(norm(x), inplace=True)
+        return conv(x)
     statistics = norm.statistics(x)
     out = x
     if not overwrite:
-        shape, layout = (1, conv.out_channels, height, x.shape[3]), torch.channels_last
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        shape = (1, conv.out_channels, height, x.shape[3])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
     previous = out[:, :, :0]  # the rows of the chunk before, which are still to be written
     for number in range(count):
         top, bottom = height * number // count, height * (number + 1) // count
@@ -231,7 +276,10 @@ class ChunkedDecoder(Decoder):
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
-    """torch's own group norm of channels_last tensors has an error of 5e-5 in float32 on a CPU."""
+    """torch's own group norm of channels_last tensors has an error of 5e-5 in float32 on a CPU.
+
+    On a GPU it copies such tensors to channels first.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         ordered = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -243,14 +291,8 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and variance of each channel's group, (C,) each, of one image."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        mean, var = x.new_zeros(2, self.num_channels, dtype=dtype)
-        sums = x.new_zeros(2, self.num_channels, dtype=dtype)  # of values and of their squares
-        for part in x.chunk(max(1, x.numel() // STATISTICS_CHUNK), dim=2):
-            n = part[0, 0].numel()
-            # batch norm writes mean and var: the fastest way to them on a CPU
-            F.batch_norm(part, mean, var, training=True, momentum=1.0)
-            sums = sums + torch.stack([mean, var * ((n - 1) / n) + mean**2]) * n
+        parts = x.chunk(max(1, x.numel() // chunk_sizes(x).statistics), dim=2)
+        sums = sum(channel_sums(part) for part in parts)
         groups = sums.unflatten(1, (self.num_groups, -1)).mean(2) / x[0, 0].numel()  # (2, groups)
         mean, var = groups[0], (groups[1] - groups[0] ** 2).clamp(min=0)
         repeats = self.num_channels // self.num_groups
@@ -262,6 +304,19 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         return F.batch_norm(x, mean, var, weight, bias, eps=self.eps)
 
 
+def channel_sums(x: Tensor) -> Tensor:
+    """Return the sums of the values and of their squares, (2, C) float32, of x (1, C, h, w)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if not on_cpu(x):
+        squares = torch.linalg.vector_norm(x, dim=(0, 2, 3), dtype=dtype) ** 2
+        return torch.stack([x.sum((0, 2, 3), dtype=dtype), squares])
+    n = x[0, 0].numel()
+    mean, var = x.new_zeros(2, x.shape[1], dtype=dtype)
+    # batch norm writes mean and var: the fastest way to them on a CPU
+    F.batch_norm(x, mean, var, training=True, momentum=1.0)
+    return torch.stack([mean, var * ((n - 1) / n) + mean**2]) * n
+
+
 class ChannelsLastPointwiseConv(PointwiseConv):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if runs_plain(self, x) else nn.Conv2d.forward(self, x)
@@ -271,16 +326,34 @@ class FusedUpsample(Upsample):
     """The 3x3 convolution of the enlarged image, which is never made.
 
     Weights that meet copies of one pixel are summed beforehand. 2x2 of them are left for each of
-    the four copies, 4/9 of the multiplications. Together they are a transposed 4x4 convolution.
+    the four copies, 4/9 of the multiplications.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_plain(self, x):
             return super().forward(x)
+        if not on_cpu(x):  # GPUs are slower at transposed convolutions
+            return self.copy_by_copy(x)
         weight = self.conv.weight.flip(2, 3).transpose(0, 1)
         weight = weight.contiguous(memory_format=torch.channels_last)
         sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (c, c, 4, 4)
         return F.conv_transpose2d(x, sums, self.conv.bias, stride=2, padding=1)
+
+    def copy_by_copy(self, x: Tensor) -> Tensor:
+        """Make the pixels of each of the four copies by a 2x2 convolution."""
+        batch, channels, height, width = x.shape
+        sums = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)
+        out = torch.empty(
+            (batch, channels, 2 * height, 2 * width),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=layout(x),
+        )
+        for i, j in itertools.product((0, 1), repeat=2):
+            weight = sums[:, :, i::2, j::2].contiguous(memory_format=layout(x))
+            copy = F.conv2d(x, weight, self.conv.bias, padding=1)  # (B, c, h + 1, w + 1)
+            out[:, :, i::2, j::2] = copy[:, :, i : i + height, j : j + width]
+        return out
 
 
 # ------------------------------------------------------------------ plain classes, faster ones

@@ -8,6 +8,7 @@ both figures, and their ratio is the cost of the code around them.
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.steps import FAMILIES, as_loaded, case_name, inputs, our_step, same_attention
 from benchmarks.timing import by_turns, random_weights
+from flux.runtime import fast
 from flux.runtime.devices import can_compile
 from flux.runtime.lazy_module import compile_blocks
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
@@ -43,7 +45,8 @@ def floor_rows(setting: Setting) -> Iterator[Row]:
 
 def over_floor(case: str, config: FluxConfig, side: int, setting: Setting) -> Iterator[Row]:
     """Yield the time of a step over its floor, eager and compiled."""
-    replayed = replay(step_operations(config, side, setting.text), setting.device)
+    found = step_operations(config, side, setting.text, setting.device)
+    replayed = replay(found, setting.device)
     model = random_weights(lambda: Flux(config), setting.device, torch.bfloat16)
     model = as_loaded(model, setting.device)
     step = our_step(model, inputs(config, side, setting.text, setting.device, torch.bfloat16))
@@ -58,13 +61,18 @@ def over_floor(case: str, config: FluxConfig, side: int, setting: Setting) -> It
     torch._dynamo.reset()
 
 
-def step_operations(config: FluxConfig, side: int, text: int) -> list[Operation]:
-    model = random_weights(lambda: Flux(config), "meta", torch.bfloat16)
-    return operations(our_step(model, inputs(config, side, text, "meta", torch.bfloat16)))
+def step_operations(
+    config: FluxConfig, side: int, text: int, device: torch.device
+) -> list[Operation]:
+    def build() -> Callable[[], object]:
+        model = as_loaded(random_weights(lambda: Flux(config), "meta", torch.bfloat16), device)
+        return our_step(model, inputs(config, side, text, "meta", torch.bfloat16))
+
+    return operations(build, device)
 
 
-def operations(function: Callable[[], object]) -> list[Operation]:
-    """Run `function` and return its heavy operations in their order."""
+def operations(build: Callable[[], Callable[[], object]], device: torch.device) -> list[Operation]:
+    """Build a function on the meta device, and return the heavy operations of it on `device`."""
     found: list[Operation] = []
 
     class Watch(TorchFunctionMode):
@@ -75,8 +83,11 @@ def operations(function: Callable[[], object]) -> list[Operation]:
                 found.append((called, tuple(map(described, args)), named))
             return called(*args, **kwargs)
 
-    with torch.no_grad(), Watch():
-        function()
+    on_cpu = patch.object(fast, "on_cpu", lambda x: device.type == "cpu")
+    with torch.no_grad(), on_cpu:
+        function = build()
+        with Watch():
+            function()
     return found
 
 

@@ -41,7 +41,8 @@ TINY = dict(
     replayed=1e-3,
 )
 
-ONCE = Setting(torch.device("cpu"), rounds=1, enough=1e-9)
+CPU = torch.device("cpu")
+ONCE = Setting(CPU, rounds=1, enough=1e-9)
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_mistral_is_counted_without_its_vision_tower():
 def test_floor_has_as_many_flops_as_a_step(config):
     model = timing.random_weights(lambda: Flux(config), "meta", torch.bfloat16)
     step = steps.our_step(model, steps.inputs(config, 64, 8, "meta", torch.bfloat16))
-    replayed = floor.replay(floor.operations(step), torch.device("meta"))
+    replayed = floor.replay(floor.operations(lambda: step, CPU), torch.device("meta"))
     totals = []
     for function in (step, replayed):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -147,7 +148,7 @@ def test_floor_has_as_many_flops_as_a_step(config):
 def test_floor_includes_convolutions_and_masks():
     spec = bench.get_spec("flux.2-tiny")
     for name, (build, _) in full.STAGES.items():
-        operations = floor.operations(build(spec, 64, "meta").run)
+        operations = floor.operations(lambda build=build: build(spec, 64, "meta").run, CPU)
         floor.replay(operations, torch.device("cpu"))()
         functions = {function for function, *_ in operations}
         assert (torch.nn.functional.conv2d in functions) == (name == "decode")
@@ -161,7 +162,7 @@ def test_floor_replays_transposed_convolutions_and_layouts():
         F.conv_transpose2d(x, weight, stride=2, padding=1)
         F.linear(x.mT[:, :, :1].expand(-1, -1, 7, -1), torch.empty(8, 4, device="meta"))
 
-    (transposed, args, _), (_, (expanded, _), _) = found = floor.operations(run)
+    (transposed, args, _), (_, (expanded, _), _) = found = floor.operations(lambda: run, CPU)
     assert transposed is F.conv_transpose2d and expanded.strides[2] == 0
     data, _ = floor.filled(found[0], torch.device("cpu"))
     assert [tensor.stride() for tensor in data] == [x.stride(), weight.stride()]
@@ -199,7 +200,7 @@ def test_random_weights_keep_the_size_of_their_inputs():
     assert model.single_blocks[0].linear1(x).std() == pytest.approx(1, abs=0.1)
 
 
-def test_step_runs_the_fast_networks_on_a_cpu_only():
+def test_step_runs_the_fast_networks_where_flux_load_does():
     model = timing.random_weights(lambda: Flux(KLEIN_TINY), "cpu", torch.float32)
     plain = steps.sharing_weights(model)
     fast = steps.as_loaded(model, "cpu")
@@ -209,7 +210,9 @@ def test_step_runs_the_fast_networks_on_a_cpu_only():
         plain.single_blocks[0].linear1.weight.data_ptr()
         == fast.single_blocks[0].linear1.weight.data_ptr()
     )
-    assert type(steps.as_loaded(plain, "cuda").single_blocks[0]) is type(plain.single_blocks[0])
+    kind = type(plain.single_blocks[0])
+    assert type(steps.as_loaded(plain, "mps").single_blocks[0]) is kind
+    assert type(steps.as_loaded(plain, "cuda").single_blocks[0]) is not kind
 
 
 # ------------------------------------------------------------------ rows

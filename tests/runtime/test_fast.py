@@ -34,9 +34,14 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 @pytest.fixture
 def tiny_chunks(monkeypatch) -> None:
     """One to four tokens, and down to one row."""
-    monkeypatch.setattr(fast, "TOKEN_CHUNK", 200)
-    monkeypatch.setattr(fast, "ROW_CHUNK", 2**13)
-    monkeypatch.setattr(fast, "STATISTICS_CHUNK", 2**10)
+    monkeypatch.setattr(fast, "CPU", fast.Chunks(200, 2**13, 2, 2**10))
+
+
+@pytest.fixture
+def as_gpu(monkeypatch) -> None:
+    """Take the branches of a GPU, in small chunks of rows."""
+    monkeypatch.setattr(fast, "on_cpu", lambda x: False)
+    monkeypatch.setattr(fast, "GPU", fast.Chunks(2**60, 2**13, 4, 2**60))
 
 
 def relative_l2(a: Tensor, b: Tensor) -> float:
@@ -99,6 +104,19 @@ def test_fast_transformer_equals_plain_to_the_bit(
 
 
 @every_dtype
+@pytest.mark.parametrize("numerics", NUMERICS)
+@both_families
+@torch.no_grad()
+def test_forward_for_a_gpu_equals_plain_to_the_bit(config, numerics, dtype, as_gpu, monkeypatch):
+    plain = randomise(Flux(config, NUMERICS[numerics])).to(dtype)
+    faster = fast_transformer(copy.deepcopy(plain))
+    written = chunks_written(monkeypatch)
+    inputs = transformer_inputs(config, dtype)
+    assert torch.equal(faster(**inputs), plain(**inputs))
+    assert written == [1] * (4 * config.depth + 2 * config.depth_single)
+
+
+@every_dtype
 @both_families
 @torch.no_grad()
 def test_fast_transformer_fills_and_reads_caches_to_the_bit(config, dtype, tiny_chunks):
@@ -153,8 +171,26 @@ def test_fast_autoencoder_differs_by_rounding_only(config, tiny_chunks):
         assert relative_l2(faster.decode(latents), plain.decode(latents)) <= 5e-6
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("name", ["flux.1", "flux.2"])
 @torch.no_grad()
-def test_fast_autoencoder_in_bfloat16_is_as_near_to_float32_as_plain():
+def test_fast_autoencoder_for_a_gpu_differs_by_rounding_only(name, channels_last, as_gpu):
+    """With the channels first, as in float32, and with the channels last, as in bfloat16."""
+    plain = randomise(AutoEncoder(TINY[name]))
+    faster = fast_autoencoder(copy.deepcopy(plain))
+    if channels_last:
+        faster.to(memory_format=torch.channels_last)
+    for h, w in ((1, 1), (3, 5)):
+        latents, pixels = random_latents(TINY[name], 2, h, w), random_pixels(2, 16 * h, 16 * w)
+        assert relative_l2(faster.decode(latents[:1]), plain.decode(latents[:1])) <= 5e-6
+        assert relative_l2(faster.encode(pixels[:1]), plain.encode(pixels[:1])) <= 5e-6
+        assert relative_l2(faster.decode(latents), plain.decode(latents)) <= 5e-6
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+@torch.no_grad()
+def test_fast_autoencoder_in_bfloat16_is_as_near_to_float32_as_plain(cpu, monkeypatch):
+    monkeypatch.setattr(fast, "on_cpu", lambda x: cpu)
     config = TINY["flux.2"]
     plain, latents = randomise(AutoEncoder(config)), random_latents(config, 1, 8, 4)
     exact = plain.decode(latents)
@@ -196,8 +232,10 @@ def test_hooks_see_whole_tensors(config, tiny_chunks):
     assert "up.0.block.0.conv1" in seen and "up.1.upsample.conv" in seen
 
 
+@pytest.mark.parametrize("cpu", [True, False])
 @torch.no_grad()
-def test_fused_upsampling_is_the_convolution_of_nearest_neighbours():
+def test_fused_upsampling_is_the_convolution_of_nearest_neighbours(cpu, monkeypatch):
+    monkeypatch.setattr(fast, "on_cpu", lambda x: cpu)
     for height, width in ((1, 1), (5, 4)):
         plain = randomise(Upsample(6)).double()
         faster = copy.deepcopy(plain)
@@ -236,7 +274,8 @@ def test_decoding_takes_two_thirds_of_the_memory_of_diffusers(config, peak_bytes
 
     diffusers holds 1537 bytes a pixel: three tensors of 256 channels. Here there are two.
     """
-    monkeypatch.setattr(fast, "STATISTICS_CHUNK", fast.ROW_CHUNK)  # fewer calls to count
+    fewer_calls = replace(fast.CPU, statistics=fast.CPU.rows)
+    monkeypatch.setattr(fast, "chunk_sizes", lambda x: fewer_calls)
     with torch.device("meta"):
         ours = fast_autoencoder(AutoEncoder(config).bfloat16())
         latents = torch.empty(1, config.latent_channels, 32, 32, dtype=torch.bfloat16)
@@ -249,7 +288,7 @@ def test_decoding_takes_two_thirds_of_the_memory_of_diffusers(config, peak_bytes
 @both_families
 def test_step_takes_less_memory_than_plain(config, peak_bytes, monkeypatch):
     """With 1,024 and 512 tokens, at a fourth of the width and of a chunk."""
-    monkeypatch.setattr(fast, "TOKEN_CHUNK", fast.TOKEN_CHUNK // 4)
+    monkeypatch.setattr(fast, "CPU", replace(fast.CPU, tokens=fast.CPU.tokens // 4))
     axes_dim = (16, 56, 56) if config.vector_dim else (32, 32, 32, 32)
     config = replace(config, hidden_size=768, num_heads=6, axes_dim=axes_dim)
     plain = randomise(Flux(config)).bfloat16()
