@@ -6,6 +6,7 @@
     python scripts/bench.py --model flux.2-dev    a full-size model of random weights, no files
     python scripts/bench.py --references          the gain of computing reference images once
     python scripts/bench.py --lossy               the error of each lossy mode
+    python scripts/bench.py --count               what a GPU would run, counted without one
 
 Both sides have the same random weights and inputs. They take turns after a warm-up, A B B A, so
 that a machine that slows down slows both. Figures are medians; lower is better. A goal is a bound
@@ -31,6 +32,7 @@ from command_line import Parser, exit_code, show
 
 from flux.configs import ModelSpec
 from flux.errors import UserError
+from flux.image_io.output import write_exclusive
 from flux.runtime.devices import choose_device
 from flux.weights.locate import get_spec
 
@@ -47,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace, command: str) -> int:
     setting, rows = plan(args)
+    if args.count:
+        return count(args)
     report = Report(command, device_name(setting.device))
     report.print_heading()
     try:
@@ -81,7 +85,15 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--lossy", action="store_true", help="the error of each lossy mode against float32"
     )
+    what.add_argument(
+        "--count",
+        action="store_true",
+        help="kernels, bytes and FLOPs of every model, or of --model, and their time on a --gpu",
+    )
     how = parser.add_argument_group("how")
+    how.add_argument(
+        "--gpu", default="H200", help="H200, H100, RTX 4090 or RTX 5090 (default: H200)"
+    )
     how.add_argument(
         "--quick", action="store_true", help="smaller sizes: under three minutes on two cores"
     )
@@ -106,6 +118,8 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
         raise UserError("--against: diffusers is not installed. Run `pip install -e '.[test]'`.")
     if args.json:
         check_json(args.json)
+    if args.count:
+        check_count(args)
     device = choose_device(args.device)
     spec = get_spec(args.model) if args.model else None
     setting = Setting(device, args.rounds)
@@ -114,6 +128,8 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
     if args.quick:
         setting = setting.quick()
     rows = []
+    if args.count:
+        return setting, []
     if spec:
         rows.append(full_model(spec, setting, bool(args.against)))
     elif args.against:
@@ -125,6 +141,29 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
     if not rows and not args.lossy:
         rows.append(start(setting))
     return setting, rows
+
+
+def check_count(args: argparse.Namespace) -> None:
+    from benchmarks.count import GPUS
+
+    if args.gpu not in GPUS:
+        raise UserError(f"--gpu: unknown (got {args.gpu!r}, expected one of {', '.join(GPUS)}).")
+    if args.floor or args.references or args.lossy:
+        raise UserError("--count: measures nothing. Leave --floor, --references and --lossy out.")
+
+
+def count(args: argparse.Namespace) -> int:
+    """Print the counts and, with --json, save those of each stage."""
+    from benchmarks import counts
+
+    names = [get_spec(args.model).name] if args.model else counts.NAMES
+    found = counts.print_counts(names, args.gpu, bool(args.against))
+    if args.model:
+        counts.print_sites(found, args.gpu)
+    if args.json:
+        text = counts.as_json(found, args.gpu).encode()
+        show("", write_exclusive(args.json, lambda file: file.write(text)))
+    return 0
 
 
 def start(setting: Setting) -> Iterator[Row]:

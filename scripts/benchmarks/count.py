@@ -97,41 +97,37 @@ class Count(NamedTuple):
     fused: int  # the same bytes if each chain of such kernels were one
     flops: float  # of products, attentions and convolutions
     peak: int  # bytes of activations at one time
+    floor: float  # seconds of products, attentions and convolutions alone
+    eager: float  # seconds of all kernels, or of their launches where these take longer
+    compiled: float  # seconds if each chain of elementwise kernels were one
 
 
 class Counted(NamedTuple):
     kernels: list[Kernel]
     peak: int
 
-    @property
-    def heavy(self) -> list[Kernel]:
-        return [kernel for kernel in self.kernels if kernel.kind != "elementwise"]
-
-    @property
-    def light(self) -> list[Kernel]:
-        return [kernel for kernel in self.kernels if kernel.kind == "elementwise"]
-
-    def totals(self) -> Count:
-        elementwise = sum(kernel.nbytes for kernel in self.light)
-        flops = sum(kernel.flops for kernel in self.heavy)
-        return Count(len(self.kernels), elementwise, fused_bytes(self.kernels), flops, self.peak)
-
-    def floor(self, gpu: GPU) -> float:
-        """Return the seconds of products, attentions and convolutions alone."""
-        return sum(kernel.seconds(gpu) for kernel in self.heavy)
-
-    def eager(self, gpu: GPU) -> float:
-        """Return the seconds of all kernels, or of their launches where these take longer."""
-        return max(sum(k.seconds(gpu) for k in self.kernels), LAUNCH * len(self.kernels))
-
-    def compiled(self, gpu: GPU) -> float:
-        """Return the seconds if each chain of elementwise kernels were one."""
-        return self.floor(gpu) + fused_bytes(self.kernels) / gpu.bandwidth
+    def totals(self, gpu: GPU) -> Count:
+        heavy = [kernel for kernel in self.kernels if kernel.kind != "elementwise"]
+        elementwise = sum(k.nbytes for k in self.kernels if k.kind == "elementwise")
+        fused, floor = fused_bytes(self.kernels), sum(k.seconds(gpu) for k in heavy)
+        seconds = sum(kernel.seconds(gpu) for kernel in self.kernels)
+        return Count(
+            len(self.kernels),
+            elementwise,
+            fused,
+            sum(kernel.flops for kernel in heavy),
+            self.peak,
+            floor,
+            max(seconds, LAUNCH * len(self.kernels)),
+            floor + fused / gpu.bandwidth,
+        )
 
     def dearest_sites(self, gpu: GPU, count: int = 10) -> list[tuple[str, int, int, float]]:
         """Return site, kernels, bytes and seconds of the lines with the dearest light kernels."""
         sites: dict[str, list[Kernel]] = defaultdict(list)
-        for kernel in self.light:
+        for kernel in self.kernels:
+            if kernel.kind != "elementwise":
+                continue
             sites[kernel.site].append(kernel)
         rows = [
             (site, len(found), sum(k.nbytes for k in found), sum(k.seconds(gpu) for k in found))
@@ -237,7 +233,6 @@ class Watch(TorchDispatchMode):
             self.copy_unless_contiguous(args[0])
             self.add(name, "elementwise", reads, writes)
         elif name == "native_group_norm":
-            self.copy_unless_contiguous(args[0])
             self.add("group_norm, moments", "elementwise", reads[:1], writes[1:])
             self.add("group_norm, parameters", "elementwise", reads[1:], writes[1:])
             self.add("group_norm", "elementwise", reads[:1], writes[:1])

@@ -26,6 +26,8 @@ from flux.weights.quantization.quantize import quantize_
 
 STORED = Path(__file__).with_name("counts.json")
 SIDE = 1024  # pixels, of every image
+# models that share sizes share the row of the first: let it be a model that is often run
+NAMES = sorted(MODELS, key=lambda name: name not in ("flux.1-dev", "flux.2-klein-4b"))
 HEADER = (
     "| model, stage | kernels | GB | fused GB | TFLOP | peak GB | floor ms | eager ms | "
     "of diffusers | compiled ms |",
@@ -90,7 +92,7 @@ STAGES = {
 
 
 def rows(names: list[str], against: bool, stages: list[str] | None = None) -> Iterator[Row]:
-    """Count each stage of each model once: models that share sizes share the row of the first."""
+    """Count each stage of each model, once for models that share its sizes."""
     seen: dict[tuple, str] = {}
     for name in names:
         spec = MODELS[name]
@@ -121,33 +123,31 @@ def decisive(spec: ModelSpec, stage: str) -> tuple:
 
 
 def print_counts(names: list[str], gpu_name: str, against: bool) -> list[Row]:
-    """Print one line for each stage, then the dearest lines of code of each step and decode."""
-    gpu = GPUS[gpu_name]
+    """Print a line for each stage, and for diffusers' stage."""
     found = []
     show(f"Counted for 1024x1024, batch 1; times on one {gpu_name}.", "", *HEADER)
     for row in rows(names, against):
         found.append(row)
-        totals, theirs = row.ours.totals(), row.theirs
-        cells = [row.name, *figures(totals), f"{1e3 * row.ours.floor(gpu):.1f}"]
-        ratio = f"{row.ours.eager(gpu) / theirs.eager(gpu):.3f}" if theirs else ""
-        cells += [f"{1e3 * row.ours.eager(gpu):.1f}", ratio, f"{1e3 * row.ours.compiled(gpu):.1f}"]
-        show(f"| {' | '.join(cells)} |")
+        ours = row.ours.totals(GPUS[gpu_name])
+        theirs = row.theirs.totals(GPUS[gpu_name]) if row.theirs else None
+        ratio = f"{ours.eager / theirs.eager:.2f}" if theirs else ""
+        show(f"| {' | '.join([row.name, *figures(ours, ratio)])} |")
         if theirs:
-            cells = [f"{row.name}: diffusers", *figures(theirs.totals())]
-            for seconds in (theirs.floor(gpu), theirs.eager(gpu)):
-                cells.append(f"{1e3 * seconds:.1f}")
-            cells += ["1", f"{1e3 * theirs.compiled(gpu):.1f}"]
-            show(f"| {' | '.join(cells)} |")
+            show(f"| {' | '.join([f'{row.name}: diffusers', *figures(theirs, '1')])} |")
     return found
 
 
-def figures(count: Count) -> list[str]:
+def figures(count: Count, ratio: str) -> list[str]:
     return [
         f"{count.kernels:,}",
         f"{count.elementwise / 1e9:.1f}",
         f"{count.fused / 1e9:.1f}",
         f"{count.flops / 1e12:.2f}",
         f"{count.peak / 1e9:.2f}",
+        f"{1e3 * count.floor:.1f}",
+        f"{1e3 * count.eager:.1f}",
+        ratio,
+        f"{1e3 * count.compiled:.1f}",
     ]
 
 
@@ -172,11 +172,11 @@ def stored() -> dict[str, dict[str, Count]]:
     }
 
 
-def as_json(found: list[Row]) -> str:
+def as_json(found: list[Row], gpu_name: str) -> str:
     content = {}
     for row in found:
         sides = {"ours": row.ours, "diffusers": row.theirs}
         content[row.name] = {
-            side: count.totals()._asdict() for side, count in sides.items() if count
+            side: count.totals(GPUS[gpu_name])._asdict() for side, count in sides.items() if count
         }
     return json.dumps(content, indent=1) + "\n"

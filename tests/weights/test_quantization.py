@@ -354,6 +354,19 @@ def test_every_float8_byte_is_decoded_and_scaled_in_float32():
         assert torch.equal(found[kept], (value * scale)[kept]) and not found[~kept].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [(), (256,), None], ids=str)
+@pytest.mark.parametrize("format", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_fp8_weight_is_rounded_once_from_float32(format, scale, dtype):
+    """Each byte but those of NaN, in each row."""
+    layer = FP8Linear(256, 256, bias=False, dtype=format, scale=scale)
+    numbers = torch.arange(256, dtype=torch.uint8).view(format)
+    layer.weight.copy_(numbers.float().nan_to_num(1.0).to(format).expand(256, -1))
+    if layer.weight_scale is not None:
+        layer.weight_scale.copy_(torch.rand(scale, generator=torch.Generator().manual_seed(0)) / 9)
+    assert torch.equal(layer.rounded_weight(dtype), layer.dequantize().to(dtype))
+
+
 def test_fp8_by_row_equals_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
     weight, scale = utils.quantize_fp8r(random(24, 40, size=1))

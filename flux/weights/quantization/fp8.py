@@ -11,6 +11,7 @@ a layer L:
     L.weight_scale_inv  F32 or BF16 (ceil(out/128), ceil(in/128)): Hugging Face's fine-grained FP8
 """
 
+import math
 import warnings
 from collections import Counter
 
@@ -60,7 +61,16 @@ class FP8Linear(QuantizedLinear):
         return weight.mul_(self.weight_scale.float().reshape(-1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scaled_mm(x) if self.fp8_matmul else super().forward(x)
+        if self.fp8_matmul:
+            return self.scaled_mm(x)
+        return F.linear(x, self.rounded_weight(x.dtype), self.bias)
+
+    def rounded_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return `dequantize().to(dtype)` without its intermediate matrices in float32."""
+        weight = self.weight.to(dtype)  # exact: float8 has fewer bits
+        if self.weight_scale is None:
+            return weight
+        return weight.mul_(self.weight_scale.float().reshape(-1, 1))  # in float32, rounded once
 
     def scaled_mm(self, x: Tensor) -> Tensor:
         """Multiply with activations in float8 too, by the hardware's float8 matrix product.
@@ -68,12 +78,15 @@ class FP8Linear(QuantizedLinear):
         Activations are divided by `input_scale` or, without one, each token by its largest value
         over 448. The product is summed in float32, multiplied by both scales, and rounded once.
         """
-        rows = x.reshape(-1, self.in_features).float()  # (n, in)
+        rows = x.reshape(-1, self.in_features)  # (n, in)
         if self.input_scale is None:
-            scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / E4M3_MAX  # (n, 1)
+            largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True)  # (n, 1)
+            scale = largest.float().clamp(min=1e-12) / E4M3_MAX
+            quotient = rows / scale  # float32, at most 448 but for rounding
         else:
             scale = self.input_scale.float().reshape(1, 1)
-        quantized = (rows / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+            quotient = (rows / scale).clamp_(-E4M3_MAX, E4M3_MAX)
+        quantized = quotient.to(torch.float8_e4m3fn)
         if self.weight_scale is None:
             weight_scale = scale.new_ones(1, 1)
         else:

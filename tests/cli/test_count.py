@@ -1,0 +1,191 @@
+"""scripts/benchmarks/count.py: small functions counted by hand, and the stored counts of models.
+
+Stored counts may only fall: `bench.py --count --against diffusers --json FILE` makes new ones.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.load_script import script
+
+bench = script("bench")  # which puts scripts/ on the path, where `benchmarks` is
+from benchmarks import counts
+from benchmarks.count import GPU, GPUS, Count, Counted, counted
+
+# every kernel of these sizes takes its FLOPs over 1 or its bytes over 1
+UNIT = GPU(*[1.0] * 6)
+BF16 = torch.bfloat16
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16, last: bool = False) -> torch.Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def names(found: Counted) -> list[str]:
+    return [kernel.name.split(".")[0] for kernel in found.kernels]
+
+
+# ------------------------------------------------------------------ by hand
+
+
+def test_chain_of_two_operations_is_two_kernels_and_one_when_fused():
+    x = meta(100, 40)
+    found = counted(lambda: x * 2 + 1)
+    assert names(found) == ["mul", "add"]
+    totals = found.totals(UNIT)
+    assert totals.elementwise == 4 * x.nbytes  # x, product twice, sum
+    assert totals.fused == 2 * x.nbytes  # x, sum
+    assert totals.peak == 2 * x.nbytes
+    assert totals.eager == 4 * x.nbytes and totals.compiled == 2 * x.nbytes and totals.floor == 0
+
+
+def test_linear_between_activations():
+    x, weight, bias = meta(10, 30), meta(20, 30), meta(20)
+    found = counted(lambda: F.gelu(F.linear(F.silu(x), weight, bias)))
+    assert names(found) == ["silu", "addmm", "gelu"]
+    totals = found.totals(UNIT)
+    assert totals.flops == totals.floor == 2 * 10 * 30 * 20
+    assert totals.elementwise == totals.fused == 2 * 2 * (10 * 30 + 10 * 20)
+
+
+def test_views_are_free_and_broadcasts_are_read_once():
+    x, row = meta(8, 6, 4), meta(4)
+    assert counted(lambda: x.transpose(0, 1).unflatten(2, (2, 2))[1:]).kernels == []
+    totals = counted(lambda: x * row.expand(8, 6, 4)).totals(UNIT)
+    assert totals.elementwise == 2 * x.nbytes + row.nbytes
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_one_kernel_in_the_order_of_its_queries(causal):
+    q, k, v = meta(1, 10, 3, 8), meta(1, 20, 3, 8), meta(1, 20, 3, 8)
+
+    def attend():
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal)
+        return out.transpose(1, 2).flatten(2)  # a view, since the order is kept
+
+    (kernel,) = counted(attend).kernels
+    assert kernel.kind == "attention" and kernel.flops == 4 * 3 * 10 * 20 * 8 / (1 + causal)
+    assert kernel.nbytes == q.nbytes * 2 + k.nbytes + v.nbytes
+
+
+def test_mask_of_attention_becomes_numbers():
+    q, mask = meta(1, 3, 10, 8), torch.ones(10, 10, dtype=torch.bool, device="meta")
+    found = counted(lambda: F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
+    assert names(found) == ["mask", "attention"]
+    assert found.kernels[0].nbytes == 100 + 200
+
+
+def test_norm_of_rows_is_one_kernel_that_copies_what_has_gaps():
+    x, weight = meta(5, 7, 3, 16), meta(16)
+    whole = counted(lambda: F.rms_norm(x, (16,), weight))
+    gaps = counted(lambda: F.rms_norm(x[:, :, 0], (16,), weight))
+    assert names(whole) == ["rms_norm"] and whole.kernels[0].rows == 5 * 7 * 3
+    assert whole.totals(UNIT).elementwise == 2 * x.nbytes + weight.nbytes
+    assert names(gaps) == ["hidden copy", "rms_norm"]
+    mixed = counted(lambda: F.rms_norm(x, (16,), weight.float()))
+    assert len(mixed.kernels) > 1  # CUDA has no kernel of two dtypes
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_convolutions(last):
+    x, weight = meta(1, 4, 6, 5, last=last), meta(8, 4, 3, 3)
+    found = counted(lambda: F.conv2d(x, weight, padding=1))
+    convolution = found.kernels[-1]
+    assert convolution.flops == 2 * 30 * 8 * 4 * 9 and convolution.kind == "convolution"
+    assert names(found) == ["hidden copy"] * last + ["convolution"]  # of the weight
+    up = meta(4, 8, 4, 4, last=last)
+    transposed = counted(lambda: F.conv_transpose2d(x, up, stride=2, padding=1))
+    assert transposed.kernels[-1].flops == 2 * 30 * 4 * 8 * 16
+
+
+def test_group_norm_copies_what_has_its_channels_last():
+    x = meta(1, 4, 6, 5)
+    parts = ["group_norm, moments", "group_norm, parameters", "group_norm"]
+    assert names(counted(lambda: F.group_norm(x, 2))) == parts
+    x = meta(1, 4, 6, 5, last=True)
+    assert names(counted(lambda: F.group_norm(x, 2))) == ["clone", *parts]
+
+
+def test_time_is_the_longest_of_work_memory_and_launch():
+    found = counted(lambda: meta(4, 4) @ meta(4, 4))
+    fast = GPU(1e15, 1e15, 1e15, 1e15, 1e15, 1e15)
+    assert found.totals(fast).floor == pytest.approx(2e-6)  # no kernel is shorter
+    assert found.totals(fast).eager == pytest.approx(4e-6)  # nor started faster
+    assert found.totals(replace(fast, matmul=1.0)).floor == 128
+    assert found.totals(replace(fast, bandwidth=1.0)).floor == 96
+
+
+def test_dearest_sites_are_lines_of_the_package():
+    from flux.transformer import apply_rope
+
+    x, rope = meta(1, 10, 2, 8), meta(10, 4, 2, 2, dtype=torch.float32)
+    sites = counted(lambda: apply_rope(x, rope)).dearest_sites(UNIT)
+    assert all(site.startswith("flux/transformer.py:") for site, *_ in sites)
+    seconds = [row[-1] for row in sites]
+    assert seconds == sorted(seconds, reverse=True) and len(sites) == 3
+
+
+# ------------------------------------------------------------------ what is stored
+
+
+def check(rows) -> None:
+    stored = counts.stored()
+    for row in rows:
+        now, before = row.ours.totals(GPUS["H200"]), stored[row.name]["ours"]
+        for field in Count._fields:
+            assert getattr(now, field) <= getattr(before, field) * (1 + 1e-9), (row.name, field)
+
+
+def test_counts_of_klein_only_fall():
+    check(counts.rows(["flux.2-klein-4b"], False, ["step", "decode, bfloat16"]))
+
+
+@pytest.mark.slow
+def test_counts_of_every_model_only_fall():
+    check(counts.rows(counts.NAMES, against=False))
+
+
+# ours over diffusers, of eager seconds
+GOALS = {
+    "flux.1-dev, step": 0.90,
+    "flux.2-klein-4b, step": 0.91,
+    "flux.2-dev, step": 0.95,
+    "flux.1-dev, decode, bfloat16": 0.95,
+    "flux.2-klein-4b, decode, bfloat16": 0.95,
+    "flux.1-dev, decode, float32": 0.95,
+    "flux.2-klein-4b, text": 0.75,
+    "flux.2-klein-9b, text": 0.75,
+    "flux.2-dev, text": 0.75,
+}
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_goals_are_reached(name):
+    stage = counts.stored()[name]
+    ours, theirs = stage["ours"], stage["diffusers"]
+    assert ours.eager <= GOALS[name] * theirs.eager
+    if "step" in name:
+        assert ours.compiled <= 1.10 * ours.floor
+    if "decode" in name:
+        assert ours.peak <= 0.75 * theirs.peak
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_command_prints_stages_and_sites(capsys):
+    assert bench.main(["--count", "--model", "flux.2-tiny", "--gpu", "RTX 4090"]) == 0
+    printed = capsys.readouterr().out
+    for stage in counts.STAGES:
+        assert f"| flux.2-tiny, {stage} |" in printed
+    assert "one RTX 4090" in printed and "| flux/transformer.py:" in printed
+
+
+@pytest.mark.parametrize("arguments", [["--gpu", "H300"], ["--lossy"]])
+def test_wrong_arguments_are_refused(arguments, capsys):
+    assert bench.main(["--count", *arguments]) == 2
+    assert "--gpu: unknown" in capsys.readouterr().err or "--lossy" in arguments
