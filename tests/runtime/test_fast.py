@@ -136,6 +136,17 @@ def test_fast_transformer_fills_and_reads_caches_to_the_bit(config, dtype, tiny_
         assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("numerics", NUMERICS)
+@both_families
+def test_rotations_of_distinct_positions_equal_those_of_all(config, numerics):
+    plain = Flux(config, NUMERICS[numerics])
+    axes = len(config.axes_dim)
+    ids = torch.randint(0, 90, (700, axes), generator=torch.Generator().manual_seed(0)).float()
+    expected = plain.rope(ids[:200], ids[200:])
+    assert torch.equal(fast_transformer(plain).rope(ids[:200], ids[200:]), expected)
+    assert plain.rope(ids[:0], ids[:0]).shape == (0, *expected.shape[1:])
+
+
 @both_families
 def test_chunks_are_for_neither_hooks_nor_gradients(config, tiny_chunks, monkeypatch):
     faster = fast_transformer(randomise(Flux(config)))

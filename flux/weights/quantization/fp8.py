@@ -82,11 +82,9 @@ class FP8Linear(QuantizedLinear):
         if self.input_scale is None:
             largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True)  # (n, 1)
             scale = largest.float().clamp(min=1e-12) / E4M3_MAX
-            quotient = rows / scale  # float32, at most 448 but for rounding
         else:
             scale = self.input_scale.float().reshape(1, 1)
-            quotient = (rows / scale).clamp_(-E4M3_MAX, E4M3_MAX)
-        quantized = quotient.to(torch.float8_e4m3fn)
+        quantized = quotient_in_float8(rows, scale, clamp=self.input_scale is not None)
         if self.weight_scale is None:
             weight_scale = scale.new_ones(1, 1)
         else:
@@ -103,6 +101,16 @@ class FP8Linear(QuantizedLinear):
                 quantized, self.weight.t(), scale, weight_scale, self.bias, out_dtype=x.dtype
             )  # (n, out)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+
+def quotient_in_float8(x: Tensor, scale: Tensor, clamp: bool) -> Tensor:
+    """Return x / scale, computed in float32, in float8; beyond 448 it would be NaN."""
+    if clamp:
+        return (x / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    if torch.compiler.is_compiling():  # one kernel, however it is written
+        return (x / scale).to(torch.float8_e4m3fn)
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return torch.div(x, scale, out=out)
 
 
 class BlockFP8Linear(QuantizedLinear):
