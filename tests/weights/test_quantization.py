@@ -745,6 +745,16 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
         lambda w: plus(w, comfy_quant=torch.tensor(0.0)),
         "damaged comfy_quant",
     ),
+    "scale lost, by row": (
+        "by row",
+        lambda w: without(w, f"{LAYER}.weight_scale"),
+        f"no scale for '{LAYER}'",
+    ),
+    "scale lost, by block": (
+        "by block",
+        lambda w: without(w, f"{LAYER}.weight_scale_inv"),
+        f"no scale for '{LAYER}'",
+    ),
     "bytes alone": (
         "BFL",
         lambda w: plus(w._replace(metadata=None), weight=torch.ones(192, 64, dtype=torch.uint8)),

@@ -87,14 +87,28 @@ def detect_formats(
                 "packed integers for other programs' kernels (SVDQuant, GPTQ, AWQ)",
             )
     declared_by, declarations = _read_declarations(infos, metadata)
-    formats = {}
+    formats, undeclared = {}, []
     for name in layers:
         weight = infos.get(f"{name}.weight")
         if weight and len(weight.shape) == 2:
             layer = Layer(name, infos, declared_by, declarations.get(name))
             if format := _format_of(layer):
                 formats[name] = format
+            if _is_undeclared_fp8(layer) or _is_block_fp8(layer):
+                undeclared.append(layer)
+    _check_all_or_none_scaled(undeclared)
     return formats
+
+
+def _check_all_or_none_scaled(layers: list[Layer]) -> None:
+    """Raise UserError if some float8 layers have scales and others none: one scale was lost."""
+    scaled = [layer for layer in layers if layer.scale or layer.get("weight_scale_inv")]
+    bare = [layer for layer in layers if layer not in scaled]
+    if scaled and bare:
+        raise UserError(
+            f"{bare[0].weight.file} has no scale for {bare[0].name!r:.120}, but one for "
+            f"{scaled[0].name!r:.120}; get it from where it was made."
+        )
 
 
 def _format_of(layer: Layer) -> LayerFormat | None:
