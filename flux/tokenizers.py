@@ -123,7 +123,9 @@ class PromptTokenizer:
             if has_json:
                 return Tokenizer.from_file(str(folder / "tokenizer.json"))
             return self._build(folder)
-        except Exception as error:  # the library raises no narrower type
+        except BaseException as error:  # the library raises no narrower type, or even panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             reason = " ".join(str(error).split())  # which may quote the file
             raise UserError(
                 f"{folder}: cannot read {' with '.join(names)} ({reason:.200}). "

@@ -322,6 +322,14 @@ def test_files_are_quoted_in_one_short_line(folders, tmp_path, capfd):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+def test_a_panic_of_the_library_is_told_in_one_line(folders, tmp_path):
+    content = json.loads((folders["qwen"] / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "x" * 50  # longer than the tokens
+    write_json(tmp_path / "tokenizer.json", content)
+    with pytest.raises(UserError, match=f"^{tmp_path}: cannot read tokenizer.json .*out of range"):
+        QwenTokenizer(tmp_path)
+
+
 def test_ids_other_than_the_vocabularys_are_refused(folders, tmp_path):
     shutil.copytree(folders["qwen-old"], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())

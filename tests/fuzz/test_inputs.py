@@ -64,7 +64,9 @@ def use(case: Input, content: bytes) -> str:
             return wrong_message(str(error), folder)
         except NonFiniteError:
             return ""
-        except (TooSlow, Exception) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # TooSlow, or a panic in Rust
             return f"{type(error).__name__}: {error!s:.200}"
         try:
             case.check(path)
