@@ -270,7 +270,7 @@ GOOD = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [3, 
         ({"blocksize": True}, "not whole numbers above 0"),
         ({"nested_blocksize": 0, "nested_offset": 0.1}, "not whole numbers above 0"),
         ({"nested_blocksize": 256, "nested_offset": "0.1"}, "not a finite number"),
-        ({"nested_blocksize": 256, "nested_offset": float("nan")}, "not a finite number"),
+        ({"nested_blocksize": 256, "nested_offset": float("nan")}, "has NaN, which is no number"),
         ({"nested_blocksize": 256, "nested_offset": 1e39}, "not a finite number"),
         (
             {"quant_type": "int8"},
