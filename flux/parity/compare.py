@@ -41,6 +41,7 @@ TOLERANCES = {  # relative L2 by dtype; 0 for integers
     "U8": 1 / 128,
 }
 INTEGERS = ("BOOL", "I8", "U8", "I16", "I32", "I64")
+NORM_ROUNDING = 2e-6  # of a token's norm, summed in float32 in the order of the tensor's memory
 GUARD = 10  # the worst token may err ten times as much as the tensor
 AGREE = (  # keys of the recipe that must be equal
     "model",
@@ -395,6 +396,7 @@ def _of_probes(name: str, a: Capture, b: Capture) -> Errors:
     finite = x.isfinite() & y.isfinite()
     moved = int((x.isfinite() != y.isfinite()).sum())
     x, y = x.where(finite, 0), y.where(finite, 0)
+    x = x.where((x - y).abs() > NORM_ROUNDING * y, y)
     worst_token, token = _worst_token((x - y).abs(), y)
     (flat,), shape = found.worst_index, b.records[name].shape
     return replace(

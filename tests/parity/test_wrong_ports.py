@@ -22,7 +22,7 @@ from torch import Tensor
 import flux
 from flux.errors import UserError
 from flux.parity.capture import Selection, capture
-from flux.parity.capture_file import Capture, Writer
+from flux.parity.capture_file import Capture, Writer, token_norms
 from flux.parity.compare import compare, errors, first_over, passed, verdict
 
 Tensors = dict[str, Tensor]
@@ -270,6 +270,17 @@ def test_port_in_part_is_never_equal_to_the_bit(kind, large, tmp_path, monkeypat
     assert not rows[0].over and not rows[0].identical and "to the bit" not in verdict(rows)
     words = {"probe": "4,096 values", "slice": "a corner", "statistics": "statistics alone"}
     assert words[kind] in verdict(rows) and passed(rows) == (kind != "statistics")
+
+
+def test_probe_of_another_memory_order_is_equal(tmp_path):
+    """The norms of a view are summed in another order than those of the stored tensor."""
+    x = torch.randn(1, 2000, 4, 32, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
+    a = written(tmp_path / "a.safetensors", {"q": x}, "probe")
+    b = written(tmp_path / "b.safetensors", {"q": x})
+    assert not torch.equal(a.tokens("q"), token_norms(b.tensors["q"]))
+    assert passed(compare(a, b, 0.0)) and passed(compare(b, a, 0.0))
+    moved = written(tmp_path / "c.safetensors", {"q": x * (1 + 1e-5)}, "probe")
+    assert not passed(compare(moved, b, 0.0))
 
 
 def test_command_passes_no_statistics(large, parity):
