@@ -29,8 +29,6 @@ from flux.image_io.control import control_pixels
 from flux.image_io.output import to_images, to_mask, to_pixels
 from flux.image_io.request import ImageInputs, InitImage
 
-DEFAULT_STRENGTH = 0.8  # as in BFL's demos
-
 Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, H, W) -> latents (1, C, H/16, W/16), float32
 Embed = Callable[[Image.Image], Tensor]  # image -> text tokens (1, T, D): SigLIP and Redux
 
@@ -48,7 +46,7 @@ class Conditions:
     text: Tensor | None = None  # (1, T', D)
     init: Tensor | None = None  # (1, C, h, w)
     mask: Tensor | None = None  # (1, 1 | C, h, w); 1 is where the image may change
-    strength: float = 1.0  # the share of the steps that is run
+    strength: float | None = 1.0  # the share of the steps that is run; None: `start_strength`'s
     control_image: Image.Image | None = None  # what the channels were encoded from, to look at
     init_image: InitImage | None = None  # for `request.postprocess`
 
@@ -157,7 +155,7 @@ def condition(
         masked = encode(pixels * (1 - mask))  # (1, 64, h, w)
         return replace(conditions, channels=fill_channels(masked, mask))
     init = encode(pixels)  # (1, C, h, w)
-    conditions = replace(conditions, init=init, strength=images.strength or DEFAULT_STRENGTH)
+    conditions = replace(conditions, init=init, strength=images.strength)
     if mask is not None:
         mask = latent_mask(mask, init.shape[1], spec.flux1)  # (1, 1 | C, h, w)
         if not mask.any():

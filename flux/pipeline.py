@@ -7,7 +7,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +15,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux import conditioning, sampling, text_encoder
+from flux import arguments, conditioning, sampling, text_encoder
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io import request
-from flux.image_io.input import as_image, as_mask
+from flux.image_io.input import ImageLike
 from flux.image_io.output import to_images
 from flux.image_io.request import ImageInputs
 from flux.lora.manager import LoraManager
@@ -32,6 +31,7 @@ from flux.runtime.checks import (
     check_cfg,
     check_count,
     check_guidance,
+    check_range,
     check_size,
     check_steps,
     check_true_cfg_scale,
@@ -117,7 +117,7 @@ class Pipeline:
         negative_prompt: str | None = None,
         true_cfg_scale: Guidance | None = None,
         callback: Callback | None = None,
-        images: ImageInputs | Sequence[ImageInputs] | Conditions | None = None,
+        images: ImageInputs | Sequence[ImageInputs] | ImageLike | Conditions | None = None,
     ) -> list[Image.Image]:
         """Return `num_images` images of each prompt. None stands for the model's default.
 
@@ -128,8 +128,15 @@ class Pipeline:
         true_cfg_scale: adds classifier-free guidance, against `negative_prompt`, to other models.
         Both may be a list: one value for each step, or two values with a straight line between.
         images: input images for all prompts, or a list with the input images of each prompt.
+        Numbers may be of numpy or torch, or texts that spell one.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = arguments.to_texts("prompts", prompts)
+        width = arguments.optional(arguments.to_integer, "width", width)
+        height = arguments.optional(arguments.to_integer, "height", height)
+        steps = arguments.optional(arguments.to_integer, "steps", steps)
+        num_images = arguments.to_integer("num_images", num_images)
+        seed = arguments.to_integer("seed", seed)
+        negative_prompt = arguments.optional(arguments.to_text, "negative_prompt", negative_prompt)
         count = len(prompts) * num_images
         check_count(count, seed)
         use_cfg = check_cfg(
@@ -175,7 +182,7 @@ class Pipeline:
 
         Up to 1 GiB are kept (`flux.text_encoder.MAX_CACHE`).
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = arguments.to_texts("prompts", prompts)
         if not prompts:
             raise UserError("prompts: empty. Pass at least one prompt.")
         if self.residency.planned is None:
@@ -210,11 +217,12 @@ class Pipeline:
 
     @torch.inference_mode()
     def condition(
-        self, images: ImageInputs, width: int | None = None, height: int | None = None
+        self, images: ImageInputs | ImageLike, width: int | None = None, height: int | None = None
     ) -> Conditions:
         """Return what `sample` reads of input images, with the size of the image to make."""
-        mask = images.mask and as_mask(images.mask)
-        images = replace(images, images=tuple(map(as_image, images.images)), mask=mask)
+        images = request.convert_values(images)
+        width = arguments.optional(arguments.to_integer, "width", width)
+        height = arguments.optional(arguments.to_integer, "height", height)
         request.check_images(self.spec, images)
         width, height = request.output_size(self.spec, images, width, height)
         check_size(height, width)
@@ -249,9 +257,8 @@ class Pipeline:
         """Return one Conditions for each of `count` prompts."""
         if images is None or isinstance(images, Conditions):
             return [images] * count
-        if isinstance(images, ImageInputs):
+        if isinstance(images, ImageInputs | str) or not isinstance(images, Sequence):
             return [self.condition(images, width, height)] * count
-        images = list(images) if isinstance(images, Sequence) else [images]
         if not all(isinstance(inputs, ImageInputs) for inputs in images):
             raise UserError(
                 "images: not an ImageInputs. Pass `images=flux.ImageInputs((image, ...))`, or a "
@@ -285,9 +292,14 @@ class Pipeline:
         The features of one prompt, or of one negative prompt, serve all seeds; the latents equal
         those of repeated features to the bit. UserError for another number of prompts.
         """
-        check_prompt_count("features", features, len(seeds))
+        seeds = arguments.to_integers("seeds", seeds)
+        for seed in seeds:
+            check_range("seeds", seed, 0, 2**63 - 1)
+        if not (callback is None or callable(callback)):
+            raise UserError(f"callback: must be a function (got {arguments.shown(callback)}).")
+        self._check_features("features", features, len(seeds))
         if negative is not None:
-            check_prompt_count("negative", negative, len(seeds))
+            self._check_features("negative", negative, len(seeds))
         spec, conditions = self.spec, self._check_conditions(conditions, width, height)
         h, w = conditions.height // 16, conditions.width // 16
         steps = check_steps(spec, steps)
@@ -303,7 +315,8 @@ class Pipeline:
             inputs = sampling.per_step_values(guidance, steps)
         if spec.cfg and inputs is not None:  # without a guidance input, guidance is the CFG scale
             scales, inputs = inputs, None
-        times = sampling.truncate_by_strength(times, conditions.strength, self.numerics.images)
+        strength = request.start_strength(conditions.strength, steps, self.numerics.images)
+        times = sampling.truncate_by_strength(times, strength, self.numerics.images)
         run = len(times) - 1  # steps that are run
         scales, inputs = scales[-run:], inputs and inputs[-run:]
 
@@ -325,12 +338,36 @@ class Pipeline:
         self.residency.done(self.transformer)
         return rearrange(x, "b (h w) c -> b c h w", h=h).float().contiguous()
 
+    def _check_features(self, name: str, features: TextFeatures, seeds: int) -> None:
+        """Raise UserError unless these are this model's, of one prompt or one for each seed."""
+        c = self.spec.transformer
+        if not isinstance(features, TextFeatures):
+            raise UserError(
+                f"{name}: must be text features (got {arguments.shown(features)}). Pass what "
+                "`encode` returns."
+            )
+        pooled = None if features.pooled is None else features.pooled.shape[-1]
+        if (features.tokens.shape[-1], pooled) != (c.context_dim, c.vector_dim):
+            raise UserError(
+                f"{name}: are another model's. Pass what `encode` of this pipeline returns."
+            )
+        if not seeds or len(features.tokens) not in (1, seeds):
+            raise UserError(
+                f"{name}: one prompt, or one for each of `seeds`, is needed (got "
+                f"{len(features.tokens)} prompts and {seeds} seeds)."
+            )
+
     def _check_conditions(
         self, conditions: Conditions | None, width: int | None, height: int | None
     ) -> Conditions:
         if conditions is None:
             request.check_images(self.spec, None)  # some models need an image
             return self._text_to_image(width, height)
+        if not isinstance(conditions, Conditions):
+            raise UserError(
+                f"conditions: must be conditions (got {arguments.shown(conditions)}). Pass what "
+                "`condition` returns."
+            )
         if width not in (None, conditions.width) or height not in (None, conditions.height):
             raise UserError(
                 f"conditions: made for {conditions.width}x{conditions.height}. "
@@ -466,8 +503,19 @@ class Pipeline:
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Return the images of latents (B, C, h, w).
 
-        One image is decoded at a time: a batch takes the memory of one image.
+        One image is decoded at a time: a batch takes the memory of one image. UserError for another
+        shape.
         """
+        channels = self.spec.autoencoder.latent_channels
+        if (
+            not isinstance(latents, Tensor)
+            or latents.shape[1:2] != (channels,)
+            or latents.ndim != 4
+        ):
+            raise UserError(
+                f"latents: must be a tensor of shape (B, {channels}, height / 16, width / 16) "
+                f"(got {arguments.shown(latents)})."
+            )
         dtype = self.autoencoder.dtype if self.numerics.decode == "model" else torch.float32
         images = [to_images(self._decode(x), dtype)[0] for x in latents.split(1)]
         self.residency.done(self.autoencoder)
@@ -490,10 +538,13 @@ class Pipeline:
         A second call with a loaded file changes its scale. `strict=False` ignores tensors that
         match no layer of the model.
         """
-        self._loras.add(Path(path), scale, strict=strict)
+        path, scale = arguments.to_path("path", path), arguments.to_number("scale", scale)
+        self._loras.add(path, scale, strict=strict)
 
     def set_lora_scale(self, path: str | Path, scale: float) -> None:
-        self._loras.set_scale(Path(path), scale)
+        """Merge a loaded file at another scale."""
+        path, scale = arguments.to_path("path", path), arguments.to_number("scale", scale)
+        self._loras.set_scale(path, scale)
 
     def unload_loras(self) -> None:
         """Restore the files' weights. A LoRA that is part of the model stays."""
@@ -540,15 +591,6 @@ class Pipeline:
             self.options.vae_tile,
             encoded_pixels,
             self.autoencoder.dtype.itemsize,
-        )
-
-
-def check_prompt_count(name: str, features: TextFeatures, seeds: int) -> None:
-    """Raise UserError unless there is one prompt, or one for each seed."""
-    if not seeds or len(features.tokens) not in (1, seeds):
-        raise UserError(
-            f"{name}: one prompt, or one for each of `seeds`, is needed (got "
-            f"{len(features.tokens)} prompts and {seeds} seeds)."
         )
 
 

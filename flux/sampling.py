@@ -111,16 +111,21 @@ def compute_empirical_mu(tokens: int, steps: int) -> float:
     return slope * steps + (at_200 - 200 * slope)
 
 
-def truncate_by_strength(
-    times: Tensor, strength: float, rounding: Literal["rounded", "bfl"] = "rounded"
-) -> Tensor:
-    """Return the last times, for image to image: a `strength` of 1 keeps all steps.
+def skipped_steps(
+    steps: int, strength: float, rounding: Literal["rounded", "bfl"] = "rounded"
+) -> int:
+    """Return how many of the first steps image to image leaves out; 0 at a `strength` of 1.
 
     Of 50 steps at strength 0.8, diffusers runs 40 and BFL's demos ("bfl") run 41.
     """
-    steps = len(times) - 1
-    skipped = (1 - strength) * steps if rounding == "bfl" else max(steps - steps * strength, 0)
-    return times[int(skipped) :]
+    return int((1 - strength) * steps if rounding == "bfl" else max(steps - steps * strength, 0))
+
+
+def truncate_by_strength(
+    times: Tensor, strength: float, rounding: Literal["rounded", "bfl"] = "rounded"
+) -> Tensor:
+    """Return the times of the steps that are run, for image to image: see `skipped_steps`."""
+    return times[skipped_steps(len(times) - 1, strength, rounding) :]
 
 
 def scale_noise(image: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def add_images(group) -> None:
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
     add("--mask", type=Path, metavar="FILE", help="inpainting, Fill: white is what may change")
     add("--strength", type=float, metavar="S",
-        help="image to image, inpainting: share of the steps that is run; 1 keeps nothing of the "
-        "image (default: 0.8)")
+        help="image to image, inpainting: share of the steps that is run; all of them keep nothing "
+        "of the image (default: 0.8, or 0.75 of 4 steps)")
     add("--outpaint", type=margins, metavar="L,T,R,B",
         help="Fill: pixels to add at the left, top, right and bottom")
     add("--mask-threshold", type=float, metavar="X",
@@ -261,6 +261,7 @@ def run(args: argparse.Namespace) -> int:
 
     from flux.image_io import request
     from flux.runtime import checks
+    from flux.transformer import NUMERICS as PRESETS
     from flux.weights.locate import get_spec
 
     if args.lora:
@@ -277,6 +278,10 @@ def run(args: argparse.Namespace) -> int:
     width, height = request.output_size(spec, images, args.width, args.height)
     checks.check_size(height, width)
     steps = checks.check_steps(spec, args.steps)
+    strength = None
+    if images and spec.image_mode != "fill" and request.has_init_image(spec, images):
+        rounding = PRESETS[args.numerics].images
+        strength = request.start_strength(images.strength, steps, rounding)
     for name in ("guidance", "true_cfg_scale"):
         listed = getattr(args, name)
         if isinstance(listed, tuple) and len(listed) != steps:
@@ -288,7 +293,7 @@ def run(args: argparse.Namespace) -> int:
     # 2. Load the model.
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     pipe = load(args)
-    say(summary(args, pipe, width, height, steps, guidance))
+    say(summary(pipe, width, height, steps, guidance, strength))
     if spec.embedded:
         note_unknown_words(prompts)
     if differences := other_environment(earlier, pipe.device.type):
@@ -344,10 +349,14 @@ def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int,
     """Generate one image behind a progress bar; return it and its latents."""
     from tqdm import tqdm
 
-    from flux.sampling import truncate_by_strength
+    from flux.image_io import request
+    from flux.sampling import skipped_steps
 
-    strength = conditions.strength if conditions else 1.0
-    total = len(truncate_by_strength(range(steps + 1), strength, pipe.numerics.images)) - 1
+    total = steps
+    if conditions and conditions.init is not None:
+        rounding = pipe.numerics.images
+        strength = request.start_strength(conditions.strength, steps, rounding)
+        total -= skipped_steps(steps, strength, rounding)
     hidden = not (sys.stderr and sys.stderr.isatty())
     latents = None
     with tqdm(total=total, desc=f"seed {seed}", unit="step", leave=False, disable=hidden) as bar:
@@ -521,14 +530,14 @@ def upsample(args: argparse.Namespace, pipe, prompt: str, images: tuple, seed: i
 # ------------------------------------------------------------------------------ output
 
 
-def summary(args: argparse.Namespace, pipe, width: int, height: int, steps: int, guidance) -> str:
-    """Return one line: model, size, steps, guidance, device, dtype."""
+def summary(pipe, width: int, height: int, steps: int, guidance, strength: float | None) -> str:
+    """Return one line: model, size, steps, strength, guidance, device, dtype."""
     from flux.runtime.checks import format_values
 
     name = f"{pipe.spec.name}, an embedded toy" if pipe.spec.embedded else pipe.spec.name
     text = f"{name}: {width}x{height}, {steps} steps"
-    if args.strength:
-        text += f" at strength {args.strength:g}"
+    if strength is not None:
+        text += f" at strength {strength:g}"
     if guidance is not None:
         text += f", guidance {format_values(guidance)}"
     return f"{text}, on {pipe.device} in {short(pipe.dtype)}"

@@ -405,7 +405,7 @@ def test_non_integer_argument_raises_with_its_name(models):
     for name, value, shown in (
         ("width", 64.0, "64.0"),
         ("steps", 2.5, "2.5"),
-        ("seed", "7", "'7'"),
+        ("seed", "seven", "'seven'"),
     ):
         request = dict(width=64, height=64, steps=2) | {name: value}
         message = f"{name}: must be a whole number (got {shown})"

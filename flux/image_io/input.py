@@ -5,14 +5,17 @@ An image is 8-bit RGB from here on. A mask is 8-bit gray ("L"): white is what ma
 
 import io
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+from flux.arguments import shown
 from flux.errors import UserError
 from flux.plain_files import require_plain_file
 
@@ -22,6 +25,8 @@ FORMATS = (
     "PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "DIB", "GIF", "PPM", "TGA", "QOI",
 )
 # fmt: on
+ImageLike = Any  # an image of Pillow, an array or tensor of levels, or the path of a file
+MAX_TEXT = 2**26  # bytes of the texts and of the color profile of a PNG, uncompressed
 MAX_PIXELS = 2**24  # of an output, or of an outpainting canvas
 
 # (width, height): the sizes that FLUX.1 Kontext was trained on. Source: black-forest-labs/flux,
@@ -37,18 +42,24 @@ KONTEXT_SIZES = [
 # ------------------------------------------------------------------------------ reading
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | os.PathLike) -> Image.Image:
     """Read a file as an upright RGB image; UserError if no image, several frames, or too large."""
     return as_image(_read(Path(path)), str(path))
 
 
-def read_mask(path: str | Path) -> Image.Image:
+def read_mask(path: str | os.PathLike) -> Image.Image:
     """Read a file as a mask ("L"); UserError as in `read_image`, and for colors or transparency."""
     return as_mask(_read(Path(path)), str(path))
 
 
-def as_image(image: Image.Image, name: str = "images") -> Image.Image:
-    """Convert an image of any Pillow mode to RGB, on white where transparent, as browsers do."""
+def as_image(image: ImageLike, name: str = "images") -> Image.Image:
+    """Return an image in memory or in a file as RGB, on white where transparent, as browsers do.
+
+    `image`: an image of Pillow in any mode, an array or tensor of levels, or a path.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    image = _from_memory(image, name)
     profile = _profile(image)
     image = _eight_bit(image, name)
     if profile and image.mode != "CMYK" and "srgb" not in profile.lower():
@@ -68,9 +79,11 @@ def as_image(image: Image.Image, name: str = "images") -> Image.Image:
     return image.convert("RGB")
 
 
-def as_mask(image: Image.Image, name: str = "mask") -> Image.Image:
-    """Convert a gray and opaque image of any Pillow mode to "L"."""
-    image = _eight_bit(image, name)
+def as_mask(image: ImageLike, name: str = "mask") -> Image.Image:
+    """Return a gray and opaque image, in any form that `as_image` takes, as "L"."""
+    if isinstance(image, str | os.PathLike):
+        return read_mask(image)
+    image = _eight_bit(_from_memory(image, name), name)
     if _is_transparent(image):  # programs differ: the transparent part changes, or is kept
         raise UserError(
             f"{name}: a mask must be opaque (got transparent parts). Save it without transparency, "
@@ -100,31 +113,76 @@ def _read(path: Path) -> Image.Image:
         return ImageOps.exif_transpose(image)
 
 
+def _from_memory(image: Any, name: str) -> Image.Image:
+    """Return the image of Pillow, with all of its pixels, that an image or an array is."""
+    if isinstance(image, Image.Image):
+        with _errors_of_pillow(name):
+            image.load()
+        return image
+    levels = np.empty(0)
+    if hasattr(image, "__array__"):
+        levels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if levels.dtype == bool:
+        levels = levels * np.uint8(255)
+    depths = {2: (np.uint8, np.uint16), 3: (np.uint8,)}  # by axes
+    colors = levels.shape[2:] in ((), (3,), (4,))
+    if not (levels.size and colors and levels.dtype in depths.get(levels.ndim, ())):
+        raise UserError(
+            f"{name}: must be an image of Pillow, the path of a file, or an array of uint8, "
+            "(height, width, 3), (height, width, 4) or (height, width) "
+            f"(got {shown(image)})."
+        )
+    return Image.fromarray(np.ascontiguousarray(levels))
+
+
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image file. Any error of Pillow, also while the file is read, becomes a UserError."""
     require_plain_file(path, "an image file")
+    _allow_large_texts()
+    with _errors_of_pillow(str(path)):
+        if not path.stat().st_size:
+            raise UserError(f"{path}: is empty (0 bytes). Get it again.")
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+
+
+def _allow_large_texts() -> None:
+    """Let Pillow read PNGs with a color profile or a compressed text of more than 1 MB."""
+    from PIL import PngImagePlugin  # imported here, as Pillow itself does
+
+    PngImagePlugin.MAX_TEXT_CHUNK = max(MAX_TEXT, PngImagePlugin.MAX_TEXT_CHUNK)
+    PngImagePlugin.MAX_TEXT_MEMORY = max(MAX_TEXT, PngImagePlugin.MAX_TEXT_MEMORY)
+
+
+@contextmanager
+def _errors_of_pillow(name: str) -> Iterator[None]:
+    """Turn any error while Pillow reads the image `name` into a UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
+            yield
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
-        raise UserError(f"{path}: has more than {most}. Scale it down.") from None
+        raise UserError(f"{name}: has more than {most}. Scale it down.") from None
     except Image.UnidentifiedImageError:
         raise UserError(
-            f"{path}: is not an image of a supported format. Save it as PNG, JPEG or WebP."
+            f"{name}: is not an image of a supported format. Save it as PNG, JPEG or WebP."
         ) from None
     except Exception as error:  # on a damaged file Pillow's readers may fail in any way
         if isinstance(error, OSError) and error.strerror:
             raise UserError(
-                f"{path}: cannot be read ({error.strerror}). Check its name and permissions."
+                f"{name}: cannot be read ({error.strerror}). Check its name and permissions."
+            ) from None
+        if "MAX_TEXT" in str(error):
+            raise UserError(
+                f"{name}: has texts or a color profile of more than {MAX_TEXT / 1e6:.0f} MB. Save "
+                "it again without them."
             ) from None
         raise UserError(
-            f"{path}: is damaged ({error!s:.120}). Get it again, or save it again as PNG."
+            f"{name}: is damaged ({error!s:.120}). Get it again, or save it again as PNG."
         ) from None
 
 

@@ -7,26 +7,33 @@ or references.
 
 import math
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
+from flux.arguments import optional, shown, to_flag, to_integer, to_integers, to_number, to_numbers
 from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
 from flux.image_io import control
 from flux.image_io import input as inputs
+from flux.sampling import skipped_steps
 
 Size = tuple[int, int]  # width, height
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Images and what to do with them. An option that the model does not support is refused."""
+    """Images and what to do with them. An option that the model does not support is refused.
+
+    A pipeline also takes one image alone, arrays of uint8 (height, width, 3), paths of files, and
+    numbers of other libraries: see `convert_values`.
+    """
 
     images: tuple[Image.Image, ...]
     mask: Image.Image | None = None  # mode "L"; white is what may change
-    strength: float | None = None  # image to image, inpainting: the share of the steps that is run
+    strength: float | None = None  # image to image, inpainting: share of the steps that is run
     outpaint: tuple[int, int, int, int] | None = None  # Fill: new pixels left, top, right, bottom
     mask_threshold: float | None = None  # Fill: binarizes a soft mask; None keeps the mask soft
     composite: bool = True  # put the input's pixels back where the mask is black
@@ -63,6 +70,7 @@ SUPPORTED_OPTIONS = {  # image mode of a model -> options that have a meaning th
     "redux": {"image_weights"},
 }
 REQUIRES_IMAGE = ("fill", "control", "redux")  # image modes that do nothing without an image
+DEFAULT_STRENGTH = 0.8  # as in BFL's demos
 MAX_IMAGES = {"reference": 10, "redux": 10}  # by image mode; 1 in the other modes
 
 
@@ -86,13 +94,49 @@ def has_init_image(spec: ModelSpec, images: ImageInputs) -> bool:
     return changes or spec.image_mode in ("start", "fill")
 
 
+# ------------------------------------------------------------------------------ the values
+
+
+def convert_values(images: Any) -> ImageInputs:
+    """Return `images` with RGB images, an "L" mask and plain numbers; UserError names what fails.
+
+    An image alone stands for `ImageInputs((image,))`.
+    """
+    if not isinstance(images, ImageInputs):
+        images = ImageInputs(images)
+    given: Any = images.images
+    several = isinstance(given, Sequence | Iterator) or getattr(given, "ndim", 0) == 4
+    alone = not several or isinstance(given, str | bytes) or hasattr(given, "read")
+    margins = optional(to_integers, "outpaint", images.outpaint)
+    if margins is not None and len(margins) != 4:
+        raise UserError(
+            "outpaint: must be four numbers of pixels, left, top, right and bottom "
+            f"(got {shown(images.outpaint)})."
+        )
+    weights = optional(to_numbers, "image_weights", images.image_weights)
+    return ImageInputs(
+        tuple(map(inputs.as_image, [given] if alone else given)),
+        None if images.mask is None else inputs.as_mask(images.mask),
+        strength=optional(to_number, "strength", images.strength),
+        outpaint=None if margins is None else (margins[0], margins[1], margins[2], margins[3]),
+        mask_threshold=optional(to_number, "mask_threshold", images.mask_threshold),
+        composite=to_flag("composite", images.composite),
+        image_weights=None if weights is None else tuple(weights),
+        match_image_size=optional(to_integer, "match_image_size", images.match_image_size),
+        keep_input_size=to_flag("keep_input_size", images.keep_input_size),
+        reference_limit=optional(to_integer, "reference_limit", images.reference_limit),
+        kv_cache=optional(to_flag, "kv_cache", images.kv_cache),
+        preprocess_control=to_flag("preprocess_control", images.preprocess_control),
+    )
+
+
 # ------------------------------------------------------------------------------ the one check
 
 
 def check_images(spec: ModelSpec, images: ImageInputs | None) -> None:
     """Raise UserError for image inputs that `spec` cannot use; None is a request without images.
 
-    Images are RGB and the mask is "L" already: see `flux.image_io.input.as_image`, `as_mask`.
+    Images are RGB and the mask is "L" already: see `convert_values`.
     """
     if images is None:
         if spec.image_mode in REQUIRES_IMAGE:
@@ -188,6 +232,31 @@ def _warn(spec: ModelSpec, images: ImageInputs) -> None:
             "image is a photo, add `preprocess_control`",
             stacklevel=4,
         )
+
+
+# ------------------------------------------------------------------------------ strength
+
+
+def start_strength(
+    strength: float | None, steps: int, rounding: Literal["rounded", "bfl"] = "rounded"
+) -> float:
+    """Return the share of the steps to run: by default 0.8, or less where 0.8 would run all steps.
+
+    Warn if all steps are run at a strength below 1: the run then starts from noise alone.
+    `rounding`: as in `flux.sampling.skipped_steps`.
+    """
+    able = (k / 1000 for k in range(999, 0, -1) if skipped_steps(steps, k / 1000, rounding))
+    largest = next(able, 0.0)  # that skips a step
+    if strength is None:
+        strength = min(DEFAULT_STRENGTH, largest or DEFAULT_STRENGTH)
+    if strength < 1 and not skipped_steps(steps, strength, rounding):
+        fix = f"use {largest:g} or less" if largest else "use 2 steps or more"
+        warnings.warn(
+            f"`strength={strength:g}` runs {'all ' * (steps > 1)}{steps} step{'s' * (steps > 1)} "
+            f"from noise alone: what changes keeps nothing of the image; {fix}",
+            stacklevel=3,
+        )
+    return strength
 
 
 # ------------------------------------------------------------------------------ sizes

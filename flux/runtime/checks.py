@@ -1,9 +1,9 @@
 """Check sizes, steps, guidance and seeds; raise UserError for a wrong value."""
 
-import operator
 import warnings
 from collections.abc import Sequence
 
+from flux.arguments import to_integer, to_numbers
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io.input import MAX_PIXELS
@@ -19,18 +19,10 @@ def check_range(name: str, value: float, low: float, high: float, advice: str = 
         raise UserError(f"{name}: must be from {low} to {high} (got {value}). {advice}".rstrip())
 
 
-def check_integer(name: str, value: int) -> None:
-    """Raise UserError unless the argument `name` is an integer."""
-    try:
-        operator.index(value)
-    except TypeError:
-        raise UserError(f"{name}: must be a whole number (got {value!r:.40}).") from None
-
-
 def check_size(height: int, width: int) -> tuple[int, int]:
     """Return height and width; UserError unless they are a size that can be generated."""
+    width, height = to_integer("width", width), to_integer("height", height)
     for name, side in (("width", width), ("height", height)):
-        check_integer(name, side)
         if side % 16 or not MIN_SIDE <= side <= MAX_SIDE:
             below = min(MAX_SIDE, max(MIN_SIDE, side // 16 * 16))
             nearest = f"{below} or {below + 16}" if MIN_SIDE <= side <= MAX_SIDE else f"{below}"
@@ -50,7 +42,7 @@ def check_steps(spec: ModelSpec, steps: int | None) -> int:
     """Return the number of steps, by default the model's; warn if a distilled model has another."""
     if steps is None:
         return spec.steps
-    check_integer("steps", steps)
+    steps = to_integer("steps", steps)
     check_range("steps", steps, 1, 1000, f"{spec.name} is meant for {spec.steps}.")
     if spec.distilled and steps != spec.steps:
         message = f"{spec.name} was distilled for {spec.steps} steps, not {steps}"
@@ -84,12 +76,12 @@ def check_true_cfg_scale(scale: Guidance | None, steps: int) -> list[float]:
 
 def check_values(name: str, values: Guidance, steps: int, advice: str) -> list[float]:
     """Return one, two or `steps` values; UserError for another count, or outside 0 to 100."""
-    values = list(values) if isinstance(values, Sequence) else [values]
-    if len(values) not in (1, 2, steps):
-        raise wrong_count(name, len(values), steps)
-    for value in values:
-        check_range(name, value, 0, 100, advice)
-    return values
+    numbers = to_numbers(name, values)
+    if len(numbers) not in (1, 2, steps):
+        raise wrong_count(name, len(numbers), steps)
+    for number in numbers:
+        check_range(name, number, 0, 100, advice)
+    return numbers
 
 
 def wrong_count(name: str, count: int, steps: int) -> UserError:
@@ -116,7 +108,7 @@ def check_cfg(
     if spec.cfg and true_cfg_scale is not None:
         raise UserError(
             f"true_cfg_scale: the guidance of {spec.name} is classifier-free already "
-            f"(got {true_cfg_scale}). Use `guidance`."
+            f"(got {true_cfg_scale!s:.40}). Use `guidance`."
         )
     if spec.distilled and not spec.flux1:
         for name, value in (
@@ -152,7 +144,6 @@ def check_count(count: int, seed: int) -> None:
             f"num_images: all prompts together have too many images (got {count}, expected at most "
             f"{MAX_IMAGES})."
         )
-    check_integer("seed", seed)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed: must be from 0 to 2^63 - 1 (got {seed}).")
     if seed + count > 2**63:

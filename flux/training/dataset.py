@@ -70,7 +70,7 @@ def read_folder(folder: Path) -> list[Sample]:
         raise UserError(f"{folder}: is not a folder. Name a folder of images and captions.")
     if os.path.lexists(folder / "metadata.jsonl"):  # a broken link is told
         return _read_list(folder / "metadata.jsonl")
-    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = (path for path in folder.iterdir() if _is_image_name(path.name))
     images = sorted(islice(found, MAX_IMAGES + 1))
     _check_count(folder, len(images))
     if not images:
@@ -86,6 +86,14 @@ def read_folder(folder: Path) -> list[Sample]:
             "metadata.jsonl."
         )
     return samples
+
+
+def _is_image_name(name: str) -> bool:
+    """Return whether a file is an image by its name. Other systems' hidden files are not.
+
+    macOS keeps what it knows of a.png in ._a.png, on disks and in archives of other systems.
+    """
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith("._")
 
 
 def _check_count(source: Path, images: int) -> None:

@@ -8,7 +8,9 @@ import io
 import math
 import os
 import random
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -303,7 +305,6 @@ def test_file_without_rights_is_refused(tmp_path, read, monkeypatch):
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"a cat",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
@@ -316,6 +317,56 @@ def test_what_is_no_image_is_refused(tmp_path, read, content):
         UserError, match="a.png: is not an image of a supported format. Save it as PNG"
     ):
         read(path)
+
+
+@both
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_empty_file_is_said_to_be_empty(tmp_path, read, suffix):
+    (path := tmp_path / f"a.{suffix}").touch()
+    with pytest.raises(UserError, match=rf"a.{suffix}: is empty \(0 bytes\). Get it again"):
+        read(path)
+
+
+LARGE = b"x" * 2_000_000  # twice what Pillow reads by itself
+
+
+def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
+    """Return an image that is red, as PNG with chunks (by the PNG specification) before IDAT."""
+    flat(24, 16).save(file := io.BytesIO(), "PNG")
+    head, tail = file.getvalue()[:33], file.getvalue()[33:]  # signature and IHDR
+    for kind, data in chunks:
+        checksum = zlib.crc32(kind + data)
+        head += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+    return head + tail
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@QUIET
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"iCCP", b"sRGB\0\0" + zlib.compress(SRGB + LARGE)),
+        (b"zTXt", b"history\0\0" + zlib.compress(LARGE)),
+        (b"tEXt", b"workflow\0" + LARGE),
+        (b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(LARGE)),
+        (b"iTXt", b"workflow\0\0\0\0\0" + LARGE),
+        (b"eXIf", b"II*\0\x08\0\0\0\0\0" + LARGE),
+    ],
+    ids=lambda chunk: chunk[0].decode(),
+)
+def test_png_with_a_large_profile_or_text_is_read(tmp_path, chunk):
+    (path := tmp_path / "a.png").write_bytes(png_with(chunk))
+    assert np.array_equal(inputs.read_image(path), flat(24, 16))
+
+
+def test_png_with_a_text_that_is_a_bomb_is_refused_with_its_reason(tmp_path):
+    bomb = zlib.compress(bytes(2**26 + 1), 9)
+    for kind, data in ((b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")):
+        (path := tmp_path / "a.png").write_bytes(png_with((kind, data + bomb)))
+        with pytest.raises(UserError, match="a.png: has texts or a color profile of more than 67"):
+            inputs.read_image(path)
 
 
 def test_images_that_are_programs_are_not_run(tmp_path):

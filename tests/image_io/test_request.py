@@ -5,18 +5,21 @@ or follow by hand from their rules. No network runs.
 """
 
 import math
+import re
 import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
+from einops import rearrange
 from PIL import Image
 from support.drawn_images import photo
 from support.model_zoo import CONTROL, FILL, FLUX2, KLEIN, KONTEXT, KV, REDUX, RELEASED, START
 from torch import Tensor
 
-from flux import conditioning
+from flux import conditioning, sampling
 from flux.errors import UserError
 from flux.image_io import request
 from flux.image_io.request import ImageInputs
@@ -175,6 +178,70 @@ def test_pipeline_checks_its_images(zoo):
     """The pipeline runs this check too."""
     message = refusal(zoo.pipe(DEV), "a cat", images=ImageInputs((PHOTO,), strength=2))
     assert message == "strength: must be above 0 and at most 1 (got 2)."
+
+
+# ------------------------------------------------------------------------------ strength
+
+
+def skipped_by_diffusers(steps: int, strength: float) -> int:
+    class Scheduled:
+        class scheduler:
+            timesteps, order, set_begin_index = torch.arange(steps), 1, lambda index: None
+
+    return steps - FluxImg2ImgPipeline.get_timesteps(Scheduled, steps, strength, "cpu")[1]
+
+
+def skipped_by_bfl(steps: int, strength: float) -> int:
+    """As in src/flux/cli of black-forest-labs/flux: t_idx = int((1 - image2image_strength) * n)."""
+    return int((1 - strength) * steps)
+
+
+@pytest.mark.parametrize(
+    "rounding, skipped", [("rounded", skipped_by_diffusers), ("bfl", skipped_by_bfl)]
+)
+def test_warning_names_the_largest_strength_that_keeps_some_of_the_image(rounding, skipped):
+    for steps in (2, 3, 4, 5, 7, 28, 50):
+        with pytest.warns(UserWarning, match=f"runs all {steps} steps from noise") as told:
+            assert request.start_strength(0.9999, steps, rounding) == 0.9999
+        largest = float(re.search("use (.*) or less$", str(told[0].message))[1])
+        assert skipped(steps, largest) == 1 and skipped(steps, largest + 0.001) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert request.start_strength(largest, steps, rounding) == largest
+            assert request.start_strength(1, steps, rounding) == 1  # asked for
+            default = request.start_strength(None, steps, rounding)
+        assert default == min(0.8, largest) and skipped(steps, default) > 0
+
+
+def test_one_step_keeps_nothing_of_the_image():
+    for strength in (None, 0.0001, 0.8):
+        with pytest.warns(UserWarning, match="runs 1 step from noise .* use 2 steps or more$"):
+            request.start_strength(strength, 1)
+
+
+def test_default_strength_of_schnell_starts_at_three_quarters_of_the_noise(zoo):
+    """Four even steps, 1, 0.75, ...: x = 0.25 image + 0.75 noise at the first that is run."""
+    pipe, (green, violet) = zoo.pipe("flux.1-schnell"), blank((64, 64), (64, 64))
+    green.paste((10, 200, 30), (0, 0, 64, 64))
+    violet.paste((200, 10, 200), (0, 0, 64, 64))
+    noise = sampling.noise([5], 64, 4, 4, spatial=True)
+    images = []
+    for image in (green, violet):
+        conditions = pipe.condition(ImageInputs((image,)), 64, 64)
+        x, _ = pipe._initial_latents(noise, 0.75, conditions)
+        expected = 0.25 * conditions.init + 0.75 * noise
+        assert torch.allclose(rearrange(x, "b (h w) c -> b c h w", h=4), expected, atol=1e-6)
+        times: list[float] = []
+        pipe.sample(
+            pipe.encode("a star"),
+            [5],
+            conditions=conditions,
+            callback=lambda step, t, x, times=times: times.append(t),
+        )
+        assert times == [0.5, 0.25, 0.0]
+        (made,) = pipe("a star", seed=5, images=conditions)
+        images.append(made.tobytes())
+    assert images[0] != images[1]
 
 
 # ------------------------------------------------------------------------------ sizes

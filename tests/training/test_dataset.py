@@ -74,6 +74,20 @@ def test_read_folder_pairs_images_with_text_files(tmp_path):
     assert dataset.read_folder(tmp_path) == expected
 
 
+def test_read_folder_passes_over_the_files_of_other_systems(tmp_path):
+    """AppleDouble (RFC 1740, magic number 00051607), Finder, Windows, Synology, archives."""
+    write_image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red star")
+    expected = dataset.read_folder(tmp_path)
+    double = bytes.fromhex("0005160700020000") + b"Mac OS X        " + bytes(60)
+    for name in ("._a.png", "._a.txt", "._metadata.jsonl", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(double)
+    for folder in ("@eaDir/a.png", "__MACOSX", ".thumbnails"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "b.png").write_bytes(double)
+    assert dataset.read_folder(tmp_path) == expected and len(expected) == 1
+
+
 def test_read_folder_reads_metadata_jsonl(tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         write_image(tmp_path / name)

@@ -1,0 +1,245 @@
+"""Values that Python programs pass: each works as the plain Python value, or is named in an error.
+
+The truth: the image of the plain values, by the embedded toy.
+"""
+
+import io
+import re
+import warnings
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.drawn_images import photo
+
+import flux
+from flux import arguments
+from flux.errors import UserError
+from flux.image_io.request import ImageInputs, convert_values
+
+PROMPT = "a red star"
+PHOTO = photo(96, 64)
+LEVELS = np.asarray(PHOTO)
+MASK = np.zeros((64, 96), np.uint8)
+MASK[:, :48] = 255
+
+
+# ------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(kind(7) for kind in (np.int8, np.uint8, np.int32, np.int64, np.uint64)),
+        *(torch.tensor(7, dtype=dtype) for dtype in (torch.int64, torch.uint8)),
+        *(np.array(7), torch.tensor([7]), "7", " 7 ", np.str_("7")),
+    ],
+    ids=repr,
+)
+def test_integers_of_any_library_are_plain(value):
+    assert type(arguments.to_integer("seed", value)) is int
+    assert arguments.to_integer("seed", value) == 7
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, 7.0, "7.0", "seven", "", True, np.True_, [7], (7, 8), {}, b"7", 7j, Path("7")),
+        *(np.float64(7), np.array([7, 8]), torch.tensor(7.0), torch.tensor([7, 8]), object()),
+        *(torch.empty((), dtype=torch.int64, device="meta"), "9" * 5000),
+    ],
+    ids=lambda value: f"{value!r:.20}",
+)
+def test_what_is_no_integer_is_named(value):
+    with pytest.raises(UserError, match=r"^seed: must be a whole number \(got .{1,80}\)\.$"):
+        arguments.to_integer("seed", value)
+
+
+def test_numbers_of_any_library_are_floats():
+    for value in (0.5, np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        assert arguments.to_number("scale", value) == 0.5
+    for value in ("0.5", "5e-1", Decimal("0.5"), Fraction(1, 2), torch.tensor([0.5])):
+        assert type(arguments.to_number("scale", value)) is float
+        assert arguments.to_number("scale", value) == 0.5
+    for value in (None, "half", True, [0.5, 1], np.zeros(2), 1j, b"1", "", 10**400, {}):
+        with pytest.raises(UserError, match=r"^scale: must be a number \(got "):
+            arguments.to_number("scale", value)
+
+
+def test_lists_of_any_library_are_lists():
+    for values in ([3, 2], (3, 2), np.array([3.0, 2.0]), torch.tensor([3, 2]), ["3", "2"]):
+        assert arguments.to_numbers("guidance", values) == [3.0, 2.0]
+    for value in (3, "3", np.float32(3), torch.tensor(3.0)):
+        assert arguments.to_numbers("guidance", value) == [3.0]
+    assert arguments.to_numbers("guidance", "35") == [35.0]
+    assert arguments.to_texts("prompts", np.array(["a", "b"])) == ["a", "b"]
+    assert arguments.to_texts("prompts", (x for x in "ab")) == ["a", "b"]
+    for value in (None, 3, b"ab", ["a", 3], [["a"]], Path("a")):
+        with pytest.raises(UserError, match="^prompts: must be a text, or a list of texts"):
+            arguments.to_texts("prompts", value)
+
+
+# ------------------------------------------------------------------------------ images
+
+
+def same(images: ImageInputs) -> bool:
+    converted = convert_values(images)
+    (image,) = converted.images
+    return image.mode == "RGB" and np.array_equal(np.asarray(image), LEVELS)
+
+
+def test_images_in_any_form_are_the_same_image(tmp_path):
+    file = tmp_path / "photo.png"
+    PHOTO.save(file)
+    forms = (PHOTO, LEVELS, torch.from_numpy(LEVELS.copy()), file, str(file), Image.open(file))
+    for form in (*forms, LEVELS[::-1][::-1], np.asfortranarray(LEVELS)):
+        assert same(ImageInputs(form)) and same(ImageInputs((form,))) and same(ImageInputs([form]))
+    assert same(LEVELS[None]) and same(file)  # a batch of one; an image without ImageInputs
+    two = convert_values(ImageInputs((file, LEVELS)))
+    assert len(two.images) == 2
+    with pytest.warns(UserWarning, match="^images: transparent parts were put on white"):
+        clear = convert_values(np.zeros((64, 64, 4), np.uint8)).images[0]
+    assert clear.getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_masks_in_any_form_are_the_same_mask(tmp_path):
+    file = tmp_path / "mask.png"
+    Image.fromarray(MASK).save(file)
+    for mask in (MASK, MASK > 0, MASK.astype(np.uint16) * 257, torch.from_numpy(MASK), file):
+        converted = convert_values(ImageInputs(PHOTO, mask)).mask
+        assert converted.mode == "L" and np.array_equal(np.asarray(converted), MASK)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(None, 3, b"x", {}, io.BytesIO(), object(), [None], (), [[1, 2]]),
+        *(np.zeros((64, 64, 3)), np.zeros((3, 64, 64), np.uint8), np.zeros((0, 4, 3), np.uint8)),
+        *(np.zeros(5, np.uint8), torch.zeros(3, 64, 64), np.array(3)),
+    ],
+    ids=lambda image: f"{arguments.shown(image):.30}",
+)
+def test_what_is_no_image_is_named(image):
+    """An empty tuple is an error of the count, which `check_images` finds."""
+    if isinstance(image, tuple):
+        assert convert_values(ImageInputs(image)).images == ()
+        return
+    with pytest.raises(UserError, match="^images: must be an image of Pillow, the path of a"):
+        convert_values(ImageInputs(image))
+
+
+def test_images_of_pillow_that_cannot_be_read_are_named(tmp_path):
+    PHOTO.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(UserError, match="^images: is damaged"):
+        convert_values(Image.open(io.BytesIO(data[:-5000])))
+    closed = Image.open(tmp_path / "a.png")
+    closed.close()
+    with pytest.raises(UserError, match="^images: is damaged"):
+        convert_values(closed)
+    with pytest.raises(UserError, match="^cat.jpg: does not exist"):
+        convert_values("cat.jpg")
+
+
+def test_options_of_images_are_plain():
+    given = dict(strength="0.5", mask_threshold=np.float32(0.5), image_weights=np.array([1.0]))
+    given |= dict(outpaint=np.array([1, 2, 3, 4]), match_image_size=np.int64(1))
+    given |= dict(composite=np.False_, kv_cache=np.True_, reference_limit="512")
+    plain = dict(strength=0.5, mask_threshold=0.5, image_weights=(1.0,), outpaint=(1, 2, 3, 4))
+    plain |= dict(match_image_size=1, composite=False, kv_cache=True, reference_limit=512)
+    converted = convert_values(ImageInputs(PHOTO, **given))
+    assert converted == convert_values(ImageInputs(converted.images, **plain))
+    assert all(type(getattr(converted, name)) is type(plain[name]) for name in plain)
+    for name, value in (
+        *(
+            ("strength", "strong"),
+            ("outpaint", (1, 2, 3)),
+            ("outpaint", 4),
+            ("outpaint", "1,2,3,4"),
+        ),
+        *(
+            ("image_weights", ["x"]),
+            ("match_image_size", True),
+            ("composite", "no"),
+            ("kv_cache", 1),
+        ),
+        *(("reference_limit", 512.0), ("mask_threshold", PHOTO), ("preprocess_control", None)),
+    ):
+        with pytest.raises(UserError, match=f"^{name}: must be "):
+            convert_values(ImageInputs(PHOTO, **{name: value}))
+
+
+# ------------------------------------------------------------------------------ the pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return flux.load("flux.2-tiny")
+
+
+def test_values_of_other_libraries_give_the_same_image(pipe):
+    plain = dict(width=64, height=64, steps=2, guidance=[3.0, 2.0], seed=3, num_images=1)
+    (expected,) = pipe(PROMPT, **plain, images=ImageInputs((PHOTO,), strength=0.5))
+    for changed in (
+        dict(width=np.int64(64), height=torch.tensor(64), steps=np.int32(2), seed=np.int64(3)),
+        dict(guidance=np.array([3.0, 2.0]), seed=torch.tensor(3), num_images="1"),
+        dict(guidance=["3", "2"], width="64", height="64", steps="2", seed="3"),
+    ):
+        images = ImageInputs(LEVELS, strength=np.float64(0.5))
+        (image,) = pipe(PROMPT, **plain | changed, images=images)
+        assert image.tobytes() == expected.tobytes()
+    (bare,) = pipe(PROMPT, **plain, images=PHOTO)
+    (wrapped,) = pipe(PROMPT, **plain, images=ImageInputs((PHOTO,)))
+    assert bare.tobytes() == wrapped.tobytes() != expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(
+            ("prompts", None),
+            ("prompts", ["a", 3]),
+            ("prompts", 3),
+            ("seed", 1.5),
+            ("seed", [1, 2]),
+        ),
+        *(("seed", -1), ("seed", "2**64"), ("width", "wide"), ("height", None or 64.0)),
+        *(("steps", np.array([1, 2])), ("steps", [4]), ("num_images", 1.5), ("num_images", None)),
+        *(("guidance", "strong"), ("guidance", [3, None]), ("guidance", []), ("guidance", {})),
+        *(("negative_prompt", ["x", "y"]), ("negative_prompt", 3), ("callback", "print")),
+        *(("true_cfg_scale", "x"), ("images", [PHOTO]), ("images", 3), ("images", ())),
+    ],
+)
+def test_wrong_value_is_named(pipe, name, value):
+    request = dict(prompts=PROMPT, width=64, height=64, steps=1, guidance=3.0) | {name: value}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserError, match=f"^{name}: "):
+            pipe(**request)
+
+
+def test_wrong_values_of_the_stages_are_named(pipe):
+    features = pipe.encode(PROMPT)
+    for name, call in {
+        "latents": lambda: pipe.decode(torch.zeros(1, 64, 16)),
+        "latents: must": lambda: pipe.decode(np.zeros((1, 128, 4, 4))),
+        "features": lambda: pipe.sample(PROMPT, [0]),
+        "features: are another": lambda: pipe.sample(
+            features._replace(tokens=features.tokens[..., 1:]), [0]
+        ),
+        "negative": lambda: pipe.sample(features, [0], negative="ugly"),
+        "seeds": lambda: pipe.sample(features, [2**64]),
+        "seeds: must be a whole": lambda: pipe.sample(features, ["a"]),
+        "conditions": lambda: pipe.sample(features, [0], conditions=PHOTO),
+        "path": lambda: pipe.load_lora(3),
+        "scale": lambda: pipe.load_lora("x.safetensors", "strong"),
+        "prompts": lambda: pipe.encode(3),
+    }.items():
+        with pytest.raises(UserError, match=f"^{re.escape(name)}"):
+            call()
+    one, two = pipe.sample(features, 3, 64, 64, 1), pipe.sample(features, np.array([3]), 64, 64, 1)
+    assert torch.equal(one, two)
