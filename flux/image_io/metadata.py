@@ -1,6 +1,7 @@
 """The metadata of an image: everything that decides its pixels, to show and to make it again."""
 
 import hashlib
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -139,8 +140,9 @@ def describe_files(args: Namespace) -> dict:
 
 def describe_file(path: Path) -> dict:
     """Return the name and the SHA-256 of a file."""
+    name = os.fsencode(path).decode(errors="replace")  # JSON has no bytes that are not UTF-8
     with path.open("rb") as file:
-        return {"file": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"file": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def short(dtype) -> str:

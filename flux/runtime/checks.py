@@ -16,7 +16,8 @@ MAX_IMAGES = 10**9  # of one run
 def check_range(name: str, value: float, low: float, high: float, advice: str = "") -> None:
     """Raise UserError unless the argument `name` is from `low` to `high`."""
     if not low <= value <= high:
-        raise UserError(f"{name}: must be from {low} to {high} (got {value}). {advice}".rstrip())
+        got = f"{value:g}" if isinstance(value, float) else value
+        raise UserError(f"{name}: must be from {low} to {high} (got {got}). {advice}".rstrip())
 
 
 def check_size(height: int, width: int) -> tuple[int, int]:
@@ -144,6 +145,7 @@ def check_count(count: int, seed: int) -> None:
             f"num_images: all prompts together have too many images (got {count}, expected at most "
             f"{MAX_IMAGES})."
         )
+    seed = to_integer("seed", seed)
     if not 0 <= seed < 2**63:
         raise UserError(f"seed: must be from 0 to 2^63 - 1 (got {seed}).")
     if seed + count > 2**63:

@@ -50,7 +50,7 @@ REFUSED = [
     (check_count, (2, 2**63 - 1), "seed: the last of 2 images would have a seed above 2^63 - 1"),
     (check_count, (10**9 + 1, 0), "num_images: all prompts together have too many images"),
     (check_count, (2**63, 0), f"(got {2**63}, expected at most 1000000000)"),
-    (check_count, (1, "7"), "seed: must be a whole number (got '7')."),
+    (check_count, (1, "seven"), "seed: must be a whole number (got 'seven')."),
 ]
 # fmt: on
 
