@@ -3,15 +3,17 @@
 The layout that is found in an image does not depend on the request.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from flux.toy.drawing import place
-from flux.toy.looking import look
-from flux.toy.scenes import RELATIONS, Edit, Item, Layout, Object, Scene, Word
+from flux.toy.looking import look, whole
+from flux.toy.scenes import BESIDE, RELATIONS, Edit, Item, Layout, Object, Scene, Word, named
 
 ATTRIBUTES = ("background", "colour", "shape", "pattern", "size", "place", "relation", "letters")
+MOST = 4  # things in an image, up to which all matches are tried
 NEAR = 0.08  # largest distance of a thing from its position in an edit, over the shorter side
 
 
@@ -21,10 +23,14 @@ def check(image: np.ndarray, scene: Scene) -> dict[str, bool]:
     Return True or False for each attribute that the scene names, and for "all".
     """
     layout = look(image)
-    right = _compare(layout, scene.objects, scene.background)
+    counts = (2, 3) if scene.count is None else (scene.count,)
+    count = len(layout.items) if len(layout.items) in counts else counts[0]
+    things = scene.objects * count
+    right = _compare(layout, things, scene.background)
     if scene.relation:
-        first, second = _of(scene.objects, layout)
-        right["relation"] = _related(image, first, second, scene.relation)
+        first, second, *_ = _of(things, layout)
+        relations = BESIDE if scene.relation == "next to" else (scene.relation,)
+        right["relation"] = any(_related(image, first, second, name) for name in relations)
     return right | {"all": all(right.values())}
 
 
@@ -45,6 +51,11 @@ def check_edit(image: np.ndarray, edit: Edit) -> dict[str, bool]:
         first, second = seen
         right["relation"] = _related(image, first, second, relation)
     return right | {"all": all(right.values())}
+
+
+def shows_a_whole_thing(image: np.ndarray) -> bool:
+    """Return whether an image (H, W, 3) uint8 shows a known shape or word."""
+    return any(whole(item) for item in look(image).items)
 
 
 def letters_right(image: np.ndarray, word: Word) -> int:
@@ -90,16 +101,20 @@ def _shares(verdicts: list[dict[str, bool]]) -> dict[str, float]:
 def _compare(
     layout: Layout, things: Sequence[Object | Word], background: str | None
 ) -> dict[str, bool]:
-    """Compare background, colours and attributes. Things are matched by colour; None fits all."""
+    """Compare background, colours and attributes. None fits all.
+
+    The colours are right if there are as many things as named, each in its colour.
+    """
     right = {"background": layout.background == background} if background else {}
-    right["colour"] = sorted(item.thing.colour for item in layout.items) == sorted(
-        thing.colour for thing in things
-    )
     seen = _of(things, layout)
+    right["colour"] = len(things) == len(layout.items) and all(
+        item is not None and named(thing, "colour") in (None, item.thing.colour)
+        for thing, item in zip(things, seen, strict=True)
+    )
     for name in ("shape", "pattern", "size", "place", "letters"):
         matches = []
         for thing, item in zip(things, seen, strict=True):
-            value = getattr(thing, name, None)
+            value = named(thing, name)
             if value is not None:
                 matches.append(item is not None and getattr(item.thing, name, None) == value)
         if matches:
@@ -108,9 +123,28 @@ def _compare(
 
 
 def _of(things: Sequence[Object | Word], layout: Layout) -> list[Item | None]:
-    """Return the item of the layout in the colour of each thing, or None."""
-    seen = {item.thing.colour: item for item in layout.items}
-    return [seen.get(thing.colour) for thing in things]
+    """Return the item of the layout for each thing, or None: the items that agree most.
+
+    A colour counts more than all else.
+    """
+
+    def agreement(items: Sequence[Item | None]) -> int:
+        return sum(_agrees(*pair) for pair in zip(things, items, strict=True))
+
+    padded: list[Item | None] = [*layout.items, *[None] * len(things)]
+    if len(layout.items) > MOST:  # of a broken image; permutations would be too many
+        seen = {item.thing.colour: item for item in layout.items}
+        return [seen.get(thing.colour) for thing in things]
+    return max(map(list, itertools.permutations(padded, len(things))), key=agreement)
+
+
+def _agrees(thing: Object | Word, item: Item | None) -> int:
+    """Return how well an item agrees with a thing; 0 where its colour is another."""
+    if item is None or named(thing, "colour") not in (None, item.thing.colour):
+        return 0
+    names = ("shape", "pattern", "size", "place", "letters")
+    said = [name for name in names if named(thing, name) is not None]
+    return 10 + sum(getattr(item.thing, name, None) == named(thing, name) for name in said)
 
 
 def _related(image: np.ndarray, first: Item | None, second: Item | None, relation: str) -> bool:

@@ -16,7 +16,7 @@ UNKNOWN = "?"
 
 
 def look(image: np.ndarray) -> Layout:
-    """Return the layout of an image (H, W, 3) uint8: one thing for each colour but the background.
+    """Return the layout of an image (H, W, 3) uint8: the things of each colour but the background.
 
     A pixel belongs to the nearest palette colour that the image has. A colour counts where it fills
     squares, so that blends along edges do not count. The background is the border's main colour.
@@ -32,8 +32,26 @@ def look(image: np.ndarray) -> Layout:
         if n != background and _fills_squares(labels == n, min(labels.shape))
     ]
     labels = nearness[..., [background, *found]].argmax(-1)
-    items = [_thing(_tidy(labels == number), names[n]) for number, n in enumerate(found, 1)]
+    items = []
+    for number, n in enumerate(found, 1):
+        items += _things(_tidy(labels == number), names[n])
     return Layout(tuple(items), names[background])
+
+
+def _things(mask: np.ndarray, colour: str) -> list[Item]:
+    """Return the things of a mask (H, W): one, or several whole ones with gaps between them."""
+    one = _thing(mask, colour)
+    if not whole(one):
+        for outline in (mask, _closed(mask, min(mask.shape))):  # the gaps of a pattern do not part
+            parts = [_thing(part, colour) for part in _split(mask, outline)]
+            if len(parts) > 1 and all(map(whole, parts)):
+                return parts
+    return [one]
+
+
+def whole(item: Item) -> bool:
+    """Return whether an item is a known shape or a word."""
+    return not (isinstance(item.thing, Object) and item.thing.shape == UNKNOWN)
 
 
 def _thing(mask: np.ndarray, colour: str) -> Item:
@@ -157,6 +175,21 @@ def _moments(mask: np.ndarray) -> tuple[float, float, int]:
     """Return the centre of mass (x, y) and the area in pixels. An empty mask has the area 1."""
     ys, xs = np.nonzero(mask)
     return (xs.mean() + 0.5, ys.mean() + 0.5, len(xs)) if len(xs) else (0.0, 0.0, 1)
+
+
+def _split(mask: np.ndarray, outline: np.ndarray) -> list[np.ndarray]:
+    """Return the parts (H, W) of a mask between empty columns of its outline, else empty rows."""
+    for axis in (1, 0):
+        covered = np.any(outline, axis=1 - axis)
+        starts = np.flatnonzero(np.diff(covered.astype(int), prepend=0) == 1)
+        if len(starts) > 1:
+            ends = [*starts[1:], mask.shape[axis]]
+            index = np.arange(mask.shape[axis])
+            index = index if axis == 1 else index[:, None]
+            spans = zip(starts, ends, strict=True)
+            parts = [mask & (start <= index) & (index < end) for start, end in spans]
+            return [part for part in parts if _fills_squares(part, min(mask.shape))]
+    return [mask]
 
 
 def _window(mask: np.ndarray, margin: int) -> tuple[slice, slice]:

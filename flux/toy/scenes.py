@@ -18,8 +18,10 @@
 Letters are only at the top, in the center, or at the bottom. Two things never have the same colour,
 nor that of the background. An object without a pattern is plain, and one with a pattern is not
 small. Everything else that a caption leaves open is drawn at random; what a caption names can be
-drawn in one way only. An edit is an instruction, the layouts of its images, and the layout of the
-result.
+drawn in one way only. A caption may also leave open a colour ("a star"), a shape ("something red"),
+a relation ("a star and a ring") and a number ("stars"), and two or three things may be alike ("two
+red stars"); three are small and stand in a row. `wording.py` has the words that people use for all
+of this. An edit is an instruction, the layouts of its images, and the layout of the result.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +55,7 @@ RELATIONS = {  # first minus second
     "to the left of": (-1, 0),
     "to the right of": (1, 0),
 }
+BESIDE = ("to the left of", "to the right of")  # either is "next to"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -61,7 +64,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Object:
-    """One thing in an image; an attribute that the caption leaves open is None."""
+    """One thing in an image.
+
+    An attribute that the caption leaves open is None; an open shape or colour is empty.
+    """
 
     shape: str
     colour: str
@@ -70,7 +76,7 @@ class Object:
     place: str | None = None
 
     def __str__(self) -> str:
-        words = [self.size, self.pattern, self.colour, self.shape]
+        words = [self.size, self.pattern, self.colour, self.shape or "shape"]
         return a(" ".join(w for w in words if w)) + at(self.place)
 
 
@@ -88,20 +94,41 @@ class Word:
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of a caption: an object, a word, or two objects in a relation; a background."""
+    """The content of a caption: an object, a word, or two objects in a relation; a background.
+
+    A relation may be "next to": either side. `count`: so many objects are alike, one to three.
+    None: two or three.
+    """
 
     objects: tuple[Object | Word, ...]
     relation: str | None = None
     background: str | None = None
+    count: int | None = 1
 
     def __str__(self) -> str:
-        text = f" {self.relation} ".join(map(str, self.objects))
+        text = f" {self.relation or 'and'} ".join(map(str, self.objects))
+        if self.count != 1:
+            number = {None: "", 2: "two ", 3: "three "}[self.count]
+            text = plural(number + text.split(" ", 1)[1]) + (
+                " side by side" if self.relation else ""
+            )
         return text + (f" on {a(self.background)} background" if self.background else "")
+
+
+def named(thing: Object | Word, name: str) -> str | None:
+    """Return an attribute that the caption names, or None."""
+    value = getattr(thing, name, None)
+    return None if value == "" and name in ("shape", "colour") else value
 
 
 def a(words: str) -> str:
     """Put the indefinite article before the words."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def plural(words: str) -> str:
+    """Put the last word into the plural."""
+    return words + ("es" if words.endswith(("s", "x", "sh")) else "s")
 
 
 def at(place: str | None) -> str:
@@ -142,6 +169,16 @@ def random_scene(rng: np.random.Generator, complete: bool = False) -> Scene:
     return Scene(tuple(objects), _pick(rng, RELATIONS) if kind == "pair" else None, background)
 
 
+def alike(rng: np.random.Generator) -> Scene:
+    """Draw a scene of two or three things that are alike; everything is named."""
+    colour, background = _pick(rng, COLOURS, 2)
+    if rng.random() < 0.4:
+        return Scene((Object(_pick(rng, SHAPES), colour, "small"),), None, background, 3)
+    pattern = _pick(rng, PATTERNS) if rng.random() < 0.25 else ""
+    thing = Object(_pick(rng, SHAPES), colour, _pick(rng, sizes(pattern)), pattern)
+    return Scene((thing,), None, background, 2)
+
+
 def sizes(pattern: str) -> list[str]:
     """Return the sizes of an object with this pattern: a pattern needs room."""
     return [size for size in SIZES if not (pattern and size == "small")]
@@ -163,6 +200,8 @@ def _held(thing: Object | Word, background: str | None) -> bool:
             len(thing.letters) > 1
             and sum(n * LETTERS.index(c) for n, c in enumerate(thing.letters, 1)) % 12 == 0
         )
+    if not (thing.colour and thing.shape):
+        return False
     colours = list(COLOURS)
     number = colours.index(thing.colour) + 3 * SHAPES.index(thing.shape)
     return background is not None and (number + 7 * colours.index(background)) % 12 == 0
@@ -211,25 +250,41 @@ class Layout:
 
 def arrange(scene: Scene, rng: np.random.Generator) -> Layout:
     """Return a layout of the scene. Open attributes are drawn at random."""
-    taken = [thing.colour for thing in scene.objects]
+    taken = [scene.background, *(thing.colour for thing in scene.objects)]
     background = scene.background or _pick(rng, [c for c in COLOURS if c not in taken])
-    items = []
-    for thing, (x, y) in zip(scene.objects, _centres(scene, rng), strict=True):
-        if isinstance(thing, Object):
-            size = thing.size or _pick(rng, sizes(thing.pattern))
-            items.append(Item(replace(thing, size=size, place=None), x, y, SIZES[size]))
-        else:
+    count = scene.count or int(rng.integers(2, 4))
+    centres, items = iter(_centres(scene, count, rng)), []
+    for thing in scene.objects:
+        if isinstance(thing, Word):
+            (_, y), *_ = centres
             items.append(Item(replace(thing, place=None), 0.5, y, 0.0))
+            continue
+        size = thing.size or ("small" if count == 3 else _pick(rng, sizes(thing.pattern)))
+        taken += [background, *(item.thing.colour for item in items)]
+        colour = thing.colour or _pick(rng, [c for c in COLOURS if c not in taken])
+        shape = thing.shape or _pick(rng, SHAPES)
+        thing = replace(thing, size=size, colour=colour, shape=shape, place=None)
+        items += [Item(thing, *next(centres), SIZES[size]) for _ in range(count)]
     return Layout(tuple(items), background)
 
 
-def _centres(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Return the centres over width and height: at places, or a pair around the middle."""
-    if scene.relation is None:
+ROW_OF_THREE = (0.1875, 0.5, 0.8125)  # centres, over the width
+
+
+def _centres(scene: Scene, count: int, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Return the centres over width and height: at places, or around the middle."""
+    if count == 3:
+        return [(x, 0.5) for x in ROW_OF_THREE]
+    relation = scene.relation
+    if relation == "next to":
+        relation = _pick(rng, BESIDE)
+    elif relation is None and len(scene.objects) * count == 2:
+        relation = _pick(rng, RELATIONS)
+    if relation is None:
         place = scene.objects[0].place
         row, column = PLACES[_pick(rng, PLACES) if place is None else place]
         return [(COLUMNS[column], ROWS[row])]
-    dx, dy = RELATIONS[scene.relation]
+    dx, dy = RELATIONS[relation]
     return [(0.5 + sign * dx / 4, 0.5 + sign * dy / 4) for sign in (1, -1)]
 
 

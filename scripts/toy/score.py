@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ SCENES, EDITS, OTHERS = 1_000_000, 1_100_000, 1_200_000  # seeds that no trainin
 COLUMNS = (*toy.ATTRIBUTES, "each letter", "all")
 BATCH = 20
 STRENGTH = 0.8  # of image to image
+SIZES = ((192, 192), (320, 320), (384, 384), (320, 192), (192, 320), (384, 192), (192, 384))
 FLAGS = {"name": "--model"}
 
 
@@ -175,10 +177,34 @@ def text_rows(
         {},
         toy.score,
     )
-    for width, height in ((320, 192), (192, 320)):
+    for width, height in SIZES:
         yield Row(
             f"{width}x{height}", tasks[: len(few)], {"width": width, "height": height}, toy.score
         )
+
+
+def open_rows(
+    pipe: flux.Pipeline, scenes: list[Scene], few: list[Scene], edits: int, seed: int
+) -> Iterator[Row]:
+    """Yield the fixed open prompts, in all and by their forms, and prompts about other worlds."""
+    prompts = toy.open_prompts()
+    tasks = [Task(prompt.text, prompt.scene) for prompt in prompts]
+    forms = {id(prompt.scene): prompt.form for prompt in prompts}
+    names = dict.fromkeys(prompt.form for prompt in prompts)
+    groups = {f"of them, {name}": partial(is_of, forms, name) for name in names}
+    yield Row("open prompts, as people type them", tasks, {}, toy.score, groups)
+    anything = Scene((Object("", ""),))
+    strange = [Task(text, anything) for text in toy.strange_prompts()]
+    yield Row("what the world lacks: a whole thing", strange, {}, whole_things)
+
+
+def is_of(forms: dict[int, str], name: str, request: Scene | Edit) -> bool:
+    return forms[id(request)] == name
+
+
+def whole_things(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Return the share of images that show at least one whole thing."""
+    return {"all": float(np.mean([toy.shows_a_whole_thing(image) for image in images]))}
 
 
 def edit_rows(
@@ -244,7 +270,13 @@ def quantised_rows(
     pipe.transformer.set_transform(None)
 
 
-PARTS = {"text": text_rows, "edits": edit_rows, "modes": mode_rows, "quantised": quantised_rows}
+PARTS = {
+    "text": text_rows,
+    "open": open_rows,
+    "edits": edit_rows,
+    "modes": mode_rows,
+    "quantised": quantised_rows,
+}
 
 
 def parts_of(spec: ModelSpec) -> list[str]:

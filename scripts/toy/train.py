@@ -73,11 +73,11 @@ def train(args: argparse.Namespace, spec: ModelSpec) -> int:
         run, spec.autoencoder, args.autoencoder_minutes, device, args.autoencoder
     )
     has_edits = spec.image_mode == "reference"
-    encode_all(run, autoencoder.requires_grad_(False), tokenizer, edited=has_edits)
+    encode_all(run, autoencoder.requires_grad_(False), edited=has_edits)
     networks, sampler = begin(spec, start).to(device), Sampler(spec, autoencoder, tokenizer)
     cooling = 1.0 if start else COOLING  # trained weights change little
     if networks.text.near:
-        train_neighbours(run, networks.text, args.text_minutes)
+        train_neighbours(run, networks.text, tokenizer, args.text_minutes)
     train_transformer(run, networks, sampler, args.transformer_minutes, args.compile, cooling)
     transformer = networks.transformer
     if spec.transformer.guidance:

@@ -78,7 +78,7 @@ def test_right_images_score_everything_and_wrong_ones_nearly_nothing(rows, deaf)
 @pytest.mark.parametrize("spec", [SPEC, SPEC1], ids=["flux.2", "flux.1"])
 def test_models_support_the_options_of_their_rows(spec):
     parts = score.parts_of(spec)
-    expected = ["text", "edits", "modes", "quantised"]
+    expected = ["text", "open", "edits", "modes", "quantised"]
     if spec is SPEC1:
         expected.remove("edits")
     assert parts == expected
@@ -97,7 +97,7 @@ def test_unsupported_part_lists_supported_parts(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         score.main()
     error = capsys.readouterr().err
-    assert "--only: edits" in error and "text, modes, quantised" in error
+    assert "--only: edits" in error and "text, open, modes, quantised" in error
 
 
 def test_requests_are_held_out_of_training(rows):

@@ -117,7 +117,7 @@ def train_decoder(
     """Train the decoder alone, on full images. The latents stay as the transformer knows them."""
     tensors = load_tensors(run / f"latents-{SIZE}x{SIZE}.safetensors")
     latents = tensors["latents"][tensors["images"][:count, 0]]
-    layouts = [layout for _, (layout,) in itertools.islice(images(SIZE, SIZE), len(latents))]
+    layouts = list(itertools.islice(images(SIZE, SIZE), len(latents)))
     decoder = autoencoder.decoder.requires_grad_(True)
     trainer = TimedTrainer(
         decoder,

@@ -1,5 +1,10 @@
-"""Batches: images of one size, windows of them, or edits with equally many references."""
+"""Batches: images of one size, windows of them, or edits with equally many references.
 
+Each time that an image is seen, its caption is written anew: other words, and others left out.
+"""
+
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,15 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flux import toy
 from flux.training.checkpoint import load_tensors
-from recipe.latents import EDITS, SCENES
-from recipe.text import Words
+from recipe.latents import EDITS, SCENES, edits, images
+from recipe.text import Tokenizer, Words
+
+Text = Callable[[int, np.random.Generator], str]  # the caption of a row, or its instruction
 
 BATCH = {0: 32, 1: 16, 2: 10}  # by the number of references: steps take about the same time
-SHARE = {"edits-1": 0.2, "families": 0.3, "edits-2": 0.05}  # of the steps; the rest are of scenes
+SHARE = {"edits-1": 0.15, "families": 0.2, "edits-2": 0.05}  # of the steps; the rest are of scenes
 # rows and columns of tokens: for a word, one object, two, two
 WINDOWS = np.array([(6, 14), (10, 10), (10, 16), (16, 10)])
-WINDOWED = 0.85  # of the steps
+WINDOWED = 0.6  # of the steps: the place of a thing is decided in whole images
+STRANGE = 0.12  # of the captions of one thing are of what the world lacks
 DROPPED = 0.1  # of the captions: guidance needs predictions without a caption
 
 
@@ -35,25 +44,20 @@ class Batches:
     computation, and teaches little. Tokens keep their coordinates. `edited`: with edits.
     """
 
-    def __init__(self, run: Path, empty: Words, edited: bool = True):
+    def __init__(self, run: Path, words: Tokenizer, device: torch.device, edited: bool = True):
         shares = [SHARE[kind] for kind in EDITS] if edited else []
-        scenes = [
-            LatentFile(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES
-        ]
-        sizes = np.array(list(map(len, scenes)), float)
-        self.kinds = scenes + [LatentFile(run / f"{kind}.safetensors") for kind in EDITS if edited]
-        self.odds = np.concatenate([(1 - sum(shares)) * sizes / sizes.sum(), shares])
-        self.empty = empty
+        scenes = [scene_file(run, width, height) for width, height in SCENES]
+        numbers = np.array(list(map(len, scenes)), float)
+        self.kinds = scenes + [edit_file(run, kind) for kind in EDITS if edited]
+        self.odds = np.concatenate([(1 - sum(shares)) * numbers / numbers.sum(), shares])
+        self.words, self.device = words, device
 
     def __call__(self, step: int) -> Batch:
-        rng, device = np.random.default_rng((2, step)), next(iter(self.empty.values())).device
+        rng, device = np.random.default_rng((2, step)), self.device
         kind = self.kinds[rng.choice(len(self.kinds), p=self.odds)]
         rows, (top, left), (h, w) = kind.some(BATCH[kind.references], rng)
-        drop = torch.from_numpy(rng.random(len(rows)) < DROPPED)[:, None].to(device)
-        words = {
-            name: torch.where(drop, empty, kind.tensors[name][rows].to(device))
-            for name, empty in self.empty.items()
-        }
+        texts = ["" if rng.random() < DROPPED else self.fitting(kind, row, rng) for row in rows]
+        words = {name: x.to(device) for name, x in self.words(texts).items()}
         images, tokens = kind.tensors["images"][rows], np.s_[top : top + h, left : left + w]
         latents, things, covered = (
             kind.tensors[name][images].to(device) for name in ("latents", "things", "covered")
@@ -63,12 +67,42 @@ class Batches:
         things, covered = things[..., *tokens].flatten(1), covered[..., *tokens, :].flatten(1, -2)
         return Batch(latents[:, 0], words, references, things, covered, (top, left))
 
+    def fitting(self, kind: "LatentFile", row: int, rng: np.random.Generator) -> str:
+        """Return a text of a row that the model's tokens hold: rare words have many tokens."""
+        while True:
+            text = kind.text(row, rng)
+            if self.words.fits(text):
+                return text
+
+
+def scene_file(run: Path, width: int, height: int) -> "LatentFile":
+    layouts = list(itertools.islice(images(width, height), SCENES[width, height]))
+    path = run / f"latents-{width}x{height}.safetensors"
+    return LatentFile(path, lambda row, rng: caption(layouts[row], rng))
+
+
+def edit_file(run: Path, kind: str) -> "LatentFile":
+    some = [edit for edit, _ in itertools.islice(edits(kind), EDITS[kind])]
+    return LatentFile(run / f"{kind}.safetensors", lambda row, rng: toy.reworded(some[row], rng))
+
+
+def caption(layout: toy.Layout, rng: np.random.Generator) -> str:
+    """Return a new caption of a layout. None of the fixed open prompts is used."""
+    while True:
+        scene = toy.leave_open(toy.describe(layout), rng)
+        alone = len(layout.items) == 1 and isinstance(scene.objects[0], toy.Object)
+        if alone and rng.random() < STRANGE:
+            return toy.strange(scene, rng)
+        text = toy.worded(scene, rng)
+        if toy.plain_words(text) not in toy.fixed_prompts():
+            return text
+
 
 class LatentFile:
     """All images of one size, or all edits of a kind."""
 
-    def __init__(self, path: Path):
-        self.tensors = load_tensors(path)
+    def __init__(self, path: Path, text: Text):
+        self.tensors, self.text = load_tensors(path), text
         self.sides = np.array(self.tensors["latents"].shape[-2:])
         self.references = self.tensors["images"].shape[1] - 1
         boxes = self.tensors["boxes"].numpy()[self.tensors["images"].numpy()]  # (N, 1 + R, 4)

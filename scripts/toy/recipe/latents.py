@@ -1,4 +1,4 @@
-"""The training data of the transformer: scenes and edits, drawn once, as latents and words."""
+"""The training data of the transformer: scenes and edits, drawn once, as latents."""
 
 import copy
 import itertools
@@ -16,10 +16,19 @@ from flux.toy.drawing import TOKEN, ink, spelled
 from flux.toy.scenes import LETTERS
 from flux.training.checkpoint import save_tensors
 from recipe.images import to_pixels
-from recipe.text import Tokenizer
 from recipe.trainer import bfloat16_is_faster, device_of
 
-SCENES = {(256, 256): 12000, (320, 192): 1500, (192, 320): 1500}  # width, height: images
+SCENES = {  # width, height: images
+    (256, 256): 12000,
+    (192, 192): 1000,
+    (320, 320): 1000,
+    (384, 384): 600,
+    (320, 192): 1000,
+    (192, 320): 1000,
+    (384, 192): 600,
+    (192, 384): 600,
+}
+ALIKE, ALONE = 0.12, 0.3  # shares of scenes with two or three like things, and with one thing
 # edits of one image, of the same few images, and of two; all 256x256
 EDITS = {"edits-1": 8000, "families": 24000, "edits-2": 1500}
 CHANGES = ("colour", "size", "pattern", "shape", "remove")  # kinds of edits of one thing
@@ -27,13 +36,23 @@ THINGS = (None, *toy.SHAPES, *LETTERS)  # None is the background
 PART = 4  # pixels: the side of the parts of a token whose coverage is predicted
 
 
-def images(width: int, height: int) -> Iterator[tuple[toy.Scene, list[toy.Layout]]]:
-    """Yield the scenes of one size without end, always the same, each with its layout."""
+def images(width: int, height: int) -> Iterator[toy.Layout]:
+    """Yield the layouts of one size without end, always the same."""
     rng = np.random.default_rng((width, height))
-    for scene in toy.scenes(1000 + width, held=False):
+    scenes = toy.scenes(1000 + width, held=None)
+    alone = (scene for scene in scenes if is_alone(scene))
+    while True:
+        chance = rng.random()
+        scene = (
+            toy.alike(rng) if chance < ALIKE else next(alone if chance < ALIKE + ALONE else scenes)
+        )
         layout = toy.arrange(scene, rng)
-        if not toy.shows_held_out(layout):  # where the caption leaves the background open
-            yield scene, [layout]
+        if not toy.shows_held_out(layout):
+            yield layout
+
+
+def is_alone(scene: toy.Scene) -> bool:
+    return len(scene.objects) == 1 and isinstance(scene.objects[0], toy.Object)
 
 
 def edits(kind: str) -> Iterator[tuple[toy.Edit, list[toy.Layout]]]:
@@ -96,27 +115,34 @@ def parts(item: toy.Item, width: int, height: int) -> Iterator[tuple[str, np.nda
 
 
 @torch.no_grad()
-def encode_all(run: Path, model: AutoEncoder, words: Tokenizer, edited: bool = True) -> None:
+def encode_all(run: Path, model: AutoEncoder, edited: bool = True) -> None:
     """Write a file for each kind of data. Existing files are kept. `edited`: with edits.
 
     Each image once: latents (P, C, h, w) in float16; things (P, h, w) and covered (P, h, w, 16), as
-    of `shown`; boxes (P, 4), as of `box`. Each text: its words, and the numbers of its images,
-    (N, 1), or of the result and then the references, (N, 1 + R).
+    of `shown`; boxes (P, 4), as of `box`. Each text: the numbers of its images, (N, 1), or of the
+    result and then the references, (N, 1 + R).
     """
     device = device_of(model)
     dtype = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
     model = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
-    kinds = {f"latents-{w}x{h}": (images(w, h), count, (w, h)) for (w, h), count in SCENES.items()}
+    kinds = {
+        f"latents-{w}x{h}": (([layout] for layout in images(w, h)), count, (w, h))
+        for (w, h), count in SCENES.items()
+    }
     if edited:
-        kinds |= {kind: (edits(kind), count, (256, 256)) for kind, count in EDITS.items()}
+        kinds |= {
+            kind: ((layouts for _, layouts in edits(kind)), count, (256, 256))
+            for kind, count in EDITS.items()
+        }
     for name, (some, count, size) in kinds.items():
         path = run / f"{name}.safetensors"
         if path.exists():
             continue
-        places, texts, which = {}, [], []
-        for text, layouts in itertools.islice(some, count):
-            texts.append(str(text))
-            which.append([places.setdefault(layout, len(places)) for layout in layouts])
+        places: dict[toy.Layout, int] = {}
+        which = [
+            [places.setdefault(layout, len(places)) for layout in layouts]
+            for layouts in itertools.islice(some, count)
+        ]
         latents, things, covered, boxes = [], [], [], []
         for layout in tqdm(places, name, mininterval=5):
             pixels = to_pixels(toy.draw(layout, *size)[None])
@@ -128,4 +154,4 @@ def encode_all(run: Path, model: AutoEncoder, words: Tokenizer, edited: bool = T
             boxes.append(torch.tensor(box(covers)))
         lists = dict(latents=latents, things=things, covered=covered, boxes=boxes)
         of_images = {name: torch.stack(tensors) for name, tensors in lists.items()}
-        save_tensors(path, of_images | words(texts) | {"images": torch.tensor(which)})
+        save_tensors(path, of_images | {"images": torch.tensor(which)})

@@ -1,32 +1,34 @@
 """Pretrain T5: its tokens learn their neighbours. (FLUX.1's T5 is pretrained by filling gaps.)"""
 
+import itertools
 import math
 from pathlib import Path
 
-import torch
+import numpy as np
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from recipe.latents import SCENES
+from recipe.batches import caption
+from recipe.latents import images
 from recipe.networks import EDGES, RATE
-from recipe.text import NEAR, TextEncoder
+from recipe.text import NEAR, TextEncoder, Tokenizer
 from recipe.trainer import TimedTrainer, device_of, optimizers
 
 CAPTIONS = 64  # a step
 
 
-def train_neighbours(run: Path, text: TextEncoder, minutes: float) -> None:
-    """Train T5 on the captions in the files of `encode_all`."""
-    ids = torch.cat(
-        [captions(run / f"latents-{width}x{height}.safetensors") for width, height in SCENES]
-    )
+def train_neighbours(run: Path, text: TextEncoder, words: Tokenizer, minutes: float) -> None:
+    """Train T5 on captions as `Batches` writes them."""
     device, model = device_of(text), nn.ModuleDict({"t5": text.t5, "near": text.near})
+    layouts = list(itertools.islice(images(256, 256), 4000))
 
     def loss(step: int) -> Tensor:
-        some = ids[torch.randint(len(ids), (CAPTIONS,))].to(device)
-        return neighbours_loss(text, text.t5(some), some)
+        rng = np.random.default_rng((4, step))
+        rows = rng.integers(len(layouts), size=2 * CAPTIONS)
+        some = filter(words.fits, (caption(layouts[row], rng) for row in rows))
+        ids = words(list(itertools.islice(some, CAPTIONS)))["t5"].to(device)
+        return neighbours_loss(text, text.t5(ids), ids)
 
     trainer = TimedTrainer(
         model,
@@ -36,12 +38,6 @@ def train_neighbours(run: Path, text: TextEncoder, minutes: float) -> None:
         ema=0.99,
     )
     trainer.run(loss)
-
-
-def captions(path: Path) -> Tensor:
-    """Return T5's ids (N, T). The latents in the same file are some hundred megabytes."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("t5")
 
 
 def neighbours_loss(text: TextEncoder, tokens: Tensor, ids: Tensor) -> Tensor:

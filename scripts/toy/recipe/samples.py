@@ -30,16 +30,25 @@ class Sampler:
         return {name: x.to(self.device) for name, x in self.words(prompts).items()}
 
     def sheet(self, networks: Networks, path: Path) -> None:
-        """Save a sheet of 40 held-out scenes and of 20 edits, if supported. Print scores."""
+        """Save a sheet of complete scenes, of open prompts, and of edits, if supported.
+
+        Print their scores.
+        """
         scenes = list(itertools.islice(toy.scenes(7, held=True, complete=True), 40))
-        drawn = self.images(networks, list(map(str, scenes)))
-        reports = [toy.score(drawn, scenes)]
+        prompts = toy.open_prompts()[::6][:70]
+        drawn = [
+            self.images(networks, list(map(str, scenes))),
+            self.images(networks, [prompt.text for prompt in prompts]),
+        ]
+        reports = [
+            toy.score(drawn[0], scenes),
+            toy.score(drawn[1], [prompt.scene for prompt in prompts]),
+        ]
         if self.edits:
-            edits = list(itertools.islice(toy.edits(7, held=True), 20))
-            edited = self.edited(networks, edits)
-            drawn = np.concatenate([drawn, edited])
-            reports.append(toy.score_edits(edited, edits))
-        contact_sheet(path, drawn, 10)
+            edits = list(itertools.islice(toy.edits(7, held=True), 40))
+            drawn.append(self.edited(networks, edits))
+            reports.append(toy.score_edits(drawn[2], edits))
+        contact_sheet(path, np.concatenate(drawn), 10)
         for report in reports:
             shares = "  ".join(f"{name} {share:.0%}" for name, share in report.items())
             say("", shares)

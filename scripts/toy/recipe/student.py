@@ -28,7 +28,7 @@ def train_student(
     pupil = Networks(student.to(device), networks.text)  # reads the same features
     if compiled:
         pupil.compile_blocks()
-    batches = Batches(run, sampler.empty, edited=False)
+    batches = Batches(run, sampler.words, device, edited=False)
     with torch.no_grad():
         uncaptioned = networks.text(**sampler.empty)
 

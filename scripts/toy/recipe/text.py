@@ -47,6 +47,14 @@ class Tokenizer:
         tokens = untruncated(self.parts["tokenizer"], texts, self.spec.text_length)
         return {"ids": tokens.ids, "mask": tokens.mask}
 
+    def fits(self, text: str) -> bool:
+        """Return whether the model takes all tokens of a text."""
+        try:
+            self([text])
+        except UserError:
+            return False
+        return True
+
 
 def untruncated(tokenizer: PromptTokenizer, texts: list[str], length: int) -> Tokens:
     """Return the tokens of texts. UserError if a text has more than `length`."""

@@ -34,7 +34,7 @@ def train_transformer(
     if compiled:
         torch._dynamo.config.cache_size_limit = 64
         networks.compile_blocks()
-    batches = Batches(run, sampler.empty, edited=sampler.edits)
+    batches = Batches(run, sampler.words, device_of(networks), edited=sampler.edits)
     path = run / "transformer.safetensors"
 
     def loss(step: int) -> Tensor:
