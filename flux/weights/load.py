@@ -254,6 +254,8 @@ def _map_tensors(sources: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch
 DTYPES = {  # what a file may hold for a tensor of this dtype; any float for all others
     torch.int64: ("I64",),
     torch.uint8: ("U8",),
+    torch.int8: ("I8",),
+    torch.float8_e8m0fnu: ("F8_E8M0",),
     torch.float8_e4m3fn: ("F8_E4M3",),
     torch.float8_e5m2: ("F8_E5M2",),
 }

@@ -116,9 +116,13 @@ def test_quantized_layers_are_measured_in_their_format():
     assert measure(None) == replace(expected, mapped=0)
 
 
-@pytest.mark.parametrize("kind", ["Int8Linear", "Int4Linear"])
-def test_dequantizing_takes_no_more_than_its_scratch(kind):
-    layer = meta(getattr(quantize, kind), 3072, 9216, False)
+@pytest.mark.parametrize(
+    "kind, options",
+    [("Int8Linear", {}), ("Int8Linear", {"group": 256}), ("Int4Linear", {})],
+    ids=["int8", "ConvRot", "int4"],
+)
+def test_dequantizing_takes_no_more_than_its_scratch(kind, options):
+    layer = meta(partial(getattr(quantize, kind), **options), 3072, 9216, False)
     x = torch.empty(1, 3072, dtype=torch.bfloat16, device="meta")
     sizes = measure_weights(nn.ModuleList([layer]), [], torch.bfloat16)
     assert peak_bytes(lambda: layer(x)) <= 1.01 * sizes.scratch

@@ -245,6 +245,72 @@ def fp8_by_block(layers: list[str], state: dict[str, Tensor]) -> QuantizedFile:
     return QuantizedFile(tensors, weights)
 
 
+# ---------------------------------------------------------------- INT8
+
+H4 = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+
+
+def hadamard_matrix(group: int) -> np.ndarray:
+    """Return ConvRot's regular Hadamard matrix, a Kronecker power of H4 / 2, in float64."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < group:
+        matrix = np.kron(matrix, H4 / 2)
+    return matrix
+
+
+def int8(
+    layers: list[str],
+    state: dict[str, Tensor],
+    by_row: bool = True,
+    group: int | None = None,
+    notation: str | None = "comfy_quant",
+) -> QuantizedFile:
+    """Write random whole numbers: `int8_tensorwise`, ConvRot with a `group`, or no notation.
+
+    Sums of whole numbers are exact in float64, and the scale multiplies once, in float32.
+    """
+    rng, tensors, weights = np.random.default_rng(7), dict(state), {}
+    note: dict = {"format": "int8_tensorwise"}
+    if group:
+        note |= {"convrot": True, "convrot_groupsize": group, "per_row": by_row}
+    for layer in layers:
+        shape = rows, _ = state[f"{layer}.weight"].shape
+        numbers = rng.integers(-128, 128, shape, dtype=np.int8)
+        scale = rng.uniform(1e-4, 1e-3, (rows, 1) if by_row else ()).astype(np.float32)
+        whole = numbers.astype(np.float64)
+        if group:
+            whole = (whole.reshape(rows, -1, group) @ hadamard_matrix(group)).reshape(shape)
+        tensors[f"{layer}.weight"] = torch.from_numpy(numbers)
+        tensors[f"{layer}.weight_scale"] = torch.from_numpy(np.asarray(scale))
+        if notation == "comfy_quant":
+            tensors[f"{layer}.comfy_quant"] = json_bytes(note)
+        weights[f"{layer}.weight"] = torch.from_numpy(whole.astype(np.float32) * scale)
+    if notation == "metadata":
+        table = {"format_version": "1.0", "layers": dict.fromkeys(layers, note)}
+        return QuantizedFile(tensors, weights, {"_quantization_metadata": json.dumps(table)})
+    return QuantizedFile(tensors, weights)
+
+
+# ---------------------------------------------------------------- MXFP8
+
+
+def mxfp8(layers: list[str], state: dict[str, Tensor], e8m0: bool = False) -> QuantizedFile:
+    """Write random float8 numbers with powers of two in cuBLAS's order, as bytes or as F8_E8M0."""
+    rng, tensors, weights = np.random.default_rng(8), dict(state), {}
+    for layer in layers:
+        rows, columns = state[f"{layer}.weight"].shape
+        values = random(rows, columns, seed=rows, size=100).clamp(-448, 448).to(E4M3)
+        bytes = rng.integers(110, 125, (rows, columns // 32), dtype=np.uint8)
+        stored = torch.from_numpy(in_cublas_order(bytes))
+        tensors[f"{layer}.weight"] = values
+        tensors[f"{layer}.weight_scale"] = stored.view(torch.float8_e8m0fnu) if e8m0 else stored
+        tensors[f"{layer}.comfy_quant"] = json_bytes({"format": "mxfp8"})
+        scale = 2.0 ** (bytes.astype(np.float64) - 127)
+        weight = values.double().numpy() * scale.repeat(32, axis=1)
+        weights[f"{layer}.weight"] = torch.from_numpy(weight).float()
+    return QuantizedFile(tensors, weights)
+
+
 # ---------------------------------------------------------------- NVFP4
 
 
@@ -267,19 +333,26 @@ def nvfp4_tensors(
         high = (column % 2 == 0) == swizzled
         weight[row, column // 2] |= codes[row, column] << (4 if high else 0)
     if swizzled:
-        across = -(-scales.shape[1] // 4)  # tiles
-        stored = np.full((-(-rows // 128) * across, 32 * 16), 0x55, np.uint8)  # padding: any bytes
-        for row, block in np.ndindex(*scales.shape):
-            # the place in a tile, from cuBLAS's manual
-            tile = row // 128 * across + block // 4
-            stored[tile, row % 32 * 16 + row % 128 // 32 * 4 + block % 4] = scales[row, block]
-        scales = stored.reshape(-1, 4 * across)
+        scales = in_cublas_order(scales)
     return {
         "weight": torch.from_numpy(weight),
         "weight_scale": torch.from_numpy(np.ascontiguousarray(scales)).view(E4M3),
         "weight_scale_2": torch.tensor(scale_2),
         "input_scale": torch.tensor(0.25),
     }
+
+
+def in_cublas_order(scales: np.ndarray) -> np.ndarray:
+    """Put the bytes of blocks' scales in tiles of 128x4, at the places that cuBLAS's manual gives.
+
+    Padding may hold any bytes.
+    """
+    across = -(-scales.shape[1] // 4)  # tiles
+    stored = np.full((-(-len(scales) // 128) * across, 32 * 16), 0x55, np.uint8)
+    for row, block in np.ndindex(*scales.shape):
+        tile = row // 128 * across + block // 4
+        stored[tile, row % 32 * 16 + row % 128 // 32 * 4 + block % 4] = scales[row, block]
+    return stored.reshape(-1, 4 * across)
 
 
 def nvfp4_weight(codes: np.ndarray, scales: np.ndarray, scale_2: float) -> np.ndarray:
@@ -429,6 +502,13 @@ FORMATS: dict[str, Callable[[list[str], dict[str, Tensor]], QuantizedFile]] = {
     "by row": fp8_by_row,
     "by column": fp8_by_column,
     "by block": fp8_by_block,
+    "INT8": partial(int8, by_row=False),
+    "INT8, by row": int8,
+    "INT8, no notation": partial(int8, notation=None),
+    "ConvRot": partial(int8, group=16),
+    "ConvRot, metadata": partial(int8, group=64, notation="metadata"),
+    "MXFP8": mxfp8,
+    "MXFP8, E8M0": partial(mxfp8, e8m0=True),
     "NVFP4": nvfp4,
     "NVFP4, ComfyUI": comfy_nvfp4,
     "NVFP4, ModelOpt": partial(nvfp4, swizzled=False),

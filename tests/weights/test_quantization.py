@@ -609,6 +609,11 @@ def renamed_format(written: QuantizedFile, name: str) -> QuantizedFile:
     return written._replace(metadata=metadata_for([LAYER], name))
 
 
+def convrot_note(group: object) -> Tensor:
+    note = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group}
+    return json_bytes(note)
+
+
 BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
     "no scale": (
         "BFL",
@@ -656,10 +661,15 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
         lambda w: w._replace(metadata=metadata_for(["elsewhere"], "float8_e4m3fn")),
         "_quantization_metadata does not say in which format",
     ),
-    "mxfp8": (
+    "mxfp4": (
         "BFL",
-        lambda w: renamed_format(w, "mxfp8"),
-        f"stores '{LAYER}' as 'mxfp8' (F8_E4M3), which is not supported; get the model",
+        lambda w: renamed_format(w, "mxfp4"),
+        f"stores '{LAYER}' as 'mxfp4' (F8_E4M3), which is not supported; get the model",
+    ),
+    "mxfp8 with a scale for the matrix": (
+        "BFL",
+        lambda w: w._replace(metadata=metadata_for(block_linears(empty(FLUX2)), "mxfp8")),
+        f"'{LAYER}.weight_scale' is () and not (256, 4)",
     ),
     "int8": (
         "BFL",
@@ -672,10 +682,50 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
         f"stores '{LAYER}' as 'float8_e4m3fn' (F32), which is not supported",
     ),
     "integers": (
-        "by row",
+        "cast",
         lambda w: plus(w, weight=torch.ones(192, 64, dtype=torch.int8)),
-        f"stores '{LAYER}' as I8 with scales in F32, which is not supported; "
+        f"stores '{LAYER}' as I8 without scales, which is not supported; "
         "get the model in bfloat16, FP8",
+    ),
+    "no scale, INT8": (
+        "INT8",
+        lambda w: without(w, f"{LAYER}.weight_scale"),
+        f"1 missing ('{LAYER}.weight_scale')",
+    ),
+    "no scale, MXFP8": (
+        "MXFP8",
+        lambda w: without(w, f"{LAYER}.weight_scale"),
+        f"1 missing ('{LAYER}.weight_scale')",
+    ),
+    "no note, ConvRot": (
+        "ConvRot",
+        lambda w: without(w, f"{LAYER}.comfy_quant"),
+        "comfy_quant does not say in which format",
+    ),
+    "group of no power of 4": (
+        "ConvRot",
+        lambda w: plus(w, comfy_quant=convrot_note(32)),
+        f"turns '{LAYER}' in groups of 32, but a group must be a power of 4",
+    ),
+    "group of text": (
+        "ConvRot",
+        lambda w: plus(w, comfy_quant=convrot_note("16")),
+        "in groups of '16', but a group must be a power of 4",
+    ),
+    "group that does not divide": (
+        "ConvRot",
+        lambda w: plus(w, comfy_quant=convrot_note(256)),
+        "in groups of 256, but a group must be a power of 4 that divides the 64 inputs",
+    ),
+    "turned or not": (
+        "ConvRot, metadata",
+        lambda w: plus(w, comfy_quant=json_bytes({"format": "int8_tensorwise"})),
+        f"'{LAYER}' is True by _quantization_metadata, and None by comfy_quant",
+    ),
+    "blocks of INT8": (
+        "INT8, no notation",
+        lambda w: plus(w, weight_scale=torch.ones(2, 1)),
+        f"'{LAYER}.weight_scale' is (2, 1) and not ()",
     ),
     "E8M0": (
         "by row",
@@ -684,8 +734,40 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
     ),
     "SVDQuant": (
         "BFL",
-        lambda w: plus(w, qweight=torch.ones(192, 32, dtype=torch.int8)),
-        f"stores '{LAYER}' as packed integers for other programs' kernels (SVDQuant",
+        lambda w: plus(w, qweight=torch.ones(192, 32, dtype=torch.int8), wscales=random(1, 192)),
+        f"stores '{LAYER}' as SVDQuant (Nunchaku), int4, which is not supported",
+    ),
+    "SVDQuant, fp4": (
+        "BFL",
+        lambda w: plus(w, qweight=torch.ones(192, 32), wscales=random(4), wtscale=random(1)),
+        "as SVDQuant (Nunchaku), fp4",
+    ),
+    "GPTQ": ("BFL", lambda w: plus(w, qweight=random(4), g_idx=random(4)), "as GPTQ, which"),
+    "packed": (
+        "BFL",
+        lambda w: plus(w, qweight=random(4)),
+        "as packed integers (SVDQuant, GPTQ or AWQ)",
+    ),
+    "quanto": (
+        "BFL",
+        lambda w: plus(w, **{"weight._data": torch.ones(192, 64, dtype=torch.int8)}),
+        f"stores '{LAYER}' as a tensor of optimum-quanto, which is not supported",
+    ),
+    "bitsandbytes": ("BFL", lambda w: plus(w, SCB=random(192)), "as LLM.int8() (bitsandbytes)"),
+    "MLX": ("BFL", lambda w: plus(w, scales=random(192, 1)), "as groups of integers (MLX)"),
+    "SDNQ": (
+        "cast",
+        lambda w: plus(w, weight=torch.ones(192, 64, dtype=torch.int8), scale=random(192, 1)),
+        f"stores '{LAYER}' as I8 of SDNQ (SD.Next), which is not supported",
+    ),
+    "float8 without note and scale": (
+        "BFL",
+        lambda w: without(w, f"{LAYER}.weight_scale", f"{LAYER}.input_scale")._replace(
+            metadata=metadata_for(
+                [path for path in block_linears(empty(FLUX2)) if path != LAYER], "float8_e4m3fn"
+            )
+        ),
+        f"has no scale for '{LAYER}', but one for ",
     ),
     "contradiction": (
         "BFL",

@@ -1,7 +1,7 @@
 """Quantized weights: Linears that stay as small in memory as they are in the file.
 
 linear.py    `QuantizedLinear`: dequantizes its weight each time it is used
-fp8.py nvfp4.py nf4.py gguf.py   one subclass for each format of files
+fp8.py int8.py mxfp8.py nvfp4.py nf4.py gguf.py   one subclass for each format of files
 detect.py    which layers of a file are quantized, and in which format
 quantize.py  `quantize_`: rounds the large Linears of a loaded network to fp8, int8 or int4
 
@@ -17,7 +17,9 @@ from flux.weights.quantization.detect import (
 )
 from flux.weights.quantization.fp8 import BlockFP8Linear, FP8Linear, enable_fp8_matmul
 from flux.weights.quantization.gguf import GGUFLinear
+from flux.weights.quantization.int8 import Int8Linear
 from flux.weights.quantization.linear import QuantizedLinear
+from flux.weights.quantization.mxfp8 import MXFP8Linear
 from flux.weights.quantization.nf4 import NF4Linear
 from flux.weights.quantization.nvfp4 import NVFP4Linear
 
@@ -26,7 +28,9 @@ __all__ = [
     "BlockFP8Linear",
     "FP8Linear",
     "GGUFLinear",
+    "Int8Linear",
     "LayerFormat",
+    "MXFP8Linear",
     "NF4Linear",
     "NVFP4Linear",
     "QuantizedLinear",

@@ -27,7 +27,9 @@ from flux.weights.files import FLOATS, TensorInfo
 from flux.weights.quantization import gguf, nf4
 from flux.weights.quantization.fp8 import BlockFP8Linear, FP8Linear
 from flux.weights.quantization.gguf import GGUFLinear
+from flux.weights.quantization.int8 import GROUP, Int8Linear, hadamard_steps
 from flux.weights.quantization.linear import QuantizedLinear
+from flux.weights.quantization.mxfp8 import MXFP8Linear
 from flux.weights.quantization.nf4 import NF4Linear
 from flux.weights.quantization.nvfp4 import NVFP4Linear
 
@@ -79,31 +81,29 @@ def detect_formats(
     UserError if the file contradicts itself, or has a format that is not supported. The strict
     loader reports scales that are missing or misshapen.
     """
-    for name, info in infos.items():
-        if name.endswith((".qweight", ".wscales")):
-            raise _unsupported(
-                info,
-                name.rpartition(".")[0],
-                "packed integers for other programs' kernels (SVDQuant, GPTQ, AWQ)",
-            )
+    if foreign := _foreign_format(infos):
+        raise _unsupported(*foreign)
     declared_by, declarations = _read_declarations(infos, metadata)
-    formats, undeclared = {}, []
+    formats, float8 = {}, []
     for name in layers:
         weight = infos.get(f"{name}.weight")
         if weight and len(weight.shape) == 2:
             layer = Layer(name, infos, declared_by, declarations.get(name))
             if format := _format_of(layer):
                 formats[name] = format
-            if _is_undeclared_fp8(layer) or _is_block_fp8(layer):
-                undeclared.append(layer)
-    _check_all_or_none_scaled(undeclared)
+            if weight.dtype in FP8_DTYPES:
+                float8.append(layer)
+    _check_all_or_none_scaled(float8)
     return formats
 
 
 def _check_all_or_none_scaled(layers: list[Layer]) -> None:
-    """Raise UserError if some float8 layers have scales and others none: one scale was lost."""
+    """Raise UserError if some float8 layers have scales and others none: one scale was lost.
+
+    The strict loader reports the lost scale of a layer whose format is declared.
+    """
     scaled = [layer for layer in layers if layer.scale or layer.get("weight_scale_inv")]
-    bare = [layer for layer in layers if layer not in scaled]
+    bare = [layer for layer in layers if layer not in scaled and layer.declaration is None]
     if scaled and bare:
         raise UserError(
             f"{bare[0].weight.file} has no scale for {bare[0].name!r:.120}, but one for "
@@ -126,17 +126,46 @@ def _format_of(layer: Layer) -> LayerFormat | None:
         format = layer.declaration["format"]
         raise _unsupported(weight, layer.name, f"{format!r:.60} ({weight.dtype})")
     if weight.dtype not in FLOATS:
-        scales = f" with scales in {scale.dtype}" if scale else ""
+        scales = f" with scales in {scale.dtype}" if scale else " without scales"
+        if layer.get("scale"):
+            scales = " of SDNQ (SD.Next)"
         raise _unsupported(weight, layer.name, weight.dtype + scales)
+    return None
+
+
+def _foreign_format(infos: Mapping[str, TensorInfo]) -> tuple[TensorInfo, str, str] | None:
+    """Return a tensor in a format of `FOREIGN`, the layer, and the format's name, if there is one.
+
+    Such files have other tensors beside the weights, or none of the weights' names.
+    """
+    for pattern, format in FOREIGN:
+        for name, info in infos.items():
+            if match := re.fullmatch(rf"(.+?)\.(?:{pattern})", name):
+                if format == SVDQUANT:
+                    is_fp4 = any(name.endswith((".wtscale", ".wcscales")) for name in infos)
+                    format += ", fp4" if is_fp4 else ", int4"
+                return info, match[1], format
     return None
 
 
 def _unsupported(info: TensorInfo, layer: str, format: str) -> UserError:
     return UserError(
         f"{info.file} stores {layer!r:.120} as {format}, which is not supported; "
-        "get the model in bfloat16, FP8, NVFP4, NF4 or GGUF."
+        "get the model in bfloat16, FP8, INT8, MXFP8, NVFP4, NF4 or GGUF."
     )
 
+
+SVDQUANT = "SVDQuant (Nunchaku)"
+FOREIGN = (  # how a tensor's name goes on after the layer, and the format; the first counts
+    (r"weight\._(data|scale|shift)(\._data)?", "a tensor of optimum-quanto"),
+    (r"wscales", SVDQUANT),
+    (r"SCB|weight_format", "LLM.int8() (bitsandbytes)"),
+    (r"g_idx", "GPTQ"),
+    (r"qzeros", "AWQ or GPTQ"),
+    (r"qweight", "packed integers (SVDQuant, GPTQ or AWQ)"),
+    (r"svd_up|svd_down|zero_point", "SDNQ (SD.Next)"),
+    (r"scales", "groups of integers (MLX)"),
+)
 
 # ---------------------------------------------------------------- the formats: when, and what
 
@@ -181,6 +210,51 @@ def _nvfp4(layer: Layer, swizzled: bool) -> LayerFormat:
 
 def _is_declared_fp8(layer: Layer) -> bool:
     return layer.weight.dtype in FP8_NAMES and layer.declares(FP8_NAMES[layer.weight.dtype])
+
+
+def _is_declared_mxfp8(layer: Layer) -> bool:
+    return layer.weight.dtype == "F8_E4M3" and layer.declares("mxfp8")
+
+
+def _mxfp8(layer: Layer) -> LayerFormat:
+    is_e8m0 = layer.scale is not None and layer.scale.dtype == "F8_E8M0"
+    scale_dtype = torch.float8_e8m0fnu if is_e8m0 else torch.uint8
+    return LayerFormat(layer.weight.shape, partial(MXFP8Linear, scale_dtype=scale_dtype))
+
+
+def _is_int8(layer: Layer) -> bool:
+    """Undeclared numbers with a scale were not turned: ConvRot is always declared."""
+    if layer.weight.dtype != "I8":
+        return False
+    if layer.declaration is not None:
+        return layer.declares("int8_tensorwise")
+    return layer.scale is not None and layer.scale.dtype in FLOATS
+
+
+def _int8(layer: Layer) -> LayerFormat:
+    rows = layer.weight.shape[:1]
+    input_scale = layer.get("input_scale")
+    make = partial(
+        Int8Linear,
+        scale=_shape_among(layer.scale, (1,), rows, (*rows, 1)),
+        group=_convrot_group(layer),
+        input_scale=_shape_among(input_scale, (1,)) if input_scale else None,
+    )
+    return LayerFormat(layer.weight.shape, make)
+
+
+def _convrot_group(layer: Layer) -> int | None:
+    declaration = layer.declaration or {}
+    if not declaration.get("convrot"):
+        return None
+    group, columns = declaration.get("convrot_groupsize", GROUP), layer.weight.shape[1]
+    if hadamard_steps(group) is None or columns % group:
+        raise UserError(
+            f"{layer.weight.file} turns {layer.name!r:.120} in groups of {group!r:.40}, but a "
+            f"group must be a power of 4 that divides the {columns} inputs; get it from where it "
+            "was made."
+        )
+    return group
 
 
 def _is_block_fp8(layer: Layer) -> bool:
@@ -231,6 +305,8 @@ TABLE: tuple[tuple[Callable[[Layer], bool], Callable[[Layer], LayerFormat]], ...
     (_is_bitsandbytes, _nf4),
     (_is_declared_nvfp4, partial(_nvfp4, swizzled=True)),
     (_is_declared_fp8, _fp8),
+    (_is_declared_mxfp8, _mxfp8),
+    (_is_int8, _int8),
     (_is_block_fp8, _block_fp8),
     (_is_modelopt_nvfp4, partial(_nvfp4, swizzled=False)),
     (_is_undeclared_fp8, _fp8),
@@ -309,12 +385,13 @@ def _read_declarations(
     }
     header = {canonical_names.get(layer, layer): note for layer, note in header.items()}
     for layer in header.keys() & by_layer.keys():
-        ours, theirs = header[layer]["format"], by_layer[layer]["format"]
-        if ours != theirs:
-            raise UserError(
-                f"{file} contradicts itself: {layer!r:.120} is {ours:.60} by {METADATA}, and "
-                f"{theirs:.60} by {COMFY}; get it from where it was made."
-            )
+        for key in ("format", "convrot", "convrot_groupsize"):
+            ours, theirs = header[layer].get(key), by_layer[layer].get(key)
+            if ours != theirs:
+                raise UserError(
+                    f"{file} contradicts itself: {layer!r:.120} is {ours!s:.60} by {METADATA}, "
+                    f"and {theirs!s:.60} by {COMFY}; get it from where it was made."
+                )
     return present[0], by_layer | header
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flux.errors import UserError
 from flux.weights.quantization.fp8 import E4M3_MAX, FP8Linear
+from flux.weights.quantization.int8 import Int8Linear
 from flux.weights.quantization.linear import QuantizedLinear
 from flux.weights.quantization.nf4 import lookup
 
@@ -170,20 +171,6 @@ def _divide(weight: Tensor, scale: Tensor) -> Tensor:
 
 def fp8_by_row(in_features: int, out_features: int, bias: bool) -> FP8Linear:
     return FP8Linear(in_features, out_features, bias, scale=(out_features, 1))
-
-
-class Int8Linear(QuantizedLinear):
-    """The weight that `encode_int8` makes: weight = number * weight_scale of its row."""
-
-    weight_scale: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool):
-        super().__init__(in_features, out_features, bias)
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty(out_features, 1))
-
-    def dequantize(self) -> Tensor:
-        return self.weight.float() * self.weight_scale
 
 
 class Int4Linear(QuantizedLinear):
