@@ -18,6 +18,7 @@ from flux.runtime.options import Offload, RuntimeOptions
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys
 from flux.text_encoder import build_text_encoder
 from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, FluxConfig, Numerics
+from flux.weights.bundles import bundled_parts
 from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import shard_files
 from flux.weights.locate import get_spec, locate, with_decoder_of
@@ -32,6 +33,9 @@ def load(
     numerics: str | Numerics = "exact",
     transformer: str | Path | None = None,
     autoencoder: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    text_encoder_2: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     check_finite: bool = False,
     offload: Offload | None = None,
     max_vram: float | None = None,
@@ -50,8 +54,11 @@ def load(
     weights: folder with the files; else $FLUX_WEIGHTS, the Hugging Face cache, a download.
     device, dtype: default to the best device, and to bfloat16 if the device computes in it.
     numerics: a preset of `flux.transformer.NUMERICS`, or a Numerics.
-    transformer, autoencoder: files that replace the model's. Without `name`, the model is the
-        first in the table with the shapes of the transformer file.
+    transformer, autoencoder, text_encoder, text_encoder_2: files that replace the model's. The
+        text encoder of FLUX.1 is CLIP, and its second one T5. Without `name`, the model is the
+        first in the table with the shapes of the transformer file. What else lies in that file is
+        used too, with a warning: text encoders, and the autoencoder.
+    tokenizer: folder with the tokenizer's files; for FLUX.1, with CLIP's and T5's.
     check_finite: look for NaN and infinity in all weights, and check the hashes of files in the
         Hugging Face cache.
     The other arguments are fields of `RuntimeOptions`.
@@ -75,16 +82,46 @@ def load(
     chosen = choose_device(device)
     if dtype is None:
         dtype = torch.float32 if spec.embedded else choose_dtype(chosen)
-    replaced: dict[str, list[Path]] = {}  # these replace the model's, which need not exist
-    if transformer is not None:
-        replaced["transformer"] = shard_files(Path(transformer))
+    # these replace the model's files, which need not exist
+    replaced: dict[str, Any] = local_text_files(spec, text_encoder, text_encoder_2, tokenizer)
     if autoencoder is not None:
         replaced["autoencoder"] = [Path(autoencoder)]
-        config = with_decoder_of(spec.autoencoder, Path(autoencoder))
+    if transformer is not None:
+        replaced["transformer"] = shard_files(Path(transformer))
+        replaced |= bundled_parts(replaced["transformer"], spec, replaced)
+    if "autoencoder" in replaced:
+        config = with_decoder_of(spec.autoencoder, replaced["autoencoder"][0])
         spec = replace(spec, autoencoder=config)
     files = locate(spec, None if weights is None else Path(weights), replaced)
     networks = build_networks(spec, files, chosen, dtype, numerics, check_finite, options)
     return Pipeline(spec, networks, files, chosen, dtype, numerics, options)
+
+
+def local_text_files(
+    spec: ModelSpec,
+    text_encoder: str | Path | None,
+    text_encoder_2: str | Path | None,
+    tokenizer: str | Path | None,
+) -> dict[str, list[Path] | Path]:
+    """Return the given files of text encoders, and folders of tokenizers, by the parts of `locate`.
+
+    A folder may be that of a repository, with tokenizers in folders of their own.
+    """
+    if text_encoder_2 is not None and not spec.flux1:
+        raise UserError(f"text_encoder_2: {spec.name} has one text encoder. Use `text_encoder`.")
+    first, second = ("clip", "t5") if spec.flux1 else ("model", "")
+    given = {first: text_encoder, second: text_encoder_2}
+    files: dict[str, list[Path] | Path] = {
+        part: shard_files(Path(path)) for part, path in given.items() if path is not None
+    }
+    if tokenizer is not None:
+        folder = Path(tokenizer)
+        if not folder.is_dir():
+            raise UserError(f"tokenizer: {folder} is not a folder. Pass the folder of its files.")
+        for part, names in spec.text.tokenizers.items():
+            own = folder / Path(names[0]).parent
+            files[part] = own if own.is_dir() else folder
+    return files
 
 
 def build_networks(

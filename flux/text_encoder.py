@@ -185,7 +185,14 @@ def build_text_encoder(
             block_lists=("encoder.block",),
             **loading,
         )
-        clip = LazyModule(CLIP, text.clip, files["clip"], ignore_keys=clip_ignore_keys, **loading)
+        clip = LazyModule(
+            CLIP,
+            text.clip,
+            files["clip"],
+            ignore_keys=clip_ignore_keys,
+            rename=with_text_model,
+            **loading,
+        )
         return FLUX1TextEncoder(t5, clip, files["t5_tokenizer"], files["clip_tokenizer"], length)
 
     depth = max(text.model.layers)
@@ -205,6 +212,12 @@ def build_text_encoder(
     return FLUX2TextEncoder(model, files["tokenizer"], length)
 
 
+def with_text_model(name: str) -> str:
+    """Return a name of CLIP with the `text_model.` that transformers has not written since 5.6."""
+    flat = re.match(r"(embeddings|encoder\.layers|final_layer_norm)\.", name)
+    return f"text_model.{name}" if flat else name
+
+
 # The following tell of a tensor's name in a file whether the network has no use for the tensor.
 
 
@@ -215,7 +228,7 @@ def t5_ignore_keys(name: str) -> bool:
 
 def clip_ignore_keys(name: str) -> bool:
     """The image encoder and the projections, in files of all of CLIP; the numbers of positions."""
-    parts = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    parts = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
     return name.startswith(parts) or name.endswith("embeddings.position_ids")
 
 

@@ -171,9 +171,14 @@ def add_files(group) -> None:
         help="folder of the models' files (default: $FLUX_WEIGHTS, the Hugging Face cache, or a "
         "download)")
     add("--transformer", type=Path, metavar="FILE",
-        help="use this transformer: a fine-tune, for example")
+        help="use this transformer: a fine-tune, for example; or a checkpoint of all networks")
     add("--autoencoder", type=Path, metavar="FILE",
         help="use this autoencoder: the FLUX.2 small decoder, for example")
+    add("--text-encoder", type=Path, metavar="FILE",
+        help="use this text encoder: CLIP for FLUX.1, Qwen3 or Mistral for FLUX.2")
+    add("--text-encoder-2", type=Path, metavar="FILE", help="FLUX.1: use this T5")
+    add("--tokenizer", type=Path, metavar="DIR",
+        help="use the tokenizer's files in this folder; FLUX.1 has two tokenizers")
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]",
         help="repeatable; any common format, merged in order")
     add("--lora-ignore-unmatched", action="store_true",
@@ -387,8 +392,8 @@ def load(args: argparse.Namespace, fast: bool = True):
 
     import flux
 
-    names = "weights device transformer autoencoder check_finite offload max_vram quantize"
-    names += " fp8_matmul compile vae_tile"
+    names = "weights device transformer autoencoder text_encoder text_encoder_2 tokenizer"
+    names += " check_finite offload max_vram quantize fp8_matmul compile vae_tile"
     options = {name: getattr(args, name) for name in names.split()}
     for name in ("dtype", "decode_dtype"):
         options[name] = getattr(torch, getattr(args, name)) if getattr(args, name) else None
@@ -516,8 +521,8 @@ def upsample(args: argparse.Namespace, pipe, prompt: str, images: tuple, seed: i
     from flux.weights import locate
 
     if args.upsample == "local":
-        locate.locate_one(pipe.spec, "text_encoder/config.json", args.weights)
-        folder = pipe.files["tokenizer"].parent
+        config = locate.locate_one(pipe.spec, "text_encoder/config.json", args.weights)
+        folder = config.parent.parent
         prompt = upsampling.upsample_locally(prompt, folder, images, seed, pipe.device)
     else:
         prompt = upsampling.upsample_remotely(

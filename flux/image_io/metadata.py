@@ -26,6 +26,9 @@ REQUIRED: Types = dict(  # metadata of every image -> type; a list is of numbers
     decode_dtype=str | None,
     transformer=str | None,
     autoencoder=str | None,
+    text_encoder=str | None,
+    text_encoder_2=str | None,
+    tokenizer=str | None,
     quantize=str | None,
     fp8_matmul=bool,
     compile=bool,
@@ -43,6 +46,7 @@ IMAGE_OPTIONS: Types = dict(  # of `flux.ImageInputs`, in the metadata's `image_
     kv_cache=bool | None,
     preprocess_control=bool,
 )
+PARTS = ("transformer", "autoencoder", "text_encoder", "text_encoder_2", "tokenizer")  # by flags
 OLD_NAMES = {  # in images of version 0.1.0 -> today
     "cfg_scale": "true_cfg_scale",
     "native_fp8": "fp8_matmul",
@@ -89,8 +93,7 @@ def describe(
         decode_dtype=args.decode_dtype,
         device=pipe.device.type,
         threads=torch.get_num_threads(),
-        transformer=args.transformer.name if args.transformer else None,
-        autoencoder=args.autoencoder.name if args.autoencoder else None,
+        **{part: path.name if (path := getattr(args, part)) else None for part in PARTS},
         quantize=args.quantize,
         fp8_matmul=args.fp8_matmul,
         compile=args.compile,
@@ -168,7 +171,7 @@ def restore_args(args: Namespace, metadata: dict, default: Callable[[str], objec
                 f"{source}: was made with the unknown {name} {metadata[name]!r:.40}. "
                 f"Pass another `{name}`."
             )
-    for part in ("transformer", "autoencoder"):
+    for part in PARTS:
         if metadata[part] and not getattr(args, part):
             raise UserError(
                 f"{source}: was made with the {part} {metadata[part]}. Pass it as `{part}`."
@@ -177,14 +180,15 @@ def restore_args(args: Namespace, metadata: dict, default: Callable[[str], objec
     if args.image:
         restore_image_options(args, metadata, default)
     args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
-    for name in REQUIRED.keys() - {"prompt", "transformer", "autoencoder"}:
+    for name in REQUIRED.keys() - {"prompt", *PARTS}:
         if getattr(args, name) is None or getattr(args, name) is False:  # 0 is a typed seed
             setattr(args, name, metadata[name])
 
 
 def with_current_names(metadata: dict) -> dict:
     """Rename what older versions wrote, and fill in what they did not have."""
-    current = {"decode_dtype": None} | _renamed(metadata, OLD_NAMES)
+    later = ("decode_dtype", "text_encoder", "text_encoder_2", "tokenizer")
+    current = dict.fromkeys(later) | _renamed(metadata, OLD_NAMES)
     if isinstance(options := current.get("image_options"), dict):
         current["image_options"] = _renamed(options, OLD_OPTION_NAMES)
     if isinstance(loras := current.get("loras"), list):

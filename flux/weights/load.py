@@ -95,7 +95,7 @@ def load_module(
                 f"{file} has not the hash that Hugging Face states; delete {file.resolve()} and "
                 "download it again."
             )
-    infos, metadata = _read_headers(files)
+    infos, metadata = read_headers(files)
     sources = _match_names(infos, module.state_dict(), prefixes, ignore_keys, rename)
     layers = _quantized_layers(module, sources, metadata)
     quantized = {
@@ -132,7 +132,7 @@ def _not_finite(info: TensorInfo) -> UserError:
     return UserError(f"{info.file} has NaN or infinity in {info.name!r:.120}; download it again.")
 
 
-def _read_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict]:
+def read_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict]:
     """Return the tensors and the metadata of all files; UserError if two have the same name."""
     merged: dict[str, TensorInfo] = {}
     merged_metadata: dict = {}
@@ -166,17 +166,36 @@ def _match_names(
 ) -> dict[str, TensorInfo]:
     """Return the files' tensors by the module's names, without the ignored ones."""
     expected = set(expected)
-    candidates = [_without_prefix(infos, prefix, ignore_keys, rename) for prefix in prefixes]
-    best = max(candidates, key=lambda names: len(expected & set(names.values())))
+    candidates = [
+        (part, _without_prefix(part, prefix, ignore_keys, rename))
+        for part in (infos, *split_parts(infos).values())
+        for prefix in prefixes
+    ]
+    part, best = max(candidates, key=lambda found: len(expected & set(found[1].values())))
     sources: dict[str, TensorInfo] = {}
     for source, name in best.items():
         if name in sources:
             raise UserError(
-                f"{infos[source].file} has {name!r:.120} twice: {sources[name].name!r:.120}, "
-                f"{source!r:.120}."
+                f"{part[source].file} has {name!r:.120} twice: {sources[name].name!r:.120}, "
+                f"{part[source].name!r:.120}."
             )
-        sources[name] = infos[source]
+        sources[name] = part[source]
     return sources
+
+
+PART = re.compile(r"(?:vae|first_stage_model|text_encoders\.\w+\.transformer)\.")
+
+
+def split_parts(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Return the autoencoder and each text encoder of a ComfyUI checkpoint: prefix -> tensors.
+
+    The names of the tensors are without the prefix. The transformer is no such part.
+    """
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in infos.items():
+        if match := PART.match(name):
+            parts.setdefault(match[0], {})[name[match.end() :]] = info
+    return parts
 
 
 def _without_prefix(
@@ -267,7 +286,7 @@ LOOKS_LIKE = (  # a pattern in tensor names, and the network that has such names
     (r"double_blocks\.\d", "a FLUX.1 transformer"),
     (r"(down|up)_blocks\.\d+\.resnets\.", "an autoencoder in diffusers' layout"),
     (r"(encoder\.down|decoder\.up)\.\d", "an autoencoder"),
-    (r"text_model\.", "a CLIP text encoder"),
+    (r"text_model\.|^embeddings\.token_embedding\.", "a CLIP text encoder"),
     (r"encoder\.block\.\d+\.layer\.", "a T5 text encoder"),
     (r"layers\.\d+\.mlp\.gate_proj\.", "a language model"),
 )
@@ -311,7 +330,7 @@ def _check_fit(
     ]
     if not listed:
         return
-    found, needed = _looks_like(sources), _looks_like(expected)
+    found, needed = looks_like(sources), looks_like(expected)
     if found != needed:
         listed.append(f"the file looks like {found}, and {needed} is wanted")
     elif missing and unknown:
@@ -325,7 +344,8 @@ def _check_fit(
     )
 
 
-def _looks_like(names: Iterable[str]) -> str:
+def looks_like(names: Iterable[str]) -> str:
+    """Return the network that has such tensors, in words."""
     names = list(names)
     for pattern, network in LOOKS_LIKE:
         if any(re.search(pattern, name) for name in names):
@@ -352,7 +372,7 @@ def infer_config(path: Path) -> FluxConfig:
 
     `path`: a safetensors or GGUF file, quantized or not, or a `*.safetensors.index.json`.
     """
-    infos, metadata = _read_headers(shard_files(path))
+    infos, metadata = read_headers(shard_files(path))
     prefix = "model.diffusion_model."
     tensors = {}
     for name, info in infos.items():
@@ -370,7 +390,7 @@ def infer_config(path: Path) -> FluxConfig:
             problem = "has no" if shape is None else f"has shape {shape!s:.120} for"
             raise UserError(
                 f"{path} is not a complete FLUX transformer in BFL's layout: it {problem} '{name}' "
-                f"and looks like {_looks_like(infos)}."
+                f"and looks like {looks_like(infos)}."
             )
     hidden_size, in_channels = shapes["img_in.weight"]
     (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from flux.autoencoder import AutoEncoderConfig
 from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
-from flux.weights.files import find_files, is_local, read_header
-from flux.weights.load import infer_config, init_empty
+from flux.weights.files import find_files, is_local
+from flux.weights.load import infer_config, init_empty, read_headers, split_parts
 
 # ---------------------------------------------------------------- which model
 
@@ -98,11 +99,12 @@ def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
 
     The width of the decoder's first layer tells them apart.
     """
-    infos, _ = read_header(path)
-    if "decoder.conv_in.weight" not in infos or not infos["decoder.conv_in.weight"].shape:
-        return replace(config, decoder_ch=None)
-    width = infos["decoder.conv_in.weight"].shape[0]
-    return replace(config, decoder_ch=width // config.ch_mult[-1] or None)
+    infos, _ = read_headers([path])
+    for tensors in (infos, *split_parts(infos).values()):
+        first = tensors.get("decoder.conv_in.weight")
+        if first and first.shape:
+            return replace(config, decoder_ch=first.shape[0] // config.ch_mult[-1] or None)
+    return replace(config, decoder_ch=None)
 
 
 def count_parameters(spec: ModelSpec) -> int:
@@ -114,18 +116,22 @@ def count_parameters(spec: ModelSpec) -> int:
 
 
 def locate(
-    spec: ModelSpec, weights: Path | None, local_files: Mapping[str, list[Path]]
+    spec: ModelSpec, weights: Path | None, local_files: Mapping[str, Any]
 ) -> dict[str, list[Path] | Path]:
     """Return every file of a row: a list of weight files by network, a folder by tokenizer.
 
-    `local_files` replace the row's files of a network, which then need not exist.
+    `local_files` replace the row's files of a network, or its folder of a tokenizer, which then
+    need not exist.
     """
     files: dict[str, list[Path] | Path] = {}
     for part, choices in networks(spec).items():
         files[part] = local_files.get(part) or _locate(spec, choices, weights)
     for part, names in spec.text.tokenizers.items():
-        paths = [locate_one(spec, name, weights) for name in names]
-        files[part] = paths[0].parent
+        if part not in local_files:
+            paths = [locate_one(spec, name, weights) for name in names]
+            files[part] = paths[0].parent
+        else:
+            files[part] = local_files[part]
     if spec.addon:
         terms = spec.licence.name, spec.licence.gated
         for part, name in spec.addon.files:

@@ -16,6 +16,7 @@ from flux.image_io.metadata import (
     IMAGE_OPTIONS,
     OLD_NAMES,
     OLD_OPTION_NAMES,
+    PARTS,
     REQUIRED,
     describe_files,
     restore_args,
@@ -25,6 +26,7 @@ SCALARS = dict(model="flux.1-dev", prompt="a cat", negative_prompt="grey", width
 SCALARS |= dict(steps=2, guidance=[6, 4], seed=5, numerics="bfl", dtype="bfloat16", quantize="fp8")
 SCALARS |= dict(transformer=None, autoencoder=None, compile=True)
 NEW = SCALARS | dict(true_cfg_scale=3.5, fp8_matmul=True, vae_tile=512, decode_dtype="float32")
+NEW |= dict(text_encoder=None, text_encoder_2=None, tokenizer=None)
 OLD = SCALARS | dict(cfg_scale=3.5, native_fp8=True, tile=512)
 OPTIONS = dict(strength=0.5, outpaint=[1, 2, 3, 4], mask_threshold=0.6, composite=False)
 OPTIONS |= dict(image_weights=[0.7, 0.4], match_image_size=2, keep_input_size=True)
@@ -79,7 +81,7 @@ def test_every_value_is_restored(parser, here):
     metadata = with_files(NEW, dict(image_options=OPTIONS), ignore_unmatched=True)
     args = restored(parser, metadata)
     assert args.prompts == ["a cat"]
-    restored_names = REQUIRED.keys() - {"prompt", "transformer", "autoencoder"}
+    restored_names = REQUIRED.keys() - {"prompt", *PARTS}
     assert {name: getattr(args, name) for name in restored_names} == {
         name: NEW[name] for name in restored_names
     }
@@ -135,7 +137,8 @@ def test_missing_and_wrong_values_are_named(parser):
     ):
         expected = f"x.png: metadata are missing or wrong: {names}."
         assert refusal(parser, NEW | files | change) == expected
-    names = ", ".join(name for name in REQUIRED if name not in ("prompt", "decode_dtype"))
+    later = ("decode_dtype", "text_encoder", "text_encoder_2", "tokenizer")  # than version 0.1.0
+    names = ", ".join(name for name in REQUIRED if name not in ("prompt", *later))
     assert refusal(parser, {"prompt": "a"}) == f"x.png: metadata are missing or wrong: {names}."
 
 
@@ -147,7 +150,7 @@ def test_unknown_dtype_and_other_weights_are_asked_for(parser):
         restored(
             parser, NEW | files | {name: "__class__"}, f"--{name.replace('_', '-')}", "float32"
         )
-    for part in ("transformer", "autoencoder"):
+    for part in PARTS:
         message = refusal(parser, NEW | files | {part: "other.safetensors"})
         assert "other.safetensors" in message and f"Pass it as `{part}`" in message
 
