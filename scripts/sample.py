@@ -187,6 +187,9 @@ def add_files(group) -> None:
     add("--output", type=Path, default=Path("outputs/flux.png"), metavar="FILE",
         help="PNG, JPEG or WebP, by its suffix; a number is added rather than overwrite a file "
         "(default: outputs/flux.png)")
+    add("--no-metadata", action="store_true",
+        help="leave the prompt and all settings out of the files: they only say that a model made "
+        "the image, and --from-image cannot make it again")
     add("--save-latents", action="store_true", help="also write the latents, as .safetensors")
     add("--list-models", action="store_true", help="print the models, and which are available")
 # fmt: on
@@ -259,7 +262,8 @@ def run(args: argparse.Namespace) -> int:
         restore_args(args, earlier, parser().get_default)
     args.numerics = args.numerics or "exact"
     prompts = gather_prompts(args)
-    output.check_output(args.output, (p + (args.negative_prompt or "") for p in prompts))
+    texts = () if args.no_metadata else (p + (args.negative_prompt or "") for p in prompts)
+    output.check_output(args.output, texts)
     first_seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
 
     import torch
@@ -327,7 +331,8 @@ def run(args: argparse.Namespace) -> int:
         for typed, prompt in zip(some, expanded):
             recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed) | files
             recipe["upsampled_from"] = typed if args.upsample else None
-            output.check_metadata_fits(args.output, recipe)
+            if not args.no_metadata:
+                output.check_metadata_fits(args.output, recipe)
             recipes.append(recipe)
         pipe.encode_ahead(expanded + negative)
         for recipe in recipes:
@@ -343,9 +348,9 @@ def generate_file(args: argparse.Namespace, pipe, metadata: dict, steps: int, co
     seed, prompt = metadata["seed"], metadata["prompt"]
     image, latents = generate(args, pipe, prompt, seed, steps, conditions)
     suffixes = [".safetensors"] if args.save_latents else []
-    path = output.save(image, args.output, metadata, suffixes)
+    path = output.save(image, args.output, metadata, suffixes, record=not args.no_metadata)
     if args.save_latents:
-        save_latents(path, latents, metadata)
+        save_latents(path, latents, None if args.no_metadata else metadata)
     say(f"seed {seed}: {prompt}")
     print_path(path)
 
@@ -564,13 +569,14 @@ def note_unknown_words(prompts: Iterable[str]) -> None:
         )
 
 
-def save_latents(image: Path, latents, metadata: dict) -> None:
+def save_latents(image: Path, latents, metadata: dict | None) -> None:
     """Write the latents next to the image."""
     from safetensors.torch import save
 
     from flux.image_io.output import to_json, write_exclusive
 
-    data = save({"latents": latents.cpu().contiguous()}, {"flux": to_json(metadata)})
+    record = None if metadata is None else {"flux": to_json(metadata)}
+    data = save({"latents": latents.cpu().contiguous()}, record)
     path = write_exclusive(image.with_suffix(".safetensors"), lambda file: file.write(data))
     say(f"latents: {path}")
 

@@ -1,7 +1,9 @@
 """The metadata of an image: everything that decides its pixels, to show and to make it again."""
 
 import hashlib
+import json
 import os
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +152,63 @@ def describe_file(path: Path) -> dict:
 
 def short(dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------ for other programs
+
+
+def source_type(metadata: dict) -> str | None:
+    """Return IPTC's term for where an image comes from; None for one that no model generated.
+
+    https://cv.iptc.org/newscodes/digitalsourcetype: media by a trained model, or composed of such
+    media and others, as where the pixels outside a mask are the input's.
+    """
+    if "model" not in metadata:
+        return None
+    options = metadata.get("image_options") or {}
+    partly = metadata.get("mask") or options.get("outpaint")
+    term = "trainedAlgorithmicMedia"
+    if partly and options.get("composite"):
+        term = "compositeWithTrainedAlgorithmicMedia"
+    return f"http://cv.iptc.org/newscodes/digitalsourcetype/{term}"
+
+
+def parameters(metadata: dict) -> str:
+    """Return the text that the web UIs of Stable Diffusion keep in an image, and many tools show.
+
+    The prompt, the negative prompt, and one line of settings. "" if the metadata are not complete.
+    """
+    from flux.configs import MODELS
+
+    if wrong_values(metadata, REQUIRED):
+        return ""
+    spec, options = MODELS.get(metadata["model"]), metadata.get("image_options") or {}
+    by_cfg = spec is not None and spec.cfg
+    guidance, scale = metadata["guidance"], metadata["true_cfg_scale"]
+    settings = {
+        "Steps": metadata["steps"],
+        "Sampler": "Euler",
+        "CFG scale": guidance if by_cfg else 1 if scale is None else scale,
+        "Distilled CFG Scale": None if by_cfg else guidance,
+        "Seed": metadata["seed"],
+        "Size": f"{metadata['width']}x{metadata['height']}",
+        "Model": Path(metadata["transformer"] or metadata["model"]).name,
+        "Denoising strength": options.get("strength"),
+        "Version": str(metadata.get("software", "flux")).partition(",")[0],
+    }
+    lines = [metadata["prompt"]]
+    if metadata["negative_prompt"]:
+        lines.append(f"Negative prompt: {metadata['negative_prompt']}")
+    named = [f"{name}: {_setting(x)}" for name, x in settings.items() if x is not None]
+    return "\n".join([*lines, ", ".join(named)])
+
+
+def _setting(value: object) -> str:
+    """Return a value as text, in quotes if the text would end early without them."""
+    if isinstance(value, list):
+        value = (":" if len(value) == 2 else ",").join(map(str, value))
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search('[,:\n"]', text) else text
 
 
 # ------------------------------------------------------------------------------ reading

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,12 +17,23 @@ from torch import Tensor
 from flux.atomic_files import remove_leftovers, unfinished_file
 from flux.errors import NonFiniteError, UserError
 from flux.image_io.input import open_image
+from flux.image_io.metadata import parameters, source_type
 from flux.plain_files import parse_json
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 KEY = "flux"  # the name of our JSON in a PNG; JPEG and WebP carry it as XMP
-XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><flux><![CDATA[{}]]></flux></x:xmpmeta>'
+XMP = (
+    '<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="">{}</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
+XMP_RECORD = '<flux:metadata xmlns:flux="urn:flux:"><![CDATA[{}]]></flux:metadata>'
+XMP_SOURCE = (  # IPTC Photo Metadata Standard: where an image comes from
+    '<Iptc4xmpExt:DigitalSourceType xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
+    "{}</Iptc4xmpExt:DigitalSourceType>"
+)
 JPEG_ROOM = 65_504  # bytes: a segment of 65,535, less its length (2) and the name of XMP (29)
+EXIF_ROOM = 65_527  # bytes, likewise; the name of EXIF has 6
 
 
 def to_images(pixels: Tensor, dtype: torch.dtype = torch.float32) -> list[Image.Image]:
@@ -82,9 +94,26 @@ def check_metadata_fits(path: Path, metadata: dict, name: str = "output") -> Non
         )
 
 
-def _xmp(metadata: dict) -> bytes:
-    text = to_json(metadata).replace("]]>", "]]\\u003e")  # CDATA may not hold its own end
-    return XMP.format(text).encode()
+def _xmp(metadata: dict, record: bool = True) -> bytes:
+    """Return an XMP packet: the mark of generated media, and the metadata if `record` is set."""
+    source = source_type(metadata)
+    parts = [XMP_SOURCE.format(source)] if source else []
+    if record:
+        text = to_json(metadata).replace("]]>", "]]\\u003e")  # CDATA may not hold its own end
+        parts.append(XMP_RECORD.format(text))
+    return XMP.format("".join(parts)).encode()
+
+
+def _exif(text: str) -> bytes:
+    """Return EXIF whose UserComment is `text`, big-endian, as web UIs write and read it.
+
+    Pillow would give the comment another type than EXIF does: bytes instead of undefined (7).
+    """
+    comment = b"UNICODE\0" + text.encode("utf-16-be", "replace")
+    head = struct.pack(">4sI", b"MM\0*", 8)
+    first = struct.pack(">HHHIII", 1, 0x8769, 4, 1, 26, 0)  # at 8: one tag, where EXIF's are
+    tags = struct.pack(">HHHIII", 1, 0x9286, 7, len(comment), 44, 0)  # at 26: UserComment
+    return b"Exif\0\0" + head + first + tags + comment
 
 
 def to_json(metadata: dict) -> str:
@@ -111,11 +140,20 @@ def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()  # a link that leads nowhere exists too
 
 
-def save(image: Image.Image, path: Path, metadata: dict, suffixes: Sequence[str] = ()) -> Path:
+def save(
+    image: Image.Image,
+    path: Path,
+    metadata: dict,
+    suffixes: Sequence[str] = (),
+    record: bool = True,
+) -> Path:
     """Write an image and its metadata under a free name, and return the name.
 
+    The file holds the metadata, the text of `flux.image_io.metadata.parameters` unless it is too
+    long for a JPEG, and IPTC's mark of generated media. `record=False` leaves only the mark.
     `suffixes`: as in `next_free_path`.
     """
+    text = parameters(metadata) if record else ""
     image = image.copy()
     image.info.clear()  # a JPEG would repeat the comment of an input image
     options: dict[str, Any] = {"format": FORMATS[path.suffix.lower()]}
@@ -123,13 +161,24 @@ def save(image: Image.Image, path: Path, metadata: dict, suffixes: Sequence[str]
         from PIL import PngImagePlugin  # imported here, as Pillow itself does
 
         info = PngImagePlugin.PngInfo()
-        info.add_itxt(KEY, to_json(metadata))
+        if record:
+            info.add_itxt(KEY, to_json(metadata))
+        if text:
+            info.add_text("parameters", text)
+        if source_type(metadata):
+            info.add_itxt("XML:com.adobe.xmp", _xmp(metadata, record=False).decode())
         # After PNG's filters, RLE is faster than zlib's level 1, and smaller than its level 6.
         options |= {"pnginfo": info, "compress_type": zlib.Z_RLE}
     else:
-        options |= {"quality": 95, "xmp": _xmp(metadata)}
+        options["quality"] = 95
+        if record or source_type(metadata):
+            options["xmp"] = _xmp(metadata, record)
     if options["format"] == "JPEG":
         options["subsampling"] = 0
+    if text and options["format"] != "PNG":
+        exif = _exif(text)
+        if options["format"] != "JPEG" or len(exif) <= EXIF_ROOM:
+            options["exif"] = exif
     return write_exclusive(path, lambda file: image.save(file, **options), suffixes)
 
 
@@ -170,5 +219,6 @@ def read_metadata(path: Path) -> dict:
         return metadata
     except (TypeError, ValueError, AttributeError):
         raise UserError(
-            f"{path}: is not an image with flux metadata. Another program may have removed them."
+            f"{path}: is not an image with flux metadata. Another program may have removed them, "
+            "or they were left out."
         ) from None

@@ -67,6 +67,20 @@ def test_process_prints_the_path_and_writes_image_and_metadata(tmp_path):
     assert metadata["software"].startswith("flux ") and torch.__version__ in metadata["software"]
 
 
+def test_metadata_are_left_out_on_request(cli):
+    run = cli("a violet heptagon", *QUICK, "--no-metadata", "--save-latents", "--output", "a.png")
+    assert run.code == 0, run.err
+    for name in ("a.png", "a.safetensors"):
+        content = (run.folder / name).read_bytes()
+        assert not any(part in content for part in (b"violet", b"Steps", b"steps", b"seed"))
+    assert b"digitalsourcetype/trainedAlgorithmicMedia" in (run.folder / "a.png").read_bytes()
+    again = cli("--from-image", "a.png")
+    assert again.code == 2 and "they were left out" in again.err
+    carried = cli("a violet heptagon", *QUICK, "--seed", 7, "--output", "b.png")
+    with Image.open(*carried.images) as image:
+        assert image.info["parameters"].startswith("a violet heptagon\nSteps: 1, Sampler: Euler, ")
+
+
 def test_defaults_come_from_the_model(cli):
     run = cli(PROMPT)
     metadata = read_metadata(*run.images)

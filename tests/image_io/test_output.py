@@ -242,14 +242,133 @@ NASTY = [
 ]
 
 
+def xmp_properties(xmp: bytes) -> list[ElementTree.Element]:
+    """Return the properties in an XMP packet, by ISO 16684-1."""
+    packet, rdf = ElementTree.fromstring(xmp), "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+    assert packet.tag == "{adobe:ns:meta/}xmpmeta"
+    (graph,) = packet
+    (description,) = graph
+    assert (graph.tag, description.tag) == (f"{rdf}RDF", f"{rdf}Description")
+    assert description.attrib == {f"{rdf}about": ""}
+    return list(description)
+
+
+RECIPE = dict(model="flux.2-klein-base-4b", prompt='a cat,\non a mat: "naïve"', steps=50, seed=7)
+RECIPE |= dict(negative_prompt="blurred, grey", width=96, height=80, guidance=4.0, mask=None)
+RECIPE |= dict(true_cfg_scale=None, numerics="exact", dtype="float32", decode_dtype=None)
+RECIPE |= dict(transformer=None, autoencoder=None, quantize=None, fp8_matmul=False, compile=False)
+RECIPE |= dict(vae_tile=None, image_options=None, software="flux 0.1.0, torch 2.9")
+SOURCE = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
+TERMS = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+
+
+def shown_text(path: Path) -> str | None:
+    """Return the text that web UIs show, as they read it: PNG's `parameters`, or UserComment."""
+    with Image.open(path) as image:
+        image.load()
+        if path.suffix == ".png":
+            return image.info.get("parameters")
+        comment = image.getexif().get_ifd(0x8769).get(0x9286)
+        exif = image.info.get("exif", b"")
+    if comment is None:
+        return None
+    assert b"MM\0*" in exif and b"\x92\x86\0\7" in exif  # big-endian; the type is undefined (7)
+    assert comment[:8] == b"UNICODE\0"
+    return comment[8:].decode("utf-16-be")
+
+
+def read_settings(text: str) -> tuple[str, str, dict[str, str]]:
+    """Parse the text as web UIs do: prompt, negative prompt, and the last line's settings."""
+    *lines, last = text.split("\n")
+    setting = r'\s*(\w[\w /-]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+    found = {k: json.loads(v) if v[:1] == '"' else v for k, v in re.findall(setting, last)}
+    assert len(found) >= 3  # else the line belongs to the prompt
+    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
+    return prompt, negative, found
+
+
+@every_format
+def test_other_programs_find_prompt_and_settings(tmp_path, suffix):
+    """The text of the web UIs, whose names civitai and viewers know; Forge's for guidance."""
+    made = {"Steps": "50", "Sampler": "Euler", "CFG scale": "4.0", "Seed": "7", "Size": "96x80"}
+    made |= {"Model": "flux.2-klein-base-4b", "Version": "flux 0.1.0"}
+    path = images.save(gray_image(), tmp_path / f"a{suffix}", RECIPE)
+    assert read_settings(shown_text(path)) == (RECIPE["prompt"], RECIPE["negative_prompt"], made)
+    assert images.read_metadata(path) == RECIPE
+    dev = dict(model="flux.1-dev", transformer="a, b.gguf", guidance=[4, 1.5], prompt="日本語")
+    dev |= dict(true_cfg_scale=2.5, negative_prompt=None, image_options=dict(strength=0.75))
+    made |= {"CFG scale": "2.5", "Distilled CFG Scale": "4:1.5", "Model": "a, b.gguf"}
+    made |= {"Denoising strength": "0.75"}
+    path = images.save(gray_image(), tmp_path / f"a{suffix}", RECIPE | dev)
+    assert read_settings(shown_text(path)) == ("日本語", "", made)
+
+
+def test_text_for_other_programs_that_a_jpeg_cannot_hold_is_left_out(tmp_path):
+    """UTF-16 takes twice the bytes of the metadata."""
+    long = RECIPE | {"prompt": "a" * 40_000}
+    path = images.save(gray_image(), tmp_path / "a.jpg", long)
+    assert shown_text(path) is None and images.read_metadata(path) == long
+    kept = []
+    for length in range(32_560, 32_660, 2):  # about the limit, at which Pillow would refuse
+        recipe = RECIPE | {"prompt": "a" * length}
+        path = images.save(gray_image(), tmp_path / "b.jpg", recipe)
+        assert images.read_metadata(path) == recipe
+        kept.append(shown_text(path) is not None)
+    assert kept == sorted(kept, reverse=True) and kept[0] and not kept[-1]
+    assert shown_text(images.save(gray_image(), tmp_path / "a.webp", long)).startswith("a" * 40_000)
+
+
+@every_format
+@pytest.mark.parametrize("record", [True, False])
+def test_generated_media_are_marked_as_iptc_asks(tmp_path, suffix, record):
+    """https://cv.iptc.org/newscodes/digitalsourcetype: composite where input pixels remain."""
+    options = dict(composite=True, outpaint=None)
+    for changed, term in (
+        (dict(), "trainedAlgorithmicMedia"),
+        (dict(image_options=options), "trainedAlgorithmicMedia"),
+        (dict(image_options=options, mask=dict(file="m")), "compositeWithTrainedAlgorithmicMedia"),
+        (
+            dict(image_options=options | dict(outpaint=[1, 2, 3, 4])),
+            "compositeWithTrainedAlgorithmicMedia",
+        ),
+        (
+            dict(image_options=options | dict(composite=False), mask=dict(file="m")),
+            "trainedAlgorithmicMedia",
+        ),
+    ):
+        recipe = RECIPE | changed
+        path = images.save(gray_image(), tmp_path / f"a{suffix}", recipe, record=record)
+        with Image.open(path) as image:
+            found = {element.tag: element.text for element in xmp_properties(image.info["xmp"])}
+        assert found[SOURCE] == TERMS + term
+    path = images.save(gray_image(), tmp_path / f"a{suffix}", {}, record=record)
+    assert b"digitalsourcetype" not in path.read_bytes()  # no model made a control image
+
+
+@every_format
+def test_metadata_that_are_left_out_leave_only_the_mark(tmp_path, suffix):
+    secret = RECIPE | {"prompt": "SECRETPROMPT", "negative_prompt": "SECRETNEGATIVE"}
+    path = images.save(gray_image(), tmp_path / f"a{suffix}", secret, record=False)
+    content = path.read_bytes()
+    for part in (b"SECRET", b"S\0E\0C\0R\0E\0T", b"klein", b"Steps", b"seed", b"torch"):
+        assert part not in content
+    assert content.count(b"trainedAlgorithmicMedia") == 1 and shown_text(path) is None
+    with Image.open(path) as image:
+        assert set(image.info) <= {"xmp", "XML:com.adobe.xmp", "jfif", "jfif_version"} | {
+            *("jfif_unit", "jfif_density", "loop", "background", "timestamp", "duration")
+        }
+    with pytest.raises(UserError, match="removed them, or they were left out"):
+        images.read_metadata(path)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 @pytest.mark.parametrize("text", [*NASTY, "<x/>&lt;]]]]><![CDATA[>", "\u202e\x9b\ufffe\uffff"])
 def test_xmp_is_well_formed_and_ascii(tmp_path, suffix, text):
     with Image.open(images.save(gray_image(), tmp_path / f"a{suffix}", {text: text})) as image:
         xmp = image.info["xmp"]
-    packet = ElementTree.fromstring(xmp)
-    assert [child.tag for child in packet] == ["flux"] and not list(packet[0])
-    assert json.loads(packet[0].text, parse_constant=pytest.fail) == {text: text}
+    (record,) = xmp_properties(xmp)
+    assert record.tag == "{urn:flux:}metadata" and not list(record)
+    assert json.loads(record.text, parse_constant=pytest.fail) == {text: text}
     assert re.fullmatch(rb"[ -~]*", xmp)
 
 
