@@ -49,6 +49,9 @@ IMAGE_OPTIONS: Types = dict(  # of `flux.ImageInputs`, in the metadata's `image_
     preprocess_control=bool,
 )
 PARTS = ("transformer", "autoencoder", "text_encoder", "text_encoder_2", "tokenizer")  # by flags
+SHOWN = set(  # of these, `parameters` speaks
+    "prompt negative_prompt width height steps guidance true_cfg_scale seed model transformer".split()
+)
 OLD_NAMES = {  # in images of version 0.1.0 -> today
     "cfg_scale": "true_cfg_scale",
     "native_fp8": "fp8_matmul",
@@ -180,7 +183,7 @@ def parameters(metadata: dict) -> str:
     """
     from flux.configs import MODELS
 
-    if wrong_values(metadata, REQUIRED):
+    if not SHOWN <= metadata.keys():
         return ""
     spec, options = MODELS.get(metadata["model"]), metadata.get("image_options") or {}
     by_cfg = spec is not None and spec.cfg
