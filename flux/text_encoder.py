@@ -23,6 +23,11 @@ from flux.tokenizers import (
     T5Tokenizer,
     Tokens,
 )
+from flux.weights.llama_cpp_names import (
+    halves_from_pairs,
+    language_model_from_llama_cpp,
+    t5_from_llama_cpp,
+)
 
 MAX_CACHE = 2**30  # bytes of features that are kept for later calls: 136 prompts of klein 4B
 
@@ -182,6 +187,7 @@ def build_text_encoder(
             text.t5,
             files["t5"],
             ignore_keys=t5_ignore_keys,
+            rename=t5_from_llama_cpp,
             block_lists=("encoder.block",),
             **loading,
         )
@@ -200,12 +206,19 @@ def build_text_encoder(
     def ignore_keys(name: str) -> bool:
         return language_model_ignore_keys(name, depth)
 
+    def reorder(name: str, rows: Tensor, metadata: Mapping) -> Tensor:
+        return halves_from_pairs(
+            name, rows, metadata.get("general.architecture"), text.model.head_dim
+        )
+
     model = LazyModule(
         LanguageModel,
         text.model,
         files["model"],
         prefixes=("model.", "language_model.model.", "model.language_model.", ""),
         ignore_keys=ignore_keys,
+        rename=language_model_from_llama_cpp,
+        reorder=reorder,
         block_lists=("layers",),
         **loading,
     )
@@ -238,6 +251,7 @@ def language_model_ignore_keys(name: str, depth: int) -> bool:
         return int(layer[1]) >= depth
     parts = (
         "norm.",
+        "rope_freqs.",
         "lm_head.",
         "language_model.lm_head.",
         "vision_tower.",

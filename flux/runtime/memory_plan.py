@@ -25,6 +25,7 @@ from flux.runtime.activation_memory import Workload, activations
 from flux.runtime.devices import FreeMemory
 from flux.runtime.options import OFFLOAD_MODES, Offload, check_max_vram
 from flux.runtime.streaming import MIN_STREAMED, NUM_BUFFERS
+from flux.weights.quantization import GGUFEmbedding
 
 RESERVED = {"cuda": 600_000_000, "mps": 600_000_000, "cpu": 0}  # library workspaces, rounding
 GB = 1_000_000_000
@@ -312,7 +313,7 @@ def measure_weights(
     fixed = sum(tensor_sizes(module)) - sum(blocks)
     largest = 0
     for layer in module.modules():
-        if hasattr(layer, "dequantize"):
+        if hasattr(layer, "dequantize") and not isinstance(layer, GGUFEmbedding):  # a row at a time
             largest = max(largest, matrix_size(layer))
     # float32 before and after the scale; or after the scale, and rounded
     scratch = largest * 8

@@ -27,6 +27,7 @@ from flux.weights.files import (
     shard_files,
 )
 from flux.weights.quantization import (
+    GGUFEmbedding,
     QuantizedLinear,
     canonical,
     detect_formats,
@@ -73,6 +74,7 @@ def load_module(
     prefixes: Sequence[str] = ("",),
     ignore_keys: Callable[[str], bool] = keep_all,
     rename: Callable[[str], str] | None = None,
+    reorder: Callable[[str, torch.Tensor, Mapping], torch.Tensor] | None = None,
     check_finite: bool = False,
 ) -> None:
     """Load `files` into a module on the meta device; freeze it and set evaluation mode.
@@ -83,6 +85,8 @@ def load_module(
     prefixes: what may stand before the names in the files; the best fit is removed.
     ignore_keys: whether a tensor of this name, without prefix, is expected but not needed.
     rename: from a name in the file, without prefix, to the module's name, for a foreign layout.
+    reorder: puts the rows of a tensor into the module's order, for a foreign layout; takes the
+        module's name, the tensor, and the metadata of the files.
     check_finite: raise UserError if a weight is NaN or infinite, or if a file in the Hugging Face
         cache has not its hash.
 
@@ -117,8 +121,12 @@ def load_module(
             raise _not_finite(sources[name])
         cast = tensor.is_floating_point() and name not in quantized
         tensor = tensor.view(expected[name].shape)
+        if reorder:
+            tensor = reorder(name, tensor, metadata)
         tensors[name] = tensor.to(device=device, dtype=dtype if cast else None)
     for path, layer in layers.items():
+        if isinstance(layer, GGUFEmbedding) and dtype:
+            layer.dtype = dtype
         module.set_submodule(path, layer)
     module.requires_grad_(False).load_state_dict(tensors, strict=True, assign=True)
     if check_finite:
@@ -236,7 +244,7 @@ def _canonical(name: str) -> str:
 def _quantized_layers(
     module: nn.Module, sources: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> dict[str, QuantizedLinear]:
-    """Return the replacements of Linears by path, on the meta device."""
+    """Return the replacements of Linears and Embeddings by path, on the meta device."""
     linears = {
         path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
     }
@@ -248,6 +256,10 @@ def _quantized_layers(
             layers[path] = format.make(
                 linear.in_features, linear.out_features, linear.bias is not None
             )
+        for path, part in module.named_modules():
+            info = sources.get(f"{path}.weight")
+            if isinstance(part, nn.Embedding) and info and info.dtype in gguf.BLOCKS:
+                layers[path] = GGUFEmbedding(part.num_embeddings, part.embedding_dim, info.dtype)
     return layers
 
 

@@ -18,11 +18,12 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.quantized_files import save_gguf
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
-from flux.weights.load import infer_config, load_module
+from flux.weights.load import infer_config, init_empty, load_module
 from flux.weights.quantization.gguf import (
     BLOCKS,
     NUMBERS,
@@ -601,3 +602,63 @@ def test_random_bytes_are_refused(tmp_path_factory, rest, counts):
     path = tmp_path_factory.getbasetemp() / "noise.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + rest)
     refusal(read_header, path)
+
+
+# ---------------------------------------------------------------- original shapes
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_K"])
+def test_matrix_in_another_shape_gets_its_own(tmp_path, kind):
+    """ComfyUI-GGUF stores a matrix with rows of 64 in rows of 256; other arrays change nothing."""
+    path, blocks = tmp_path / "x.gguf", kind in BLOCKS
+    if blocks:
+        raw = random_blocks(kind, 32, 256 // BLOCKS[kind].weights)
+        expected = oracle(raw, kind)
+    else:
+        numbers = np.random.default_rng(0).standard_normal((32, 256), dtype=np.float32)
+        raw = gguf.quantize(numbers, Type[kind])
+        expected = oracle(raw, kind)
+    vector = np.arange(5, dtype=np.float32)
+    lists = {f"comfy.gguf.orig_shape.{name}": shape for name, shape in ORIGINAL.items()}
+    writer = gguf.GGUFWriter(path, "flux")
+    for key, value in lists.items():
+        writer.add_array(key, value)
+    writer.add_tensor("a.weight", raw, raw_dtype=Type[kind])
+    writer.add_tensor("vector", vector)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    infos, found = read_header(path)[0], tensors(path)
+    assert infos["a.weight"].shape == (128, 64) and infos["vector"].shape == (5,)
+    assert np.array_equal(found["vector"].numpy(), vector)
+    if not blocks:
+        assert torch.equal(found["a.weight"].float(), expected.view(128, 64))
+        return
+    assert same_bits(decode(found["a.weight"], kind, (128, 64)), expected.view(128, 64))
+    module = init_empty(lambda: nn.ModuleDict({"a": nn.Linear(64, 128, bias=False)}))
+    load_module(module, [path], ignore_keys=lambda name: name == "vector")
+    assert isinstance(module["a"], GGUFLinear)
+    assert same_bits(module["a"].dequantize(), expected.view(128, 64))
+    table = init_empty(lambda: nn.ModuleDict({"a": nn.Embedding(128, 64)}))
+    load_module(table, [path], ignore_keys=lambda name: name == "vector")
+    ids = torch.tensor([[127, 0, 5]])
+    assert same_bits(table["a"](ids), expected.view(128, 64)[ids])
+
+
+ORIGINAL = {"a.weight": [128, 64], "vector": [5], "of.no.tensor": [1, 2]}
+
+
+@pytest.mark.parametrize("shape", [[128, 65], [-128, -64], [0], [8192, 1, 1, 0], [1] * 40])
+def test_impossible_original_shape_is_refused(tmp_path, shape):
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_array("comfy.gguf.orig_shape.a", shape)
+    writer.add_tensor("a", np.zeros((32, 256), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    message = refusal(read_header, path)
+    assert "tensor 'a' of shape (32, 256) cannot have the comfy.gguf.orig_shape.*" in message

@@ -16,7 +16,7 @@ from flux.weights.quantization.detect import (
     is_quant_metadata,
 )
 from flux.weights.quantization.fp8 import BlockFP8Linear, FP8Linear, enable_fp8_matmul
-from flux.weights.quantization.gguf import GGUFLinear
+from flux.weights.quantization.gguf import GGUFEmbedding, GGUFLinear
 from flux.weights.quantization.int8 import Int8Linear
 from flux.weights.quantization.linear import QuantizedLinear
 from flux.weights.quantization.mxfp8 import MXFP8Linear
@@ -27,6 +27,7 @@ __all__ = [
     "FP8_DTYPES",
     "BlockFP8Linear",
     "FP8Linear",
+    "GGUFEmbedding",
     "GGUFLinear",
     "Int8Linear",
     "LayerFormat",

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux.errors import UserError
 from flux.plain_files import require_plain_file
-from flux.weights.files import MAX_HEADER, MAX_TENSORS, TensorInfo
+from flux.weights.files import MAX_DIMENSIONS, MAX_HEADER, MAX_TENSORS, TensorInfo
 from flux.weights.quantization.linear import QuantizedLinear
 
 # ---------------------------------------------------------------- blocks
@@ -233,6 +233,32 @@ class GGUFLinear(QuantizedLinear):
         return decode(self.weight, self.kind, (self.out_features, self.in_features))
 
 
+class GGUFEmbedding(GGUFLinear):
+    """An embedding in one of ggml's block types: rows are decoded when their ids are used.
+
+    Its `in_features` and `out_features` are the sizes of a row and of the vocabulary.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, kind: str):
+        super().__init__(embedding_dim, num_embeddings, False, kind)
+        self.dtype = torch.float32  # of the rows that `forward` returns
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (...) -> their rows (..., embedding_dim)."""
+        if self.weight.dim() == 1:  # rows share blocks
+            return self.dequantize()[ids].to(self.dtype)
+        return decode(self.weight[ids], self.kind, (*ids.shape, self.in_features)).to(self.dtype)
+
+    def to_linear(self, weight: Tensor) -> nn.Embedding:  # type: ignore[override]
+        """Return a frozen Embedding with this weight."""
+        return nn.Embedding.from_pretrained(weight).train(self.training)
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        """Run `.to()`, `.half()` and the like: a dtype is for the rows, a device for the blocks."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
 # ---------------------------------------------------------------- files
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -248,6 +274,9 @@ NUMBERS = {  # enum gguf_type -> the format character of `struct`
 }
 # fmt: on
 STRING, ARRAY = 8, 9  # enum gguf_type
+# ComfyUI-GGUF stores a matrix with short rows in rows of whole blocks, and its shape under this key
+# and the tensor's name.
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 MAX_STRINGS = 1_000_000  # of all arrays; Mistral's vocabulary and merges are some 400,000
 
 
@@ -290,8 +319,14 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def stored_shape(kind: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape, in bytes, of a stored tensor that has this shape when dequantized."""
-    return *shape[:-1], shape[-1] // BLOCKS[kind].weights * BLOCKS[kind].bytes
+    """Return the shape, in bytes, of a stored tensor that has this shape when dequantized.
+
+    It has one dimension if rows share blocks (`ORIGINAL_SHAPE`).
+    """
+    block = BLOCKS[kind]
+    if shape[-1] % block.weights:
+        return (prod(shape) // block.weights * block.bytes,)
+    return *shape[:-1], shape[-1] // block.weights * block.bytes
 
 
 def _size(kind: str, shape: Sequence[int]) -> int:
@@ -330,12 +365,15 @@ def _parse(fields: "_Fields", path: Path) -> Header:
             f"most {MAX_TENSORS:,}); download it again"
         )
     metadata: dict[str, str | int | float | None] = {}
+    shapes: dict[str, tuple[int, ...]] = {}  # of tensors that are stored in another shape
     for _ in range(value_count):
         if (name := fields.text()) in metadata:
             raise ValueError(
                 f"has a damaged header: value {name!r:.120} comes twice; download it again"
             )
         metadata[name] = fields.value()
+        if name.startswith(ORIGINAL_SHAPE):
+            shapes[name.removeprefix(ORIGINAL_SHAPE)] = fields.last_integers
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
         raise ValueError(
@@ -356,6 +394,8 @@ def _parse(fields: "_Fields", path: Path) -> Header:
             )
         infos[info.name], begins[info.name] = info, begin
         end = begin + _size(info.dtype, info.shape)
+        if info.name in shapes:
+            infos[info.name] = _reshaped(info, shapes[info.name])
     if not infos:
         raise ValueError("holds no tensors")
     start = fields.file.tell()
@@ -369,12 +409,23 @@ def _parse(fields: "_Fields", path: Path) -> Header:
     return Header(infos, begins, {k: v for k, v in metadata.items() if v is not None})
 
 
+def _reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    """Return the tensor with its original shape; ValueError if the file cannot have this shape."""
+    if prod(shape) != prod(info.shape) or min(shape, default=0) < 1:
+        raise ValueError(
+            f"has a damaged header: tensor {info.name!r:.120} of shape {info.shape} cannot have "
+            f"the {ORIGINAL_SHAPE}* {shape!s:.120}; download it again"
+        )
+    return info._replace(shape=shape)
+
+
 class _Fields:
     """Read the fields of a header one by one, little-endian; ValueError past the file's end."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size = file, size
         self.strings = 0  # of all arrays so far
+        self.last_integers: tuple[int, ...] = ()  # of the last array, if it is a short one
 
     def take(self, size: int) -> bytes:
         if self.file.tell() + size > (limit := min(self.size, MAX_HEADER)):
@@ -407,8 +458,11 @@ class _Fields:
         if (kind := self.integer("I")) != ARRAY:
             return self.scalar(kind)
         kind, count = self.integer("I"), self.integer("Q")
+        self.last_integers = ()
         if kind in NUMBERS:
-            self.take(count * struct.calcsize(NUMBERS[kind]))
+            data = self.take(count * struct.calcsize(NUMBERS[kind]))
+            if count <= MAX_DIMENSIONS and NUMBERS[kind] in "bBhHiIqQ":
+                self.last_integers = struct.unpack(f"<{count}{NUMBERS[kind]}", data)
             return None
         for _ in range(count):
             self.strings += 1
