@@ -43,7 +43,7 @@ from flux.runtime.options import RuntimeOptions
 from flux.runtime.residency import Residency
 from flux.runtime.tiling import decode_tiled
 from flux.siglip import preprocess_for_siglip
-from flux.text_encoder import FLUX1TextEncoder, TextEncoder, TextFeatures
+from flux.text_encoder import FLUX1TextEncoder, FLUX2TextEncoder, TextEncoder, TextFeatures
 from flux.transformer import Flux, KVCache, Modulation, Modulations, Numerics
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, its new time, latents (B, C, h, w)
@@ -99,6 +99,8 @@ class Pipeline:
         changeable: dict[str, LazyModule] = {"transformer": self.transformer}
         if isinstance(self.text, FLUX1TextEncoder):
             changeable |= {"t5": self.text.t5, "clip": self.text.clip}
+        elif isinstance(self.text, FLUX2TextEncoder):
+            changeable["language_model"] = self.text.model
         self._loras = LoraManager(
             spec, files.get("lora", ()), changeable, changed=self.text.cache.clear
         )
@@ -533,10 +535,10 @@ class Pipeline:
     # ---------------------------------------------------------------- LoRA
 
     def load_lora(self, path: str | Path, scale: float = 1.0, strict: bool = True) -> None:
-        """Merge a LoRA file into the weights, together with those that are loaded already.
+        """Merge a LoRA file, or a PEFT folder's, into the weights, beside those loaded already.
 
-        A second call with a loaded file changes its scale. `strict=False` ignores tensors that
-        match no layer of the model.
+        `strict=False` leaves out tensors that match no layer of the model, and warns. UserError if
+        the file is loaded already, is damaged or does not fit.
         """
         path, scale = arguments.to_path("path", path), arguments.to_number("scale", scale)
         self._loras.add(path, scale, strict=strict)

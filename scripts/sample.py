@@ -182,7 +182,7 @@ def add_files(group) -> None:
     add("--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]",
         help="repeatable; any common format, merged in order")
     add("--lora-ignore-unmatched", action="store_true",
-        help="skip LoRA tensors that match no layer of the model, instead of stopping")
+        help="leave out, and list, LoRA tensors that match no layer, instead of stopping")
     add("--check-finite", action="store_true", help="look for NaN and wrong hashes in the weights")
     add("--output", type=Path, default=Path("outputs/flux.png"), metavar="FILE",
         help="PNG, JPEG or WebP, by its suffix; a number is added rather than overwrite a file "
@@ -275,7 +275,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.lora:
         from flux.lora.manager import check_files
+        from flux.lora.peft_config import adapter_file
 
+        args.lora = [(adapter_file(path), scale) for path, scale in args.lora]
         check_files(args.lora)
     count = len(prompts) * args.num_images
     checks.check_count(count, first_seed)

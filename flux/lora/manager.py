@@ -19,7 +19,8 @@ class LoraManager:
     """The set of LoRA files that are merged now.
 
     `builtin`: the files of the model's row in flux.MODELS, which are always merged. `networks`:
-    "transformer" and, if loaded, "clip" and "t5". `changed` is called after every change.
+    "transformer" and, if loaded, "clip" and "t5", or "language_model". `changed` is called after
+    every change.
     """
 
     def __init__(
@@ -41,29 +42,29 @@ class LoraManager:
 
     def add(self, path: Path, scale: float = 1.0, *, strict: bool = True) -> None:
         """Merge a file too. A built-in file only gets another scale."""
-        path = _resolved(path)
-        if path in self.builtin:
+        key = _resolved(path)
+        if key in self.builtin:
             self.set_scale(path, scale)
             return
-        if path in self.files:
+        if key in self.files:
             raise UserError(
                 f"{path} is loaded already: give it once, or change its scale with set_lora_scale"
             )
         check_scale(path, scale)
-        deltas = _read_deltas(path, self.networks, strict)
+        deltas = _read_deltas(path, self.networks, strict)  # as named: a link has its own folder
         self._check_columns(path, deltas)
         self._check_replacements(path, deltas)
-        self.files[path] = deltas, scale
+        self.files[key] = deltas, scale
         self._merge()
 
     def set_scale(self, path: Path, scale: float) -> None:
         """Merge a loaded file at another scale."""
-        path = _resolved(path)
-        if path not in self.files:
+        key = _resolved(path)
+        if key not in self.files:
             loaded = ", ".join(map(str, self.files)) or "none"
             raise UserError(f"{path} is not loaded; loaded are: {loaded}")
         check_scale(path, scale)
-        self.files[path] = self.files[path][0], scale
+        self.files[key] = self.files[key][0], scale
         self._merge()
 
     def remove_all(self) -> None:
@@ -125,8 +126,11 @@ def check_scale(path: Path, scale: float) -> None:
 
 
 def _resolved(path: Path) -> Path:
+    """Return where a file is, behind all links; of a PEFT folder, its adapter."""
+    from flux.lora.peft_config import adapter_file
+
     try:
-        return path.resolve()
+        return adapter_file(path).resolve()
     except RuntimeError as error:  # links in a circle, before Python 3.13
         raise UserError(f"{path} does not exist: {error}.") from error
 

@@ -1,13 +1,13 @@
 """Merge LoRAs into a network: W + sum of scale · delta, in float32, rounded once.
 
-A delta is alpha/rank · BA of a LoRA, or the change of a DoRA, LoHa, LoKr or plain difference.
+A delta is alpha/rank · BA of a LoRA, or the change of another kind (`kinds.py`).
 Merging costs nothing per step, and every module keeps its path. Wrapped layers, which compute
 Wx + s·B(Ax), would do neither.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux.errors import UserError
+from flux.lora.kinds import NO_DELTA, weight_change
 from flux.weights.quantization import QuantizedLinear
 
-NO_DELTA = {"alpha", "magnitude", "up_bias", "diff_bias"}  # roles that are no factor of a delta
+Rows = tuple[tuple[int, int], ...]
 
 
 class Target(NamedTuple):
     """The layer that a tensor of a file changes, or some rows of its weight."""
 
-    part: str  # "transformer", "clip" or "t5"
+    part: str  # "transformer", "clip", "t5" or "language_model"
     path: str = ""  # of the module; "": the part has no such layer
-    rows: tuple[tuple[int, int], ...] = ()  # (start, stop) in our weight, in the file's order
+    rows: Rows = ()  # (start, stop) in our weight, in the file's order
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +35,11 @@ class LayerDelta:
     """The change of one layer by one file."""
 
     target: Target
-    factors: dict[str, Tensor]  # by role, as in `flux.lora.formats.ROLES`, without alpha
+    factors: dict[str, Tensor]  # by role, as in `flux.lora.names.ROLES`, without alpha
     scaling: float  # alpha/rank
     columns: int  # of the delta; they differ from the weight's in img_in only
     source: Path
+    options: Mapping[str, float] = field(default_factory=dict)  # of `kinds.weight_change`
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return what scale 1 adds to the target's rows `weight` (rows, n): (rows, columns).
@@ -45,7 +47,8 @@ class LayerDelta:
         Works in place where possible: these are the largest matrices of a network, in float32.
         """
         factors = {role: factor.to(weight) for role, factor in self.factors.items()}
-        delta = multiply_factors(factors)
+        old = weight[..., : self.columns]
+        delta = weight_change(factors, old, self.options)
         if "diff" in factors or "value" in factors:
             delta = self.scaling * delta  # a copy: the tensor may be the file's
         else:
@@ -57,33 +60,9 @@ class LayerDelta:
         magnitude = factors["magnitude"]
         if magnitude.ndim == 1:
             magnitude = magnitude[:, None]
-        old = weight[..., : self.columns]
         new = delta.add_(old)
         length = new.norm(dim=0 if len(magnitude) == 1 else 1, keepdim=True)
         return new.mul_(magnitude).div_(length).sub_(old)
-
-
-def multiply_factors(factors: Mapping[str, Tensor]) -> Tensor:
-    """Return the delta (rows, columns) without alpha/rank.
-
-    LoRA: B·A. LoHa: (B1·A1) * (B2·A2). LoKr: a Kronecker product. Others: the file's tensor.
-    """
-    if "down" in factors:
-        return factors["up"] @ factors["down"]
-    if "hada_w1_a" in factors:
-        w1 = factors["hada_w1_a"] @ factors["hada_w1_b"]
-        return w1.mul_(factors["hada_w2_a"] @ factors["hada_w2_b"])
-    if "diff" in factors:
-        return factors["diff"]
-    if "value" in factors:
-        return factors["value"]
-    return torch.kron(_lokr_factor(factors, "lokr_w1"), _lokr_factor(factors, "lokr_w2"))
-
-
-def _lokr_factor(factors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name in factors:
-        return factors[name]
-    return factors[f"{name}_a"] @ factors[f"{name}_b"]
 
 
 def weight_name(layer: nn.Module) -> str:

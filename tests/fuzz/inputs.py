@@ -487,14 +487,17 @@ def adapter_configs() -> list[Input]:
         "lora_alpha": 8,
         "alpha_pattern": {"img_in": 2, "^double_blocks.0.img_attn.qkv": 16.0},
         "rank_pattern": {},
-        "target_modules": ["img_in"],
+        "target_modules": "all-linear",
         "use_rslora": False,
         "use_dora": False,
     }
-    files = {"x.safetensors": content, "adapter_config.json": json.dumps(config).encode()}
+    files = {
+        "adapter_model.safetensors": content,
+        "adapter_config.json": json.dumps(config).encode(),
+    }
 
     def use(path: Path) -> None:
-        run_lora("flux.2", path.with_name("x.safetensors"))
+        run_lora("flux.2", path.with_name("adapter_model.safetensors"))
 
     def check(path: Path) -> None:
         config = json.loads(path.read_bytes().decode())

@@ -505,13 +505,13 @@ def test_folder_saved_by_peft_has_its_alpha(tmp_path, kind, options):
 
 def test_damaged_configuration_of_peft_is_refused(tmp_path):
     tensors = {f"base_model.model.{name.partition('.')[2]}": x for name, x in GOOD.items()}
-    file, network = saved(tmp_path / "x.safetensors", tensors), Flux(FLUX1_TINY)
+    file, network = saved(tmp_path / "adapter_model.safetensors", tensors), Flux(FLUX1_TINY)
     too_large = b'{"lora_alpha": 1%s}' % (400 * b"0")
     twice = b'{"lora_alpha": 1, "lora_alpha": 2}'
     for damaged in (b"[1]", b"{", b"\xff", b'{"lora_alpha": 1e999}', too_large, twice):
         (tmp_path / "adapter_config.json").write_bytes(damaged)
         message = refusal(match_layers_of, file, network)
-        assert "adapter_config.json" in message or "lora_alpha in its configuration" in message
+        assert "adapter_config.json: is damaged" in message or "lora_alpha of " in message
     (tmp_path / "adapter_config.json").unlink()
     os.mkfifo(tmp_path / "adapter_config.json")
     assert "is a pipe or a device" in refusal(read_lora, file)
@@ -994,8 +994,8 @@ def bad() -> Iterator[tuple[str, dict[str, Tensor], tuple[str, ...]]]:
     )
     yield (
         "unknown kind",
-        GOOD | {f"img_in.oft_blocks.{i}": random(4, 4) for i in range(5)},
-        ("5 tensors, of 7", "oft_blocks", "..."),
+        GOOD | {f"img_in.hra_u.{i}": random(4, 4) for i in range(5)},
+        ("5 tensors, of 7", "hra_u", "and 2 more"),
     )
     yield (
         "weight of a Linear",
@@ -1078,7 +1078,8 @@ def test_unmatched_tensors_are_ignored_if_not_strict(tmp_path):
     }
     file = saved(tmp_path / "x.safetensors", GOOD | stray)
     assert "2 tensors, of 4" in refusal(match_layers, read_lora(file), {"transformer": network})
-    (delta,) = match_layers(read_lora(file), {"transformer": network}, strict=False)
+    with pytest.warns(UserWarning, match="left out 2 of 4 tensors.*string_to_param.*text_proj"):
+        (delta,) = match_layers(read_lora(file), {"transformer": network}, strict=False)
     assert delta.target == Target("transformer", "double_blocks.0.img_attn.qkv", ((128, 256),))
     file = saved(tmp_path / "y.safetensors", stray)
     assert "changes nothing" in refusal(
@@ -1123,7 +1124,7 @@ def test_damaged_metadata_is_refused(tmp_path):
     ):
         file = saved(tmp_path / f"{number}.safetensors", GOOD, lora_adapter_metadata=config)
         message = refusal(match_layers_of, file, network)
-        assert "lora_adapter_metadata" in message or "lora_alpha in its configuration" in message
+        assert "lora_adapter_metadata: " in message
 
 
 @pytest.mark.parametrize("kind, copies", [("LoRA", 2), ("DoRA", 3)])

@@ -167,3 +167,43 @@ def test_scale_that_is_not_finite_changes_nothing(zoo, tmp_path):
             assert message == f"scale: must be a finite number (got {scale} for {path})."
             assert [(name, value) for name, (_, value) in pipe.loras.items()] == [(builtin, 0.85)]
             assert same(weights(pipe), before)
+
+
+# ------------------------------------------------------------------ where files are
+
+
+def test_link_keeps_its_own_configuration_and_is_one_file(zoo, tmp_path):
+    """In the Hugging Face cache, a file is a link into blobs/, and so is its configuration."""
+    pipe = load_again(zoo, DEV)
+    name, config = "adapter_model.safetensors", '{"peft_type": "LORA", "r": 4, "lora_alpha": 16}'
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    (folder / name).symlink_to(lora(tmp_path / "0123"))
+    (tmp_path / "4567").write_text(config)
+    (folder / "adapter_config.json").symlink_to(tmp_path / "4567")
+    pipe.load_lora(tmp_path / "0123", 4.0)  # has no configuration under this name
+    expected = weights(pipe)
+    pipe.unload_loras()
+    for path in (folder / name, folder):  # the folder, too
+        pipe.load_lora(path)
+        assert same(weights(pipe), expected)
+        assert str(folder / name) in refusal(pipe.load_lora, folder / name)
+        pipe.set_lora_scale(path, 0.5)
+        pipe.unload_loras()
+
+
+def test_lora_of_a_language_model_changes_the_text_features(zoo, tmp_path):
+    pipe = load_again(zoo, "flux.2-klein-4b")
+    path, layer = "layers.0.mlp.up_proj", pipe.text.model().layers[0].mlp.up_proj
+    before, rows = layer.weight.clone(), layer.out_features
+    a, b = random(4, layer.in_features), random(rows, 4, seed=1)
+    key = f"text_encoders.qwen3_4b.transformer.model.{path}"
+    tensors = {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
+    save_file(tensors, tmp_path / "x.safetensors")
+    features = pipe.encode(["a cat"])
+    pipe.load_lora(tmp_path / "x.safetensors", 0.5)
+    after = pipe.text.model().get_submodule(path).weight
+    assert max_error(after, before + 0.5 * (b @ a)) < 1e-6
+    assert max_error(pipe.encode(["a cat"]).tokens, features.tokens) > 0.01
+    pipe.unload_loras()
+    assert torch.equal(pipe.encode(["a cat"]).tokens, features.tokens)

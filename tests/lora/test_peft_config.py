@@ -1,0 +1,242 @@
+"""flux.lora.peft_config: an adapter_config.json counts for its own file, and each field counts.
+
+The references: PEFT, which reads the same folder, and alpha/r · BA in float64.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.lora_files import random
+from support.weight_files import refusal, saved
+from torch import Tensor, nn
+
+from flux.lora.formats import match_layers, read_lora
+from flux.lora.merge import merge
+from flux.parity.reference import FLUX1_TINY, max_error, randomise
+from flux.transformer import Flux
+
+PROJ = "double_blocks.0.img_attn.proj"
+KEY = f"base_model.model.{PROJ}"
+A, B = random(4, 128, seed=1), random(128, 4, seed=2, size=0.1)
+FACTORS = {f"{KEY}.lora_A.weight": A, f"{KEY}.lora_B.weight": B}
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16}
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def network() -> Flux:
+    return randomise(Flux(FLUX1_TINY))
+
+
+def folder(path: Path, config: dict | None = CONFIG, tensors: dict[str, Tensor] = FACTORS) -> Path:
+    path.mkdir(exist_ok=True, parents=True)
+    if config is not None:
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    return saved(path / ADAPTER, tensors)
+
+
+def change(file: Path, network: Flux, layer: str = PROJ, strict: bool = True) -> Tensor:
+    """Return what the file adds to the weight of a layer, which is the only one in the file."""
+    (delta,) = match_layers(read_lora(file), {"transformer": network}, strict)
+    assert delta.target.path == layer
+    return delta.delta_weight(network.get_submodule(layer).weight.double())
+
+
+BA = B.double() @ A.double()
+
+
+def test_config_is_beside_the_path_that_was_given(tmp_path, network):
+    """Also in the Hugging Face cache, where both files are links into blobs/."""
+    plain = folder(tmp_path / "plain")
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name, blob in ((ADAPTER, "0123"), ("adapter_config.json", "4567")):
+        (blobs / blob).write_bytes((tmp_path / "plain" / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    for file in (plain, plain.parent, snapshot / ADAPTER, snapshot):
+        assert max_error(change(file, network), 4 * BA) < 1e-12
+    (tmp_path / "link").symlink_to(snapshot)
+    assert max_error(change(tmp_path / "link", network), 4 * BA) < 1e-12
+    assert str(snapshot / ADAPTER) == str(read_lora(snapshot).path)
+
+
+def test_config_is_for_no_other_file(tmp_path, network):
+    folder(tmp_path)
+    other = saved(tmp_path / "style.safetensors", FACTORS)
+    assert max_error(change(other, network), BA) < 1e-12
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "style.safetensors").symlink_to(tmp_path / ADAPTER)  # not PEFT's name
+    assert max_error(change(tmp_path / "away" / "style.safetensors", network), BA) < 1e-12
+
+
+def test_missing_config_is_noted(tmp_path, network):
+    file = folder(tmp_path, config=None)
+    with pytest.warns(UserWarning, match=r"no adapter_config.json.*alpha = r"):
+        assert max_error(change(file, network), BA) < 1e-12
+    (tmp_path / "adapter_config.json").symlink_to("nowhere")
+    assert "does not exist" in refusal(read_lora, file)
+
+
+TRAINING_ONLY = {
+    "lora_dropout": 0.5,
+    "init_lora_weights": "gaussian",
+    "inference_mode": True,
+    "base_model_name_or_path": "black-forest-labs/FLUX.1-dev",
+    "task_type": None,
+    "fan_in_fan_out": True,  # PEFT itself sets it to false for a Linear
+    "modules_to_save": None,
+    "layer_replication": None,
+    "bias": "none",
+    "target_modules": ["img_attn.proj"],
+    "rank_pattern": {},
+    "alpha_pattern": None,
+    "a_field_of_later_versions": [1, 2],
+}
+
+
+def test_fields_that_change_nothing_are_ignored(tmp_path, network):
+    for target in (["img_attn.proj"], ["proj"], [PROJ], "all-linear", r".*\.proj", None):
+        file = folder(tmp_path, CONFIG | TRAINING_ONLY | {"target_modules": target})
+        assert max_error(change(file, network), 4 * BA) < 1e-12
+
+
+UNSUPPORTED = {
+    "init_lora_weights": ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"),
+    "peft_type": ("VERA", "IA3", "ADALORA", 3),
+    "bias": ("all", "lora_only"),
+    "modules_to_save": (["proj_out"],),
+    "layer_replication": ([[0, 1]],),
+    "alora_invocation_tokens": ([1],),
+    "trainable_token_indices": ([1],),
+    "target_parameters": (["w"],),
+    "use_qalora": (True,),
+    "use_bdlora": ({"x": 1},),
+    "kasa_config": ({"x": 1},),
+    "arrow_config": ({"x": 1},),
+    "monteclora_config": ({"x": 1},),
+    "coft": (True,),
+    "r": (8, "4", True, None),
+    "lora_alpha": ("16", [16], True, None),
+    "use_dora": (True,),
+    "target_modules": (["to_q"], [1]),
+    "rank_pattern": ({PROJ: 8}, [1], {"(": 1}, {"(a+)+b": 4}, {".*" * 9: 4}, {"a?" * 9: 4}),
+    "alpha_pattern": ({"(": 1}, "x", {PROJ: "16"}),
+}
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_field_that_is_not_supported_is_refused_by_name(tmp_path, network, field):
+    for value in UNSUPPORTED[field]:
+        for strict in (True, False):
+            file = folder(tmp_path, CONFIG | {field: value})
+            message = refusal(change, file, network, strict=strict)
+            assert field in message and "adapter_config.json" in message, message
+    prefixed = {f"transformer.{name}": x for name, x in (CONFIG | {field: value}).items()}
+    if field != "target_modules" or value == [1]:
+        file = saved(
+            tmp_path / "x.safetensors", FACTORS, lora_adapter_metadata=json.dumps(prefixed)
+        )
+        assert field in refusal(change, file, network)
+
+
+def test_tensors_that_contradict_the_config_are_refused(tmp_path, network):
+    magnitude = FACTORS | {f"{KEY}.lora_magnitude_vector": 1 + random(128).square()}
+    assert "use_dora is False" in refusal(
+        change, folder(tmp_path, CONFIG | {"use_dora": False}, magnitude), network
+    )
+    bias = FACTORS | {f"{KEY}.lora_B.bias": random(128)}
+    assert "lora_bias is False" in refusal(
+        change, folder(tmp_path, CONFIG | {"lora_bias": False}, bias), network
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern, layer_alpha",
+    [
+        ({PROJ: 8}, 8),
+        ({"img_attn.proj": 8}, 8),
+        ({"proj": 8}, 8),
+        (f"^{PROJ}", 8),
+        ({r"double_blocks\.\d+\.img_attn\.proj": 8}, 8),
+        ({".*img_attn.*": 8}, 8),
+        ({"^img_attn.proj": 8}, 16),
+        ({"g_attn.proj": 8}, 16),
+        ({"img_attn": 8}, 16),
+        ({"txt_attn.proj": 2, "proj": 8, PROJ: 32}, 8),  # the first that matches
+    ],
+    ids=str,
+)
+def test_patterns_match_as_in_peft(tmp_path, network, pattern, layer_alpha):
+    from peft.utils.other import get_pattern_key
+
+    pattern = {pattern: 8} if isinstance(pattern, str) else pattern
+    assert pattern.get(get_pattern_key(pattern.keys(), PROJ), 16) == layer_alpha
+    file = folder(tmp_path, CONFIG | {"alpha_pattern": pattern})
+    assert max_error(change(file, network), layer_alpha / 4 * BA) < 1e-12
+    ranks = {key: 4 if value == layer_alpha else 3 for key, value in pattern.items()}
+    for r, patterns in ((4 if layer_alpha == 16 else 5, ranks),):
+        file = folder(tmp_path, CONFIG | {"r": r, "rank_pattern": patterns})
+        assert max_error(change(file, network), 4 * BA) < 1e-12
+
+
+# ------------------------------------------------------------------ folders that PEFT wrote
+
+
+def peft_kinds() -> dict[str, object]:
+    import peft
+
+    layers = {"target_modules": ["img_attn.proj", "txt_mlp.0", "linear2"]}
+    rank = {"r": 6, "rank_pattern": {"txt_mlp.0": 3}, **layers}
+    return {
+        "LoRA": peft.LoraConfig(lora_alpha=9, alpha_pattern={"linear2": 5}, **rank),
+        "rsLoRA": peft.LoraConfig(lora_alpha=9, use_rslora=True, **rank),
+        "DoRA": peft.LoraConfig(lora_alpha=9, use_dora=True, **rank),
+        "fan_in": peft.LoraConfig(lora_alpha=9, fan_in_fan_out=True, **rank),
+        "LoHa": peft.LoHaConfig(alpha=9, alpha_pattern={"linear2": 5}, **rank),
+        "LoKr": peft.LoKrConfig(alpha=9, decompose_factor=4, **rank),
+        "LoKr, full": peft.LoKrConfig(r=64, alpha=24, decompose_factor=4, **layers),
+        "OFT": peft.OFTConfig(oft_block_size=16, r=0, **layers),
+        "OFT, 3 terms": peft.OFTConfig(
+            oft_block_size=16, r=0, num_cayley_neumann_terms=3, **layers
+        ),
+        "OFT, exact": peft.OFTConfig(oft_block_size=16, r=0, use_cayley_neumann=False, **layers),
+        "OFT, shared": peft.OFTConfig(oft_block_size=16, r=0, block_share=True, **layers),
+        "BOFT": peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, **layers),
+        "BOFT, one stage": peft.BOFTConfig(boft_block_size=4, **layers),
+    }
+
+
+KINDS = (
+    *("LoRA", "rsLoRA", "DoRA", "fan_in", "LoHa", "LoKr", "LoKr, full"),
+    *("OFT", "OFT, 3 terms", "OFT, exact", "OFT, shared", "BOFT", "BOFT, one stage"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of fan_in_fan_out and CUDA
+def test_folder_that_peft_wrote_gives_what_peft_merges(tmp_path, network, kind):
+    import peft
+
+    theirs = peft.get_peft_model(copy.deepcopy(network), peft_kinds()[kind])
+    for i, (name, weight) in enumerate(theirs.named_parameters()):
+        if any(part in name for part in ("lora_", "hada_", "lokr_", "oft_")):
+            noise = random(*weight.shape, seed=i)
+            if weight.ndim == 1 or "boft_s" in name:  # magnitudes, near their initial values
+                weight.data.mul_(1 + 0.1 * noise)
+            else:
+                weight.data.copy_((0.03 if "oft_" in name else 0.2) * noise)
+    theirs.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(network), tmp_path)
+    expected = again.merge_and_unload().state_dict()
+    ours: nn.Module = copy.deepcopy(network)
+    deltas = match_layers(read_lora(tmp_path), {"transformer": ours})
+    merge(ours, [(delta, 1.0) for delta in deltas])
+    before, changed = network.state_dict(), 0
+    for name, tensor in ours.state_dict().items():
+        assert max_error(tensor, expected[name]) < 2e-6, name
+        changed += not torch.equal(tensor, before[name])
+    assert changed == len(deltas) == 7
