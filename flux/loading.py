@@ -12,7 +12,7 @@ from flux.errors import UserError
 from flux.pipeline import Networks, Pipeline
 from flux.runtime.bfl_autoencoder import bfl_autoencoder
 from flux.runtime.devices import can_compile, choose_device, choose_dtype
-from flux.runtime.fast import fast_autoencoder, fast_transformer
+from flux.runtime.fast import fast_autoencoder, fast_transformer, runs_fast
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.options import Offload, RuntimeOptions
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys
@@ -147,8 +147,7 @@ def build_networks(
         fp8_matmul=options.fp8_matmul,
     )
 
-    # the plain networks are the reference, and run wherever exactness is the point
-    fast = options.fast and numerics == NUMERICS["exact"] and device.type in ("cpu", "cuda")
+    fast = options.fast and runs_fast(numerics, device.type)
     adapt_autoencoder = fast_autoencoder if fast else None
     if numerics.decode == "bfl":
         adapt_autoencoder = bfl_autoencoder

@@ -37,6 +37,7 @@ from flux.runtime.checks import (
     check_true_cfg_scale,
 )
 from flux.runtime.devices import no_tf32
+from flux.runtime.fast import runs_fast
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan
 from flux.runtime.options import RuntimeOptions
@@ -593,6 +594,7 @@ class Pipeline:
             self.options.vae_tile,
             encoded_pixels,
             self.autoencoder.dtype.itemsize,
+            self.options.fast and runs_fast(self.numerics, self.device.type),
         )
 
 

@@ -1,6 +1,7 @@
 """Count the bytes of activations that each stage takes next to its weights.
 
-The counts come from a forward pass of the networks themselves, on the CPU. Activations grow in
+The counts come from a forward pass of the networks themselves, on the CPU, with the branches of the
+device and its fused kernels. Activations grow in
 proportion to the width of a network and to the number of tokens or pixels. So a narrow copy with
 one block of each type runs on a small input, and its peak is scaled up. (The meta device would
 need no copy, but its kernels import torch's compiler, which takes seconds.)
@@ -23,17 +24,18 @@ from torch.utils._pytree import tree_leaves
 from flux.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux.configs import FLUX1Text, FLUX2Text, ModelSpec
 from flux.language_model import LanguageModel
+from flux.runtime import fast
 from flux.t5 import T5
-from flux.transformer import Flux, FluxConfig, Modulation
+from flux.transformer import Flux, FluxConfig
 from flux.weights.load import skip_init
 
 ALLOCATOR = 1.1  # allocators round up, by less than a tenth
-# A convolution's workspace is not counted. With this factor, the bound for 1024x1024 in bfloat16 is
-# 2.5 GiB; diffusers takes 2.4 GiB on a GPU.
-CONVOLUTION = 5 / 3
+# A convolution's workspace is not counted. On a GPU the library chooses a way that needs little, of
+# the memory that plans reserve. The plain decoder of diffusers takes 1.6 times its count on a GPU.
+FAST_CONVOLUTION, CONVOLUTION = 1.15, 5 / 3
 TOKENS = 64  # about so many tokens pass through the narrow transformer
 SIDE = 64  # pixels: side of the image that passes through the narrow autoencoder
-T5_NARROWING = 8  # not more: the bucket of each pair of positions does not get narrower
+T5_NARROWING = 4  # not more: the bucket of each pair of positions does not get narrower
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -52,6 +54,7 @@ class Workload:
     tile: int | None = None  # pixels: side of the tiles of a tiled decode
     encoded_pixels: int = 0  # pixels of the largest image that is encoded
     decode_itemsize: int | None = None  # bytes of an activation of the decoder; default: `itemsize`
+    fast: bool = False  # with the forwards of runtime/fast.py
 
     def fits_within(self, other: "Workload") -> bool:
         """Return whether no stage after the encoding of images takes more memory than `other`."""
@@ -70,9 +73,10 @@ def activations(spec: ModelSpec, work: Workload, device_type: str) -> dict[str, 
     canvas = 12 * pixels if work.tile else 0  # the image that tiles are added to, in float32
     encoded = work.encoded_pixels or pixels
     decoding, encoding = work.decode_itemsize or work.itemsize, 4  # images are encoded in float32
-    step = _step_bytes(spec, work)
-    decode = decoded * _decode_bytes_per_pixel(ae, decoding)
-    encode = encoded * _encode_bytes_per_pixel(ae, encoding)
+    step = _step_bytes(spec, work, device_type)
+    counted_for = device_type if work.fast else None
+    decode = decoded * _decode_bytes_per_pixel(ae, decoding, decoded, counted_for)
+    encode = encoded * _encode_bytes_per_pixel(ae, encoding, encoded, counted_for)
     if device_type == "mps":  # without fused attention: scores and probabilities
         step += (
             2 * work.batch * spec.transformer.num_heads * _tokens(spec, work) ** 2 * work.itemsize
@@ -80,7 +84,9 @@ def activations(spec: ModelSpec, work: Workload, device_type: str) -> dict[str, 
         decode = max(decode, 2 * (decoded // 64) ** 2 * decoding)
         encode = max(encode, 2 * (encoded // 64) ** 2 * encoding)
     return {
-        "text encoder": _text_encoder_bytes(spec.text, spec.text_length, work.itemsize),
+        "text encoder": _text_encoder_bytes(
+            spec.text, spec.text_length, work.itemsize, scores=device_type == "mps"
+        ),
         "image encoder": int(encode),
         "transformer": int(step),
         "autoencoder": int(decode) + canvas,
@@ -92,31 +98,47 @@ def _tokens(spec: ModelSpec, work: Workload) -> int:
     return spec.text_length + work.image_text_tokens + image
 
 
-def _step_bytes(spec: ModelSpec, work: Workload) -> float:
+def _step_bytes(spec: ModelSpec, work: Workload, device_type: str) -> float:
     """Return the bytes of a step, the precomputed modulations and the cached references."""
     c = spec.transformer
     text = spec.text_length + work.image_text_tokens
     image = _tokens(spec, work) - text
-    scale = max(1, (text + image) // TOKENS)
-    narrow_text, narrow_image = math.ceil(text / scale), math.ceil(image / scale)
-    step, modulations = _count_step(c, narrow_text, narrow_image, work.itemsize)
-    passes = 2 if spec.cfg else 1
-    table = passes * work.steps * modulations
+    counted_for = device_type if work.fast else None
+    count = partial(_scaled_step, c, itemsize=work.itemsize, counted_for=counted_for)
     # latents, noise and text features in float32, which the pipeline keeps
     inputs = 4 * (text * c.context_dim + 2 * image * (c.in_channels + c.out_channels))
     rope = 4 * (text + image) * sum(c.axes_dim) // 2 * 4  # 2x2 matrices in float32
-    cached = 0
-    if spec.kv_cached_references:  # keys and values of each block
-        cached = 2 * work.reference_tokens * c.hidden_size * (c.depth + c.depth_single)
-    cached *= work.itemsize
-    return work.batch * (ALLOCATOR * scale * step + table + inputs) + rope + cached
+    if spec.kv_cached_references and work.reference_tokens:
+        # a pass over the references alone; then steps that attend to keys and values of each block
+        references, _ = count(0, work.reference_tokens)
+        step, modulations = count(text, image - work.reference_tokens)
+        one = 2 * work.reference_tokens * c.hidden_size * work.itemsize
+        step = max(references / work.batch, step + one)
+        cached = one * (c.depth + c.depth_single)
+    else:
+        step, modulations = count(text, image)
+        cached = 0
+    table = (2 if spec.cfg else 1) * work.steps * modulations
+    return work.batch * (step + table + inputs) + rope + cached
+
+
+def _scaled_step(
+    config: FluxConfig, text: int, image: int, itemsize: int, counted_for: str | None
+) -> tuple[float, int]:
+    """Return the peak of a step, and the modulations of all blocks for it."""
+    scale = max(1, (text + image) // TOKENS)
+    narrow = math.ceil(text / scale), math.ceil(image / scale)
+    step, modulations = _count_step(config, *narrow, itemsize, counted_for)
+    return ALLOCATOR * scale * step, modulations
 
 
 # ------------------------------------------------------------------ networks
 
 
 @lru_cache(maxsize=256)
-def _count_step(config: FluxConfig, text: int, image: int, itemsize: int) -> tuple[int, int]:
+def _count_step(
+    config: FluxConfig, text: int, image: int, itemsize: int, counted_for: str | None
+) -> tuple[int, int]:
     """Return the peak of a step with so many tokens, and the modulations of all blocks for it."""
     heads = config.num_heads
     narrow = replace(
@@ -132,71 +154,87 @@ def _count_step(config: FluxConfig, text: int, image: int, itemsize: int) -> tup
     )
     dtype = _dtype(itemsize)
     network = _zeros(lambda: Flux(narrow), dtype)
+    if counted_for:
+        fast.fast_transformer(network)
     rope = torch.zeros(1, sum(config.axes_dim) // 2, 2, 2).expand(text + image, -1, -1, -1)
     # the table does not get narrower: not counted
     network.rope = lambda txt_ids, img_ids: rope  # type: ignore[method-assign, assignment]
-    depths = {"double_blocks": config.depth, "single_blocks": config.depth_single}
-    modulations = []
+    axes = len(config.axes_dim)
+    times = dict(
+        t=torch.zeros(1),
+        guidance=torch.zeros(1) if narrow.guidance else None,
+        vector=torch.zeros(1, narrow.vector_dim, dtype=dtype) if narrow.vector_dim else None,
+    )
 
     def step() -> None:
-        axes = len(config.axes_dim)
         network(
             img=torch.zeros(1, image, narrow.in_channels, dtype=dtype),
             img_ids=torch.zeros(image, axes),
             txt=torch.zeros(1, text, narrow.context_dim, dtype=dtype),
             txt_ids=torch.zeros(text, axes),
-            t=torch.zeros(1),
-            guidance=torch.zeros(1) if narrow.guidance else None,
-            vector=torch.zeros(1, narrow.vector_dim, dtype=dtype) if narrow.vector_dim else None,
+            **times,
         )
 
-    def count(blocks: int, module: nn.Module, args: tuple, out: Any) -> None:
-        modulations.append(blocks * sum(x.nbytes for x in tree_leaves(out)))
-
-    for path, module in network.named_modules():
-        if isinstance(module, Modulation):
-            blocks = depths.get(path.split(".")[0], 1)
-            module.register_forward_hook(partial(count, blocks))
-    with FusedAttention():
+    with fast.counted_for(counted_for or "cpu"), FusedKernels():
         peak = peak_bytes(step)
+    with torch.no_grad():
+        (mods,) = network.modulations([network.vec(**times)])
+    shared = config.shared_modulation
+    double, single = (sum(x.nbytes for x in tree_leaves(m)) for m in (mods.double, mods.single))
+    modulations = double * (1 if shared else config.depth)
+    modulations += single * (1 if shared else config.depth_single)
     vec = 3 * narrow.hidden_size * itemsize  # the vector of each step, and what it is the sum of
-    return heads * peak, heads * (sum(modulations) + vec)
+    # the rotations as complex numbers, which do not get narrower either
+    rotations = (text + image) * sum(config.axes_dim) // 2 * 8 if counted_for else 0
+    return heads * (peak - rotations) + rotations, heads * (modulations + vec)
 
 
 @lru_cache(maxsize=64)
-def _decode_bytes_per_pixel(config: AutoEncoderConfig, itemsize: int) -> float:
-    network, narrow = _narrow_autoencoder(config, itemsize)
+def _decode_bytes_per_pixel(
+    config: AutoEncoderConfig, itemsize: int, pixels: int, counted_for: str | None
+) -> float:
+    network, narrow = _narrow_autoencoder(config, itemsize, counted_for)
     z = torch.zeros(1, narrow.latent_channels, SIDE // 16, SIDE // 16, dtype=_dtype(itemsize))
-    width = config.decoder_ch or config.ch
-    with FusedAttention():
-        peak = peak_bytes(lambda: network.decode(z))
-    return _per_pixel(peak, width / narrow.ch)
+    narrowing = (config.decoder_ch or config.ch) / narrow.ch
+    return _bytes_per_pixel(lambda: network.decode(z), narrowing, pixels, counted_for)
 
 
 @lru_cache(maxsize=64)
-def _encode_bytes_per_pixel(config: AutoEncoderConfig, itemsize: int) -> float:
-    network, narrow = _narrow_autoencoder(config, itemsize)
-    pixels = torch.zeros(1, 3, SIDE, SIDE, dtype=_dtype(itemsize))
-    with FusedAttention():
-        peak = peak_bytes(lambda: network.encode(pixels))
-    return _per_pixel(peak, config.ch / narrow.ch)
+def _encode_bytes_per_pixel(
+    config: AutoEncoderConfig, itemsize: int, pixels: int, counted_for: str | None
+) -> float:
+    network, narrow = _narrow_autoencoder(config, itemsize, counted_for)
+    x = torch.zeros(1, 3, SIDE, SIDE, dtype=_dtype(itemsize))
+    return _bytes_per_pixel(lambda: network.encode(x), config.ch / narrow.ch, pixels, counted_for)
 
 
 def _narrow_autoencoder(
-    config: AutoEncoderConfig, itemsize: int
+    config: AutoEncoderConfig, itemsize: int, counted_for: str | None
 ) -> tuple[AutoEncoder, AutoEncoderConfig]:
     """Return an autoencoder with one channel per group of a norm."""
     narrow = replace(config, ch=config.norm_groups, decoder_ch=None)
-    return _zeros(lambda: AutoEncoder(narrow), _dtype(itemsize)), narrow
+    network = _zeros(lambda: AutoEncoder(narrow), _dtype(itemsize))
+    if counted_for:
+        with fast.counted_for(counted_for):
+            fast.fast_autoencoder(network)
+    return network, narrow
 
 
-def _per_pixel(peak: int, narrowing: float) -> float:
-    return CONVOLUTION * narrowing * peak / SIDE**2
+def _bytes_per_pixel(
+    function: Callable[[], object], narrowing: float, pixels: int, counted_for: str | None
+) -> float:
+    smaller = max(1, round(narrowing * pixels / SIDE**2))
+    with fast.counted_for(counted_for or "cpu", smaller), FusedKernels():
+        peak = peak_bytes(function)
+    factor = FAST_CONVOLUTION if counted_for == "cuda" else CONVOLUTION
+    return factor * narrowing * peak / SIDE**2
 
 
 @lru_cache(maxsize=64)
-def _text_encoder_bytes(text: FLUX1Text | FLUX2Text, length: int, itemsize: int) -> int:
-    """Return the bytes to encode one prompt."""
+def _text_encoder_bytes(
+    text: FLUX1Text | FLUX2Text, length: int, itemsize: int, scores: bool
+) -> int:
+    """Return the bytes to encode one prompt; `scores`: of an attention that is not fused."""
     ids = torch.zeros(1, length, dtype=torch.long)
     if isinstance(text, FLUX1Text):
         c = text.t5
@@ -210,7 +248,7 @@ def _text_encoder_bytes(text: FLUX1Text | FLUX2Text, length: int, itemsize: int)
             depth=1,
         )
         t5 = _zeros(lambda: T5(narrow), _dtype(itemsize))
-        with FusedAttention():
+        with FusedKernels(scores):
             peak = peak_bytes(lambda: t5(ids))
     else:
         m = text.model
@@ -225,7 +263,7 @@ def _text_encoder_bytes(text: FLUX1Text | FLUX2Text, length: int, itemsize: int)
             num_kv_heads=1,
         )
         model = _zeros(lambda: LanguageModel(small), _dtype(itemsize))
-        with FusedAttention():
+        with FusedKernels(scores):
             peak = peak_bytes(lambda: model(ids, torch.ones(1, length, dtype=torch.bool)))
     return int(ALLOCATOR * scale * peak)
 
@@ -290,16 +328,29 @@ def _storages(values: Any) -> list[tuple[int, StorageWeakRef, int]]:
     return storages
 
 
-class FusedAttention(TorchFunctionMode):
-    """Replace attention by its shape: a fused kernel makes no scores, unless there is a mask."""
+class FusedKernels(TorchFunctionMode):
+    """Replace attention and RMS norm by their shapes: fused kernels make no intermediate tensor.
+
+    Linears, which take most of the time, are not computed either.
+    scores: of an attention with a mask, where such a kernel is missing.
+    """
+
+    def __init__(self, scores: bool = False) -> None:
+        super().__init__()
+        self.scores = scores
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is F.linear:
+            return args[0].new_zeros(*args[0].shape[:-1], args[1].shape[0])
+        if function is F.rms_norm:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[0].device)
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)
-        q, k, v = args[:3]
-        if kwargs.get("attn_mask") is not None:
+        q, k = args[:2]
+        mask = kwargs.get("attn_mask")
+        if self.scores and mask is not None:
             scores = q.new_empty(*q.shape[:-1], k.shape[-2], dtype=torch.float32)
             probabilities = torch.empty_like(scores)
             del scores, probabilities
-        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+        return torch.zeros_like(q)  # in the order of q: its heads may be the third dimension

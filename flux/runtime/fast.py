@@ -10,8 +10,11 @@ hooks stay as they are.
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +22,13 @@ from torch import Tensor, nn
 
 from flux.autoencoder import AutoEncoder, Decoder, PointwiseConv, ResnetBlock, Upsample
 from flux.transformer import (
+    NUMERICS,
     DoubleStreamBlock,
     Flux,
     GatedSiLU,
     KVCache,
     ModulationOut,
+    Numerics,
     RMSNorm,
     SelfAttention,
     SingleStreamBlock,
@@ -48,12 +53,40 @@ CPU = Chunks(tokens=2**20, rows=2**22, fewest=2, statistics=2**18)
 GPU = Chunks(tokens=2**60, rows=2**26, fewest=4, statistics=2**60)
 
 
+_counted: str | None = None  # the type of the device for which a function is counted
+_smaller = 1  # the factor by which the network that is counted is smaller
+
+
+@contextmanager
+def counted_for(device_type: str, smaller: int = 1) -> Iterator[None]:
+    """Take the branches of another device, to count its kernels and its memory without it.
+
+    Chunks are divided by `smaller`, the factor by which tensors are smaller than those counted for.
+    """
+    global _counted, _smaller
+    before = _counted, _smaller
+    _counted, _smaller = device_type, smaller
+    try:
+        yield
+    finally:
+        _counted, _smaller = before
+
+
 def on_cpu(x: Tensor) -> bool:
-    return x.is_cpu
+    return x.is_cpu if _counted is None else _counted == "cpu"
 
 
 def chunk_sizes(x: Tensor) -> Chunks:
-    return CPU if on_cpu(x) else GPU
+    sizes = CPU if on_cpu(x) else GPU
+    return sizes if _smaller == 1 else replace(sizes, rows=max(1, sizes.rows // _smaller))
+
+
+def runs_fast(numerics: Numerics, device_type: str) -> bool:
+    """Return whether `flux.load` applies these forwards.
+
+    The plain networks are the reference, and run wherever exactness is the point.
+    """
+    return numerics == NUMERICS["exact"] and device_type in ("cpu", "cuda")
 
 
 def fast_transformer(flux: Flux) -> Flux:
@@ -304,7 +337,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and variance of each channel's group, (C,) each, of one image."""
         parts = x.chunk(max(1, x.numel() // chunk_sizes(x).statistics), dim=2)
-        sums = torch.stack([channel_sums(part) for part in parts]).sum(0)
+        sums = reduce(add, map(channel_sums, parts))  # (2, C)
         groups = sums.unflatten(1, (self.num_groups, -1)).mean(2) / x[0, 0].numel()  # (2, groups)
         mean, var = groups[0], (groups[1] - groups[0] ** 2).clamp(min=0)
         repeats = self.num_channels // self.num_groups

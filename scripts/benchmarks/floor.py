@@ -8,7 +8,6 @@ both figures, and their ratio is the cost of the code around them.
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.steps import FAMILIES, as_loaded, case_name, inputs, our_step, same_attention
 from benchmarks.timing import by_turns, random_weights
-from flux.runtime import fast
 from flux.runtime.devices import can_compile
+from flux.runtime.fast import counted_for
 from flux.runtime.lazy_module import compile_blocks
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
@@ -83,8 +82,7 @@ def operations(build: Callable[[], Callable[[], object]], device: torch.device) 
                 found.append((called, tuple(map(described, args)), named))
             return called(*args, **kwargs)
 
-    on_cpu = patch.object(fast, "on_cpu", lambda x: device.type == "cpu")
-    with torch.no_grad(), on_cpu:
+    with torch.no_grad(), counted_for(device.type):
         function = build()
         with Watch():
             function()

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
 
 from benchmarks.floor import operations, replay
 from benchmarks.measure import peak_bytes, peak_memory
@@ -140,6 +139,8 @@ def compiled_rows(
     case: str, stage: Stage, theirs: Stage | None, runs: list[Run], setting: Setting, spent: Spent
 ) -> Iterator[Row]:
     """Time both sides compiled block by block, and ours compiled against diffusers eager."""
+    from torch._inductor.utils import fresh_cache  # not at the top: it takes seconds
+
     if setting.device.type == "cuda":
         with fresh_cache():
             whole_graph = timed(torch.compile(stage.run))
@@ -216,7 +217,7 @@ def encoding(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:
         t5 = random_weights(lambda: T5(spec.text.t5), device, torch.bfloat16)
         clip = random_weights(lambda: CLIP(spec.text.clip), device, torch.bfloat16)
         long = random(spec.text.t5.vocab_size, spec.text_length)
-        short = random(spec.text.clip.vocab_size, 77)
+        short = random(spec.text.clip.vocab_size, spec.text.clip.max_length)
         short[0, -1] = spec.text.clip.eos_id
 
         def run() -> Tensor:

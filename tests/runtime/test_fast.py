@@ -40,7 +40,7 @@ def tiny_chunks(monkeypatch) -> None:
 @pytest.fixture
 def as_gpu(monkeypatch) -> None:
     """Take the branches of a GPU, in small chunks of rows."""
-    monkeypatch.setattr(fast, "on_cpu", lambda x: False)
+    monkeypatch.setattr(fast, "_counted", "cuda")
     monkeypatch.setattr(fast, "GPU", fast.Chunks(2**60, 2**13, 4, 2**60))
 
 
@@ -198,10 +198,10 @@ def test_fast_autoencoder_for_a_gpu_differs_by_rounding_only(name, channels_last
         assert relative_l2(faster.decode(latents), plain.decode(latents)) <= 5e-6
 
 
-@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @torch.no_grad()
-def test_fast_autoencoder_in_bfloat16_is_as_near_to_float32_as_plain(cpu, monkeypatch):
-    monkeypatch.setattr(fast, "on_cpu", lambda x: cpu)
+def test_fast_autoencoder_in_bfloat16_is_as_near_to_float32_as_plain(device_type, monkeypatch):
+    monkeypatch.setattr(fast, "_counted", device_type)
     config = TINY["flux.2"]
     plain, latents = randomise(AutoEncoder(config)), random_latents(config, 1, 8, 4)
     exact = plain.decode(latents)
@@ -243,10 +243,10 @@ def test_hooks_see_whole_tensors(config, tiny_chunks):
     assert "up.0.block.0.conv1" in seen and "up.1.upsample.conv" in seen
 
 
-@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @torch.no_grad()
-def test_fused_upsampling_is_the_convolution_of_nearest_neighbours(cpu, monkeypatch):
-    monkeypatch.setattr(fast, "on_cpu", lambda x: cpu)
+def test_fused_upsampling_is_the_convolution_of_nearest_neighbours(device_type, monkeypatch):
+    monkeypatch.setattr(fast, "_counted", device_type)
     for height, width in ((1, 1), (5, 4)):
         plain = randomise(Upsample(6)).double()
         faster = copy.deepcopy(plain)

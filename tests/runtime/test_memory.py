@@ -4,6 +4,7 @@ Sizes are compared with the published ones, counts with a pass of the networks a
 meta device, and plans with sums by hand.
 """
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.load_script import SCRIPTS, script
 from torch import nn
 
 from flux.autoencoder import AutoEncoder
@@ -19,8 +21,9 @@ from flux.configs import MISTRAL, MODELS, QWEN3_4B, QWEN3_8B, FLUX1Text
 from flux.errors import UserError
 from flux.language_model import LanguageModel
 from flux.runtime import devices
-from flux.runtime.activation_memory import FusedAttention, Workload, activations, peak_bytes
+from flux.runtime.activation_memory import FusedKernels, Workload, activations, peak_bytes
 from flux.runtime.devices import FreeMemory
+from flux.runtime.fast import fast_transformer
 from flux.runtime.memory_plan import (
     RESERVED,
     MemoryPlan,
@@ -36,6 +39,9 @@ from flux.t5 import T5
 from flux.transformer import Flux
 from flux.weights.load import init_empty
 from flux.weights.quantization import quantize
+
+script("bench")  # which puts scripts/ on the path
+from benchmarks.references import generate
 
 GB = 10**9
 FLUX_LISTS = ("double_blocks", "single_blocks")
@@ -158,7 +164,7 @@ def test_transformer_activations_are_bounded_closely(name, dtype):
         ids = dict(img_ids=torch.empty(image, axes), txt_ids=torch.empty(text, axes))
         network(t=torch.empty(2), **ids, **inputs)
 
-    with torch.device("meta"), FusedAttention():
+    with torch.device("meta"), FusedKernels():
         peak = peak_bytes(step)
     work = Workload(1024, 1024, batch=2, reference_tokens=300, itemsize=dtype.itemsize)
     bound = activations(replace(spec, transformer=c), work, "cuda")["transformer"]
@@ -172,7 +178,7 @@ def test_autoencoder_activations_are_bounded_closely(dtype):
     latents = torch.empty(1, 128, 48, 64, device="meta", dtype=dtype)
     pixels = torch.empty(1, 3, 768, 1024, device="meta", dtype=dtype)
     bound = activations(KLEIN, Workload(1024, 768, itemsize=dtype.itemsize), "cuda")
-    with FusedAttention():
+    with FusedKernels():
         decoding = peak_bytes(lambda: network.decode(latents))
         encoding = peak_bytes(lambda: network.encode(pixels))
     assert 1.5 * decoding <= bound["autoencoder"] <= 2 * decoding
@@ -194,10 +200,46 @@ def test_text_encoder_activations_are_bounded_closely(name, dtype):
         mask = [] if isinstance(spec.text, FLUX1Text) else [torch.ones_like(ids, dtype=torch.bool)]
         network(ids, *mask)
 
-    with torch.device("meta"), FusedAttention():
+    with torch.device("meta"), FusedKernels():
         peak = peak_bytes(encode)
     bound = activations(spec, replace(SQUARE, itemsize=dtype.itemsize), "cuda")["text encoder"]
     assert peak <= bound <= 2 * peak, f"{bound / peak:.3f}"
+
+
+COUNTED = json.loads((SCRIPTS / "benchmarks/counts.json").read_text())
+STAGE_NAMES = {
+    "text": "text encoder",
+    "step": "transformer",
+    "decode, float32": "autoencoder",
+    "decode, bfloat16": "autoencoder",
+    "encode, float32": "image encoder",
+}
+
+
+@pytest.mark.parametrize("row", [row for row in COUNTED if "fp8" not in row and "tiny" not in row])
+def test_plan_on_a_gpu_is_within_a_quarter_of_the_counted_peak(row):
+    """The counter runs the whole network on the meta device at 1024x1024."""
+    name, stage = row.split(", ", 1)
+    work = Workload(1024, 1024, decode_itemsize=4 if "float32" in stage else 2, fast=True)
+    planned = activations(MODELS[name], work, "cuda")[STAGE_NAMES[stage]]
+    assert 1 <= planned / COUNTED[row]["ours"]["peak"] <= 1.25
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_plan_with_cached_references_is_within_a_quarter_of_the_counted_peak(count):
+    """klein 9B KV, cut to one block of each kind, with references as large as the image."""
+    kv = MODELS["flux.2-klein-9b-kv"]
+    config = replace(kv.transformer, depth=1, depth_single=1)
+    network = fast_transformer(meta(Flux, config).bfloat16())
+
+    def run() -> None:
+        generate(network, 64, count, cached=True, steps=1)
+
+    with FusedKernels():
+        peak = peak_bytes(run)
+    work = Workload(1024, 1024, reference_tokens=count * 4096, fast=True)
+    planned = activations(replace(kv, transformer=config), work, "cuda")["transformer"]
+    assert 1 <= planned / peak <= 1.25
 
 
 def test_activations_cover_published_peaks():
@@ -218,9 +260,9 @@ def test_activations_depend_on_the_work():
         return activations(spec, replace(SQUARE, **changes), device_type)[stage]
 
     kv = MODELS["flux.2-klein-9b-kv"]
-    uncached = replace(kv, kv_cached_references=False)
-    cached = count(kv, reference_tokens=4096) - count(uncached, reference_tokens=4096)
-    assert cached == 2 * 4096 * 4096 * 32 * 2 == pytest.approx(2.15 * GB, rel=2e-3)
+    deeper = replace(kv, transformer=replace(kv.transformer, depth_single=25))
+    block = count(deeper, reference_tokens=4096) - count(kv, reference_tokens=4096)
+    assert block == 2 * 4096 * 4096 * 2 == pytest.approx(2.15 * GB / 32, rel=2e-3)
     assert count(KLEIN, "mps") - count(KLEIN) == 96 * 4608**2
     rows = count(DEV, steps=29) - count(DEV)
     assert rows == 28 * (12 * 19 + 3 * 38 + 3) * 3072 * 2 == pytest.approx(59e6, rel=0.01)
