@@ -160,7 +160,7 @@ def _count_step(
     # the table does not get narrower: not counted
     network.rope = lambda txt_ids, img_ids: rope  # type: ignore[method-assign, assignment]
     axes = len(config.axes_dim)
-    times = dict(
+    times: dict[str, Any] = dict(
         t=torch.zeros(1),
         guidance=torch.zeros(1) if narrow.guidance else None,
         vector=torch.zeros(1, narrow.vector_dim, dtype=dtype) if narrow.vector_dim else None,

@@ -27,7 +27,7 @@ class RuntimeOptions:
     compile: bool = False  # the transformer's blocks: a minute at first, faster steps on a GPU
     vae_tile: int | None = None  # pixels: decode in tiles of this side
     decode_dtype: torch.dtype | None = None  # dtype of decoding; default: by `numerics`
-    fast: bool = True  # on a CPU and with exact numerics, the faster forwards of runtime/fast.py
+    fast: bool = True  # with exact numerics, and not on MPS, the forwards of runtime/fast.py
 
     def __post_init__(self) -> None:
         check_choice("quantize", self.quantize, SCHEMES)
