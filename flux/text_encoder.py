@@ -23,6 +23,7 @@ from flux.tokenizers import (
     T5Tokenizer,
     Tokens,
 )
+from flux.weights.files import TensorInfo
 from flux.weights.llama_cpp_names import (
     halves_from_pairs,
     language_model_from_llama_cpp,
@@ -206,10 +207,8 @@ def build_text_encoder(
     def ignore_keys(name: str) -> bool:
         return language_model_ignore_keys(name, depth)
 
-    def reorder(name: str, rows: Tensor, metadata: Mapping) -> Tensor:
-        return halves_from_pairs(
-            name, rows, metadata.get("general.architecture"), text.model.head_dim
-        )
+    def reorder(info: TensorInfo, rows: Tensor, metadata: Mapping) -> Tensor:
+        return halves_from_pairs(info, rows, metadata, text.model.head_dim)
 
     model = LazyModule(
         LanguageModel,

@@ -5,8 +5,12 @@ The names are those of gguf-py/gguf/tensor_mapping.py in https://github.com/ggml
 """
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
+
+from flux.errors import UserError
+from flux.weights.files import TensorInfo
 
 T5 = {  # llama.cpp's name, without `.weight` -> ours
     "token_embd": "shared",
@@ -59,17 +63,26 @@ def _rename(name: str, table: dict[str, str]) -> str:
     return f"{table[layer]}.weight".replace("N", number) if layer in table else name
 
 
-def halves_from_pairs(name: str, rows: Tensor, architecture: object, head_dim: int) -> Tensor:
+def halves_from_pairs(info: TensorInfo, rows: Tensor, metadata: Mapping, head_dim: int) -> Tensor:
     """Put the rows of a query or key matrix into the order of our rotary embedding.
 
     llama.cpp's LLaMA and Mistral turn the channel pairs (2i, 2i + 1) of a head. Its converter
     therefore permutes the rows (`LlamaModel.permute` in convert_hf_to_gguf.py). Ours turns
     (i, i + head_dim/2), as transformers does, and llama.cpp's Qwen3 does. Other tensors stay as
-    they are.
+    they are, and so do all that do not have llama.cpp's names.
 
-    rows: (heads * head_dim, ...), quantized or not. architecture: GGUF's `general.architecture`.
+    rows: (heads * head_dim, ...), quantized or not. metadata: of the file.
+    UserError if the metadata do not tell the order.
     """
-    if architecture not in ("llama", "mistral3") or not re.search(r"self_attn\.[qk]_proj\.", name):
+    if not re.fullmatch(r"blk\.\d+\.attn_[qk]\.weight", info.name):
         return rows
+    architecture = metadata.get("general.architecture")
+    if architecture == "qwen3":
+        return rows
+    if architecture not in ("llama", "mistral3"):
+        raise UserError(
+            f"{info.file} has the architecture {architecture!r:.60} and not qwen3, llama or "
+            "mistral3, so that the order of its query rows is unknown; get another file."
+        )
     pairs = rows.unflatten(0, (-1, head_dim // 2, 2))  # (heads, head_dim/2, 2, ...)
     return pairs.transpose(1, 2).flatten(0, 2)  # a copy

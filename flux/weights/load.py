@@ -74,7 +74,7 @@ def load_module(
     prefixes: Sequence[str] = ("",),
     ignore_keys: Callable[[str], bool] = keep_all,
     rename: Callable[[str], str] | None = None,
-    reorder: Callable[[str, torch.Tensor, Mapping], torch.Tensor] | None = None,
+    reorder: Callable[[TensorInfo, torch.Tensor, Mapping], torch.Tensor] | None = None,
     check_finite: bool = False,
 ) -> None:
     """Load `files` into a module on the meta device; freeze it and set evaluation mode.
@@ -86,7 +86,7 @@ def load_module(
     ignore_keys: whether a tensor of this name, without prefix, is expected but not needed.
     rename: from a name in the file, without prefix, to the module's name, for a foreign layout.
     reorder: puts the rows of a tensor into the module's order, for a foreign layout; takes the
-        module's name, the tensor, and the metadata of the files.
+        description of the tensor in its file, the tensor, and the metadata of the files.
     check_finite: raise UserError if a weight is NaN or infinite, or if a file in the Hugging Face
         cache has not its hash.
 
@@ -122,7 +122,7 @@ def load_module(
         cast = tensor.is_floating_point() and name not in quantized
         tensor = tensor.view(expected[name].shape)
         if reorder:
-            tensor = reorder(name, tensor, metadata)
+            tensor = reorder(sources[name], tensor, metadata)
         tensors[name] = tensor.to(device=device, dtype=dtype if cast else None)
     for path, layer in layers.items():
         if isinstance(layer, GGUFEmbedding) and dtype:

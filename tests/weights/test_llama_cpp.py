@@ -4,6 +4,7 @@ The `gguf` package gives the names and dequantizes; transformers undoes the orde
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -13,12 +14,14 @@ from gguf import MODEL_ARCH, GGMLQuantizationType
 from safetensors.torch import load_file
 from support.quantized_files import random_state
 from support.tiny_repositories import home, tiny_repositories
+from support.weight_files import refusal
 from torch import Tensor, nn
 
 import flux
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.runtime.memory_plan import measure_weights
 from flux.t5 import T5, T5Config
+from flux.weights.files import TensorInfo
 from flux.weights.llama_cpp_names import (
     halves_from_pairs,
     language_model_from_llama_cpp,
@@ -97,8 +100,8 @@ def text_network(kind: str, path, dtype=torch.float32, config=None):
         load_module(module, [path], rename=t5_from_llama_cpp, **options)
         return module
 
-    def reorder(name, rows, metadata):
-        return halves_from_pairs(name, rows, metadata["general.architecture"], config.head_dim)
+    def reorder(info, rows, metadata):
+        return halves_from_pairs(info, rows, metadata, config.head_dim)
 
     load_module(module, [path], rename=language_model_from_llama_cpp, reorder=reorder, **options)
     return module
@@ -130,12 +133,35 @@ def test_rows_of_mistral_are_ordered_as_transformers_orders_them():
 
     rows = torch.randn(4 * 32, 16)
     theirs = LlamaTensorProcessor(config={})._reverse_permute_weights(rows.numpy(), 4)
-    name = "layers.3.self_attn.q_proj.weight"
     for architecture in ("llama", "mistral3"):
-        assert np.array_equal(halves_from_pairs(name, rows, architecture, 32).numpy(), theirs)
-    for other in ("layers.3.self_attn.v_proj.weight", "layers.3.mlp.up_proj.weight"):
-        assert halves_from_pairs(other, rows, "llama", 32) is rows
-    assert halves_from_pairs(name, rows, "qwen3", 32) is rows
+        assert np.array_equal(reordered("blk.3.attn_q.weight", rows, architecture), theirs)
+
+
+@pytest.mark.parametrize(
+    "name, architecture",
+    [
+        ("blk.3.attn_q.weight", "qwen3"),
+        ("blk.3.attn_v.weight", "llama"),
+        ("blk.3.attn_q_norm.weight", "llama"),
+        ("blk.3.ffn_up.weight", "mistral3"),
+        ("model.layers.3.self_attn.q_proj.weight", "llama"),
+        ("model.layers.3.self_attn.q_proj.weight", None),
+    ],
+)
+def test_other_rows_keep_their_order(name, architecture):
+    rows = torch.randn(4 * 32, 16)
+    assert reordered(name, rows, architecture) is rows
+
+
+@pytest.mark.parametrize("architecture", [None, "qwen2vl", 7])
+def test_unknown_order_of_rows_is_refused(architecture):
+    message = refusal(reordered, "blk.0.attn_k.weight", torch.zeros(64, 2), architecture)
+    assert message.startswith(f"x.gguf has the architecture {architecture!r} and not qwen3")
+
+
+def reordered(name: str, rows: Tensor, architecture: object) -> Tensor:
+    info = TensorInfo("F32", tuple(rows.shape), Path("x.gguf"), name)
+    return halves_from_pairs(info, rows, {"general.architecture": architecture}, 32)
 
 
 @pytest.mark.parametrize("kind, rename", RENAMES)
