@@ -33,6 +33,14 @@ from flux.weights.llama_cpp_names import (
 MAX_CACHE = 2**30  # bytes of features that are kept for later calls: 136 prompts of klein 4B
 
 
+FOREIGN_SYNTAX = {  # of A1111 and ComfyUI -> what to say of it, the same for all prompts
+    r"[^\s\d:]:\s?\d*\.?\d+\s?[)\]]": "weights such as (word:1.3) have no meaning here",
+    r"(?<!\S)BREAK(?!\S)": "BREAK has no meaning here",
+    r"<(lora|lyco|hypernet):": "<lora:...> loads no LoRA; `load_lora` does",
+    r"(?<!\S)embedding:\S": "embedding:... loads no embedding",
+}
+
+
 class TextFeatures(NamedTuple):
     """What the transformer reads of a prompt."""
 
@@ -87,6 +95,7 @@ class TextEncoder:
         """Return one prompt's features from the cache, or encode the prompt and cache them."""
         features = self.cache.pop(prompt, None)
         if features is None:
+            warn_of_foreign_syntax(prompt)
             with torch.inference_mode():
                 features = self.encode_one(prompt).to("cpu", self.dtype)
         self.cache[prompt] = features  # the last is the most recent
@@ -162,6 +171,13 @@ def require_known_ids(tokens: Tokens, tokenizer: PromptTokenizer, network: LazyM
             f"{tokenizer.folder}: the tokenizer gives the id {last:,}, but {network.files[0]} has "
             f"{size:,} tokens. Take the tokenizer from {tokenizer.repository_hint}."
         )
+
+
+def warn_of_foreign_syntax(prompt: str) -> None:
+    """Warn of each kind of syntax that other programs interpret, and that is plain text here."""
+    for pattern, meaning in FOREIGN_SYNTAX.items():
+        if re.search(pattern, prompt):
+            warnings.warn(f"the prompt is read as it stands: {meaning}", stacklevel=4)
 
 
 def warn_if_truncated(tokens: Tokens, length: int) -> None:

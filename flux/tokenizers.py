@@ -1,10 +1,12 @@
 """Prompt -> token ids, exactly as in the released pipelines: T5 and CLIP, Qwen3, Mistral.
 
 Each tokenizer is read from the folder in its repository: from `tokenizer.json` where there is one,
-otherwise from the older files that the class names. Special tokens typed inside a prompt (`</s>`,
-`<|im_end|>`, `[/INST]`) are parsed as special tokens, as in the released pipelines.
+otherwise from the older files that the class names; T5's the other way round. Special tokens typed
+inside a prompt (`</s>`, `<|im_end|>`, `[/INST]`) are parsed as special tokens, as in the released
+pipelines.
 """
 
+import base64
 import re
 import struct
 from collections.abc import Iterator
@@ -47,6 +49,7 @@ class PromptTokenizer:
 
     repository_hint: str  # where the files come from, for error messages
     files: tuple[str, ...] = ()  # what to read where there is no tokenizer.json
+    prefers_files = False  # to a tokenizer.json beside them
     special_token_template = "$A"  # special tokens around the ids $A; truncation keeps them
     prefix = ""  # text before the prompt, tokenized with it; truncation cuts it like the prompt
     suffix = ""  # text after the prompt, likewise
@@ -108,11 +111,11 @@ class PromptTokenizer:
         return prompt[max(0, starts[0] - len(self.prefix)) :]
 
     def _load(self, folder: Path):
-        from tokenizers import Tokenizer
-
-        has_json = (folder / "tokenizer.json").is_file()
-        names = ("tokenizer.json",) if has_json else self.files
-        if not names or not all((folder / name).is_file() for name in names):
+        sources = [names for names in (("tokenizer.json",), self.files) if names]
+        if self.prefers_files:
+            sources.reverse()
+        complete = (x for x in sources if all((folder / name).is_file() for name in x))
+        if not (names := next(complete, ())):
             wanted = "tokenizer.json"
             if self.files:
                 wanted += " or " + " with ".join(self.files)
@@ -120,8 +123,8 @@ class PromptTokenizer:
                 f"{folder}: no tokenizer ({wanted}). Take it from {self.repository_hint}."
             )
         try:
-            if has_json:
-                return Tokenizer.from_file(str(folder / "tokenizer.json"))
+            if names == ("tokenizer.json",):
+                return self._from_json(folder / "tokenizer.json")
             return self._build(folder)
         except BaseException as error:  # the library raises no narrower type, or even panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -131,6 +134,11 @@ class PromptTokenizer:
                 f"{folder}: cannot read {' with '.join(names)} ({reason:.200}). "
                 f"Download the files again from {self.repository_hint}."
             ) from error
+
+    def _from_json(self, path: Path):
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(path))
 
     def _build(self, folder: Path):
         """Build the tokenizer that `files` describe, without a post-processor."""
@@ -142,21 +150,29 @@ class T5Tokenizer(PromptTokenizer):
 
     repository_hint = "tokenizer_2/ of a FLUX.1 repository"
     files = ("spiece.model",)
+    prefers_files = True
     special_token_template = "$A </s>"
     pad = "<pad>"
 
+    # The pipelines run T5TokenizerFast: sentencepiece's vocabulary and character map, without
+    # sentencepiece. The latter reads special tokens in a prompt as text, and maps combining
+    # characters differently. transformers 5 takes no more from a tokenizer.json either: what the
+    # files have around it differs, in a strip at the end and in U+0085.
+
     def _build(self, folder: Path):
-        # The pipelines run T5TokenizerFast: sentencepiece's vocabulary and character map, without
-        # sentencepiece. The latter reads special tokens in a prompt as text, and maps combining
-        # characters differently.
+        data = read_plain_file(folder / "spiece.model", MAX_SPIECE, "a sentencepiece model")
+        return self._unigram(*_read_sentencepiece(data))
+
+    def _from_json(self, path: Path):
+        return self._unigram(*_read_unigram(parse_json(read_plain_file(path, MAX_JSON))))
+
+    @staticmethod
+    def _unigram(pieces: list[tuple[str, float]], charsmap: bytes):
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-        pieces, charsmap = _read_sentencepiece(
-            read_plain_file(folder / "spiece.model", MAX_SPIECE, "a sentencepiece model")
-        )
         names = [name for name, _ in pieces]
-        sentinels = [f"<extra_id_{i}>" for i in reversed(range(100))]  # not in the file
-        pieces += [(name, 0.0) for name in sentinels]
+        sentinels = [f"<extra_id_{i}>" for i in reversed(range(100))]  # not in spiece.model
+        pieces += [(name, 0.0) for name in sentinels if name not in names]
         tokenizer = Tokenizer(models.Unigram(pieces, unk_id=names.index("<unk>")))
         if charsmap:
             tokenizer.normalizer = normalizers.Precompiled(charsmap)
@@ -180,8 +196,8 @@ class CLIPTokenizer(PromptTokenizer):
         paths = [str(folder / name) for name in self.files]
         bpe = models.BPE.from_file(*paths, end_of_word_suffix="</w>", unk_token="<|endoftext|>")
         tokenizer = Tokenizer(bpe)
-        # transformers before 5 also repaired mojibake where ftfy was installed, and dropped control
-        # characters.
+        # The slow tokenizer of transformers before 5 differs. With ftfy, it repaired mojibake;
+        # without, it split Chinese characters, and dropped control and format characters.
         spaces = normalizers.Replace(Regex(r"\s+"), " ")
         steps = [normalizers.NFC(), spaces, normalizers.Lowercase()]
         tokenizer.normalizer = normalizers.Sequence(steps)
@@ -278,6 +294,24 @@ def _read_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
     if charsmap is None:
         raise ValueError("the file ends before its normalizer_spec")
     return pieces, charsmap
+
+
+def _read_unigram(content: Any) -> tuple[list[tuple[str, float]], bytes]:
+    """Return the same of the content of a tokenizer.json.
+
+    The scores were float32. Others may have rounded them, and a tie is decided by the last bit.
+    """
+    model = content.get("model") if isinstance(content, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not (vocabulary and isinstance(vocabulary, list)):
+        raise ValueError("its model is not T5's, which is called Unigram")
+    pieces = [(str(name), struct.unpack("<f", struct.pack("<f", x))[0]) for name, x in vocabulary]
+    normalizers = [content.get("normalizer") or {}]
+    for normalizer in normalizers:  # which grows
+        if "precompiled_charsmap" in normalizer:
+            return pieces, base64.b64decode(normalizer["precompiled_charsmap"] or "")
+        normalizers += normalizer.get("normalizers", [])
+    raise ValueError("it has no precompiled_charsmap")
 
 
 def _protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -60,6 +60,7 @@ FLAGS = {  # the library's arguments whose flag is not their name with dashes
     "dtype=torch.bfloat16": "--dtype bfloat16",
     "decode_dtype=torch.float32": "--decode-dtype float32",
     "loras": "--lora",
+    "load_lora": "--lora",
     "scale": "--lora",
     "strict=False": "--lora-ignore-unmatched",
 }

@@ -6,6 +6,7 @@ Qwen/Qwen3-8B (a head, a final norm, more layers) and Mistral-Small-3.2 (a visio
 spellings of the prefix). tests/test_pipeline.py compares features with transformers'.
 """
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,12 @@ from flux.errors import UserError
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity.reference import randomise
 from flux.t5 import T5, T5Config
-from flux.text_encoder import clip_ignore_keys, language_model_ignore_keys, t5_ignore_keys
+from flux.text_encoder import (
+    clip_ignore_keys,
+    language_model_ignore_keys,
+    t5_ignore_keys,
+    warn_of_foreign_syntax,
+)
 from flux.weights.load import load_module
 
 CLIP_TINY = CLIPConfig(vocab_size=50, hidden_size=16, num_heads=2, mlp_size=32, depth=2, eos_id=49)
@@ -50,6 +56,52 @@ def reload(tmp_path, kind, config, others, prefix="", **options):
     assert original.keys() == loaded.state_dict().keys()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, original[name]), name
+
+
+SYNTAX = {  # what A1111 and ComfyUI interpret -> what is said
+    "weights": [
+        "(red hair:1.3)",
+        "((a) b:0.5), c",
+        "[a:b:0.5]",
+        "('x':2)",
+        "(a:.9 )",
+        "(((é:1.21)))",
+    ],
+    "BREAK": ["a cat BREAK a dog", "BREAK", "a\nBREAK\nb"],
+    "<lora:": ["a cat <lora:style:0.8>", "<lora:x>", "<lyco:x:1>", "<hypernet:x:1>"],
+    "embedding:": ["embedding:easynegative, a cat", "a embedding:x.pt"],
+}
+PLAIN = [
+    "a cat",
+    "(a cat)",
+    "at 12:30)",
+    "(16:9)",
+    "a sign 'BREAKFAST'",
+    "smile :3)",
+    "[INST] a",
+    "",
+]
+PLAIN += [
+    "</s> <|im_end|>",
+    "ratio: 2",
+    "let it break",
+    "x embedding: y",
+    "(" * 50_000,
+    "a:" * 50_000,
+]
+
+
+def test_syntax_of_other_programs_is_said_to_be_plain_text():
+    for kind, prompts in SYNTAX.items():
+        for prompt in prompts:
+            with pytest.warns(UserWarning) as told:
+                warn_of_foreign_syntax(prompt)
+            (message,) = [str(warning.message) for warning in told]
+            assert message.startswith("the prompt is read as it stands: ") and kind in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompt in PLAIN:
+            warn_of_foreign_syntax(prompt)
 
 
 def test_file_of_all_of_clip_loads(tmp_path):

@@ -5,7 +5,9 @@ the same folders.
 """
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,9 +249,11 @@ def test_truncated_holds_all_of_a_character_split_in_bytes(cases):
     assert case.ours(["ab\U0001f600!"], room + 5).truncated == [""]  # only the suffix is lost
 
 
-def test_t5_reads_tokenizer_json_of_transformers_4(folders, tmp_path):
-    """It gives the same ids, but U+0085 is a space only to version 5."""
-    ours = T5Tokenizer(folders["t5-json"])
+ZEROS = [f"a 1{'0' * count} b" for count in range(1, 40)]  # pieces of equal scores: ties
+
+
+def test_any_tokenizer_json_of_t5_gives_the_ids_of_spiece_model(folders, cases, tmp_path):
+    """By transformers 4, by flan-t5's authors without a strip, and with scores of nine digits."""
     content = json.loads((folders["t5-json"] / "tokenizer.json").read_text(encoding="utf-8"))
     spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
     strip = {"type": "Strip", "strip_left": False, "strip_right": True}
@@ -259,10 +263,78 @@ def test_t5_reads_tokenizer_json_of_transformers_4(folders, tmp_path):
     }
     content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]
     write_json(tmp_path / "tokenizer.json", content)
-    older = T5Tokenizer(tmp_path)
-    for prompt in HARD_PROMPTS:
-        same = torch.equal(older([prompt], 99).ids, ours([prompt], 99).ids)
-        assert same == ("\x85" not in prompt)
+    flan = json.loads(json.dumps(content))
+    flan["normalizer"] = content["normalizer"]["normalizers"][0]
+    rounded = json.loads(json.dumps(content))
+    pieces = rounded["model"]["vocab"]
+    rounded["model"]["vocab"] = [[name, float(f"{score:.9g}")] for name, score in pieces]
+    assert rounded != content
+    prompts = HARD_PROMPTS + ZEROS
+    expected = cases["t5"].reference(prompts, 99)[0]
+    for kind in (content, flan, rounded):
+        write_json(tmp_path / "tokenizer.json", kind)
+        assert torch.equal(T5Tokenizer(tmp_path)(prompts, 99).ids, expected)
+
+
+def test_t5_prefers_spiece_model_to_a_tokenizer_json_beside_it(folders, cases, tmp_path):
+    shutil.copy(folders["t5"] / "spiece.model", tmp_path)
+    shutil.copy(folders["qwen"] / "tokenizer.json", tmp_path)
+    expected = cases["t5"].reference(HARD_PROMPTS, 99)[0]
+    assert torch.equal(T5Tokenizer(tmp_path)(HARD_PROMPTS, 99).ids, expected)
+
+
+def test_json_that_is_not_t5s_is_refused(folders, tmp_path):
+    content = json.loads((folders["t5-json"] / "tokenizer.json").read_text(encoding="utf-8"))
+    no_map = content | {"normalizer": None}
+    no_unknown = json.loads(json.dumps(content))
+    no_unknown["model"]["vocab"][2][0] = "unknown"
+    model = content["model"]
+    for wrong, reason in (
+        (no_map, "no precompiled_charsmap"),
+        (no_unknown, "'<unk>' is not in list"),
+        (content | {"model": None}, "not T5's"),
+        (content | {"model": model | {"vocab": model["vocab"] + [["a"]]}}, "not enough values"),
+        (content | {"model": model | {"vocab": [["a", "b"]]}}, "required argument is not a float"),
+        ([], "not T5's"),
+    ):
+        write_json(tmp_path / "tokenizer.json", wrong)
+        with pytest.raises(UserError, match=f"^{tmp_path}: cannot read tokenizer.json .*{reason}"):
+            T5Tokenizer(tmp_path)
+
+
+GOLDEN = {  # ids that transformers, diffusers and others give with the released vocabularies
+    ("t5", "  A Cat's caf\u00e9\n\n1234 "): "71 3431 31 7 11949 586 3710 1",
+    ("t5", "a 100000000000000 b"): "3 9 5580 2313 19568 19568 3 115 1",
+    ("t5", "a\x85cat"): "3 9 1712 1",
+    ("t5", "\x85a cat"): "3 9 1712 1",
+    ("t5", "<|im_end|>[/INST]</s>"): "3 2 9175 603 834 989 9175 3155 25229 14750 382 908 1 1",
+    ("clip", "a photo of a cat"): "49406 320 1125 539 320 2368 49407",
+    ("clip", "(red hair:1.3), \u201cquoted\u201d don\u2019t"): (
+        "49406 263 736 2225 281 272 269 274 2361 728 506 27706 728 507 847 728 503 339 49407"
+    ),
+    ("qwen3", "a photo of a cat"): (
+        "151644 872 198 64 6548 315 264 8251 151645 198 151644 77091 198 151667 271 151668 271"
+    ),
+    ("qwen3", "  A Cat's caf\u00e9\n\n1234 "): (
+        "151644 872 198 220 362 17358 594 51950 271 16 17 18 19 220 151645 198 151644 77091 198 "
+        "151667 271 151668 271"
+    ),
+    ("mistral", "a photo of a cat"): "3 1097 16649 1307 1261 7990 4",
+    ("mistral", "<|im_end|>[/INST]</s>"): "3 1060 1124 1329 23836 1124 1062 4 2 4",
+}
+KINDS = dict(t5=T5Tokenizer, clip=CLIPTokenizer, qwen3=QwenTokenizer, mistral=MistralTokenizer)
+
+
+@pytest.mark.parametrize("name, prompt", GOLDEN)
+def test_released_vocabularies_give_the_published_ids(name, prompt):
+    """With $FLUX_TOKENIZERS, a folder of t5/, clip/, qwen3/ and mistral/ as released."""
+    folder = os.environ.get("FLUX_TOKENIZERS")
+    if not folder:
+        pytest.skip("needs the released tokenizers, in $FLUX_TOKENIZERS")
+    tokens = KINDS[name](Path(folder, name))([prompt], 256)
+    ids = tokens.ids[0][tokens.mask[0]].tolist()
+    expected = [int(number) for number in GOLDEN[name, prompt].split()]
+    assert ids[-len(expected) :] == expected and (name == "mistral" or len(ids) == len(expected))
 
 
 def test_prompt_that_is_not_text_is_refused(case):
@@ -288,7 +360,7 @@ def test_missing_and_broken_files_are_named(kind, tmp_path):
 def test_vocabulary_of_another_model_is_refused(folders):
     with pytest.raises(UserError, match="no token '<.endoftext.>'.*FLUX.2-klein"):
         QwenTokenizer(folders["mistral"])
-    with pytest.raises(UserError, match="no token '</s>'.*tokenizer_2/ of a FLUX.1"):
+    with pytest.raises(UserError, match="model is not T5's.*tokenizer_2/ of a FLUX.1"):
         T5Tokenizer(folders["qwen"])
 
 

@@ -49,9 +49,8 @@ IMAGE_OPTIONS: Types = dict(  # of `flux.ImageInputs`, in the metadata's `image_
     preprocess_control=bool,
 )
 PARTS = ("transformer", "autoencoder", "text_encoder", "text_encoder_2", "tokenizer")  # by flags
-SHOWN = set(  # of these, `parameters` speaks
-    "prompt negative_prompt width height steps guidance true_cfg_scale seed model transformer".split()
-)
+SHOWN = {"prompt", "negative_prompt", "width", "height", "steps", "guidance", "true_cfg_scale"}
+SHOWN |= {"seed", "model", "transformer"}  # what `parameters` speaks of
 OLD_NAMES = {  # in images of version 0.1.0 -> today
     "cfg_scale": "true_cfg_scale",
     "native_fp8": "fp8_matmul",

@@ -81,6 +81,15 @@ def test_metadata_are_left_out_on_request(cli):
         assert image.info["parameters"].startswith("a violet heptagon\nSteps: 1, Sampler: Euler, ")
 
 
+def test_syntax_of_other_programs_is_noted_once(cli):
+    run = cli(
+        "(a red:1.3) star", "a <lora:x:1> (blue:1.2) ring", *QUICK, "--negative-prompt", "(x:1)"
+    )
+    assert run.code == 0 and len(run.images) == 2
+    assert run.err.count("weights such as (word:1.3) have no meaning here") == 1
+    assert run.err.count("<lora:...> loads no LoRA; --lora does") == 1
+
+
 def test_defaults_come_from_the_model(cli):
     run = cli(PROMPT)
     metadata = read_metadata(*run.images)
