@@ -275,9 +275,17 @@ def compare(args: argparse.Namespace) -> int:
     show_lines(compare.table(rows, compare.coverage(rows, b, a)))
     if precision in stored_rounding(b):
         show(format_ratio(rows, b, precision))
-    if caution := compare.about_copies(rows, a, b):
-        say(f"note: {caution}")
+    say_cautions(rows, a, b)
     return finish(rows, args)
+
+
+def say_cautions(rows, a, b) -> None:
+    """Say what a verdict rests on besides the values."""
+    from flux.parity.compare import about_copies, about_tolerances
+
+    for caution in (about_copies(rows, a, b), about_tolerances(rows, a, b)):
+        if caution:
+            say(f"note: {caution}")
 
 
 def read_pair(judged: Path, reference: Path):
@@ -384,8 +392,7 @@ def diagnose(args: argparse.Namespace) -> int:
     rows = compare.compare(port, reference, args.tolerance, args.only)
     if compare.first_over(rows) is None:
         show(compare.verdict(rows), compare.coverage(rows, reference, port))
-        if caution := compare.about_copies(rows, port, reference):
-            say(f"note: {caution}")
+        say_cautions(rows, port, reference)
         return int(not compare.passed(rows))
     pipe = load_pipeline(reference, args)
     show_lines(format_diagnosis(diagnose(rows, port, reference, pipe)))

@@ -167,7 +167,7 @@ STATISTICS = {
         f"a list of {BINS} counts", lambda x: is_list(x, is_count) and len(x) == BINS
     ),
 }
-RUN_DTYPES = {str(x).removeprefix("torch."): y for x, y in DTYPES.items() if x.is_floating_point}
+RUN_DTYPES = ("float64", "float32", "float16", "bfloat16")
 RECIPE = {
     "model": TEXT,
     "mode": TEXT,

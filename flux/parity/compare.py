@@ -561,6 +561,26 @@ def about_copies(rows: Sequence[Row], a: Capture, b: Capture) -> str:
     )
 
 
+def about_tolerances(rows: Sequence[Row], a: Capture, b: Capture) -> str:
+    """Return a caution where `a` alone is the reason for a larger tolerance, else an empty text.
+
+    The reason is the dtype of its tensors, or the dtype in which it says that it ran.
+    """
+
+    def is_relaxed(row: Row) -> bool:
+        dtype = b.records[row.name].dtype
+        given = _default_tolerance(row.dtype, dtype, a, b)
+        return row.tolerance == given > _default_tolerance(dtype, dtype, b)
+
+    count = sum(map(is_relaxed, rows))
+    if not count:
+        return ""
+    return (
+        f"{count:,} tensors were allowed more than the reference's dtype allows, because {a.path} "
+        "has coarser ones, or says that it ran in a coarser one."
+    )
+
+
 def check_two_files(a: Capture, b: Capture) -> None:
     """Raise UserError if both are one file: it would equal itself whatever is in it."""
     if a.path.samefile(b.path):

@@ -312,11 +312,13 @@ def start_from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
     """Yield a copy of the pipeline that uses the recorded text features and the recorded noise."""
     copied, copied.text = copy.copy(pipe), copy.copy(pipe.text)
     copied.text.cache = {}
-    places = ("text", "text/negative")
-    stored = [place for place in places if _stored_in_full(capture, [f"{place}/features"])]
-    if stored:
-        features = iter([recorded_features(capture, place, pipe) for place in stored])
-        copied.text.encode_one = lambda prompt: next(features)  # type: ignore[method-assign]
+    if _stored_in_full(capture, ["text/features"]):
+        places = iter(("text", "text/negative"))  # in the order of a run
+
+        def recorded_text(prompt: str) -> TextFeatures:
+            return recorded_features(capture, next(places), pipe)
+
+        copied.text.encode_one = recorded_text  # type: ignore[method-assign]
         for part in pipe.spec.text.networks:  # nothing to load, and nothing to observe
             setattr(copied.text, part, nn.Identity)
     if not _stored_in_full(capture, ["noise"]):
@@ -334,14 +336,19 @@ def start_from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
 def recorded_features(capture: Capture, place: str, pipe: Pipeline) -> TextFeatures:
     config, length = pipe.spec.transformer, pipe.spec.text_length
     pooled = None
-    if f"{place}/pooled" in capture.tensors.names:
-        pooled = checked_shape(capture, f"{place}/pooled", (1, config.vector_dim or 0))
+    if config.vector_dim is not None:
+        pooled = checked_shape(capture, f"{place}/pooled", (1, config.vector_dim))
     tokens = checked_shape(capture, f"{place}/features", (1, length, config.context_dim))
     return TextFeatures(tokens, pooled)
 
 
 def checked_shape(capture: Capture, name: str, shape: Sequence[int]) -> Tensor:
-    """Return a recorded tensor. UserError if it has another shape."""
+    """Return a recorded tensor. UserError if it has another shape, or is not stored in full."""
+    if not _stored_in_full(capture, [name]):
+        raise UserError(
+            f"{capture.path}: has no {name} in full, from which the run starts. "
+            "Capture it again, with this name"
+        )
     tensor = capture.tensors[name]
     if tensor.shape != tuple(shape):
         raise UserError(

@@ -25,7 +25,16 @@ from flux.errors import UserError, WriteError
 from flux.image_io.output import write_exclusive
 from flux.parity import figures
 from flux.parity.capture_file import Capture, token_norms
-from flux.parity.compare import Row, about_copies, coverage, first_over, format_ulp, passed, verdict
+from flux.parity.compare import (
+    Row,
+    about_copies,
+    about_tolerances,
+    coverage,
+    first_over,
+    format_ulp,
+    passed,
+    verdict,
+)
 
 IMAGE = "image"
 OPEN = 200  # show all rows at once up to this number, else those of the first part over tolerance
@@ -195,7 +204,7 @@ def img(pngs: dict[str, bytes], name: str, caption: str = "") -> str:
 def heading(a: Capture, b: Capture, rows: Sequence[Row]) -> str:
     """Return the verdict, the two files, and what limits the comparison."""
     first, text = first_over(rows), verdict(rows)
-    notes = [coverage(rows, b, a), about_copies(rows, a, b)]
+    notes = [coverage(rows, b, a), about_copies(rows, a, b), about_tolerances(rows, a, b)]
     for capture in (a, b):
         if "stopped" in capture.recipe:
             notes.append(f"{capture.path} stopped early: {capture.recipe['stopped']}")

@@ -1,7 +1,6 @@
 """Training data: folders of images and captions, sizes, cached latents and features, batches."""
 
 import hashlib
-import json
 import math
 import os
 import warnings
@@ -26,7 +25,7 @@ from flux.image_io import input as inputs
 from flux.image_io.control import control_pixels
 from flux.image_io.output import to_mask, to_pixels
 from flux.pipeline import Pipeline
-from flux.plain_files import read_plain_file, require_plain_file
+from flux.plain_files import parse_json, read_plain_file, require_plain_file
 from flux.text_encoder import TextFeatures
 from flux.training.checkpoint import (
     CHECKSUM,
@@ -142,14 +141,14 @@ def _read_list(path: Path) -> list[Sample]:
 def _read_line(path: Path, number: int, line: str) -> Sample:
     """Read one line of a metadata.jsonl file."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         caption, references = entry["caption"].strip(), entry.get("references", [])
         image = path.parent / entry["image"]
         files = [path.parent / name for name in references]
         others = {kind: path.parent / entry[kind] for kind in ("control", "mask") if kind in entry}
         if not caption or not isinstance(references, list):
             raise ValueError
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(
             f'{path}, line {number}: must be {{"image": FILE, "caption": TEXT}}, optionally with '
             f'"references": [FILE, ...], "control": FILE or "mask": FILE (got {line!r:.120})'

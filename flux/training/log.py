@@ -48,7 +48,7 @@ class CSVLog:
 
     def _read(self, step: int) -> None:
         content = b""
-        if self.path.exists():
+        if os.path.lexists(self.path):  # a broken link is told
             content = read_plain_file(self.path, MAX_LOG, "another folder")
         # a killed process leaves its last row without an end
         *lines, rest = content.decode(errors="replace").replace("\r\n", "\n").split("\n")

@@ -7,6 +7,7 @@ and processes that share a step need not exchange random numbers.
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.errors import NonFiniteError, UserError
+from flux.plain_files import parse_json
 from flux.training.checkpoint import (
     check_header,
     check_tensors,
@@ -142,7 +144,7 @@ class Trainer:
         self.saved_step = 0  # of the checkpoint; 0 if there is none
         self.seconds = 0.0  # spent in `update`, over all parts of the run
         remove_unfinished(path.parent)
-        if path.exists():
+        if os.path.lexists(path):  # a broken link is told
             self.restore()
 
     @property
@@ -261,12 +263,12 @@ class Trainer:
         """Return step, seconds and config of a checkpoint's metadata."""
         try:
             step, seconds = metadata["step"], float(metadata.get("seconds", 0))
-            config = json.loads(metadata["config"] if "config" in metadata else metadata["about"])
+            config = parse_json(metadata["config"] if "config" in metadata else metadata["about"])
             if not re.fullmatch("[0-9]{1,15}", step) or not 0 <= seconds < math.inf:
                 raise ValueError
             if not isinstance(config, dict) or not all(type(x) is str for x in config.values()):
                 raise ValueError
-        except (KeyError, ValueError, RecursionError):
+        except (KeyError, ValueError):
             raise UserError(
                 f"{self.path}: is not a checkpoint of a training run. Use another folder."
             ) from None

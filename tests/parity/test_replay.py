@@ -425,6 +425,18 @@ def test_incomplete_captures_are_refused(captures, pipeline, tmp_path):
         bisect(latents, changed(pipeline(KLEIN), "activation"), request)
 
 
+@pytest.mark.parametrize(
+    "name, missing", [(KLEIN, "text/negative/features"), (FLUX1, "text/pooled")]
+)
+def test_loop_needs_all_features_or_none(name, missing, pipeline, tmp_path):
+    pipe = pipeline(name)
+    request = replace(REQUESTS[name], width=64, height=64)
+    selection = Selection(("text/features", "latents"))
+    part = capture(pipe, request, tmp_path / "part.safetensors", selection)
+    with pytest.raises(UserError, match=rf"part\.safetensors: has no {missing} in full"):
+        replay_loop(part, pipe, request)
+
+
 def test_unknown_names_list_the_nearest(captures, pipeline):
     recorded, modules = captures[KLEIN], Modules(pipeline(KLEIN))
     with pytest.raises(UserError, match=r"only: double_block\.0 .* double_blocks\.0"):

@@ -205,6 +205,35 @@ def test_truth_is_not_its_own_port(command, truth, parity):
     assert "That shows nothing about a port." in text
 
 
+def with_recipe(path: Path, **changes) -> dict[str, str]:
+    """The metadata of a capture whose recipe states other things, and no hashes."""
+    document = json.loads(metadata_of(path)["flux.parity"])
+    document["recipe"] |= changes
+    for entry in document["tensors"].values():
+        del entry["sha256"], entry["statistics"]
+    return {"flux.parity": json.dumps(document)}
+
+
+def test_stated_dtype_allows_no_errors_in_silence(tensors, truth, parity):
+    """A port in float32 that errs by a tenth, or by a hundredth, and states a coarse dtype."""
+    draw = torch.Generator().manual_seed(4)
+    for dtype, noise, code in (
+        ("float8_e5m2", 0.1, 2),
+        ("bfloat16", 0.1, 1),
+        ("bfloat16", 0.01, 0),
+    ):
+        port = {
+            name: x * (1 + noise * torch.randn(x.shape, generator=draw))
+            if x.is_floating_point()
+            else x
+            for name, x in load_file(truth).items()
+        }
+        save_file(port, "port.safetensors", with_recipe(truth, dtype=dtype))
+        found, _, err = parity("compare", "port.safetensors", truth)
+        assert found == code
+    assert "were allowed more than the reference's dtype allows, because port.safetensors" in err
+
+
 def test_verdict_counts_what_was_not_compared(tensors, truth, parity):
     count = len(tensors)
     save_file({OUT: tensors[OUT], "mine": tensors[IN]}, "port.safetensors")

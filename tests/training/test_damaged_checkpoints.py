@@ -113,8 +113,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "a matrix that is transposed": (put(WEIGHT, lambda x: x.T.contiguous()), OTHER.format(WEIGHT)),
     "a matrix without rows": (put(WEIGHT, lambda x: x[:0].clone()), OTHER.format(WEIGHT)),
-    "a matrix of 60 dimensions": (
-        put(WEIGHT, lambda x: x.view(*x.shape, *[1] * 58)),
+    "a matrix of 16 dimensions": (
+        put(WEIGHT, lambda x: x.view(*x.shape, *[1] * 14)),
         OTHER.format(WEIGHT),
     ),
     "a flat average": (put("ema.0.weight", torch.flatten), OTHER.format("ema.0.weight")),
@@ -164,6 +164,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "config of deep lists": (told(config=100_000 * "["), NO_CHECKPOINT),
     "config with deep values": (
         told(config='{"model": ' + 100_000 * "[" + 100_000 * "]" + "}"),
+        NO_CHECKPOINT,
+    ),
+    "config with a name twice": (
+        told(config='{"model": "a", "batch_size": "3", "batch_size": "2"}'),
         NO_CHECKPOINT,
     ),
     "config of huge numbers": (told(config='{"model": ' + 5000 * "9" + "}"), NO_CHECKPOINT),
@@ -294,10 +298,8 @@ def test_special_file_is_refused(tmp_path, kind):
     elif kind == "folder":
         path.mkdir()
     else:
-        path.symlink_to(tmp_path / "nowhere")
-        assert make_trainer(path).step == 0
-        return
-    assert re.match(rf"{path}.* is a ", refusal(make_trainer, path))
+        path.symlink_to(tmp_path / "nowhere")  # of a disk that is not mounted, for example
+    assert re.match(rf"{path}: (is a|does not exist)", refusal(make_trainer, path))
 
 
 # ------------------------------------------------------------------------------- weights not finite

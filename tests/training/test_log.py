@@ -1,6 +1,7 @@
 """flux.training.log: the CSV file of a run that is resumed, and the chart of the loss."""
 
 import os
+import re
 
 import pytest
 from PIL import Image
@@ -65,16 +66,18 @@ def test_half_a_row_is_what_a_killed_process_leaves(tmp_path, end):
     assert path.read_text().split() == lines and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "broken link"])
 def test_special_file_is_refused(tmp_path, kind):
     path = tmp_path / "loss.csv"
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "device":
         path.symlink_to("/dev/zero")
-    else:
+    elif kind == "folder":
         path.mkdir()
-    assert f"{path}: is a " in refusal(CSVLog, path, COLUMNS)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    assert re.match(f"{path}: (is a|does not exist)", refusal(CSVLog, path, COLUMNS))
 
 
 def test_report_shows_control_characters_escaped(capsys):
