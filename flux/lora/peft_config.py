@@ -24,7 +24,7 @@ PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lycoris")  # which leave the b
 REFUSED = (  # fields of other methods, and of weights beside the factors
     *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
     *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
-    *("monteclora_config", "coft"),
+    *("monteclora_config", "coft", "layers_pattern"),
 )
 MAX_NAME = 200  # characters, of a layer or a pattern
 MAX_REPEATS = 3  # in a pattern: more could take forever
@@ -79,11 +79,31 @@ class PeftConfig:
 
     def require_target(self, layer: str) -> None:
         """UserError if the configuration does not name this layer, which PEFT would leave out."""
-        targets = self.fields.get("target_modules")
-        if not isinstance(targets, list) or not targets or self.source.endswith(METADATA):
-            return
-        if not any(layer == target or layer.endswith(f".{target}") for target in targets):
-            raise self.error(f"target_modules names no {layer}, which the file changes")
+        if self.fields and not self.source.endswith(METADATA) and not self._is_target(layer):
+            raise self.error(
+                f"target_modules, exclude_modules or layers_to_transform leave out {layer}, which "
+                "the file changes"
+            )
+
+    def _is_target(self, layer: str) -> bool:
+        targets, excluded, numbers = (
+            self.fields.get(name)
+            for name in ("target_modules", "exclude_modules", "layers_to_transform")
+        )
+        if excluded and _names_layer(excluded, layer):
+            return False
+        if not targets or targets == "all-linear" or layer in targets:
+            return True
+        if isinstance(targets, str):
+            return not _is_quick(targets) or _names_layer(targets, layer)
+        if not _names_layer(targets, layer):
+            return False
+        if numbers is None or numbers == []:
+            return True
+        found = re.match(r".*?\.[^.]*\.(\d{1,9})\.", layer)
+        return bool(
+            found and int(found[1]) in (numbers if isinstance(numbers, list) else [numbers])
+        )
 
     def require_role(self, layer: str, roles: Mapping[str, Any]) -> None:
         """UserError if a field contradicts what the file holds of a LoRA's layer."""
@@ -177,13 +197,22 @@ def _damage(fields: Mapping[str, Any]) -> Iterator[str]:
             if not isinstance(value or {}, dict):
                 yield f"{name} is not a table"
             for pattern in value or {}:
-                try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError):
+                if not _compiles(pattern):
                     yield f"{name} has {pattern!r:.60}, which is no regular expression"
-        elif name == "target_modules" and isinstance(value, list):
-            if not all(isinstance(target, str) for target in value):
-                yield "target_modules is no list of names"
+        elif name in ("target_modules", "exclude_modules") and value is not None:
+            names = value if isinstance(value, list) else [value]
+            if not all(isinstance(target, str) for target in names):
+                yield f"{name} is no list of names"
+            elif isinstance(value, str) and not _compiles(value):
+                yield f"{name} is {value!r:.60}, which is no regular expression"
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _unsupported(fields: Mapping[str, Any]) -> Iterator[str]:
@@ -204,6 +233,15 @@ def _unsupported(fields: Mapping[str, Any]) -> Iterator[str]:
             for pattern in value or {}:
                 if not _is_quick(pattern):
                     yield f"{name} has {pattern!r:.60}, a regular expression that is not supported"
+        elif name == "exclude_modules" and isinstance(value, str) and not _is_quick(value):
+            yield f"{name} is {value!r:.60}, a regular expression that is not supported"
+
+
+def _names_layer(modules: str | list[str], layer: str) -> bool:
+    """Return whether a regular expression, or a list of names or ends of names, has this layer."""
+    if isinstance(modules, str):
+        return bool(re.fullmatch(modules, layer))
+    return any(layer == name or layer.endswith(f".{name}") for name in modules)
 
 
 def _leaves_weights(init: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flux.lora.formats import match_layers, read_lora
 from flux.lora.merge import merge
+from flux.lora.peft_config import PeftConfig
 from flux.parity.reference import FLUX1_TINY, max_error, randomise
 from flux.transformer import Flux
 
@@ -122,7 +123,9 @@ UNSUPPORTED = {
     "r": (8, "4", True, None),
     "lora_alpha": ("16", [16], True, None),
     "use_dora": (True,),
-    "target_modules": (["to_q"], [1]),
+    "target_modules": (["to_q"], [1], "(", 1),
+    "exclude_modules": (["proj"], PROJ, [1], "(a+)+b"),
+    "layers_pattern": (["blocks"],),
     "rank_pattern": ({PROJ: 8}, [1], {"(": 1}, {"(a+)+b": 4}, {".*" * 9: 4}, {"a?" * 9: 4}),
     "alpha_pattern": ({"(": 1}, "x", {PROJ: "16"}),
 }
@@ -136,11 +139,59 @@ def test_field_that_is_not_supported_is_refused_by_name(tmp_path, network, field
             message = refusal(change, file, network, strict=strict)
             assert field in message and "adapter_config.json" in message, message
     prefixed = {f"transformer.{name}": x for name, x in (CONFIG | {field: value}).items()}
-    if field != "target_modules" or value == [1]:
+    if field not in ("target_modules", "exclude_modules"):
         file = saved(
             tmp_path / "x.safetensors", FACTORS, lora_adapter_metadata=json.dumps(prefixed)
         )
         assert field in refusal(change, file, network)
+
+
+TARGETS = [
+    dict(target_modules=["proj"]),
+    dict(target_modules=["img_attn.proj", "linear1"]),
+    dict(target_modules=["g_attn.proj"]),
+    dict(target_modules=["0.img_attn.proj"]),
+    dict(target_modules=[PROJ]),
+    dict(target_modules=r".*attn\.proj"),
+    dict(target_modules=r"img_attn\.proj"),
+    dict(target_modules=["proj"], exclude_modules=["img_attn.proj"]),
+    dict(target_modules=["proj"], exclude_modules=["txt_attn.proj"]),
+    dict(target_modules=["proj"], exclude_modules=r".*img.*"),
+    dict(target_modules=["proj"], layers_to_transform=0),
+    dict(target_modules=["proj"], layers_to_transform=[1, 0]),
+    dict(target_modules=["proj"], layers_to_transform=[]),
+    dict(target_modules=[PROJ], layers_to_transform=[7]),
+]
+
+
+@pytest.mark.parametrize("fields", TARGETS, ids=str)
+def test_layers_are_targets_where_peft_finds_them(tmp_path, network, fields):
+    import peft
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    file = folder(tmp_path, CONFIG | fields)
+    if check_target_module_exists(peft.LoraConfig(**fields), PROJ):
+        assert max_error(change(file, network), 4 * BA) < 1e-12
+    else:
+        assert "target_modules" in refusal(change, file, network)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_layers_to_transform_are_numbers_of_blocks(number):
+    import peft
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    fields = dict(target_modules=["q_proj"], layers_to_transform=[number, 5])
+    for layer in ("model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"):
+        theirs = check_target_module_exists(peft.LoraConfig(**fields), layer)
+        ours = PeftConfig("adapter_config.json", fields)
+        if theirs:
+            ours.require_target(layer)
+        else:
+            assert layer in refusal(ours.require_target, layer)
+    assert bool(check_target_module_exists(peft.LoraConfig(**fields), f"model.{layer}")) == (
+        number == 0
+    )
 
 
 def test_tensors_that_contradict_the_config_are_refused(tmp_path, network):
