@@ -31,7 +31,8 @@ def bundled_parts(
         if part in (*spec.text.networks, "autoencoder") and part not in given:
             found[part] = f"{prefix}*"
     if found:
+        listed = preview(list(found.values()))
         warnings.warn(
-            f"{files[0]} also holds {preview(list(found.values()))}, which are used", stacklevel=3
+            f"{files[0]} also holds other networks, which are used: {listed}", stacklevel=3
         )
     return dict.fromkeys(found, files)

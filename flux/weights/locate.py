@@ -127,11 +127,7 @@ def locate(
     for part, choices in networks(spec).items():
         files[part] = local_files.get(part) or _locate(spec, choices, weights)
     for part, names in spec.text.tokenizers.items():
-        if part not in local_files:
-            paths = [locate_one(spec, name, weights) for name in names]
-            files[part] = paths[0].parent
-        else:
-            files[part] = local_files[part]
+        files[part] = local_files.get(part) or _locate_tokenizer(spec, names, weights)
     if spec.addon:
         terms = spec.licence.name, spec.licence.gated
         for part, name in spec.addon.files:
@@ -171,6 +167,15 @@ def is_available_locally(spec: ModelSpec, weights: Path | None = None) -> bool:
 def locate_one(spec: ModelSpec, name: str, weights: Path | None) -> Path:
     """Return one more file of the row's repository."""
     return _locate(spec, (name,), weights)[0]
+
+
+def _locate_tokenizer(spec: ModelSpec, names: Sequence[str], weights: Path | None) -> Path:
+    """Return the folder of a tokenizer of the row's repository."""
+    try:
+        paths = [locate_one(spec, name, weights) for name in names]
+    except UserError as error:
+        raise UserError(f"{error} A folder with it may also be passed as `tokenizer`.") from error
+    return paths[0].parent
 
 
 def _locate(spec: ModelSpec, choices: Sequence[str], weights: Path | None) -> list[Path]:

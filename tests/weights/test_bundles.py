@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.sample_run import pixels
 from support.tiny_repositories import home, tiny_repositories
 from support.weight_files import refusal, saved
 from torch import Tensor
 
 import flux
+from flux.configs import EMBEDDED
+from flux.image_io.output import read_metadata
+from flux.weights.locate import locate
 
 NAMES = ["flux.1-dev", "flux.2-klein-4b"]
 TEXT_ENCODERS = {  # of each model: folder in the repository -> ComfyUI's name, argument, network
@@ -123,6 +127,18 @@ def test_part_of_a_checkpoint_may_be_given_alone(repositories, tmp_path, name):
     assert_as_released(pipe, name, repositories)
 
 
+def test_checkpoint_without_text_encoders_takes_those_of_the_repository(repositories, tmp_path):
+    name = "flux.1-dev"
+    tensors = {k: t for k, t in bundle(repositories, name).items() if "text_encoders." not in k}
+    path = saved(tmp_path / "all.safetensors", tensors)
+    with pytest.warns(
+        UserWarning, match=r"all.safetensors also holds other networks, .*: vae\.\*$"
+    ):
+        pipe = load(name, repositories, transformer=path)
+    assert pipe.files["autoencoder"] == [path] != pipe.files["clip"]
+    assert_as_released(pipe, name, repositories)
+
+
 @pytest.mark.parametrize("part", ["text_encoders.clip_l.transformer.", "vae."])
 def test_missing_and_unknown_tensors_of_a_part_are_refused(repositories, tmp_path, part):
     name, source = "flux.1-dev", home(repositories, "flux.1-dev")
@@ -182,3 +198,37 @@ def test_wrong_files_are_refused(repositories, tmp_path):
     assert message.startswith(f"tokenizer: {t5} is not a folder.")
     message = refusal(load, "flux.1-dev", repositories, tokenizer=tmp_path)
     assert message.startswith(f"{tmp_path}: no tokenizer (")
+    parts = dict.fromkeys(["transformer", "autoencoder", "clip", "t5"], [t5])
+    message = refusal(locate, flux.MODELS["flux.1-dev"], tmp_path, parts)
+    assert "spiece.model of" in message and "may also be passed as `tokenizer`" in message
+
+
+@pytest.mark.slow
+def test_script_uses_a_checkpoint_says_so_and_records_it(cli, tmp_path):
+    """The embedded toy as one file, and its CLIP as a file of its own: the same pixels."""
+    name, home = "flux.1-tiny", EMBEDDED / "flux.1-tiny"
+    parts = {"model.diffusion_model.": "flux1-tiny.safetensors", "vae.": "ae.safetensors"}
+    folders = {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"}
+    clip = {"--text-encoder": home / "text_encoder/model.safetensors", "--tokenizer": home}
+    for comfy, folder in folders.items():
+        parts[f"text_encoders.{comfy}.transformer."] = f"{folder}/model.safetensors"
+    tensors: dict[str, Tensor] = {}
+    for prefix, file in parts.items():
+        tensors |= prefixed(prefix, load_file(home / file))
+    path = saved(tmp_path / "all.safetensors", tensors)
+    request = ["a red star", "--model", name, "--steps", 1, "--seed", 3, "--width", 64]
+    request += ["--height", 64]
+    plain = cli(*request, "--output", "plain.png")
+    run = cli(*request, "--transformer", path, *sum(clip.items(), ()), "--output", "all.png")
+    assert (plain.code, run.code) == (0, 0), run.err
+    used = "text_encoders.t5xxl.transformer.*, vae.*"
+    assert f"note: {path} also holds other networks, which are used: {used}\n" in run.err
+    assert pixels(*run.images) == pixels(*plain.images)
+    metadata = read_metadata(*run.images)
+    assert metadata["transformer"] == "all.safetensors"
+    assert metadata["text_encoder"] == "model.safetensors" and metadata["tokenizer"] == name
+    again = cli("--from-image", "all.png", "--transformer", path, "--output", "again.png")
+    assert again.code == 2 and "Pass it as --text-encoder." in again.err
+    typed = [*sum(clip.items(), ()), "--transformer", path]
+    again = cli("--from-image", "all.png", *typed, "--output", "again.png")
+    assert again.code == 0 and pixels(*again.images) == pixels(*plain.images), again.err
