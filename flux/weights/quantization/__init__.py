@@ -3,6 +3,7 @@
 linear.py    `QuantizedLinear`: dequantizes its weight each time it is used
 fp8.py int8.py mxfp8.py nvfp4.py nf4.py gguf.py   one subclass for each format of files
 detect.py    which layers of a file are quantized, and in which format
+published.py rounds weights to the formats that other programs read
 quantize.py  `quantize_`: rounds the large Linears of a loaded network to fp8, int8 or int4
 
 formats = detect_formats(infos, metadata, layers)  # layer -> its full shape, and how to make it
