@@ -85,7 +85,7 @@ def load(
     # these replace the model's files, which need not exist
     replaced: dict[str, Any] = local_text_files(spec, text_encoder, text_encoder_2, tokenizer)
     if autoencoder is not None:
-        replaced["autoencoder"] = [Path(autoencoder)]
+        replaced["autoencoder"] = shard_files(Path(autoencoder))
     if transformer is not None:
         replaced["transformer"] = shard_files(Path(transformer))
         replaced |= bundled_parts(replaced["transformer"], spec, replaced)
@@ -160,7 +160,6 @@ def build_networks(
         build_transformer,
         spec.transformer,
         files["transformer"],
-        prefixes=("", "model.diffusion_model."),
         block_lists=BLOCK_LISTS,
         compile=options.compile,
         adapt=fast_transformer if fast else None,
@@ -196,12 +195,7 @@ def build_networks(
     redux: tuple[LazyModule[Any], ...] = ()
     if "redux" in files:
         siglip = LazyModule(
-            SigLIP,
-            SigLIPConfig(),
-            files["siglip"],
-            prefixes=("vision_model.", ""),
-            ignore_keys=siglip_ignore_keys,
-            **common,
+            SigLIP, SigLIPConfig(), files["siglip"], ignore_keys=siglip_ignore_keys, **common
         )
         redux = siglip, LazyModule(Redux, ReduxConfig(), files["redux"], **common)
     return Networks(text, transformer, autoencoder, image_encoder, redux)

@@ -205,6 +205,7 @@ def build_text_encoder(
             files["t5"],
             ignore_keys=t5_ignore_keys,
             rename=t5_from_llama_cpp,
+            second_names={"encoder.embed_tokens.weight": "shared.weight"},
             block_lists=("encoder.block",),
             **loading,
         )
@@ -230,7 +231,6 @@ def build_text_encoder(
         LanguageModel,
         text.model,
         files["model"],
-        prefixes=("model.", "language_model.model.", "model.language_model.", ""),
         ignore_keys=ignore_keys,
         rename=language_model_from_llama_cpp,
         reorder=reorder,

@@ -421,8 +421,7 @@ def load_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
             "--transformer out to start from the teacher."
         )
     student = init_empty(lambda: Flux(config))
-    files, prefixes = shard_files(args.transformer), ("", "model.diffusion_model.")
-    load_module(student, files, dtype=torch.float32, prefixes=prefixes)
+    load_module(student, shard_files(args.transformer), dtype=torch.float32)
     if is_quantized(student):
         raise UserError(f"{args.transformer}: {QUANTIZED}")
     return student

@@ -35,7 +35,6 @@ from flux.siglip import (
 # Four pixels are not used, as six of 384, and an eps large enough to change results.
 TINY = SigLIPConfig(image_size=60, hidden_size=48, num_heads=4, mlp_size=80, depth=3, eps=1e-3)
 TINY_REDUX = ReduxConfig(siglip_dim=48, hidden_dim=120, context_dim=40)
-PREFIXES = ("vision_model.", "")
 
 
 def build(kind: type[nn.Module], config, theirs: nn.Module) -> nn.Module:
@@ -179,7 +178,6 @@ def network(state: dict[str, Tensor], path: Path, dtype: torch.dtype = torch.flo
         SigLIP,
         TINY,
         [path],
-        prefixes=PREFIXES,
         ignore_keys=siglip_ignore_keys,
         device=torch.device("cpu"),
         dtype=dtype,

@@ -16,7 +16,6 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flux.errors import UserError
@@ -25,6 +24,7 @@ from flux.lora.merge import LayerDelta, Target, weight_name
 from flux.lora.names import find_owner, find_target, is_unread, known_names, parse_key
 from flux.lora.peft_config import PeftConfig, adapter_file, peft_name, read_config
 from flux.weights.files import preview, read_header
+from flux.weights.mapping import map_tensors
 
 FORMATS = (  # part of a key, name of such a file for messages; the first one found counts
     (r"processor\.(qkv|proj)_lora", "XLabs"),
@@ -81,11 +81,7 @@ def read_lora(path: Path) -> LoraFile:
             "LoRA's name). Pass a full transformer as `transformer`."
         )
     config = read_config(path, metadata)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as mapped:
-            tensors = {key: _as_matrix(mapped.get_tensor(key)) for key in infos}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be mapped ({error}).") from error
+    tensors = {key: _as_matrix(tensor) for key, tensor in map_tensors(infos)}
     return LoraFile(path, _format(infos), tensors, config)
 
 

@@ -59,14 +59,15 @@ class LazyModule(Generic[M]):
         self.transformed: frozenset[str] = frozenset()  # paths of the modules it changes
         self.resident: int | None = None  # bytes of blocks on the device; None: not streamed
         self.dropped: list[str] = []  # paths of the submodules that `drop_submodules` removed
-        mapped = self._load(CPU, None, check_finite)  # UserError if a file is wrong
-        has_float8 = any(tensor.dtype in FP8_DTYPES.values() for tensor in all_tensors(mapped))
+        # UserError if a file is wrong
+        shapes = self._load(CPU if check_finite else torch.device("meta"), None, check_finite)
+        has_float8 = any(tensor.dtype in FP8_DTYPES.values() for tensor in all_tensors(shapes))
         if device.type == "mps" and has_float8:
             raise UserError(
                 f"{files[0]}: is in float8, which Apple's GPUs do not have. "
                 'Use a GGUF file, or `device="cpu"`.'
             )
-        self.shapes = mapped.to("meta")  # shapes and dtypes, quantized as in the files
+        self.shapes = shapes.to("meta")  # shapes and dtypes, quantized as in the files
 
     def __call__(self) -> M:
         if self.module is not None and self.dropped:

@@ -88,6 +88,22 @@ def diffusers_layer(layer: str, flux2: bool, hidden_size: int, rows: int) -> lis
     ]
 
 
+class Place(NamedTuple):
+    """Where a layer of diffusers lies in ours."""
+
+    layer: str  # ours
+    part: int  # which of diffusers' layers the layer is, by rows
+    parts: int  # how many of diffusers' layers make ours
+    swapped: bool  # the halves of the rows change places
+
+
+def our_layer(layer: str, flux2: bool) -> Place | None:
+    """Return where a layer of diffusers' transformer lies in ours; None if unknown."""
+    block, number, inner = split_block(layer)
+    place = _OURS[flux2].get(f"{block}.N.{inner}" if block else inner)
+    return place and place._replace(layer=place.layer.replace(".N.", f".{number}.", 1))
+
+
 def split_block(layer: str) -> tuple[str, str, str]:
     """Split "double_blocks.3.img_mlp.0" into block list, number and layer; "img_in" has none."""
     match = re.fullmatch(r"(?:(\w+_blocks)\.(\d+)\.)?(.*)", layer)
@@ -105,6 +121,19 @@ def _column(family: int) -> dict[str, list[str]]:
 
 
 _THEIRS = {False: _column(0), True: _column(1)}  # by `flux2`
+
+
+def _places(family: int) -> dict[str, Place]:
+    places = {}
+    for ours, names in _column(family).items():
+        block, _, _ = ours.partition(".N.")
+        prefix = f"{BLOCKS[block]}.N." if block in BLOCKS else ""
+        for part, name in enumerate(names):
+            places[prefix + name] = Place(ours, part, len(names), ours == SWAPPED)
+    return places
+
+
+_OURS = {False: _places(0), True: _places(1)}
 
 # ------------------------------------------------------------------ autoencoders
 

@@ -7,7 +7,6 @@ Nothing is ever unpickled.
 
 import errno
 import hashlib
-import json
 import os
 import re
 import sys
@@ -68,6 +67,16 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     file: Path
     name: str  # in the file
+    begin: int = 0  # of the tensor's bytes in the file
+    rows: tuple["Rows", ...] = ()  # if not empty, the tensor is joined of these
+
+
+class Rows(NamedTuple):
+    """Some rows of a tensor in a file."""
+
+    info: TensorInfo
+    start: int
+    stop: int
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -95,11 +104,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 f"{path} has a damaged header: tensor {name!r:.120} {problem}; download it again."
             )
         position = end
+    start = 8 + len(text)
     if position != data_size:
-        start = 8 + len(text)
         problem = "is truncated" if position > data_size else "goes on after its end"
         sizes = f"{start + position:,} bytes expected, {start + data_size:,} found"
         raise UserError(f"{path} {problem}: {sizes}; download it again.")
+    infos = {name: info._replace(begin=start + spans[name][0]) for name, info in infos.items()}
     return infos, metadata
 
 
@@ -165,7 +175,7 @@ def _parse_header(
 
     def metadata_value(name: str, position: int) -> tuple[str, int]:
         if found := TEXT.match(text, position):
-            return json.loads(found[0].decode()), found.end()
+            return parse_json(found[0]), found.end()
         raise ValueError(f"metadata that is not text, {name!r:.120}")
 
     if text.count(b'"data_offsets"') > MAX_TENSORS:  # at once, before any is parsed
@@ -187,7 +197,7 @@ def _parse_object(
     position, closed = opening.end(), opening[1]
     while not closed:
         found = _match(NAME, text, position)
-        name = json.loads(found[1].decode())
+        name = parse_json(found[1])
         if name in members:
             raise ValueError(f"{name!r:.120} stands in it twice")
         if len(members) > MAX_TENSORS:
@@ -241,17 +251,47 @@ def preview(names: Sequence[str], shown: int = 3) -> str:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return the file itself, or all shards that a `*.safetensors.index.json` names, next to it."""
+    """Return the file itself, or all shards that a model is split into.
+
+    `path`: a file, a `*.safetensors.index.json`, any one of its shards, or a folder with one model.
+    """
     path = Path(path)
-    if not is_index(path):
+    if os.path.isdir(path):
+        path = _file_in_folder(path)
+    if is_index(path):
+        names = _shard_names(path)
+    elif match := SHARD.fullmatch(path.name):
+        stem, _, count = match.groups()
+        names = [f"{stem}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
+    else:
         return [path]
-    shards = [path.parent / name for name in _shard_names(path)]
+    shards = [path.parent / name for name in names]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
+        belongs = "names" if is_index(path) else "is one of"
         raise UserError(
-            f"{path} names {len(shards)} files that must lie next to it, and lacks "
+            f"{path} {belongs} {len(shards)} files that must lie next to it, and lacks "
             f"{preview(missing)}."
         )
     return shards
+
+
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+def _file_in_folder(folder: Path) -> Path:
+    """Return the index, or else the only weight file, of a folder or of `transformer` in it."""
+    for place in (folder, folder / "transformer"):
+        names = sorted(file.name for file in place.glob("[!.]*"))
+        files = [name for name in names if name.endswith((".safetensors", ".sft", ".gguf"))]
+        starts = [n for n in files if not (shard := SHARD.fullmatch(n)) or shard[2] == "00001"]
+        found = [name for name in names if name.endswith(".safetensors.index.json")] or starts
+        if len(found) > 1:
+            raise UserError(
+                f"{place} is a folder with {len(found)} models ({preview(found)}). Name one file."
+            )
+        if found:
+            return place / found[0]
+    raise UserError(f"{folder} is a folder without a safetensors or GGUF file. Name a file.")
 
 
 def is_index(path: Path) -> bool:

@@ -8,16 +8,17 @@ Nothing is ever unpickled.
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from flux.errors import UserError
 from flux.transformer import FluxConfig
+from flux.weights.diffusers_transformer import join_diffusers
 from flux.weights.files import (
     FLOATS,
     TensorInfo,
@@ -26,6 +27,7 @@ from flux.weights.files import (
     read_header,
     shard_files,
 )
+from flux.weights.mapping import map_tensors, meta_tensors
 from flux.weights.quantization import (
     GGUFEmbedding,
     QuantizedLinear,
@@ -71,22 +73,26 @@ def load_module(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    prefixes: Sequence[str] = ("",),
     ignore_keys: Callable[[str], bool] = keep_all,
     rename: Callable[[str], str] | None = None,
     reorder: Callable[[TensorInfo, torch.Tensor, Mapping], torch.Tensor] | None = None,
+    second_names: Mapping[str, str] = {},
     check_finite: bool = False,
 ) -> None:
     """Load `files` into a module on the meta device; freeze it and set evaluation mode.
 
     On the CPU and in the files' dtype (`dtype=None`) tensors stay mapped. Otherwise floats are
-    cast one tensor at a time, except quantized weights and their scales.
+    cast one tensor at a time, except quantized weights and their scales. On the meta device nothing
+    is read but the headers.
 
-    prefixes: what may stand before the names in the files; the best fit is removed.
+    What stands before most of the module's names in the files is removed from them (`find_prefix`).
+    Tensors that no network reads, such as counters, are passed over.
+
     ignore_keys: whether a tensor of this name, without prefix, is expected but not needed.
     rename: from a name in the file, without prefix, to the module's name, for a foreign layout.
     reorder: puts the rows of a tensor into the module's order, for a foreign layout; takes the
         description of the tensor in its file, the tensor, and the metadata of the files.
+    second_names: other names of the module's tensors, for files that lack the first names.
     check_finite: raise UserError if a weight is NaN or infinite, or if a file in the Hugging Face
         cache has not its hash.
 
@@ -100,7 +106,9 @@ def load_module(
                 "download it again."
             )
     infos, metadata = read_headers(files)
-    sources = _match_names(infos, module.state_dict(), prefixes, ignore_keys, rename)
+    sources = _match_names(
+        join_diffusers(infos), module.state_dict(), ignore_keys, rename, second_names
+    )
     layers = _quantized_layers(module, sources, metadata)
     quantized = {
         f"{path}.{name}": buffer
@@ -114,9 +122,14 @@ def load_module(
     }
     expected |= quantized
     sources = {name: info for name, info in sources.items() if not is_quant_metadata(name)}
+    counters = _counters_to_reset(expected, sources)
+    tensors = {name: torch.zeros((), dtype=torch.int64, device=device) for name in counters}
+    expected = {name: tensor for name, tensor in expected.items() if name not in tensors}
+    sources = {name: info for name, info in sources.items() if name not in tensors}
     _check_fit(type(module).__name__, files, expected, sources, renamed=rename is not None)
-    tensors = {}
-    for name, tensor in _map_tensors(sources):
+    stored = {name: gguf.stored(info) for name, info in sources.items()}
+    on_meta = torch.device(device).type == "meta" and not check_finite
+    for name, tensor in (meta_tensors if on_meta else map_tensors)(stored):
         if check_finite and tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise _not_finite(sources[name])
         cast = tensor.is_floating_point() and name not in quantized
@@ -136,6 +149,21 @@ def load_module(
     module.eval()
 
 
+def _counters_to_reset(
+    expected: Mapping[str, torch.Tensor], sources: Mapping[str, TensorInfo]
+) -> list[str]:
+    """Return BatchNorm's counters that the file lacks, or has in another dtype.
+
+    Only training reads these counters.
+    """
+    return [
+        name
+        for name in expected
+        if name.endswith("num_batches_tracked")
+        and (name not in sources or sources[name][:2] != ("I64", ()))
+    ]
+
+
 def _not_finite(info: TensorInfo) -> UserError:
     return UserError(f"{info.file} has NaN or infinity in {info.name!r:.120}; download it again.")
 
@@ -152,7 +180,12 @@ def read_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict]:
             )
         merged |= infos
         merged_metadata |= metadata
-    return merged, merged_metadata
+    plain = {WRAPPERS.sub("", name): info for name, info in merged.items()}
+    return (plain if len(plain) == len(merged) else merged), merged_metadata
+
+
+# torch.compile, FSDP and gradient checkpointing wrap modules, and put these into their names.
+WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def _is_gguf(file: Path) -> bool:
@@ -165,30 +198,49 @@ def _is_gguf(file: Path) -> bool:
         return False
 
 
+def find_prefix(
+    names: Iterable[str], expected: Collection[str], rename: Callable[[str], str] = str
+) -> str:
+    """Return what stands before most of the `expected` names: "", "module.", "vae." and others.
+
+    Other programs put the path of the network in their own model before every name.
+    """
+    counts: Counter[str] = Counter()
+    for name in names:
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+            if rename(name[start:]) in expected:
+                counts[name[:start]] += 1
+    best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
+    return best if 2 * counts[best] > len(expected) else ""
+
+
 def _match_names(
     infos: Mapping[str, TensorInfo],
     expected: Iterable[str],
-    prefixes: Sequence[str],
     ignore_keys: Callable[[str], bool],
     rename: Callable[[str], str] | None,
+    second_names: Mapping[str, str],
 ) -> dict[str, TensorInfo]:
-    """Return the files' tensors by the module's names, without the ignored ones."""
+    """Return the files' tensors by the module's names, without those that nothing reads."""
     expected = set(expected)
-    candidates = [
-        (part, _without_prefix(part, prefix, ignore_keys, rename))
-        for part in (infos, *split_parts(infos).values())
-        for prefix in prefixes
-    ]
-    part, best = max(candidates, key=lambda found: len(expected & set(found[1].values())))
+    rename = rename or str
     sources: dict[str, TensorInfo] = {}
-    for source, name in best.items():
+    for name, info in _of_network(infos, expected, rename):
+        name = rename(name)
         if name in sources:
             raise UserError(
-                f"{part[source].file} has {name!r:.120} twice: {sources[name].name!r:.120}, "
-                f"{part[source].name!r:.120}."
+                f"{info.file} has {name!r:.120} twice: {sources[name].name!r:.120}, "
+                f"{info.name!r:.120}."
             )
-        sources[name] = part[source]
-    return sources
+        sources[name] = info
+    for second, first in second_names.items():
+        if second in sources and first not in sources:
+            sources[first] = sources[second]
+    return {
+        name: info
+        for name, info in sources.items()
+        if name in expected or not (ignore_keys(name) or UNREAD.search(name) or 0 in info.shape)
+    }
 
 
 PART = re.compile(r"(?:vae|first_stage_model|text_encoders\.\w+\.transformer)\.")
@@ -206,33 +258,28 @@ def split_parts(infos: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorIn
     return parts
 
 
-def _without_prefix(
-    infos: Iterable[str],
-    prefix: str,
-    ignore_keys: Callable[[str], bool],
-    rename: Callable[[str], str] | None,
-) -> dict[str, str]:
-    """Return the module's name of each tensor in the files, if `prefix` stands before all names."""
-    names = {}
-    for source in infos:
-        if not _of_other_network(source, prefix):
-            name = _canonical(source.removeprefix(prefix))
-            name = rename(name) if rename else name
-            if not ignore_keys(name):
-                names[source] = name
-    return names
-
-
-def _of_other_network(name: str, prefix: str) -> bool:
-    """Return whether a tensor belongs to another network.
+def _of_network(
+    infos: Mapping[str, TensorInfo], expected: Collection[str], rename: Callable[[str], str] = str
+) -> Iterator[tuple[str, TensorInfo]]:
+    """Yield the canonical names, without prefix, and the tensors of the network of these names.
 
     ComfyUI keeps all networks of a model, and even tokenizers, in one file.
     """
-    others = (
-        r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\.|"
-        r"(tekken|spiece)_model$"
-    )
-    return bool(re.match(others, name)) and not (prefix and name.startswith(prefix))
+    prefix = find_prefix(infos, expected, rename)
+    for name, info in infos.items():
+        inside = name.startswith(prefix) if prefix else not OTHER_NETWORKS.match(name)
+        if inside or is_quant_metadata(f".{name}") and "." not in name:
+            yield _canonical(name.removeprefix(prefix)), info
+
+
+OTHER_NETWORKS = re.compile(
+    r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner|model_ema)\.|"
+    r"(tekken|spiece)_model$"
+)
+UNREAD = re.compile(  # what transformers and others save beside weights: no network reads it
+    r"(^|\.)(num_batches_tracked|position_ids|inv_freq|logit_scale|logit_bias|text_projection|"
+    r"text_projection\.weight)$"
+)
 
 
 def _canonical(name: str) -> str:
@@ -261,23 +308,6 @@ def _quantized_layers(
             if isinstance(part, nn.Embedding) and info and info.dtype in gguf.BLOCKS:
                 layers[path] = GGUFEmbedding(part.num_embeddings, part.embedding_dim, info.dtype)
     return layers
-
-
-def _map_tensors(sources: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield names and tensors, whose memory is the pages of their file."""
-    for file in {info.file: None for info in sources.values()}:
-        names = {name: info.name for name, info in sources.items() if info.file == file}
-        if _is_gguf(file):
-            tensors = gguf.tensors(file)
-            for name, source in names.items():
-                yield name, tensors[source]
-            continue
-        try:
-            with safe_open(file, framework="pt", device="cpu") as mapped:
-                for name, source in names.items():
-                    yield name, mapped.get_tensor(source)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be mapped: {error}.") from error
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -322,8 +352,8 @@ def _check_fit(
         if tensor is None:
             unknown.append(shown)
             continue
-        if info.dtype in gguf.BLOCKS and tensor.dtype == torch.uint8:
-            info = info._replace(dtype="U8", shape=gguf.stored_shape(info.dtype, info.shape))
+        if tensor.dtype == torch.uint8:
+            info = gguf.stored(info)
         # diffusers stores 1x1 convolutions of an autoencoder as Linear: (C, C), not (C, C, 1, 1)
         shape = (*info.shape, 1, 1) if renamed else info.shape
         if tensor.shape not in (info.shape, shape):
@@ -380,16 +410,12 @@ FLUX2_MODULATION = "double_stream_modulation_img.lin.weight"
 
 
 def infer_config(path: Path) -> FluxConfig:
-    """Return the configuration of a transformer in BFL's layout, from its names and shapes.
+    """Return the configuration of a transformer in BFL's or diffusers' layout, from its shapes.
 
-    `path`: a safetensors or GGUF file, quantized or not, or a `*.safetensors.index.json`.
+    `path`: a safetensors or GGUF file, quantized or not, a `*.safetensors.index.json` or a folder.
     """
     infos, metadata = read_headers(shard_files(path))
-    prefix = "model.diffusion_model."
-    tensors = {}
-    for name, info in infos.items():
-        if not _of_other_network(name, prefix):
-            tensors[_canonical(name.removeprefix(prefix))] = info
+    tensors = dict(_of_network(join_diffusers(infos), SIZES))
     layers = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     shapes = {name: info.shape for name, info in tensors.items()}
     for layer, format in detect_formats(tensors, metadata, layers).items():
@@ -401,7 +427,7 @@ def infer_config(path: Path) -> FluxConfig:
         if shape is None or len(shape) != dimensions or 0 in shape:
             problem = "has no" if shape is None else f"has shape {shape!s:.120} for"
             raise UserError(
-                f"{path} is not a complete FLUX transformer in BFL's layout: it {problem} '{name}' "
+                f"{path} is not a complete FLUX transformer: it {problem} '{name}' "
                 f"and looks like {looks_like(infos)}."
             )
     hidden_size, in_channels = shapes["img_in.weight"]

@@ -12,7 +12,7 @@ from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
 from flux.weights.files import find_files, is_local
-from flux.weights.load import infer_config, init_empty, read_headers, split_parts
+from flux.weights.load import infer_config, init_empty, read_headers
 
 # ---------------------------------------------------------------- which model
 
@@ -100,10 +100,9 @@ def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
     The width of the decoder's first layer tells them apart.
     """
     infos, _ = read_headers([path])
-    for tensors in (infos, *split_parts(infos).values()):
-        first = tensors.get("decoder.conv_in.weight")
-        if first and first.shape:
-            return replace(config, decoder_ch=first.shape[0] // config.ch_mult[-1] or None)
+    for name, info in infos.items():
+        if f".{name}".endswith(".decoder.conv_in.weight") and info.shape:
+            return replace(config, decoder_ch=info.shape[0] // config.ch_mult[-1] or None)
     return replace(config, decoder_ch=None)
 
 

@@ -169,14 +169,7 @@ def strict(content: bytes):
 
 def run_transformer(config: FluxConfig, path: Path) -> None:
     infer_config(path)
-    lazy = LazyModule(
-        Flux,
-        config,
-        shard_files(path),
-        prefixes=("", "model.diffusion_model."),
-        block_lists=BLOCK_LISTS,
-        **LOADING,
-    )
+    lazy = LazyModule(Flux, config, shard_files(path), block_lists=BLOCK_LISTS, **LOADING)
     assert lazy()(**inputs(config)).shape == inputs(config)["img"].shape[:2] + (16,)
 
 
@@ -314,8 +307,7 @@ def load_text_network(name: str, file: Path) -> LazyModule:
     build, config = text_networks()[name]
     options: dict[str, Any] = {"ignore_keys": t5_ignore_keys if name == "t5" else clip_ignore_keys}
     if build is LanguageModel:
-        prefixes = ("model.", "language_model.model.", "model.language_model.", "")
-        options = dict(prefixes=prefixes, ignore_keys=partial(language_model_ignore_keys, depth=2))
+        options = dict(ignore_keys=partial(language_model_ignore_keys, depth=2))
     return LazyModule(build, config, [file], **options, **LOADING)
 
 

@@ -266,8 +266,8 @@ def test_unquantized_tensors_equal_the_written_ones(sound):
 def test_tensors_are_mapped_and_writes_do_not_reach_the_file(sound):
     before = sound.read_bytes()
     found = tensors(sound)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
-    assert next(iter(found.values())).untyped_storage().nbytes() == len(before)
+    addresses = [tensor.data_ptr() for tensor in found.values()]
+    assert max(addresses) - min(addresses) < len(before)
     for tensor in found.values():
         tensor.zero_()
     assert sound.read_bytes() == before
@@ -343,7 +343,7 @@ def test_quantized_transformer_equals_one_with_decoded_weights(tmp_path, flux2, 
     assert infer_config(path) == config
     with torch.device("meta"):
         model = Flux(config)
-    load_module(model, [path], dtype=torch.float32, prefixes=("", "model.diffusion_model."))
+    load_module(model, [path], dtype=torch.float32)
     quantised = {
         f"{prefix}{name}.weight"
         for name, layer in model.named_modules()

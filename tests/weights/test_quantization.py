@@ -19,7 +19,6 @@ from support.quantized_files import (
     E4M3,
     E5M2,
     FORMATS,
-    PREFIX,
     QuantizedFile,
     bfl_fp8,
     block_linears,
@@ -121,7 +120,7 @@ def test_quantized_transformer_equals_one_with_the_decoded_weights(tmp_path, con
     whole = {name: weights.get(name, tensor).to(dtype) for name, tensor in state.items()}
     expected.requires_grad_(False).load_state_dict(whole, strict=True, assign=True)
     ours = empty(config)
-    load_module(ours, [path], dtype=dtype, prefixes=("", PREFIX))
+    load_module(ours, [path], dtype=dtype)
     quantized = {
         p: layer for p, layer in ours.named_modules() if isinstance(layer, QuantizedLinear)
     }
@@ -158,7 +157,7 @@ def test_lora_on_a_quantized_file_has_the_gradients_of_the_decoded_weights(tmp_p
     gradients = []
     for whole in (False, True):
         network = empty(config)
-        load_module(network, [path], dtype=torch.float32, prefixes=("", PREFIX))
+        load_module(network, [path], dtype=torch.float32)
         quantized = [
             (p, layer) for p, layer in network.named_modules() if isinstance(layer, QuantizedLinear)
         ]
@@ -185,15 +184,9 @@ def test_lora_on_a_quantized_file_has_the_gradients_of_the_decoded_weights(tmp_p
 def test_mapped_bytes_are_counted_for_each_tensor(tmp_path, name):
     """Biases and norms are cast and take memory; quantized matrices stay the file's pages."""
     path, _ = save(tmp_path, name, FLUX1)
-    cpu, prefixes = torch.device("cpu"), ("", PREFIX)
+    cpu = torch.device("cpu")
     network = LazyModule(
-        Flux,
-        FLUX1,
-        [path],
-        device=cpu,
-        dtype=torch.bfloat16,
-        block_lists=BLOCK_LISTS,
-        prefixes=prefixes,
+        Flux, FLUX1, [path], device=cpu, dtype=torch.bfloat16, block_lists=BLOCK_LISTS
     )
     cast = [p for p in network.shapes.parameters() if p.dtype != torch.bfloat16]
     assert network.weight_sizes.mapped == network.nbytes - sum(2 * p.numel() for p in cast) and cast
@@ -264,14 +257,13 @@ def qwen_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "kind, config, write, prefixes, unread, classes",
+    "kind, config, write, unread, classes",
     [
-        (T5, T5_TINY, t5_file, ("",), t5_ignore_keys, {FP8Linear}),
+        (T5, T5_TINY, t5_file, t5_ignore_keys, {FP8Linear}),
         (
             LanguageModel,
             MISTRAL,
             mistral_file,
-            ("model.", ""),
             lambda name: language_model_ignore_keys(name, 2),
             {FP8Linear},
         ),
@@ -279,7 +271,6 @@ def qwen_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
             LanguageModel,
             QWEN,
             qwen_file,
-            ("model.", ""),
             lambda name: language_model_ignore_keys(name, 2),
             {BlockFP8Linear},
         ),
@@ -287,7 +278,7 @@ def qwen_file(state: dict[str, Tensor], linears: list[str]) -> QuantizedFile:
     ids=["T5", "Mistral", "Qwen3"],
 )
 def test_quantized_text_encoder_equals_one_with_the_decoded_weights(
-    tmp_path, kind, config, write, prefixes, unread, classes, dtype
+    tmp_path, kind, config, write, unread, classes, dtype
 ):
     with torch.device("meta"):
         ours, expected = kind(config), kind(config)
@@ -295,11 +286,7 @@ def test_quantized_text_encoder_equals_one_with_the_decoded_weights(
     linears = [path for path, layer in ours.named_modules() if isinstance(layer, nn.Linear)]
     written = write(state, linears)
     load_module(
-        ours,
-        [save_quantized(tmp_path / "x.safetensors", written)],
-        dtype=dtype,
-        prefixes=prefixes,
-        ignore_keys=unread,
+        ours, [save_quantized(tmp_path / "x.safetensors", written)], dtype=dtype, ignore_keys=unread
     )
     quantized = {
         path: type(layer)
@@ -457,7 +444,7 @@ def test_file_can_ask_for_activations_in_full_precision(tmp_path, name, full_pre
         FORMATS[name](block_linears(empty(FLUX2)), random_state(empty(FLUX2))),
     )
     module = empty(FLUX2)
-    load_module(module, [path], dtype=torch.float32, prefixes=("", PREFIX))
+    load_module(module, [path], dtype=torch.float32)
     layers = [layer for layer in module.modules() if isinstance(layer, FP8Linear)]
     assert layers and {layer.full_precision for layer in layers} == {full_precision}
     with warnings.catch_warnings(record=True) as told:
@@ -562,14 +549,7 @@ def test_lazy_module_reports_the_bytes_of_its_tensors(tmp_path):
         "bfloat16": save_quantized(tmp_path / "bfloat16.safetensors", QuantizedFile(state, {}))
     }
     networks = {
-        name: LazyModule(
-            Flux,
-            FLUX1,
-            [path],
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            prefixes=("", PREFIX),
-        )
+        name: LazyModule(Flux, FLUX1, [path], device=torch.device("cpu"), dtype=torch.float32)
         for name, path in paths.items()
     }
     packed = sum(state[f"{layer}.weight"].numel() for layer in layers)
@@ -861,7 +841,7 @@ def test_bad_quantized_file_is_refused_in_one_sentence(tmp_path, what):
     written = spoil(FORMATS[name](block_linears(empty(FLUX2)), random_state(empty(FLUX2))))
     path = save_quantized(tmp_path / "x.safetensors", written._replace(prefix=""))
     module = empty(FLUX2)
-    message = refusal(load_module, module, [path], prefixes=("", PREFIX))
+    message = refusal(load_module, module, [path])
     assert expected in message and str(path) in message and message.endswith(".")
     assert all(
         isinstance(module.get_submodule(layer), nn.Linear) for layer in block_linears(empty(FLUX2))

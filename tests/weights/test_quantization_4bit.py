@@ -23,6 +23,7 @@ from support.quantized_files import (
 from torch import Tensor
 
 from flux.errors import UserError
+from flux.weights.files import read_header
 from flux.weights.quantization.nf4 import (
     STATE,
     NF4Linear,
@@ -166,7 +167,7 @@ def nf4(path, tensors: dict[str, Tensor]) -> NF4Linear:
     save_file(tensors, path)
     file = load_file(path)
     (name,) = [name for name in file if STATE.fullmatch(name)]
-    state = read_state(path, name)
+    state = read_state(read_header(path)[0][name])
     with torch.device("meta"):
         layer = NF4Linear(state.shape[1], state.shape[0], bias=False, state=state)
     named = {canonical(n).removeprefix("L."): tensor for n, tensor in file.items() if n != name}
@@ -284,7 +285,7 @@ def test_damaged_quant_state_is_refused(tmp_path, text, fault):
     path, name = tmp_path / "file.safetensors", "L.weight.quant_state.bitsandbytes__nf4"
     save_file({name: torch.tensor(list(text.encode("latin1")), dtype=torch.uint8)}, path)
     with pytest.raises(UserError, match=fault) as error:
-        read_state(path, name)
+        read_state(read_header(path)[0][name])
     assert str(path) in str(error.value) and repr(name) in str(error.value)
 
 
@@ -295,7 +296,7 @@ def test_quant_state_is_read(tmp_path):
         (GOOD | {"nested_blocksize": 256, "nested_offset": 0.5}, (256, 0.5)),
     ):
         save_file({name: torch.tensor(list(json.dumps(table).encode()), dtype=torch.uint8)}, path)
-        assert read_state(path, name) == QuantState((3, 5), 64, *nested)
+        assert read_state(read_header(path)[0][name]) == QuantState((3, 5), 64, *nested)
 
 
 def test_nf4_layer_has_the_bytes_of_a_released_file():

@@ -19,11 +19,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from flux.errors import UserError
 from flux.plain_files import parse_json
 from flux.weights.files import FLOATS, TensorInfo
+from flux.weights.mapping import map_tensors
 from flux.weights.quantization import gguf, nf4
 from flux.weights.quantization.fp8 import BlockFP8Linear, FP8Linear
 from flux.weights.quantization.gguf import GGUFLinear
@@ -184,7 +184,7 @@ def _is_bitsandbytes(layer: Layer) -> bool:
 
 def _nf4(layer: Layer) -> LayerFormat:
     assert layer.declaration is not None
-    state = nf4.read_state(layer.weight.file, layer.declaration["name"])
+    state = nf4.read_state(layer.declaration["state"])
     return LayerFormat(state.shape, partial(NF4Linear, state=state))
 
 
@@ -342,7 +342,7 @@ def _read_declarations(
     states, comfy, scaled = {}, {}, []
     for name, info in infos.items():
         if match := nf4.STATE.fullmatch(name):
-            states[match[1]] = {"name": info.name}
+            states[match[1]] = {"state": info}
         if name.endswith(f".{COMFY}"):
             comfy[name.removesuffix(f".{COMFY}")] = info
         if re.search(r"\.scale_weight$|(^|\.)scaled_fp8$", info.name):
@@ -368,10 +368,11 @@ def _read_declarations(
         )
     if states:
         return BNB, states
+    notes = list(map_tensors(comfy))
     try:
         header = _checked(parse_json(metadata[METADATA])["layers"]) if in_header else {}
-        by_layer = _checked(_read_json_tensors(comfy))
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        by_layer = _checked({layer: nf4.parse_json_tensor(x) for layer, x in notes})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} has a damaged {present[0]} ({error!s:.80}); download it again."
         ) from error
@@ -418,14 +419,3 @@ def _checked(declarations: dict) -> dict[str, dict]:
         if not isinstance(declaration["format"], str):
             raise ValueError(f"the format of {layer!r:.80} is not text")
     return declarations
-
-
-def _read_json_tensors(infos: Mapping[str, TensorInfo]) -> dict[str, dict]:
-    """Return the JSON that tensors of bytes hold, by layer."""
-    found = {}
-    for file in {info.file for info in infos.values()}:
-        with safe_open(file, framework="pt", device="cpu") as mapped:
-            for layer, info in infos.items():
-                if info.file == file:
-                    found[layer] = nf4.parse_json_tensor(mapped.get_tensor(info.name))
-    return found

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from flux.errors import UserError
 from flux.plain_files import require_plain_file
 from flux.weights.files import MAX_DIMENSIONS, MAX_HEADER, MAX_TENSORS, TensorInfo
+from flux.weights.mapping import map_tensors
 from flux.weights.quantization.linear import QuantizedLinear
 
 # ---------------------------------------------------------------- blocks
@@ -280,42 +281,36 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 MAX_STRINGS = 1_000_000  # of all arrays; Mistral's vocabulary and merges are some 400,000
 
 
-class Header(NamedTuple):
-    infos: dict[str, TensorInfo]
-    begins: dict[str, int]  # where in the file
-    metadata: dict[str, str | int | float]
-
-
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str | int | float]]:
     """Return a file's tensors by name, and its metadata without arrays; load no weights.
 
     Shapes are in torch's order, and those of dequantized tensors; dtypes are keys of `PLAIN` and
     `BLOCKS`. UserError if the file is anything else than GGUF, or damaged.
     """
-    header = _read(Path(path))
-    return header.infos, header.metadata
+    path = Path(path)
+    try:
+        with require_plain_file(path, "a GGUF file").open("rb") as file:
+            return _parse(_Fields(file, path.stat().st_size), path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} {error}.") from error
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
     """Map every tensor: in its dtype or, if quantized, as bytes (..., bytes per row) uint8."""
-    path = Path(path)
-    header = _read(path)
-    try:
-        # not shared: what is written to a tensor stays in memory, and does not reach the file
-        pages = torch.from_file(
-            str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8
-        )
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be mapped: {error!s:.120}.") from error
-    mapped = {}
-    for name, info in header.infos.items():
-        begin = header.begins[name]
-        raw = pages[begin : begin + _size(info.dtype, info.shape)]
-        if info.dtype in PLAIN:
-            mapped[name] = raw.view(PLAIN[info.dtype]).view(info.shape)
-        else:
-            mapped[name] = raw.view(stored_shape(info.dtype, info.shape))
-    return mapped
+    infos, _ = read_header(path)
+    return dict(map_tensors({name: stored(info) for name, info in infos.items()}))
+
+
+def stored(info: TensorInfo) -> TensorInfo:
+    """Describe a tensor as it is stored: a quantized one is bytes, (..., bytes per row) uint8."""
+    rows = tuple(part._replace(info=stored(part.info)) for part in info.rows)
+    if info.dtype not in BLOCKS:
+        return info._replace(rows=rows)
+    return info._replace(dtype="U8", shape=stored_shape(info.dtype, info.shape), rows=rows)
 
 
 def stored_shape(kind: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -334,19 +329,9 @@ def _size(kind: str, shape: Sequence[int]) -> int:
     return prod(shape) * PLAIN[kind].itemsize if kind in PLAIN else prod(stored_shape(kind, shape))
 
 
-def _read(path: Path) -> Header:
-    try:
-        with require_plain_file(path, "a GGUF file").open("rb") as file:
-            return _parse(_Fields(file, path.stat().st_size), path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path} {error}.") from error
-
-
-def _parse(fields: "_Fields", path: Path) -> Header:
+def _parse(
+    fields: "_Fields", path: Path
+) -> tuple[dict[str, TensorInfo], dict[str, str | int | float]]:
     """Parse a header; ValueError if it is damaged.
 
     Tensors must lie in the header's order and without holes, as llama.cpp demands too.
@@ -380,20 +365,20 @@ def _parse(fields: "_Fields", path: Path) -> Header:
             f"has a damaged header, with an alignment of {alignment!s:.40}; download it again"
         )
 
-    infos, begins, end = {}, {}, 0
+    infos, end = {}, 0
     for _ in range(tensor_count):
-        info, begin = fields.tensor(path)
+        info = fields.tensor(path)
         problem = None
         if info.name in infos:
             problem = "comes twice"
-        elif begin != end + -end % alignment:
+        elif info.begin != end + -end % alignment:
             problem = "does not begin where the one before it ends"
         if problem:
             raise ValueError(
                 f"has a damaged header: tensor {info.name!r:.120} {problem}; download it again"
             )
-        infos[info.name], begins[info.name] = info, begin
-        end = begin + _size(info.dtype, info.shape)
+        infos[info.name] = info
+        end = info.begin + _size(info.dtype, info.shape)
         if info.name in shapes:
             infos[info.name] = _reshaped(info, shapes[info.name])
     if not infos:
@@ -405,8 +390,8 @@ def _parse(fields: "_Fields", path: Path) -> Header:
         raise ValueError(
             f"{problem}: {start + end:,} bytes expected, {fields.size:,} found; download it again"
         )
-    begins = {name: start + begin for name, begin in begins.items()}
-    return Header(infos, begins, {k: v for k, v in metadata.items() if v is not None})
+    infos = {name: info._replace(begin=start + info.begin) for name, info in infos.items()}
+    return infos, {k: v for k, v in metadata.items() if v is not None}
 
 
 def _reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
@@ -474,8 +459,8 @@ class _Fields:
             self.scalar(kind)
         return None
 
-    def tensor(self, path: Path) -> tuple[TensorInfo, int]:
-        """Read a tensor's entry, and the offset of its bytes from the end of the header."""
+    def tensor(self, path: Path) -> TensorInfo:
+        """Read a tensor's entry, whose bytes begin so many after the end of the header."""
         name = self.text()
         if (dimensions := self.integer("I")) > 4:
             raise ValueError(
@@ -494,4 +479,4 @@ class _Fields:
                 f"has a damaged header: tensor {name!r:.120}, {kind} of shape {shape}, is not made "
                 "of whole blocks; download it again"
             )
-        return TensorInfo(kind, shape, path, name), begin
+        return TensorInfo(kind, shape, path, name, begin)

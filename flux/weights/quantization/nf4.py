@@ -14,16 +14,16 @@ and the others likewise.
 """
 
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux.errors import UserError
 from flux.plain_files import MAX_JSON, parse_json
+from flux.weights.files import TensorInfo
+from flux.weights.mapping import map_tensor
 from flux.weights.quantization.linear import QuantizedLinear
 
 STATE = re.compile(r"(.+)\.weight\.quant_state\.bitsandbytes__\w+")  # the group is the layer
@@ -50,11 +50,11 @@ def parse_json_tensor(tensor: Tensor) -> Any:
     return parse_json(bytes(tensor.flatten().tolist()))
 
 
-def read_state(path: Path, name: str) -> QuantState:
-    """Read a layer's state from tensor `name` of a file; UserError if the state is damaged."""
+def read_state(info: TensorInfo) -> QuantState:
+    """Read a layer's state from a tensor of JSON; UserError if the state is damaged."""
+    tensor = map_tensor(info)
     try:
-        with safe_open(path, framework="pt", device="cpu") as mapped:
-            table = parse_json_tensor(mapped.get_tensor(name))
+        table = parse_json_tensor(tensor)
         kind, blocksize, (rows, columns) = table["quant_type"], table["blocksize"], table["shape"]
         nested, offset = table.get("nested_blocksize"), table.get("nested_offset", 0.0)
         sizes = [blocksize, rows, columns]
@@ -64,14 +64,14 @@ def read_state(path: Path, name: str) -> QuantState:
             raise ValueError("its sizes are not whole numbers above 0")
         if not isinstance(offset, int | float) or not abs(offset) < torch.finfo(torch.float32).max:
             raise ValueError("its offset is not a finite number")
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} has a damaged {name!r:.120} ({error!s:.80}); download it again."
+            f"{info.file} has a damaged {info.name!r:.120} ({error!s:.80}); download it again."
         ) from error
     if kind not in ("nf4", "fp4"):
         raise UserError(
-            f"{path} has {name!r:.120} of the type {kind!r:.40}; of bitsandbytes' types, nf4 and "
-            "fp4 are supported."
+            f"{info.file} has {info.name!r:.120} of the type {kind!r:.40}; of bitsandbytes' types, "
+            "nf4 and fp4 are supported."
         )
     return QuantState((rows, columns), blocksize, nested, float(offset))
 
