@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flux.arguments import optional, shown, to_flag, to_integer, to_number, to_path, to_text
 from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
 from flux.errors import UserError
@@ -64,12 +65,26 @@ def load(
     The other arguments are fields of `RuntimeOptions`.
     """
     options = RuntimeOptions(
-        offload, max_vram, quantize, fp8_matmul, compile, vae_tile, decode_dtype, fast
+        offload,
+        optional(to_number, "max_vram", max_vram),
+        optional(to_text, "quantize", quantize),
+        to_flag("fp8_matmul", fp8_matmul),
+        to_flag("compile", compile),
+        optional(to_integer, "vae_tile", vae_tile),
+        decode_dtype,
+        to_flag("fast", fast),
     )
-    spec = get_spec(name, transformer)
-    if isinstance(numerics, str):
-        if numerics not in NUMERICS:
-            presets = ", ".join(NUMERICS)
+    check_finite = to_flag("check_finite", check_finite)
+    weights = optional(to_path, "weights", weights)
+    transformer = optional(to_path, "transformer", transformer)
+    autoencoder = optional(to_path, "autoencoder", autoencoder)
+    text_encoder = optional(to_path, "text_encoder", text_encoder)
+    text_encoder_2 = optional(to_path, "text_encoder_2", text_encoder_2)
+    tokenizer = optional(to_path, "tokenizer", tokenizer)
+    spec = get_spec(optional(to_text, "name", name), transformer)
+    if not isinstance(numerics, Numerics):
+        presets = ", ".join(NUMERICS)
+        if to_text("numerics", numerics) not in NUMERICS:
             raise UserError(f"numerics: unknown (got {numerics!r}, expected one of {presets}).")
         numerics = NUMERICS[numerics]
     if dtype is not None and not (
@@ -79,20 +94,22 @@ def load(
             f"dtype: networks do not compute in this type (got {dtype!r:.40}). "
             "Use torch.bfloat16 or torch.float32."
         )
+    if not isinstance(device, str | int | torch.device | None):
+        raise UserError(f"device: must be a name such as cuda:1 (got {shown(device)}).")
     chosen = choose_device(device)
     if dtype is None:
         dtype = torch.float32 if spec.embedded else choose_dtype(chosen)
     # these replace the model's files, which need not exist
     replaced: dict[str, Any] = local_text_files(spec, text_encoder, text_encoder_2, tokenizer)
     if autoencoder is not None:
-        replaced["autoencoder"] = shard_files(Path(autoencoder))
+        replaced["autoencoder"] = shard_files(autoencoder)
     if transformer is not None:
-        replaced["transformer"] = shard_files(Path(transformer))
+        replaced["transformer"] = shard_files(transformer)
         replaced |= bundled_parts(replaced["transformer"], spec, replaced)
     if "autoencoder" in replaced:
         config = with_decoder_of(spec.autoencoder, replaced["autoencoder"][0])
         spec = replace(spec, autoencoder=config)
-    files = locate(spec, None if weights is None else Path(weights), replaced)
+    files = locate(spec, weights, replaced)
     networks = build_networks(spec, files, chosen, dtype, numerics, check_finite, options)
     return Pipeline(spec, networks, files, chosen, dtype, numerics, options)
 

@@ -201,7 +201,7 @@ class Pipeline:
         """
         if self.residency.planned is None:
             self.plan_memory()
-        for prompt in prompts:
+        for prompt in arguments.to_texts("prompts", prompts):
             self.text.features(prompt)
         self.residency.done(*self.text.networks)
 
@@ -344,20 +344,21 @@ class Pipeline:
     def _check_features(self, name: str, features: TextFeatures, seeds: int) -> None:
         """Raise UserError unless these are this model's, of one prompt or one for each seed."""
         c = self.spec.transformer
-        if not isinstance(features, TextFeatures):
+        tokens = getattr(features, "tokens", None)
+        if not isinstance(tokens, Tensor):
             raise UserError(
                 f"{name}: must be text features (got {arguments.shown(features)}). Pass what "
                 "`encode` returns."
             )
         pooled = None if features.pooled is None else features.pooled.shape[-1]
-        if (features.tokens.shape[-1], pooled) != (c.context_dim, c.vector_dim):
+        if (tokens.ndim, tokens.shape[-1], pooled) != (3, c.context_dim, c.vector_dim):
             raise UserError(
                 f"{name}: are another model's. Pass what `encode` of this pipeline returns."
             )
-        if not seeds or len(features.tokens) not in (1, seeds):
+        if not seeds or len(tokens) not in (1, seeds):
             raise UserError(
                 f"{name}: one prompt, or one for each of `seeds`, is needed (got "
-                f"{len(features.tokens)} prompts and {seeds} seeds)."
+                f"{len(tokens)} prompts and {seeds} seeds)."
             )
 
     def _check_conditions(
@@ -510,11 +511,8 @@ class Pipeline:
         shape.
         """
         channels = self.spec.autoencoder.latent_channels
-        if (
-            not isinstance(latents, Tensor)
-            or latents.shape[1:2] != (channels,)
-            or latents.ndim != 4
-        ):
+        fits = isinstance(latents, Tensor) and latents.ndim == 4 and latents.numel()
+        if not fits or latents.shape[1] != channels:
             raise UserError(
                 f"latents: must be a tensor of shape (B, {channels}, height / 16, width / 16) "
                 f"(got {arguments.shown(latents)})."
@@ -575,6 +573,7 @@ class Pipeline:
         UserError, with numbers, if the run cannot fit.
         """
         conditions = conditions or self._text_to_image(width, height)
+        steps = arguments.optional(arguments.to_integer, "steps", steps)
         return self.residency.plan(self._workload(conditions, steps, batch, encoded_pixels))
 
     def _workload(

@@ -181,6 +181,7 @@ def pipe():
     return flux.load("flux.2-tiny")
 
 
+@pytest.mark.filterwarnings("ignore:the image of .* is stretched")
 def test_values_of_other_libraries_give_the_same_image(pipe):
     plain = dict(width=64, height=64, steps=2, guidance=[3.0, 2.0], seed=3, num_images=1)
     (expected,) = pipe(PROMPT, **plain, images=ImageInputs((PHOTO,), strength=0.5))
@@ -222,12 +223,35 @@ def test_wrong_value_is_named(pipe, name, value):
             pipe(**request)
 
 
+def test_values_of_load(pipe):
+    """Numbers are those of any library; what is wrong is named before a file is looked for."""
+    loaded = flux.load(max_vram="8", vae_tile=np.int64(512), fast=np.True_, device=pipe.device)
+    assert (loaded.options.max_vram, loaded.options.vae_tile) == (8.0, 512)
+    paths = ("weights", "transformer", "autoencoder", "text_encoder", "text_encoder_2", "tokenizer")
+    for name, value in (
+        *((path, 3) for path in paths),
+        *(("name", 3), ("name", ["flux.2-tiny"]), ("device", 3.5), ("numerics", None)),
+        *(("max_vram", "many"), ("max_vram", True), ("vae_tile", 512.0), ("quantize", ["int8"])),
+        *(("compile", 2), ("fast", "no"), ("check_finite", "yes"), ("transformer", b"x")),
+    ):
+        with pytest.raises(UserError, match=f"^{name}: must be "):
+            flux.load(**{name: value})
+
+
 def test_wrong_values_of_the_stages_are_named(pipe):
     features = pipe.encode(PROMPT)
     for name, call in {
         "latents": lambda: pipe.decode(torch.zeros(1, 64, 16)),
         "latents: must": lambda: pipe.decode(np.zeros((1, 128, 4, 4))),
         "features": lambda: pipe.sample(PROMPT, [0]),
+        "features: must be text features": lambda: pipe.sample(
+            features._replace(tokens=features.tokens.numpy()), [0]
+        ),
+        "prompts: must be": lambda: pipe.encode_ahead(3),
+        "latents: must be a tensor of shape": lambda: pipe.decode(
+            torch.zeros(0, pipe.spec.autoencoder.latent_channels, 4, 4)
+        ),
+        "steps": lambda: pipe.plan_memory(64, 64, "two"),
         "features: are another": lambda: pipe.sample(
             features._replace(tokens=features.tokens[..., 1:]), [0]
         ),
