@@ -48,7 +48,7 @@ def convert(source: Path, path: Path, format: str | None = None, layout: str = "
     config = infer_config(source)
     module = init_empty(lambda: Flux(config))
     assert isinstance(module, Flux)
-    load_module(module, shard_files(source), prefixes=("", "model.diffusion_model."))
+    load_module(module, shard_files(source))
     _check_source(module, source, format)
     conversion = _Conversion(module, config, format, layout)
     with write_atomically(path, overwrite=False) as unfinished:
