@@ -208,7 +208,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.numerics.norm_scale == "after":
             return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.scale
-        return F.rms_norm(x, x.shape[-1:], self.scale, eps=1e-6)
+        wide = x.to(self.scale.dtype)  # which is float32 in training under autocast
+        return F.rms_norm(wide, x.shape[-1:], self.scale, eps=1e-6).to(x.dtype)
 
 
 class QKNorm(nn.Module):

@@ -32,6 +32,7 @@ from flux.transformer import (
     KVCache,
     Numerics,
     QKNorm,
+    RMSNorm,
     rope_table,
     scale_time,
     timestep_embedding,
@@ -232,6 +233,17 @@ def test_missing_input_raises():
         del batch[missing]
         with pytest.raises(ValueError, match=f"{missing}: missing"):
             model(FLUX1_TINY)(**batch)
+
+
+@pytest.mark.filterwarnings("error")
+def test_scale_of_a_norm_may_be_wider_than_its_input():
+    """As in training: under autocast, queries are in bfloat16 and weights in float32."""
+    norm = randomise(RMSNorm(16, NUMERICS["exact"]))
+    x = torch.randn(2, 5, 3, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide = x.float()
+    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.scale
+    assert norm(x).dtype == torch.bfloat16
+    assert max_error(norm(x).float(), expected) <= 4e-3  # half a step of bfloat16
 
 
 @torch.no_grad()
