@@ -120,7 +120,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise UserError(f"{path}: is damaged: {name} has values that are not finite.")
         if name.endswith(NEVER_NEGATIVE) and (x < 0).any():
             raise UserError(f"{path}: is damaged: {name} has negative values.")
-    if metadata.get(CHECKSUM, "") not in ("", tensors_sha256(tensors)):
+    if CHECKSUM in metadata and metadata[CHECKSUM] != tensors_sha256(tensors):
         raise UserError(f"{path}: is damaged: its tensors differ from its checksum.")
 
 

@@ -160,7 +160,7 @@ def _read_line(path: Path, number: int, line: str) -> Sample:
         )
     named = (image, *files, *others.values())
     # unlike Path.is_file, isfile does not fail at names that are too long
-    if missing := [str(file) for file in named if not os.path.isfile(file)]:
+    if missing := [f"{file!s:.200}" for file in named if not os.path.isfile(file)]:
         raise UserError(f"{path}, line {number}: not a file: {preview(missing)}")
     return Sample(image, caption, tuple(files), **others)
 

@@ -506,7 +506,7 @@ FORMATS: dict[str, Callable[[list[str], dict[str, Tensor]], QuantizedFile]] = {
     "INT8, by row": int8,
     "INT8, no notation": partial(int8, notation=None),
     "ConvRot": partial(int8, group=16),
-    "ConvRot, metadata": partial(int8, group=64, notation="metadata"),
+    "ConvRot, metadata": partial(int8, group=4, notation="metadata"),
     "MXFP8": mxfp8,
     "MXFP8, E8M0": partial(mxfp8, e8m0=True),
     "NVFP4": nvfp4,

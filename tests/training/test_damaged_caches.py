@@ -102,11 +102,16 @@ CHANGES: dict[str, Change] = {
     "NaN": set_value(math.nan),
     "infinity": set_value(-math.inf),
     "no checksum": told(CHECKSUM, None),
+    "zeros and an empty checksum": lambda tensors, metadata: (
+        only(torch.zeros_like)(tensors, metadata),
+        told(CHECKSUM, "")(tensors, metadata),
+    ),
     "another checksum": told(CHECKSUM, 64 * "0"),
     "no name of its own": told("name", None),
     "the name of another": told("name", "latents-0"),
 }
-SOUND_CHECKSUM = {"no checksum", "another checksum"}  # all others get a right one
+# all others get a right one
+SOUND_CHECKSUM = {"no checksum", "zeros and an empty checksum", "another checksum"}
 
 
 def tamper(file: Path, name: str) -> None:
