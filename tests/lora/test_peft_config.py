@@ -5,6 +5,7 @@ The references: PEFT, which reads the same folder, and alpha/r · BA in float64.
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def network() -> Flux:
-    return randomise(Flux(FLUX1_TINY))
+    return randomise(Flux(replace(FLUX1_TINY, depth=1, depth_single=1)))
 
 
 def folder(path: Path, config: dict | None = CONFIG, tensors: dict[str, Tensor] = FACTORS) -> Path:
@@ -290,4 +291,4 @@ def test_folder_that_peft_wrote_gives_what_peft_merges(tmp_path, network, kind):
     for name, tensor in ours.state_dict().items():
         assert max_error(tensor, expected[name]) < 2e-6, name
         changed += not torch.equal(tensor, before[name])
-    assert changed == len(deltas) == 7
+    assert changed == len(deltas) == 3
