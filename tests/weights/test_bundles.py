@@ -147,6 +147,33 @@ def test_checkpoint_without_text_encoders_takes_those_of_the_repository(reposito
     assert_as_released(pipe, name, repositories)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoint_in_float8_equals_its_decoded_networks(repositories, tmp_path, name):
+    """As flux1-dev-fp8.safetensors: all cast to float8, norms and biases too, but the autoencoder.
+
+    The right values come from the same numbers in float32, in a file for each network.
+    """
+    tensors = {
+        layer: tensor.to(torch.float8_e4m3fn) if not layer.startswith("vae.") else tensor
+        for layer, tensor in bundle(repositories, name).items()
+    }
+    path = saved(tmp_path / "all.safetensors", tensors)
+    source, given = home(repositories, name), {}
+    prefixes = {"transformer": "model.diffusion_model."}
+    for comfy, argument, _ in TEXT_ENCODERS[name].values():
+        prefixes[argument] = f"text_encoders.{comfy}.transformer."
+    for argument, prefix in prefixes.items():
+        decoded = {
+            layer.removeprefix(prefix): tensor.float()
+            for layer, tensor in tensors.items()
+            if layer.startswith(prefix)
+        }
+        given[argument] = saved(tmp_path / f"{argument}.safetensors", decoded)
+    pipe = load(name, repositories, transformer=path, tokenizer=source)
+    assert np.array_equal(image(pipe), image(load(name, repositories, **given)))
+
+
 @pytest.mark.parametrize("part", ["text_encoders.clip_l.transformer.", "vae."])
 def test_missing_and_unknown_tensors_of_a_part_are_refused(repositories, tmp_path, part):
     name, source = "flux.1-dev", home(repositories, "flux.1-dev")
@@ -256,6 +283,11 @@ FULL_SIZE = {  # model -> the lists of the released tensors behind each prefix o
         "model.diffusion_model.": "klein-4b",
         "vae.": "ae-flux2",
         "text_encoders.qwen3_4b.transformer.": "qwen3-4b",
+    },
+    "flux.2-klein-9b": {  # 35 GB, which is more than the memory of many machines
+        "model.diffusion_model.": "klein-9b",
+        "vae.": "ae-flux2",
+        "text_encoders.qwen3_8b.transformer.": "qwen3-8b",
     },
 }
 
