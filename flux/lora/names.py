@@ -48,6 +48,7 @@ ROLES = tuple(  # how a key ends, and the role of its tensor; (\d+): its part of
         (r"scale|weight", "weight"),  # a new norm, in Black Forest Labs' control LoRAs
     )
 )  # fmt: skip
+MAX_DOTS = 4  # before and in a role
 OTHER_NAMES = (  # our layer, its other name, first and last row / hidden size
     # fused by diffusers, and by ComfyUI
     ("img_attn.qkv", "attn.to_qkv", 0, None),
@@ -93,7 +94,7 @@ class Key(NamedTuple):
 def parse_key(key: str) -> Key | None:
     """Split the name of a tensor; None if its end is no role."""
     dots = [i for i, letter in enumerate(key) if letter == "."]
-    for dot in dots:  # from the left, to find the longest end that is a role
+    for dot in dots[-MAX_DOTS:]:  # from the left, to find the longest end that is a role
         for end, role in ROLES:
             if found := end.fullmatch(key, dot + 1):
                 return Key(key[:dot], role, (found.groups() and found[1]) or "")
@@ -119,7 +120,7 @@ def find_target(names: Mapping[str, Target], layer: str, part: str = "") -> Targ
 
 def find_owner(names: Mapping[str, Target], key: str) -> Target:
     """Return the target of a tensor whose role is unknown; without a path if there is none."""
-    while "." in key:
+    for _ in range(MAX_DOTS):
         key = key.rpartition(".")[0]
         if (target := find_target(names, key)).path:
             return target

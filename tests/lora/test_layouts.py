@@ -423,7 +423,16 @@ def test_one_layer_under_two_names_is_refused_whatever_the_kinds(tmp_path):
     assert max_error(added(tmp_path, fused, QKV)[:128], BA) < 1e-12
 
 
-FACTORS = ("lora_mid.weight", "lokr_t2", "oft_R.clipped_oft", "unheard_of", "bias", "weight")
+FACTORS = (
+    "lora_mid.weight",
+    "base_layer.bias",
+    "a.b.c",
+    "lokr_t2",
+    "oft_R.clipped_oft",
+    "unheard_of",
+    "bias",
+    "weight",
+)
 
 
 @pytest.mark.parametrize("factor", FACTORS)
