@@ -14,10 +14,11 @@ from flux.atomic_files import write_atomically
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
 from flux.weights.diffusers_names import diffusers_layer
-from flux.weights.files import shard_files
-from flux.weights.load import infer_config, init_empty, load_module
-from flux.weights.quantization import QuantizedLinear
-from flux.weights.quantization.published import PUBLISHED, published_format
+from flux.weights.files import TensorInfo, shard_files
+from flux.weights.load import infer_config, init_empty, load_module, match_tensors
+from flux.weights.mapping import map_tensor
+from flux.weights.quantization import QuantizedLinear, gguf
+from flux.weights.quantization.published import PUBLISHED, ROWS, encode, published_format
 from flux.weights.quantization.quantize import large_linears
 
 FORMATS = ("bf16", *PUBLISHED)
@@ -48,9 +49,11 @@ def convert(source: Path, path: Path, format: str | None = None, layout: str = "
     config = infer_config(source)
     module = init_empty(lambda: Flux(config))
     assert isinstance(module, Flux)
-    load_module(module, shard_files(source))
+    files = shard_files(source)
+    infos = match_tensors(module, files)
+    load_module(module, files, device="meta")
     _check_source(module, source, format)
-    conversion = _Conversion(module, config, format, layout)
+    conversion = _Conversion(module, infos, config, format, layout)
     with write_atomically(path, overwrite=False) as unfinished:
         size = _write_safetensors(unfinished, conversion)
     total = math.sqrt(conversion.squared_error / (conversion.squared_norm or 1))
@@ -84,8 +87,16 @@ def _check_source(module: nn.Module, source: Path, format: str | None) -> None:
 class _Conversion:
     """The tensors of the new file, one layer after the other."""
 
-    def __init__(self, module: Flux, config: FluxConfig, format: str | None, layout: str):
-        self.module, self.config, self.format, self.layout = module, config, format, layout
+    def __init__(
+        self,
+        module: Flux,  # on the meta device
+        infos: Mapping[str, TensorInfo],
+        config: FluxConfig,
+        format: str | None,
+        layout: str,
+    ):
+        self.module, self.infos, self.config = module, infos, config
+        self.format, self.layout = format, layout
         self.large = set(large_linears(module)) if format in PUBLISHED else set()
         self.notes: dict[str, dict] = {}
         self.counts: dict[str, int] = {}
@@ -96,25 +107,26 @@ class _Conversion:
     def tensors(self, on_meta: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors of the file; on the meta device only shapes and dtypes."""
         for path, layer in self.module.named_modules():
-            for name, tensor in self._tensors_of_layer(path, layer, on_meta):
-                yield from self._in_layout(path, name, tensor)
+            own = {**layer._parameters, **layer._buffers}
+            own = {name: tensor for name, tensor in own.items() if tensor is not None}
+            if not on_meta:
+                own = {name: self._mapped(f"{path}.{name}", like) for name, like in own.items()}
+            if isinstance(layer, QuantizedLinear) and self.format == "bf16":
+                own = _dequantized(layer, own)
+            for name, tensor in own.items():
+                for suffix, written in self._in_format(path, name, tensor):
+                    yield from self._in_layout(path, suffix, written)
 
-    def _tensors_of_layer(
-        self, path: str, layer: nn.Module, on_meta: bool
-    ) -> Iterator[tuple[str, Tensor]]:
-        own = {**layer._parameters, **layer._buffers}
-        if isinstance(layer, QuantizedLinear) and self.format == "bf16":
-            own = {"weight": _dequantized(layer, on_meta), "bias": layer.bias}
-        for name, tensor in own.items():
-            if tensor is None:
-                continue
-            tensor = tensor.to("meta") if on_meta else tensor
-            if name == "weight" and path in self.large:
-                yield from self._quantized(path, tensor)
-            elif self.format is None or not tensor.is_floating_point():
-                yield name, tensor
-            else:
-                yield name, self._rounded(path, tensor) if name == "weight" else tensor.bfloat16()
+    def _mapped(self, name: str, like: Tensor) -> Tensor:
+        return map_tensor(gguf.stored(self.infos[name])).view(like.shape)
+
+    def _in_format(self, path: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        if name == "weight" and path in self.large:
+            yield from self._quantized(path, tensor)
+        elif self.format is None or not tensor.is_floating_point():
+            yield name, tensor
+        else:
+            yield name, self._rounded(path, tensor) if name == "weight" else tensor.bfloat16()
 
     def _quantized(self, path: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         rows, columns = weight.shape
@@ -124,8 +136,7 @@ class _Conversion:
             yield "weight", self._rounded(path, weight)
             return
         self.notes[path] = published.note
-        weight = weight.float()
-        encoded = published.encode(weight)
+        encoded = encode(weight, published)
         if not weight.is_meta:
             with torch.device("meta"):
                 layer = published.make(columns, rows, False)
@@ -140,12 +151,14 @@ class _Conversion:
     def _rounded(self, path: str, weight: Tensor) -> Tensor:
         rounded = weight.bfloat16()
         if not weight.is_meta and weight.dtype != torch.bfloat16:
-            self._measure(path, weight.float(), rounded.float())
+            self._measure(path, weight, rounded)
         return rounded
 
     def _measure(self, path: str, before: Tensor, after: Tensor) -> None:
-        squared = (after - before).square().sum(dtype=torch.float64).item()
-        norm = before.square().sum(dtype=torch.float64).item()
+        squared = norm = 0.0
+        for old, new in zip(before.split(ROWS), after.split(ROWS), strict=True):
+            squared += (new.float() - old.float()).square().sum(dtype=torch.float64).item()
+            norm += old.float().square().sum(dtype=torch.float64).item()
         self.errors[path] = math.sqrt(squared / (norm or 1))
         self.squared_error += squared
         self.squared_norm += norm
@@ -164,10 +177,14 @@ class _Conversion:
             yield f"{part.name}.{theirs}", torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def _dequantized(layer: QuantizedLinear, on_meta: bool) -> Tensor:
-    if on_meta:
-        return torch.empty(layer.out_features, layer.in_features, device="meta")
-    return layer.dequantize()
+def _dequantized(layer: QuantizedLinear, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the layer's weight and bias, for the tensors that its file has."""
+    weight = torch.empty(layer.out_features, layer.in_features, device="meta")
+    if not own["weight"].is_meta:
+        layer.load_state_dict(own, strict=True, assign=True)
+        weight = layer.dequantize()
+        layer.to("meta")  # the pages of the file may go
+    return {"weight": weight} | ({"bias": own["bias"]} if "bias" in own else {})
 
 
 def _write_safetensors(path: Path, conversion: _Conversion) -> int:

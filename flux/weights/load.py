@@ -164,6 +164,12 @@ def _counters_to_reset(
     ]
 
 
+def match_tensors(module: nn.Module, files: Sequence[Path]) -> dict[str, TensorInfo]:
+    """Return the files' tensors by the names of a module, in either layout, quantized or not."""
+    infos, _ = read_headers(files)
+    return _match_names(join_diffusers(infos), module.state_dict(), keep_all, None, {})
+
+
 def _not_finite(info: TensorInfo) -> UserError:
     return UserError(f"{info.file} has NaN or infinity in {info.name!r:.120}; download it again.")
 

@@ -32,12 +32,7 @@ from flux.weights.convert import FORMATS, convert
 from flux.weights.load import infer_config, load_module
 from flux.weights.quantization import QuantizedLinear
 from flux.weights.quantization.int8 import hadamard
-from flux.weights.quantization.published import (
-    encode_fp8,
-    encode_int8_by_row,
-    encode_mxfp8,
-    encode_nvfp4,
-)
+from flux.weights.quantization.published import PUBLISHED, encode, encode_int8_by_row
 from flux.weights.quantization.quantize import large_linears
 
 FLUX2 = FluxConfig(
@@ -81,7 +76,7 @@ def write(path, config: FluxConfig, dtype=torch.bfloat16) -> dict[str, Tensor]:
 def test_convrot_equals_worked_numbers():
     """Numbers by hand: a row times H4 / 2, its largest over 127, rounded to even."""
     row = torch.tensor([[3.0, 1.0, -2.0, 0.5]])
-    encoded = encode_int8_by_row(hadamard(row, 4))
+    encoded = encode_int8_by_row(hadamard(row, 4), row.abs().max())
     assert hadamard(row, 4).tolist() == [[0.75, 3.25, 0.25, -1.75]]
     assert encoded["weight"].tolist() == [[29, 127, 10, -68]]
     assert encoded["weight_scale"].item() == pytest.approx(3.25 / 127)
@@ -99,17 +94,17 @@ def test_hadamard_is_the_kronecker_power_and_its_own_inverse(group):
 
 def test_mxfp8_equals_worked_numbers():
     """3 / 448 needs 2^-7: 3 becomes 384 (byte 124), and 0.5 becomes 64 (byte 104)."""
-    encoded = encode_mxfp8(torch.tensor([[3.0] + 31 * [0.5]]))
+    encoded = encode(torch.tensor([[3.0] + 31 * [0.5]]), PUBLISHED["mxfp8"])
     assert encoded["weight_scale"][0, 0] == 120
     assert encoded["weight"].view(torch.uint8).tolist() == [[124] + 31 * [104]]
 
 
 def test_fp8_and_int8_round_to_the_nearest_number():
-    weight = random(3, 700, seed=4)
+    weight = random(1030, 24, seed=4)
     weight[0, :3] = torch.tensor([0.0, -0.6, 0.3])  # the largest is negative
     float8 = np.array([e4m3_value(byte) for byte in range(256) if byte & 127 != 127])
-    for encode, numbers in (encode_fp8, float8), (encode_int8_by_row, np.arange(-127, 128)):
-        encoded = encode(weight)
+    for format, numbers in ("fp8", float8), ("int8", np.arange(-127, 128)):
+        encoded = encode(weight, PUBLISHED[format])
         scale = encoded["weight_scale"].double()
         possible = torch.from_numpy(numbers).double() * scale[..., None]
         nearest = (weight.double()[..., None] - possible).abs().amin(-1)
@@ -121,10 +116,10 @@ def test_fp8_and_int8_round_to_the_nearest_number():
 @pytest.mark.slow
 def test_mxfp8_equals_torchao():
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    weight = random(40, 96, seed=1)
+    weight = random(1100, 96, seed=1)
     weight[0], weight[1, :32] = 0, 448 * 2.0**-9  # nothing, and exactly the largest number
     scale, values = mx.to_mx(weight, torch.float8_e4m3fn, 32, mx.ScaleCalculationMode.RCEIL)
-    encoded = encode_mxfp8(weight)
+    encoded = encode(weight, PUBLISHED["mxfp8"])
     scale = scale.view(torch.uint8).numpy().copy()
     scale[weight.unflatten(1, (-1, 32)).abs().amax(-1) == 0] = 0  # any power of two is right
     rows = in_cublas_order(scale)
@@ -136,11 +131,11 @@ def test_mxfp8_equals_torchao():
 
 def test_nvfp4_equals_diffusers():
     utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
-    weight = random(40, 96, seed=2)
+    weight = random(1100, 96, seed=2)
     weight[0] = 0
     weight[1, :16] = torch.tensor(8 * [0.25, 0.75]) / 6  # ties
     theirs, scale, scale_2 = utils.quantize_nvfp4(weight)
-    encoded = encode_nvfp4(weight)
+    encoded = encode(weight, PUBLISHED["nvfp4"])
     assert torch.equal(encoded["weight"], theirs << 4 | theirs >> 4)
     written, rows = encoded["weight_scale"].view(torch.uint8).numpy(), scale.view(torch.uint8)
     is_scale = in_cublas_order(np.ones(rows.shape, np.uint8)) == 1
@@ -268,6 +263,23 @@ def test_diffusers_layout_equals_diffusers_own_conversion(tmp_path, config, dtyp
     assert found.keys() == theirs.keys() and report.errors == {}
     for name, tensor in found.items():
         assert tensor.dtype == dtype and torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("config", [FLUX1, FLUX2], ids=["FLUX.1", "FLUX.2"])
+def test_layouts_there_and_back_are_equal(tmp_path, config):
+    state = write(tmp_path / "bfl.safetensors", config)
+    theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
+    convert(tmp_path / "bfl.safetensors", theirs, layout="diffusers")
+    assert "transformer_blocks.0.attn.to_q.weight" in load_file(theirs)
+    report = convert(theirs, ours, layout="bfl")
+    found = load_file(ours)
+    assert found.keys() == state.keys() and report.errors == {}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+    convert(tmp_path / "bfl.safetensors", tmp_path / "a.safetensors", "int8")
+    convert(theirs, tmp_path / "b.safetensors", "int8")
+    files = [load_file(tmp_path / f"{name}.safetensors") for name in "ab"]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
 
 
 # ---------------------------------------------------------------- refusals

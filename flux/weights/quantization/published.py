@@ -21,34 +21,49 @@ from flux.weights.quantization.nvfp4 import NVFP4Linear
 from flux.weights.quantization.quantize import encode_int8
 
 E2M1_MAX = 6.0
+ROWS = 1024  # rounded at a time; a multiple of the 128 rows of a tile
 
 
 class Published(NamedTuple):
     """A format of files: its class, its encoder, and what a file declares of each layer."""
 
     make: Callable[[int, int, bool], QuantizedLinear]  # (in_features, out_features, bias)
-    encode: Callable[[Tensor], dict[str, Tensor]]  # float32 (out, in) -> the tensors of the layer
+    encode: Callable[[Tensor, Tensor], dict[str, Tensor]]  # see below
     note: dict
     multiple: int = 1  # in_features must be a multiple of this number
 
 
-def encode_fp8(weight: Tensor) -> dict[str, Tensor]:
+def encode(weight: Tensor, published: Published) -> dict[str, Tensor]:
+    """Return the tensors of a layer, for its weight (out, in) of any float dtype."""
+    largest = weight.abs().amax().float()
+    parts = [published.encode(rows.float(), largest) for rows in weight.split(ROWS)]
+    return {
+        name: torch.cat([part[name] for part in parts]) if tensor.ndim else tensor
+        for name, tensor in parts[0].items()
+    }
+
+
+# Each encoder: rows (n, in), float32, and the largest size in the matrix -> their part of the
+# layer's tensors.
+
+
+def encode_fp8(weight: Tensor, largest: Tensor) -> dict[str, Tensor]:
     """Round to float8_e4m3fn, with one scale, which makes the largest weight 448."""
-    scale = weight.abs().amax() / E4M3_MAX
+    scale = largest / E4M3_MAX
     rounded = divide(weight, scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return {"weight": rounded, "weight_scale": scale}
 
 
-def encode_int8_by_row(weight: Tensor) -> dict[str, Tensor]:
+def encode_int8_by_row(weight: Tensor, largest: Tensor) -> dict[str, Tensor]:
     numbers, scale = encode_int8(weight)
     return {"weight": numbers, "weight_scale": scale}
 
 
-def encode_convrot(weight: Tensor) -> dict[str, Tensor]:
-    return encode_int8_by_row(hadamard(weight, GROUP))
+def encode_convrot(weight: Tensor, largest: Tensor) -> dict[str, Tensor]:
+    return encode_int8_by_row(hadamard(weight, GROUP), largest)
 
 
-def encode_mxfp8(weight: Tensor) -> dict[str, Tensor]:
+def encode_mxfp8(weight: Tensor, largest: Tensor) -> dict[str, Tensor]:
     """Round to float8_e4m3fn, 32 weights by the smallest power of two that keeps them below 448."""
     blocks = weight.unflatten(1, (-1, mxfp8.BLOCK))  # (out, in/32, 32)
     fraction, exponent = torch.frexp(blocks.abs().amax(dim=-1) / E4M3_MAX)  # (out, in/32)
@@ -61,12 +76,12 @@ def encode_mxfp8(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def encode_nvfp4(weight: Tensor) -> dict[str, Tensor]:
+def encode_nvfp4(weight: Tensor, largest: Tensor) -> dict[str, Tensor]:
     """Round to E2M1, 16 weights by a float8 scale that makes the largest of them 6.
 
     The scale of the matrix makes the largest scale of a block 448. Ties go to the even code.
     """
-    scale_2 = weight.abs().amax() / (E4M3_MAX * E2M1_MAX)
+    scale_2 = largest / (E4M3_MAX * E2M1_MAX)
     blocks = weight.unflatten(1, (-1, nvfp4.BLOCK))  # (out, in/16, 16)
     scale = divide(blocks.abs().amax(dim=-1) / E2M1_MAX, scale_2).to(torch.float8_e4m3fn)
     values = divide(blocks, (scale.float() * scale_2)[..., None])
