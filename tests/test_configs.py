@@ -321,7 +321,9 @@ def test_default_is_an_embedded_model():
     "name, embeds, guidance, cfg",
     [
         ("flux.1-dev", True, 3.5, False),
-        ("flux.1-dev", False, None, False),
+        ("flux.1-dev", False, 3.5, True),  # de-distilled
+        ("flux.1-fill-dev", False, 3.5, True),
+        ("flux.1-schnell", False, None, False),
         ("flux.1-schnell", True, 3.5, False),
         ("flux.1-fill-dev", True, 30, False),
         ("flux.2-klein-4b", True, 4, False),
@@ -331,7 +333,7 @@ def test_default_is_an_embedded_model():
     ],
 )
 def test_other_transformer_changes_guidance(name, embeds, guidance, cfg):
-    """An embedded guidance, else the row's classifier-free guidance, else none."""
+    """An embedded guidance, else classifier-free guidance if the row has any, else none."""
     row = MODELS[name]
     spec = with_transformer(row, replace(row.transformer, guidance=embeds))
     assert (spec.guidance, spec.cfg, spec.transformer.guidance) == (guidance, cfg, embeds)

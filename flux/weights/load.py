@@ -326,7 +326,25 @@ DTYPES = {  # what a file may hold for a tensor of this dtype; any float for all
     torch.float8_e4m3fn: ("F8_E4M3",),
     torch.float8_e5m2: ("F8_E5M2",),
 }
-LOOKS_LIKE = (  # a pattern in tensor names, and the network that has such names; the first counts
+FOREIGN = (  # a pattern in tensor names, and the kind of file that has such names
+    (r"controlnet_blocks\.|controlnet_x_embedder\.|(^|\.)input_hint_block\.", "a ControlNet"),
+    (r"ip_adapter|(^|\.)image_proj\.", "an IP-adapter"),
+    (r"(^|\.)pulid_|(^|\.)id_adapter", "a PuLID adapter"),
+    (r"\.oft_(R|blocks|diag)|^oft_", "an OFT or BOFT adapter"),
+    (r"distilled_guidance_layer\.", "a Chroma transformer"),
+    (r"joint_blocks\.\d|(^|\.)pos_embed\.proj\.", "a Stable Diffusion 3 transformer"),
+    (r"double_stream_blocks\.\d", "a HiDream transformer"),
+    (r"transformer_blocks\.\d+\.(img|txt)_mod\.1\.", "a Qwen-Image transformer"),
+    (r"individual_token_refiner\.", "a HunyuanVideo transformer"),
+    (r"(noise|context)_refiner\.\d", "a Lumina or Z-Image transformer"),
+    (r"(^|\.)blocks\.\d+\.(self|cross)_attn\.", "a Wan or Cosmos transformer"),
+    (
+        r"(^|\.)input_blocks\.\d|down_blocks\.\d+\.attentions\.\d+\.proj_in",
+        "a Stable Diffusion U-Net",
+    ),
+)
+LOOKS_LIKE = (  # the same of this project's networks; the first pattern counts
+    *FOREIGN,
     (r"\.lora_|^lora_|\.lokr_|\.hada_", "a LoRA"),
     (r"^redux_(up|down)\.", "the FLUX.1 Redux adapter"),
     (r"transformer_blocks\.\d|^x_embedder\.", "a transformer in diffusers' layout"),
@@ -427,6 +445,9 @@ def infer_config(path: Path) -> FluxConfig:
     for layer, format in detect_formats(tensors, metadata, layers).items():
         shapes[f"{layer}.weight"] = format.shape
 
+    for pattern, kind in FOREIGN:
+        if any(re.search(pattern, name) for name in tensors):
+            raise UserError(f"{path} is {kind}, which is not supported.")
     sizes = SIZES | ({VECTOR_IN: 2} if VECTOR_IN in shapes else {})
     for name, dimensions in sizes.items():
         shape = shapes.get(name)

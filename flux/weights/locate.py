@@ -1,5 +1,6 @@
 """Choose a row of the table of models, by name or by the shapes in a file, and find its files."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from flux.autoencoder import AutoEncoderConfig
 from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
-from flux.weights.files import find_files, is_local
+from flux.weights.files import find_files, is_local, shard_files
 from flux.weights.load import infer_config, init_empty, read_headers
 
 # ---------------------------------------------------------------- which model
@@ -32,31 +33,72 @@ def get_spec(name: str | None, transformer: str | Path | None = None) -> ModelSp
         return MODELS[(name or "flux.2-tiny").lower()]
     config = infer_config(Path(transformer))
     if name is None:
-        return _spec_of_shapes(config, transformer)
-    spec = MODELS[name.lower()]
-    _check_inputs(config, spec, transformer)
-    return with_transformer(spec, config)
+        spec = _spec_of_shapes(config, Path(transformer))
+    else:
+        spec = MODELS[name.lower()]
+        _check_inputs(config, spec, transformer)
+    if spec.transformer == config:
+        return spec
+    adapted = with_transformer(spec, config)
+    if adapted.cfg and not spec.cfg:
+        warnings.warn(
+            f"{transformer} lacks the guidance input of {spec.name}: it is taken for de-distilled, "
+            f"with classifier-free guidance ({adapted.guidance} by default), which takes twice the "
+            "time",
+            stacklevel=3,
+        )
+    return adapted
 
 
-def _spec_of_shapes(config: FluxConfig, transformer: str | Path) -> ModelSpec:
-    alike = [
-        spec
-        for spec in MODELS.values()
-        if spec.transformer == config and spec.weight_format == "bfloat16"
-    ]
+def _spec_of_shapes(config: FluxConfig, transformer: Path) -> ModelSpec:
+    """Return the first row with these shapes or, for a pruned model, with other numbers of blocks.
+
+    UserError if there is none. A warning names the other models that the file may derive from.
+    """
+    rows = [spec for spec in MODELS.values() if spec.weight_format == "bfloat16"]
+    alike = [spec for spec in rows if spec.transformer == config] or _of_other_depth(rows, config)
+    # FLUX.1 [dev] without its guidance input has the shapes of FLUX.1 [schnell]
+    guided = [] if config.guidance else _of_other_depth(rows, replace(config, guidance=True))
+    about = _describe(transformer) if guided else ""
+    if guided and (not alike or re.search(r"(de|un)[-_ ]?distill", about)):
+        alike, guided = guided, []
     if not alike:
         raise UserError(
             f"transformer: {transformer} has the shapes of no released model. "
             "Pass the model that it derives from as `name`."
         )
-    if len(alike) > 1:
-        others = ", ".join(spec.name for spec in alike[1:])
-        warnings.warn(
-            f"{transformer} has the shapes of {alike[0].name}, which is assumed; if it derives "
-            f"from {others}, pass that model as `name`",
-            stacklevel=4,
-        )
-    return alike[0]
+    row, others = alike[0], [spec.name for spec in alike[1:]]
+    if guided and row.name.rpartition("-")[2] not in about:
+        others.append(f"{guided[0].name} without distillation")
+    notes = [f"has the shapes of {row.name}, which is assumed"]
+    found, usual = _depths(config), _depths(row.transformer)
+    if found != usual:
+        notes[0] = f"is taken for a pruned {row.name}, with {found} in place of {usual}"
+    if others:
+        notes.append(f"if it derives from {', '.join(others)}, pass that model as `name`")
+    if others or found != usual:
+        warnings.warn(f"{transformer} {'; '.join(notes)}", stacklevel=4)
+    return row
+
+
+def _of_other_depth(rows: Sequence[ModelSpec], config: FluxConfig) -> list[ModelSpec]:
+    """Return the rows of this shape but for the numbers of blocks."""
+    depth, single = config.depth, config.depth_single
+    return [
+        spec
+        for spec in rows
+        if replace(spec.transformer, depth=depth, depth_single=single) == config
+    ]
+
+
+def _depths(config: FluxConfig) -> str:
+    return f"{config.depth} double and {config.depth_single} single blocks"
+
+
+def _describe(transformer: Path) -> str:
+    """Return what a file says of itself: its name and its metadata, in lower case."""
+    _, metadata = read_headers(shard_files(transformer))
+    return " ".join([transformer.name, *map(str, metadata.values())])[:100_000].lower()
 
 
 def _check_inputs(config: FluxConfig, spec: ModelSpec, transformer: str | Path) -> None:
@@ -86,10 +128,13 @@ def with_transformer(spec: ModelSpec, config: FluxConfig) -> ModelSpec:
     """Return the row with another transformer.
 
     A transformer with a guidance input gets the guidance as a number, and runs once a step.
-    Any other transformer is guided as the row says.
+    A transformer that lacks the row's guidance input was de-distilled: its guidance is
+    classifier-free. Any other transformer is guided as the row says.
     """
+    usual = MODELS["flux.2-dev" if config.vector_dim is None else "flux.1-dev"].guidance
+    if spec.transformer.guidance and not config.guidance:
+        return replace(spec, transformer=config, cfg=True, guidance=usual)
     if config.guidance:
-        usual = MODELS["flux.2-dev" if config.vector_dim is None else "flux.1-dev"].guidance
         return replace(spec, transformer=config, cfg=False, guidance=spec.guidance or usual)
     return replace(spec, transformer=config, guidance=spec.guidance if spec.cfg else None)
 
