@@ -19,7 +19,7 @@ def pytest_addoption(parser) -> None:
         "--fuzz-cases",
         type=case_numbers,
         metavar="COUNT|FIRST:STOP",
-        help="cases of each kind of input in the fast run (default: 18 to 300, by their speed)",
+        help="cases of each kind of input in the fast run (default: 40 to 300, by their speed)",
     )
 
 

@@ -112,7 +112,9 @@ class PeftConfig:
         use_dora, lora_bias = self.fields.get("use_dora"), self.fields.get("lora_bias")
         if use_dora is not None and bool(use_dora) != ("magnitude" in roles):
             has = "has" if "magnitude" in roles else "lacks"
-            raise self.error(f"use_dora is {use_dora}, but the file {has} a magnitude of {layer}")
+            raise self.error(
+                f"use_dora is {use_dora!r:.60}, but the file {has} a magnitude of {layer}"
+            )
         if lora_bias is False and "up_bias" in roles:
             raise self.error(f"lora_bias is False, but the file has a bias of {layer}")
 

@@ -42,6 +42,7 @@ DTYPES = {
 }
 SHA256 = re.compile("([0-9a-f]{64})?")
 MAX_DEPTH = 16  # of a recipe
+MAX_VALUES = 8_000_000  # a tensor has some 50; parsed, 100 MB of empty lists would take 2 GB
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def parse(text: str, stored: Mapping[str, TensorInfo], path: Path) -> Metadata:
 
 def parse_document(text: str, path: Path) -> Any:
     """Read the JSON text strictly, before any field is checked."""
+    if sum(map(text.count, "[{,")) > MAX_VALUES:
+        raise _damaged(path, f"its metadata hold more than {MAX_VALUES:,} values")
     try:
         return parse_json(text, MAX_HEADER)
     except ValueError as error:

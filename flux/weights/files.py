@@ -175,7 +175,7 @@ def _parse_header(
 
     def metadata_value(name: str, position: int) -> tuple[str, int]:
         if found := TEXT.match(text, position):
-            return parse_json(found[0]), found.end()
+            return parse_json(found[0], MAX_HEADER), found.end()
         raise ValueError(f"metadata that is not text, {name!r:.120}")
 
     if text.count(b'"data_offsets"') > MAX_TENSORS:  # at once, before any is parsed

@@ -179,14 +179,14 @@ def transformer_input(config: FluxConfig, content: bytes, optional: str = "$^") 
     return Input({"x.safetensors": content}, "x.safetensors", mutators.SAFETENSORS, use, check)
 
 
-@kind(cases=40)
+@kind(cases=100)
 def transformers() -> list[Input]:
     return [
         transformer_input(config, save(half(network(family)))) for family, config in CONFIGS.items()
     ]
 
 
-@kind(cases=57)
+@kind(cases=130)
 def quantized() -> list[Input]:
     """All notations, of both families in turn. Scales of inputs and notes may be missing."""
     found = []
@@ -199,7 +199,7 @@ def quantized() -> list[Input]:
     return found
 
 
-@kind(cases=40)
+@kind(cases=120)
 def gguf_files() -> list[Input]:
     def check(config: FluxConfig, path: Path) -> None:
         try:
@@ -235,7 +235,7 @@ def gguf_files() -> list[Input]:
     return found
 
 
-@kind(cases=60)
+@kind(cases=200)
 def index_files() -> list[Input]:
     config, state = CONFIGS["flux.2"], half(network("flux.2"))
     names = list(state)
@@ -252,7 +252,7 @@ def index_files() -> list[Input]:
     return [Input(files, name, mutators.JSON, partial(run_transformer, config), check)]
 
 
-@kind(cases=18)
+@kind(cases=40)
 def autoencoders() -> list[Input]:
     found = []
     for config, diffusers in ((TINY_AE1, False), (TINY_AE2, False), (TINY_AE2, True)):
@@ -346,7 +346,7 @@ def encode(**folders: Path) -> None:
 LENGTH = 64  # tokens
 
 
-@kind(cases=60)
+@kind(cases=200)
 def text_encoders() -> list[Input]:
     found = []
     for name, content in text_encoder_files().items():
@@ -363,7 +363,7 @@ def text_encoders() -> list[Input]:
     return found
 
 
-@kind(cases=100)
+@kind(cases=200)
 def tokenizer_files() -> list[Input]:
     """Each file by which a tokenizer is read; Qwen3's in both notations."""
     found = []
@@ -454,7 +454,7 @@ def run_lora(family: str, path: Path) -> None:
     ours(**inputs(ours.config))
 
 
-@kind(cases=38)
+@kind(cases=76)
 def loras() -> list[Input]:
     found = []
     for family in CONFIGS:
@@ -470,7 +470,7 @@ def loras() -> list[Input]:
     return found
 
 
-@kind(cases=40)
+@kind(cases=200)
 def adapter_configs() -> list[Input]:
     content = save(*lora_layouts("flux.2")["PEFT"])
     config = {
@@ -535,7 +535,7 @@ def write_capture(path: Path, keep: capture_file.Kind) -> None:
     tolerances.store_rounding(path, {"float32": rounding}, "float32")
 
 
-@kind(cases=150)
+@kind(cases=200)
 def captures() -> list[Input]:
     """Captures that keep all, slices, probes and statistics; and a plain file of a port."""
     kinds: tuple[capture_file.Kind, ...] = ("full", "slice", "probe", "statistics")
@@ -585,7 +585,7 @@ def take_step(trainer: Trainer) -> None:
     trainer.update([lambda: trainer.module(random(5, 4)).square().mean()])
 
 
-@kind(cases=150)
+@kind(cases=200)
 def checkpoints() -> list[Input]:
     def write(path: Path) -> None:
         trainer = trainer_at(path)
@@ -617,7 +617,7 @@ def toy() -> flux.Pipeline:
     return flux.load("flux.2-tiny", device="cpu")
 
 
-@kind(cases=30)
+@kind(cases=80)
 def caches() -> list[Input]:
     """Cached latents and text features, which are made again if they are damaged."""
 
@@ -800,7 +800,7 @@ def image_records() -> list[Input]:
     return [found[0], found[0], found[0], *found]
 
 
-@kind(cases=150)
+@kind(cases=200)
 def prompt_files() -> list[Input]:
     lines = ["a red circle", "", "a café — 35mm", "  two rings  ", "x" * 300]
 

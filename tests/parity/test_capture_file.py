@@ -258,7 +258,9 @@ def test_contradiction_is_named(name, change, words, valid, tmp_path):
             "has -Infinity, which is no number",
         ),
         ("[" * 100_000 + "]" * 100_000, "not a JSON text .*too deep"),
+        ("[" + 4_000_000 * "[]," + "[]]", "hold more than 8,000,000 values"),
         ('{"schema": ' + "1" * 5000 + "}", "not a JSON text .*4300 digits"),
+        ('{"a": "' + 5_000_000 * "x" + '"}', "unknown schema"),  # long, as of many tensors
         ('{"schema": 2, "schema": 2, "recipe": {}, "tensors": {}}', "has the name '.*' twice"),
         ('{"schema": 2, "recipe": {"a": 1, "a": 1}, "tensors": {}}', "has the name '.*' twice"),
         (r'{"schema": 2, "recipe": {"\ud800": 1}, "tensors": {}}', "half of a surrogate"),
