@@ -124,12 +124,15 @@ def by_diffusers(
     features = features.to("cpu", dtype)
     arguments = dict(prompt_embeds=features.tokens)
     if negative is not None:
-        arguments["negative_prompt_embeds"] = negative.tokens.to(dtype).expand_as(features.tokens)
+        # copies, as `encode_prompt` repeats them: a product of strided rows may round otherwise
+        arguments["negative_prompt_embeds"] = (
+            negative.tokens.to(dtype).expand_as(features.tokens).contiguous()
+        )
     if model.flux1:
         arguments |= dict(pooled_prompt_embeds=features.pooled, true_cfg_scale=true_cfg_scale)
         if negative is not None:
-            arguments["negative_pooled_prompt_embeds"] = negative.pooled.to(dtype).expand_as(
-                features.pooled
+            arguments["negative_pooled_prompt_embeds"] = (
+                negative.pooled.to(dtype).expand_as(features.pooled).contiguous()
             )
     images = theirs(
         **arguments,

@@ -218,7 +218,7 @@ def test_function_may_return_its_own_capture(captures, tmp_path):
         )[1].over
         is False
     )
-    with pytest.raises(UserError, match=r"none\.safetensors does not exist"):
+    with pytest.raises(UserError, match=r"none\.safetensors: does not exist"):
         against.adaptor(taken, lambda name, inputs: str(tmp_path / "none.safetensors"))
 
 
