@@ -93,7 +93,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("run", type=Path, help="folder for all results; a run in this folder is resumed")
     add("--model", metavar="NAME", help="default: flux.2-tiny, an embedded toy")
     add("--weights", type=Path, metavar="DIR", help="folder of the models' files, as for sample.py")
-    add("--transformer", type=Path, metavar="FILE", help="start from this file, in BFL's layout")
+    add("--transformer", type=Path, metavar="FILE", help="start from this file")
     add("--device", help="default: the fastest available")
     add(
         "--dtype",

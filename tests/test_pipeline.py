@@ -484,7 +484,7 @@ def test_networks_released_between_stages_give_the_same_image(models, name):
 
 
 def test_transformer_file_selects_its_row(models, tmp_path):
-    """The file has a community prefix, other weights, then a depth that no row has."""
+    """The file has a community prefix, other weights, then a depth or a width that no row has."""
     model, path = models["flux.2-klein-4b"], tmp_path / "other.safetensors"
     other = randomise(Flux(model.spec.transformer), seed=1)
     save_file(
@@ -504,6 +504,9 @@ def test_transformer_file_selects_its_row(models, tmp_path):
     deeper = replace(model.spec, transformer=replace(model.spec.transformer, depth_single=5))
     save_file(Flux(deeper.transformer).state_dict(), path)
     assert model.load(transformer=path).spec == deeper
+    with pytest.warns(UserWarning, match="is taken for a pruned flux.2-klein-4b, with .* 5 single"):
+        assert flux.load(weights=model.folder, transformer=path).spec == deeper
+    save_file(Flux(replace(deeper.transformer, context_dim=8)).state_dict(), path)
     with pytest.raises(UserError, match="^transformer: .* as `name`"):
         flux.load(weights=model.folder, transformer=path)
 
