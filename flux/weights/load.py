@@ -110,6 +110,7 @@ def load_module(
         join_diffusers(infos), module.state_dict(), ignore_keys, rename, second_names
     )
     layers = _quantized_layers(module, sources, metadata)
+    embeddings = _embeddings(module)
     quantized = {
         f"{path}.{name}": buffer
         for path, layer in layers.items()
@@ -146,6 +147,10 @@ def load_module(
         for path, layer in layers.items():  # GGUF has scales inside its bytes
             if not layer.dequantize().isfinite().all():
                 raise _not_finite(sources[f"{path}.weight"])
+    for path in embeddings:  # of these, only ggml's blocks stay quantized
+        if path in layers and not isinstance(layers[path], GGUFEmbedding):
+            table = layers[path].dequantize().to(dtype)
+            module.set_submodule(path, nn.Embedding.from_pretrained(table))
     module.eval()
 
 
@@ -245,8 +250,13 @@ def _match_names(
     return {
         name: info
         for name, info in sources.items()
-        if name in expected or not (ignore_keys(name) or UNREAD.search(name) or 0 in info.shape)
+        if name in expected or not (ignore_keys(name) or _is_unread(name, info))
     }
+
+
+def _is_unread(name: str, info: TensorInfo) -> bool:
+    """Return whether no network reads a tensor. ComfyUI's marker is empty, and is read."""
+    return bool(UNREAD.search(name)) or 0 in info.shape and not is_quant_metadata(name)
 
 
 PART = re.compile(r"(?:vae|first_stage_model|text_encoders\.\w+\.transformer)\.")
@@ -298,22 +308,26 @@ def _quantized_layers(
     module: nn.Module, sources: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> dict[str, QuantizedLinear]:
     """Return the replacements of Linears and Embeddings by path, on the meta device."""
-    linears = {
-        path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)
-    }
-    formats = detect_formats(sources, metadata, linears)
-    layers = {}
+    parts = dict(module.named_modules())
+    linears = [path for path, part in parts.items() if isinstance(part, nn.Linear)]
+    tables = [path for path in _embeddings(module) if f"{path}.weight_scale" in sources]
+    layers: dict[str, QuantizedLinear] = {}
     with torch.device("meta"):
-        for path, format in formats.items():
-            linear = linears[path]
+        for path, format in detect_formats(sources, metadata, [*linears, *tables]).items():
+            columns, rows = reversed(parts[path].weight.shape)
             layers[path] = format.make(
-                linear.in_features, linear.out_features, linear.bias is not None
+                columns, rows, getattr(parts[path], "bias", None) is not None
             )
-        for path, part in module.named_modules():
+        for path in _embeddings(module):
             info = sources.get(f"{path}.weight")
-            if isinstance(part, nn.Embedding) and info and info.dtype in gguf.BLOCKS:
-                layers[path] = GGUFEmbedding(part.num_embeddings, part.embedding_dim, info.dtype)
+            if info and info.dtype in gguf.BLOCKS:
+                rows, columns = parts[path].weight.shape
+                layers[path] = GGUFEmbedding(rows, columns, info.dtype)
     return layers
+
+
+def _embeddings(module: nn.Module) -> list[str]:
+    return [path for path, part in module.named_modules() if isinstance(part, nn.Embedding)]
 
 
 # ---------------------------------------------------------------- what does not fit

@@ -59,6 +59,12 @@ def fp4_mixed(layers: list[str], state: State) -> QuantizedFile:
     return QuantizedFile(tensors, first.weights | second.weights)
 
 
+def scaled_embedding(layers: list[str], state: State) -> QuantizedFile:
+    """Write a float8 embedding with a scale, as ComfyUI's mixed precision allows."""
+    embedding = "shared" if "shared.weight" in state else "model.embed_tokens"
+    return comfy_notes([*layers, embedding], state)
+
+
 CLIP_MORE = dict.fromkeys(["text_projection.weight", "logit_scale"], torch.ones(()))
 CLIP_MORE |= {"text_model.embeddings.position_ids": torch.arange(77)[None]}
 LM_MORE = {"model.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2, 2)}
@@ -67,9 +73,11 @@ FILES = {  # ComfyUI's name -> whose, how it is written, what else it holds
     "t5xxl_fp16": (T5, half, {"encoder.embed_tokens.weight": torch.ones(2)}),
     "t5xxl_fp8_e4m3fn": (T5, plain_cast, {}),
     "t5xxl_fp8_e4m3fn_scaled": (T5, scaled, {}),
+    "t5xxl, scaled embedding": (T5, scaled_embedding, {}),
     "clip_l": (CLIP, half, CLIP_MORE),
     "qwen_3_4b": (QWEN, bfloat16, LM_MORE),
     "qwen_3_8b_fp8mixed": (QWEN, comfy_notes, LM_MORE),
+    "qwen_3_4b, scaled embedding": (QWEN, scaled_embedding, LM_MORE),
     "mistral_3_small_flux2_bf16": (MISTRAL, bfloat16, TEKKEN),
     "mistral_3_small_flux2_fp8": (MISTRAL, comfy_marker, TEKKEN),
     "mistral_3_small_flux2_fp4_mixed": (MISTRAL, fp4_mixed, TEKKEN),
