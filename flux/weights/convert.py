@@ -73,6 +73,8 @@ def _check_choices(path: Path, format: str | None, layout: str) -> None:
         )
     if path.suffix != ".safetensors":
         raise UserError(f"path: {path} must end in .safetensors. Choose another name.")
+    if not path.parent.is_dir():
+        raise UserError(f"path: there is no folder {path.parent}. Make the folder first.")
 
 
 def _check_source(module: nn.Module, source: Path, format: str | None) -> None:

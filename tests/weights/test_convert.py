@@ -292,6 +292,8 @@ def test_wrong_requests_are_refused_before_anything_is_written(tmp_path):
     assert "layout: unknown (got kohya)" in refusal(convert, source, path, None, "kohya")
     assert "`format=bf16`" in refusal(convert, source, path, "fp8", "diffusers")
     assert "must end in .safetensors" in refusal(convert, source, tmp_path / "out.bin", "fp8")
+    missing = tmp_path / "missing" / "out.safetensors"
+    assert "there is no folder" in refusal(convert, source, missing, "fp8")
     assert "not a complete FLUX transformer" in refusal(
         convert, saved(tmp_path / "x.safetensors", {"a": random(2)}), path, "fp8"
     )
