@@ -1,5 +1,6 @@
 """Tiny models of both families with random weights; a weight of 0 or 1 could hide a mistake."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from flux.configs import MODELS, FLUX1Text, FLUX2Text
 from flux.parity import reference
 
 TOKENIZER = ("tokenizer/tokenizer.json",)
+T5_TOKENIZER = ("tokenizer_2/tokenizer.json",)
 SPECIAL = (
     "<pad>",
     "</s>",
@@ -36,11 +38,12 @@ def random_model(family: str) -> Iterator[tuple[str, Path]]:
     # the klein's template is shorter than that of FLUX.2 [dev]
     text: FLUX1Text | FLUX2Text = tiny["flux.2-klein-4b"].text
     if isinstance(spec.text, FLUX1Text):
-        text = replace(spec.text, t5_tokenizer=TOKENIZER, clip_tokenizer=TOKENIZER)
+        text = replace(spec.text, t5_tokenizer=T5_TOKENIZER, clip_tokenizer=TOKENIZER)
     spec = replace(spec, name=name, repository=name, text=text, text_length=96, size=128)
     with TemporaryDirectory() as folder:
         reference.write_weights(Path(folder), spec, reference.networks(spec), sharded=False)
         write_tokenizer(Path(folder, *TOKENIZER))
+        write_t5_tokenizer(Path(folder, *T5_TOKENIZER))
         MODELS[name] = spec
         try:
             yield name, Path(folder)
@@ -49,7 +52,7 @@ def random_model(family: str) -> Iterator[tuple[str, Path]]:
 
 
 def write_tokenizer(path: Path) -> None:
-    """Write a token for each character, and the special tokens of T5, CLIP and Qwen."""
+    """Write a token for each character, and the special tokens of CLIP and Qwen."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *CHARACTERS))}
@@ -58,3 +61,14 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.add_special_tokens(list(SPECIAL))
     path.parent.mkdir(parents=True)
     tokenizer.save(str(path))
+
+
+def write_t5_tokenizer(path: Path) -> None:
+    """Write Unigram pieces, one for each character, with the ids of `write_tokenizer`."""
+    pieces = [(token.replace(" ", "▁"), -1.0) for token in (*SPECIAL, *CHARACTERS)]
+    content = {
+        "model": {"type": "Unigram", "vocab": pieces},
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": ""},
+    }
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content), "utf-8")

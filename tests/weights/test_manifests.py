@@ -22,6 +22,7 @@ from flux.clip import CLIPConfig
 from flux.configs import AE1, AE2, AE2_SMALL_DECODER, FLUX1, MISTRAL, MODELS
 from flux.language_model import LanguageModelConfig
 from flux.lora.formats import LoraFile, match_layers
+from flux.lora.peft_config import PeftConfig
 from flux.parity.reference import diffusers_autoencoder, diffusers_transformer, shapes
 from flux.runtime.memory_plan import measure_weights
 from flux.siglip import SigLIPConfig, siglip_ignore_keys
@@ -287,7 +288,7 @@ def test_control_lora_matches_the_layers_of_flux1_dev():
         Path("canny.safetensors"),
         "BFL control",
         {name: of_size(shape) for name, (_, shape) in held.items()},
-        {},
+        PeftConfig(),
     )
     deltas = match_layers(lora, {"transformer": network})
     patches = {delta.target.path: delta for delta in deltas}
