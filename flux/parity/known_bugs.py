@@ -221,8 +221,10 @@ def mask_padding_in_t5(rerun: Rerun) -> Tensor:
     return rerun.compute((t5.SelfAttention, "forward", forward))
 
 
-def causal_mask_only(f: Callable, self, x: Tensor, rope: Tensor, visible: Tensor) -> Tensor:
-    return f(self, x, rope, torch.ones_like(visible).tril())
+def causal_mask_only(
+    f: Callable, self, x: Tensor, rope: Tensor, visible: Tensor, blind: Tensor
+) -> Tensor:
+    return f(self, x, rope, torch.ones_like(visible).tril(), torch.zeros_like(blind))
 
 
 def last_pooled(rerun: Rerun) -> Tensor:
