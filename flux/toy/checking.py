@@ -13,6 +13,7 @@ from flux.toy.looking import look, whole
 from flux.toy.scenes import BESIDE, RELATIONS, Edit, Item, Layout, Object, Scene, Word, named
 
 ATTRIBUTES = ("background", "colour", "shape", "pattern", "size", "place", "relation", "letters")
+OF_THINGS = ("shape", "pattern", "size", "place", "letters")  # attributes of one thing, but colour
 MOST = 4  # things in an image, up to which all matches are tried
 NEAR = 0.08  # largest distance of a thing from its position in an edit, over the shorter side
 
@@ -26,9 +27,10 @@ def check(image: np.ndarray, scene: Scene) -> dict[str, bool]:
     counts = (2, 3) if scene.count is None else (scene.count,)
     count = len(layout.items) if len(layout.items) in counts else counts[0]
     things = scene.objects * count
-    right = _compare(layout, things, scene.background)
+    seen = _of(things, layout)
+    right = _compare(layout, things, seen, scene.background)
     if scene.relation:
-        first, second, *_ = _of(things, layout)
+        first, second, *_ = seen
         relations = BESIDE if scene.relation == "next to" else (scene.relation,)
         right["relation"] = any(_related(image, first, second, name) for name in relations)
     return right | {"all": all(right.values())}
@@ -41,8 +43,8 @@ def check_edit(image: np.ndarray, edit: Edit) -> dict[str, bool]:
     """
     layout = look(image)
     things = [item.thing for item in edit.after.items]
-    right = _compare(layout, things, edit.after.background)
     seen = _of(things, layout)
+    right = _compare(layout, things, seen, edit.after.background)
     pairs = list(zip(edit.after.items, seen, strict=True))
     kept = pairs[1:] if edit.kind == "add" else pairs  # the new thing comes first
     right["place"] = all(_close(image, wanted, item) for wanted, item in kept)
@@ -99,19 +101,21 @@ def _shares(verdicts: list[dict[str, bool]]) -> dict[str, float]:
 
 
 def _compare(
-    layout: Layout, things: Sequence[Object | Word], background: str | None
+    layout: Layout,
+    things: Sequence[Object | Word],
+    seen: Sequence[Item | None],
+    background: str | None,
 ) -> dict[str, bool]:
-    """Compare background, colours and attributes. None fits all.
+    """Compare background, colours and attributes with the items of `_of`. None fits all.
 
     The colours are right if there are as many things as named, each in its colour.
     """
     right = {"background": layout.background == background} if background else {}
-    seen = _of(things, layout)
     right["colour"] = len(things) == len(layout.items) and all(
         item is not None and named(thing, "colour") in (None, item.thing.colour)
         for thing, item in zip(things, seen, strict=True)
     )
-    for name in ("shape", "pattern", "size", "place", "letters"):
+    for name in OF_THINGS:
         matches = []
         for thing, item in zip(things, seen, strict=True):
             value = named(thing, name)
@@ -142,8 +146,7 @@ def _agrees(thing: Object | Word, item: Item | None) -> int:
     """Return how well an item agrees with a thing; 0 where its colour is another."""
     if item is None or named(thing, "colour") not in (None, item.thing.colour):
         return 0
-    names = ("shape", "pattern", "size", "place", "letters")
-    said = [name for name in names if named(thing, name) is not None]
+    said = [name for name in OF_THINGS if named(thing, name) is not None]
     return 10 + sum(getattr(item.thing, name, None) == named(thing, name) for name in said)
 
 

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from flux.toy.drawing import DISTANCES, GLYPHS, PATTERN, PERIOD, UNIT, coverage
-from flux.toy.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Item, Layout, Object, Word
+from flux.toy.scenes import COLOURS, SHAPES, SIZES, Item, Layout, Object, Word, nearest_place
 
 UNKNOWN = "?"
 
@@ -62,9 +62,7 @@ def _thing(mask: np.ndarray, colour: str) -> Item:
     if shape == UNKNOWN and (line := _read(mask)):
         letters, x, y = line
     x, y, radius = float(x / width), float(y / height), float(radius / min(width, height))
-    row = min(ROWS, key=lambda row: abs(ROWS[row] - y))
-    column = min(COLUMNS, key=lambda column: abs(COLUMNS[column] - x))
-    place = f"{row} {column}".strip()
+    place = nearest_place(x, y)
     if letters:
         return Item(Word(letters, colour, place), x, y, 0.0)
     size = min(SIZES, key=lambda size: abs(np.log(SIZES[size] / radius)))

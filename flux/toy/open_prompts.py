@@ -6,12 +6,23 @@ things. `strange_prompts()` are about what the world lacks.
 """
 
 import re
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
 
-from flux.toy.scenes import COLOURS, PATTERNS, PLACES, RELATIONS, SHAPES, SIZES, Object, Scene, Word
+from flux.toy.scenes import (
+    COLOURS,
+    PATTERNS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    Word,
+    pick,
+)
 from flux.toy.wording import worded
 
 SOME_LETTERS = "ABDEGKLMNORSTU"
@@ -155,12 +166,7 @@ def plain_words(text: str) -> str:
 
 
 def _by_rule(rng: np.random.Generator) -> dict[str, dict[str, Scene]]:
-    def some(values):
-        values = list(values)
-        return values[rng.integers(len(values))]
-
-    def colours(count: int) -> list[str]:
-        return [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:count]]
+    some = partial(pick, rng)
 
     def natural(scene: Scene) -> tuple[str, Scene]:
         return worded(scene, rng), scene
@@ -199,7 +205,7 @@ def _by_rule(rng: np.random.Generator) -> dict[str, dict[str, Scene]]:
     for form, make in makers.items():
         written: dict[str, Scene] = {}
         for _ in range(1000):
-            text, scene = make(colours(2))
+            text, scene = make(pick(rng, COLOURS, 2))
             if len(written) < EACH and text not in BY_HAND.get(form, {}):
                 written.setdefault(text, scene)
         found[form] = written

@@ -109,9 +109,8 @@ class Scene:
         text = f" {self.relation or 'and'} ".join(map(str, self.objects))
         if self.count != 1:
             number = {None: "", 2: "two ", 3: "three "}[self.count]
-            text = plural(number + text.split(" ", 1)[1]) + (
-                " side by side" if self.relation else ""
-            )
+            text = plural(number + text.split(" ", 1)[1])
+            text += " side by side" if self.relation else ""
         return text + (f" on {a(self.background)} background" if self.background else "")
 
 
@@ -131,6 +130,13 @@ def plural(words: str) -> str:
     return words + ("es" if words.endswith(("s", "x", "sh")) else "s")
 
 
+def nearest_place(x: float, y: float) -> str:
+    """Return the place whose centre is nearest to a point, over width and height."""
+    row = min(ROWS, key=lambda row: abs(ROWS[row] - y))
+    column = min(COLUMNS, key=lambda column: abs(COLUMNS[column] - x))
+    return f"{row} {column}".strip()
+
+
 def at(place: str | None) -> str:
     if place is None:
         return ""
@@ -144,38 +150,35 @@ def random_scene(rng: np.random.Generator, complete: bool = False) -> Scene:
         return complete or rng.random() < chance
 
     kind = rng.choice(["single", "pair", "word"], p=[0.35, 0.45, 0.2])
-    *colours, background = _pick(rng, COLOURS, 3)
+    *colours, background = pick(rng, COLOURS, 3)
     background = background if said(0.9) else None
     if kind == "word":
-        letters = "".join(_pick(rng, LETTERS) for _ in range(rng.integers(1, 5)))
+        letters = "".join(pick(rng, LETTERS) for _ in range(rng.integers(1, 5)))
         return Scene(
-            (Word(letters, colours[0], _pick(rng, ("top", "", "bottom")) if said(0.75) else None),),
+            (Word(letters, colours[0], pick(rng, ("top", "", "bottom")) if said(0.75) else None),),
             None,
             background,
         )
     objects = []
     for colour in colours[: 2 if kind == "pair" else 1]:
-        pattern = _pick(rng, PATTERNS) if rng.random() < 0.5 else ""
+        pattern = pick(rng, PATTERNS) if rng.random() < 0.5 else ""
         objects.append(
             Object(
-                _pick(rng, SHAPES),
-                colour,
-                _pick(rng, sizes(pattern)) if said(0.7) else None,
-                pattern,
+                pick(rng, SHAPES), colour, pick(rng, sizes(pattern)) if said(0.7) else None, pattern
             )
         )
     if kind == "single" and said(0.75):
-        objects = [replace(objects[0], place=_pick(rng, PLACES))]
-    return Scene(tuple(objects), _pick(rng, RELATIONS) if kind == "pair" else None, background)
+        objects = [replace(objects[0], place=pick(rng, PLACES))]
+    return Scene(tuple(objects), pick(rng, RELATIONS) if kind == "pair" else None, background)
 
 
 def alike(rng: np.random.Generator) -> Scene:
     """Draw a scene of two or three things that are alike; everything is named."""
-    colour, background = _pick(rng, COLOURS, 2)
+    colour, background = pick(rng, COLOURS, 2)
     if rng.random() < 0.4:
-        return Scene((Object(_pick(rng, SHAPES), colour, "small"),), None, background, 3)
-    pattern = _pick(rng, PATTERNS) if rng.random() < 0.25 else ""
-    thing = Object(_pick(rng, SHAPES), colour, _pick(rng, sizes(pattern)), pattern)
+        return Scene((Object(pick(rng, SHAPES), colour, "small"),), None, background, 3)
+    pattern = pick(rng, PATTERNS) if rng.random() < 0.25 else ""
+    thing = Object(pick(rng, SHAPES), colour, pick(rng, sizes(pattern)), pattern)
     return Scene((thing,), None, background, 2)
 
 
@@ -216,7 +219,7 @@ def scenes(seed: int, held: bool | None, complete: bool = False) -> Iterator[Sce
             yield scene
 
 
-def _pick(rng: np.random.Generator, some: Iterable, count: int | None = None):
+def pick(rng: np.random.Generator, some: Iterable, count: int | None = None):
     """Draw one of some, or `count` different ones."""
     some = list(some)
     if count is None:
@@ -251,7 +254,7 @@ class Layout:
 def arrange(scene: Scene, rng: np.random.Generator) -> Layout:
     """Return a layout of the scene. Open attributes are drawn at random."""
     taken = [scene.background, *(thing.colour for thing in scene.objects)]
-    background = scene.background or _pick(rng, [c for c in COLOURS if c not in taken])
+    background = scene.background or pick(rng, [c for c in COLOURS if c not in taken])
     count = scene.count or int(rng.integers(2, 4))
     centres, items = iter(_centres(scene, count, rng)), []
     for thing in scene.objects:
@@ -259,10 +262,10 @@ def arrange(scene: Scene, rng: np.random.Generator) -> Layout:
             (_, y), *_ = centres
             items.append(Item(replace(thing, place=None), 0.5, y, 0.0))
             continue
-        size = thing.size or ("small" if count == 3 else _pick(rng, sizes(thing.pattern)))
+        size = thing.size or ("small" if count == 3 else pick(rng, sizes(thing.pattern)))
         taken += [background, *(item.thing.colour for item in items)]
-        colour = thing.colour or _pick(rng, [c for c in COLOURS if c not in taken])
-        shape = thing.shape or _pick(rng, SHAPES)
+        colour = thing.colour or pick(rng, [c for c in COLOURS if c not in taken])
+        shape = thing.shape or pick(rng, SHAPES)
         thing = replace(thing, size=size, colour=colour, shape=shape, place=None)
         items += [Item(thing, *next(centres), SIZES[size]) for _ in range(count)]
     return Layout(tuple(items), background)
@@ -277,12 +280,12 @@ def _centres(scene: Scene, count: int, rng: np.random.Generator) -> list[tuple[f
         return [(x, 0.5) for x in ROW_OF_THREE]
     relation = scene.relation
     if relation == "next to":
-        relation = _pick(rng, BESIDE)
+        relation = pick(rng, BESIDE)
     elif relation is None and len(scene.objects) * count == 2:
-        relation = _pick(rng, RELATIONS)
+        relation = pick(rng, RELATIONS)
     if relation is None:
         place = scene.objects[0].place
-        row, column = PLACES[_pick(rng, PLACES) if place is None else place]
+        row, column = PLACES[pick(rng, PLACES) if place is None else place]
         return [(COLUMNS[column], ROWS[row])]
     dx, dy = RELATIONS[relation]
     return [(0.5 + sign * dx / 4, 0.5 + sign * dy / 4) for sign in (1, -1)]
@@ -311,7 +314,7 @@ class Edit:
 
 def random_edit(rng: np.random.Generator) -> Edit:
     """Draw an edit of one of ten kinds."""
-    return _pick(rng, EDITS)(rng)
+    return pick(rng, EDITS)(rng)
 
 
 def edits(seed: int, held: bool | None) -> Iterator[Edit]:
@@ -340,7 +343,7 @@ def families(seed: int) -> Iterator[list[Edit]]:
         for number, item in enumerate(layout.items):
             for attribute, choices in _CHOICES.items():
                 if values := choices(layout, _object(item.thing)):
-                    there = _changed(layout, number, attribute, _pick(rng, values))
+                    there = _changed(layout, number, attribute, pick(rng, values))
                     family += [
                         there,
                         _changed(there.after, number, attribute, getattr(item.thing, attribute)),
@@ -398,7 +401,7 @@ def _change(rng: np.random.Generator, attribute: str) -> Edit:
         layout = _some_layout(rng)
         number = int(rng.integers(len(layout.items)))
         values = _CHOICES[attribute](layout, _object(layout.items[number].thing))
-    return _changed(layout, number, attribute, _pick(rng, values))
+    return _changed(layout, number, attribute, pick(rng, values))
 
 
 def _changed(layout: Layout, number: int, attribute: str, value: str) -> Edit:
@@ -418,9 +421,9 @@ def _changed(layout: Layout, number: int, attribute: str, value: str) -> Edit:
 
 def _new_background(rng: np.random.Generator) -> Edit:
     layout = _some_layout(rng)
-    colour = _pick(rng, _free_colours(layout))
+    colour = pick(rng, _free_colours(layout))
     shapes = " and the ".join(_object(item.thing).shape for item in layout.items)
-    text = _pick(rng, [f"make the background {colour}", f"the {shapes} on {a(colour)} background"])
+    text = pick(rng, [f"make the background {colour}", f"the {shapes} on {a(colour)} background"])
     return Edit(text, (layout,), replace(layout, background=colour), "background")
 
 
@@ -431,7 +434,7 @@ def _add(rng: np.random.Generator) -> Edit:
         scene = random_scene(rng)
     layout = arrange(scene, rng)
     new, old = map(_object, scene.objects)
-    text = f"put {new} {scene.relation} {_pick(rng, ['it', f'the {old.shape}'])}"
+    text = f"put {new} {scene.relation} {pick(rng, ['it', f'the {old.shape}'])}"
     first, second = layout.items
     said = replace(first, thing=replace(_object(first.thing), size=new.size))
     return Edit(
@@ -498,10 +501,10 @@ def _described(rng: np.random.Generator) -> Edit:
         scene = random_scene(rng, complete=True)
     layout = arrange(scene, rng)
     number = int(rng.integers(len(layout.items)))
-    item, colour = layout.items[number], _pick(rng, _free_colours(layout))
+    item, colour = layout.items[number], pick(rng, _free_colours(layout))
     recoloured = replace(_object(item.thing), colour=colour)
-    others = [recoloured, replace(recoloured, shape=_pick(rng, SHAPES)), None]
-    other = _pick(rng, others[: 1 + len(layout.items)])  # something is left
+    others = [recoloured, replace(recoloured, shape=pick(rng, SHAPES)), None]
+    other = pick(rng, others[: 1 + len(layout.items)])  # something is left
     items = () if other is None else (replace(item, thing=other),)
     before = replace(layout, items=layout.items[:number] + items + layout.items[number + 1 :])
     return Edit(str(scene), (before,), layout, "described")

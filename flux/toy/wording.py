@@ -6,22 +6,21 @@ drops what people leave out. `describe` returns the scene that a layout shows.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from flux.toy.scenes import (
     BESIDE,
-    COLUMNS,
     RELATIONS,
-    ROWS,
     Edit,
     Layout,
     Object,
     Scene,
     Word,
     a,
+    nearest_place,
+    pick,
     plural,
 )
 
@@ -84,7 +83,7 @@ CORNERS = (
 )  # fmt: skip
 UPPER = {"top": "upper", "bottom": "lower"}
 UNNAMED = ("shape", "thing", "something", "object")
-# of things that the world lacks; a test keeps those of the fixed prompts out
+# of things that the world lacks; the fixed prompts name others
 STRANGE = (
     "cat", "dog", "house", "tree", "car", "person", "woman", "man", "flower", "bird", "fish",
     "mountain", "castle", "robot", "boat", "apple", "face", "city", "horse", "dragon", "sword",
@@ -107,12 +106,8 @@ def describe(layout: Layout) -> Scene:
     """Return the scene of a layout, with all that can be said about it."""
     things, items = [item.thing for item in layout.items], layout.items
     if len(items) == 1:
-        (item,) = items
-        row = min(ROWS, key=lambda row: abs(ROWS[row] - item.y))
-        column = min(COLUMNS, key=lambda column: abs(COLUMNS[column] - item.x))
-        return Scene(
-            (replace(things[0], place=f"{row} {column}".strip()),), None, layout.background
-        )
+        place = nearest_place(items[0].x, items[0].y)
+        return Scene((replace(things[0], place=place),), None, layout.background)
     if things[0] == things[1]:
         relation = "next to" if len(items) == 2 and items[0].y == items[1].y else None
         return Scene((things[0],), relation, layout.background, len(items))
@@ -155,7 +150,7 @@ def worded(scene: Scene, rng: np.random.Generator) -> str:
     plainly = rng.random() < 0.2  # single words after commas
     parts = _things(scene, rng, plainly)
     if scene.background:
-        wording = "{} background" if plainly else _one(rng, BACKGROUNDS)
+        wording = "{} background" if plainly else pick(rng, BACKGROUNDS)
         if not plainly and rng.random() < 0.1:
             parts.insert(0, wording.format(_named(scene.background, rng)) + ",")
         else:
@@ -164,7 +159,7 @@ def worded(scene: Scene, rng: np.random.Generator) -> str:
             )
     text = " ".join(parts)
     if not plainly and rng.random() < 0.2:
-        text = f"{_one(rng, OPENERS)} {text}"
+        text = f"{pick(rng, OPENERS)} {text}"
     return _typed(text, rng)
 
 
@@ -173,16 +168,16 @@ def strange(scene: Scene, rng: np.random.Generator) -> str:
     thing = scene.objects[0]
     colour = thing.colour if rng.random() < 0.4 else None
     if colour is None and rng.random() < 0.2:
-        colour = _one(rng, STRANGE_COLOURS)
-    what = _one(rng, STRANGE)
+        colour = pick(rng, STRANGE_COLOURS)
+    what = pick(rng, STRANGE)
     if rng.random() < 0.15:
         letters = rng.integers(97, 123, rng.integers(3, 9))
         what = "".join(map(chr, letters))
     text = a(f"{colour} {what}" if colour else what) if rng.random() < 0.7 else what
     if scene.background and rng.random() < 0.3:
-        text += " " + _one(rng, BACKGROUNDS).format(scene.background)
+        text += " " + pick(rng, BACKGROUNDS).format(scene.background)
     if rng.random() < 0.3:
-        text = f"{_one(rng, OPENERS)} {text}"
+        text = f"{pick(rng, OPENERS)} {text}"
     return _typed(text, rng)
 
 
@@ -190,8 +185,8 @@ def _things(scene: Scene, rng: np.random.Generator, plainly: bool) -> list[str]:
     first = scene.objects[0]
     if scene.count != 1 and isinstance(first, Object):
         thing = _object(first, rng, plainly)
-        number = _one(rng, NUMBERS[scene.count])
-        behind = _one(rng, SIDE_BY_SIDE) if scene.relation else ""
+        number = pick(rng, NUMBERS[scene.count])
+        behind = pick(rng, SIDE_BY_SIDE) if scene.relation else ""
         if scene.count == 3 and rng.random() < 0.2:
             behind = " in a row"
         return [number + _many(thing if plainly else thing.split(" ", 1)[1]) + behind]
@@ -207,11 +202,11 @@ def _things(scene: Scene, rng: np.random.Generator, plainly: bool) -> list[str]:
         if where and rng.random() < 0.12:
             return [where[0] + ",", *said]
         return said + where
-    relation = _one(rng, TOGETHER)
+    relation = pick(rng, TOGETHER)
     if scene.relation:
-        relation = _one(rng, RELATED.get(scene.relation, NEXT_TO))
+        relation = pick(rng, RELATED.get(scene.relation, NEXT_TO))
         if scene.relation in BESIDE and rng.random() < 0.25:
-            relation = _one(rng, NEXT_TO)
+            relation = pick(rng, NEXT_TO)
     return [said[0], relation, said[1]]
 
 
@@ -219,7 +214,7 @@ def _object(thing: Object, rng: np.random.Generator, plainly: bool) -> str:
     """Return words such as "a tiny red box with stripes"."""
     size = _named(thing.size, rng) if thing.size else ""
     colour = _named(thing.colour, rng) if thing.colour else ""
-    shape = _named(thing.shape, rng) if thing.shape else _one(rng, UNNAMED)
+    shape = _named(thing.shape, rng) if thing.shape else pick(rng, UNNAMED)
     pattern, behind = _named(thing.pattern, rng) if thing.pattern else "", ""
     if thing.pattern and rng.random() < 0.2:
         pattern, behind = "", " " + WITH[thing.pattern]
@@ -245,22 +240,22 @@ def _word(thing: Word, rng: np.random.Generator) -> str:
         f"{quoted} written in {colour}", f"the letters {quoted} in {colour}",
         f"{colour} text {quoted}", f"the word {quoted} in {colour} letters",
     )  # fmt: skip
-    return _one(rng, forms)
+    return pick(rng, forms)
 
 
 def _where(place: str, rng: np.random.Generator) -> str:
     if not place:
-        return _one(rng, CENTRE)
+        return pick(rng, CENTRE)
     if place in SIDES:
-        return _one(rng, SIDES[place])
+        return pick(rng, SIDES[place])
     row, column = place.split()
-    return _one(rng, CORNERS).format(row=row, upper=UPPER[row], column=column)
+    return pick(rng, CORNERS).format(row=row, upper=UPPER[row], column=column)
 
 
 def _named(word: str, rng: np.random.Generator) -> str:
     """Return a word or a synonym."""
     if word in SYNONYMS and rng.random() < 0.4:
-        return _one(rng, SYNONYMS[word])
+        return pick(rng, SYNONYMS[word])
     return word
 
 
@@ -297,25 +292,41 @@ def with_articles(text: str) -> str:
 _REMOVE = ("remove", "delete", "erase", "take away", "get rid of", "drop")
 _ADD = ("put", "add", "place", "draw", "insert")
 _COLOUR = (
-    "make the {0} {1}", "change the {0} to {1}", "paint the {0} {1}", "turn the {0} {1}",
-    "recolor the {0} {1}", "color the {0} {1}", "the {0} should be {1}", "make {0} {1}",
-    "change the color of the {0} to {1}",
-)  # fmt: skip
+    "make the {shape} {value}",
+    "change the {shape} to {value}",
+    "paint the {shape} {value}",
+    "turn the {shape} {value}",
+    "recolor the {shape} {value}",
+    "color the {shape} {value}",
+    "the {shape} should be {value}",
+    "make {shape} {value}",
+    "change the color of the {shape} to {value}",
+)
 _SHAPE = (
-    "turn the {0} into {2}", "replace the {0} with {2}", "change the {0} to {2}",
-    "change the {0} into {2}", "make the {0} {2}", "swap the {0} for {2}",
-)  # fmt: skip
+    "turn the {shape} into {value}",
+    "replace the {shape} with {value}",
+    "change the {shape} to {value}",
+    "change the {shape} into {value}",
+    "make the {shape} {value}",
+    "swap the {shape} for {value}",
+)
 _BACKGROUND = (
-    "make the background {1}", "change the background to {1}", "turn the background {1}",
-    "paint the background {1}", "the background should be {1}", "{1} background",
-    "set the background to {1}", "use a {1} background", "change the background color to {1}",
-)  # fmt: skip
+    "make the background {value}",
+    "change the background to {value}",
+    "turn the background {value}",
+    "paint the background {value}",
+    "the background should be {value}",
+    "{value} background",
+    "set the background to {value}",
+    "use a {value} background",
+    "change the background color to {value}",
+)
 _PATTERN = {
-    "striped": ("add stripes to the {0}", "give the {0} stripes"),
-    "dotted": ("add dots to the {0}", "give the {0} dots"),
-    "checkered": ("give the {0} checks",),
-    "hatched": ("give the {0} hatching", "add hatching to the {0}"),
-    "": ("remove the pattern from the {0}", "the {0} without a pattern"),
+    "striped": ("add stripes to the {shape}", "give the {shape} stripes"),
+    "dotted": ("add dots to the {shape}", "give the {shape} dots"),
+    "checkered": ("give the {shape} checks",),
+    "hatched": ("give the {shape} hatching", "add hatching to the {shape}"),
+    "": ("remove the pattern from the {shape}", "the {shape} without a pattern"),
 }
 
 
@@ -329,23 +340,22 @@ def reworded(edit: Edit, rng: np.random.Generator) -> str:
     words = text.split()
     if kind in ("colour", "pattern", "size"):
         shape, value = words[2], words[3]
-        text = _one(rng, _COLOUR if kind == "colour" else ("make the {0} {1}",)).format(
-            shape, value
-        )
+        forms = _COLOUR if kind == "colour" else ("make the {shape} {value}",)
+        text = pick(rng, forms).format(shape=shape, value=value)
         if kind == "pattern" and rng.random() < 0.4:
-            text = _one(rng, _PATTERN["" if value == "plain" else value]).format(shape)
+            text = pick(rng, _PATTERN["" if value == "plain" else value]).format(shape=shape)
         if kind == "size" and rng.random() < 0.4:
             text = _resized(edit, shape)
     elif kind == "shape":
-        text = _one(rng, _SHAPE).format(words[2], "", a(words[-1]))
+        text = pick(rng, _SHAPE).format(shape=words[2], value=a(words[-1]))
     elif kind == "remove":
-        text = f"{_one(rng, _REMOVE)} the {words[-1]}"
+        text = f"{pick(rng, _REMOVE)} the {words[-1]}"
     elif kind == "background" and text.startswith("make"):
-        text = _one(rng, _BACKGROUND).format("", words[-1])
+        text = pick(rng, _BACKGROUND).format(value=words[-1])
     elif kind == "add":
-        text = text.replace("put", _one(rng, _ADD), 1)
+        text = text.replace("put", pick(rng, _ADD), 1)
         relation = next(r for r in RELATIONS if f" {r} " in text)
-        text = text.replace(relation, _one(rng, RELATED[relation][:3]))
+        text = text.replace(relation, pick(rng, RELATED[relation][:3]))
     elif kind.startswith("two images") and rng.random() < 0.4:
         text = text.replace(" of the ", " from the ", 1)
         if kind.endswith("background"):
@@ -376,7 +386,3 @@ def _pointed(text: str, before: Layout, rng: np.random.Generator) -> str:
         if rng.random() < 0.2:
             return text.replace(phrase, f"the {thing.colour} {thing.shape}", 1)
     return text
-
-
-def _one(rng: np.random.Generator, some: Sequence[str]) -> str:
-    return some[int(rng.integers(len(some)))]

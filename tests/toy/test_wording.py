@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from flux import toy
+from flux.toy.open_prompts import STRANGE_THINGS
 from flux.toy.scenes import COLOURS, PATTERNS, SHAPES, SIZES, Object, Scene, Word
-from flux.toy.wording import NUMBERS, RELATED, SYNONYMS, with_articles
+from flux.toy.wording import NUMBERS, RELATED, STRANGE, SYNONYMS, with_articles
 
 NAMES = {name: {name, *SYNONYMS.get(name, ())} for name in (*SHAPES, *COLOURS, *SIZES)}
 
@@ -167,6 +168,10 @@ def test_open_attributes_fit_all_and_named_ones_do_not():
         Scene((Word("HI", "red"),)),
     ):
         assert not toy.check(image, wrong)["all"], wrong
+
+
+def test_training_names_other_strange_things_than_the_fixed_prompts():
+    assert not set(STRANGE) & set(STRANGE_THINGS)
 
 
 def test_training_uses_no_fixed_prompt():
