@@ -17,10 +17,9 @@ import argparse
 import itertools
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,13 +57,13 @@ class Task(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One use of the model. `groups` are rows about some of its images, by their requests."""
+    """One use of the model. `groups` are rows about some of its images, by their numbers."""
 
     name: str
     tasks: list[Task]
     options: dict  # of the pipeline's call
     score: Callable[[Sequence[np.ndarray], Sequence], dict[str, float]]
-    groups: dict[str, Callable[[Scene | Edit], bool]] = {}
+    groups: Mapping[str, list[int]] = {}
 
 
 def main() -> int:
@@ -150,10 +149,9 @@ def rows(
     ):
         images, requests = generate(pipe, row, seed), [task.request for task in row.tasks]
         yield row.name, len(requests), row.score(images, requests)
-        for name, belongs in row.groups.items():
-            pairs = [pair for pair in zip(images, requests, strict=True) if belongs(pair[1])]
-            if pairs:
-                yield name, len(pairs), row.score(*zip(*pairs, strict=True))
+        for name, numbers in row.groups.items():
+            some = [[all_[n] for n in numbers] for all_ in (images, requests)]
+            yield name, len(numbers), row.score(*some)
 
 
 def text_rows(
@@ -189,17 +187,19 @@ def open_rows(
     """Yield the fixed open prompts, in all and by their forms, and prompts about other worlds."""
     prompts = toy.open_prompts()
     tasks = [Task(prompt.text, prompt.scene) for prompt in prompts]
-    forms = {id(prompt.scene): prompt.form for prompt in prompts}
-    names = dict.fromkeys(prompt.form for prompt in prompts)
-    groups = {f"of them, {name}": partial(is_of, forms, name) for name in names}
+    groups = numbered(f"of them, {prompt.form}" for prompt in prompts)
     yield Row("open prompts, as people type them", tasks, {}, toy.score, groups)
     anything = Scene((Object("", ""),))
     strange = [Task(text, anything) for text in toy.strange_prompts()]
     yield Row("what the world lacks: a whole thing", strange, {}, whole_things)
 
 
-def is_of(forms: dict[int, str], name: str, request: Scene | Edit) -> bool:
-    return forms[id(request)] == name
+def numbered(names: Iterable[str]) -> dict[str, list[int]]:
+    """Return the numbers of the tasks of each name, in the names' order."""
+    groups: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        groups.setdefault(name, []).append(number)
+    return groups
 
 
 def whole_things(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
@@ -214,11 +214,9 @@ def edit_rows(
     size, rng = pipe.spec.size, np.random.default_rng(seed)
     edits = first(toy.edits(EDITS + seed, held=True), count)
     tasks = [Task(str(edit), edit, drawings(edit.before, size, rng)) for edit in edits]
-    groups = {
-        "of them, of one image": lambda edit: len(edit.before) == 1,
-        "of them, of two images": lambda edit: len(edit.before) == 2,
-    }
-    yield Row("edits", tasks, {}, toy.score_edits, groups)
+    images = {1: "of one image", 2: "of two images"}
+    groups = numbered(f"of them, {images[len(edit.before)]}" for edit in edits)
+    yield Row("edits", tasks, {}, toy.score_edits, dict(sorted(groups.items())))
 
 
 def mode_rows(
