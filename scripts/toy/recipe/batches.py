@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flux import toy
 from flux.training.checkpoint import load_tensors
-from recipe.latents import EDITS, SCENES, edits, images
+from recipe.latents import EDITS, SCENES, edits, images, is_alone
 from recipe.text import Tokenizer, Words
 
 Text = Callable[[int, np.random.Generator], str]  # the caption of a row, or its instruction
@@ -56,8 +56,9 @@ class Batches:
         rng, device = np.random.default_rng((2, step)), self.device
         kind = self.kinds[rng.choice(len(self.kinds), p=self.odds)]
         rows, (top, left), (h, w) = kind.some(BATCH[kind.references], rng)
-        texts = ["" if rng.random() < DROPPED else self.fitting(kind, row, rng) for row in rows]
-        words = {name: x.to(device) for name, x in self.words(texts).items()}
+        empty = self.words([""])
+        each = [empty if rng.random() < DROPPED else self.captioned(kind, row, rng) for row in rows]
+        words = {name: torch.cat([x[name] for x in each]).to(device) for name in empty}
         images, tokens = kind.tensors["images"][rows], np.s_[top : top + h, left : left + w]
         latents, things, covered = (
             kind.tensors[name][images].to(device) for name in ("latents", "things", "covered")
@@ -67,12 +68,9 @@ class Batches:
         things, covered = things[..., *tokens].flatten(1), covered[..., *tokens, :].flatten(1, -2)
         return Batch(latents[:, 0], words, references, things, covered, (top, left))
 
-    def fitting(self, kind: "LatentFile", row: int, rng: np.random.Generator) -> str:
-        """Return a text of a row that the model's tokens hold: rare words have many tokens."""
-        while True:
-            text = kind.text(row, rng)
-            if self.words.fits(text):
-                return text
+    def captioned(self, kind: "LatentFile", row: int, rng: np.random.Generator) -> Words:
+        """Return the words of a text of a row; rare words have many tokens, and may not fit."""
+        return self.words.first_that_fits(kind.text(row, rng) for _ in itertools.count())
 
 
 def scene_file(run: Path, width: int, height: int) -> "LatentFile":
@@ -90,8 +88,7 @@ def caption(layout: toy.Layout, rng: np.random.Generator) -> str:
     """Return a new caption of a layout. None of the fixed open prompts is used."""
     while True:
         scene = toy.leave_open(toy.describe(layout), rng)
-        alone = len(layout.items) == 1 and isinstance(scene.objects[0], toy.Object)
-        if alone and rng.random() < STRANGE:
+        if is_alone(scene) and rng.random() < STRANGE:
             return toy.strange(scene, rng)
         text = toy.worded(scene, rng)
         if toy.plain_words(text) not in toy.fixed_prompts():

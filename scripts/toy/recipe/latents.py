@@ -52,7 +52,9 @@ def images(width: int, height: int) -> Iterator[toy.Layout]:
 
 
 def is_alone(scene: toy.Scene) -> bool:
-    return len(scene.objects) == 1 and isinstance(scene.objects[0], toy.Object)
+    """Return whether a scene is of one object."""
+    (first, *others) = scene.objects
+    return not others and scene.count == 1 and isinstance(first, toy.Object)
 
 
 def edits(kind: str) -> Iterator[tuple[toy.Edit, list[toy.Layout]]]:

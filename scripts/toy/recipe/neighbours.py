@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ def train_neighbours(run: Path, text: TextEncoder, words: Tokenizer, minutes: fl
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((4, step))
-        rows = rng.integers(len(layouts), size=2 * CAPTIONS)
-        some = filter(words.fits, (caption(layouts[row], rng) for row in rows))
-        ids = words(list(itertools.islice(some, CAPTIONS)))["t5"].to(device)
+        some = (layouts[rng.integers(len(layouts))] for _ in itertools.count())
+        captions = (caption(layout, rng) for layout in some)
+        each = [words.first_that_fits(captions)["t5"] for _ in range(CAPTIONS)]
+        ids = torch.cat(each).to(device)
         return neighbours_loss(text, text.t5(ids), ids)
 
     trainer = TimedTrainer(

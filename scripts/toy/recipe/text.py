@@ -4,6 +4,8 @@ Between the two are a caption's *words*, which are saved with the latents: token
 CLIP; or of a language model, with their mask; (B, T) each.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -47,13 +49,12 @@ class Tokenizer:
         tokens = untruncated(self.parts["tokenizer"], texts, self.spec.text_length)
         return {"ids": tokens.ids, "mask": tokens.mask}
 
-    def fits(self, text: str) -> bool:
-        """Return whether the model takes all tokens of a text."""
-        try:
-            self([text])
-        except UserError:
-            return False
-        return True
+    def first_that_fits(self, texts: Iterator[str]) -> Words:
+        """Return the words of the first text that has no more tokens than the model takes."""
+        for text in texts:
+            with suppress(UserError):
+                return self([text])
+        raise ValueError("texts: none fits")
 
 
 def untruncated(tokenizer: PromptTokenizer, texts: list[str], length: int) -> Tokens:
