@@ -128,6 +128,15 @@ def add_tolerance(p: argparse._ActionsContainer, text: str = "as for compare") -
     add_hidden_alias(p, "--budget", "--tolerance")
 
 
+def add_precision(p: argparse._ActionsContainer) -> None:
+    p.add_argument(
+        "--precision",
+        choices=("float32", "float16", "bfloat16", "float8"),
+        help="the one in which the judged tensors were computed (default: as A says, else the "
+        "dtype of most of its tensors)",
+    )
+
+
 def add_json(p: argparse._ActionsContainer) -> None:
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
 
@@ -245,9 +254,10 @@ def add_compare(commands) -> None:
     add_filter(p)
     add_tolerance(
         p,
-        "largest relative L2 error (default: what calibrate stored in the reference, else by "
-        "dtype: 1e-4 in float32, 2e-2 in bfloat16)",
+        "largest relative L2 error (default: what calibrate stored for the precision of A, else "
+        "by dtype: 1e-4 in float32, 2e-2 in bfloat16)",
     )
+    add_precision(p)
     add_json(p)
     add_how_to_run(p.add_argument_group("how to run, with --against here or diffusers"), p)
 
@@ -255,7 +265,6 @@ def add_compare(commands) -> None:
 def compare(args: argparse.Namespace) -> int:
     from flux.errors import UserError
     from flux.parity import compare
-    from flux.parity.compare_live import allowed
     from flux.parity.tolerances import format_ratio, stored_rounding
 
     if (args.reference is None) == (args.against is None):
@@ -266,24 +275,27 @@ def compare(args: argparse.Namespace) -> int:
             f"--{unused[0].replace('_', '-')}: applies only with --against here or diffusers. "
             "Leave it out"
         )
+    is_live = bool(args.against) and not args.against.endswith(".safetensors")
+    if args.precision and is_live:
+        raise UserError("--precision: applies to a file. That of a live run is known: leave it out")
     check_json(args.json)
-    if args.against and not args.against.endswith(".safetensors"):
+    if is_live:
         return compare_live(args)
     a, b = read_pair(args.judged, args.reference or Path(args.against))
-    precision = a.recipe.get("dtype")
-    rows = compare.compare(a, b, allowed(b, precision, args.tolerance), args.only)
+    precision = args.precision or compare.precision_of(a)
+    rows = compare.compare(a, b, args.tolerance, args.only, precision)
     show_lines(compare.table(rows, compare.coverage(rows, b, a)))
     if precision in stored_rounding(b):
         show(format_ratio(rows, b, precision))
-    say_cautions(rows, a, b)
+    say_cautions(rows, a, b, precision)
     return finish(rows, args)
 
 
-def say_cautions(rows, a, b) -> None:
+def say_cautions(rows, a, b, precision: str | None) -> None:
     """Say what a verdict rests on besides the values."""
     from flux.parity.compare import about_copies, about_tolerances
 
-    for caution in (about_copies(rows, a, b), about_tolerances(rows, a, b)):
+    for caution in (about_copies(rows, a, b), about_tolerances(rows, a, b, precision)):
         if caution:
             say(f"note: {caution}")
 
@@ -310,13 +322,11 @@ def compare_live(args: argparse.Namespace) -> int:
 
     if args.against == "here":
         capture, pipe, request = load_run(args.judged, args)
-        tolerance = compare_live.allowed(capture, dtype_name(pipe), args.tolerance)
-        rows = replay.run_and_compare(capture, pipe, request, args.only, tolerance)
+        rows = replay.run_and_compare(capture, pipe, request, args.only, args.tolerance)
     elif args.against == "diffusers":
         capture = Capture(args.judged)
         pipe = load_pipeline(capture, args)
-        tolerance = compare_live.allowed(capture, dtype_name(pipe), args.tolerance)
-        rows = compare_live.diffusers(capture, pipe, args.only, tolerance)
+        rows = compare_live.diffusers(capture, pipe, args.only, args.tolerance)
     else:
         sys.path.append("")  # the function may be in a file of the current folder
         function = compare_live.named(args.against)
@@ -379,6 +389,7 @@ def add_diagnose(commands) -> None:
     )
     add_filter(p)
     add_tolerance(p)
+    add_precision(p)
     add_flags_of_sample(p, lambda name, title: name in HOW_TO_RUN)
     p.set_defaults(numerics=None)
 
@@ -389,10 +400,10 @@ def diagnose(args: argparse.Namespace) -> int:
 
     port, reference = read_pair(args.judged, args.reference)
     replay.recipe_of(reference)
-    rows = compare.compare(port, reference, args.tolerance, args.only)
+    rows = compare.compare(port, reference, args.tolerance, args.only, args.precision)
     if compare.first_over(rows) is None:
         show(compare.verdict(rows), compare.coverage(rows, reference, port))
-        say_cautions(rows, port, reference)
+        say_cautions(rows, port, reference, args.precision)
         return int(not compare.passed(rows))
     pipe = load_pipeline(reference, args)
     show_lines(format_diagnosis(diagnose(rows, port, reference, pipe)))
@@ -408,6 +419,7 @@ def add_report(commands) -> None:
     p.add_argument("reference", type=Path, metavar="B", help="the reference")
     add_filter(p)
     add_tolerance(p)
+    add_precision(p)
     p.add_argument(
         "--output",
         type=Path,
@@ -425,7 +437,7 @@ def report(args: argparse.Namespace) -> int:
 
     report.check_output(args.output, args.png)
     a, b = read_pair(args.judged, args.reference)
-    rows = compare.compare(a, b, args.tolerance, args.only)
+    rows = compare.compare(a, b, args.tolerance, args.only, args.precision)
     show(*report.write(a, b, rows, args.output, args.png))
     say(compare.verdict(rows), compare.coverage(rows, b, a))
     return int(not compare.passed(rows))
@@ -485,8 +497,8 @@ def add_calibrate(commands) -> None:
         action="append",
         choices=("bfloat16", "float16", "float8"),
         metavar="P",
-        help="bfloat16, float16 or float8 (repeatable; default: all); twice the first one's error "
-        "becomes the tolerance of compare",
+        help="bfloat16, float16 or float8 (repeatable; default: all). compare allows a run in one "
+        "of them twice the error of that precision",
     )
 
 
@@ -560,10 +572,7 @@ def replay(args: argparse.Namespace) -> int:
     check_json(args.json)
     module_fn = load_module_fn(args)
     capture, pipe, request = load_run(args.capture, args)
-    precision, local = dtype_name(pipe), not args.end_to_end
-    measured, tolerance = precision in tolerances.stored_rounding(capture), args.tolerance
-    if measured and tolerance is None:
-        tolerance = tolerances.measured_tolerances(capture, precision, local)
+    precision, tolerance = dtype_name(pipe), args.tolerance
     if args.end_to_end:
         rows = replay.replay_loop(capture, pipe, request, args.only, tolerance)
     elif args.inside:
@@ -575,8 +584,8 @@ def replay(args: argparse.Namespace) -> int:
     show_lines(
         compare.table(rows, compare.coverage(rows, capture, only=args.only, missing=missing))
     )
-    if measured:
-        say(tolerances.format_ratio(rows, capture, precision, local))
+    if precision in tolerances.stored_rounding(capture):
+        say(tolerances.format_ratio(rows, capture, precision, local=not args.end_to_end))
     return finish(rows, args)
 
 
@@ -598,11 +607,11 @@ def calibrate(args: argparse.Namespace) -> int:
         precision: tolerances.measure_rounding(capture, pipe, request, precision, args.only)
         for precision in precisions
     }
-    tolerances.store_rounding(capture.path, measured, precisions[0])
+    tolerances.store_rounding(capture.path, measured)
     show_lines(tolerances.format_table(measured))
     say(
-        f"stored in {capture.path}: compare allows {tolerances.FACTOR} times the error of "
-        f"{precisions[0]} in a run"
+        f"stored in {capture.path}: compare allows a run in one of these precisions "
+        f"{tolerances.FACTOR} times the error of that precision"
     )
     return 0
 

@@ -1,7 +1,7 @@
 """The file of a capture: a plain .safetensors with a JSON text under "flux.parity".
 
     {"schema": 2, "recipe": {...}, "rounding": {precision: {name: [local, accumulated]}},
-     "tensors": {name: {ordinal, kind, dtype, shape, sha256, statistics, same, budget}}}
+     "tensors": {name: {ordinal, kind, dtype, shape, sha256, statistics, same}}}
 
 `dtype`, `shape` and `sha256` are those of the recorded tensor, whatever is stored of it:
 
@@ -11,7 +11,8 @@
                 `<name>/tokens`, the L2 norm of each token
     statistics  nothing but the metadata: min, max, mean, std, l2, nan, inf, histogram of 32 bins
 
-`budget` is the tolerance of the tensor, if it was measured. `capture_metadata` checks every field.
+`capture_metadata` checks every field. READ tells other programs, in the header, how to find equal
+tensors under each of their names.
 """
 
 import errno
@@ -50,6 +51,11 @@ from flux.weights.files import MAX_HEADER, read_header
 from flux.weights.mapping import map_tensors
 
 KEY = "flux.parity"
+# in the header, for programs that read the file with safetensors alone
+READ = (
+    "tensors = json.loads(file.metadata()['flux.parity'])['tensors']; "
+    "x = file.get_tensor(tensors[name].get('same', name))"
+)
 # How tensors of other dtypes are recorded and compared: exactly, in a dtype that torch computes in.
 READ_AS = {"U16": "I64", "U32": "I64", "U64": "I64", "C64": "F32", "F8_E8M0": "F32"}
 
@@ -242,9 +248,8 @@ class Writer:
 
 def seal(path: Path, start: int, entries: dict, document: dict) -> None:
     """Write the header of a file whose data begin at `start`; move the data if it is too long."""
-    text = json.dumps(
-        {"__metadata__": {KEY: json.dumps(document, separators=(",", ":"))}, **entries}
-    ).encode()
+    metadata = {"read": READ, KEY: json.dumps(document, separators=(",", ":"))}
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
     if len(text) > MAX_HEADER:
         raise UserError(
             f"only: one file cannot name {len(document['tensors']):,} tensors. Select fewer."
@@ -401,23 +406,6 @@ class Tensors(Mapping[str, Tensor]):
 
 
 # ---------------------------------------------------------------- changing
-
-
-def set_tolerances(path: str | Path, tolerances: Mapping[str, float]) -> None:
-    """Store the tolerance (relative L2) of tensors in a capture. UserError for unknown names."""
-
-    def write(document: dict) -> None:
-        for name, tolerance in tolerances.items():
-            entry_of(document, name, Path(path))["budget"] = tolerance
-
-    amend(Path(path), write)
-
-
-def entry_of(document: dict, name: str, path: Path) -> dict:
-    """Return the entry of a tensor. UserError if there is none."""
-    if name not in document["tensors"]:
-        raise UserError(f"{path}: has no tensor {name} to set a tolerance for.")
-    return document["tensors"][name]
 
 
 def amend(path: Path, change: Callable[[dict], None]) -> None:

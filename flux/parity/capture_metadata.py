@@ -1,7 +1,7 @@
 """The metadata of a capture: a JSON text, whose every field is checked on reading.
 
     {"schema": 2, "recipe": {...}, "rounding": {precision: {name: [local, accumulated]}},
-     "tensors": {name: {ordinal, kind, dtype, shape, sha256, statistics, same, budget}}}
+     "tensors": {name: {ordinal, kind, dtype, shape, sha256, statistics, same}}}
 
 Anyone can write such a file, and other programs do. What passes these checks can be used without
 further ones: numbers are finite, and shapes, kinds and dtypes agree with the stored tensors.
@@ -56,7 +56,6 @@ class Record:
     sha256: str = ""  # "" in a plain file
     statistics: dict | None = None
     same: str | None = None  # the name under which the same bytes are stored
-    tolerance: float | None = None  # relative L2, if it was measured; "budget" in the file
 
 
 class Rounding(NamedTuple):
@@ -154,7 +153,7 @@ TENSOR = {
     "sha256": Field("64 hexadecimal digits", lambda x: is_text(x) and bool(SHA256.fullmatch(x))),
     "statistics": optional(OBJECT),
     "same": optional(TEXT),
-    "budget": optional(DISTANCE),
+    "budget": optional(DISTANCE),  # one for all precisions, in older files: "rounding" has each
 }
 STATISTICS = {
     "nan": COUNT,
@@ -248,7 +247,7 @@ def _record(name: str, entry: Any, path: Path) -> Record:
     _require(path, where, entry, OBJECT)
     _check_fields(path, where, entry, TENSOR, ("ordinal", "kind", "dtype", "shape"))
     fields = dict(entry, shape=tuple(entry["shape"]))
-    fields["tolerance"] = fields.pop("budget", None)
+    fields.pop("budget", None)
     record = Record(**fields)
     size = math.prod(record.shape)
     if record.statistics is not None:
@@ -390,7 +389,4 @@ def _renamed(values: dict, path: Path) -> dict:
 
 def to_entry(record: Record) -> dict:
     """Return a record as the file has it."""
-    entry = {key: value for key, value in asdict(record).items() if value is not None}
-    if "tolerance" in entry:
-        entry["budget"] = entry.pop("tolerance")
-    return entry
+    return {key: value for key, value in asdict(record).items() if value is not None}

@@ -7,6 +7,7 @@ places. The first argument is judged, the second is the reference.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -43,6 +44,14 @@ TOLERANCES = {  # relative L2 by dtype; 0 for integers
 INTEGERS = ("BOOL", "I8", "U8", "I16", "I32", "I64")
 NORM_ROUNDING = 2e-6  # of a token's norm, summed in float32 in the order of the tensor's memory
 GUARD = 10  # the worst token may err ten times as much as the tensor
+FACTOR = 2  # another order of rounding errs about as much as ours, in another direction
+PRECISIONS = {  # as a recipe spells a dtype -> as safetensors does; float8: of weights alone
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8": "F8_E4M3",
+}
 AGREE = (  # keys of the recipe that must be equal
     "model",
     "mode",
@@ -234,14 +243,17 @@ def compare(
     b: Capture,
     tolerance: float | Mapping[str, float] | None = None,
     only: Sequence[str] = (),
+    precision: str | None = None,
 ) -> list[Row]:
     """Compare every tensor that both captures have, in the order of `b`, the reference.
 
-    `tolerance`: of all tensors, or by name. Default: the one stored with the tensor of `b`, else
-    TOLERANCES of the coarser dtype. UserError if the captures are of different models, sizes, steps
-    or prompts, or have no tensor in common.
+    `tolerance`: of all tensors, or by name. Default: FACTOR times the rounding that was measured in
+    the precision of `a`, else TOLERANCES of the coarser dtype. `precision`: the one in which `a`
+    was computed; default: `precision_of(a)`. UserError if the captures are of different models,
+    sizes, steps or prompts, or have no tensor in common.
     """
     check_alike(a, b)
+    runs = PRECISIONS[precision or precision_of(a)], PRECISIONS[precision_of(b)]
     names = [name for name in b.names if name in a.records]
     if not names:
         ours, theirs = (", ".join(x.names[:3]) for x in (a, b))
@@ -250,7 +262,16 @@ def compare(
             f"expected {theirs}, ...). Save the port's tensors by the reference's names."
         )
     check_patterns(only, names)
-    return [_row(name, a, b, tolerance) for name in names if matches(name, only)]
+    return [_row(name, a, b, tolerance, *runs) for name in names if matches(name, only)]
+
+
+def precision_of(capture: Capture) -> str:
+    """Return the precision of a run: what the recipe says, else the dtype of most tensors."""
+    if capture.recipe.get("dtype") in PRECISIONS:
+        return capture.recipe["dtype"]
+    spelled = {value: key for key, value in PRECISIONS.items()}
+    dtypes = [spelled[r.dtype] for r in capture.records.values() if r.dtype in spelled]
+    return Counter(dtypes).most_common(1)[0][0] if dtypes else "float64"
 
 
 def check_alike(a: Capture, b: Capture) -> None:
@@ -281,7 +302,15 @@ def first_over(rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if row.over), None)
 
 
-def _row(name: str, a: Capture, b: Capture, tolerance: float | Mapping[str, float] | None) -> Row:
+def _row(
+    name: str,
+    a: Capture,
+    b: Capture,
+    tolerance: float | Mapping[str, float] | None,
+    run_a: str,
+    run_b: str,
+) -> Row:
+    """`run_a`, `run_b`: the dtypes in which the captures were computed."""
     ours, theirs = a.records[name], b.records[name]
     shape = theirs.shape
     dtype = min(ours.dtype, theirs.dtype, key=COARSEST_FIRST.index)
@@ -292,9 +321,9 @@ def _row(name: str, a: Capture, b: Capture, tolerance: float | Mapping[str, floa
     if isinstance(tolerance, Mapping):
         tolerance = tolerance.get(name)
     if tolerance is None:
-        tolerance = theirs.tolerance
+        tolerance = measured_tolerance(b, name, _coarsest(ours.dtype, run_a))
     if tolerance is None:
-        tolerance = _default_tolerance(dtype, theirs.dtype, a, b)
+        tolerance = _default_tolerance(dtype, theirs.dtype, run_a, run_b)
     row = Row(name, shape, dtype, kind, tolerance, None)
     if ours.shape != shape:
         reason = _why_shapes_differ(name, ours.shape, shape)
@@ -367,7 +396,25 @@ def _stored_values(kind: Kind, shape: Sequence[int]) -> int:
     return math.prod(min(n, SLICE) if kind == "slice" else n for n in shape)
 
 
-def _default_tolerance(dtype: str, reference: str, *captures: Capture) -> float:
+def measured_tolerance(b: Capture, name: str, dtype: str, local: bool = False) -> float | None:
+    """Return FACTOR times the rounding of a run in this dtype; None where it was not measured.
+
+    `local`: of one module on its recorded inputs.
+    """
+    for precision, spelled in PRECISIONS.items():
+        if spelled == dtype and name in b.rounding.get(precision, {}):
+            rounding = b.rounding[precision][name]
+            found = rounding.local if local else rounding.accumulated
+            return None if found is None else FACTOR * found
+    return None
+
+
+def _coarsest(dtype: str, *runs: str) -> str:
+    """Return the coarsest dtype of a tensor and its runs. Integers keep theirs."""
+    return min(dtype, *runs, key=COARSEST_FIRST.index) if dtype.startswith(("F", "BF")) else dtype
+
+
+def _default_tolerance(dtype: str, reference: str, *runs: str) -> float:
     """Return the tolerance of the coarser dtype of the tensor and the runs.
 
     A run in bfloat16 keeps its latents in float32; they are no more exact for it. Integers of the
@@ -375,11 +422,7 @@ def _default_tolerance(dtype: str, reference: str, *captures: Capture) -> float:
     """
     if reference in INTEGERS:
         return TOLERANCES["U8"] if dtype == reference == "U8" else 0.0
-    names = {str(key).removeprefix("torch."): value for key, value in DTYPES.items()}
-    runs = [names[run] for x in captures if (run := str(x.recipe.get("dtype"))) in names]
-    if dtype.startswith(("F", "BF")):
-        dtype = min([dtype, *runs], key=COARSEST_FIRST.index)
-    return TOLERANCES.get(dtype, 0.0)
+    return TOLERANCES.get(_coarsest(dtype, *runs), 0.0)
 
 
 def _stored(capture: Capture, name: str, kind: Kind) -> Tensor:
@@ -561,24 +604,35 @@ def about_copies(rows: Sequence[Row], a: Capture, b: Capture) -> str:
     )
 
 
-def about_tolerances(rows: Sequence[Row], a: Capture, b: Capture) -> str:
+def about_tolerances(
+    rows: Sequence[Row], a: Capture, b: Capture, precision: str | None = None
+) -> str:
     """Return a caution where `a` alone is the reason for a larger tolerance, else an empty text.
 
     The reason is the dtype of its tensors, or the dtype in which it says that it ran.
     """
+    precision = precision or precision_of(a)
+    runs = PRECISIONS[precision], PRECISIONS[precision_of(b)]
 
     def is_relaxed(row: Row) -> bool:
         dtype = b.records[row.name].dtype
-        given = _default_tolerance(row.dtype, dtype, a, b)
-        return row.tolerance == given > _default_tolerance(dtype, dtype, b)
+        given = _default_tolerance(row.dtype, dtype, *runs)
+        return row.tolerance == given > _default_tolerance(dtype, dtype, runs[1])
 
     count = sum(map(is_relaxed, rows))
     if not count:
         return ""
-    return (
+    text = (
         f"{count:,} tensors were allowed more than the reference's dtype allows, because {a.path} "
         "has coarser ones, or says that it ran in a coarser one."
     )
+    if precision != "float32" and precision not in b.rounding:
+        text += (
+            f" {b.path} has no measured tolerances of {precision}: rounding alone may exceed the "
+            f"flat {TOLERANCES[PRECISIONS[precision]]:g} in late steps. "
+            "`parity.py calibrate` measures them."
+        )
+    return text
 
 
 def check_two_files(a: Capture, b: Capture) -> None:

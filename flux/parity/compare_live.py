@@ -34,20 +34,9 @@ from flux.parity.replay import (
     module_runs,
     recorded_inputs,
 )
-from flux.parity.tolerances import measured_tolerances, stored_rounding
 from flux.pipeline import Pipeline
 from flux.sampling import per_step_values
 from flux.transformer import Flux, FluxConfig
-
-
-def allowed(
-    capture: Capture, precision: str | None, tolerance: float | None, local: bool = False
-) -> Tolerance:
-    """Return the requested tolerance, else those measured for this precision, if any."""
-    if tolerance is None and precision in stored_rounding(capture):
-        return measured_tolerances(capture, precision, local)
-    return tolerance
-
 
 # ---------------------------------------------------------------- a function
 
@@ -74,8 +63,7 @@ def adaptor(
     tensors of the recorded number and shapes.
     """
     check_patterns(only, capture.names)
-    precision, call = capture.recipe.get("dtype"), guarded(call)
-    local = allowed(capture, precision, tolerance, local=True)
+    call = guarded(call)
     rows: list[Row] = []
     # without a match, `only` may still name tensors in the capture that the function writes
     for each in module_runs(capture, only) or module_runs(capture)[:1]:
@@ -83,12 +71,12 @@ def adaptor(
         if isinstance(answer, str | os.PathLike):
             theirs = Capture(os.fspath(answer))
             check_two_files(theirs, capture)
-            return compare(theirs, capture, allowed(capture, precision, tolerance), only)
+            return compare(theirs, capture, tolerance, only)
         if not rows:
             outputs = [name for run in module_runs(capture) for name in run.outputs.values()]
             check_patterns(only, outputs)
         tensors = _check_outputs(capture, each, answer)
-        rows += compare_to_recorded(capture, tensors, local, is_network=each.is_network)
+        rows += compare_to_recorded(capture, tensors, tolerance, is_network=each.is_network)
     return rows
 
 
@@ -134,7 +122,7 @@ def diffusers(
     rows: list[Row] = []
 
     def judge(name: str, tensor: Tensor) -> None:
-        rows.extend(compare_to_recorded(capture, {name: tensor}, tolerance, is_network=True))
+        rows.extend(compare_to_recorded(capture, {name: tensor}, tolerance, True, local=False))
 
     for place in places:
         in_pass = partial(joined, place)

@@ -28,7 +28,7 @@ from flux.image_io.request import ImageInputs
 from flux.parity.capture import Request, run
 from flux.parity.capture_file import Capture, comparable
 from flux.parity.capture_metadata import DTYPES, Kind, Record
-from flux.parity.compare import COARSEST_FIRST, TOLERANCES, Row, compare
+from flux.parity.compare import COARSEST_FIRST, TOLERANCES, Row, compare, measured_tolerance
 from flux.parity.hooks import check_patterns, matches, replaced, watching
 from flux.parity.modules import PLACE, Call, Modules, in_dtype
 from flux.pipeline import Pipeline
@@ -276,14 +276,20 @@ def compare_to_recorded(
     tensors: Mapping[str, Tensor],
     tolerance: Tolerance = None,
     is_network: bool = False,
+    local: bool = True,
 ) -> list[Row]:
-    """Compare outputs of recorded inputs. A network is allowed more: its errors accumulate."""
+    """Compare outputs of recorded inputs. A network is allowed more: its errors accumulate.
+
+    `local`: the measured rounding that counts is that of a module alone, else that of a run.
+    """
     defaults = TOLERANCES if is_network else TOLERANCES | MODULE_TOLERANCES
     allowed = {}
     tensors = {name: comparable(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         dtype = min(DTYPES[tensor.dtype], capture.records[name].dtype, key=COARSEST_FIRST.index)
         given = tolerance.get(name) if isinstance(tolerance, Mapping) else tolerance
+        if given is None:
+            given = measured_tolerance(capture, name, dtype, local)
         allowed[name] = defaults.get(dtype, 0.0) if given is None else given
     return compare(as_capture(tensors), _subset(capture, tensors), allowed)
 

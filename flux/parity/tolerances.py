@@ -8,8 +8,8 @@ are measured:
     local        one module on its recorded inputs (`replay.replay_module`)
     accumulated  a run from the prompt on, as a port is compared with the capture
 
-Both are stored in the capture's header under "rounding". FACTOR times the accumulated distance is
-stored as the tensor's tolerance.
+Both are stored in the capture's header under "rounding", for each precision on its own. A run is
+allowed FACTOR times the distance of its own precision.
 """
 
 import math
@@ -21,16 +21,15 @@ from torch import Tensor
 
 from flux.errors import NonFiniteError, UserError
 from flux.parity.capture import Request
-from flux.parity.capture_file import Capture, amend, entry_of
+from flux.parity.capture_file import Capture, amend
 from flux.parity.capture_metadata import Rounding
-from flux.parity.compare import Row
+from flux.parity.compare import FACTOR, Row
 from flux.parity.hooks import check_patterns
 from flux.parity.modules import Modules, in_dtype
 from flux.parity.replay import check_model, module_runs, replay_module, run_and_compare
 from flux.pipeline import Pipeline
 from flux.runtime.terminal import printable
 
-FACTOR = 2  # another order of rounding errs about as much as ours, in another direction
 PRECISIONS = ("bfloat16", "float16", "float8")
 
 
@@ -101,22 +100,16 @@ def to_float8(matrix: Tensor) -> Tensor:
 # ---------------------------------------------------------------- store and read
 
 
-def store_rounding(
-    path: str | Path, measured: Mapping[str, Mapping[str, Rounding]], precision: str
-) -> None:
-    """Store measurements (precision -> name -> rounding) in a capture.
-
-    The tolerances that `compare` uses by default are set from those of `precision`.
-    """
+def store_rounding(path: str | Path, measured: Mapping[str, Mapping[str, Rounding]]) -> None:
+    """Store measurements (precision -> name -> rounding) in a capture, beside older ones."""
 
     def write(document: dict) -> None:
         stored = document.setdefault("rounding", {})
-        for each, tensors in measured.items():
-            stored[each] = {name: list(rounding) for name, rounding in tensors.items()}
-        for name, rounding in measured[precision].items():
-            entry = entry_of(document, name, Path(path))
-            if rounding.accumulated is not None:
-                entry["budget"] = FACTOR * rounding.accumulated
+        for precision, tensors in measured.items():
+            for name, rounding in tensors.items():
+                if name not in document["tensors"]:
+                    raise UserError(f"{path}: has no tensor {name} to store rounding for.")
+                stored.setdefault(precision, {})[name] = list(rounding)
 
     amend(Path(path), write)
 

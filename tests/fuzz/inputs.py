@@ -532,7 +532,7 @@ def write_capture(path: Path, keep: capture_file.Kind) -> None:
         writer.add("half", random(1, 7, 5).half())
         writer.add("image", torch.zeros(16, 16, 3, dtype=torch.uint8))
     rounding = {name: tolerances.Rounding(0.01, 0.02) for name in ("step.001/latents", "half")}
-    tolerances.store_rounding(path, {"float32": rounding}, "float32")
+    tolerances.store_rounding(path, {"float32": rounding})
 
 
 @kind(cases=200)

@@ -27,10 +27,12 @@ from flux.errors import UserError
 from flux.image_io.request import ImageInputs
 from flux.parity import capture_file as record
 from flux.parity.capture import Request, Selection, _file, capture, plan
-from flux.parity.capture_file import Capture, Writer, positions, set_tolerances
-from flux.parity.compare import compare, errors, first_over, table, to_json
+from flux.parity.capture_file import Capture, Writer, positions
+from flux.parity.capture_metadata import Rounding
+from flux.parity.compare import about_tolerances, compare, errors, first_over, table, to_json
 from flux.parity.hooks import matches, watching
 from flux.parity.reference import FLUX1_TINY, KLEIN_TINY, randomise
+from flux.parity.tolerances import store_rounding
 from flux.transformer import Flux
 
 PROMPT = "a photo of a cat"
@@ -486,12 +488,10 @@ def test_tolerances_are_stored(tmp_path):
     with Writer(path, {"seed": 1}, reserve=0) as writer:
         for name, tensor in tensors().items():
             writer.add(name, tensor)
-    set_tolerances(path, {"floats/1": 0.5, "turned": 0.25})
+    store_rounding(path, {"bfloat16": {"floats/1": Rounding(None, 0.5)}})
+    store_rounding(path, {"bfloat16": {"turned": Rounding(0.1, None)}, "float16": {}})
     read = Capture(path)
-    assert {name: r.tolerance for name, r in read.records.items() if r.tolerance} == {
-        "floats/1": 0.5,
-        "turned": 0.25,
-    }
+    assert read.rounding == {"bfloat16": {"floats/1": (None, 0.5), "turned": (0.1, None)}}
     assert read.recipe == {"seed": 1} and all(
         read.tensors[n].equal(x) for n, x in tensors().items() if x.itemsize > 1
     )
@@ -708,8 +708,6 @@ def test_compare_finds_the_first_difference(truth, tmp_path):
         first_over(compare(a, b, tolerance={"step.001/double_blocks.2/out": 0.2})).name
         == "step.001/double_blocks.3/out"
     )
-    set_tolerances(b.path, dict.fromkeys(b.names, 0.2))
-    assert first_over(compare(a, Capture(b.path))) is None
     listed = json.loads(to_json(rows))
     assert [row["over"] for row in listed] == [False, False, True, True] and listed[2]["errors"][
         "relative_l2"
@@ -783,6 +781,42 @@ def test_tolerance_follows_the_coarser_dtype(truth, tmp_path):
     b = written(tmp_path / "b.safetensors", truth, dtype="float32")
     assert {row.tolerance for row in compare(a, b)} == {2e-2} and first_over(compare(a, b)) is None
     assert {row.tolerance for row in compare(b, b)} == {1e-4}
+
+
+def test_measured_tolerances_belong_to_a_precision(truth, tmp_path):
+    """What bfloat16 is allowed does not excuse float32; a file says or shows its precision."""
+    b = written(tmp_path / "b.safetensors", truth, dtype="float32")
+    coarse = {name: Rounding(None, 2e-2) for name in truth}
+    store_rounding(b.path, {"bfloat16": coarse, "float16": dict.fromkeys(truth, Rounding(0, 1e-3))})
+    b, bad = Capture(b.path), noisy(truth, 3e-3)
+    allowed = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 4e-2}
+    for dtype, tolerance in allowed.items():
+        a = written(tmp_path / f"{dtype}.safetensors", bad, dtype=dtype)
+        rows = compare(a, b)
+        assert {row.tolerance for row in rows} == {tolerance}
+        assert all(row.over for row in rows) == (dtype != "bfloat16")
+    save_file(bad, tmp_path / "plain.safetensors")
+    plain = Capture(tmp_path / "plain.safetensors")
+    assert all(row.over for row in compare(plain, b))
+    assert first_over(compare(plain, b, precision="bfloat16")) is None
+    one, *others = bad
+    # one tensor that a bfloat16 run keeps in float32, and one bfloat16 tensor of a float32 run
+    save_file({n: bad[n].bfloat16() for n in others} | {one: bad[one]}, tmp_path / "h.safetensors")
+    half = compare(Capture(tmp_path / "h.safetensors"), b)
+    assert {row.tolerance for row in half} == {4e-2}
+    save_file({n: bad[n] for n in others} | {one: bad[one].bfloat16()}, tmp_path / "f.safetensors")
+    mixed = compare(Capture(tmp_path / "f.safetensors"), b)
+    assert {row.name: row.tolerance for row in mixed} == dict.fromkeys(others, 1e-4) | {one: 4e-2}
+
+
+def test_a_missing_measurement_is_said(truth, tmp_path):
+    """A correct run in bfloat16 may exceed the flat tolerance: the caution says what to do."""
+    b = written(tmp_path / "b.safetensors", truth, dtype="float32")
+    a = written(tmp_path / "a.safetensors", noisy(truth, 1e-2), dtype="bfloat16")
+    assert "has no measured tolerances of bfloat16" in about_tolerances(compare(a, b), a, b)
+    store_rounding(b.path, {"bfloat16": {name: Rounding(0.0, 1e-2) for name in truth}})
+    b = Capture(b.path)
+    assert about_tolerances(compare(a, b), a, b) == ""
 
 
 def test_bfloat16_is_near_its_tolerance_and_a_fault_is_found(captures, load, tmp_path):

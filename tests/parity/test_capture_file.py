@@ -26,7 +26,7 @@ import flux
 from flux import sampling
 from flux.errors import UserError
 from flux.parity import replay, tolerances
-from flux.parity.capture_file import KEY, Capture, Writer, amend, set_tolerances, statistics
+from flux.parity.capture_file import KEY, Capture, Writer, amend, statistics
 from flux.parity.capture_metadata import DTYPES, Rounding
 from flux.parity.compare import compare, first_over
 
@@ -70,7 +70,7 @@ def valid(tmp_path_factory) -> tuple[dict, dict[str, Tensor]]:
         writer.add(PROBE, x + 2, "probe")
         writer.add(STATISTICS, x + 3, "statistics")
         writer.add("empty", torch.zeros(0, 4))
-    tolerances.store_rounding(path, {"bfloat16": {FULL: Rounding(None, 0.25)}}, "bfloat16")
+    tolerances.store_rounding(path, {"bfloat16": {FULL: Rounding(None, 0.25)}})
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()[KEY]), load_file(path)
 
@@ -106,7 +106,6 @@ def test_valid_capture_is_read(valid, tmp_path):
         "full",
     ]
     assert read.rounding == {"bfloat16": {FULL: (None, 0.25)}}
-    assert read.records[FULL].tolerance == 0.5
     assert {name: tuple(x.shape) for name, x in read.tensors.items()} == {
         FULL: (90, 50),
         "equal": (90, 50),
@@ -502,6 +501,22 @@ def test_capture_that_appears_during_another_is_kept(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_header_tells_a_safetensors_reader_how_to_find_every_name(tmp_path):
+    """The rule in the header is run as it stands there, before and after `amend`."""
+    path = tmp_path / "a.safetensors"
+    x = torch.arange(3.0)
+    with Writer(path, {}) as writer:
+        for name in ("first", "second"):
+            writer.add(name, x)
+    for _ in range(2):
+        with safe_open(path, "pt") as file:
+            assert file.keys() == ["first"]
+            found = {"json": json, "file": file, "name": "second"}
+            exec(file.metadata()["read"], found)
+            assert found["x"].equal(x) and list(found["tensors"]) == ["first", "second"]
+        tolerances.store_rounding(path, {"bfloat16": {"second": Rounding(None, 0.1)}})
+
+
 def numbered(path: Path) -> Path:
     with Writer(path, {}, reserve=0) as writer:
         for number in range(40):
@@ -509,11 +524,19 @@ def numbered(path: Path) -> Path:
     return path
 
 
-def has_tolerance_of_each(path: Path) -> bool:
+def store_number(path: Path | str, number: int) -> None:
+    rounding = {f"x.{number}": Rounding(None, number / 10)}
+    tolerances.store_rounding(path, {"bfloat16": rounding})
+
+
+def has_rounding_of_each(path: Path) -> bool:
     read = Capture(path)
     assert all(float(x[0]) == n for n, x in enumerate(read.tensors.values()))
     assert [each.name for each in path.parent.iterdir()] == [path.name]
-    return [read.records[name].tolerance for name in read.names] == [n / 10 for n in range(40)]
+    stored = read.rounding["bfloat16"]
+    return {name: stored[name] for name in read.names} == {
+        f"x.{n}": (None, n / 10) for n in range(40)
+    }
 
 
 def test_tolerances_stored_at_the_same_time_are_all_kept(tmp_path):
@@ -521,37 +544,36 @@ def test_tolerances_stored_at_the_same_time_are_all_kept(tmp_path):
 
     def store(start: int) -> None:
         for number in range(start, 40, 4):
-            set_tolerances(path, {f"x.{number}": number / 10})
+            store_number(path, number)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(store, range(4)))
-    assert has_tolerance_of_each(path)
+    assert has_rounding_of_each(path)
 
 
 @pytest.mark.slow
 def test_tolerances_of_several_processes_are_all_kept(tmp_path):
     path = numbered(tmp_path / "a.safetensors")
     code = """
+from flux.parity import tolerances
 for number in range(int(sys.argv[2]), 40, 4):
-    set_tolerances(sys.argv[1], {f"x.{number}": number / 10})
+    tolerances.store_rounding(
+        sys.argv[1], {"bfloat16": {f"x.{number}": tolerances.Rounding(None, number / 10)}}
+    )
 """
     for process in [python(code, path, start) for start in range(4)]:
         assert process.communicate()[1] == ""
-    assert has_tolerance_of_each(path)
+    assert has_rounding_of_each(path)
 
 
-@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0, "1", None])
-def test_tolerance_that_could_not_be_read_is_not_stored(tolerance, valid, tmp_path):
+@pytest.mark.parametrize("distance", [float("nan"), float("inf"), -1.0, "1"])
+def test_rounding_that_could_not_be_read_is_not_stored(distance, valid, tmp_path):
     path = write(tmp_path / "a.safetensors", *valid)
     before = path.read_bytes()
-    if tolerance is None:
-        set_tolerances(path, {FULL: None})
-        assert Capture(path).records[FULL].tolerance is None
-        return
-    with pytest.raises(UserError, match=r"budget of tensor 'step\.001/out' must be"):
-        set_tolerances(path, {FULL: tolerance})
-    with pytest.raises(UserError, match="has no tensor unknown to set a tolerance for"):
-        set_tolerances(path, {"unknown": 1.0})
+    with pytest.raises(UserError, match=r"'step\.001/out' in 'bfloat16' of rounding must be"):
+        tolerances.store_rounding(path, {"bfloat16": {FULL: Rounding(None, distance)}})
+    with pytest.raises(UserError, match="has no tensor unknown to store rounding for"):
+        tolerances.store_rounding(path, {"bfloat16": {"unknown": Rounding(None, 1.0)}})
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
 

@@ -29,7 +29,7 @@ from flux.parity import modules, tolerances
 from flux.parity.bisect import bisect, first_differing
 from flux.parity.capture import Request, Selection, capture
 from flux.parity.capture_file import Capture
-from flux.parity.compare import compare, first_over
+from flux.parity.compare import compare, first_over, measured_tolerance
 from flux.parity.modules import Modules, in_dtype
 from flux.parity.replay import (
     check_model,
@@ -368,14 +368,15 @@ def test_tolerances_are_stored_and_used(measured, captures, pipeline, tmp_path):
     path.write_bytes(captures[FLUX1].path.read_bytes())
     for precision in ("float16", "bfloat16"):
         rounding = {precision: measured[precision]}
-        tolerances.store_rounding(path, rounding, precision)
+        tolerances.store_rounding(path, rounding)
     recorded, stored = Capture(path), measured["bfloat16"]
     assert tolerances.stored_rounding(recorded) == {
         precision: measured[precision] for precision in ("float16", "bfloat16")
     }
     last = "step.002/latents"
     assert recorded.tensors[last].equal(captures[FLUX1].tensors[last])
-    assert recorded.records[last].tolerance == 2 * stored[last].accumulated
+    allowed = measured_tolerance(recorded, last, "BF16")
+    assert allowed == 2 * stored[last].accumulated
 
     only, request = ["out", "out.?", "latents"], REQUESTS[FLUX1]
     half = pipeline(FLUX1, torch.bfloat16)
@@ -469,7 +470,7 @@ def test_other_models_and_plain_files_are_refused(captures, pipeline, tmp_path):
         request_of,
         load_pipeline,
         lambda x: check_model(x, pipe),
-        lambda x: tolerances.store_rounding(x.path, {"float16": {}}, "float16"),
+        lambda x: tolerances.store_rounding(x.path, {"float16": {}}),
     ):
         with pytest.raises(UserError, match=r"plain\.safetensors: is a plain file"):
             use(plain)
