@@ -45,7 +45,17 @@ def test_every_network_and_every_kind_of_pipeline_has_a_golden_file(ours):
     assert names == {path.stem for path in GOLDEN.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("name", ["flux.1-dev", "flux.1-schnell", "flux.2-dev", "flux.2-klein"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flux.1-dev",
+        "flux.1-schnell",
+        "flux.2-dev",
+        "flux.2-klein",
+        "flux.3-klein-base",
+        "flux.3-klein",
+    ],
+)
 @torch.no_grad()
 def test_transformer_gives_the_golden_velocity(ours, name):
     inputs, expected, _ = golden(name, ours[name]).values()

@@ -23,9 +23,11 @@ from flux.clip import CLIP, CLIPConfig
 from flux.configs import MODELS, FLUX1Text, FLUX2Text, ModelSpec
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity.compare import errors
+from flux.parity.reference3 import FLUX3_TINY
 from flux.siglip import ReduxConfig, SigLIPConfig
 from flux.t5 import T5, T5Config
 from flux.transformer import Flux, FluxConfig
+from flux.transformer3 import Flux3
 from flux.weights.diffusers_names import diffusers_layer, to_diffusers
 
 FLUX1_TINY = FluxConfig(
@@ -625,6 +627,8 @@ def golden_networks() -> dict[str, nn.Module]:
         "clip": CLIP(replace(TINY_CLIP, eos_id=TINY_CLIP.vocab_size - 1)),
         "qwen3": LanguageModel(TINY_QWEN),
         "mistral": LanguageModel(TINY_MISTRAL),
+        "flux.3-klein-base": Flux3(FLUX3_TINY),
+        "flux.3-klein": Flux3(replace(FLUX3_TINY, flow_map=True)),
     }
     return {name: randomise(module, seed) for seed, (name, module) in enumerate(modules.items())}
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 from command_line import Parser
+from support import transformer3_inputs
 from support.parity_rows import reference_of
 from support.tiny_repositories import home, write_tokenizers
 from support.tokenizer_files import MISTRAL_TEMPLATE
@@ -30,6 +31,7 @@ from support.transformer_inputs import inputs
 
 from flux.configs import FLUX1Text
 from flux.parity import reference
+from flux.transformer3 import Flux3Config
 
 GOLDEN = ROOT / "tests/golden"
 PROMPTS = ["a photo of a cat", "an oil painting of a naïve café"]
@@ -63,6 +65,8 @@ def random_inputs(name: str, config) -> dict[str, Tensor]:
             "pixels": pixels,
             "latents": torch.randn(2, config.latent_channels, 2, 3, generator=generator),
         }
+    if isinstance(config, Flux3Config):
+        return transformer3_inputs.inputs(config)
     if name.startswith("flux"):
         return inputs(config)
     length, real = 24, torch.tensor([24, 17, 1])[:, None]

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 import flux
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs
-from flux.parity import reference
+from flux.parity import reference, reference3
 from flux.parity.table import BFloat16Row, Float32Row, figures
 from flux.siglip import Redux, SigLIP
 from flux.text_encoder import TextFeatures
 from flux.transformer import NUMERICS, Flux
+from flux.transformer3 import Flux3
 
 Given = dict[str, Tensor]
 NETWORKS = {
@@ -203,6 +204,11 @@ def reference_of(name: str, ours: nn.Module) -> tuple[nn.Module, Callable[[Given
             ]
 
         return theirs, both
+    if isinstance(ours, Flux3):
+        theirs = r.loaded(
+            reference3.diffusers_transformer3(config), reference3.transformer3_to_diffusers(state)
+        )
+        return theirs, lambda given: [reference3.diffusers_velocity3(theirs, **given)]
     if name.startswith("flux"):
         theirs = r.loaded(
             r.diffusers_transformer(config), r.transformer_to_diffusers(state, config)
