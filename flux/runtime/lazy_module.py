@@ -2,15 +2,19 @@
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from flux.errors import UserError
+from flux.runtime.changes import Changes
 from flux.runtime.memory_plan import WeightSizes, mapped_bytes, matrix_size, measure_weights
 from flux.runtime.streaming import all_tensors, stream, unstream
 from flux.weights.load import init_empty, load_module
@@ -22,6 +26,7 @@ MAX_GRAPHS = 64  # of one code object, over all models and dtypes of a process; 
 
 
 M = TypeVar("M", bound=nn.Module)
+OnLoad = Callable[[Any], Iterable[RemovableHandle] | None]
 
 
 class LazyModule(Generic[M]):
@@ -59,6 +64,10 @@ class LazyModule(Generic[M]):
         self.transformed: frozenset[str] = frozenset()  # paths of the modules it changes
         self.resident: int | None = None  # bytes of blocks on the device; None: not streamed
         self.dropped: list[str] = []  # paths of the submodules that `drop_submodules` removed
+        # what is done to the module after each load, with the handles of the present module's hooks
+        self.loaders: dict[object, tuple[OnLoad, list[RemovableHandle]]] = {}
+        self.known: Changes | None = None  # hooks and modules that each load makes
+        self.lost: Changes | None = None  # of the last module, beyond those
         # UserError if a file is wrong
         shapes = self._load(CPU if check_finite else torch.device("meta"), None, check_finite)
         has_float8 = any(tensor.dtype in FP8_DTYPES.values() for tensor in all_tensors(shapes))
@@ -73,11 +82,19 @@ class LazyModule(Generic[M]):
         if self.module is not None and self.dropped:
             self._restore_submodules(self.module)
         if self.module is None:
-            self.module = self._prepare()
+            self._warn_of_lost_changes()
+            # autograd cannot use tensors that were made in inference mode
+            with torch.inference_mode(False), torch.no_grad():
+                module = self._prepare()
+            for key, (function, _) in self.loaders.items():
+                self.loaders[key] = function, list(function(module) or ())
+            self.module, self.known = module, Changes(module)
         return self.module
 
     def release(self) -> None:
         """Free the weights."""
+        if self.module is not None and self.known is not None:
+            self.lost = Changes(self.module).since(self.known)
         self.module, self.dropped = None, []
         if self.compile:
             gc.collect()  # a compiled block refers to itself
@@ -93,6 +110,42 @@ class LazyModule(Generic[M]):
         if transform or self.transform:
             self.transform, self.transformed = transform, frozenset(paths)
             self.release()
+
+    def on_load(self, function: OnLoad) -> Callable[[], None]:
+        """Call `function(module)` now if the module is loaded, and whenever it is loaded anew.
+
+        That happens between stages with `offload`, and after a LoRA. The module is complete then:
+        merged, quantized, on its device; with `offload="block"`, its blocks are on the host. The
+        function may register hooks, replace functions or add modules. It may return the handles of
+        its hooks.
+
+        Return a function that ends this: it removes the hooks of these handles or, if there are
+        none, releases the module, which then comes back without the changes.
+        """
+        key, handles = object(), []
+        if self.module is not None and self.known is not None:
+            before = Changes(self.module)
+            handles = list(function(self.module) or ())
+            self.known.add(Changes(self.module).since(before))
+        self.loaders[key] = function, handles
+        return partial(self._end_on_load, key)
+
+    def _end_on_load(self, key: object) -> None:
+        if key in self.loaders:
+            _, handles = self.loaders.pop(key)
+            for handle in handles:
+                handle.remove()
+            if not handles:
+                self.release()
+
+    def _warn_of_lost_changes(self) -> None:
+        if self.lost is not None and (what := self.lost.describe()):
+            warnings.warn(
+                f"{self.files[0].name} was loaded anew, without {what} of before: make them "
+                "in a function that `on_load` gets",
+                stacklevel=3,
+            )
+        self.lost = None
 
     def stream(self, resident: int | None) -> None:
         """Stream the blocks, all but `resident` bytes of them; None: do not stream.

@@ -98,6 +98,15 @@ class StreamedModuleList(nn.ModuleList):
             with self.ring.using(block):
                 yield block
 
+    def __getitem__(self, index: int | slice) -> Any:
+        """Return a list of some blocks, streamed too; or one block, whose weights are on the host.
+
+        One block is there to register hooks on. To run it, iterate over a slice of one.
+        """
+        if isinstance(index, slice):
+            return StreamedModuleList(list(self.children())[index], self.ring)
+        return super().__getitem__(index)
+
 
 class TensorSlice(NamedTuple):
     """One tensor of a block and its place in a buffer."""
