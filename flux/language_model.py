@@ -1,9 +1,10 @@
-"""The text encoder of FLUX.2: the first layers of Qwen3 or Mistral Small.
+"""The text encoder of FLUX.2 and FLUX 3: the first layers of Qwen3, Mistral Small or Qwen3-VL.
 
 FLUX.2 concatenates the hidden states after three layers along channels: layers 9, 18, 27 of Qwen3's
-36, or 10, 20, 30 of Mistral's 40. Everything above the last of them is left out: no final norm, no
-language-model head. Module paths are the keys of the released files without their prefix (`model.`
-or `language_model.model.`).
+36, or 10, 20, 30 of Mistral's 40. FLUX 3 takes eight: layers 4, 8, ... 32 of Qwen3-VL's 36, whose
+text path is Qwen3. Everything above the last of them is left out: no final norm, no language-model
+head, no image encoder. Module paths are the keys of the released files without their prefix
+(`model.`, `language_model.model.` or `model.language_model.`).
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class LanguageModelConfig:
     theta: float = 1_000_000.0  # base of the rotary embedding's frequencies
     eps: float = 1e-6
     qk_norm: bool = True  # Qwen3 normalizes queries and keys; Mistral does not
+    padding_position: int | None = None  # of every padding token; None: positions count padding
 
     @property
     def features(self) -> int:
@@ -49,15 +51,17 @@ class LanguageModel(nn.Module):
 
         Rows of padding are computed too, since the transformer attends to them: they see the real
         tokens before them. Where there are none (Mistral pads on the left), attention gives zero.
-        Positions count padding.
         """
         length = ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # (L, L)
         visible = causal & mask[:, None, None, :]  # (B, 1, L, L)
         blind = ~visible.any(dim=-1, keepdim=True)  # (B, 1, L, 1)
         x = self.embed_tokens(ids)  # (B, L, D)
-        rope = rotary_embedding(length, self.config.head_dim, self.config.theta, ids.device)
-        rope = rope.to(x.dtype)  # (2, L, d), rounded here, as in transformers
+        position = torch.arange(length, device=ids.device)  # (L,)
+        if self.config.padding_position is not None:
+            position = position.where(mask, self.config.padding_position)[:, None]  # (B, 1, L)
+        rope = rotary_embedding(position, self.config.head_dim, self.config.theta)
+        rope = rope.to(x.dtype)  # (2, [B, 1,] L, d), rounded here, as in transformers
         hidden_states = []
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, rope, visible, blind)
@@ -107,7 +111,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, heads, L, d) each, as v
-        cos, sin = rope  # (L, d) each
+        cos, sin = rope  # ([B, 1,] L, d) each
         q = q * cos + rotate_half(q) * sin
         k = k * cos + rotate_half(k) * sin
         k = k.repeat_interleave(self.groups, dim=1)  # (B, num_heads, L, d)
@@ -143,14 +147,15 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)  # the shape of x
 
 
-def rotary_embedding(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    """Return cosines and sines of position · theta^(-2i/dim): (2, L, dim) float32.
+def rotary_embedding(position: Tensor, dim: int, theta: float) -> Tensor:
+    """Return cosines and sines of position · theta^(-2i/dim): (..., L) -> (2, ..., L, dim) float32.
 
     Channels i and i + dim/2 share an angle.
     """
-    frequency = 1 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)  # (dim/2,)
-    position = torch.arange(length, device=device).float()  # (L,)
-    angle = torch.outer(position, frequency).repeat(1, 2)  # (L, dim)
+    exponent = torch.arange(0, dim, 2, device=position.device).float() / dim
+    frequency = 1 / theta**exponent  # (dim/2,)
+    half = position.float()[..., None] * frequency  # (..., L, dim/2)
+    angle = torch.cat([half, half], dim=-1)  # (..., L, dim)
     return torch.stack([angle.cos(), angle.sin()])
 
 

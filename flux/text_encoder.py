@@ -12,7 +12,7 @@ from torch import Tensor
 from flux.clip import CLIP
 from flux.configs import FLUX1Text, FLUX2Text
 from flux.errors import UserError
-from flux.language_model import LanguageModel
+from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.runtime.lazy_module import LazyModule
 from flux.t5 import T5
 from flux.tokenizers import (
@@ -20,6 +20,7 @@ from flux.tokenizers import (
     MistralTokenizer,
     PromptTokenizer,
     QwenTokenizer,
+    QwenVLTokenizer,
     T5Tokenizer,
     Tokens,
 )
@@ -72,12 +73,12 @@ class TextFeatures(NamedTuple):
 
 
 class TextEncoder:
-    """Base of the two families' text encoders. `cache` keeps the features of the last prompts."""
+    """Base of the families' text encoders. `cache` keeps the features of the last prompts."""
 
     networks: tuple[LazyModule, ...]
 
     def __init__(self, length: int):
-        self.length = length  # tokens, padding included
+        self.length = length  # tokens of a prompt, padding included; FLUX 3: at most
         self.cache: dict[str, TextFeatures] = {}
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
@@ -86,10 +87,11 @@ class TextEncoder:
         Prompts are encoded one at a time: features do not depend on the batch.
         """
         encoded = {prompt: self.features(prompt) for prompt in dict.fromkeys(prompts)}
-        features = [encoded[prompt] for prompt in prompts]
-        tokens = torch.cat([one.tokens for one in features])  # (B, T, D)
-        pooled = [one.pooled for one in features if one.pooled is not None]
-        return TextFeatures(tokens, torch.cat(pooled) if pooled else None)  # pooled: (B, V)
+        return concatenate([encoded[prompt] for prompt in prompts])
+
+    def padded_length(self, prompts: Sequence[str]) -> int:
+        """Return the tokens of the longest prompt, padding included."""
+        return self.length
 
     def features(self, prompt: str) -> TextFeatures:
         """Return one prompt's features from the cache, or encode the prompt and cache them."""
@@ -99,7 +101,7 @@ class TextEncoder:
             with torch.inference_mode():
                 features = self.encode_one(prompt).to("cpu", self.dtype)
         self.cache[prompt] = features  # the last is the most recent
-        while len(self.cache) > max(1, MAX_CACHE // features.nbytes):  # all have the same size
+        while len(self.cache) > 1 and sum(f.nbytes for f in self.cache.values()) > MAX_CACHE:
             del self.cache[next(iter(self.cache))]
         return features
 
@@ -152,8 +154,7 @@ class FLUX2TextEncoder(TextEncoder):
         super().__init__(length)
         self.model = model
         self.networks = (model,)
-        kind = QwenTokenizer if model.config.qk_norm else MistralTokenizer
-        self.tokenizer = kind(tokenizer)
+        self.tokenizer = tokenizer_of(model.config)(tokenizer)
 
     def encode_one(self, prompt: str) -> TextFeatures:
         tokens = self.tokenizer([prompt], self.length)
@@ -161,6 +162,35 @@ class FLUX2TextEncoder(TextEncoder):
         require_known_ids(tokens, self.tokenizer, self.model)
         ids, mask = tokens.ids.to(self.model.device), tokens.mask.to(self.model.device)
         return TextFeatures(self.model()(ids, mask), None)  # (1, T, D)
+
+
+class FLUX3TextEncoder(FLUX2TextEncoder):
+    """Qwen3-VL gives the tokens, as many as the prompt's, rounded up to a multiple of 80."""
+
+    tokenizer: QwenVLTokenizer
+
+    def padded_length(self, prompts: Sequence[str]) -> int:
+        return self.tokenizer.padded_length(list(prompts), self.length)
+
+
+def tokenizer_of(config: LanguageModelConfig) -> type[PromptTokenizer]:
+    """Return the tokenizer of Qwen3-VL, Qwen3 or Mistral."""
+    if config.padding_position is not None:
+        return QwenVLTokenizer
+    return QwenTokenizer if config.qk_norm else MistralTokenizer
+
+
+def concatenate(features: Sequence[TextFeatures]) -> TextFeatures:
+    """Concatenate the features of prompts. UserError if they have different lengths (FLUX 3)."""
+    lengths = sorted({one.tokens.shape[1] for one in features})
+    if len(lengths) > 1:
+        raise UserError(
+            f"prompts: have from {lengths[0]} to {lengths[-1]} tokens, padding included, which do "
+            "not fit into one tensor. Encode each prompt alone."
+        )
+    tokens = torch.cat([one.tokens for one in features])  # (B, T, D)
+    pooled = [one.pooled for one in features if one.pooled is not None]
+    return TextFeatures(tokens, torch.cat(pooled) if pooled else None)  # pooled: (B, V)
 
 
 def require_known_ids(tokens: Tokens, tokenizer: PromptTokenizer, network: LazyModule) -> None:
@@ -237,7 +267,8 @@ def build_text_encoder(
         block_lists=("layers",),
         **loading,
     )
-    return FLUX2TextEncoder(model, files["tokenizer"], length)
+    kind = FLUX2TextEncoder if text.model.padding_position is None else FLUX3TextEncoder
+    return kind(model, files["tokenizer"], length)
 
 
 def with_text_model(name: str) -> str:
@@ -261,7 +292,7 @@ def clip_ignore_keys(name: str) -> bool:
 
 
 def language_model_ignore_keys(name: str, depth: int) -> bool:
-    """Everything above the first `depth` layers, and the vision parts of Mistral Small."""
+    """Everything above the first `depth` layers, and vision parts of Mistral Small and Qwen3-VL."""
     if layer := re.match(r"layers\.(\d+)\.", name):
         return int(layer[1]) >= depth
     parts = (
@@ -271,5 +302,6 @@ def language_model_ignore_keys(name: str, depth: int) -> bool:
         "language_model.lm_head.",
         "vision_tower.",
         "multi_modal_projector.",
+        "visual.",
     )
     return name.removeprefix("model.").startswith(parts)

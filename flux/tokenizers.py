@@ -1,4 +1,4 @@
-"""Prompt -> token ids, exactly as in the released pipelines: T5 and CLIP, Qwen3, Mistral.
+"""Prompt -> token ids, exactly as in the released pipelines: T5 and CLIP, Qwen3 (VL), Mistral.
 
 Each tokenizer is read from the folder in its repository: from `tokenizer.json` where there is one,
 otherwise from the older files that the class names; T5's the other way round. Special tokens typed
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 class PromptTokenizer:
-    """Base of the four tokenizers. Each states its files, template and padding.
+    """Base of the five tokenizers. Each states its files, template and padding.
 
     UserError for a folder without its files, a broken file, and the vocabulary of another model.
     """
@@ -81,12 +81,7 @@ class PromptTokenizer:
 
         UserError for NUL and lone surrogates in a prompt.
         """
-        for number, prompt in enumerate(prompts, 1):
-            if found := NOT_TEXT.search(prompt):
-                raise UserError(
-                    f"prompts: prompt {number} contains {found[0]!r} at position {found.start()}, "
-                    "which is not text. Remove it."
-                )
+        check_text(prompts)
         self.tokenizer.enable_truncation(length)
         self.tokenizer.enable_padding(
             direction=self.pad_side, pad_id=self.pad_id, pad_token=self.pad, length=length
@@ -237,6 +232,28 @@ class QwenTokenizer(PromptTokenizer):
         return tokenizer
 
 
+class QwenVLTokenizer(QwenTokenizer):
+    """Tokenize for Qwen3-VL in FLUX 3: one user turn of its chat, in a multiple of 80 ids."""
+
+    repository_hint = "text_encoder/ of a FLUX 3 repository, or Qwen/Qwen3-VL-4B-Instruct"
+    suffix = "<|im_end|>\n<|im_start|>assistant\n"
+    required = ("<|im_start|>", "<|im_end|>")
+    multiple = 80
+
+    def __call__(self, prompts: list[str], length: int) -> Tokens:
+        """Return each prompt as ids padded for the longest of them, of at most `length` ids."""
+        return super().__call__(prompts, self.padded_length(prompts, length))
+
+    def padded_length(self, prompts: list[str], length: int) -> int:
+        """Return the length of the longest prompt, padding included, at most `length`."""
+        check_text(prompts)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        texts = (self.prefix + prompt + self.suffix for prompt in prompts)
+        longest = max(len(self.tokenizer.encode(text).ids) for text in texts)
+        return min(-(-longest // self.multiple) * self.multiple, length)
+
+
 class MistralTokenizer(PromptTokenizer):
     """Tokenize for Mistral in FLUX.2 [dev]: BFL's system message and one user turn, 512 ids.
 
@@ -258,6 +275,16 @@ class MistralTokenizer(PromptTokenizer):
     def __call__(self, prompts: list[str], length: int) -> Tokens:
         """Tokenize without `[IMG]`, which would stand for an image."""
         return super().__call__([prompt.replace("[IMG]", "") for prompt in prompts], length)
+
+
+def check_text(prompts: list[str]) -> None:
+    """Raise UserError for NUL and lone surrogates in a prompt."""
+    for number, prompt in enumerate(prompts, 1):
+        if found := NOT_TEXT.search(prompt):
+            raise UserError(
+                f"prompts: prompt {number} contains {found[0]!r} at position {found.start()}, "
+                "which is not text. Remove it."
+            )
 
 
 def _add_listed_tokens(tokenizer, config: Path) -> None:

@@ -1,4 +1,4 @@
-"""flux.language_model equals transformers' Qwen3 and Mistral3 to the bit.
+"""flux.language_model equals transformers' Qwen3, Qwen3-VL and Mistral3 to the bit.
 
 The reference attends with PyTorch's SDPA, its default: padding that sees no token attends to
 nothing.
@@ -23,6 +23,12 @@ from flux.parity.reference import (
     transformers_language_model,
     with_trunk,
 )
+from flux.parity.reference3 import (
+    QWEN_VL_PREFIX,
+    qwen_vl_features,
+    qwen_vl_with,
+    transformers_qwen_vl,
+)
 
 # Heads that do not add up to the hidden size, two query heads for each key head.
 QWEN = LanguageModelConfig(
@@ -35,6 +41,7 @@ QWEN = LanguageModelConfig(
     head_dim=16,
 )
 MISTRAL = replace(QWEN, layers=(1, 3, 5), theta=1e9, eps=1e-5, qk_norm=False)
+QWEN_VL = replace(QWEN, layers=(1, 3, 4, 6), theta=5e6, padding_position=1)
 DEPTH, LENGTH = 8, 20
 either_model = pytest.mark.parametrize("config", [QWEN, MISTRAL], ids=["qwen", "mistral"])
 
@@ -66,6 +73,28 @@ def test_every_row_equals_transformers(config, side, dtype):
     features, expected = ours(*inputs), transformers_features(theirs, *inputs, config.layers)
     assert features.shape == (4, LENGTH, config.features) and features.dtype == dtype
     assert expected.std() > 0.5 and torch.equal(features, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_every_row_equals_qwen_vl(dtype):
+    """With the positions of FLUX 3: padding tokens have position 1, and so are all alike."""
+    ours = randomise(LanguageModel(QWEN_VL)).to(dtype)
+    theirs = qwen_vl_with(transformers_qwen_vl(QWEN_VL, DEPTH), ours.state_dict())
+    ids = prompts().masked_fill(~mask("right"), 7)  # one token pads
+    features = ours(ids, mask("right"))
+    expected = qwen_vl_features(theirs, ids, mask("right"), QWEN_VL.layers)
+    assert features.dtype == dtype and expected.std() > 0.5
+    assert torch.equal(features, expected)
+    padding = features[3, 1:]
+    assert max_error(padding, padding[:1].expand_as(padding)) <= (
+        0.01 if dtype.itemsize == 2 else 1e-5
+    )
+    counted = LanguageModel(replace(QWEN_VL, padding_position=None)).to(dtype)
+    counted.load_state_dict(ours.state_dict())
+    other = counted(ids, mask("right"))
+    assert torch.equal(other[mask("right")], features[mask("right")])
+    assert relative_l2(other[~mask("right")], features[~mask("right")]) > 0.05
 
 
 @either_model
@@ -198,3 +227,16 @@ def test_full_size_tensors_equal_transformers(config, depth, tied, published, te
     assert (len(ours), sum(tensor.numel() for tensor in ours.values())) == (tensors, parameters)
     head = 0 if tied else config.vocab_size * config.hidden_size
     assert sum(tensor.numel() for tensor in full.values()) + config.hidden_size + head == published
+
+
+def test_full_size_tensors_are_those_of_qwen_vl():
+    """Counts of the released file: with its image encoder, and what FLUX 3 reads."""
+    config = replace(QWEN_4B, layers=tuple(range(4, 33, 4)), theta=5_000_000.0, padding_position=1)
+    with torch.device("meta"):
+        ours = LanguageModel(config).state_dict()
+        theirs = shapes(transformers_qwen_vl(config, 36).state_dict())
+    assert (len(ours), sum(tensor.numel() for tensor in ours.values())) == (353, 3_618_742_272)
+    assert config.features == 20_480
+    assert {
+        QWEN_VL_PREFIX + name: shape for name, shape in shapes(ours).items()
+    }.items() <= theirs.items()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.tokenizer_files import (
@@ -33,7 +34,13 @@ from transformers import (
 
 from flux import tokenizers
 from flux.errors import UserError
-from flux.tokenizers import CLIPTokenizer, MistralTokenizer, QwenTokenizer, T5Tokenizer
+from flux.tokenizers import (
+    CLIPTokenizer,
+    MistralTokenizer,
+    QwenTokenizer,
+    QwenVLTokenizer,
+    T5Tokenizer,
+)
 
 HARD_PROMPTS = [
     "",
@@ -132,6 +139,18 @@ class Case:
         """Return the ids of a text without special tokens, and where each starts in the text."""
         encoded = self.raw(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded.input_ids, [start for start, _ in encoded.offset_mapping]
+
+
+class Processor:
+    """What FLUX 3's pipeline uses of transformers' Qwen3VLProcessor."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt
+        )
 
 
 NAMES = ["t5", "t5-json", "clip", "clip-json", "qwen", "qwen-old", "mistral"]
@@ -388,6 +407,33 @@ def test_released_vocabularies_give_the_published_ids(released, name, prompt):
     ids = tokens.ids[0][tokens.mask[0]].tolist()
     expected = [int(number) for number in GOLDEN[name, prompt].split()]
     assert ids[-len(expected) :] == expected and (name == "mistral" or len(ids) == len(expected))
+
+
+@pytest.mark.parametrize("prompt", [*HARD_PROMPTS, *(" a" * count for count in (70, 71, 150, 300))])
+def test_ids_of_qwen_vl_equal_diffusers(folders, prompt):
+    """A multiple of 80 ids, at most 200 here: what is cut has lost the end of the turn."""
+    raw = Qwen2TokenizerFast.from_pretrained(folders["qwen"])
+    with pytest.raises(Encoded) as encoded:
+        Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds(
+            Encoder(), Processor(raw), prompt, max_sequence_length=200
+        )
+    ids, mask = encoded.value.args
+    ours = QwenVLTokenizer(folders["qwen"])
+    tokens = ours([prompt], 200)
+    assert torch.equal(tokens.ids, ids) and torch.equal(tokens.mask, mask)
+    assert ids.shape[1] in (80, 160, 200) and ours.padded_length([prompt], 200) == ids.shape[1]
+    assert bool(tokens.truncated[0]) == (prompt == " a" * 300)
+
+
+def test_released_vocabulary_gives_the_published_ids_of_qwen_vl(released):
+    """The template of FLUX 3 alone, and how its words continue."""
+    tokenizer = QwenVLTokenizer(released / "qwen3")
+    tokens = tokenizer(["", "a photo of a cat"], 8192)
+    assert tokens.ids.shape == (2, 80) and (tokens.ids[~tokens.mask] == 151643).all()
+    empty = [151644, 872, 198, 151645, 198, 151644, 77091, 198]
+    assert tokens.ids[0][tokens.mask[0]].tolist() == empty
+    real = tokens.ids[1][tokens.mask[1]].tolist()
+    assert real[:3] == empty[:3] and real[-5:] == empty[3:] and len(real) == 13
 
 
 def test_prompt_that_is_not_text_is_refused(case):

@@ -11,9 +11,8 @@ import torch
 from support.transformer3_inputs import grid, inputs
 from torch import Tensor, nn
 
-from flux.parity.reference import loaded, max_error, randomise, relative_l2, shapes
+from flux.parity.reference import FLUX3_TINY, loaded, max_error, randomise, relative_l2, shapes
 from flux.parity.reference3 import (
-    FLUX3_TINY,
     diffusers_transformer3,
     diffusers_velocity3,
     transformer3_to_diffusers,

@@ -23,11 +23,10 @@ from flux.clip import CLIP, CLIPConfig
 from flux.configs import MODELS, FLUX1Text, FLUX2Text, ModelSpec
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity.compare import errors
-from flux.parity.reference3 import FLUX3_TINY
 from flux.siglip import ReduxConfig, SigLIPConfig
 from flux.t5 import T5, T5Config
 from flux.transformer import Flux, FluxConfig
-from flux.transformer3 import Flux3
+from flux.transformer3 import Flux3, Flux3Config
 from flux.weights.diffusers_names import diffusers_layer, to_diffusers
 
 FLUX1_TINY = FluxConfig(
@@ -58,6 +57,15 @@ FLUX2_TINY = FluxConfig(
     axes_dim=(8, 8, 8, 8),
 )
 KLEIN_TINY = replace(FLUX2_TINY, guidance=False)
+FLUX3_TINY = Flux3Config(
+    in_channels=16,
+    context_dim=40,
+    hidden_size=128,
+    num_heads=4,
+    depth=2,
+    depth_single=3,
+    axes_dim=(8, 8, 8, 8),
+)
 
 # ---------------------------------------------------------------- metrics
 

@@ -1,22 +1,14 @@
-"""Build diffusers' FLUX 3 networks with our weights in them: see `flux.parity.reference`."""
+"""Build the FLUX 3 networks of diffusers and transformers with our weights: see `reference`."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flux.language_model import LanguageModelConfig
+from flux.parity.reference import loaded, randomise
 from flux.transformer3 import Flux3Config
 from flux.weights.diffusers_names3 import SWAPPED, diffusers_layer
-
-FLUX3_TINY = Flux3Config(
-    in_channels=16,
-    context_dim=40,
-    hidden_size=128,
-    num_heads=4,
-    depth=2,
-    depth_single=3,
-    axes_dim=(8, 8, 8, 8),
-)
 
 
 def transformer3_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,3 +65,76 @@ def diffusers_velocity3(
         target_timestep=None if target is None else target.to(img.dtype),
         return_dict=False,
     )[0]
+
+
+# ---------------------------------------------------------------- text encoder
+
+QWEN_VL_PREFIX = "model.language_model."
+
+
+def transformers_qwen_vl(config: LanguageModelConfig, depth: int) -> Any:
+    """Return Qwen3-VL at our sizes with `depth` layers, a final norm and a small image encoder.
+
+    `depth` must exceed the last layer that is read: the last hidden state is normalised.
+    """
+    import transformers
+
+    third = config.head_dim // 6  # RoPE's frequencies are shared among three axes
+    rope = {
+        "rope_type": "default",
+        "rope_theta": config.theta,
+        "mrope_section": [config.head_dim // 2 - 2 * third, third, third],
+        "mrope_interleaved": True,
+    }
+    text = dict(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_size,
+        num_hidden_layers=depth,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.eps,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rope_parameters=rope,
+    )
+    vision = dict(
+        depth=1,
+        hidden_size=16,
+        intermediate_size=16,
+        num_heads=2,
+        out_hidden_size=config.hidden_size,
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=16,
+    )
+    both = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True
+    )
+    return transformers.Qwen3VLForConditionalGeneration(both)
+
+
+def qwen_vl_with(theirs: Any, state: dict[str, Tensor]) -> Any:
+    """Load our weights, and random ones into the parts that our language model leaves out.
+
+    All get our dtype, except RoPE's frequencies, which `.to()` would round.
+    """
+    dtype = state["embed_tokens.weight"].dtype
+    ours = {QWEN_VL_PREFIX + name: tensor for name, tensor in state.items()}
+    ours["lm_head.weight"] = state["embed_tokens.weight"]
+    others = randomise(theirs, 1).state_dict()
+    assert ours.keys() <= others.keys()
+    return loaded(theirs, {name: value.to(dtype) for name, value in others.items()} | ours)
+
+
+def qwen_vl_features(theirs: Any, ids: Tensor, mask: Tensor, layers: tuple[int, ...]) -> Tensor:
+    """Return (B, L, len(layers) * D), read as in diffusers' FLUX 3 pipelines."""
+    positions = torch.arange(ids.shape[1]).expand_as(ids).masked_fill(~mask, 1)
+    hidden = theirs(
+        ids,
+        attention_mask=mask.long(),
+        position_ids=positions,
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
+    return torch.cat([hidden[layer] for layer in layers], dim=-1)
