@@ -15,14 +15,15 @@ python scripts/parity.py calibrate a.safetensors
 python scripts/parity.py table
 
 Exit codes: 0 within tolerance; 1 over tolerance, nothing compared, or stopped at NaN; 2 wrong
-arguments or files; 130 Ctrl-C.
+arguments or files; 3 within tolerance, but some tensors of the reference were not compared, or in
+part; 130 Ctrl-C.
 """
 
 import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -284,11 +285,12 @@ def compare(args: argparse.Namespace) -> int:
     a, b = read_pair(args.judged, args.reference or Path(args.against))
     precision = args.precision or compare.precision_of(a)
     rows = compare.compare(a, b, args.tolerance, args.only, precision)
-    show_lines(compare.table(rows, compare.coverage(rows, b, a)))
+    missing = compare.missing(a, b, args.only)
+    show_lines(compare.table(rows, compare.coverage(rows, b, a), missing))
     if precision in stored_rounding(b):
         show(format_ratio(rows, b, precision))
     say_cautions(rows, a, b, precision)
-    return finish(rows, args)
+    return finish(rows, args, missing)
 
 
 def say_cautions(rows, a, b, precision: str | None) -> None:
@@ -355,7 +357,7 @@ def check_json(path: Path | None) -> None:
         ) from None
 
 
-def finish(rows, args: argparse.Namespace) -> int:
+def finish(rows, args: argparse.Namespace, missing: Sequence[str] = ()) -> int:
     """Write the rows where --json says. Return the exit code."""
     from flux.errors import UserError
     from flux.image_io.output import write_exclusive
@@ -369,7 +371,7 @@ def finish(rows, args: argparse.Namespace) -> int:
             raise UserError(
                 f"json: {args.json} cannot be written ({error.strerror}). Make room."
             ) from None
-    return int(not compare.passed(rows))
+    return compare.exit_code(rows, missing)
 
 
 # ---------------------------------------------------------------- diagnose
@@ -402,9 +404,10 @@ def diagnose(args: argparse.Namespace) -> int:
     replay.recipe_of(reference)
     rows = compare.compare(port, reference, args.tolerance, args.only, args.precision)
     if compare.first_over(rows) is None:
-        show(compare.verdict(rows), compare.coverage(rows, reference, port))
+        missing = compare.missing(port, reference, args.only)
+        show(compare.verdict(rows, missing), compare.coverage(rows, reference, port))
         say_cautions(rows, port, reference, args.precision)
-        return int(not compare.passed(rows))
+        return compare.exit_code(rows, missing)
     pipe = load_pipeline(reference, args)
     show_lines(format_diagnosis(diagnose(rows, port, reference, pipe)))
     return 1
@@ -438,9 +441,10 @@ def report(args: argparse.Namespace) -> int:
     report.check_output(args.output, args.png)
     a, b = read_pair(args.judged, args.reference)
     rows = compare.compare(a, b, args.tolerance, args.only, args.precision)
-    show(*report.write(a, b, rows, args.output, args.png))
-    say(compare.verdict(rows), compare.coverage(rows, b, a))
-    return int(not compare.passed(rows))
+    missing = compare.missing(a, b, args.only)
+    show(*report.write(a, b, rows, args.output, args.png, missing))
+    say(compare.verdict(rows, missing), compare.coverage(rows, b, a))
+    return compare.exit_code(rows, missing)
 
 
 # ---------------------------------------------------------------- replay, bisect, calibrate

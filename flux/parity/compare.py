@@ -43,6 +43,7 @@ TOLERANCES = {  # relative L2 by dtype; 0 for integers
 }
 INTEGERS = ("BOOL", "I8", "U8", "I16", "I32", "I64")
 NORM_ROUNDING = 2e-6  # of a token's norm, summed in float32 in the order of the tensor's memory
+INCOMPLETE = 3  # exit code: no tensor is over its tolerance, but not every tensor was compared
 GUARD = 10  # the worst token may err ten times as much as the tensor
 FACTOR = 2  # another order of rounding errs about as much as ours, in another direction
 PRECISIONS = {  # as a recipe spells a dtype -> as safetensors does; float8: of weights alone
@@ -494,21 +495,43 @@ def _of_statistics(a: dict, b: dict, size: int) -> Errors:
 # ---------------------------------------------------------------- text
 
 
-def passed(rows: Sequence[Row]) -> bool:
-    """Return whether values were compared, and no tensor is over its tolerance."""
-    return any(row.values for row in rows) and first_over(rows) is None
+def missing(a: Capture, b: Capture, only: Sequence[str] = ()) -> list[str]:
+    """Return the tensors of `b`, the reference, that the patterns select and `a` lacks."""
+    return [name for name in b.names if name not in a.records and matches(name, only)]
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """Return one sentence: the first tensor over its tolerance, or the one nearest to it."""
+def is_incomplete(rows: Sequence[Row], missing: Sequence[str] = ()) -> bool:
+    """Return whether tensors are missing, or compared by less than all values or a sample of them.
+
+    Corners and statistics can show a fault, but no equality: the rest of a tensor may be wrong.
+    """
+    partly = any(row.kind in ("statistics", "slice") and not row.identical for row in rows)
+    return bool(missing) or partly
+
+
+def exit_code(rows: Sequence[Row], missing: Sequence[str] = ()) -> int:
+    """Return 1 if a tensor is over its tolerance or no value was compared, INCOMPLETE, or 0."""
+    if first_over(rows) is not None or not any(row.values for row in rows):
+        return 1
+    return INCOMPLETE if is_incomplete(rows, missing) else 0
+
+
+def verdict(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
+    """Return one sentence: the first tensor over its tolerance, or the one nearest to it.
+
+    `missing`: tensors of the reference that should have been compared and have no row.
+    """
     row = first_over(rows)
     if row is not None:
         return _verdict_over(row, rows)
     compared = [row for row in rows if row.values]
     if not compared:
-        return "nothing was compared" + _left_open(rows)
+        return "nothing was compared" + _left_open(rows, missing)
     nearest = max(rows, key=lambda row: row.ratio)
     subject = f"all {len(compared):,} tensors are"
+    if is_incomplete(rows, missing):
+        count = len(rows) + len(missing)
+        subject = f"incomplete: {len(compared):,} of {count:,} tensors are"
     if nearest.ratio:
         text = (
             f"{subject} within tolerance; "
@@ -521,10 +544,10 @@ def verdict(rows: Sequence[Row]) -> str:
         in_value = sum(row.kind == "full" and not row.identical for row in compared)
         if in_value:
             text += f", {in_value:,} of them in value alone: dtypes or signs of zeros differ"
-    return text + _left_open(rows)
+    return text + _left_open(rows, missing)
 
 
-def _left_open(rows: Sequence[Row]) -> str:
+def _left_open(rows: Sequence[Row], missing: Sequence[str]) -> str:
     """Say how many tensors were compared in part only, or not at all."""
     partly = [row for row in rows if row.values and not row.identical]
     probes = sum(row.kind == "probe" for row in partly)
@@ -536,6 +559,7 @@ def _left_open(rows: Sequence[Row]) -> str:
         (corners, "compared by a corner and statistics"),
         (alone, "not compared, because statistics alone are stored"),
         (empty, "not compared, because they have no finite values"),
+        (len(missing), "not compared, because they are missing"),
     )
     return "".join(f"; {count:,} {text}" for count, text in parts if count)
 
@@ -650,9 +674,9 @@ COLUMNS = (
 )
 
 
-def table(rows: Sequence[Row], compared: str = "") -> str:
+def table(rows: Sequence[Row], compared: str = "", missing: Sequence[str] = ()) -> str:
     """Return the verdict in one line, `coverage` in another, and all rows, as they were run."""
-    head = [verdict(rows), compared] if compared else [verdict(rows)]
+    head = [verdict(rows, missing), compared] if compared else [verdict(rows, missing)]
     return "\n".join([*head, "", COLUMNS, *map(format_row, rows)])
 
 

@@ -26,13 +26,14 @@ from flux.image_io.output import write_exclusive
 from flux.parity import figures
 from flux.parity.capture_file import Capture, token_norms
 from flux.parity.compare import (
+    INCOMPLETE,
     Row,
     about_copies,
     about_tolerances,
     coverage,
+    exit_code,
     first_over,
     format_ulp,
-    passed,
     verdict,
 )
 
@@ -41,18 +42,24 @@ OPEN = 200  # show all rows at once up to this number, else those of the first p
 
 
 def write(
-    a: Capture, b: Capture, rows: Sequence[Row], path: str | Path, png: str | Path | None = None
+    a: Capture,
+    b: Capture,
+    rows: Sequence[Row],
+    path: str | Path,
+    png: str | Path | None = None,
+    missing: Sequence[str] = (),
 ) -> list[Path]:
     """Write the page, and its figures and images into the folder `png`. Return the new files.
 
-    `path`: an .html file, or a folder. `rows`: of `compare(a, b)`. UserError without rows, without
+    `path`: an .html file, or a folder. `rows`: of `compare(a, b)`, and `missing` of the function
+    of that name. UserError without rows, without
     matplotlib, and where files cannot be written. Existing files are never overwritten.
     """
     path, folder = page_path(path), Path(png) if png else None
     check_output(path, folder)
     if not rows:
         raise UserError(f"{a.path}: no tensor was compared with {b.path}. There is no report.")
-    text, pngs = page(a, b, rows)
+    text, pngs = page(a, b, rows, missing)
     files = {path: text.encode()}
     if folder:
         files |= {folder / f"{name}.png": data for name, data in pngs.items()}
@@ -98,7 +105,9 @@ def check_output(path: str | Path, folder: str | Path | None = None) -> None:
             ) from None
 
 
-def page(a: Capture, b: Capture, rows: Sequence[Row]) -> tuple[str, dict[str, bytes]]:
+def page(
+    a: Capture, b: Capture, rows: Sequence[Row], missing: Sequence[str] = ()
+) -> tuple[str, dict[str, bytes]]:
     """Return the HTML, and its figures and images as PNG by name."""
     first = first_over(rows)
     grid = token_errors(a, b, first) if first and first.errors else None
@@ -113,7 +122,7 @@ def page(a: Capture, b: Capture, rows: Sequence[Row]) -> tuple[str, dict[str, by
     pngs |= {name: png_of(image) for name, image in images.items()}
     shown = "".join(img(pngs, name, IMAGE_NAMES[name]) for name in images)
     body = [
-        heading(a, b, rows),
+        heading(a, b, rows, missing),
         section("Error along the run", ALONG_RUN, img(pngs, "depth")),
         first_over_tolerance(first, img(pngs, "tokens")),
         section("Blocks by steps", BY_BLOCK, img(pngs, "blocks")) if "blocks" in pngs else "",
@@ -201,16 +210,17 @@ def img(pngs: dict[str, bytes], name: str, caption: str = "") -> str:
 # ---------------------------------------------------------------- the verdict
 
 
-def heading(a: Capture, b: Capture, rows: Sequence[Row]) -> str:
+def heading(a: Capture, b: Capture, rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
     """Return the verdict, the two files, and what limits the comparison."""
-    first, text = first_over(rows), verdict(rows)
+    first, text = first_over(rows), verdict(rows, missing)
     notes = [coverage(rows, b, a), about_copies(rows, a, b), about_tolerances(rows, a, b)]
     for capture in (a, b):
         if "stopped" in capture.recipe:
             notes.append(f"{capture.path} stopped early: {capture.recipe['stopped']}")
-    head = "<h1>Within tolerance</h1>"
-    if not passed(rows):
-        head = f'<h1 class="over">{"Over tolerance" if first else "Nothing was compared"}</h1>'
+    titles = {0: "Within tolerance", 1: "Nothing was compared", INCOMPLETE: "Incomplete"}
+    code = exit_code(rows, missing)
+    title, mark = "Over tolerance" if first else titles[code], ' class="over"' if code else ""
+    head = f"<h1{mark}>{title}</h1>"
     link = f'<p><a href="#first"><code>{escaped(first.name)}</code></a></p>' if first else ""
     lines = "".join(f'<p class="note">{escaped(note)}</p>' for note in notes if note)
     return (

@@ -23,7 +23,7 @@ import flux
 from flux.errors import UserError
 from flux.parity.capture import Selection, capture
 from flux.parity.capture_file import Capture, Writer, token_norms
-from flux.parity.compare import compare, errors, first_over, passed, verdict
+from flux.parity.compare import Row, compare, errors, exit_code, first_over, verdict
 
 Tensors = dict[str, Tensor]
 REQUEST = replace(SMALL, width=64, height=64, steps=2, guidance=1.0)
@@ -48,6 +48,10 @@ def truth(weights, tmp_path_factory) -> Path:
 def tensors(truth) -> Tensors:
     recorded = Capture(truth).tensors
     return {name: recorded[name].clone() for name in recorded}
+
+
+def passed(rows: list[Row]) -> bool:
+    return exit_code(rows) == 0
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -131,7 +135,6 @@ RIGHT = {  # a port that is right, and what is said
         r"all \d+ tensors are within tolerance; \S+ comes nearest",
     ),
     "ids in float32": (one(Tensor.float, "ids/img"), r"all \d+ tensors are equal, 1 of them"),
-    "one tensor": (lambda tensors: {OUT: tensors[OUT]}, r"all 1 tensors are equal to the bit\n"),
     "rounded": (one(lambda x: x * (1 + 1e-6)), r"all \d+ tensors are within tolerance"),
 }
 
@@ -234,11 +237,49 @@ def test_stated_dtype_allows_no_errors_in_silence(tensors, truth, parity):
     assert "were allowed more than the reference's dtype allows, because port.safetensors" in err
 
 
+@pytest.mark.parametrize(
+    "command", ["compare", "diagnose", pytest.param("report", marks=pytest.mark.slow)]
+)
+def test_port_without_some_tensors_is_incomplete(command, tensors, truth, parity):
+    """Each tensor that the port has is right; a wrong port could leave all others out."""
+    output = ("--output", "page.html") if command == "report" else ()
+    count = len(tensors)
+    for part in ({OUT: tensors[OUT]}, {name: tensors[name] for name in tensors if name != IN}):
+        save_file(part, "port.safetensors")
+        code, out, err = parity(command, "port.safetensors", truth, *output)
+        lost = count - len(part)
+        words = f"incomplete: {len(part)} of {count} tensors are equal to the bit; {lost} not "
+        assert code == 3 and f"{words}compared, because they are missing\n" in out + err
+    if command == "report":
+        assert '<h1 class="over">Incomplete</h1>' in Path("page.html").read_text()
+    else:
+        selected = parity(command, "port.safetensors", truth, "--filter", "noise")
+        assert selected[0] == 0 and selected[1].startswith("all 1 tensors are equal to the bit\n")
+
+
+def test_port_of_statistics_is_incomplete(tensors, truth, parity):
+    """One right tensor; all others state the statistics, hashes and recipe of the truth."""
+    document = json.loads(metadata_of(truth)["flux.parity"])
+    for name, entry in document["tensors"].items():
+        if name != "noise":
+            entry["kind"] = "statistics"
+            entry.pop("same", None)
+    save_file(
+        {"noise": tensors["noise"]}, "port.safetensors", {"flux.parity": json.dumps(document)}
+    )
+    code, out, _ = parity("compare", "port.safetensors", truth)
+    count = len(tensors)
+    assert code == 3 and out.splitlines()[0] == (
+        f"incomplete: 1 of {count} tensors are equal to the bit; {count - 1} not compared, because "
+        "statistics alone are stored"
+    )
+
+
 def test_verdict_counts_what_was_not_compared(tensors, truth, parity):
     count = len(tensors)
     save_file({OUT: tensors[OUT], "mine": tensors[IN]}, "port.safetensors")
     code, out, _ = parity("compare", "port.safetensors", truth)
-    assert code == 0 and out.splitlines()[1] == (
+    assert code == 3 and out.splitlines()[1] == (
         f"compared: 1 of the {count} tensors of {truth}; {count - 1} are not in port.safetensors "
         "(noise, ids/txt, ids/img, ...); 1 are in port.safetensors alone (mine)"
     )
@@ -288,7 +329,7 @@ def test_hash_of_the_reference_shows_equality_to_the_bit(kind, large, tmp_path, 
     save_file({name: x * (1 + 1e-6) for name, x in large.items()}, "near.safetensors")
     rows = compare(Capture("near.safetensors"), reference)
     assert not rows[0].identical and not rows[0].over
-    assert passed(rows) == (kind != "statistics")
+    assert passed(rows) == (kind in ("full", "probe"))
 
 
 @pytest.mark.parametrize("kind", ["probe", "slice", "statistics"])
@@ -298,7 +339,17 @@ def test_port_in_part_is_never_equal_to_the_bit(kind, large, tmp_path, monkeypat
     rows = compare(written("port.safetensors", large, kind), reference)
     assert not rows[0].over and not rows[0].identical and "to the bit" not in verdict(rows)
     words = {"probe": "4,096 values", "slice": "a corner", "statistics": "statistics alone"}
-    assert words[kind] in verdict(rows) and passed(rows) == (kind != "statistics")
+    assert words[kind] in verdict(rows) and passed(rows) == (kind == "probe")
+
+
+@pytest.mark.parametrize("kind", ["probe", "slice"])
+def test_reference_in_part_passes_no_port_with_other_values(kind, large, tmp_path, monkeypatch):
+    """Beyond the corner, tokens are in another order: all statistics are those of the truth."""
+    monkeypatch.chdir(tmp_path)
+    reference = written("truth.safetensors", large, kind)
+    moved = each(lambda x: torch.cat([x[:, :16], x[:, 16:].flip(1)], 1))(large)
+    save_file(moved, "port.safetensors")
+    assert not passed(compare(Capture("port.safetensors"), reference))
 
 
 def test_probe_of_another_memory_order_is_equal(tmp_path):
