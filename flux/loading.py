@@ -115,10 +115,7 @@ def load(
 
 
 def local_text_files(
-    spec: ModelSpec,
-    text_encoder: str | Path | None,
-    text_encoder_2: str | Path | None,
-    tokenizer: str | Path | None,
+    spec: ModelSpec, text_encoder: Path | None, text_encoder_2: Path | None, tokenizer: Path | None
 ) -> dict[str, list[Path] | Path]:
     """Return the given files of text encoders, and folders of tokenizers, by the parts of `locate`.
 
@@ -129,15 +126,16 @@ def local_text_files(
     first, second = ("clip", "t5") if spec.flux1 else ("model", "")
     given = {first: text_encoder, second: text_encoder_2}
     files: dict[str, list[Path] | Path] = {
-        part: shard_files(Path(path)) for part, path in given.items() if path is not None
+        part: shard_files(path) for part, path in given.items() if path is not None
     }
     if tokenizer is not None:
-        folder = Path(tokenizer)
-        if not folder.is_dir():
-            raise UserError(f"tokenizer: {folder} is not a folder. Pass the folder of its files.")
+        if not tokenizer.is_dir():
+            raise UserError(
+                f"tokenizer: {tokenizer} is not a folder. Pass the folder of its files."
+            )
         for part, names in spec.text.tokenizers.items():
-            own = folder / Path(names[0]).parent
-            files[part] = own if own.is_dir() else folder
+            own = tokenizer / Path(names[0]).parent
+            files[part] = own if own.is_dir() else tokenizer
     return files
 
 

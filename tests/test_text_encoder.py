@@ -158,11 +158,10 @@ def test_file_of_a_language_model_loads(tmp_path, prefix, head):
         )
 
 
-def test_unknown_tensor_is_refused(tmp_path):
-    with pytest.raises(UserError, match="layers.0.extra"):
-        reload(
-            tmp_path, LanguageModel, LM_TINY, ["layers.0.extra"], ignore_keys=two_layers_ignore_keys
-        )
+def test_unknown_tensor_of_a_layer_is_refused(tmp_path):
+    name = "layers.0.mlp.up_proj.extra"
+    with pytest.raises(UserError, match=name):
+        reload(tmp_path, LanguageModel, LM_TINY, [name], ignore_keys=two_layers_ignore_keys)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from collections.abc import Container
 from pathlib import Path
 
 from flux.configs import ModelSpec
+from flux.weights.families import looks_like
 from flux.weights.files import preview
-from flux.weights.load import looks_like, read_headers, split_parts
+from flux.weights.load import read_headers, split_parts
 
 PARTS = {  # what a part of a file looks like -> the part of `locate`
     "a CLIP text encoder": "clip",

@@ -57,6 +57,10 @@ NOT_SAFETENSORS = (  # the first bytes of another kind of file, and what that fi
         "an error message of Hugging Face, saved in place of the file",
     ),
     (rb"\x1f\x8b", "a gzip file; unpack it"),
+    (
+        rb"\x00\x05\x16[\x00\x07]",
+        "a companion that macOS writes, without weights; name the file without ._ in its name",
+    ),
 )
 
 
@@ -254,6 +258,7 @@ def shard_files(path: Path) -> list[Path]:
     """Return the file itself, or all shards that a model is split into.
 
     `path`: a file, a `*.safetensors.index.json`, any one of its shards, or a folder with one model.
+    A GGUF file that was split by llama.cpp has shards of the same names.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -261,8 +266,10 @@ def shard_files(path: Path) -> list[Path]:
     if is_index(path):
         names = _shard_names(path)
     elif match := SHARD.fullmatch(path.name):
-        stem, _, count = match.groups()
-        names = [f"{stem}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
+        stem, _, count, suffix = match.groups()
+        if int(count) > MAX_SHARDS:
+            raise UserError(f"{path} is one of {int(count):,} files by its name. Rename the file.")
+        names = [f"{stem}-{i:05}-of-{count}.{suffix}" for i in range(1, int(count) + 1)]
     else:
         return [path]
     shards = [path.parent / name for name in names]
@@ -275,13 +282,15 @@ def shard_files(path: Path) -> list[Path]:
     return shards
 
 
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|gguf)")
+MAX_SHARDS = 1000
 
 
 def _file_in_folder(folder: Path) -> Path:
     """Return the index, or else the only weight file, of a folder or of `transformer` in it."""
     for place in (folder, folder / "transformer"):
-        names = sorted(file.name for file in place.glob("[!.]*"))
+        # without the companions of other systems: ._x.safetensors of macOS, folders of a NAS
+        names = sorted(file.name for file in place.glob("[!.@]*") if not file.is_dir())
         files = [name for name in names if name.endswith((".safetensors", ".sft", ".gguf"))]
         starts = [n for n in files if not (shard := SHARD.fullmatch(n)) or shard[2] == "00001"]
         found = [name for name in names if name.endswith(".safetensors.index.json")] or starts

@@ -8,6 +8,7 @@ Nothing is ever unpickled.
 
 import difflib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from flux.errors import UserError
 from flux.transformer import FluxConfig
 from flux.weights.diffusers_transformer import join_diffusers
+from flux.weights.families import USES, foreign_family, looks_like
 from flux.weights.files import (
     FLOATS,
     TensorInfo,
@@ -96,8 +98,8 @@ def load_module(
     check_finite: raise UserError if a weight is NaN or infinite, or if a file in the Hugging Face
         cache has not its hash.
 
-    UserError, before anything is loaded, if a tensor is missing, unknown, or of a wrong shape or
-    dtype.
+    UserError, before anything is loaded, if a tensor is missing, or of a wrong shape or dtype, and
+    for unknown tensors that could change the result. A warning names the other unknown tensors.
     """
     for file in files if check_finite else ():
         if not has_stated_hash(file):
@@ -127,6 +129,8 @@ def load_module(
     tensors = {name: torch.zeros((), dtype=torch.int64, device=device) for name in counters}
     expected = {name: tensor for name, tensor in expected.items() if name not in tensors}
     sources = {name: info for name, info in sources.items() if name not in tensors}
+    if expected.keys() <= sources.keys():
+        _pass_over_unread(module, layers, expected, sources)
     _check_fit(type(module).__name__, files, expected, sources, renamed=rename is not None)
     stored = {name: gguf.stored(info) for name, info in sources.items()}
     on_meta = torch.device(device).type == "meta" and not check_finite
@@ -180,11 +184,19 @@ def _not_finite(info: TensorInfo) -> UserError:
 
 
 def read_headers(files: Sequence[Path]) -> tuple[dict[str, TensorInfo], dict]:
-    """Return the tensors and the metadata of all files; UserError if two have the same name."""
+    """Return the tensors and the metadata of all files.
+
+    UserError if two tensors have the same name, or if parts of a split GGUF file are missing.
+    """
     merged: dict[str, TensorInfo] = {}
     merged_metadata: dict = {}
     for file in files:
         infos, metadata = gguf.read_header(file) if _is_gguf(file) else read_header(file)
+        if (count := metadata.get(gguf.SPLIT_COUNT) or 1) != 1 and count != len(files):
+            raise UserError(
+                f"{file} is one of {count} parts of a GGUF file. Put all parts into one folder, "
+                "under their first names: NAME-00001-of-00003.gguf and so on."
+            )
         for name in merged.keys() & infos.keys():
             raise UserError(
                 f"{merged[name].file} and {file} do not belong together: both hold {name!r:.120}."
@@ -332,6 +344,7 @@ def _embeddings(module: nn.Module) -> list[str]:
 
 # ---------------------------------------------------------------- what does not fit
 
+INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 DTYPES = {  # what a file may hold for a tensor of this dtype; any float for all others
     torch.int64: ("I64",),
     torch.uint8: ("U8",),
@@ -340,36 +353,54 @@ DTYPES = {  # what a file may hold for a tensor of this dtype; any float for all
     torch.float8_e4m3fn: ("F8_E4M3",),
     torch.float8_e5m2: ("F8_E5M2",),
 }
-FOREIGN = (  # a pattern in tensor names, and the kind of file that has such names
-    (r"controlnet_blocks\.|controlnet_x_embedder\.|(^|\.)input_hint_block\.", "a ControlNet"),
-    (r"ip_adapter|(^|\.)image_proj\.", "an IP-adapter"),
-    (r"(^|\.)pulid_|(^|\.)id_adapter", "a PuLID adapter"),
-    (r"\.oft_(R|blocks|diag)|^oft_", "an OFT or BOFT adapter"),
-    (r"distilled_guidance_layer\.", "a Chroma transformer"),
-    (r"joint_blocks\.\d|(^|\.)pos_embed\.proj\.", "a Stable Diffusion 3 transformer"),
-    (r"double_stream_blocks\.\d", "a HiDream transformer"),
-    (r"transformer_blocks\.\d+\.(img|txt)_mod\.1\.", "a Qwen-Image transformer"),
-    (r"individual_token_refiner\.", "a HunyuanVideo transformer"),
-    (r"(noise|context)_refiner\.\d", "a Lumina or Z-Image transformer"),
-    (r"(^|\.)blocks\.\d+\.(self|cross)_attn\.", "a Wan or Cosmos transformer"),
-    (
-        r"(^|\.)input_blocks\.\d|down_blocks\.\d+\.attentions\.\d+\.proj_in",
-        "a Stable Diffusion U-Net",
-    ),
+VARIANTS = re.compile(  # of our networks have these layers, and others do not
+    r"^(vector_in|guidance_in|(double|single)_stream_modulation\w*|(post_)?quant_conv|bn)\.|"
+    r"transformer_blocks\.\d"  # in diffusers' layout
 )
-LOOKS_LIKE = (  # the same of this project's networks; the first pattern counts
-    *FOREIGN,
-    (r"\.lora_|^lora_|\.lokr_|\.hada_", "a LoRA"),
-    (r"^redux_(up|down)\.", "the FLUX.1 Redux adapter"),
-    (r"transformer_blocks\.\d|^x_embedder\.", "a transformer in diffusers' layout"),
-    (r"double_stream_modulation_img\.", "a FLUX.2 transformer"),
-    (r"double_blocks\.\d", "a FLUX.1 transformer"),
-    (r"(down|up)_blocks\.\d+\.resnets\.", "an autoencoder in diffusers' layout"),
-    (r"(encoder\.down|decoder\.up)\.\d", "an autoencoder"),
-    (r"text_model\.|^embeddings\.token_embedding\.", "a CLIP text encoder"),
-    (r"encoder\.block\.\d+\.layer\.", "a T5 text encoder"),
-    (r"layers\.\d+\.mlp\.gate_proj\.", "a language model"),
-)
+
+
+def _pass_over_unread(
+    module: nn.Module,
+    layers: Collection[str],
+    expected: Collection[str],
+    sources: dict[str, TensorInfo],
+) -> None:
+    """Remove from `sources` the tensors that the network has no place for, with a warning.
+
+    Unknown tensors that could change the result stay, and are refused: those inside a layer of the
+    network, but for integers; those of a block more, and of layers that another FLUX network has.
+
+    `layers`: those that are quantized, for which integers count.
+    """
+    parts = dict(module.named_modules())
+    owners = {path for path, part in parts.items() if next(_own_tensors(part), None) is not None}
+    lists = {path for path, part in parts.items() if isinstance(part, nn.ModuleList)}
+    unread = []
+    for name, info in sources.items():
+        if name in expected:
+            continue
+        ends = [name[dot.end() :] for dot in re.finditer(r"\.", name)]
+        starts = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+        in_layer = any(path in owners for path in starts)
+        integer = info.dtype in INTEGERS and not any(path in layers for path in starts)
+        more = any(path not in parts and path.rpartition(".")[0] in lists for path in starts)
+        copy = any(end in expected for end in ends)
+        if not (in_layer and not integer or more or copy or VARIANTS.search(name)):
+            unread.append(name)
+    if unread and looks_like(sources) == looks_like(expected):
+        shown = preview([f"{sources[name].name!r:.120}" for name in unread])
+        warnings.warn(
+            f"{sources[unread[0]].file} has tensors that {type(module).__name__} lacks, which are "
+            f"left out ({len(unread)}): {shown}",
+            stacklevel=3,
+        )
+        for name in unread:
+            del sources[name]
+
+
+def _own_tensors(part: nn.Module) -> Iterator[torch.Tensor]:
+    yield from part.parameters(recurse=False)
+    yield from part.buffers(recurse=False)
 
 
 def _check_fit(
@@ -424,15 +455,6 @@ def _check_fit(
     )
 
 
-def looks_like(names: Iterable[str]) -> str:
-    """Return the network that has such tensors, in words."""
-    names = list(names)
-    for pattern, network in LOOKS_LIKE:
-        if any(re.search(pattern, name) for name in names):
-            return network
-    return "something else"
-
-
 # ---------------------------------------------------------------- the configuration in a file
 
 SIZES = {  # tensors that give the sizes of a transformer, and their numbers of dimensions
@@ -459,17 +481,18 @@ def infer_config(path: Path) -> FluxConfig:
     for layer, format in detect_formats(tensors, metadata, layers).items():
         shapes[f"{layer}.weight"] = format.shape
 
-    for pattern, kind in FOREIGN:
-        if any(re.search(pattern, name) for name in tensors):
-            raise UserError(f"{path} is {kind}, which is not supported.")
+    if kind := foreign_family(tensors):
+        raise UserError(f"{path} is {kind}, which is not supported.")
     sizes = SIZES | ({VECTOR_IN: 2} if VECTOR_IN in shapes else {})
     for name, dimensions in sizes.items():
         shape = shapes.get(name)
         if shape is None or len(shape) != dimensions or 0 in shape:
             problem = "has no" if shape is None else f"has shape {shape!s:.120} for"
+            kind = looks_like(infos)
+            use = f" Pass it as `{USES[kind]}`." if kind in USES else ""
             raise UserError(
                 f"{path} is not a complete FLUX transformer: it {problem} '{name}' "
-                f"and looks like {looks_like(infos)}."
+                f"and looks like {kind}.{use}"
             )
     hidden_size, in_channels = shapes["img_in.weight"]
     (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]

@@ -87,7 +87,6 @@ def without(tensors, name):
     "change, expected",
     [
         (lambda t: without(t, "proj.bias"), "1 missing ('proj.bias')"),
-        (lambda t: t | {"other": torch.zeros(1)}, "1 unknown ('other')"),
         (
             lambda t: without(t, "proj.bias") | {"proj.bais": t["proj.bias"]},
             "'proj.bais' is close to 'proj.bias'",
@@ -110,10 +109,20 @@ def without(tensors, name):
         ),
         (lambda t: t | {"proj.weight_scale": torch.tensor(1.0)}, "1 unknown ('proj.weight_scale')"),
         (
-            lambda t: t | {"transformer_blocks.0.attn.to_q.weight": torch.zeros(1)},
-            "diffusers' layout",
+            lambda t: t | {"proj.lora_A.weight": torch.ones(1, 4)},
+            "1 unknown ('proj.lora_A.weight')",
         ),
-        (lambda t: t | {"a\x1b[2J\nb": torch.zeros(1)}, r"1 unknown ('a\x1b[2J\nb')"),
+        (lambda t: t | {"ema.proj.bias": t["proj.bias"].clone()}, "1 unknown ('ema.proj.bias')"),
+        (lambda t: t | {"quant_conv.weight": torch.ones(1)}, "1 unknown ('quant_conv.weight')"),
+        (
+            lambda t: without(t, "proj.bias") | {"other": torch.zeros(1)},
+            "1 missing ('proj.bias'); 1 unknown ('other')",
+        ),
+        (
+            lambda t: t | {"transformer_blocks.0.attn.to_q.weight": torch.zeros(1)},
+            "looks like a transformer of another family",
+        ),
+        (lambda t: t | {"proj.a\x1b[2J\nb": torch.zeros(1)}, r"1 unknown ('proj.a\x1b[2J\nb')"),
         (lambda t: t | {"query_norm.weight": torch.zeros(4)}, "twice"),
     ],
 )
@@ -151,10 +160,10 @@ def test_prefixes_ignored_keys_and_renamed_norms_are_handled(tmp_path):
     )
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
 
-    message = refusal(
-        load_module, meta(), [path], ignore_keys=lambda name: name == "lm_head.weight"
-    )
-    assert "of 8 tensors, 1 unknown ('language_model.model.layers.9.weight')" in message
+    with pytest.warns(
+        UserWarning, match=r"left out \(1\): 'language_model\.model\.layers\.9\.weight'$"
+    ):
+        load_module(meta(), [path], ignore_keys=lambda name: name == "lm_head.weight")
 
 
 PREFIXES = (
@@ -229,6 +238,45 @@ def test_tensors_that_nothing_reads_may_be_there_in_any_dtype(tmp_path, prefix, 
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
     del file[f"{prefix}bn.num_batches_tracked"]
     load_module(meta(), [saved(tmp_path / "x.safetensors", file)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32, torch.bool])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_unknown_tensors_outside_the_layers_are_named_and_left_out(tmp_path, prefix, dtype):
+    """Integers may lie inside a layer too: no layer of floats reads them."""
+    tensors = tiny_tensors()
+    names = ["__index_timestep_zero__", "norms.other", "denoiser.sigmas"]
+    names += [] if dtype == torch.float32 else ["proj.steps"]
+    unknown = {f"{prefix}{name}": torch.ones(2).to(dtype) for name in names}
+    file = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    path, module = saved(tmp_path / "x.safetensors", file | unknown), meta()
+    with pytest.warns(UserWarning, match=rf"Tiny lacks, .* \({len(names)}\)") as told:
+        load_module(module, [path])
+    assert repr(f"{prefix}denoiser.sigmas") in str(told[0].message)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+
+
+def test_block_that_the_network_lacks_is_refused(tmp_path):
+    file = {name: torch.ones(like.shape) for name, like in Blocks().state_dict().items()}
+    path = saved(tmp_path / "x.safetensors", file | {"blocks.1.0.gain": torch.ones(4)})
+    with torch.device("meta"):
+        module = Blocks()
+    assert "1 unknown ('blocks.1.0.gain')" in refusal(load_module, module, [path])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_unknown_tensor_of_a_quantized_layer_is_refused(tmp_path, dtype):
+    """It may be a scale, whatever its type."""
+    file = tiny_tensors() | {"proj.other": torch.ones(2).to(dtype)}
+    file["proj.weight"] = file["proj.weight"].to(torch.float8_e4m3fn)
+    path = saved(tmp_path / "x.safetensors", file)
+    assert "1 unknown ('proj.other')" in refusal(load_module, meta(), [path])
 
 
 def test_second_name_is_read_only_without_the_first(tmp_path):
@@ -520,7 +568,8 @@ def test_other_family_and_other_size_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("transformer_blocks.0.attn.to_q.weight", "diffusers' layout"),
+        ("transformer_blocks.0.attn.to_q.weight", "a transformer of another family"),
+        ("time_text_embed.timestep_embedder.linear_1.weight", "a transformer in diffusers' layout"),
         ("double_blocks.0.img_attn.qkv.lora_A.weight", "a LoRA"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "a LoRA"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5"),

@@ -278,6 +278,7 @@ STRING, ARRAY = 8, 9  # enum gguf_type
 # ComfyUI-GGUF stores a matrix with short rows in rows of whole blocks, and its shape under this key
 # and the tensor's name.
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+SPLIT_COUNT = "split.count"  # of the files of a model, in the metadata of each
 MAX_STRINGS = 1_000_000  # of all arrays; Mistral's vocabulary and merges are some 400,000
 
 
@@ -381,7 +382,7 @@ def _parse(
         end = info.begin + _size(info.dtype, info.shape)
         if info.name in shapes:
             infos[info.name] = _reshaped(info, shapes[info.name])
-    if not infos:
+    if not infos and SPLIT_COUNT not in metadata:  # the first part of a split file may hold none
         raise ValueError("holds no tensors")
     start = fields.file.tell()
     start += -start % alignment
