@@ -34,6 +34,7 @@ from flux.weights.quantization import (
     GGUFEmbedding,
     QuantizedLinear,
     canonical,
+    check_scales,
     detect_formats,
     gguf,
     is_quant_metadata,
@@ -85,7 +86,7 @@ def load_module(
 
     On the CPU and in the files' dtype (`dtype=None`) tensors stay mapped. Otherwise floats are
     cast one tensor at a time, except quantized weights and their scales. On the meta device nothing
-    is read but the headers.
+    is read but the headers and the scales of matrices and rows (`check_scales`).
 
     What stands before most of the module's names in the files is removed from them (`find_prefix`).
     Tensors that no network reads, such as counters, are passed over.
@@ -132,6 +133,7 @@ def load_module(
     if expected.keys() <= sources.keys():
         _pass_over_unread(module, layers, expected, sources)
     _check_fit(type(module).__name__, files, expected, sources, renamed=rename is not None)
+    check_scales(layers, sources)
     stored = {name: gguf.stored(info) for name, info in sources.items()}
     on_meta = torch.device(device).type == "meta" and not check_finite
     for name, tensor in (meta_tensors if on_meta else map_tensors)(stored):
@@ -149,8 +151,13 @@ def load_module(
     module.requires_grad_(False).load_state_dict(tensors, strict=True, assign=True)
     if check_finite:
         for path, layer in layers.items():  # GGUF has scales inside its bytes
-            if not layer.dequantize().isfinite().all():
-                raise _not_finite(sources[f"{path}.weight"])
+            values, info = layer.dequantize(), sources[f"{path}.weight"]
+            if not values.isfinite().all():
+                raise _not_finite(info)
+            if not values.any() and len(layer.weight.view(torch.uint8).unique()) > 1:
+                raise UserError(
+                    f"{info.file} has scales of zero for {info.name!r:.120}; download it again."
+                )
     for path in embeddings:  # of these, only ggml's blocks stay quantized
         if path in layers and not isinstance(layers[path], GGUFEmbedding):
             table = layers[path].dequantize().to(dtype)

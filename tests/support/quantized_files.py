@@ -234,7 +234,7 @@ def fp8_by_block(layers: list[str], state: dict[str, Tensor]) -> QuantizedFile:
     for seed, layer in enumerate(layers):
         rows, columns = state[f"{layer}.weight"].shape
         weight = random(rows, columns, seed=seed, size=100).clamp(-448, 448).to(E4M3)
-        scale = random(-(-rows // 128), -(-columns // 128), seed=seed)
+        scale = random(-(-rows // 128), -(-columns // 128), seed=seed).abs()
         scale = scale.to(torch.bfloat16 if seed % 2 else torch.float32)
         tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale_inv"] = weight, scale
         full = weight.float().numpy()

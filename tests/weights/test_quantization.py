@@ -858,12 +858,10 @@ def test_quantized_file_of_another_network_is_refused(tmp_path):
     assert "21 misshapen" in wider and "missing" not in wider and "unknown" not in wider
 
 
-@pytest.mark.parametrize(
-    "value, where", [(float("nan"), WEIGHT), (float("inf"), f"{LAYER}.weight_scale")]
-)
-def test_check_finite_finds_values_in_quantized_tensors(tmp_path, value, where):
+@pytest.mark.parametrize("where", [WEIGHT, f"{LAYER}.input_scale"])
+def test_check_finite_finds_values_in_quantized_tensors(tmp_path, where):
     written = bfl_fp8(block_linears(empty(FLUX2)), random_state(empty(FLUX2)))
-    wrong = torch.full(written.tensors[where].shape, value).to(written.tensors[where].dtype)
+    wrong = torch.full(written.tensors[where].shape, torch.nan).to(written.tensors[where].dtype)
     path = save_quantized(
         tmp_path / "x.safetensors", written._replace(tensors=written.tensors | {where: wrong})
     )

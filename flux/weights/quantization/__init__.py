@@ -3,6 +3,7 @@
 linear.py    `QuantizedLinear`: dequantizes its weight each time it is used
 fp8.py int8.py mxfp8.py nvfp4.py nf4.py gguf.py   one subclass for each format of files
 detect.py    which layers of a file are quantized, and in which format
+scales.py    refuses a scale that is no number above 0
 published.py rounds weights to the formats that other programs read
 quantize.py  `quantize_`: rounds the large Linears of a loaded network to fp8, int8 or int4
 
@@ -23,6 +24,7 @@ from flux.weights.quantization.linear import QuantizedLinear
 from flux.weights.quantization.mxfp8 import MXFP8Linear
 from flux.weights.quantization.nf4 import NF4Linear
 from flux.weights.quantization.nvfp4 import NVFP4Linear
+from flux.weights.quantization.scales import check_scales
 
 __all__ = [
     "FP8_DTYPES",
@@ -37,6 +39,7 @@ __all__ = [
     "NVFP4Linear",
     "QuantizedLinear",
     "canonical",
+    "check_scales",
     "detect_formats",
     "enable_fp8_matmul",
     "is_quant_metadata",

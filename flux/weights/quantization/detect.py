@@ -100,13 +100,19 @@ def detect_formats(
 def _check_all_or_none_scaled(layers: list[Layer]) -> None:
     """Raise UserError if some float8 layers have scales and others none: one scale was lost.
 
-    The strict loader reports the lost scale of a layer whose format is declared.
+    A scale of the activations shows too that a scale of the weights was lost. The strict loader
+    reports the lost scale of a layer whose format is declared.
     """
-    scaled = [layer for layer in layers if layer.scale or layer.get("weight_scale_inv")]
-    bare = [layer for layer in layers if layer not in scaled and layer.declaration is None]
+    bare = [
+        layer
+        for layer in layers
+        if not (layer.scale or layer.get("weight_scale_inv") or layer.declaration)
+    ]
+    scaled = [layer for layer in layers if layer not in bare or layer.get("input_scale")]
     if scaled and bare:
+        kind = "an input_scale" if scaled[0] in bare else "one"
         raise UserError(
-            f"{bare[0].weight.file} has no scale for {bare[0].name!r:.120}, but one for "
+            f"{bare[0].weight.file} has no scale for {bare[0].name!r:.120}, but {kind} for "
             f"{scaled[0].name!r:.120}; get it from where it was made."
         )
 

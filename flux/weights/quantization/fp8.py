@@ -32,6 +32,7 @@ class FP8Linear(QuantizedLinear):
     Black Forest Labs, ComfyUI and diffusers write such files; their README and loaders say how.
     """
 
+    few_scales = ("weight_scale",)
     weight_scale: Tensor | None
     input_scale: Tensor | None
 
@@ -122,6 +123,7 @@ class BlockFP8Linear(QuantizedLinear):
     """
 
     BLOCK = 128
+    few_scales = ("weight_scale_inv",)
     weight_scale_inv: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
@@ -189,6 +191,9 @@ def _unsuitable(layer: QuantizedLinear) -> str | None:
         return "with scales of blocks"
     if not isinstance(layer, FP8Linear):
         return "in another format"
+    if layer.input_scale is not None and not layer.input_scale.is_meta:
+        if not 0 < layer.input_scale.item() < math.inf:
+            return "with a scale of activations that is not above 0"
     if layer.weight.dtype != torch.float8_e4m3fn:
         return f"in {str(layer.weight.dtype).removeprefix('torch.')}"
     if layer.in_features % 16 or layer.out_features % 16:  # the hardware's kernels need multiples

@@ -28,6 +28,7 @@ class Int8Linear(QuantizedLinear):
     `group` must be a power of 4 that divides in_features.
     """
 
+    few_scales = ("weight_scale",)
     weight_scale: Tensor
     input_scale: Tensor | None
 

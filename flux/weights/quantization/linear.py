@@ -13,6 +13,7 @@ class QuantizedLinear(nn.Module):
     quantized. A subclass for each format says how its tensors make a weight.
     """
 
+    few_scales: tuple[str, ...] = ()  # names of the scales that `check_scales` reads
     weight: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool):

@@ -35,6 +35,7 @@ class NVFP4Linear(QuantizedLinear):
     UserError unless in_features is a multiple of 16.
     """
 
+    few_scales = ("weight_scale_2",)
     weight_scale: Tensor
     weight_scale_2: Tensor
     input_scale: Tensor | None
