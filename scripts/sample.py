@@ -256,7 +256,9 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     # 1. Check the request before anything heavy is imported, and before any download.
     from flux.image_io import output
+    from flux.lora.peft_config import adapter_file
 
+    args.lora = [(adapter_file(path), scale) for path, scale in args.lora]
     earlier = {}
     if args.from_image:
         earlier = output.read_metadata(args.from_image)
@@ -276,9 +278,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.lora:
         from flux.lora.manager import check_files
-        from flux.lora.peft_config import adapter_file
 
-        args.lora = [(adapter_file(path), scale) for path, scale in args.lora]
         check_files(args.lora)
     count = len(prompts) * args.num_images
     checks.check_count(count, first_seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 
 from flux.errors import UserError
+from flux.lora.peft_config import config_file
 
 DTYPES = ("bfloat16", "float32")
 Types = dict[str, type | UnionType]
@@ -136,10 +137,15 @@ def software() -> str:
 
 
 def describe_files(args: Namespace) -> dict:
-    """Return the user's files that decide an image: input images, mask, LoRAs."""
+    """Return the user's files that decide an image: input images, mask, LoRAs.
+
+    A LoRA's configuration decides its strength, so its hash is kept with the LoRA's.
+    """
     loras = []
     for path, scale in args.lora:
+        config = config_file(path)
         merged = {"scale": scale, "ignore_unmatched": args.lora_ignore_unmatched}
+        merged["config_sha256"] = describe_file(config)["sha256"] if config else None
         loras.append(describe_file(path) | merged)
     mask = describe_file(args.mask) if args.mask else None
     return dict(images=[describe_file(path) for path in args.image], mask=mask, loras=loras)
@@ -289,6 +295,8 @@ def restore_files(args: Namespace, metadata: dict) -> None:
     args.mask = masks[0] if masks else None
     loras = metadata.get("loras")
     paths = _restore_paths(args, "loras", [path for path, _ in args.lora], loras)
+    for path, lora in zip(paths, loras or []):
+        _check_config(args.from_image, path, lora)
     if not args.lora:
         args.lora = [(path, lora.get("scale", 1.0)) for path, lora in zip(paths, loras or [])]
     if any(lora.get("ignore_unmatched") for lora in loras or []):
@@ -317,10 +325,23 @@ def _restore_paths(args: Namespace, name: str, typed: list[Path], files: object)
     return paths
 
 
+def _check_config(source: Path, path: Path, lora: dict) -> None:
+    """UserError unless a LoRA has the configuration, or none, that `source` was made with."""
+    config = config_file(path)
+    found = describe_file(config)["sha256"] if config else None
+    if found != lora.get("config_sha256", found):  # older images do not have it
+        what = "is not the configuration" if config else "lacks the adapter_config.json"
+        raise UserError(
+            f"{config or path}: {what} that {source} was made with. Pass the LoRA with its own "
+            "configuration in `loras`."
+        )
+
+
 def is_described(file: object) -> bool:
-    """Return whether `describe_file` may have written this; a LoRA has a scale too."""
-    types: Types = dict(file=str, sha256=str, scale=float | int)
-    return isinstance(file, dict) and not wrong_values({"scale": 1.0} | file, types)
+    """Return whether `describe_file` may have written this; a LoRA has more fields."""
+    types: Types = dict(file=str, sha256=str, scale=float | int, config_sha256=str | None)
+    more = {"scale": 1.0, "config_sha256": None}
+    return isinstance(file, dict) and not wrong_values(more | file, types)
 
 
 def restore_image_options(

@@ -153,19 +153,26 @@ def adapter_file(path: Path) -> Path:
     return inside if inside.is_file() else Path(path)
 
 
+def config_file(path: Path) -> Path | None:
+    """Return the configuration that belongs to a LoRA file, which is as the user named it."""
+    config = path.with_name(CONFIG)
+    if path.name != FILE or not (config.exists() or config.is_symlink()):
+        return None
+    return config
+
+
 def read_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
     """Return the configuration of the LoRA file `path`, which is as the user named it.
 
     The file may be a link: its configuration is beside the link, as in the Hugging Face cache.
     UserError if the configuration is damaged or asks for what is not supported.
     """
-    sidecar = path.with_name(CONFIG)
     text: str | bytes
     if METADATA in metadata:
         text, source = metadata[METADATA], f"{path}: {METADATA}"
     elif path.name != FILE:
         return PeftConfig()
-    elif sidecar.exists() or sidecar.is_symlink():
+    elif sidecar := config_file(path):
         text = read_plain_file(sidecar, MAX_JSON, f"the configuration of {path}")
         source = str(sidecar)
     else:

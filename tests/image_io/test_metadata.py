@@ -217,8 +217,33 @@ def test_files_are_described_as_they_are_restored(parser, here):
     assert described == dict(
         images=[file("a.png")],
         mask=file("m.png"),
-        loras=[file("one.safetensors", scale=0.5, ignore_unmatched=True)],
+        loras=[file("one.safetensors", scale=0.5, ignore_unmatched=True, config_sha256=None)],
     )
     args = restored(parser, NEW | dict(image_options=OPTIONS) | described)
     assert describe_files(args) == described
     assert re.fullmatch("[0-9a-f]{64}", described["mask"]["sha256"])
+
+
+def test_configuration_of_a_lora_must_be_the_same(parser, here):
+    """It decides the strength, and may change while the file of the factors stays."""
+    adapter = Path("style/adapter_model.safetensors")
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"lora")
+    plain = describe_files(parser.parse_args(["--lora", f"{adapter}:0.5"]))
+    config = adapter.with_name("adapter_config.json")
+    config.write_text('{"lora_alpha": 8}')
+    described = describe_files(parser.parse_args(["--lora", f"{adapter}:0.5"]))
+    assert described["loras"][0]["config_sha256"] == sha256(config)
+    before, made = NEW | plain, NEW | described
+    assert restored(parser, made).lora == [(adapter, 0.5)]
+    message = refusal(parser, before)
+    assert message.startswith(f"{config}: is not the configuration that x.png was made with.")
+    config.write_text('{"lora_alpha": 16}')
+    assert f"{config}: is not the configuration" in refusal(parser, made)
+    config.unlink()
+    assert f"{adapter}: lacks the adapter_config.json" in refusal(parser, made)
+    older = before | {"loras": [file(str(adapter), scale=0.5)]}  # which had no such hash
+    assert restored(parser, older).lora == restored(parser, before).lora
+    for wrong in (3, ["x"], {}):
+        lora = file(str(adapter), scale=0.5, config_sha256=wrong)
+        assert "do not say which files `loras` had" in refusal(parser, before | {"loras": [lora]})
