@@ -3,9 +3,9 @@
     python example_port.py [KIT [WEIGHTS]]
 
 needs numpy alone. It prints one line a tensor with its relative L2 error, and exits with 1 if one
-is wrong. KIT is this file's folder by default, WEIGHTS is KIT/weights/transformer.safetensors.
-After each check the block goes on with the kit's own tensor, so that an error shows only where it
-is made. To test your port, replace `double_block`.
+is wrong, with 2 if a file is damaged. KIT is this file's folder by default, WEIGHTS is
+KIT/weights/transformer.safetensors. After each check the block goes on with the kit's own tensor,
+so that an error shows only where it is made. To test your port, replace `double_block`.
 """
 
 import json
@@ -102,19 +102,48 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+class Tensors(dict):
+    """The tensors of a file by name. A name that the file lacks ends the program."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __missing__(self, name):
+        stop(self.path, f"has no tensor {name}")
+
+
+def stop(place, problem):
+    print(f"{place}: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
 def read(path):
     """Read this block's tensors: 8 bytes of header length, a JSON header, then the data."""
-    raw, tensors = np.memmap(path, np.uint8, mode="r"), {}
-    start = 8 + int.from_bytes(raw[:8], "little")
-    for name, entry in json.loads(bytes(raw[8:start])).items():
-        name = name.removeprefix("step.001/")
-        if name != "vec" and not name.startswith(("double_blocks.0", "double_stream_modulation")):
-            continue
-        begin, end = entry["data_offsets"]
-        data = raw[start + begin : start + end]
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            data = data.view("<u2").astype("<u4") << 16
-        tensors[name] = data.view("<f4").reshape(entry["shape"]).astype(np.float64)
+    tensors, end = Tensors(path), 0
+    try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("no plain file is there")
+        raw = np.memmap(path, np.uint8, mode="r")
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(bytes(raw[8:start]))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, (offset, end) = end, entry["data_offsets"]
+            if offset != begin:
+                raise ValueError("a hole or an overlap")
+            name = name.removeprefix("step.001/")
+            if name != "vec" and not name.startswith(("double_blocks.0", "double_stream_mod")):
+                continue
+            data = raw[start + begin : start + end]
+            if entry["dtype"] == "BF16":  # the upper half of a float32
+                data = data.view("<u2").astype("<u4") << 16
+            elif entry["dtype"] != "F32":
+                raise ValueError(f"{name} is neither F32 nor BF16")
+            tensors[name] = data.view("<f4").reshape(entry["shape"]).astype(np.float64)
+        if start + end != len(raw):
+            raise ValueError(f"{len(raw)} bytes instead of {start + end}")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        stop(path, f"cannot be read, or is damaged: {ascii(error):.200}")
     return tensors
 
 
@@ -132,7 +161,11 @@ def main(folder=Path(__file__).parent, weights=None):
         return theirs
 
     img, txt, rope = (kit[f"double_blocks.0/{tap}"] for tap in ("in.0", "in.1", "arg.2"))
-    double_block(w, img, txt, rope, kit["vec"], check)
+    try:
+        double_block(w, img, txt, rope, kit["vec"], check)
+    except (ValueError, TypeError, IndexError, MemoryError) as error:
+        line = error.__traceback__.tb_next.tb_lineno
+        stop(f"line {line}", f"the kit, the weights and the port do not fit: {ascii(error):.200}")
     print(f"wrong: {', '.join(wrong)}" if wrong else f"all tensors agree to {TOLERANCE}")
     return len(wrong) > 0
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -44,12 +45,22 @@ from torch import Tensor, nn
 import flux
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIP
+from flux.errors import UserError
 from flux.image_io import input as image_input
 from flux.image_io import output
 from flux.language_model import LanguageModel
 from flux.lora.formats import match_layers, read_lora
 from flux.lora.merge import merge
-from flux.parity import capture_file, compare, replay, report, tolerances
+from flux.parity import (
+    capture_file,
+    compare,
+    example_port,
+    golden_kit,
+    hooks,
+    replay,
+    report,
+    tolerances,
+)
 from flux.parity.reference import (
     FLUX1_TINY,
     FLUX2_TINY,
@@ -568,6 +579,75 @@ def captures() -> list[Input]:
         )
         for x in contents
     ]
+
+
+def block_tensors(family: str) -> dict[str, Tensor]:
+    """Run the network; return the tensors of its first block that a kit's example computes with."""
+    found: dict[str, Tensor] = {}
+    with hooks.watching({"step.001": network(family)}, found.__setitem__), torch.no_grad():
+        network(family)(**one_sample(CONFIGS[family]))
+    found["step.001/vec"] = next(x for name, x in found.items() if re.search(r"mod\w*/in$", name))
+    return {name: tensor for name, tensor in found.items() if re.fullmatch(IN_EXAMPLE, name)}
+
+
+IN_EXAMPLE = r"step\.001/(vec|double_blocks\.0/(in\.[01]|arg\.2|out\.[01]|attention/\w+)|"
+IN_EXAMPLE += r"(double_blocks\.0\.|double_stream_)\w+(mod|ulation_\w+)/out\.\d|"
+IN_EXAMPLE += r"double_blocks\.0\.\w+(attn\.qkv/in|attn\.norm/out\.\d|mlp/in|mlp\.1/out))"
+
+
+def one_sample(config: FluxConfig) -> dict[str, Tensor]:
+    """Return the first sample of a batch of inputs; ids have no batch."""
+    found = inputs(config).items()
+    return {name: x if name.endswith("ids") else x[:1] for name, x in found}
+
+
+@kind(cases=200)
+def kits() -> list[Input]:
+    """The tensors and the weights of a golden kit. The kit's example must judge neither wrongly."""
+
+    def use(path: Path) -> None:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
+            try:
+                wrong = example_port.main(path.parent, path.with_name("weights.safetensors"))
+            except SystemExit as stopped:
+                assert stopped.code == 2 and errors.getvalue().count("\n") == 1
+                raise UserError(f"{path}: {errors.getvalue()[:-1]}") from None
+        if wrong:
+            raise UserError(f"{path}: the example finds wrong tensors")
+
+    def check(sound: dict[str, Entry], path: Path) -> None:
+        """Of a kit that agrees, each tensor must be near the sound one."""
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        for name, (dtype, shape, data) in sound.items():
+            require(name in header, f"{name} is missing")
+            found, offsets = header[name], header[name]["data_offsets"]
+            require([n for n in found["shape"] if n != 1] == [n for n in shape if n != 1], name)
+            require(found["dtype"] == dtype, f"{name} has another dtype")
+            x, y = (
+                np.frombuffer(part, np.float32).astype(float)
+                for part in (content[start:][slice(*offsets)], data)
+            )
+            require(np.linalg.norm(x - y) <= 1e-4 * np.linalg.norm(y), f"{name} has other values")
+
+    found = []
+    for family in CONFIGS:
+        weights = network(family).state_dict()
+        block = ("double_blocks.0.", "double_stream_modulation")
+        states = {
+            "expected.safetensors": block_tensors(family),
+            "weights.safetensors": {k: x for k, x in weights.items() if k.startswith(block)},
+        }
+        files = {
+            name: written(partial(golden_kit.write_tensors, tensors=state))
+            for name, state in states.items()
+        }
+        for name, content in files.items():
+            damage = [*mutators.SAFETENSORS]
+            check_this = partial(check, strict(content)[0])
+            found.append(Input(files, name, damage, use, check_this))
+    return found
 
 
 # ---------------------------------------------------------------- training

@@ -120,14 +120,14 @@ def test_example_runs_from_anywhere_with_released_files(kits, tmp_path):
     assert code == 0 and output.endswith("\nall tensors agree to 2e-06\n")
     for arguments, missing in (((), "expected.safetensors"), ((kit, tmp_path / "none"), "none")):
         code, output = run_alone(script, *arguments)
-        assert code == 1
-        assert re.search(rf"No such file or directory: .*{tmp_path}/{missing}", output)
+        assert code == 2 and output.count("\n") == 1
+        assert output.startswith(f"{tmp_path}/{missing}: cannot be read")
 
 
 def test_example_is_short_and_needs_numpy_alone():
     code = re.sub(r'""".*?"""', "", SOURCE, flags=re.DOTALL).splitlines()
     lines = [line for line in code if line.strip() and not line.lstrip().startswith("#")]
-    assert len(lines) <= 95
+    assert len(lines) <= 115
     imports = set(re.findall(r"^(?:import|from) (\w+)", SOURCE, re.MULTILINE))
     assert imports == {"json", "sys", "pathlib", "numpy"}
 
