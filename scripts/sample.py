@@ -34,7 +34,7 @@ from flux.image_io.metadata import (
 MAX_PROMPT_FILE = 2**26  # bytes
 NUMERICS = ("exact", "bfl", "diffusers")
 OLD_OFFLOAD = {"stages": "model", "stream": "block"}
-ALIASES = {  # an older name of a flag -> the flag
+ALIASES = {  # an older name of a flag, or the name in diffusers or BFL's command line -> the flag
     "--remake": "--from-image",
     "--expand": "--outpaint",
     "--photo": "--preprocess-control",
@@ -44,6 +44,13 @@ ALIASES = {  # an older name of a flag -> the flag
     "--tile": "--vae-tile",
     "--lora-partial": "--lora-ignore-unmatched",
     "--check-weights": "--check-finite",
+    "--num-inference-steps": "--steps",
+    "--num_inference_steps": "--steps",
+    "--num-steps": "--steps",
+    "--num_steps": "--steps",
+    "--guidance-scale": "--guidance",
+    "--guidance_scale": "--guidance",
+    "--negative_prompt": "--negative-prompt",
 }
 FLAGS = {  # the library's arguments whose flag is not their name with dashes
     "name": "--model",

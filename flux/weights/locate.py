@@ -23,19 +23,14 @@ def get_spec(name: str | None, transformer: str | Path | None = None) -> ModelSp
 
     Without a name, the shapes in the file choose the row; without either, it is flux.2-tiny.
     """
-    if name is not None and name.lower() not in MODELS:
-        near = get_close_matches(name.lower(), MODELS, n=3, cutoff=0.3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(
-            f"name: there is no such model (got {name}); {hint}The choices are {', '.join(MODELS)}."
-        )
+    name = None if name is None else find_name(name)
     if transformer is None:
-        return MODELS[(name or "flux.2-tiny").lower()]
+        return MODELS[name or "flux.2-tiny"]
     config = infer_config(Path(transformer))
     if name is None:
         spec = _spec_of_shapes(config, Path(transformer))
     else:
-        spec = MODELS[name.lower()]
+        spec = MODELS[name]
         _check_inputs(config, spec, transformer)
     if spec.transformer == config:
         return spec
@@ -48,6 +43,33 @@ def get_spec(name: str | None, transformer: str | Path | None = None) -> ModelSp
             stacklevel=3,
         )
     return adapted
+
+
+def find_name(name: str) -> str:
+    """Return the name in `flux.MODELS` that a name stands for.
+
+    Names of repositories, of BFL's command line and of mflux have the same words in another order:
+    "black-forest-labs/FLUX.1-Krea-dev", "flux-dev-krea", "krea-dev". UserError if none agrees.
+    """
+    if name.lower() in MODELS:
+        return name.lower()
+    said, names = _words(name), {_words(known): known for known in reversed(MODELS)}
+    for more in (set(), {"2"}, {"dev"}):
+        if said and said | more in names:
+            return names[said | more]
+    spelled = {" ".join(sorted(words)): known for words, known in names.items()}
+    near = get_close_matches(" ".join(sorted(said)), spelled, n=3, cutoff=0.3)
+    hint = f"Did you mean {' or '.join(spelled[one] for one in near)}? " if near else ""
+    raise UserError(
+        f"name: there is no such model (got {name}). {hint}"
+        "All names are in flux.MODELS; `sample.py --list-models` prints them."
+    )
+
+
+def _words(name: str) -> frozenset[str]:
+    """Return the words and numbers of a model's name, but for those that most names share."""
+    words = re.findall(r"[a-z]+|[0-9]+", name.lower())
+    return frozenset(words) - {"black", "forest", "labs", "flux", "1"}
 
 
 def _spec_of_shapes(config: FluxConfig, transformer: Path) -> ModelSpec:

@@ -6,6 +6,7 @@ the words of the command line, with exit code 2, before anything is loaded or wr
 
 import io
 import os
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -31,7 +32,8 @@ def flags(sample_script):
 def test_older_flag_names_set_the_same_arguments(sample_script):
     parse = sample_script.parser().parse_args
     values = {"--remake": "a.png", "--expand": "1,2,3,4", "--cfg-scale": "2", "--tile": "512"}
-    values |= {"--vram": "8"}
+    values |= {"--vram": "8", "--negative_prompt": "a cat"}
+    values |= {old: "7" for old in sample_script.ALIASES if re.search("steps|scale", old)}
     for old, new in sample_script.ALIASES.items():
         value = [values[old]] if old in values else []
         assert parse([old, *value]) == parse([new, *value]) != parse([])
@@ -105,7 +107,7 @@ def test_argparse_refuses_what_it_cannot_parse(cli, flags):
             ("--true-cfg-scale: has 3 values",),
         ),
         ("--guidance 4,1 --steps 8", ("--guidance: has 2 values for 8 steps",)),
-        ("--model flux-dev", ("--model", "flux-dev", "did you mean", "flux.1-dev")),
+        ("--model flux.3-dev", ("--model", "flux.3-dev", "Did you mean", "flux.2-dev")),
         ("--model flux.1-dev --weights none", ("none", "--weights", "is not a folder")),
         ("--device abacus", ("--device", "abacus", "cpu")),
         ("--max-vram -1", ("--max-vram: must be",)),
