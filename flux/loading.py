@@ -177,6 +177,7 @@ def build_networks(
         files["transformer"],
         block_lists=BLOCK_LISTS,
         compile=options.compile,
+        repeated=True,
         adapt=fast_transformer if fast else None,
         **common,
     )

@@ -13,11 +13,12 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+from background import BackgroundWriter
 from command_line import Parser, add_hidden_alias, exit_code, say, show
 
 from flux.errors import UserError
@@ -334,49 +335,71 @@ def run(args: argparse.Namespace) -> int:
         say(f"control: {output.save(conditions.control_image, args.save_control, {})}")
     negative = [args.negative_prompt or ""] if cfg else []
     shown = images.images if images else ()
+    passes = count * run_steps(pipe, steps, conditions) * (1 + cfg)
+    advise_compilation(args, pipe, width * height, conditions, passes)
     seeds, remaining = itertools.count(first_seed), iter(prompts)
-    while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
-        expanded = [upsample(args, pipe, prompt, shown, first_seed) for prompt in some]
-        recipes = []
-        for typed, prompt in zip(some, expanded):
-            recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed) | files
-            recipe["upsampled_from"] = typed if args.upsample else None
-            if not args.no_metadata:
-                output.check_metadata_fits(args.output, recipe)
-            recipes.append(recipe)
-        pipe.encode_ahead(expanded + negative)
-        for recipe in recipes:
-            for seed in itertools.islice(seeds, args.num_images):
-                generate_file(args, pipe, recipe | {"seed": seed}, steps, conditions)
+    with BackgroundWriter() as writer:
+        while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
+            expanded = [upsample(args, pipe, prompt, shown, first_seed) for prompt in some]
+            recipes = []
+            for typed, prompt in zip(some, expanded):
+                recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)
+                recipe |= files
+                recipe["upsampled_from"] = typed if args.upsample else None
+                if not args.no_metadata:
+                    output.check_metadata_fits(args.output, recipe)
+                recipes.append(recipe)
+            pipe.encode_ahead(expanded + negative)
+            for recipe in recipes:
+                for seed in itertools.islice(seeds, args.num_images):
+                    generate_file(args, pipe, recipe | {"seed": seed}, steps, conditions, writer)
+            writer.finish()
     return 0
 
 
-def generate_file(args: argparse.Namespace, pipe, metadata: dict, steps: int, conditions) -> None:
-    """Generate one image, write the image and its latents, and print its name."""
+def generate_file(
+    args: argparse.Namespace, pipe, metadata: dict, steps: int, conditions, writer: BackgroundWriter
+) -> None:
+    """Generate one image; write the image and its latents in the background; print its name."""
     from flux.image_io import output
 
     seed, prompt = metadata["seed"], metadata["prompt"]
-    image, latents = generate(args, pipe, prompt, seed, steps, conditions)
-    suffixes = [".safetensors"] if args.save_latents else []
-    path = output.save(image, args.output, metadata, suffixes, record=not args.no_metadata)
-    if args.save_latents:
-        save_latents(path, latents, None if args.no_metadata else metadata)
-    say(f"seed {seed}: {prompt}")
-    print_path(path)
+    image, latents = generate(args, pipe, prompt, seed, steps, conditions, writer.poll)
+
+    def write() -> tuple[Path, Path | None]:
+        suffixes = [".safetensors"] if args.save_latents else []
+        path = output.save(image, args.output, metadata, suffixes, record=not args.no_metadata)
+        if not args.save_latents:
+            return path, None
+        return path, save_latents(path, latents, None if args.no_metadata else metadata)
+
+    def report(paths: tuple[Path, Path | None]) -> None:
+        if paths[1] is not None:
+            say(f"latents: {paths[1]}")
+        say(f"seed {seed}: {prompt}")
+        print_path(paths[0])
+
+    writer.start(write, report)
 
 
-def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int, conditions):
-    """Generate one image behind a progress bar; return it and its latents."""
+def generate(
+    args: argparse.Namespace,
+    pipe,
+    prompt: str,
+    seed: int,
+    steps: int,
+    conditions,
+    between: Callable[[], None],
+):
+    """Generate one image behind a progress bar; return it and its latents.
+
+    `between` is called after each step, and may print.
+    """
     from tqdm import tqdm
 
-    from flux.image_io import request
-    from flux.sampling import skipped_steps
+    from flux.runtime import compilation
 
-    total = steps
-    if conditions and conditions.init is not None:
-        rounding = pipe.numerics.images
-        strength = request.start_strength(conditions.strength, steps, rounding)
-        total -= skipped_steps(steps, strength, rounding)
+    total, compiled = run_steps(pipe, steps, conditions), compilation.compile_seconds()
     hidden = not (sys.stderr and sys.stderr.isatty())
     latents = None
     with tqdm(total=total, desc=f"seed {seed}", unit="step", leave=False, disable=hidden) as bar:
@@ -384,6 +407,8 @@ def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int,
         def after_step(step: int, t: float, x) -> None:
             nonlocal latents
             latents = x
+            with tqdm.external_write_mode():
+                between()
             bar.update()
 
         (image,) = pipe(
@@ -398,7 +423,47 @@ def generate(args: argparse.Namespace, pipe, prompt: str, seed: int, steps: int,
             callback=after_step,
             images=conditions,
         )
+    if (seconds := compilation.compile_seconds() - compiled) > 0:
+        say(f"compile: took {seconds:.0f} s")
     return image, latents
+
+
+def run_steps(pipe, steps: int, conditions) -> int:
+    """Return the number of steps that are run: with an image as the start, not all of them."""
+    from flux.image_io import request
+    from flux.sampling import skipped_steps
+
+    if not conditions or conditions.init is None:
+        return steps
+    rounding = pipe.numerics.images
+    return steps - skipped_steps(
+        steps, request.start_strength(conditions.strength, steps, rounding), rounding
+    )
+
+
+def advise_compilation(args, pipe, pixels: int, conditions, passes: int) -> None:
+    """Say what --compile does, or that it would pay for so many passes of the transformer."""
+    from flux.runtime import compilation
+    from flux.runtime.devices import can_compile
+
+    if args.compile:
+        folder = compilation.keep_compiled() or "torch's own folder"
+        say(
+            "compile: each kind of block as it first runs, which takes about a minute; "
+            f"kept for later runs in {folder}"
+        )
+    elif pipe.device.type == "cuda" and can_compile(pipe.device):
+        references = conditions.references if conditions else None
+        tokens = pixels // 256 + pipe.text.length
+        tokens += 0 if references is None else references.shape[1]
+        saved = passes * compilation.saved_seconds(
+            pipe.spec.transformer, tokens, compilation.measure_bandwidth(pipe.device)
+        )
+        if saved > compilation.SECONDS:
+            say(
+                f"note: --compile would save at least {saved:.0f} s of these {passes} passes, "
+                f"and takes about {compilation.SECONDS} s"
+            )
 
 
 def load(args: argparse.Namespace, fast: bool = True):
@@ -579,16 +644,15 @@ def note_unknown_words(prompts: Iterable[str]) -> None:
         )
 
 
-def save_latents(image: Path, latents, metadata: dict | None) -> None:
-    """Write the latents next to the image."""
+def save_latents(image: Path, latents, metadata: dict | None) -> Path:
+    """Write the latents next to the image, and return their path."""
     from safetensors.torch import save
 
     from flux.image_io.output import to_json, write_exclusive
 
     record = None if metadata is None else {"flux": to_json(metadata)}
     data = save({"latents": latents.cpu().contiguous()}, record)
-    path = write_exclusive(image.with_suffix(".safetensors"), lambda file: file.write(data))
-    say(f"latents: {path}")
+    return write_exclusive(image.with_suffix(".safetensors"), lambda file: file.write(data))
 
 
 def list_models(args: argparse.Namespace) -> int:

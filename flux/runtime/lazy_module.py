@@ -15,16 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from flux.errors import UserError
 from flux.runtime.changes import Changes
+from flux.runtime.compilation import compile_blocks
 from flux.runtime.memory_plan import WeightSizes, mapped_bytes, matrix_size, measure_weights
-from flux.runtime.streaming import all_tensors, stream, unstream
+from flux.runtime.streaming import all_tensors, pinned_budget, stream, unstream
 from flux.weights.load import init_empty, load_module
 from flux.weights.quantization import FP8_DTYPES, QuantizedLinear, enable_fp8_matmul
 from flux.weights.quantization.quantize import dequantized, quantize_
 
 CPU = torch.device("cpu")
-MAX_GRAPHS = 64  # of one code object, over all models and dtypes of a process; torch's limit is 8
-
-
 M = TypeVar("M", bound=nn.Module)
 OnLoad = Callable[[Any], Iterable[RemovableHandle] | None]
 
@@ -34,7 +32,8 @@ class LazyModule(Generic[M]):
 
     `build(config)` creates the module. `block_lists`: paths of its lists of blocks, in the order of
     use. Only a module with such lists is quantized, compiled or streamed. `quantize`: a scheme of
-    `quantization.quantize`. `adapt`: changes the loaded module, for example
+    `quantization.quantize`. `repeated`: the module runs many times in a row, so that blocks which
+    are streamed are pinned where the host has room. `adapt`: changes the loaded module, for example
     `runtime.fast.fast_transformer`. `load_options`: those of `load_module`.
     """
 
@@ -50,6 +49,7 @@ class LazyModule(Generic[M]):
         quantize: str | None = None,
         fp8_matmul: bool = False,
         compile: bool = False,
+        repeated: bool = False,
         adapt: Callable[..., nn.Module] | None = None,
         check_finite: bool = False,
         **load_options: Any,
@@ -59,6 +59,7 @@ class LazyModule(Generic[M]):
         self.block_lists, self.load_options = block_lists, load_options
         self.quantize = quantize if block_lists else None
         self.fp8_matmul, self.compile, self.adapt = fp8_matmul, compile, adapt
+        self.repeated = repeated
         self.module: M | None = None
         self.transform: Callable[..., None] | None = None
         self.transformed: frozenset[str] = frozenset()  # paths of the modules it changes
@@ -164,7 +165,7 @@ class LazyModule(Generic[M]):
             _remove(module, paths)
         else:  # smaller blocks: more of them fit
             _remove(unstream(module, self.block_lists), paths)
-            stream(module, self.block_lists, self.device, resident=self.resident)
+            self._stream(module)
         self.dropped = paths
         return module
 
@@ -236,8 +237,12 @@ class LazyModule(Generic[M]):
         if self.compile:
             compile_blocks(module, self.block_lists)
         if self.resident is not None:
-            return stream(module, self.block_lists, self.device, resident=self.resident)
+            return self._stream(module)
         return module.to(self.device)
+
+    def _stream(self, module: Any) -> Any:
+        pinned = pinned_budget(self.device) if self.repeated else 0
+        return stream(module, self.block_lists, self.device, self.resident or 0, pinned)
 
     def _restore_submodules(self, module: nn.Module) -> None:
         """Load the dropped submodules alone; or release all, if a part cannot be made alone."""
@@ -255,19 +260,6 @@ class LazyModule(Generic[M]):
         options = dict(device=device, dtype=dtype, check_finite=check_finite, **self.load_options)
         load_module(module, self.files, **options)
         return module
-
-
-def compile_blocks(module: nn.Module, block_lists: Sequence[str]) -> None:
-    """Compile each block on its own: blocks of a type share one graph.
-
-    A second size or batch adds one graph, which then serves all other sizes.
-    """
-    import torch._dynamo.config as dynamo  # not at the top: it takes a second
-
-    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_GRAPHS)
-    for path in block_lists:
-        for block in module.get_submodule(path).children():
-            block.compile(fullgraph=True)
 
 
 def _remove(module: nn.Module, paths: Sequence[str]) -> None:

@@ -7,9 +7,11 @@ loops over its blocks is streamed unchanged, and module and weight names stay th
     file's pages (host) --memcpy--> pinned memory (host) --copy stream--> buffer (device)
 
 There are two buffers, each as large as the largest block, whatever the size of the model. On the
-host, the weights stay the pages of the mapped file. Two events per buffer keep the order: `filled`,
-for which the computation waits, and `free`, for which the next copy waits. On the CPU the events
-do nothing and the copies are immediate; all else is the same.
+host, the weights stay the pages of the mapped file. Blocks that are used again can keep their
+pinned memory: their later copies need no memcpy, during which the device would wait. Two events per
+buffer keep the order: `filled`, for which the computation waits, and `free`, for which the next
+copy waits. On the CPU the events do nothing, the copies are immediate and no memory is pinned; all
+else is the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.errors import UserError
+from flux.runtime.devices import free_memory
 
 NUM_BUFFERS = 2  # one block is used while the next is copied
 ALIGNMENT = 256  # bytes; that of CUDA's allocator, and more than any kernel needs
@@ -27,12 +30,17 @@ MIN_STREAMED = 1 << 16  # bytes; norms, biases and T5's position table stay: too
 
 
 def stream(
-    module: nn.Module, lists: Sequence[str], device: torch.device | str, resident: int = 0
+    module: nn.Module,
+    lists: Sequence[str],
+    device: torch.device | str,
+    resident: int = 0,
+    pinned: int = 0,
 ) -> nn.Module:
     """Stream the blocks of a frozen network to `device`, move the rest there; return the network.
 
     `lists`: paths of the lists of blocks, in the order of use ("double_blocks", "single_blocks").
-    `resident`: bytes of blocks that stay on the device.
+    `resident`: bytes of blocks that stay on the device. `pinned`: bytes of the host's memory for
+    blocks that keep their pinned copies from their first use on.
     """
     if any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError(
@@ -43,7 +51,7 @@ def stream(
     sizes = [sum(tensor.nbytes for tensor in large_tensors(block)) for block in blocks]
     stays = choose_resident(sizes, resident)
     streamed = [block for block, stay in zip(blocks, stays, strict=True) if not stay]
-    ring = PrefetchRing(blocks, streamed, torch.device(device))
+    ring = PrefetchRing(blocks, streamed, torch.device(device), pinned)
     ring.move_rest(module)
     for path in lists:
         blocks = list(module.get_submodule(path).children())
@@ -74,6 +82,11 @@ def choose_resident(sizes: Sequence[int], budget: int) -> list[bool]:
         if stays[-1]:
             kept += size
     return stays
+
+
+def pinned_budget(device: torch.device) -> int:
+    """Return the bytes that may be pinned for repeated use: half of what the host has free."""
+    return int(free_memory(torch.device("cpu")) // 2) if device.type == "cuda" else 0
 
 
 def all_tensors(module: nn.Module) -> list[Tensor]:
@@ -126,7 +139,7 @@ class Buffer:
 
     def __init__(self, size: int, device: torch.device, streams: Any) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.pinned = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.pinned = pinned_memory(size, device)
         self.filled, self.free = streams.Event(), streams.Event()
         self.block: nn.Module | None = None
 
@@ -139,7 +152,11 @@ class PrefetchRing:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], streamed: Sequence[nn.Module], device: torch.device
+        self,
+        blocks: Sequence[nn.Module],
+        streamed: Sequence[nn.Module],
+        device: torch.device,
+        pinned: int = 0,
     ) -> None:
         self.device = device
         # The events of torch.cpu do nothing; Apple's GPUs run everything in one stream, in order.
@@ -150,9 +167,16 @@ class PrefetchRing:
         self.rest: list[tuple[Tensor, Tensor]] = []  # (tensor, its host data)
         with torch.inference_mode():  # so that blocks loaded in that mode can use the buffers
             self.slices = {block: lay_out(large_tensors(block)) for block in streamed}
-            size = max((end_of(slices) for slices in self.slices.values()), default=0)
+            sizes = [end_of(slices) for slices in self.slices.values()]
             count = NUM_BUFFERS if streamed else 0
-            self.buffers = [Buffer(size, device, self.streams) for _ in range(count)]
+            self.buffers = [
+                Buffer(max(sizes, default=0), device, self.streams) for _ in range(count)
+            ]
+        # torch allocates pinned memory in powers of two
+        keeps = choose_resident([1 << (size - 1).bit_length() for size in sizes], pinned)
+        self.kept: dict[nn.Module, Tensor | None] = {  # pinned copies, from the first use on
+            block: None for block, keep in zip(self.slices, keeps, strict=True) if keep
+        }
         self.copy_stream = self.streams.Stream(device)
         for buffer in self.buffers:
             # The memory's earlier user may still run. The last copy may run when it is freed.
@@ -220,14 +244,24 @@ class PrefetchRing:
     def _fill(self, buffer: Buffer, block: nn.Module) -> None:
         """Start the copies: while one tensor is copied to the device, the next is pinned."""
         buffer.block = None
-        buffer.filled.synchronize()  # until then its pinned memory is being read
+        asynchronous = self.streams is not torch.cpu
         with self.streams.stream(self.copy_stream), torch.inference_mode():
+            memory = self.kept.get(block)
+            pin = memory is None
+            if memory is None and block in self.kept:
+                memory = pinned_memory(end_of(self.slices[block]), self.device)
+            elif memory is None:
+                buffer.filled.synchronize()  # until then its pinned memory is being read
+                memory = buffer.pinned
             self.copy_stream.wait_event(buffer.free)
             for part in self.slices[block]:
-                pinned = part.view(buffer.pinned).copy_(part.host)
-                asynchronous = self.streams is not torch.cpu
+                pinned = part.view(memory)
+                if pin:
+                    pinned.copy_(part.host)
                 part.view(buffer.memory).copy_(pinned, non_blocking=asynchronous)
             buffer.filled.record(self.copy_stream)
+        if block in self.kept:
+            self.kept[block] = memory
         buffer.block = block
 
     @torch.inference_mode()
@@ -246,6 +280,11 @@ class PrefetchRing:
         self.current.free.record(self.streams.current_stream(self.device))
         self.current.block = None
         self.current = None
+
+
+def pinned_memory(size: int, device: torch.device) -> Tensor:
+    """Return bytes of the host that a GPU can read while the host goes on."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def lay_out(tensors: Sequence[Tensor]) -> list[TensorSlice]:

@@ -18,9 +18,9 @@ from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.steps import FAMILIES, as_loaded, case_name, inputs, our_step, same_attention
 from benchmarks.timing import by_turns, random_weights
+from flux.runtime.compilation import compile_blocks
 from flux.runtime.devices import can_compile
 from flux.runtime.fast import counted_for
-from flux.runtime.lazy_module import compile_blocks
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
 HEAVY = (F.linear, F.scaled_dot_product_attention, F.conv2d, F.conv_transpose2d)

@@ -34,8 +34,8 @@ from flux.errors import UserError
 from flux.language_model import LanguageModel
 from flux.parity import reference
 from flux.parity.reference import relative_l2
+from flux.runtime.compilation import compile_blocks
 from flux.runtime.devices import can_compile, free_memory, no_tf32
-from flux.runtime.lazy_module import compile_blocks
 from flux.t5 import T5
 from flux.transformer import BLOCK_LISTS, Flux
 from flux.weights.quantization.fp8 import enable_fp8_matmul

@@ -27,10 +27,10 @@ from flux.parity.reference import (
     loaded,
     transformer_to_diffusers,
 )
+from flux.runtime.compilation import compile_blocks
 from flux.runtime.devices import can_compile
 from flux.runtime.fast import fast_transformer
-from flux.runtime.lazy_module import compile_blocks
-from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
+from flux.transformer import BLOCK_LISTS, Flux, FluxConfig, KVCache
 
 FAMILIES = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B}
 BACKENDS = [
@@ -176,12 +176,12 @@ def inputs(
     return tensors
 
 
-def our_step(model: Flux, tensors: dict[str, Tensor]) -> Step:
+def our_step(model: Flux, tensors: dict[str, Tensor], caches: list[KVCache] | None = None) -> Step:
     img, txt = tensors["img"], tensors["txt"]
     rope = model.rope(tensors["txt_ids"], tensors["img_ids"]).to(img.device)
     vec_inputs = {name: tensors[name] for name in ("t", "guidance", "vector") if name in tensors}
     mods = model.modulations([model.vec(**vec_inputs)])[0]
-    return lambda: model.denoise(img, txt, rope, mods)
+    return lambda: model.denoise(img, txt, rope, mods, caches)
 
 
 def their_step(model: nn.Module, tensors: dict[str, Tensor]) -> Step:

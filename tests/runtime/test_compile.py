@@ -3,6 +3,8 @@
 The backend runs the graphs as they are, without fusing anything.
 """
 
+import re
+
 import pytest
 import torch
 from support.loaded_weights import generate, load
@@ -70,10 +72,17 @@ def test_many_sizes_of_several_models_take_few_graphs(zoo, graphs):
         assert counts[-1] <= 8 * number and counts[-1] == counts[2], counts
 
 
-def test_compilation_is_in_the_metadata_and_not_repeated(cli, graphs):
+def test_compilation_is_told_and_in_the_metadata_and_not_repeated(
+    cli, graphs, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     flags = (PROMPT, *QUICK, "--seed", 7)
-    plain, compiled = image_of(cli(*flags)), image_of(cli(*flags, "--compile"))
+    plain, run = image_of(cli(*flags)), cli(*flags, "--compile")
+    compiled = image_of(run)
     assert pixels(plain) == pixels(compiled) and len(graphs) == 2
+    said = [line for line in run.err.splitlines() if line.startswith("compile: ")]
+    assert len(said) == 2 and str(tmp_path / "cache") in said[0]
+    assert re.fullmatch(r"compile: took \d+ s", said[1])
     # a compiler that fuses rounds in its own way
     assert read_metadata(compiled) == read_metadata(plain) | {"compile": True}
     torch._dynamo.reset()

@@ -21,6 +21,7 @@ from flux.runtime.streaming import (
     StreamedModuleList,
     all_tensors,
     choose_resident,
+    end_of,
     stream,
     unstream,
 )
@@ -120,6 +121,43 @@ def test_streamed_transformer_equals_resident_transformer(config, share, dtype):
         inputs["t"] = torch.tensor([t, 1 - t])
         assert torch.equal(ours(**inputs), resident(**inputs))
     assert (len(ring_of(ours).buffers) == 0) == (share == 1)
+
+
+@either_family
+@pytest.mark.parametrize("share", [0.5, 1])
+@torch.inference_mode()
+def test_blocks_that_stay_pinned_are_copied_from_the_host_once(config, share):
+    """Three steps, equal to the bit. From the first step on, their pinned copies are read."""
+    resident, inputs = frozen(Flux(config)), flux_inputs(config)
+    ours = streamed(resident)
+    needed = sum(1 << (end - 1).bit_length() for end in map(end_of, ring_of(ours).slices.values()))
+    unstream(ours, FLUX_LISTS)
+    ours = stream(ours, FLUX_LISTS, "cpu", pinned=int(share * needed))
+    ring, expected = ring_of(ours), resident(**inputs)
+    assert (len(ring.kept) == len(ring.slices)) == (share == 1) and ring.kept
+    assert set(ring.kept.values()) == {None}  # pinned when they are used, not before
+    for _ in range(3):
+        assert torch.equal(ours(**inputs), expected)
+    kept = [memory for memory in ring.kept.values() if memory is not None]
+    assert len(kept) == len(ring.kept)
+    assert sum(1 << (len(memory) - 1).bit_length() for memory in kept) <= share * needed
+    saved = [memory.clone() for memory in kept]
+    for memory in kept:
+        memory.fill_(0xFF)
+    for buffer in ring.buffers:  # else a block may still be in one
+        buffer.block = None
+    assert not torch.equal(ours(**inputs), expected)
+    for memory, before in zip(kept, saved, strict=True):
+        memory.copy_(before)
+    for buffer in ring.buffers:
+        buffer.block = None
+    assert torch.equal(ours(**inputs), expected)
+
+
+def test_half_of_the_free_memory_is_pinned_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(streaming, "free_memory", lambda device: 21.0)
+    assert streaming.pinned_budget(torch.device("cuda:1")) == 10
+    assert streaming.pinned_budget(torch.device("cpu")) == 0
 
 
 @torch.inference_mode()
@@ -365,7 +403,11 @@ def named_blocks(lists: str, resident: str = "") -> nn.Module:
         module.register_module(paths[-1], nn.ModuleList(blocks))
     with pytest.MonkeyPatch.context() as patch:
         stays = [name in resident for name in lists.replace(" ", "")]
-        patch.setattr(streaming, "choose_resident", lambda sizes, budget: stays)
+        answers = iter([stays])  # then: which blocks stay pinned
+        none = [False] * len(stays)
+        patch.setattr(
+            streaming, "choose_resident", lambda sizes, _: next(answers, none[: len(sizes)])
+        )
         return stream(module, paths, "cpu")
 
 
