@@ -5,6 +5,7 @@ python scripts/parity.py capture "a red circle" --model flux.2-klein-4b --output
     --filter "double_blocks.3.*" --at-steps 1,4 --store probe
 python scripts/parity.py compare port.safetensors a.safetensors
 python scripts/parity.py compare a.safetensors --against diffusers
+python scripts/parity.py compare a.safetensors --against bfl --bfl-path ../flux2
 python scripts/parity.py diagnose port.safetensors a.safetensors
 python scripts/parity.py report port.safetensors a.safetensors --output report.html
 python scripts/parity.py golden-kit --output kit
@@ -24,6 +25,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -59,11 +61,13 @@ HOW_TO_RUN = (
 # the library's arguments and their flags
 FLAGS = sample.flags_of(sample.parser()) | {
     "only": "--filter",
+    "exclude": "--exclude",
     "at_steps": "--at-steps",
     "store": "--store",
     "limit": "--limit",
     "tolerance": "--tolerance",
     "against": "--against",
+    "bfl_path": "--bfl-path",
     "module_fn": "--module-fn",
     "json": "--json",
     "inside": "--inside",
@@ -122,6 +126,15 @@ def add_filter(p: argparse._ActionsContainer, text: str = "as for capture (repea
         "--filter", action="append", default=[], dest="only", metavar="PATTERN", help=text
     )
     add_hidden_alias(p, "--only", "--filter")
+    p.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        dest="only",
+        type=lambda pattern: f"!{pattern}",
+        metavar="PATTERN",
+        help="leave out tensors that match, as for --filter (repeatable)",
+    )
 
 
 def add_tolerance(p: argparse._ActionsContainer, text: str = "as for compare") -> None:
@@ -248,9 +261,17 @@ def add_compare(commands) -> None:
         metavar="X",
         help="instead of B, compare a live run with A, which is then the reference: `here` (the "
         "pipeline, from the prompt on), `diffusers` (its transformer with the same weights, in "
-        "each recorded pass), or MODULE:FUNCTION (see --module-fn of replay; the function may "
-        "also return the path of a capture), whose module is imported and run, also from the "
-        "current folder: name only code that you trust. A file is used as B",
+        "each recorded pass), `bfl` (BFL's networks of --bfl-path, in the same way), or "
+        "MODULE:FUNCTION (see --module-fn of replay; the function may also return the path of a "
+        "capture), whose module is imported and run, also from the current folder: name only code "
+        "that you trust. A file is used as B",
+    )
+    p.add_argument(
+        "--bfl-path",
+        type=Path,
+        metavar="FOLDER",
+        help="with --against bfl: a checkout of black-forest-labs/flux or flux2, whose code is run "
+        "in a process of its own",
     )
     add_filter(p)
     add_tolerance(
@@ -260,7 +281,7 @@ def add_compare(commands) -> None:
     )
     add_precision(p)
     add_json(p)
-    add_how_to_run(p.add_argument_group("how to run, with --against here or diffusers"), p)
+    add_how_to_run(p.add_argument_group("how to run, with --against here, diffusers or bfl"), p)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -271,11 +292,13 @@ def compare(args: argparse.Namespace) -> int:
     if (args.reference is None) == (args.against is None):
         raise UserError("compare takes A and either B or --against X. Pass one of the two")
     unused = [flag for flag in (*HOW_TO_RUN, "image", "mask") if getattr(args, flag, None)]
-    if unused and args.against not in ("here", "diffusers"):
+    if unused and args.against not in ("here", "diffusers", "bfl"):
         raise UserError(
-            f"--{unused[0].replace('_', '-')}: applies only with --against here or diffusers. "
+            f"--{unused[0].replace('_', '-')}: applies only with --against here, diffusers or bfl. "
             "Leave it out"
         )
+    if (args.against == "bfl") != (args.bfl_path is not None):
+        raise UserError("--bfl-path: belongs to --against bfl, which needs it. Pass both")
     is_live = bool(args.against) and not args.against.endswith(".safetensors")
     if args.precision and is_live:
         raise UserError("--precision: applies to a file. That of a live run is known: leave it out")
@@ -326,15 +349,26 @@ def compare_live(args: argparse.Namespace) -> int:
         capture, pipe, request = load_run(args.judged, args)
         rows = replay.run_and_compare(capture, pipe, request, args.only, args.tolerance)
     elif args.against == "diffusers":
-        capture = Capture(args.judged)
+        capture = open_capture(args.judged, args)
         pipe = load_pipeline(capture, args)
         rows = compare_live.diffusers(capture, pipe, args.only, args.tolerance)
+    elif args.against == "bfl":
+        from flux.parity.bfl import bfl
+
+        capture = open_capture(args.judged, args)
+        pipe = load_pipeline(capture, args)
+        rows = bfl(capture, pipe, args.bfl_path, tuple(args.only), args.tolerance)
+        if dtype_name(pipe) != "float32" and capture.recipe["numerics"] != "bfl":
+            say("note: BFL's code rounds as a capture with --numerics bfl does")
     else:
         sys.path.append("")  # the function may be in a file of the current folder
         function = compare_live.named(args.against)
         capture = Capture(args.judged)
         rows = compare_live.adaptor(capture, function, args.only, args.tolerance)
-    show_lines(compare.table(rows, compare.coverage(rows, capture, only=args.only)))
+    named = args.against in ("here", "diffusers", "bfl")
+    missing = "were not computed" if named else "have nothing of the function"
+    text = compare.coverage(rows, capture, only=args.only, missing=missing)
+    show_lines(compare.table(rows, text))
     return finish(rows, args)
 
 
@@ -402,6 +436,7 @@ def diagnose(args: argparse.Namespace) -> int:
 
     port, reference = read_pair(args.judged, args.reference)
     replay.recipe_of(reference)
+    open_capture(args.reference, args)
     rows = compare.compare(port, reference, args.tolerance, args.only, args.precision)
     if compare.first_over(rows) is None:
         missing = compare.missing(port, reference, args.only)
@@ -540,13 +575,27 @@ def add_module_fn(p: argparse.ArgumentParser) -> None:
 def load_run(path: Path, args: argparse.Namespace):
     """Return the capture, its pipeline and its request."""
     from flux.parity import replay
-    from flux.parity.capture_file import Capture
     from flux.weights.locate import get_spec
 
-    capture = Capture(path)
+    capture = open_capture(path, args)
     images = sample.gather_images(args, get_spec(replay.recipe_of(capture)["model"]))
     request = replay.request_of(capture, images)
     return capture, load_pipeline(capture, args), request
+
+
+def open_capture(path: Path, args: argparse.Namespace):
+    """Read a capture. The random model of a kit is there again until the command ends."""
+    from flux.errors import UserError
+    from flux.parity.capture_file import Capture
+    from flux.parity.random_model import model_of_kit
+
+    capture = Capture(path)
+    folder = args.resources.enter_context(model_of_kit(capture.recipe, path.parent))
+    if folder is not None:
+        if args.weights:
+            raise UserError("--weights: the kit of a random model has its own. Leave it out")
+        args.weights = folder
+    return capture
 
 
 def load_pipeline(capture, args: argparse.Namespace):
@@ -733,7 +782,9 @@ def table(args: argparse.Namespace) -> int:
 def main() -> int:
     args = parser().parse_args()
     stopped = "stopped; nothing was written"
-    return exit_code(lambda: args.run(args), FLAGS, getattr(args, "output", "the output"), stopped)
+    with ExitStack() as args.resources:
+        output = getattr(args, "output", "the output")
+        return exit_code(lambda: args.run(args), FLAGS, output, stopped)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     here              the pipeline of the capture, from the prompt on: `replay.run_and_compare`
     diffusers         its transformer with the same weights, on the recorded inputs of each pass
+    bfl               BFL's networks with the same weights, in the same way: see `bfl.py`
     module:function   a `modules.Call`, on the recorded inputs of each module; or a function that
                       returns the path of a capture of its own run
 
@@ -28,7 +29,7 @@ from flux.parity.replay import (
     PASS,
     ModuleRun,
     Tolerance,
-    call_checked,
+    as_outputs,
     check_model,
     compare_to_recorded,
     module_runs,
@@ -45,7 +46,7 @@ def named(text: str) -> Call:
     """Import the function of "module:function"."""
     if ":" not in text:
         raise UserError(
-            f"against: unknown (got {text}, expected here, diffusers, a .safetensors file, or "
+            f"against: unknown (got {text}, expected here, diffusers, bfl, a .safetensors file, or "
             "MODULE:FUNCTION)."
         )
     try:
@@ -59,12 +60,14 @@ def adaptor(
 ) -> list[Row]:
     """Call a function for every recorded module with an output that matches `only`.
 
-    If it returns a path, compare that capture instead. UserError if it fails, or does not return
-    tensors of the recorded number and shapes.
+    If it returns a path, compare that capture instead. A module for which it returns None or an
+    empty list is left out. UserError if it fails, or does not return tensors of the recorded number
+    and shapes.
     """
     check_patterns(only, capture.names)
     call = guarded(call)
     rows: list[Row] = []
+    checked = False
     # without a match, `only` may still name tensors in the capture that the function writes
     for each in module_runs(capture, only) or module_runs(capture)[:1]:
         answer: Any = call(each.name, recorded_inputs(capture, each))
@@ -72,17 +75,20 @@ def adaptor(
             theirs = Capture(os.fspath(answer))
             check_two_files(theirs, capture)
             return compare(theirs, capture, tolerance, only)
-        if not rows:
-            outputs = [name for run in module_runs(capture) for name in run.outputs.values()]
-            check_patterns(only, outputs)
-        tensors = _check_outputs(capture, each, answer)
+        if not checked:
+            known = [name for run in module_runs(capture) for name in run.outputs.values()]
+            check_patterns(only, known)
+            checked = True
+        outputs = as_outputs(each.name, answer)
+        if not outputs:
+            continue
+        tensors = _check_outputs(capture, each, outputs)
         rows += compare_to_recorded(capture, tensors, tolerance, is_network=each.is_network)
     return rows
 
 
-def _check_outputs(capture: Capture, each: ModuleRun, answer) -> dict[str, Tensor]:
+def _check_outputs(capture: Capture, each: ModuleRun, tensors: list[Tensor]) -> dict[str, Tensor]:
     """Return the tensors by their names in the capture."""
-    tensors = call_checked(lambda name, inputs: answer, each.name, [])
     expected = 1 + max(each.outputs)
     # of numbered outputs, not all need have been recorded
     numbered = any(re.search(r"/out\.\d", name) for name in each.outputs.values())
@@ -110,6 +116,11 @@ def diffusers(
 ) -> list[Row]:
     """Run diffusers' transformer on every recorded pass. Rows of the tensors that both have."""
     check_model(capture, pipe)
+    if any(name.startswith("references/") for name in capture.names):
+        raise UserError(
+            "against: diffusers does not run with `kv_cache`, with which "
+            f'{capture.path} was made. Pass `against="here"`.'
+        )
     places = passes(capture, pipe.spec.transformer)
     ours = cast(Flux, pipe.transformer())
     matching, theirs = matches_of(ours), with_weights_of(ours, pipe)
@@ -132,7 +143,7 @@ def diffusers(
             if in_pass(name) in wanted and matches(in_pass(name), only)
         }
         with torch.inference_mode(), watching({"": theirs}, Gather(chosen, judge)):
-            reference.diffusers_velocity(theirs, **_inputs(capture, place, pipe))
+            reference.diffusers_velocity(theirs, **inputs_of_pass(capture, place, pipe))
     return sorted(rows, key=lambda row: capture.records[row.name].ordinal)
 
 
@@ -152,11 +163,6 @@ def with_weights_of(ours: Flux, pipe: Pipeline) -> nn.Module:
 
 def passes(capture: Capture, config: FluxConfig) -> list[str]:
     """Return the passes whose inputs are all recorded. UserError if there are none."""
-    if any(name.startswith("references/") for name in capture.names):
-        raise UserError(
-            "against: diffusers does not run with `kv_cache`, with which "
-            f'{capture.path} was made. Pass `against="here"`.'
-        )
     places = []
     for name in capture.names:
         place = name.removesuffix("/in")
@@ -168,7 +174,7 @@ def passes(capture: Capture, config: FluxConfig) -> list[str]:
         missing[place] = [n for n in names if n not in capture.records or capture.kind(n) != "full"]
     if all(missing.values()):
         raise UserError(
-            f"{capture.path}: has no {next(iter(missing.values()))[0]} in full, which diffusers "
+            f"{capture.path}: has no {next(iter(missing.values()))[0]} in full, which each pass "
             'takes. Capture it with `keep="full"` and without `only`.'
         )
     return [place for place in places if not missing[place]]
@@ -188,7 +194,8 @@ def _recorded_names(place: str, config: FluxConfig) -> dict[str, str]:
     return names
 
 
-def _inputs(capture: Capture, place: str, pipe: Pipeline) -> dict[str, Tensor]:
+def inputs_of_pass(capture: Capture, place: str, pipe: Pipeline) -> dict[str, Tensor]:
+    """Return the recorded inputs of a pass, floats in the pipeline's dtype; t and guidance (B,)."""
     recipe, config = capture.recipe, pipe.spec.transformer
     step = int(place.split("/")[0].removeprefix("step."))
     out = {}

@@ -343,17 +343,47 @@ Port in the order below. Give each layer the kit's own input and compare its out
 So errors do not accumulate, and each shows where it is made. In float32 a correct layer has a
 relative L2 error, |yours - kit| / |kit|, of about 1e-7 and at most 2e-6. The last latents, after
 all steps, may differ by 1e-4. Do not judge by correlation: it stays above 0.99 with shift and scale
-swapped, with rows and columns swapped, or without QK-norm. If you save your tensors under the kit's
-names, `python scripts/parity.py compare yours.safetensors expected.safetensors` names the first one
-that differs, and `python scripts/parity.py diagnose` looks for a known bug.
+swapped, with rows and columns swapped, or without QK-norm.
+
+With a clone of the repository that wrote this kit, save your tensors under the kit's names, as many
+as you have, and run `python scripts/parity.py COMMAND`:
+
+| command | what it does |
+| --- | --- |
+| `compare yours.safetensors expected.safetensors` | names the first tensor that differs |
+| `diagnose yours.safetensors expected.safetensors` | looks for a known bug in that tensor |
+| `report yours.safetensors expected.safetensors --output report.html` | draws all errors |
+| `compare expected.safetensors --against yours:function` | calls your function for every module |
+| `bisect expected.safetensors --module-fn yours:function` | finds the first wrong step and module |
+| `calibrate expected.safetensors` | measures rounding, for a port in bfloat16 or float16 |
+| `compare expected.safetensors --against diffusers` | shows that diffusers gives these tensors |
+
+## Names
 
 A name is place/module/tap. The module has the name of its weights in Black Forest Labs' files:
 `double_blocks.0.img_mlp.0.weight` computes `step.001/double_blocks.0.img_mlp.0/out` from
-`step.001/double_blocks.0.img_mlp.0/in`. Several inputs or outputs are numbered: in.0,
-in.1. A block's inputs besides tokens are arg.N. These
-names are not of weights: `attention` (the joint attention of a block), `mlp_act` (the activation
-of a single-stream block), and everything outside the networks, such as `rope` or `latents`. The
-first step is stored layer by layer, later steps by their velocity and latents.
+`step.001/double_blocks.0.img_mlp.0/in`. These names are not of weights: `attention` (the joint
+attention of a block), `mlp_act` (the activation of a single-stream block), and everything outside
+the networks, such as `rope` or `latents`. The first step is stored layer by layer, later steps by
+their velocity and latents. Each tensor is stored under its own name, also where two are equal.
+
+A module with one input has in, one with several in.0, in.1, ...; so have outputs. A block's inputs
+besides tokens are arg.N. A function of yours gets a module's inputs in this order, and returns its
+outputs in theirs. It may return nothing for a module that you do not have.
+
+- `double_blocks.N`: in.0 image, in.1 text, arg.2 RoPE table, then shift, scale and gate: arg.3 to
+  arg.5 of the image's attention, arg.6 to arg.8 of its MLP, arg.9 to arg.11 of the text's
+  attention, arg.12 to arg.14 of its MLP -> out.0 image, out.1 text
+- `single_blocks.N`: in.0 text and image, arg.1 RoPE table, arg.2 shift, arg.3 scale, arg.4 gate ->
+  out
+- {modulators}: vec -> out.0 shift, out.1 scale, out.2 gate; in
+  double-stream blocks out.3 to out.5, those of the MLP
+- `*.norm`: in.0 q, in.1 k, before the norm -> out.0 q, out.1 k
+- `*/attention`: q, k, v, after RoPE -> out
+- `final_layer`: in.0 image, in.1 vec -> out
+- every other module: in -> out
+
+A scale is stored as the linear layer gives it: modulate with 1 + scale.
 
 ## Conventions
 
@@ -442,6 +472,7 @@ CFG = """
    velocity without + scale · (with - without)."""
 FLUX1 = dict(
     linear="A Linear is y = x Wᵀ + b, and W is (out, in).",
+    modulators="`*_mod`, `*.modulation`",
     ids="An id is (t, row, column), and 0 for text.",
     vector="\n   The pooled text, `text/pooled`, has an embedder too: `step.001/vector_in/out`.",
     modulation="Each block has\n   its own: `step.001/double_blocks.0.img_mod/out.0`, "
@@ -454,6 +485,7 @@ FLUX1 = dict(
 )
 FLUX2 = dict(
     linear="A Linear is y = x Wᵀ, without bias in the transformer, and W is (out, in).",
+    modulators="`*_stream_modulation*`",
     ids="An id is (t, row, column, l). Text has only l,\n   the number of the token.",
     vector="",
     modulation="All blocks\n   of a kind share one: "

@@ -32,6 +32,7 @@ from flux.transformer import DoubleStreamBlock, KVCache, QKNorm, RMSNorm, Single
 # Called with a name and a tensor, which may be overwritten later: copy it to keep it.
 Observer = Callable[[str, Tensor], object]
 BLOCKS = {DoubleStreamBlock: 2, SingleStreamBlock: 1}  # type -> inputs that are tokens
+ATTENTION = F.scaled_dot_product_attention  # also where a bug's function takes its place
 
 
 @contextmanager
@@ -109,7 +110,7 @@ class _AttentionCalls(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
-        if function is F.scaled_dot_product_attention:
+        if function is ATTENTION:
             named = [kwargs[name] for name in ("query", "key", "value") if name in kwargs]
             self.after_attention(*[*args, *named][:3], out)
         return out
@@ -140,11 +141,18 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     """Return whether there are no patterns, or a shell pattern matches one of `places(name)`.
 
     `*.img_attn` selects `step.001/double_blocks.3.img_attn.qkv/out`; so do `step.001`,
-    `double_blocks.3`, `*.qkv` and `out`.
+    `double_blocks.3`, `*.qkv` and `out`. A pattern after `!` leaves out what it matches.
     """
-    return not patterns or any(
-        fnmatchcase(place, pattern) for place in places(name) for pattern in patterns
-    )
+    if not patterns:
+        return True
+    found = places(name)
+
+    def match_any(chosen: Sequence[str]) -> bool:
+        return any(fnmatchcase(place, pattern) for place in found for pattern in chosen)
+
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    return (not wanted or match_any(wanted)) and not match_any(unwanted)
 
 
 def places(name: str) -> list[str]:
@@ -161,10 +169,12 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
     """Raise UserError for the first pattern that matches no name, with the nearest names."""
     known = dict.fromkeys(place for name in names for place in places(name))
     for pattern in patterns:
+        argument = "exclude" if pattern.startswith("!") else "only"
+        pattern = pattern.removeprefix("!")
         if any(fnmatchcase(place, pattern) for place in known):
             continue
         suffixes = [f"*.{place.rsplit('.')[-1]}" for place in known if "." in place]
         spelled = {place.lower(): place for place in (*known, *suffixes)}
         near = get_close_matches(pattern.lower(), spelled, n=3, cutoff=0.3) or list(spelled)[:3]
         nearest = ", ".join(spelled[place] for place in near)
-        raise UserError(f"only: {pattern} matches no name. The nearest names are {nearest}.")
+        raise UserError(f"{argument}: {pattern} matches no name. The nearest names are {nearest}.")

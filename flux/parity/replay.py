@@ -177,7 +177,9 @@ def replay_module(
     capture: Capture, call: Call, each: ModuleRun, tolerance: Tolerance = None
 ) -> list[Row]:
     """Run one module on its recorded inputs. One row an output."""
-    answers = call_checked(call, each.name, recorded_inputs(capture, each))
+    answers = as_outputs(each.name, call(each.name, recorded_inputs(capture, each)))
+    if not answers:  # a function without this module
+        return []
     if len(answers) <= max(each.outputs):
         raise UserError(
             f"module_fn: returned {len(answers)} tensors for {each.name} "
@@ -188,10 +190,19 @@ def replay_module(
 
 
 def call_checked(call: Call, name: str, inputs: list[Tensor]) -> list[Tensor]:
-    """Return the tensors that a call returns. UserError if it returns anything else."""
-    answers = call(name, inputs)
+    """Return the tensors that a call returns. UserError if it returns anything else, or nothing."""
+    answers = as_outputs(name, call(name, inputs))
+    if not answers:
+        raise UserError(f"module_fn: returned nothing for {name}, which is needed here")
+    return answers
+
+
+def as_outputs(name: str, answers) -> list[Tensor]:
+    """Return what a call returned as a list; None is an empty one. UserError for anything else."""
     if isinstance(answers, Tensor):
         return [answers]
+    if answers is None:
+        return []
     if not isinstance(answers, Sequence) or not all(isinstance(x, Tensor) for x in answers):
         raise UserError(
             f"module_fn: returned {type(answers).__name__} for {name} (expected a list of tensors)"

@@ -9,64 +9,26 @@ and latents after each step, tokens (1, N, C), and the decoded pixels (1, 3, H, 
 """
 
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-# BFL's modules import these at the top, and the functions that are called here do not need them
-UNUSED = {
-    "torchvision": (),
-    "cv2": (),
-    "imwatermark": ("WatermarkEncoder",),
-    "transformers": (
-        *("AutoModelForDepthEstimation", "AutoProcessor", "SiglipImageProcessor"),
-        *("SiglipVisionModel", "CLIPTextModel", "CLIPTokenizer", "T5EncoderModel", "T5Tokenizer"),
-    ),
-}
-
-
-class Unused:
-    """A class of a package that need not be installed."""
-
-    def set_watermark(self, *args) -> None:
-        """Do nothing. BFL's flux.util calls this when it is imported."""
-
-
-def replace_unused_packages() -> None:
-    for name, classes in UNUSED.items():
-        module = sys.modules[name] = ModuleType(name)
-        for each in classes:
-            setattr(module, each, Unused)
+FILE = Path(__file__).resolve().parents[2] / "flux/parity/bfl_process.py"
+spec = importlib.util.spec_from_file_location("bfl_process", FILE)
+assert spec is not None and spec.loader is not None
+bfl_process = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bfl_process)
 
 
 def run_flux1(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
-    model = importlib.import_module("flux.model")
-    autoencoder = importlib.import_module("flux.modules.autoencoder")
     sampling = importlib.import_module("flux.sampling")
-    c, width, height = settings["transformer"], settings["width"], settings["height"]
-    params = model.FluxParams(
-        in_channels=c["in_channels"],
-        out_channels=c["out_channels"],
-        vec_in_dim=c["vector_dim"],
-        context_in_dim=c["context_dim"],
-        hidden_size=c["hidden_size"],
-        mlp_ratio=c["mlp_ratio"],
-        num_heads=c["num_heads"],
-        depth=c["depth"],
-        depth_single_blocks=c["depth_single"],
-        axes_dim=list(c["axes_dim"]),
-        theta=c["theta"],
-        qkv_bias=c["bias"],
-        guidance_embed=c["guidance"],
-    )
-    transformer = model.Flux(params).to(torch.bfloat16)
-    load(transformer, tensors, "transformer.")
-
+    width, height = settings["width"], settings["height"]
+    transformer = transformer_of(settings, tensors)
     noise = sampling.get_noise(1, height, width, "cpu", torch.bfloat16, settings["seed"])
 
     def text(prompt):
@@ -84,45 +46,17 @@ def run_flux1(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
     )
     outputs = by_step(times, [*seen, latents])
     if a := settings["autoencoder"]:
-        params = autoencoder.AutoEncoderParams(
-            resolution=256,
-            in_channels=3,
-            ch=a["ch"],
-            out_ch=3,
-            ch_mult=list(a["ch_mult"]),
-            num_res_blocks=a["num_res_blocks"],
-            z_channels=a["z_channels"],
-            scale_factor=a["scale_factor"],
-            shift_factor=a["shift_factor"],
-        )
-        decoder = autoencoder.AutoEncoder(params)
-        load(decoder, tensors, "autoencoder.")
+        decoder = bfl_process.autoencoder_of(a, flux2=False)
+        bfl_process.load(decoder, tensors, "autoencoder.")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs["pixels"] = decoder.decode(sampling.unpack(latents.float(), height, width))
     return outputs
 
 
 def run_flux2(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
-    model = importlib.import_module("flux2.model")
-    autoencoder = importlib.import_module("flux2.autoencoder")
     sampling = importlib.import_module("flux2.sampling")
     c = settings["transformer"]
-    params = dict(
-        in_channels=c["in_channels"],
-        context_in_dim=c["context_dim"],
-        hidden_size=c["hidden_size"],
-        num_heads=c["num_heads"],
-        depth=c["depth"],
-        depth_single_blocks=c["depth_single"],
-        axes_dim=list(c["axes_dim"]),
-        theta=c["theta"],
-        mlp_ratio=c["mlp_ratio"],
-    )
-    if hasattr(model.Flux2Params, "use_guidance_embed"):  # since klein
-        params["use_guidance_embed"] = c["guidance"]
-    transformer = model.Flux2(model.Flux2Params(**params)).to(torch.bfloat16)
-    load(transformer, tensors, "transformer.")
-
+    transformer = transformer_of(settings, tensors)
     shape = (1, c["in_channels"], settings["height"] // 16, settings["width"] // 16)
     generator = torch.Generator().manual_seed(settings["seed"])
     noise = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
@@ -158,18 +92,16 @@ def run_flux2(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
     )
     outputs = by_step(times, [*seen, latents])
     if a := settings["autoencoder"]:
-        sizes = {n: a[n] for n in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
-        decoder = autoencoder.AutoEncoder(autoencoder.AutoEncoderParams(**sizes))
-        load(decoder, tensors, "autoencoder.")
+        decoder = bfl_process.autoencoder_of(a, flux2=True)
+        bfl_process.load(decoder, tensors, "autoencoder.")
         grid = torch.cat(sampling.scatter_ids(latents, x_ids)).squeeze(2)
         outputs["pixels"] = decoder.decode(grid).float()
     return outputs
 
 
-def load(module: torch.nn.Module, tensors: dict, prefix: str) -> None:
-    state = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
-    module.load_state_dict(state, strict=True)
-    module.eval()
+def transformer_of(settings: dict, tensors: dict) -> torch.nn.Module:
+    network = bfl_process.transformer_of(settings["transformer"]).to(torch.bfloat16)
+    return bfl_process.load(network, tensors, "transformer.")
 
 
 def latents_before_each_step(transformer: torch.nn.Module, tokens: int) -> list[torch.Tensor]:
@@ -198,7 +130,7 @@ def main() -> None:
     clone, inputs, outputs = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     sys.path.insert(0, str(clone / "src"))
-    replace_unused_packages()
+    bfl_process.replace_unused_packages()
     with safe_open(inputs, "pt") as file:
         settings = json.loads(file.metadata()["settings"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -354,6 +354,9 @@ def test_patterns_match_names_and_parts():
         for p in ["in", "double_blocks.33", "img_attn", "step.002", "*.txt_attn", "blocks.3"]
     )
     assert matches(name, ()) and matches("noise", ["noise"])
+    assert not any(matches(name, [f"!{p}"]) for p in fit)
+    assert matches(name, ["!noise"]) and not matches("noise", ["!noise"])
+    assert not matches(name, ["step.001", "!double_blocks.3"]) and matches(name, [fit[0], "!noise"])
 
 
 @pytest.mark.parametrize("config", [FLUX1_TINY, KLEIN_TINY], ids=["flux.1", "flux.2"])

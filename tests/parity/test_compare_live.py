@@ -29,8 +29,10 @@ from flux.parity import compare_live as against
 from flux.parity import tolerances
 from flux.parity.capture import Selection, capture
 from flux.parity.capture_file import Capture
-from flux.parity.compare import first_over
+from flux.parity.compare import coverage, first_over
+from flux.parity.hooks import matches
 from flux.parity.modules import Modules
+from flux.parity.replay import replay_modules
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* was distilled for", "ignore:.* was not trained with"
@@ -248,6 +250,34 @@ def test_wrong_outputs_of_a_function_are_refused(answer, words, captures):
         )
 
 
+def test_function_may_have_nothing_for_a_module(captures):
+    """A port of the blocks alone is compared in the blocks alone, and the rest is counted."""
+    taken = captures[KLEIN]
+    only = ["step.001", "!attention", "!single_blocks.0"]
+
+    def blocks(nothing):
+        def port(name, inputs):
+            if name != "step.001/double_blocks.0":
+                return nothing
+            return [taken.tensors[f"{name}/out.{i}"].clone() for i in (0, 1)]
+
+        return port
+
+    for nothing in (None, []):
+        rows = against.adaptor(taken, blocks(nothing), only)
+        assert [row.name for row in rows] == [f"step.001/double_blocks.0/out.{i}" for i in (0, 1)]
+        assert all(row.identical for row in rows)
+        rest = coverage(rows, taken, only=only, missing="have nothing of the function")
+        counted = int(re.search(r"; ([\d,]+) have nothing of the function \(", rest)[1])
+        named = [name for name in taken.names if matches(name, only)]
+        assert counted == len(named) - 2 > 50
+        assert [row.name for row in replay_modules(taken, blocks(nothing), only)] == [
+            row.name for row in rows
+        ]
+    with pytest.raises(UserError, match="exclude: doubel_blocks matches no name"):
+        against.adaptor(taken, blocks(None), ["!doubel_blocks"])
+
+
 def test_failing_function_is_one_sentence(captures):
     with pytest.raises(UserError, match=r"returned 2 tensors for step.001/img_in \(expected 1\)"):
         against.adaptor(
@@ -322,7 +352,7 @@ def test_command_compares_live_runs(parity):
         (("--against", "another_port:no"), "--against: there is no function another_port:no"),
         (
             ("--against", "another_port:port", "--dtype", "bfloat16"),
-            "--dtype: applies only with --against here or diffusers",
+            "--dtype: applies only with --against here, diffusers or bfl",
         ),
         (
             ("a.safetensors", "--lora-partial"),

@@ -451,6 +451,9 @@ def test_command_golden_kit_with_random_weights(family, parity, tmp_path):
     files = {path.stem: load_file(path) for path in (tmp_path / "kit/weights").iterdir()}
     text = ["clip", "t5"] if family == "flux.1" else ["model"]
     assert sorted(files) == sorted(["transformer", "autoencoder", *text])
+    # BFL's autoencoders normalise in 32 groups: each must have several channels, or it is constant
+    assert Capture(tmp_path / "kit/expected.safetensors").records["pixels"].shape == (1, 3, 64, 80)
+    assert len(files["autoencoder"]["decoder.norm_out.weight"]) == 32
     for state in files.values():
         assert all(x.std() > 0.01 for x in state.values() if x.ndim)  # a batch count has no axis
     assert "guidance_in.in_layer.weight" in files["transformer"]
@@ -461,6 +464,46 @@ def test_command_golden_kit_with_random_weights(family, parity, tmp_path):
     ):
         code, _, err = parity("golden-kit", *wrong, "--output", "b")
         assert code == 2 and words in err.splitlines()[-1] and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("family", ["flux.1", "flux.2"])
+def test_every_command_works_on_a_random_kit(family, parity, tmp_path):
+    """The random model is made again, with the kit's weights: other ones give other tensors."""
+    size = ("--width", 64, "--height", 80, "--steps", 2)
+    assert parity("golden-kit", "--random", family, *size, "--output", "kit")[0] == 0
+    kit, block = "kit/expected.safetensors", "step.001/double_blocks.1"
+    expected = load_file(tmp_path / kit)
+    only = ("--filter", "double_blocks.1")
+    for command in (
+        ("compare", kit, "--against", "here"),
+        ("compare", kit, "--against", "diffusers"),
+        ("replay", kit, *only),
+        ("replay", kit, "--end-to-end", "--filter", "latents"),
+        ("bisect", kit),
+    ):
+        code, out, err = parity(*command)
+        assert code == 0, (command, out, err)
+    code, out, _ = parity("calibrate", kit, "--precision", "bfloat16", *only)
+    assert code == 0 and Capture(tmp_path / kit).rounding["bfloat16"][f"{block}/out.0"].local > 0
+
+    # QK-norm without its scale, in the block's queries of the image
+    name = f"{block}.img_attn.norm/out.0"
+    weights = load_file(tmp_path / "kit/weights/transformer.safetensors")
+    scale = weights["double_blocks.1.img_attn.norm.query_norm.scale"]
+    save_file(expected | {name: expected[name] / scale}, tmp_path / "port.safetensors")
+    code, out, _ = parity("diagnose", "port.safetensors", kit)
+    assert code == 1 and "cause: QK-norm without its scale" in out
+    code, _, err = parity("replay", kit, "--weights", "kit/weights")
+    assert code == 2 and "--weights: the kit of a random model has its own" in err
+
+    weights["img_in.weight"] *= 2
+    save_file(weights, tmp_path / "kit/weights/transformer.safetensors")
+    code, out, _ = parity("replay", kit, "--filter", "step.001/img_in/out")
+    assert code == 1 and "the first is step.001/img_in/out" in out
+    save_file({"x": scale}, tmp_path / "kit/weights/transformer.safetensors")
+    code, _, err = parity("replay", kit)
+    assert code == 2 and "has other tensors than the random model" in err
+    assert f"{family}-random" not in MODELS
 
 
 def test_impossible_kits_are_refused(load, tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""A stand-in for BFL's package of this name."""
