@@ -293,7 +293,7 @@ def clip_ignore_keys(name: str) -> bool:
 
 def language_model_ignore_keys(name: str, depth: int) -> bool:
     """Everything above the first `depth` layers, and vision parts of Mistral Small and Qwen3-VL."""
-    if layer := re.match(r"layers\.(\d+)\.", name):
+    if layer := re.match(r"layers\.(\d{1,9})\.", name):
         return int(layer[1]) >= depth
     parts = (
         "norm.",

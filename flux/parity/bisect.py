@@ -42,7 +42,7 @@ from flux.runtime.checks import check_cfg, check_steps
 from flux.runtime.terminal import printable
 from flux.transformer import KVCache, Modulations
 
-BLOCK = re.compile(r"(double|single)_blocks\.(\d+)")
+BLOCK = re.compile(r"(double|single)_blocks\.(\d{1,9})")
 SEARCH_TOLERANCES = TOLERANCES | {"F32": 1e-5}  # by the dtype of the pipeline
 
 

@@ -48,10 +48,10 @@ REQUEST = (  # arguments of a run that stand in a recipe under the same names
     "true_cfg_scale",
 )
 
-TAP = re.compile(r"(.+)/(in|arg|out)(?:\.(\d+))?(~\d+)?")
+TAP = re.compile(r"(.+)/(in|arg|out)(?:\.(\d{1,9}))?(~\d+)?")
 # a text encoder's attention also takes a mask, which is not recorded with it
 ATTENTION = re.compile(r"((?!text/).+/attention)/(q|k|v|out)()(~\d+)?")
-PASS = re.compile(r"step\.\d+(/negative)?")
+PASS = re.compile(r"step\.\d{1,9}(/negative)?")
 
 
 # ---------------------------------------------------------------- the runs of a capture

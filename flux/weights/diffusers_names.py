@@ -156,21 +156,33 @@ AUTOENCODER = (  # parts of names, ours and diffusers'; no first dot: the start 
 )
 
 
+def _rules(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str, str]]:
+    """Return the pattern of each old part of a name, the part itself, and the new part."""
+    rules = []
+    for old, new in pairs:
+        pattern = re.escape(old).replace("N", r"(\d{1,9})")
+        rules.append((re.compile(pattern if old.startswith(".") else f"^{pattern}"), old, new))
+    return rules
+
+
+FROM_DIFFUSERS = _rules((theirs, ours) for ours, theirs in AUTOENCODER)
+TO_DIFFUSERS = _rules(AUTOENCODER)
+
+
 def from_diffusers(name: str, levels: int = 4) -> str:
     """Return our name of a tensor in a `vae/` file; our names stay as they are."""
-    return _rename(name, [(theirs, ours) for ours, theirs in AUTOENCODER], levels)
+    return _rename(name, FROM_DIFFUSERS, levels)
 
 
 def to_diffusers(name: str, levels: int = 4) -> str:
     """Return the name in a `vae/` file of one of our autoencoder's tensors."""
-    return _rename(name, AUTOENCODER, levels)
+    return _rename(name, TO_DIFFUSERS, levels)
 
 
-def _rename(name: str, pairs: Iterable[tuple[str, str]], levels: int) -> str:
+def _rename(name: str, rules: Iterable[tuple[re.Pattern[str], str, str]], levels: int) -> str:
     """`levels`: resolutions of the autoencoder, 4 in every released one."""
-    for old, new in pairs:
-        pattern = re.escape(old).replace("N", r"(\d+)")
-        if not (found := re.search(pattern if old.startswith(".") else f"^{pattern}", name)):
+    for pattern, old, new in rules:
+        if not (found := pattern.search(name)):
             continue
         number = found[1] if "N" in old else ""
         if old.startswith(".up"):

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -228,6 +229,9 @@ def _is_gguf(file: Path) -> bool:
         return False
 
 
+PREFIX_PARTS = 8  # looked for; a foreign name may have thousands of dots
+
+
 def find_prefix(
     names: Iterable[str], expected: Collection[str], rename: Callable[[str], str] = str
 ) -> str:
@@ -237,7 +241,8 @@ def find_prefix(
     """
     counts: Counter[str] = Counter()
     for name in names:
-        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+        dots = islice(re.finditer(r"\.", name), PREFIX_PARTS)
+        for start in (0, *(dot.end() for dot in dots)):
             if rename(name[start:]) in expected:
                 counts[name[:start]] += 1
     best = max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")

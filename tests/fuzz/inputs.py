@@ -7,7 +7,6 @@ have refused it.
 """
 
 import atexit
-import copy
 import io
 import json
 import math
@@ -190,14 +189,14 @@ def transformer_input(config: FluxConfig, content: bytes, optional: str = "$^") 
     return Input({"x.safetensors": content}, "x.safetensors", mutators.SAFETENSORS, use, check)
 
 
-@kind(cases=100)
+@kind(cases=200)
 def transformers() -> list[Input]:
     return [
         transformer_input(config, save(half(network(family)))) for family, config in CONFIGS.items()
     ]
 
 
-@kind(cases=130)
+@kind(cases=200)
 def quantized() -> list[Input]:
     """All notations, of both families in turn. Scales of inputs and notes may be missing."""
     found = []
@@ -210,7 +209,7 @@ def quantized() -> list[Input]:
     return found
 
 
-@kind(cases=120)
+@kind(cases=200)
 def gguf_files() -> list[Input]:
     def check(config: FluxConfig, path: Path) -> None:
         try:
@@ -263,11 +262,11 @@ def index_files() -> list[Input]:
     return [Input(files, name, mutators.JSON, partial(run_transformer, config), check)]
 
 
-@kind(cases=40)
+@kind(cases=200)
 def autoencoders() -> list[Input]:
     found = []
     for config, diffusers in ((TINY_AE1, False), (TINY_AE2, False), (TINY_AE2, True)):
-        config = replace(config, ch=8, norm_groups=8, num_res_blocks=1)
+        config = replace(config, ch=8, ch_mult=(1, 1, 1, 1), norm_groups=8, num_res_blocks=0)
         state = randomise(AutoEncoder(config)).state_dict()
         if diffusers:
             state = autoencoder_to_diffusers(state, config)
@@ -459,13 +458,19 @@ def lora_layouts(family: str) -> dict[str, tuple[dict[str, Tensor], dict[str, st
 
 
 def run_lora(family: str, path: Path) -> None:
-    weights = network(family).parameters()
-    ours = copy.deepcopy(network(family), {id(x): x for x in weights})  # merging replaces weights
-    merge(ours, [(delta, 0.7) for delta in match_layers(read_lora(path), {"transformer": ours})])
-    ours(**inputs(ours.config))
+    ours = network(family)
+    before = [(module, dict(module._parameters)) for module in ours.modules()]
+    try:
+        deltas = match_layers(read_lora(path), {"transformer": ours})
+        merge(ours, [(delta, 0.7) for delta in deltas])
+        ours(**inputs(ours.config))
+    finally:  # merging replaces weights; a control LoRA makes img_in wider
+        for module, parameters in before:
+            module._parameters.update(parameters)
+        ours.config, ours.img_in.in_features = CONFIGS[family], CONFIGS[family].in_channels
 
 
-@kind(cases=76)
+@kind(cases=200)
 def loras() -> list[Input]:
     found = []
     for family in CONFIGS:
@@ -692,12 +697,28 @@ def checkpoints() -> list[Input]:
     return [Input({name: content}, name, mutators.DOCUMENTS, use, check)]
 
 
+class EncodedOnce(dataset.Cache):
+    """A cache whose one image and one caption are encoded once for all cases."""
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return encoded()["latents"]
+
+    def features(self, caption: str, source: str = "prompt") -> Path:
+        self.pipe.text.cache[caption] = encoded()["features"]
+        return super().features(caption, source)
+
+
 @cache
 def toy() -> flux.Pipeline:
     return flux.load("flux.2-tiny", device="cpu")
 
 
-@kind(cases=80)
+@cache
+def encoded() -> dict:
+    return {"latents": random(1, 64, 4, 5), "features": toy().text.encode(["a red circle"])}
+
+
+@kind(cases=200)
 def caches() -> list[Input]:
     """Cached latents and text features, which are made again if they are damaged."""
 
@@ -705,7 +726,7 @@ def caches() -> list[Input]:
         image = folder.with_suffix(".png")  # its content, not its place, names the files
         image.write_bytes(picture("PNG"))
         sample = dataset.Sample(image, "a red circle")
-        return dataset.Cache(folder, toy(), 64).sample(sample)
+        return EncodedOnce(folder, toy(), 64).sample(sample)
 
     files = written_folder(fill)
     expected = {name: strict(content)[0] for name, content in files.items()}

@@ -5,6 +5,7 @@ damaged bytes. `MUTATORS` has one list for each kind of file.
 """
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -177,6 +178,7 @@ def rename(random: Random, place: Place, other: Place) -> str:
     pair = place.parent[place.number]
     old = str(pair[0])
     names = [old.upper(), old[:-1], f"{old}.1", *("", "x", "\n", "\x1b[2J", "é", "__metadata__")]
+    names += [re.sub(r"\d+", "9" * 5000, old), old.replace(".", "." * 3000)]
     names += [neighbour[0] for neighbour in place.parent[:50]]
     pair[0] = random.choice([*names, Raw('"\\udc00"')])
     return f"rename {old!r:.60} to {pair[0]!r:.40}"

@@ -19,9 +19,11 @@ from support.weight_files import anonymous_memory, hollow, refusal, saved
 from torch import nn
 
 from flux.errors import UserError
+from flux.text_encoder import language_model_ignore_keys
 from flux.transformer import Flux, FluxConfig
+from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import shard_files
-from flux.weights.load import infer_config, load_module
+from flux.weights.load import find_prefix, infer_config, load_module
 
 
 class Tiny(nn.Module):
@@ -601,3 +603,15 @@ def test_other_networks_are_recognised_and_refused(tmp_path, name, expected):
 )
 def test_impossible_sizes_are_refused(tmp_path, name, shape):
     refusal(infer_config, hollow(tmp_path / "x.safetensors", shapes_of(TINY1) | {name: shape}))
+
+
+def test_foreign_names_of_any_length_are_read_in_few_steps():
+    """Python converts no text of 5,000 digits to an integer."""
+    asked = []
+    names = ["." * 9000, "a." * 4000 + "weight", "model.weight"]
+    assert find_prefix(names, {"weight"}, lambda name: asked.append(name) or name) == "model."
+    assert len(asked) < 10 * len(names)
+    number = "9" * 5000
+    name = f"decoder.up_blocks.{number}.resnets.0.conv1.weight"
+    assert from_diffusers(name).endswith(".conv1.weight")
+    assert not language_model_ignore_keys(f"layers.{number}.mlp.weight", depth=2)
