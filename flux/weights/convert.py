@@ -109,7 +109,10 @@ class _Conversion:
     def tensors(self, on_meta: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors of the file; on the meta device only shapes and dtypes."""
         for path, layer in self.module.named_modules():
-            own = {**layer._parameters, **layer._buffers}
+            if ".parts" in path:  # of a joined layer
+                continue
+            quantized = isinstance(layer, QuantizedLinear)
+            own = dict(layer.state_dict()) if quantized else {**layer._parameters, **layer._buffers}
             own = {name: tensor for name, tensor in own.items() if tensor is not None}
             if not on_meta:
                 own = {name: self._mapped(f"{path}.{name}", like) for name, like in own.items()}
@@ -182,7 +185,7 @@ class _Conversion:
 def _dequantized(layer: QuantizedLinear, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the layer's weight and bias, for the tensors that its file has."""
     weight = torch.empty(layer.out_features, layer.in_features, device="meta")
-    if not own["weight"].is_meta:
+    if not next(iter(own.values())).is_meta:
         layer.load_state_dict(own, strict=True, assign=True)
         weight = layer.dequantize()
         layer.to("meta")  # the pages of the file may go

@@ -1,11 +1,10 @@
 """Read a transformer in diffusers' layout as one in ours: matrices are joined, names replaced."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flux.errors import UserError
-from flux.weights.diffusers_names import our_layer
-from flux.weights.files import Rows, TensorInfo
-from flux.weights.quantization import canonical
+from flux.weights.diffusers_names import Place, our_layer
+from flux.weights.files import FLOATS, Rows, TensorInfo
 
 ANCHOR = "x_embedder.weight"  # diffusers' name of `img_in.weight`
 
@@ -14,47 +13,74 @@ def join_diffusers(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return a transformer's tensors by our names; those of any other file as they are.
 
     diffusers splits our matrices of q, k and v by rows, and swaps the halves of `norm_out`. Such
-    tensors are joined when they are mapped. UserError if the parts of a matrix are quantized, each
-    with a scale or a type of its own.
+    tensors are joined when they are mapped. Where each part of a matrix is quantized by itself, the
+    tensors of part i are called "LAYER.parts.i.TENSOR" (`quantization.joined`).
     """
     anchors = [name for name in infos if f".{name}".endswith(f".{ANCHOR}")]
     if len(anchors) != 1 or not any("transformer_blocks." in name for name in infos):
         return dict(infos)
     prefix = anchors[0].removesuffix(ANCHOR)
     flux2 = any("time_guidance_embed." in name for name in infos)
-    joined: dict[str, TensorInfo] = {}
-    split: dict[str, list[TensorInfo | None]] = {}
+    renamed: dict[str, TensorInfo] = {}
+    layers: dict[str, list[dict[str, TensorInfo]]] = {}  # ours -> tensors of each part
+    swapped = set()
     for name, info in infos.items():
-        layer, _, tensor = canonical(name.removeprefix(prefix)).rpartition(".")
-        place = our_layer(layer, flux2)
+        place, tensor = _find_place(name.removeprefix(prefix), flux2)
         if place is None:  # reported when the tensors are matched with the network
-            joined[name] = info
-        elif place.swapped:
-            joined[f"{place.layer}.{tensor}"] = _swap_halves(info, tensor)
-        elif place.parts == 1:
-            joined[f"{place.layer}.{tensor}"] = info
+            renamed[name] = info
+            continue
+        parts = layers.setdefault(place.layer, [{} for _ in range(place.parts)])
+        parts[place.part][tensor] = info
+        if place.swapped:
+            swapped.add(place.layer)
+    for layer, parts in layers.items():
+        renamed |= _join(layer, parts, layer in swapped)
+    return renamed
+
+
+def _find_place(name: str, flux2: bool) -> tuple[Place | None, str]:
+    """Split "LAYER.TENSOR", where both may have dots; return the layer's place and the tensor."""
+    layer = name
+    while "." in layer:
+        layer = layer.rpartition(".")[0]
+        if place := our_layer(layer, flux2):
+            return place, name[len(layer) + 1 :]
+    return None, name
+
+
+def _join(layer: str, parts: list[dict[str, TensorInfo]], swapped: bool) -> dict[str, TensorInfo]:
+    """Return the tensors of one of our layers, by our names."""
+    if len(parts) == 1 and not swapped:
+        return {f"{layer}.{tensor}": info for tensor, info in parts[0].items()}
+    renamed = {}
+    weights = [part["weight"] for part in parts if "weight" in part]
+    by_itself = len(weights) == len(parts) and not _is_plain(parts)
+    for tensor in dict.fromkeys(tensor for part in parts for tensor in part):
+        held = [part[tensor] for part in parts if tensor in part]
+        if by_itself and tensor != "bias":
+            renamed |= {
+                f"{layer}.parts.{i}.{tensor}": part[tensor]
+                for i, part in enumerate(parts)
+                if tensor in part
+            }
+        elif len(held) < len(parts) or tensor not in ("weight", "bias"):
+            renamed |= {info.name: info for info in held}  # reported as unknown
+        elif swapped:
+            renamed[f"{layer}.{tensor}"] = _swap_halves(held[0])
         else:
-            _require_plain(info, tensor)
-            split.setdefault(f"{place.layer}.{tensor}", [None] * place.parts)[place.part] = info
-    for name, parts in split.items():
-        found = [part for part in parts if part is not None]
-        if len(found) == len(parts):
-            joined[name] = _join(found)
-        else:
-            joined |= {part.name: part for part in found}
-    return joined
+            renamed[f"{layer}.{tensor}"] = _join_rows(held)
+    return renamed
 
 
-def _require_plain(info: TensorInfo, tensor: str) -> None:
-    if tensor not in ("weight", "bias"):
-        raise UserError(
-            f"{info.file} has q, k and v quantized one by one in diffusers' layout "
-            f"({info.name!r:.120}), which is not supported. Get the model in Black Forest Labs' "
-            "layout, or in bfloat16."
-        )
+def _is_plain(parts: Sequence[Mapping[str, TensorInfo]]) -> bool:
+    """Return whether rows of all parts make one matrix: they have one type, and no scales."""
+    types = {part["weight"].dtype for part in parts}
+    return (len(types) == 1 or types <= set(FLOATS)) and all(
+        part.keys() <= {"weight", "bias"} for part in parts
+    )
 
 
-def _join(parts: list[TensorInfo]) -> TensorInfo:
+def _join_rows(parts: list[TensorInfo]) -> TensorInfo:
     """Describe the tensor whose rows are those of all parts."""
     first = parts[0]
     for part in parts:
@@ -69,9 +95,8 @@ def _join(parts: list[TensorInfo]) -> TensorInfo:
     return first._replace(shape=shape, name=" + ".join(part.name for part in parts), rows=rows)
 
 
-def _swap_halves(info: TensorInfo, tensor: str) -> TensorInfo:
+def _swap_halves(info: TensorInfo) -> TensorInfo:
     """Describe a tensor of scale and shift as one of shift and scale."""
-    _require_plain(info, tensor)
     if not info.shape or info.shape[0] % 2:
         return info  # misshapen, as the matching reports
     half, end = info.shape[0] // 2, info.shape[0]

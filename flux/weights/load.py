@@ -39,6 +39,9 @@ from flux.weights.quantization import (
     detect_formats,
     gguf,
     is_quant_metadata,
+    join_parts,
+    leaves,
+    part_names,
 )
 
 # ---------------------------------------------------------------- modules without values
@@ -134,7 +137,7 @@ def load_module(
     if expected.keys() <= sources.keys():
         _pass_over_unread(module, layers, expected, sources)
     _check_fit(type(module).__name__, files, expected, sources, renamed=rename is not None)
-    check_scales(layers, sources)
+    check_scales(leaves(layers), sources)
     stored = {name: gguf.stored(info) for name, info in sources.items()}
     on_meta = torch.device(device).type == "meta" and not check_finite
     for name, tensor in (meta_tensors if on_meta else map_tensors)(stored):
@@ -151,7 +154,7 @@ def load_module(
         module.set_submodule(path, layer)
     module.requires_grad_(False).load_state_dict(tensors, strict=True, assign=True)
     if check_finite:
-        for path, layer in layers.items():  # GGUF has scales inside its bytes
+        for path, layer in leaves(layers).items():  # GGUF has scales inside its bytes
             values, info = layer.dequantize(), sources[f"{path}.weight"]
             if not values.isfinite().all():
                 raise _not_finite(info)
@@ -333,11 +336,16 @@ def _quantized_layers(
 ) -> dict[str, QuantizedLinear]:
     """Return the replacements of Linears and Embeddings by path, on the meta device."""
     parts = dict(module.named_modules())
-    linears = [path for path, part in parts.items() if isinstance(part, nn.Linear)]
+    linears = {path: part for path, part in parts.items() if isinstance(part, nn.Linear)}
     tables = [path for path in _embeddings(module) if f"{path}.weight_scale" in sources]
     layers: dict[str, QuantizedLinear] = {}
     with torch.device("meta"):
-        for path, format in detect_formats(sources, metadata, [*linears, *tables]).items():
+        names = [*linears, *tables, *part_names(sources)]
+        formats = detect_formats(sources, metadata, names)
+        layers |= join_parts(sources, formats, linears)
+        for path, format in formats.items():
+            if path not in parts:
+                continue
             columns, rows = reversed(parts[path].weight.shape)
             layers[path] = format.make(
                 columns, rows, getattr(parts[path], "bias", None) is not None

@@ -111,7 +111,7 @@ def test_parts_that_do_not_fit_together_are_refused(written, tmp_path):
     for change, expected in (
         ({v: state[v].half()}, f"{v!r} as F16"),
         ({v: state[v][:, :-1]}, "which belong into one matrix"),
-        ({f"{q}_scale": torch.tensor(1.0)}, "quantized one by one"),
+        ({f"{q}_scale": torch.tensor(1.0)}, f"1 unknown ('{q}_scale')"),
         ({"transformer_blocks.0.attn.to_other.weight": torch.ones(1)}, "1 unknown"),
         ({"norm_out.linear.weight": torch.ones(3, 4)}, "'norm_out.linear.weight' is (3, 4)"),
     ):

@@ -2,6 +2,7 @@
 
 linear.py    `QuantizedLinear`: dequantizes its weight each time it is used
 fp8.py int8.py mxfp8.py nvfp4.py nf4.py gguf.py   one subclass for each format of files
+joined.py    several layers of a file that are one of ours
 detect.py    which layers of a file are quantized, and in which format
 scales.py    refuses a scale that is no number above 0
 published.py rounds weights to the formats that other programs read
@@ -20,6 +21,7 @@ from flux.weights.quantization.detect import (
 from flux.weights.quantization.fp8 import BlockFP8Linear, FP8Linear, enable_fp8_matmul
 from flux.weights.quantization.gguf import GGUFEmbedding, GGUFLinear
 from flux.weights.quantization.int8 import Int8Linear
+from flux.weights.quantization.joined import JoinedLinear, join_parts, leaves, part_names
 from flux.weights.quantization.linear import QuantizedLinear
 from flux.weights.quantization.mxfp8 import MXFP8Linear
 from flux.weights.quantization.nf4 import NF4Linear
@@ -33,6 +35,7 @@ __all__ = [
     "GGUFEmbedding",
     "GGUFLinear",
     "Int8Linear",
+    "JoinedLinear",
     "LayerFormat",
     "MXFP8Linear",
     "NF4Linear",
@@ -43,4 +46,7 @@ __all__ = [
     "detect_formats",
     "enable_fp8_matmul",
     "is_quant_metadata",
+    "join_parts",
+    "leaves",
+    "part_names",
 ]

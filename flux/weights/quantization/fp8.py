@@ -153,12 +153,14 @@ def enable_fp8_matmul(module: nn.Module, device: torch.device | None = None) -> 
 
     device: where the module will run, if its weights are elsewhere now.
     """
-    layers = {
-        path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)
+    layers = {  # without the parts of others, which are dequantized together
+        path: layer
+        for path, layer in module.named_modules()
+        if isinstance(layer, QuantizedLinear) and ".parts." not in path
     }
     if not layers:
         return []
-    device = device or next(iter(layers.values())).weight.device
+    device = device or next(next(iter(layers.values())).buffers()).device
     if requirement := _unmet_requirement(device, module):
         warnings.warn(
             f"float8 matrix products need {requirement}: weights are dequantized instead",
