@@ -52,7 +52,7 @@ def _join(layer: str, parts: list[dict[str, TensorInfo]], swapped: bool) -> dict
     """Return the tensors of one of our layers, by our names."""
     if len(parts) == 1 and not swapped:
         return {f"{layer}.{tensor}": info for tensor, info in parts[0].items()}
-    renamed = {}
+    renamed: dict[str, TensorInfo] = {}
     weights = [part["weight"] for part in parts if "weight" in part]
     by_itself = len(weights) == len(parts) and not _is_plain(parts)
     for tensor in dict.fromkeys(tensor for part in parts for tensor in part):

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,13 @@ class JoinedLinear(QuantizedLinear):
         self.parts, self.swapped = nn.ModuleList(parts), swapped
 
     def dequantize(self) -> Tensor:
-        weight = torch.cat([part.dequantize() for part in self.parts])
+        weight = torch.cat([part.dequantize() for part in self._parts()])
         return weight.roll(len(weight) // 2, 0) if self.swapped else weight
+
+    def _parts(self) -> Iterator[QuantizedLinear]:
+        for part in self.parts:
+            assert isinstance(part, QuantizedLinear)
+            yield part
 
 
 class FloatLinear(QuantizedLinear):
@@ -98,8 +103,7 @@ def leaves(layers: Mapping[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
     found: dict[str, QuantizedLinear] = {}
     for path, layer in layers.items():
         if isinstance(layer, JoinedLinear):
-            for i, part in enumerate(layer.parts):
-                assert isinstance(part, QuantizedLinear)
+            for i, part in enumerate(layer._parts()):
                 found[f"{path}.parts.{i}"] = part
         else:
             found[path] = layer
