@@ -228,47 +228,49 @@ def build_text_encoder(
 
     `loading`: options of LazyModule that all networks share, such as device and dtype.
     """
+    networks = build_networks(text, files, **loading)
     if isinstance(text, FLUX1Text):
-        t5 = LazyModule(
-            T5,
-            text.t5,
-            files["t5"],
+        tokenizers = files["t5_tokenizer"], files["clip_tokenizer"]
+        return FLUX1TextEncoder(networks["t5"], networks["clip"], *tokenizers, length)
+    kind = FLUX2TextEncoder if text.model.padding_position is None else FLUX3TextEncoder
+    return kind(networks["model"], files["tokenizer"], length)
+
+
+def build_networks(
+    text: FLUX1Text | FLUX2Text, files: Mapping[str, Any], **loading
+) -> dict[str, LazyModule]:
+    """Build those networks of a text encoder that have files: "t5" and "clip", or "model"."""
+    options: dict[str, tuple] = {}
+    if isinstance(text, FLUX1Text):
+        t5: dict[str, Any] = dict(
             ignore_keys=t5_ignore_keys,
             rename=t5_from_llama_cpp,
             second_names={"encoder.embed_tokens.weight": "shared.weight"},
             block_lists=("encoder.block",),
-            **loading,
         )
-        clip = LazyModule(
-            CLIP,
-            text.clip,
-            files["clip"],
-            ignore_keys=clip_ignore_keys,
-            rename=with_text_model,
-            **loading,
+        clip: dict[str, Any] = dict(ignore_keys=clip_ignore_keys, rename=with_text_model)
+        options = {"t5": (T5, text.t5, t5), "clip": (CLIP, text.clip, clip)}
+    else:
+        model, depth = text.model, max(text.model.layers)
+
+        def ignore_keys(name: str) -> bool:
+            return language_model_ignore_keys(name, depth)
+
+        def reorder(info: TensorInfo, rows: Tensor, metadata: Mapping) -> Tensor:
+            return halves_from_pairs(info, rows, metadata, model.head_dim)
+
+        language_model: dict[str, Any] = dict(
+            ignore_keys=ignore_keys,
+            rename=language_model_from_llama_cpp,
+            reorder=reorder,
+            block_lists=("layers",),
         )
-        return FLUX1TextEncoder(t5, clip, files["t5_tokenizer"], files["clip_tokenizer"], length)
-
-    depth = max(text.model.layers)
-
-    def ignore_keys(name: str) -> bool:
-        return language_model_ignore_keys(name, depth)
-
-    def reorder(info: TensorInfo, rows: Tensor, metadata: Mapping) -> Tensor:
-        return halves_from_pairs(info, rows, metadata, text.model.head_dim)
-
-    model = LazyModule(
-        LanguageModel,
-        text.model,
-        files["model"],
-        ignore_keys=ignore_keys,
-        rename=language_model_from_llama_cpp,
-        reorder=reorder,
-        block_lists=("layers",),
-        **loading,
-    )
-    kind = FLUX2TextEncoder if text.model.padding_position is None else FLUX3TextEncoder
-    return kind(model, files["tokenizer"], length)
+        options = {"model": (LanguageModel, model, language_model)}
+    return {
+        part: LazyModule(build, config, files[part], **own, **loading)
+        for part, (build, config, own) in options.items()
+        if part in files
+    }
 
 
 def with_text_model(name: str) -> str:

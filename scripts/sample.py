@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from background import BackgroundWriter
-from command_line import Parser, add_hidden_alias, exit_code, say, show
+from command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
 
 from flux.errors import UserError
 from flux.image_io.metadata import (
@@ -201,6 +201,8 @@ def add_files(group) -> None:
         "the image, and --from-image cannot make it again")
     add("--save-latents", action="store_true", help="also write the latents, as .safetensors")
     add("--list-models", action="store_true", help="print the models, and which are available")
+    add("--inspect", type=Path, metavar="FILE",
+        help="say what a file or folder is, what it fits, and why it would be refused")
 # fmt: on
 
 
@@ -257,7 +259,7 @@ def main() -> int:
     p = parser()
     args, flags = p.parse_args(), flags_of(p)
     stopped = "stopped; finished images are kept"
-    command = list_models if args.list_models else run
+    command = list_models if args.list_models else inspect_file if args.inspect else run
     return exit_code(lambda: command(args), flags, args.output, stopped)
 
 
@@ -667,6 +669,18 @@ def list_models(args: argparse.Namespace) -> int:
         here = "yes" if is_available_locally(spec, args.weights) else "no"
         size = f"{count_parameters(spec) / 1e9:.3g}"
         show(f"{spec.name:28}{size:>10} B  {spec.steps:>5}  {here:5} {spec.licence.name}")
+    return 0
+
+
+def inspect_file(args: argparse.Namespace) -> int:
+    """Print what a file is. 2: it is not understood."""
+    from flux.weights.inspection import inspect
+
+    flags = flags_of(parser())
+    found = inspect(args.inspect)
+    show(*(f"{about}: {with_flags(text, flags)}" for about, text in found.lines))
+    if found.refusal:
+        raise UserError(found.refusal)
     return 0
 
 

@@ -258,7 +258,7 @@ def _layer_delta(
             raise lora.error(
                 f"has {lora.show(keys[role])} and {tensor.dtype}, expected floating-point numbers"
             )
-        if not tensor.float().isfinite().all():
+        if not (tensor.is_meta or tensor.float().isfinite().all()):
             raise lora.error(f"has NaN or infinity in {keys[role]!r:.120}. Download it again")
     core = factors.keys() - NO_DELTA
     if core not in COMPLETE and not (factors.keys() <= BIASES):

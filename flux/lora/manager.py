@@ -52,7 +52,7 @@ class LoraManager:
             )
         check_scale(path, scale)
         deltas = _read_deltas(path, self.networks, strict)  # as named: a link has its own folder
-        self._check_columns(path, deltas)
+        check_columns(self.spec, path, deltas)
         self._check_replacements(path, deltas)
         self.files[key] = deltas, scale
         self._merge()
@@ -71,20 +71,6 @@ class LoraManager:
         """Undo all merges but the built-in ones."""
         self.files = {path: lora for path, lora in self.files.items() if path in self.builtin}
         self._merge()
-
-    def _check_columns(self, path: Path, deltas: Sequence["LayerDelta"]) -> None:
-        """Refuse a control LoRA for a model without a control image, which could be merged."""
-        config = self.spec.transformer
-        allowed = {config.out_channels, config.in_channels}
-        if self.spec.control and self.spec.addon:
-            allowed.add(2 * config.out_channels)
-        for delta in deltas:
-            if delta.target[:2] == ("transformer", "img_in") and delta.columns not in allowed:
-                able = [s.name for s in MODELS.values() if s.control and s.addon]
-                raise UserError(
-                    f"{path} is for an input of {delta.columns} channels, which {self.spec.name} "
-                    f"does not have; if it is a control LoRA, use {', '.join(able)}"
-                )
 
     def _check_replacements(self, path: Path, deltas: Sequence["LayerDelta"]) -> None:
         """Refuse two files that replace the same weights."""
@@ -106,6 +92,21 @@ class LoraManager:
             paths = {delta.target.path for delta, _ in deltas}
             network.set_transform(partial(_merge_into, deltas=deltas) if deltas else None, paths)
         self.changed()
+
+
+def check_columns(spec: ModelSpec, path: Path, deltas: Sequence["LayerDelta"]) -> None:
+    """Refuse a control LoRA for a model without a control image, which could be merged."""
+    config = spec.transformer
+    allowed = {config.out_channels, config.in_channels}
+    if spec.control and spec.addon:
+        allowed.add(2 * config.out_channels)
+    for delta in deltas:
+        if delta.target[:2] == ("transformer", "img_in") and delta.columns not in allowed:
+            able = [s.name for s in MODELS.values() if s.control and s.addon]
+            raise UserError(
+                f"{path} is for an input of {delta.columns} channels, which {spec.name} "
+                f"does not have; if it is a control LoRA, use {', '.join(able)}"
+            )
 
 
 def check_files(loras: Sequence[tuple[Path, float]]) -> None:

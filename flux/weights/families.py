@@ -30,13 +30,14 @@ FOREIGN = (  # a pattern in tensor names, and the kind of file that has such nam
         "a Stable Diffusion U-Net",
     ),
 )
+LORA = "a LoRA"
+LORA_NAME = re.compile(
+    r"[._](lora|lokr|hada|dora|glora)_|^(lora|lycoris|oft)_|[._]lora\d?\.(down|up)\."
+    r"|\.(oft|boft)_|\.diff(_b)?$"
+)
 LOOKS_LIKE = (  # the same of this project's networks
     *FOREIGN,
-    (
-        r"[._](lora|lokr|hada|dora|glora)_|^(lora|lycoris|oft)_|\.lora\.(down|up)\."
-        r"|\.(oft|boft)_|\.diff(_b)?$",
-        "a LoRA",
-    ),
+    (LORA_NAME.pattern, LORA),
     (r"^redux_(up|down)\.", "the FLUX.1 Redux adapter"),
     (r"double_stream_modulation_img\.lin\.", "a FLUX.2 transformer"),
     (r"time_(text|guidance)_embed\.", "a transformer in diffusers' layout"),
@@ -49,16 +50,19 @@ LOOKS_LIKE = (  # the same of this project's networks
     (r"encoder\.block\.\d+\.layer\.|^enc\.blk\.\d", "a T5 text encoder"),
     (r"layers\.\d+\.mlp\.gate_proj\.|^blk\.\d+\.ffn_gate\.", "a language model"),
 )
-
-
 USES = {  # what another network is for -> the argument that takes its file
-    "a LoRA": "loras",
+    LORA: "loras",
     "an autoencoder": "autoencoder",
     "an autoencoder in diffusers' layout": "autoencoder",
     "a CLIP text encoder": "text_encoder",
     "a T5 text encoder": "text_encoder_2",
     "a language model": "text_encoder",
 }
+
+
+def is_lora_name(name: str) -> bool:
+    """Return whether a tensor is named as one of a LoRA, or of a file of that kind."""
+    return bool(LORA_NAME.search(name))
 
 
 def foreign_family(names: Iterable[str]) -> str | None:

@@ -169,7 +169,9 @@ def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
     infos, _ = read_headers([path])
     for name, info in infos.items():
         if f".{name}".endswith(".decoder.conv_in.weight") and info.shape:
-            return replace(config, decoder_ch=info.shape[0] // config.ch_mult[-1] or None)
+            width = info.shape[0] // config.ch_mult[-1]
+            # of any other width, the decoder is another model's, as the loader reports
+            return replace(config, decoder_ch=None if width % config.norm_groups else width or None)
     return replace(config, decoder_ch=None)
 
 
