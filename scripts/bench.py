@@ -158,8 +158,7 @@ def count(args: argparse.Namespace) -> int:
 
     names = [get_spec(args.model).name] if args.model else counts.NAMES
     found = counts.print_counts(names, args.gpu, bool(args.against))
-    if args.model:
-        counts.print_sites(found, args.gpu)
+    counts.print_sites(found, args.gpu)
     if args.json:
         text = counts.as_json(found, args.gpu).encode()
         show("", write_exclusive(args.json, lambda file: file.write(text)))

@@ -28,7 +28,7 @@ Kind = Literal["matmul", "float8", "attention", "convolution", "elementwise"]
 LAUNCH = 4e-6  # seconds from launch to launch, by PyTorch without a compiler
 SHORTEST = 2e-6  # seconds of the shortest kernel
 ROW = 0.7e-9  # seconds of a row of `rms_norm`: a block of threads each, however few its channels
-PACKAGES = ("flux", "diffusers", "transformers")  # whose lines are named
+PACKAGES = ("flux", "diffusers", "transformers")  # whose functions are named
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Access(NamedTuple):
 @dataclass(frozen=True)
 class Kernel:
     name: str
-    site: str  # file and line of the call
+    site: str  # file and function of the call
     kind: Kind
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
@@ -123,7 +123,7 @@ class Counted(NamedTuple):
         )
 
     def dearest_sites(self, gpu: GPU, count: int = 10) -> list[tuple[str, int, int, float]]:
-        """Return site, kernels, bytes and seconds of the lines with the dearest light kernels."""
+        """Return site, kernels, bytes and seconds of the functions of the dearest light work."""
         sites: dict[str, list[Kernel]] = defaultdict(list)
         for kernel in self.kernels:
             if kernel.kind != "elementwise":
@@ -236,8 +236,9 @@ class Watch(TorchDispatchMode):
             self.add("group_norm, moments", "elementwise", reads[:1], writes[1:])
             self.add("group_norm, parameters", "elementwise", reads[1:], writes[1:])
             self.add("group_norm", "elementwise", reads[:1], writes[:1])
-        elif name in GATHERS:
-            self.add(name, "elementwise", writes, writes)
+        elif name in GATHERS:  # the indices, and of the values what is gathered
+            indices = [x for x in reads if not x.is_floating_point()]
+            self.add(name, "elementwise", [*indices, *writes], writes)
         elif name in WRITE_ONLY:
             self.add(name, "elementwise", [], writes)
         elif name == "copy_":
@@ -369,13 +370,14 @@ def ordered(matrix: Tensor) -> bool:
 
 
 def site() -> str:
-    """Return the file and line of the nearest caller in a package that is compared."""
+    """Return the file and function of the nearest caller in a package that is compared."""
     frame = sys._getframe(1)
     while frame is not None:
         parts = Path(frame.f_code.co_filename).parts
         for package in PACKAGES:
             if package in parts[:-1] and "benchmarks" not in parts:
                 start = len(parts) - 1 - parts[::-1].index(package)
-                return f"{'/'.join(parts[start:])}:{frame.f_lineno}"
+                function = frame.f_code.co_qualname.replace(".<locals>", "")
+                return f"{'/'.join(parts[start:])}: {function}"
         frame = frame.f_back
     return "?"

@@ -22,9 +22,9 @@ def test_every_check_runs_dry_without_diffusers(tmp_path, monkeypatch, capsys):
         assert row["reached"] is not False, row["name"]
         assert f"| {row['name']} |" in printed
     against = {row["against"] for row in rows if row["theirs"] is not None}
-    assert against == {"predicted", "floor", "needed", "PCIe"}
+    assert against == {"predicted", "floor", "needed", "PCIe", "expected", "plain", "first"}
     limits = [row["name"] for row in rows if row["limit"] is not None]
-    assert len(limits) == 8 and "streamed step, values that differ" in limits
+    assert len(limits) == 17 and "streamed step, values that differ" in limits
 
 
 def test_failed_and_late_checks_leave_a_row(monkeypatch, capsys, tmp_path):

@@ -213,14 +213,20 @@ STAGE_NAMES = {
     "decode, float32": "autoencoder",
     "decode, bfloat16": "autoencoder",
     "encode, float32": "image encoder",
+    "step, 1 reference": "transformer",
+    "step, 4 references": "transformer",
 }
 
 
-@pytest.mark.parametrize("row", [row for row in COUNTED if "fp8" not in row and "tiny" not in row])
+@pytest.mark.parametrize(
+    "row", [row for row in COUNTED if "tiny" not in row and row.split(", ", 1)[1] in STAGE_NAMES]
+)
 def test_plan_on_a_gpu_is_within_a_quarter_of_the_counted_peak(row):
     """The counter runs the whole network on the meta device at 1024x1024."""
     name, stage = row.split(", ", 1)
-    work = Workload(1024, 1024, decode_itemsize=4 if "float32" in stage else 2, fast=True)
+    tokens = 4096 * int(stage.split()[1]) if "reference" in stage else 0  # as large as the image
+    itemsize = 4 if "float32" in stage else 2
+    work = Workload(1024, 1024, reference_tokens=tokens, decode_itemsize=itemsize, fast=True)
     planned = activations(MODELS[name], work, "cuda")[STAGE_NAMES[stage]]
     assert 1 <= planned / COUNTED[row]["ours"]["peak"] <= 1.25
 

@@ -46,7 +46,13 @@ from flux.text_encoder import language_model_ignore_keys, t5_ignore_keys
 from flux.training.lora import add_lora
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 from flux.weights.load import infer_config, load_module
-from flux.weights.quantization import BlockFP8Linear, FP8Linear, QuantizedLinear, enable_fp8_matmul
+from flux.weights.quantization import (
+    BlockFP8Linear,
+    FP8Linear,
+    QuantizedLinear,
+    enable_fp8_matmul,
+    fp8,
+)
 
 FLUX2 = FluxConfig(
     in_channels=16,
@@ -380,6 +386,36 @@ def test_to_dtype_changes_only_the_bias(dtype):
     assert layer.to("meta").weight.is_meta and layer.weight.dtype == E4M3
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_scaled_product_has_one_more_rounding_of_the_product(by_row, bias):
+    """And none of the weights. Two equal roundings have an error of 1.41 times that of one."""
+    weight, scale = to_fp8(random(96, 512), by_row=by_row)
+    layer = fp8_linear(weight, random(96) if bias else None, weight_scale=scale).to(torch.bfloat16)
+    x = random(2, 20, 512, size=1).to(torch.bfloat16)
+    wide = [None if y is None else y.double() for y in (layer.dequantize(), layer.bias)]
+    exact = F.linear(x.double(), *wide)
+    found, usual = layer.scaled_product(x), layer(x)
+    assert found.dtype == torch.bfloat16 and found.shape == (2, 20, 96)
+    error, usual_error = (relative_l2(y, exact.float()) for y in (found, usual))
+    assert error < 2**-8 and error < 1.5 * usual_error
+    assert torch.equal(usual, F.linear(x, layer.dequantize().to(x.dtype), layer.bias))
+
+
+@torch.no_grad()
+def test_product_is_scaled_where_it_is_smaller_and_no_bits_are_promised():
+    weight, scale = to_fp8(random(96, 512))
+    layer = fp8_linear(weight, weight_scale=scale)
+    x = torch.empty(1, 511, 512, dtype=torch.bfloat16, device="meta")  # which stands for a GPU
+    assert layer.scales_product(x)
+    assert not layer.scales_product(torch.empty(1, 512, 512, dtype=x.dtype, device="meta"))
+    assert not layer.scales_product(torch.empty_like(x, device="cpu"))
+    assert not layer.scales_product(x.half()) and not layer.scales_product(x.float())
+    with torch.enable_grad():
+        assert not layer.scales_product(x)
+    assert not fp8_linear(weight).scales_product(x)
+
+
 @pytest.mark.parametrize("by_row", [False, True])
 def test_fp8_linear_compiles_without_a_graph_break(by_row):
     weight, scale = to_fp8(random(32, 48), by_row=by_row)
@@ -426,6 +462,18 @@ def test_scaled_mm_equals_the_product_of_rounded_numbers(activations, weights, d
         x.double(), layer.dequantize().double(), layer.bias.double() if bias else None
     )
     assert (found - lossless).norm() / lossless.norm() > 0.01  # which is why it is no default
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.0123, 1.0, 3e-6, 77.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_activations_are_clamped_to_the_same_bytes_before_and_after_the_division(dtype, scale):
+    """All finite numbers of the dtype."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.isfinite()][None]
+    step = torch.tensor([[scale]])
+    expected = (x.float() / step).clamp(-448, 448).to(E4M3)
+    found = fp8.quotient_in_float8(x, step, clamp=True)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize(

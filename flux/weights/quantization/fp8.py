@@ -64,7 +64,33 @@ class FP8Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8_matmul:
             return self.scaled_mm(x)
+        if self.scales_product(x):
+            return self.scaled_product(x)
         return F.linear(x, self.rounded_weight(x.dtype), self.bias)
+
+    def scales_product(self, x: Tensor) -> bool:
+        """Return whether to scale the product, which is smaller than the weight.
+
+        A GPU takes as long as its memory. On a CPU, results equal those of the dequantized weight
+        to the bit. A compiler scales the weight as it converts the weight. float16 would overflow.
+        """
+        return (
+            self.weight_scale is not None
+            and x.numel() < self.in_features**2
+            and x.dtype == torch.bfloat16
+            and not (x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        )
+
+    def scaled_product(self, x: Tensor) -> Tensor:
+        """Return (x value^T) * weight_scale + bias, without gradients.
+
+        The values are exact in bfloat16, while their products with a scale are not. Instead the
+        matrix product is rounded, before it is scaled in float32 and rounded again.
+        """
+        assert self.weight_scale is not None
+        y = F.linear(x, self.weight.to(x.dtype))
+        scale = self.weight_scale.float().reshape(-1)  # (out,) or (1,)
+        return y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale, out=y)
 
     def rounded_weight(self, dtype: torch.dtype) -> Tensor:
         """Return `dequantize().to(dtype)` without its intermediate matrices in float32."""
@@ -105,9 +131,13 @@ class FP8Linear(QuantizedLinear):
 
 
 def quotient_in_float8(x: Tensor, scale: Tensor, clamp: bool) -> Tensor:
-    """Return x / scale, computed in float32, in float8; beyond 448 it would be NaN."""
+    """Return x / scale, computed in float32, in float8; beyond 448 it would be NaN.
+
+    x is clamped in its own dtype, which changes no byte: whatever is near 448 is rounded to 448.
+    """
     if clamp:
-        return (x / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        bound = (E4M3_MAX * scale).to(x.dtype)
+        x = x.clamp(-bound, bound)
     if torch.compiler.is_compiling():  # one kernel, however it is written
         return (x / scale).to(torch.float8_e4m3fn)
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
