@@ -10,6 +10,7 @@ init        (1, C, h, w)  latents to mix noise into, and a mask of where        
 the images before they are encoded: sizes and masks.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import sampling
+from flux.arguments import shown
 from flux.autoencoder import pack
 from flux.configs import ModelSpec
 from flux.errors import UserError
@@ -28,6 +30,7 @@ from flux.image_io import request
 from flux.image_io.control import control_pixels
 from flux.image_io.output import to_images, to_mask, to_pixels
 from flux.image_io.request import ImageInputs, InitImage
+from flux.runtime.checks import check_size
 
 Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, H, W) -> latents (1, C, H/16, W/16), float32
 Embed = Callable[[Image.Image], Tensor]  # image -> text tokens (1, T, D): SigLIP and Redux
@@ -73,6 +76,75 @@ def collate(conditions: Sequence[Conditions]) -> Conditions:
     for name in first.tensors:
         batch[name] = torch.cat([each.tensors[name] for each in conditions])
     return replace(first, **batch)
+
+
+def batches(conditions: Sequence[Conditions | None], num_images: int) -> list[list[int]]:
+    """Group image numbers whose conditions can share a batch.
+
+    That is one group, unless prompts have different input images.
+    """
+    groups = defaultdict(list)
+    for number in range(len(conditions) * num_images):
+        used = conditions[number // num_images]
+        groups[used and used.batch_key].append(number)
+    return list(groups.values())
+
+
+def text_to_image(spec: ModelSpec, width: int | None, height: int | None) -> Conditions:
+    """Return conditions without images, of the requested size or the model's."""
+    height = spec.size if height is None else height
+    width = spec.size if width is None else width
+    return Conditions(*check_size(height, width))
+
+
+def checked(
+    spec: ModelSpec, conditions: Conditions | None, width: int | None, height: int | None
+) -> Conditions:
+    """Return conditions that `spec` and the requested size fit; UserError if they do not."""
+    if conditions is None:
+        request.check_images(spec, None)  # some models need an image
+        return text_to_image(spec, width, height)
+    if not isinstance(conditions, Conditions):
+        raise UserError(
+            f"conditions: must be conditions (got {shown(conditions)}). Pass what "
+            "`condition` returns."
+        )
+    if width not in (None, conditions.width) or height not in (None, conditions.height):
+        raise UserError(
+            f"conditions: made for {conditions.width}x{conditions.height}. "
+            "Leave `width` and `height` out."
+        )
+    check_size(conditions.height, conditions.width)
+    return conditions
+
+
+def initial_latents(
+    noise: Tensor, t: float, conditions: Conditions, device: torch.device, contiguous: bool
+) -> tuple[Tensor, Callable[[Tensor, float], Tensor] | None]:
+    """Return tokens (B, L, C) at time t, and a function that restores protected parts.
+
+    Text to image starts from noise (B, C, h, w), image to image from an image with noise.
+    Inpainting also restores, after each step, what the mask protects. `contiguous`: for a network
+    with biases, which would round twice in bfloat16 on strided input.
+    """
+
+    def to_tokens(grid: Tensor) -> Tensor:
+        tokens = rearrange(grid, "b c h w -> b (h w) c")
+        return (tokens.contiguous() if contiguous else tokens).to(device)
+
+    noise = to_tokens(noise)
+    if conditions.init is None:
+        return noise, None
+    image = to_tokens(conditions.init)
+    x = sampling.scale_noise(image, noise, t)
+    if conditions.mask is None:
+        return x, None
+    mask = to_tokens(conditions.mask)  # (1, L, 1 | C), 1 where the image may change
+
+    def blend(x: Tensor, t: float) -> Tensor:
+        return (1 - mask) * sampling.scale_noise(image, noise, t) + mask * x
+
+    return x, blend
 
 
 # ------------------------------------------------------------------------------ the layouts

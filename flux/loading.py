@@ -17,7 +17,7 @@ from flux.runtime.fast import fast_autoencoder, fast_transformer, runs_fast
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.options import Offload, RuntimeOptions
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys
-from flux.text_encoder import build_text_encoder
+from flux.text_encoder import TextEncoder, build_text_encoder
 from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, FluxConfig, Numerics
 from flux.weights.bundles import bundled_parts
 from flux.weights.diffusers_names import from_diffusers
@@ -46,6 +46,7 @@ def load(
     vae_tile: int | None = None,
     decode_dtype: torch.dtype | None = None,
     fast: bool = True,
+    text: TextEncoder | None = None,
 ) -> Pipeline:
     """Return a pipeline for a model of `flux.MODELS`, or for a transformer file.
 
@@ -60,6 +61,7 @@ def load(
         first in the table with the shapes of the transformer file. What else lies in that file is
         used too, with a warning: text encoders, and the autoencoder.
     tokenizer: folder with the tokenizer's files; for FLUX.1, with CLIP's and T5's.
+    text: a text encoder of your own, instead of the model's, whose files are not looked for.
     check_finite: look for NaN and infinity in all weights, and check the hashes of files in the
         Hugging Face cache.
     The other arguments are fields of `RuntimeOptions`.
@@ -109,8 +111,10 @@ def load(
     if "autoencoder" in replaced:
         config = with_decoder_of(spec.autoencoder, replaced["autoencoder"][0])
         spec = replace(spec, autoencoder=config)
-    files = locate(spec, weights, replaced)
-    networks = build_networks(spec, files, chosen, dtype, numerics, check_finite, options)
+    if text is not None and not callable(getattr(text, "encode_one", None)):
+        raise UserError(f"text: must be a flux.TextEncoder (got {shown(text)}).")
+    files = locate(spec, weights, replaced, with_text=text is None)
+    networks = build_networks(spec, files, chosen, dtype, numerics, check_finite, options, text)
     return Pipeline(spec, networks, files, chosen, dtype, numerics, options)
 
 
@@ -147,6 +151,7 @@ def build_networks(
     numerics: Numerics,
     check_finite: bool,
     options: RuntimeOptions,
+    text: TextEncoder | None = None,
 ) -> Networks:
     """Return a model's networks, whose files are checked now and loaded when they are called."""
     if options.compile and not can_compile(device):
@@ -170,7 +175,8 @@ def build_networks(
     def build_transformer(config: FluxConfig) -> Flux:
         return Flux(config, numerics)
 
-    text = build_text_encoder(spec.text, files, spec.text_length, **common)
+    if text is None:
+        text = build_text_encoder(spec.text, files, spec.text_length, **common)
     transformer = LazyModule(
         build_transformer,
         spec.transformer,

@@ -5,8 +5,9 @@
 `Pipeline.encode`, `condition`, `sample` and `decode` are the stages; a call runs all of them.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,15 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux import arguments, conditioning, sampling, text_encoder
+from flux import arguments, conditioning, sampling, solvers, text_encoder
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
 from flux.configs import ModelSpec
 from flux.errors import UserError
+from flux.hooks import Tap, watching_network
 from flux.image_io import request
-from flux.image_io.input import ImageLike
-from flux.image_io.output import to_images
+from flux.image_io.input import ImageLike, as_image, round_to_16
+from flux.image_io.output import to_images, to_pixels
 from flux.image_io.request import ImageInputs
 from flux.lora.manager import LoraManager
 from flux.runtime.activation_memory import Workload
@@ -30,10 +32,12 @@ from flux.runtime.checks import (
     Guidance,
     check_cfg,
     check_count,
+    check_features,
     check_guidance,
     check_range,
     check_size,
     check_steps,
+    check_times,
     check_true_cfg_scale,
 )
 from flux.runtime.devices import no_tf32
@@ -44,8 +48,10 @@ from flux.runtime.options import RuntimeOptions
 from flux.runtime.residency import Residency
 from flux.runtime.tiling import decode_tiled
 from flux.siglip import preprocess_for_siglip
+from flux.solvers import Solver
 from flux.text_encoder import FLUX1TextEncoder, FLUX2TextEncoder, TextEncoder, TextFeatures
-from flux.transformer import Flux, KVCache, Modulation, Modulations, Numerics
+from flux.transformer import Flux, Numerics
+from flux.velocity import Now, ResidualsFn, Velocity
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, its new time, latents (B, C, h, w)
 
@@ -60,14 +66,6 @@ class Networks(NamedTuple):
     autoencoder: LazyModule[AutoEncoder]  # for decoding, in its dtype
     image_encoder: LazyModule[AutoEncoder]  # the same in float32, for input images
     redux: tuple[LazyModule[Any], ...] = ()  # SigLIP and the projection of FLUX.1 Redux
-
-
-class Branch(NamedTuple):
-    """What the velocity of one set of prompts needs besides the latents."""
-
-    txt: Tensor  # (B, T, D)
-    rope: Tensor  # (T + L + R, d/2, 2, 2)
-    mods: list[Modulations]  # one for each step
 
 
 class Pipeline:
@@ -88,6 +86,7 @@ class Pipeline:
         self.text, self.transformer = networks.text, networks.transformer
         self.autoencoder, self.image_encoder = networks.autoencoder, networks.image_encoder
         self.redux_networks = networks.redux
+        self.now = Now()
         self.residency = Residency(
             spec,
             device,
@@ -121,6 +120,9 @@ class Pipeline:
         true_cfg_scale: Guidance | None = None,
         callback: Callback | None = None,
         images: ImageInputs | Sequence[ImageInputs] | ImageLike | Conditions | None = None,
+        solver: str | Solver = "euler",
+        sigmas: Sequence[float] | None = None,
+        shift: float | None = None,
     ) -> list[Image.Image]:
         """Return `num_images` images of each prompt. None stands for the model's default.
 
@@ -131,12 +133,13 @@ class Pipeline:
         true_cfg_scale: adds classifier-free guidance, against `negative_prompt`, to other models.
         Both may be a list: one value for each step, or two values with a straight line between.
         images: input images for all prompts, or a list with the input images of each prompt.
+        solver, sigmas, shift: see `sample`.
         Numbers may be of numpy or torch, or texts that spell one.
         """
         prompts = arguments.to_texts("prompts", prompts)
         width = arguments.optional(arguments.to_integer, "width", width)
         height = arguments.optional(arguments.to_integer, "height", height)
-        steps = arguments.optional(arguments.to_integer, "steps", steps)
+        steps, sigmas, shift = check_times(self.spec, steps, sigmas, shift)
         num_images = arguments.to_integer("num_images", num_images)
         seed = arguments.to_integer("seed", seed)
         negative_prompt = arguments.optional(arguments.to_text, "negative_prompt", negative_prompt)
@@ -145,6 +148,7 @@ class Pipeline:
         use_cfg = check_cfg(
             self.spec, guidance, negative_prompt, true_cfg_scale, check_steps(self.spec, steps)
         )
+        solvers.find(solver, self.numerics.state)
         conditions = self._conditions(images, len(prompts), width, height)  # one for each prompt
         if conditions[0] is not None and not isinstance(images, Conditions):
             width = height = None  # the conditions know their size
@@ -154,7 +158,7 @@ class Pipeline:
         features = self.encode(prompts)
         negative = self.encode([negative_prompt or ""]) if use_cfg else None
         results: dict[int, Image.Image] = {}
-        for numbers in batches(conditions, num_images):
+        for numbers in conditioning.batches(conditions, num_images):
             rows = [number // num_images for number in numbers]
             seeds = [seed + number for number in numbers]
             of_batch = [c for c in (conditions[row] for row in rows) if c is not None]
@@ -170,6 +174,9 @@ class Pipeline:
                 true_cfg_scale,
                 callback,
                 shared,
+                solver,
+                sigmas,
+                shift,
             )
             for number, image in zip(numbers, self.decode(latents), strict=True):
                 used = conditions[number // num_images]
@@ -218,7 +225,7 @@ class Pipeline:
 
     # ---------------------------------------------------------------- input images -> conditions
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def condition(
         self, images: ImageInputs | ImageLike, width: int | None = None, height: int | None = None
     ) -> Conditions:
@@ -276,7 +283,6 @@ class Pipeline:
 
     # ---------------------------------------------------------------- noise -> latents
 
-    @torch.inference_mode()
     def sample(
         self,
         features: TextFeatures,
@@ -289,219 +295,191 @@ class Pipeline:
         true_cfg_scale: Guidance | None = None,
         callback: Callback | None = None,
         conditions: Conditions | None = None,
+        solver: str | Solver = "euler",
+        sigmas: Sequence[float] | None = None,
+        shift: float | None = None,
+        residuals: ResidualsFn | None = None,
+        gradients: bool = False,
     ) -> Tensor:
         """Return latents (B, C, height/16, width/16), float32, of B prompts and B seeds.
 
         The features of one prompt, or of one negative prompt, serve all seeds; the latents equal
         those of repeated features to the bit. UserError for another number of prompts.
+        solver: a name of `flux.solvers.SOLVERS`, or a function of its kind, of tokens (B, L, C).
+        sigmas: the times from 1 to 0 (which may be left out) instead of the model's.
+        shift: moves even times, or `sigmas`, by t -> shift t / (1 + (shift - 1) t).
+        residuals: what is added after each block; called with the arguments of `Flux.forward`.
+        gradients: let autograd record the run, if the caller does; blocks cannot be streamed then.
         """
         seeds = arguments.to_integers("seeds", seeds)
         for seed in seeds:
             check_range("seeds", seed, 0, 2**63 - 1)
         if not (callback is None or callable(callback)):
             raise UserError(f"callback: must be a function (got {arguments.shown(callback)}).")
-        self._check_features("features", features, len(seeds))
+        spec, conditions = self.spec, conditioning.checked(self.spec, conditions, width, height)
+        check_features(spec, "features", features, len(seeds))
         if negative is not None:
-            self._check_features("negative", negative, len(seeds))
-        spec, conditions = self.spec, self._check_conditions(conditions, width, height)
+            check_features(spec, "negative", negative, len(seeds))
         h, w = conditions.height // 16, conditions.width // 16
+        steps, sigmas, shift = check_times(spec, steps, sigmas, shift)
         steps = check_steps(spec, steps)
-        guidance = check_guidance(spec, guidance, steps)
+        solve, on_schedule = solvers.find(solver, self.numerics.state)
+        scales, inputs = self._guidance(guidance, true_cfg_scale, steps)
         if not self.residency.covers(self._workload(conditions, steps, len(seeds))):
             self.plan_memory(conditions.width, conditions.height, steps, len(seeds), conditions)
 
-        # times, and what holds at each: the scale of classifier-free guidance, the guidance input
-        times = sampling.schedule(spec.schedule, steps, h * w, self.numerics.schedule)
-        scales = sampling.per_step_values(check_true_cfg_scale(true_cfg_scale, steps), steps)
-        inputs = None
-        if guidance is not None:
-            inputs = sampling.per_step_values(guidance, steps)
-        if spec.cfg and inputs is not None:  # without a guidance input, guidance is the CFG scale
-            scales, inputs = inputs, None
+        if sigmas is None and shift is None:
+            times = sampling.schedule(spec.schedule, steps, h * w, self.numerics.schedule)
+        else:
+            times = sampling.custom_schedule(steps, sigmas, shift)
         strength = request.start_strength(conditions.strength, steps, self.numerics.images)
         times = sampling.truncate_by_strength(times, strength, self.numerics.images)
         run = len(times) - 1  # steps that are run
         scales, inputs = scales[-run:], inputs and inputs[-run:]
 
-        if negative is None and max(scales) > 1:
-            negative = self.encode([""])
-        if conditions.text is not None:  # text tokens that images became
-            features = features.append(conditions.text)
-        noise = sampling.noise(seeds, spec.autoencoder.latent_channels, h, w, spatial=spec.flux1)
-        x, blend = self._initial_latents(noise, times[0].item(), conditions)  # (B, L, C)
-        velocity = self._velocity_fn(
-            features, negative, conditions, h, w, times.tolist(), scales, inputs, len(x)
-        )
+        def to_grid(x: Tensor) -> Tensor:
+            return rearrange(x, "b (h w) c -> b c h w", h=h)
 
         def after_step(step: int, t: float, x: Tensor) -> None:
             if callback is not None:
-                callback(step, t, rearrange(x, "b (h w) c -> b c h w", h=h))
+                callback(step, t, to_grid(x))
+            self.now.step = step + 1
 
-        x = sampling.denoise(velocity, x, times, after_step, self.numerics.state, blend)
-        self.residency.done(self.transformer)
-        return rearrange(x, "b (h w) c -> b c h w", h=h).float().contiguous()
-
-    def _check_features(self, name: str, features: TextFeatures, seeds: int) -> None:
-        """Raise UserError unless these are this model's, of one prompt or one for each seed."""
-        c = self.spec.transformer
-        tokens = getattr(features, "tokens", None)
-        if not isinstance(tokens, Tensor):
-            raise UserError(
-                f"{name}: must be text features (got {arguments.shown(features)}). Pass what "
-                "`encode` returns."
+        with self._autograd(gradients):
+            if negative is None and max(scales) > 1:
+                negative = self.encode([""])
+            if conditions.text is not None:  # text tokens that images became
+                features = features.append(conditions.text)
+            channels = spec.autoencoder.latent_channels
+            noise = sampling.noise(seeds, channels, h, w, spatial=spec.flux1)
+            x, blend = conditioning.initial_latents(  # (B, L, C)
+                noise, times[0].item(), conditions, self.device, contiguous=spec.transformer.bias
             )
-        pooled = None if features.pooled is None else features.pooled.shape[-1]
-        if (tokens.ndim, tokens.shape[-1], pooled) != (3, c.context_dim, c.vector_dim):
-            raise UserError(
-                f"{name}: are another model's. Pass what `encode` of this pipeline returns."
+            velocity = Velocity(
+                self.transformer,
+                features,
+                negative,
+                conditions,
+                len(x),
+                times.tolist(),
+                scales,
+                inputs,
+                now=self.now,
+                residuals=residuals,
+                drop_modulation=on_schedule and not self.residency.keep,
             )
-        if not seeds or len(tokens) not in (1, seeds):
-            raise UserError(
-                f"{name}: one prompt, or one for each of `seeds`, is needed (got "
-                f"{len(tokens)} prompts and {seeds} seeds)."
-            )
+            if solve is solvers.dpmpp_2m_sde:
+                again = solvers.StepNoise(seeds, channels, h, w, spatial=spec.flux1)
+                solve = partial(solve, noise=again)
+            self.now.step = 1
+            try:
+                if solve is None:
+                    x = sampling.denoise(velocity, x, times, after_step, self.numerics.state, blend)
+                else:
+                    x = solve(velocity, x, times, after_step, blend)
+            finally:
+                self.now.step, self.now.t = 0, None
+            self.residency.done(self.transformer)
+            return to_grid(x).float().contiguous()
 
-    def _check_conditions(
-        self, conditions: Conditions | None, width: int | None, height: int | None
-    ) -> Conditions:
-        if conditions is None:
-            request.check_images(self.spec, None)  # some models need an image
-            return self._text_to_image(width, height)
-        if not isinstance(conditions, Conditions):
-            raise UserError(
-                f"conditions: must be conditions (got {arguments.shown(conditions)}). Pass what "
-                "`condition` returns."
-            )
-        if width not in (None, conditions.width) or height not in (None, conditions.height):
-            raise UserError(
-                f"conditions: made for {conditions.width}x{conditions.height}. "
-                "Leave `width` and `height` out."
-            )
-        check_size(conditions.height, conditions.width)
-        return conditions
-
-    def _text_to_image(self, width: int | None, height: int | None) -> Conditions:
-        """Return conditions without images, of the requested size or the model's."""
-        size = self.spec.size
-        height = size if height is None else height
-        width = size if width is None else width
-        return Conditions(*check_size(height, width))
-
-    def _initial_latents(
-        self, noise: Tensor, t: float, conditions: Conditions
-    ) -> tuple[Tensor, Callable[[Tensor, float], Tensor] | None]:
-        """Return tokens (B, L, C) at time t, and a function that restores protected parts.
-
-        Text to image starts from noise, image to image from an image with noise. Inpainting also
-        restores, after each step, what the mask protects.
-        """
-
-        def to_tokens(grid: Tensor) -> Tensor:
-            tokens = rearrange(grid, "b c h w -> b (h w) c")
-            if self.spec.transformer.bias:  # which would round twice in bfloat16 on strided input
-                tokens = tokens.contiguous()
-            return tokens.to(self.device)
-
-        noise = to_tokens(noise)
-        if conditions.init is None:
-            return noise, None
-        image = to_tokens(conditions.init)
-        x = sampling.scale_noise(image, noise, t)
-        if conditions.mask is None:
-            return x, None
-        mask = to_tokens(conditions.mask)  # (1, L, 1 | C), 1 where the image may change
-
-        def blend(x: Tensor, t: float) -> Tensor:
-            return (1 - mask) * sampling.scale_noise(image, noise, t) + mask * x
-
-        return x, blend
-
-    def _velocity_fn(
+    def velocity(
         self,
         features: TextFeatures,
-        negative: TextFeatures | None,
-        conditions: Conditions,
-        h: int,
-        w: int,
-        times: list[float],
-        scales: list[float],
-        guidance: list[float] | None,
-        batch: int,
+        width: int | None = None,
+        height: int | None = None,
+        guidance: float | None = None,
+        negative: TextFeatures | None = None,
+        true_cfg_scale: float | None = None,
+        conditions: Conditions | None = None,
+        residuals: ResidualsFn | None = None,
+        batch: int | None = None,
+        gradients: bool = False,
     ) -> Callable[[Tensor, float], Tensor]:
-        """Return velocity(x, t) for t in `times`. Compute what does not depend on x now."""
-        transformer = self.transformer()
-        axes = len(self.spec.transformer.axes_dim)
-        img_ids = sampling.image_ids(h, w, axes)
-        channels, references, caches = conditions.channels, conditions.references, None
-        if channels is not None:
-            channels = channels.to(self.device, self.dtype)
-        if references is not None and conditions.reference_ids is not None:
-            references, ids = references.to(self.device, self.dtype), conditions.reference_ids
-            if conditions.kv_cache:
-                text_length = features.tokens.shape[1]
-                first = None if guidance is None else guidance[0]
-                caches = self._cache_references(transformer, references, ids, first, text_length)
-                references = None
-            else:
-                img_ids = torch.cat([img_ids, ids])
+        """Return the function velocity(x, t) of latents x (B, C, height/16, width/16), float32.
 
-        def full(value: float) -> Tensor:
-            return torch.full((batch,), value, device=self.device)
-
-        def branch(features: TextFeatures) -> Branch:
-            # one copy for each image: a Linear with a bias rounds twice in bfloat16 if its input
-            # is strided, so features of one prompt would give other images than repeated features
-            txt, pooled = features.to(self.device, self.dtype).expand(batch)
-            rope = transformer.rope(sampling.text_ids(txt.shape[1], axes), img_ids).to(self.device)
-            vecs = []
-            for step, t in enumerate(times[:-1]):
-                g = None if guidance is None else full(guidance[step])
-                vecs.append(transformer.vec(full(t), g, pooled))
-            return Branch(txt, rope, transformer.modulations(vecs))
-
-        conditional = branch(features)
-        unconditional = None if negative is None else branch(negative)
-        if not self.residency.keep:  # the modulation, a quarter of FLUX.1, has done its work
-            transformer = self.transformer.drop_submodules(Modulation)
+        t is any time from 1 (noise) to 0 (image). `batch`: B, if the features are of one prompt.
+        The other arguments are those of `sample`. The function keeps the transformer in memory.
+        """
+        conditions = conditioning.checked(self.spec, conditions, width, height)
+        batch = len(features.tokens) if batch is None else arguments.to_integer("batch", batch)
+        check_features(self.spec, "features", features, batch)
+        h = conditions.height // 16
+        scales, inputs = self._guidance(guidance, true_cfg_scale, 1)
+        if not self.residency.covers(self._workload(conditions, 1, batch)):
+            self.plan_memory(conditions.width, conditions.height, 1, batch, conditions)
+        with self._autograd(gradients):
+            if negative is None and max(scales) > 1:
+                negative = self.encode([""])
+            if conditions.text is not None:
+                features = features.append(conditions.text)
+            of_tokens = Velocity(
+                self.transformer,
+                features,
+                negative,
+                conditions,
+                batch,
+                [1.0, 0.0],
+                scales,
+                inputs,
+                now=self.now,
+                residuals=residuals,
+            )
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            step = times.index(t)
-            img = x.to(self.dtype)  # (B, L, C)
-            if channels is not None:
-                img = torch.cat([img, channels.expand(batch, -1, -1)], dim=-1)  # (B, L, C + C')
-            if references is not None:
-                img = torch.cat([img, references.expand(batch, -1, -1)], dim=1)  # (B, L + R, C)
-
-            def predict(branch: Branch) -> Tensor:
-                v = transformer.denoise(img, branch.txt, branch.rope, branch.mods[step], caches)
-                return v[:, : x.shape[1]]  # (B, L, C)
-
-            v = predict(conditional)
-            if unconditional is not None and scales[step] > 1:
-                v = sampling.classifier_free_guidance(v, predict(unconditional), scales[step])
-            return v
+            with self._autograd(gradients):
+                tokens = rearrange(x.to(self.device), "b c h w -> b (h w) c")
+                return rearrange(of_tokens(tokens, t).float(), "b (h w) c -> b c h w", h=h)
 
         return velocity
 
-    def _cache_references(
-        self,
-        transformer: Flux,
-        references: Tensor,
-        ids: Tensor,
-        guidance: float | None,
-        text_length: int,
-    ) -> list[KVCache]:
-        """Run the reference tokens alone, at t = 0, once for all steps and images."""
-        c = self.spec.transformer
-        caches = [KVCache(text_length) for _ in range(c.depth + c.depth_single)]
-        zero = torch.zeros(1, device=self.device)
-        vec = transformer.vec(zero, None if guidance is None else zero + guidance)
-        rope = transformer.rope(ids[:0], ids).to(self.device)
-        no_text = references.new_zeros(1, 0, c.context_dim)
-        transformer.denoise(references, no_text, rope, transformer.modulations([vec])[0], caches)
-        return caches
+    def watch(
+        self, see: Callable[[Tap, Tensor], object], only: Sequence[str] = ()
+    ) -> AbstractContextManager[None]:
+        """Call `see(tap, tensor)` for the tensors of the transformer inside of a `with` block.
 
-    # ---------------------------------------------------------------- latents -> images
+        `only`: patterns of `str(tap)`, "step.001/conditional/double_blocks.0.img_attn.qkv/out" or
+        "step.001/conditional/double_blocks.0/attention/q": see `flux.hooks.matches`.
+        """
+        return watching_network(self.transformer, self.now, see, only)
+
+    def _guidance(
+        self, guidance: Guidance | None, true_cfg_scale: Guidance | None, steps: int
+    ) -> tuple[list[float], list[float] | None]:
+        """Return the scale of classifier-free guidance, and the guidance input, of each step."""
+        checked = check_guidance(self.spec, guidance, steps)
+        scales = sampling.per_step_values(check_true_cfg_scale(true_cfg_scale, steps), steps)
+        inputs = None if checked is None else sampling.per_step_values(checked, steps)
+        if self.spec.cfg and inputs is not None:  # without a guidance input, guidance is the scale
+            return inputs, None
+        return scales, inputs
+
+    def _autograd(self, gradients: bool) -> AbstractContextManager:
+        """Return the context in which a stage runs: in inference mode, or as the caller is."""
+        if not gradients:
+            return torch.inference_mode()
+        if self.transformer.resident is not None:
+            raise UserError(
+                "gradients: streamed blocks have none: their weights have left before the backward "
+                'pass. Use `offload="none"` or `offload="model"`.'
+            )
+        return nullcontext()
+
+    # ---------------------------------------------------------------- latents <-> images
+
+    def to_latents(self, image: ImageLike) -> Tensor:
+        """Return the latents (1, C, h, w) of an image, float32.
+
+        Its sides are scaled to multiples of 16 pixels.
+        """
+        picture = as_image(image)
+        width, height = round_to_16(picture.size)
+        check_size(height, width)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        self.plan_memory(width, height, encoded_pixels=width * height)
+        with torch.no_grad():
+            latents = self._encode_image(to_pixels(picture))
+        self.residency.done(self.image_encoder)
+        return latents
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -510,6 +488,21 @@ class Pipeline:
         One image is decoded at a time: a batch takes the memory of one image. UserError for another
         shape.
         """
+        self._check_latents(latents)
+        dtype = self.autoencoder.dtype if self.numerics.decode == "model" else torch.float32
+        images = [to_images(self._decode(x), dtype)[0] for x in latents.split(1)]
+        self.residency.done(self.autoencoder)
+        return images
+
+    def to_pixels(self, latents: Tensor, gradients: bool = False) -> Tensor:
+        """Return pixels (B, 3, 16 h, 16 w), nominally in [-1, 1]; `gradients` as in `sample`."""
+        self._check_latents(latents)
+        with self._autograd(gradients):
+            pixels = torch.cat([self._decode(x) for x in latents.split(1)])
+        self.residency.done(self.autoencoder)
+        return pixels
+
+    def _check_latents(self, latents: Tensor) -> None:
         channels = self.spec.autoencoder.latent_channels
         fits = isinstance(latents, Tensor) and latents.ndim == 4 and latents.numel()
         if not fits or latents.shape[1] != channels:
@@ -517,10 +510,6 @@ class Pipeline:
                 f"latents: must be a tensor of shape (B, {channels}, height / 16, width / 16) "
                 f"(got {arguments.shown(latents)})."
             )
-        dtype = self.autoencoder.dtype if self.numerics.decode == "model" else torch.float32
-        images = [to_images(self._decode(x), dtype)[0] for x in latents.split(1)]
-        self.residency.done(self.autoencoder)
-        return images
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (1, C, h, w) -> pixels (1, 3, 16h, 16w), nominally in [-1, 1]."""
@@ -572,7 +561,7 @@ class Pipeline:
         encoded_pixels: size of the largest input image that is still to be encoded. Raise
         UserError, with numbers, if the run cannot fit.
         """
-        conditions = conditions or self._text_to_image(width, height)
+        conditions = conditions or conditioning.text_to_image(self.spec, width, height)
         steps = arguments.optional(arguments.to_integer, "steps", steps)
         return self.residency.plan(self._workload(conditions, steps, batch, encoded_pixels))
 
@@ -595,15 +584,3 @@ class Pipeline:
             self.autoencoder.dtype.itemsize,
             self.options.fast and runs_fast(self.numerics, self.device.type),
         )
-
-
-def batches(conditions: Sequence[Conditions | None], num_images: int) -> list[list[int]]:
-    """Group image numbers whose conditions can share a batch.
-
-    That is one group, unless prompts have different input images.
-    """
-    groups = defaultdict(list)
-    for number in range(len(conditions) * num_images):
-        used = conditions[number // num_images]
-        groups[used and used.batch_key].append(number)
-    return list(groups.values())

@@ -21,18 +21,25 @@ from torch import Tensor
 
 from flux.errors import NonFiniteError
 
+Velocity = Callable[[Tensor, float], Tensor]  # of x at time t
+OnStep = Callable[[int, float, Tensor], None]  # step from 1, its new time, x
+Blend = Callable[[Tensor, float], Tensor]  # x at a new time -> x
+
 # ------------------------------------------------------------------ noise and positions
 
 
-def noise(seeds: Sequence[int], channels: int, height: int, width: int, spatial: bool) -> Tensor:
+def noise(
+    seeds: Sequence[int | torch.Generator], channels: int, height: int, width: int, spatial: bool
+) -> Tensor:
     """Return standard normal latents, (B, channels, height, width) float32, drawn on the CPU.
 
     Each seed has its own generator. So the noise of a seed is the same alone and in a batch, on
-    every device. `spatial`: FLUX.1 draws before it packs 2x2 patches into channels, FLUX.2 draws
-    packed latents.
+    every device. A generator in the place of a seed goes on where it is. `spatial`: FLUX.1 draws
+    before it packs 2x2 patches into channels, FLUX.2 draws packed latents.
     """
     shape = (channels // 4, 2 * height, 2 * width) if spatial else (channels, height, width)
-    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    generators = [torch.Generator().manual_seed(s) if isinstance(s, int) else s for s in seeds]
+    drawn = [torch.randn(shape, generator=generator) for generator in generators]
     x = torch.stack(drawn)  # (B, channels/4, 2h, 2w) or (B, channels, h, w)
     if spatial:
         x = rearrange(x, "b c (h ph) (w pw) -> b (c ph pw) h w", ph=2, pw=2)
@@ -88,6 +95,22 @@ def schedule(
         times = math.exp(mu) / (math.exp(mu) + (1 / times - 1))  # e^mu / infinity at t = 0
     if rounding == "diffusers":
         return torch.cat([torch.from_numpy(times), torch.zeros(1)])
+    return times.float()
+
+
+def custom_schedule(
+    steps: int, sigmas: Sequence[float] | None = None, shift: float | None = None
+) -> Tensor:
+    """Return times from 1 to 0, (steps + 1,) float32: even, or `sigmas`; then shifted.
+
+    t -> shift t / (1 + (shift - 1) t) is the shift of `schedule`, with e^mu = `shift`.
+    """
+    if sigmas is None:
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    else:
+        times = torch.tensor(sigmas, dtype=torch.float64)
+    if shift is not None:
+        times = shift * times / (1 + (shift - 1) * times)
     return times.float()
 
 
@@ -149,30 +172,40 @@ def per_step_values(values: Sequence[float], steps: int) -> list[float]:
 
 
 def denoise(
-    velocity: Callable[[Tensor, float], Tensor],
+    velocity: Velocity,
     x: Tensor,
     times: Tensor,
-    callback: Callable[[int, float, Tensor], None] | None = None,
+    callback: OnStep | None = None,
     state: Literal["float32", "bfl", "diffusers"] = "float32",
-    blend: Callable[[Tensor, float], Tensor] | None = None,
+    blend: Blend | None = None,
 ) -> Tensor:
     """Follow the velocity from `times[0]` to `times[-1]`: x <- x + (t' - t) * velocity(x, t).
 
     x has any shape. `callback(step, t', x)` is called after each step, counted from 1.
     `blend(x, t')` may restore parts of an image before that. `state` says how x is rounded
     between steps. Raise NonFiniteError at the first step after which x is not finite.
+    flux/solvers.py has other methods.
     """
     for step, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist()), start=1):
         x = euler_step(x, velocity(x, t), t_next - t, state)
-        if blend is not None:
-            x = blend(x, t_next)
-        if not torch.isfinite(x).all():
-            raise NonFiniteError(
-                f"latents: not finite after step {step} of {len(times) - 1} (t = {t_next:.4f}). "
-                "Look for NaN in the weights with `check_finite=True`, or try `dtype=float32`."
-            )
-        if callback is not None:
-            callback(step, t_next, x)
+        x = finish_step(x, step, times, callback, blend)
+    return x
+
+
+def finish_step(
+    x: Tensor, step: int, times: Tensor, callback: OnStep | None, blend: Blend | None
+) -> Tensor:
+    """End a step of any solver: blend, check, call back. Return x. Steps count from 1."""
+    t = times[step].item()
+    if blend is not None:
+        x = blend(x, t)
+    if not torch.isfinite(x).all():
+        raise NonFiniteError(
+            f"latents: not finite after step {step} of {len(times) - 1} (t = {t:.4f}). "
+            "Look for NaN in the weights with `check_finite=True`, or try `dtype=float32`."
+        )
+    if callback is not None:
+        callback(step, t, x)
     return x
 
 

@@ -46,7 +46,10 @@ class TextFeatures(NamedTuple):
     """What the transformer reads of a prompt."""
 
     tokens: Tensor  # (B, T, D)
-    pooled: Tensor | None  # (B, V); None in FLUX.2
+    pooled: Tensor | None = None  # (B, V); None in FLUX.2
+    ids: Tensor | None = None  # (T, axes) positions; None: those of `sampling.text_ids`
+    # (T + L, T + L), of text tokens, then image tokens; True where a row may see a column
+    mask: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +59,7 @@ class TextFeatures(NamedTuple):
         """Return the features of some of the prompts, which may repeat."""
         index = list(rows)
         pooled = None if self.pooled is None else self.pooled[index]
-        return TextFeatures(self.tokens[index], pooled)
+        return self._replace(tokens=self.tokens[index], pooled=pooled)
 
     def expand(self, count: int) -> "TextFeatures":
         """Repeat the features of a single prompt `count` times; those of `count` prompts stay."""
@@ -64,18 +67,26 @@ class TextFeatures(NamedTuple):
 
     def append(self, tokens: Tensor) -> "TextFeatures":
         """Append the same tokens (1, T', D) to every prompt's: (B, T + T', D)."""
+        if self.ids is not None or self.mask is not None:
+            raise UserError(
+                "features: with `ids` or `mask`, they cannot be extended by tokens of images. "
+                "Append those to the tokens, ids and mask."
+            )
         tokens = tokens.to(self.tokens).expand(len(self.tokens), -1, -1)
         return self._replace(tokens=torch.cat([self.tokens, tokens], dim=1))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "TextFeatures":
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return TextFeatures(self.tokens.to(device, dtype), pooled)
+        return self._replace(tokens=self.tokens.to(device, dtype), pooled=pooled)
 
 
 class TextEncoder:
-    """Base of the families' text encoders. `cache` keeps the features of the last prompts."""
+    """Base of the families' text encoders, and of your own: `flux.load(text=...)`.
 
-    networks: tuple[LazyModule, ...]
+    A subclass has `encode_one`. `cache` keeps the features of the last prompts.
+    """
+
+    networks: tuple[LazyModule, ...] = ()  # what is loaded, planned and released by itself
 
     def __init__(self, length: int):
         self.length = length  # tokens of a prompt, padding included; FLUX 3: at most
@@ -98,7 +109,7 @@ class TextEncoder:
         features = self.cache.pop(prompt, None)
         if features is None:
             warn_of_foreign_syntax(prompt)
-            with torch.inference_mode():
+            with torch.no_grad():  # not in inference mode, whose tensors autograd cannot use
                 features = self.encode_one(prompt).to("cpu", self.dtype)
         self.cache[prompt] = features  # the last is the most recent
         while len(self.cache) > 1 and sum(f.nbytes for f in self.cache.values()) > MAX_CACHE:
@@ -106,6 +117,11 @@ class TextEncoder:
         return features
 
     def encode_one(self, prompt: str) -> TextFeatures:
+        """Return the features of a prompt: tokens (1, T, D) and, in FLUX.1, pooled (1, V)."""
+        raise NotImplementedError
+
+    def positions(self, prompt: str, word: str) -> list[int]:
+        """Return the positions of a word of the prompt among the T text tokens."""
         raise NotImplementedError
 
     def release(self) -> None:
@@ -115,7 +131,7 @@ class TextEncoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.networks[0].dtype
+        return self.networks[0].dtype if self.networks else torch.float32
 
 
 class FLUX1TextEncoder(TextEncoder):
@@ -146,6 +162,9 @@ class FLUX1TextEncoder(TextEncoder):
         pooled = self.clip()(clip_tokens.ids.to(self.clip.device))  # (1, V)
         return TextFeatures(tokens, pooled)
 
+    def positions(self, prompt: str, word: str) -> list[int]:
+        return self.t5_tokenizer.positions(prompt, word, self.length)
+
 
 class FLUX2TextEncoder(TextEncoder):
     """Qwen3 or Mistral gives the tokens; there is no pooled vector."""
@@ -162,6 +181,9 @@ class FLUX2TextEncoder(TextEncoder):
         require_known_ids(tokens, self.tokenizer, self.model)
         ids, mask = tokens.ids.to(self.model.device), tokens.mask.to(self.model.device)
         return TextFeatures(self.model()(ids, mask), None)  # (1, T, D)
+
+    def positions(self, prompt: str, word: str) -> list[int]:
+        return self.tokenizer.positions(prompt, word, self.length)
 
 
 class FLUX3TextEncoder(FLUX2TextEncoder):
@@ -190,7 +212,7 @@ def concatenate(features: Sequence[TextFeatures]) -> TextFeatures:
         )
     tokens = torch.cat([one.tokens for one in features])  # (B, T, D)
     pooled = [one.pooled for one in features if one.pooled is not None]
-    return TextFeatures(tokens, torch.cat(pooled) if pooled else None)  # pooled: (B, V)
+    return features[0]._replace(tokens=tokens, pooled=torch.cat(pooled) if pooled else None)
 
 
 def require_known_ids(tokens: Tokens, tokenizer: PromptTokenizer, network: LazyModule) -> None:

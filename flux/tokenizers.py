@@ -82,16 +82,35 @@ class PromptTokenizer:
         UserError for NUL and lone surrogates in a prompt.
         """
         check_text(prompts)
-        self.tokenizer.enable_truncation(length)
-        self.tokenizer.enable_padding(
-            direction=self.pad_side, pad_id=self.pad_id, pad_token=self.pad, length=length
-        )
         # encode_batch would start threads, and every later fork (a data loader's) would warn.
-        encodings = [self.tokenizer.encode(self.prefix + p + self.suffix) for p in prompts]
+        encodings = [self._encode(prompt, length) for prompt in prompts]
         ids = torch.tensor([encoding.ids for encoding in encodings])  # (B, L)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings]).bool()  # (B, L)
         truncated = [self._truncated(p, encoding) for p, encoding in zip(prompts, encodings)]
         return Tokens(ids, mask, truncated)
+
+    def positions(self, prompt: str, word: str, length: int) -> list[int]:
+        """Return where the tokens of a part of a prompt stand among its `length` ids.
+
+        `word` may be several words. UserError if the prompt does not contain it, or is cut off
+        before it.
+        """
+        first = prompt.find(word)
+        if not word or first < 0:
+            raise UserError(f"word: {word!r} is not in the prompt {prompt!r:.200}.")
+        start, end = (len(self.prefix) + at for at in (first, first + len(word)))
+        offsets = self._encode(prompt, length).offsets
+        found = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        if not found:
+            raise UserError(f"word: {word!r} is beyond the {length} tokens of a prompt.")
+        return found
+
+    def _encode(self, prompt: str, length: int):
+        self.tokenizer.enable_truncation(length)
+        self.tokenizer.enable_padding(
+            direction=self.pad_side, pad_id=self.pad_id, pad_token=self.pad, length=length
+        )
+        return self.tokenizer.encode(self.prefix + prompt + self.suffix)
 
     def _truncated(self, prompt: str, encoding) -> str:
         """Return the end of the prompt from the first character that lost a token."""

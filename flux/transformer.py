@@ -239,13 +239,24 @@ class SelfAttention(nn.Module):
         return q, k, v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
-    """Attend: (B, N, H, d) each -> (B, N, D). Without a mask: padding took part in training."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor,
+    cache: KVCache | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attend: (B, N, H, d) each -> (B, N, D).
+
+    No released model has a mask: padding took part in training. `mask`, (N, N) or (B, 1, N, N), is
+    True where a query (row) may see a key (column).
+    """
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     if cache is not None:
         k, v = cache.update(k, v)  # (B, N + R, H, d)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, d)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 class GatedSiLU(nn.Module):
@@ -297,6 +308,7 @@ class DoubleStreamBlock(nn.Module):
         img_mod: list[ModulationOut],
         txt_mod: list[ModulationOut],
         cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         img_mod1, img_mod2 = img_mod
         txt_mod1, txt_mod2 = txt_mod
@@ -305,7 +317,7 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn(modulate(img, img_mod1.shift, img_mod1.scale))
         txt_qkv = self.txt_attn(modulate(txt, txt_mod1.shift, txt_mod1.scale))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv))  # (B, T + L, H, d)
-        out = attention(q, k, v, rope, cache)  # (B, T + L, D)
+        out = attention(q, k, v, rope, cache, mask)  # (B, T + L, D)
         # contiguous: a Linear with a bias rounds twice in bfloat16 if its input is strided
         txt_out = out[:, : txt.shape[1]].contiguous()  # (B, T, D)
         img_out = out[:, txt.shape[1] :].contiguous()  # (B, L, D)
@@ -336,13 +348,18 @@ class SingleStreamBlock(nn.Module):
             self.modulation = Modulation(c, 1)
 
     def forward(
-        self, x: Tensor, rope: Tensor, mod: ModulationOut, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        rope: Tensor,
+        mod: ModulationOut,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         hidden = self.linear1(modulate(x, mod.shift, mod.scale))  # (B, N, 3 D + inner)
         qkv, hidden = hidden.split(self.widths, dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, d) each
         q, k = self.norm(q, k)
-        out = attention(q, k, v, rope, cache)  # (B, N, D)
+        out = attention(q, k, v, rope, cache, mask)  # (B, N, D)
         return x + mod.gate * self.linear2(torch.cat([out, self.mlp_act(hidden)], dim=-1))
 
 
@@ -367,6 +384,13 @@ class Modulations(NamedTuple):
     vec: Tensor  # (B, D), for the final layer
     double: list[tuple[list[ModulationOut], list[ModulationOut]]]  # image's and text's, by block
     single: list[ModulationOut]  # by block
+
+
+class Residuals(NamedTuple):
+    """What a ControlNet adds to the image tokens after each block, (B, L, D); None: nothing."""
+
+    double: list[Tensor | None]
+    single: list[Tensor | None]
 
 
 BLOCK_LISTS = ("double_blocks", "single_blocks")  # in the order in which they run
@@ -415,20 +439,27 @@ class Flux(nn.Module):
         rope: Tensor,
         mods: Modulations,
         caches: list[KVCache] | None = None,
+        mask: Tensor | None = None,
+        residuals: Residuals | None = None,
     ) -> Tensor:
         """Do what `forward` does, from the RoPE table and the modulations of one time.
 
         The table is the same for every step, the modulations for every image. `caches`, one for
-        each block, hold the keys and values of reference tokens.
+        each block, hold the keys and values of reference tokens. `mask`: see `attention`.
         """
         count = self.config.depth + self.config.depth_single
         all_caches: Iterator[KVCache | None] = iter(caches if caches else [None] * count)
+        nothing: list[Tensor | None] = [None] * count
+        doubles, singles = map(iter, residuals or Residuals(nothing, nothing))
         img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, D), (B, T, D)
         for block, (img_mod, txt_mod) in zip(self.double_blocks, mods.double, strict=True):
-            img, txt = block(img, txt, rope, img_mod, txt_mod, next(all_caches))
+            img, txt = block(img, txt, rope, img_mod, txt_mod, next(all_caches), mask)
+            img = img if (added := next(doubles)) is None else img + added
         x = torch.cat([txt, img], dim=1)  # (B, T + L, D)
         for block, mod in zip(self.single_blocks, mods.single, strict=True):
-            x = block(x, rope, mod, next(all_caches))
+            x = block(x, rope, mod, next(all_caches), mask)
+            if (added := next(singles)) is not None:
+                x = torch.cat([x[:, : txt.shape[1]], x[:, txt.shape[1] :] + added], dim=1)
         return self.final_layer(x[:, txt.shape[1] :], mods.vec)  # (B, L, out_channels)
 
     def rope(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:

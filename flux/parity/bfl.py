@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux.errors import UserError
+from flux.hooks import check_patterns, matches
 from flux.parity import bfl_process
 from flux.parity.capture_file import Capture
 from flux.parity.compare import Row, compare
 from flux.parity.compare_live import inputs_of_pass, passes
-from flux.parity.hooks import check_patterns, matches
 from flux.parity.replay import Tolerance, check_model
 from flux.pipeline import Pipeline
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from flux import sampling
 from flux.errors import NonFiniteError, UserError
+from flux.hooks import replaced
 from flux.parity.capture import Request
 from flux.parity.capture_file import DTYPES, Capture
 from flux.parity.compare import TOLERANCES, Row, first_over
-from flux.parity.hooks import replaced
 from flux.parity.modules import Call, Modules
 from flux.parity.replay import (
     ModuleRun,

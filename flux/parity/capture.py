@@ -36,9 +36,9 @@ import flux
 from flux import sampling
 from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError
+from flux.hooks import Observer, check_patterns, joined, matches, replaced, watching
 from flux.image_io.request import ImageInputs, non_default_options, output_size
 from flux.parity.capture_file import Capture, Kind, Writer, check_new, kind_of, readable, stored_as
-from flux.parity.hooks import Observer, check_patterns, joined, matches, replaced, watching
 from flux.pipeline import Pipeline
 from flux.runtime.checks import Guidance, check_guidance, check_steps
 from flux.runtime.lazy_module import LazyModule

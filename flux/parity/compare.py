@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flux.errors import UserError
+from flux.hooks import check_patterns, matches
 from flux.parity.capture_file import (
     DTYPES,
     PROBE,
@@ -29,7 +30,6 @@ from flux.parity.capture_file import (
     statistics,
     token_norms,
 )
-from flux.parity.hooks import check_patterns, matches
 from flux.runtime.terminal import printable
 
 TOLERANCES = {  # relative L2 by dtype; 0 for integers

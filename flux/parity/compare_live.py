@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from flux.errors import UserError
+from flux.hooks import check_patterns, joined, matches, watching
 from flux.parity import modules, reference
 from flux.parity.capture_file import DTYPES, Capture
 from flux.parity.compare import Row, check_two_files, compare
-from flux.parity.hooks import check_patterns, joined, matches, watching
 from flux.parity.modules import Call, guarded
 from flux.parity.name_map import Gather, matches_of
 from flux.parity.replay import (

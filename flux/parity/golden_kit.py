@@ -28,11 +28,11 @@ from flux import sampling
 from flux.atomic_files import remove_leftovers, write_atomically
 from flux.configs import FLUX2Text, ModelSpec
 from flux.errors import NonFiniteError, UserError
+from flux.hooks import check_patterns, matches
 from flux.parity import example_port
 from flux.parity.capture import Request, describe, run, without_weights
 from flux.parity.capture_file import KEY, Capture, Writer, cannot_write, raw, readable
 from flux.parity.capture_metadata import DTYPES
-from flux.parity.hooks import check_patterns, matches
 from flux.pipeline import Pipeline
 from flux.runtime.checks import format_values
 from flux.runtime.lazy_module import LazyModule

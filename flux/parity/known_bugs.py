@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flux import autoencoder, clip, language_model, sampling, t5, transformer
 from flux.autoencoder import AutoEncoder
-from flux.parity.hooks import replaced
+from flux.hooks import replaced
 from flux.parity.rerun import Rerun
 from flux.transformer import Flux, GatedSiLU, KVCache, Modulation, ModulationOut, QKNorm, RMSNorm
 
@@ -199,7 +199,7 @@ def mask_padding(rerun: Rerun) -> Tensor:
     padding = is_padding(rerun)
 
     def attention(
-        f: Callable, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, cache: KVCache | None = None
+        f: Callable, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, cache: KVCache | None, *_
     ) -> Tensor:
         q, k = transformer.apply_rope(q, rope), transformer.apply_rope(k, rope)
         if cache is not None:

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from flux import loading, sampling
 from flux.errors import UserError
+from flux.hooks import check_patterns, matches, replaced, watching
 from flux.image_io.request import ImageInputs
 from flux.parity.capture import Request, run
 from flux.parity.capture_file import Capture, comparable
 from flux.parity.capture_metadata import DTYPES, Kind, Record
 from flux.parity.compare import COARSEST_FIRST, TOLERANCES, Row, compare, measured_tolerance
-from flux.parity.hooks import check_patterns, matches, replaced, watching
 from flux.parity.modules import PLACE, Call, Modules, in_dtype
 from flux.pipeline import Pipeline
 from flux.text_encoder import TextFeatures

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flux import sampling
 from flux.errors import UserError
+from flux.hooks import joined, replaced, watching
 from flux.parity.capture_file import Capture
-from flux.parity.hooks import joined, replaced, watching
 from flux.parity.modules import PLACE, Modules
 from flux.parity.replay import module_runs, split_place
 from flux.pipeline import Pipeline

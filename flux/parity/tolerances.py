@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from flux.errors import NonFiniteError, UserError
+from flux.hooks import check_patterns
 from flux.parity.capture import Request
 from flux.parity.capture_file import Capture, amend
 from flux.parity.capture_metadata import Rounding
 from flux.parity.compare import FACTOR, Row
-from flux.parity.hooks import check_patterns
 from flux.parity.modules import Modules, in_dtype
 from flux.parity.replay import check_model, module_runs, replay_module, run_and_compare
 from flux.pipeline import Pipeline

@@ -2,8 +2,11 @@
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 
-from flux.arguments import to_integer, to_numbers
+from torch import Tensor
+
+from flux.arguments import optional, shown, to_integer, to_number, to_numbers
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io.input import MAX_PIXELS
@@ -51,6 +54,28 @@ def check_steps(spec: ModelSpec, steps: int | None) -> int:
     return steps
 
 
+def check_times(
+    spec: ModelSpec, steps: int | None, sigmas: Sequence[float] | None, shift: float | None
+) -> tuple[int | None, list[float] | None, float | None]:
+    """Return the number of steps, the times of the user with 0 at the end, and the shift."""
+    steps = optional(to_integer, "steps", steps)
+    shift = optional(to_number, "shift", shift)
+    if shift is not None:
+        check_range("shift", shift, 0.01, 100, "1 is none; 3 is usual.")
+    if sigmas is None:
+        return steps, None, shift
+    times = to_numbers("sigmas", sigmas)
+    if times and times[-1] != 0:
+        times = [*times, 0.0]
+    falls = all(a > b for a, b in pairwise(times))
+    if len(times) < 2 or not falls or not 0 < times[0] <= 1:
+        listed = ", ".join(f"{t:g}" for t in times[:8])
+        raise UserError(f"sigmas: must fall from at most 1 to 0 (got {listed}).")
+    if steps not in (None, len(times) - 1):
+        raise UserError(f"sigmas: are for {len(times) - 1} steps (got {steps}). Leave `steps` out.")
+    return len(times) - 1, times, shift
+
+
 def check_guidance(spec: ModelSpec, guidance: Guidance | None, steps: int) -> list[float] | None:
     """Return guidance as `sampling.per_step_values` takes it; None for a model without guidance."""
     if guidance is None:
@@ -96,6 +121,26 @@ def wrong_count(name: str, count: int, steps: int) -> UserError:
 def format_values(values: Sequence[float]) -> str:
     """Return "4", "4:1" (from the first step to the last) or "4,3,2,1" (one value a step)."""
     return (":" if len(values) == 2 else ",").join(f"{value:g}" for value in values)
+
+
+def check_features(spec: ModelSpec, name: str, features: object, seeds: int) -> None:
+    """Raise UserError unless these are this model's, of one prompt or one for each seed."""
+    tokens, c = getattr(features, "tokens", None), spec.transformer
+    if not isinstance(tokens, Tensor):
+        raise UserError(
+            f"{name}: must be text features (got {shown(features)}). Pass what `encode` returns."
+        )
+    pooled = getattr(features, "pooled", None)
+    width = None if pooled is None else pooled.shape[-1]
+    if (tokens.ndim, tokens.shape[-1], width) != (3, c.context_dim, c.vector_dim):
+        raise UserError(
+            f"{name}: are another model's. Pass what `encode` of this pipeline returns."
+        )
+    if not seeds or len(tokens) not in (1, seeds):
+        raise UserError(
+            f"{name}: one prompt, or one for each of `seeds`, is needed (got "
+            f"{len(tokens)} prompts and {seeds} seeds)."
+        )
 
 
 def check_cfg(

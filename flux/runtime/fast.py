@@ -153,9 +153,10 @@ class ChunkedDoubleStreamBlock(DoubleStreamBlock):
         img_mod: list[ModulationOut],
         txt_mod: list[ModulationOut],
         cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if runs_plain(self, img):
-            return super().forward(img, txt, rope, img_mod, txt_mod, cache)
+            return super().forward(img, txt, rope, img_mod, txt_mod, cache, mask)
         length = txt.shape[1]
         txt_qkv = split_qkv(self.txt_attn, modulate(txt, txt_mod[0].shift, txt_mod[0].scale))
         img_qkv = split_qkv(self.img_attn, modulate(img, img_mod[0].shift, img_mod[0].scale))
@@ -169,7 +170,7 @@ class ChunkedDoubleStreamBlock(DoubleStreamBlock):
             norm_and_rotate(attn.norm.query_norm, q[:, tokens], qkv[0], rotations[:, tokens])
             norm_and_rotate(attn.norm.key_norm, k[:, tokens], qkv[1], rotations[:, tokens])
         del txt_qkv, img_qkv, qkv
-        txt_out, img_out = attend(q, k, v, cache).split([length, img.shape[1]], dim=1)
+        txt_out, img_out = attend(q, k, v, cache, mask).split([length, img.shape[1]], dim=1)
         del q, k, v
         img = finish_stream(img, img_out.contiguous(), self.img_attn, self.img_mlp, img_mod)
         txt = finish_stream(txt, txt_out.contiguous(), self.txt_attn, self.txt_mlp, txt_mod)
@@ -178,14 +179,24 @@ class ChunkedDoubleStreamBlock(DoubleStreamBlock):
 
 class ChunkedSingleStreamBlock(SingleStreamBlock):
     def forward(
-        self, x: Tensor, rope: Tensor, mod: ModulationOut, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        rope: Tensor,
+        mod: ModulationOut,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         if runs_plain(self, x):
-            return super().forward(x, rope, mod, cache)
-        return x + mod.gate * self.linear2(self.attention_and_mlp(x, rope, mod, cache))
+            return super().forward(x, rope, mod, cache, mask)
+        return x + mod.gate * self.linear2(self.attention_and_mlp(x, rope, mod, cache, mask))
 
     def attention_and_mlp(
-        self, x: Tensor, rope: Tensor, mod: ModulationOut, cache: KVCache | None
+        self,
+        x: Tensor,
+        rope: Tensor,
+        mod: ModulationOut,
+        cache: KVCache | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """Return what linear2 reads, (B, N, D + MLP width), and let go of all that made it."""
         hidden = self.linear1(modulate(x, mod.shift, mod.scale))  # (B, N, 3 D + inner)
@@ -195,7 +206,7 @@ class ChunkedSingleStreamBlock(SingleStreamBlock):
         q, k = v.new_empty(v.shape), v.new_empty(v.shape)
         norm_and_rotate(self.norm.query_norm, q, raw_q, rotations)
         norm_and_rotate(self.norm.key_norm, k, raw_k, rotations)
-        out = attend(q, k, v, cache)  # (B, N, D)
+        out = attend(q, k, v, cache, mask)  # (B, N, D)
         del q, k
         joined = out.new_empty(*x.shape[:2], self.linear2.in_features)
         joined[..., : out.shape[2]] = out
@@ -234,12 +245,12 @@ def norm_and_rotate(norm: RMSNorm, out: Tensor, x: Tensor, rotations: Tensor) ->
     chunked(function, out, x, rotations)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
     """(B, N, H, d) each, rotated already -> (B, N, D)."""
     if cache is not None:
         k, v = cache.update(k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, d)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 def finish_stream(

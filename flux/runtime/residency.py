@@ -106,4 +106,4 @@ class Residency:
 
 
 def total_size(networks: Sequence[LazyModule]) -> WeightSizes:
-    return reduce(add, (network.weight_sizes for network in networks))
+    return reduce(add, (network.weight_sizes for network in networks), WeightSizes(0))

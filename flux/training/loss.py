@@ -65,10 +65,10 @@ class Batch(NamedTuple):
         def selected(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows].to(device)
 
-        tokens, pooled = self.features
+        tokens, pooled = self.features.tokens[rows], selected(self.features.pooled)
         return Batch(
             self.latents[rows].to(device),
-            TextFeatures(tokens[rows].to(device), selected(pooled)),
+            TextFeatures(tokens.to(device), pooled),
             selected(self.references),
             None if self.reference_ids is None else self.reference_ids.to(device),
             selected(self.channels),
@@ -90,7 +90,7 @@ def predict_velocity(
     """
     h, w = x.shape[2:]
     axes = len(network.config.axes_dim)
-    txt, vector = batch.features
+    txt, vector = batch.features.tokens, batch.features.pooled
     img = rearrange(x, "b c h w -> b (h w) c")  # (B, L, C)
     img_ids = sampling.image_ids(h, w, axes).to(x.device)
     if batch.channels is not None:

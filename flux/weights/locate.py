@@ -184,17 +184,18 @@ def count_parameters(spec: ModelSpec) -> int:
 
 
 def locate(
-    spec: ModelSpec, weights: Path | None, local_files: Mapping[str, Any]
+    spec: ModelSpec, weights: Path | None, local_files: Mapping[str, Any], with_text: bool = True
 ) -> dict[str, list[Path] | Path]:
     """Return every file of a row: a list of weight files by network, a folder by tokenizer.
 
     `local_files` replace the row's files of a network, or its folder of a tokenizer, which then
-    need not exist.
+    need not exist. `with_text=False`: leave out the text encoders and their tokenizers.
     """
     files: dict[str, list[Path] | Path] = {}
     for part, choices in networks(spec).items():
-        files[part] = local_files.get(part) or _locate(spec, choices, weights)
-    for part, names in spec.text.tokenizers.items():
+        if with_text or part not in spec.text.networks:
+            files[part] = local_files.get(part) or _locate(spec, choices, weights)
+    for part, names in spec.text.tokenizers.items() if with_text else ():
         files[part] = local_files.get(part) or _locate_tokenizer(spec, names, weights)
     if spec.addon:
         terms = spec.licence.name, spec.licence.gated

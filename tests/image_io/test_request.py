@@ -228,7 +228,7 @@ def test_default_strength_of_schnell_starts_at_three_quarters_of_the_noise(zoo):
     images = []
     for image in (green, violet):
         conditions = pipe.condition(ImageInputs((image,)), 64, 64)
-        x, _ = pipe._initial_latents(noise, 0.75, conditions)
+        x, _ = conditioning.initial_latents(noise, 0.75, conditions, pipe.device, contiguous=True)
         expected = 0.25 * conditions.init + 0.75 * noise
         assert torch.allclose(rearrange(x, "b (h w) c -> b c h w", h=4), expected, atol=1e-6)
         times: list[float] = []

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 import flux
 from flux.configs import MODELS
 from flux.errors import UserError
+from flux.hooks import matches, watching
 from flux.image_io.request import ImageInputs
 from flux.parity import capture_file as record
 from flux.parity.capture import Request, Selection, _file, capture, plan
 from flux.parity.capture_file import Capture, Writer, positions
 from flux.parity.capture_metadata import Rounding
 from flux.parity.compare import about_tolerances, compare, errors, first_over, table, to_json
-from flux.parity.hooks import matches, watching
 from flux.parity.reference import FLUX1_TINY, KLEIN_TINY, randomise
 from flux.parity.tolerances import store_rounding
 from flux.transformer import Flux

@@ -24,13 +24,13 @@ from support.tiny_repositories import tiny_repositories
 
 import flux
 from flux.errors import UserError
+from flux.hooks import matches
 from flux.image_io.request import ImageInputs
 from flux.parity import compare_live as against
 from flux.parity import tolerances
 from flux.parity.capture import Selection, capture
 from flux.parity.capture_file import Capture
 from flux.parity.compare import coverage, first_over
-from flux.parity.hooks import matches
 from flux.parity.modules import Modules
 from flux.parity.replay import replay_modules
 

@@ -68,7 +68,7 @@ def test_predict_velocity_equals_diffusers(model, references):
     if references:
         img, ids = torch.cat([img, batch.references], dim=1), torch.cat([ids, batch.reference_ids])
     guidance = torch.tensor([1.7, 1.7]) if spec.transformer.guidance else None
-    tokens, pooled = batch.features
+    tokens, pooled = batch.features[:2]
     txt_ids = sampling.text_ids(7, axes)
     expected = diffusers_velocity(theirs, img, ids, tokens, txt_ids, t, guidance, pooled)
     ours = loss.predict_velocity(network, batch, 1.7, x, t)

@@ -32,13 +32,20 @@ plain = transformer.attention
 
 
 @torch.compiler.disable  # its kernels are torch's own
-def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor,
+    cache: KVCache | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Compute the transformer's `attention`, (B, N, H, d) each -> (B, N, D).
 
-    Without autocast, or with a cache, run the transformer's own function.
+    Without autocast, or with a cache or a mask, run the transformer's own function.
     """
-    if cache is not None or not torch.is_autocast_enabled("cpu"):
-        return plain(q, k, v, rope, cache)
+    if cache is not None or mask is not None or not torch.is_autocast_enabled("cpu"):
+        return plain(q, k, v, rope, cache, mask)
     q, k = transformer.apply_rope(q, rope), transformer.apply_rope(k, rope)
     heads = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B H, N, d)
     return Attention.apply(*heads).unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2)

@@ -18,21 +18,36 @@ from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from flux.errors import UserError
+from flux.runtime.lazy_module import LazyModule
 from flux.transformer import DoubleStreamBlock, KVCache, QKNorm, RMSNorm, SingleStreamBlock
 
 # Called with a name and a tensor, which may be overwritten later: copy it to keep it.
 Observer = Callable[[str, Tensor], object]
 BLOCKS = {DoubleStreamBlock: 2, SingleStreamBlock: 1}  # type -> inputs that are tokens
 ATTENTION = F.scaled_dot_product_attention  # also where a bug's function takes its place
+
+
+class Tap(NamedTuple):
+    """Where a tensor of the transformer was seen, and when; `str` gives the whole name."""
+
+    step: int  # from 1; 0 outside of `sample`
+    t: float | None  # the time of the velocity
+    branch: str  # "conditional", "unconditional" or "references"
+    module: str  # path, such as double_blocks.0.img_attn.qkv; around attention: the block's
+    tap: str  # "in", "out", "in.0"; "attention/q", "/k", "/v", "/out"
+
+    def __str__(self) -> str:
+        return joined(f"step.{self.step:03}" * bool(self.step), self.branch, self.module, self.tap)
 
 
 @contextmanager
@@ -44,47 +59,87 @@ def watching(
     `networks`: where -> network; with "" for where, names begin with the module. All hooks are
     removed when the block ends.
     """
-    running: list[str] = []  # names of the modules that are running, the innermost last
+    hooks = _Hooks(observer, only)
+    with ExitStack() as stack:
+        for where, network in networks.items():
+            for handle in hooks.register(where, network):
+                stack.callback(handle.remove)
+        stack.enter_context(_AttentionCalls(hooks.after_attention))
+        yield
 
-    def observe(place: str, tap: str, tensors: list[Tensor], first: int | None = None) -> None:
+
+@contextmanager
+def watching_network(
+    network: LazyModule, now: Any, see: Callable[[Tap, Tensor], object], only: Sequence[str] = ()
+) -> Iterator[None]:
+    """Call `see(tap, tensor)` inside of the block, also if the network is loaded anew in it.
+
+    `now`: what runs at the moment, a `flux.velocity.Now`. Attention outside of a pass of the
+    network is not seen.
+    """
+
+    def observer(name: str, tensor: Tensor) -> None:
+        if not now.branch:
+            return
+        module, _, tap = name.partition("/")
+        found = Tap(now.step, now.t, now.branch, module, tap)
+        if matches(str(found), only):
+            see(found, tensor)
+
+    hooks = _Hooks(observer)
+    end = network.on_load(lambda module: hooks.register("", module))
+    try:
+        with _AttentionCalls(hooks.after_attention):
+            yield
+    finally:
+        end()
+
+
+class _Hooks:
+    """Hooks that name the tensors they see after the modules that are running."""
+
+    def __init__(self, observer: Observer, only: Sequence[str] = ()):
+        self.observer, self.only = observer, only
+        self.running: list[str] = []  # names of the modules that are running, the innermost last
+
+    def register(self, where: str, network: nn.Module) -> list[RemovableHandle]:
+        handles = []
+        for path, module in network.named_modules():
+            place = joined(where, path)
+            before, after = partial(self.before, place), partial(self.after, place)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        return handles
+
+    def observe(
+        self, place: str, tap: str, tensors: list[Tensor], first: int | None = None
+    ) -> None:
         """`first`: the number of the first tensor; None: a single tensor has no number."""
         for number, tensor in enumerate(tensors, start=first or 0):
             single = first is None and len(tensors) == 1
             name = joined(place, tap if single else f"{tap}.{number}")
-            if matches(name, only):
+            if matches(name, self.only):
                 with torch._C.DisableTorchFunction():  # operations of the observer are not observed
-                    observer(name, tensor)
+                    self.observer(name, tensor)
 
-    def before(place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        running.append(place)
+    def before(self, place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.running.append(place)
         tensors = _tensors(module, (args, kwargs))
         tokens = next((count for kind, count in BLOCKS.items() if isinstance(module, kind)), None)
         if tokens is not None:
-            observe(place, "in", tensors[:tokens], first=0)
-            observe(place, "arg", tensors[tokens:], first=tokens)
+            self.observe(place, "in", tensors[:tokens], first=0)
+            self.observe(place, "arg", tensors[tokens:], first=tokens)
         else:
-            observe(place, "in", tensors)
+            self.observe(place, "in", tensors)
 
-    def after(place: str, module: nn.Module, args: tuple, out) -> None:
-        observe(place, "out", _tensors(module, out))
-        running.pop()
+    def after(self, place: str, module: nn.Module, args: tuple, out) -> None:
+        self.observe(place, "out", _tensors(module, out))
+        self.running.pop()
 
-    def after_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        place = joined(running[-1] if running else "", "attention")
+    def after_attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        place = joined(self.running[-1] if self.running else "", "attention")
         for tap, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-            observe(place, tap, [tensor])
-
-    with ExitStack() as stack:
-        for where, network in networks.items():
-            for path, module in network.named_modules():
-                place = joined(where, path)
-                for handle in (
-                    module.register_forward_pre_hook(partial(before, place), with_kwargs=True),
-                    module.register_forward_hook(partial(after, place)),
-                ):
-                    stack.callback(handle.remove)
-        stack.enter_context(_AttentionCalls(after_attention))
-        yield
+            self.observe(place, tap, [tensor])
 
 
 def _tensors(module: nn.Module, values) -> list[Tensor]:
