@@ -177,6 +177,8 @@ def _find_targets(
             unmatched.append(key)
             continue
         target, role = find_target(names, parsed.layer, parsed.part), parsed.role
+        if role == "training":
+            continue
         if not target.path and target.part in modules and modules[target.part] is None:
             continue
         if not target.path and is_unread(parsed.layer, modules):

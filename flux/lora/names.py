@@ -45,6 +45,7 @@ ROLES = tuple(  # how a key ends, and the role of its tensor; (\d+): its part of
         (r"diff_b|b_norm", "diff_bias"),
         (r"(?:(?:scale|weight)\.)?set_weight", "value"),
         (r"reshape_weight", "reshape"),
+        (rf"lora_velora_embed{ADAPTER}", "training"),  # PEFT's VeLoRA reads it in training only
         (r"scale|weight", "weight"),  # a new norm, in Black Forest Labs' control LoRAs
     )
 )  # fmt: skip

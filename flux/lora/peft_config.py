@@ -2,7 +2,7 @@
 
 PEFT reads `adapter_config.json` for the `adapter_model.safetensors` in the same folder, and for no
 other file. Every field that changes the result is honoured, or refused by its name. Fields that
-only change the training are ignored, and so are unknown ones, as in PEFT.
+only change the training are ignored. Unknown ones are ignored with a warning, as in PEFT.
 """
 
 import re
@@ -20,11 +20,36 @@ FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # diffusers' table, with the name of a part before each field
 PARTS = {"transformer": "transformer.", "clip": "text_encoder.", "t5": "text_encoder_2."}
 TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT")
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lycoris")  # which leave the base weights alone
+PLAIN_STARTS = (
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "lycoris",
+    "mica",
+)  # which leave the base weights alone
 REFUSED = (  # fields of other methods, and of weights beside the factors
     *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
     *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
     *("monteclora_config", "coft", "layers_pattern"),
+)
+READ = frozenset(  # honoured, or compared with the file
+    (
+        *("lora_alpha", "alpha", "alpha_pattern", "use_rslora", "r", "rank_pattern", "use_dora"),
+        *("use_cayley_neumann", "num_cayley_neumann_terms", "lora_bias", "target_modules"),
+        *("exclude_modules", "layers_to_transform", "peft_type", "bias", "init_lora_weights"),
+    )
+)
+IGNORED = frozenset(  # names, what only the training reads, and what the tensors' shapes show
+    (
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "fan_in_fan_out", "lora_dropout", "rank_dropout", "module_dropout"),
+        *("rank_dropout_scale", "boft_dropout", "init_weights", "loftq_config", "eva_config"),
+        *("corda_config", "lora_ga_config", "velora_config", "runtime_config", "eps"),
+        *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+        *("use_effective_conv2d", "decompose_both", "decompose_factor", "block_share"),
+        *("oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
+        *("enable_lora", "merge_weights"),  # of PEFT's first versions
+    )
 )
 MAX_NAME = 200  # characters, of a layer or a pattern
 MAX_REPEATS = 3  # in a pattern: more could take forever
@@ -191,6 +216,13 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
         raise UserError(f"{source}: is damaged ({error!s:.120}). Download it again.") from error
     for problem in _unsupported(fields):
         raise UserError(f"{source}: {problem}.")
+    known = READ | IGNORED | set(REFUSED)
+    if unknown := [name for name, value in _plain_fields(fields) if value and name not in known]:
+        warnings.warn(
+            f"{source}: has fields of another version of PEFT, which are ignored: "
+            f"{', '.join(unknown)!s:.200}",
+            stacklevel=2,
+        )
     return PeftConfig(source, fields)
 
 

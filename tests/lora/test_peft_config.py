@@ -4,6 +4,7 @@ The references: PEFT, which reads the same folder, and alpha/r · BA in float64.
 """
 
 import copy
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.lora_files import random
 from support.weight_files import refusal, saved
 from torch import Tensor, nn
 
+from flux.lora import peft_config
 from flux.lora.formats import match_layers, read_lora
 from flux.lora.merge import merge
 from flux.lora.peft_config import PeftConfig
@@ -96,8 +98,59 @@ TRAINING_ONLY = {
     "target_modules": ["img_attn.proj"],
     "rank_pattern": {},
     "alpha_pattern": None,
-    "a_field_of_later_versions": [1, 2],
+    "megatron_config": {"x": 1},
+    "megatron_core": "megatron.core",
+    "loftq_config": {"loftq_bits": 4},  # of init_lora_weights "loftq", which is refused
+    "eva_config": {"rho": 2.0},
+    "corda_config": {"x": 1},
+    "lora_ga_config": {"x": 1},
+    "velora_config": {"num_groups": 4},
+    "qalora_group_size": 16,
+    "ensure_weight_tying": True,
+    "auto_mapping": {"base_model_class": "Flux"},
+    "peft_version": "0.21.2",
+    "revision": "main",
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "rank_dropout": 0.5,
+    "module_dropout": 0.5,
+    "rank_dropout_scale": True,
+    "use_effective_conv2d": True,
+    "init_weights": False,
+    "decompose_both": True,  # this field and the next ones are seen in the shapes
+    "decompose_factor": 4,
+    "block_share": False,
+    "oft_block_size": 16,
+    "boft_block_size": 8,
+    "boft_block_num": 0,
+    "boft_n_butterfly_factor": 2,
+    "boft_dropout": 0.5,
+    "eps": 1e-5,  # of coft, which is refused
+    "enable_lora": None,
+    "merge_weights": True,
+    "a_field_of_later_versions": None,
 }
+READ = (  # tested one by one below
+    *("lora_alpha", "alpha", "alpha_pattern", "use_rslora", "use_dora", "rank_pattern", "r"),
+    *("use_cayley_neumann", "num_cayley_neumann_terms", "lora_bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform"),
+)
+
+
+@pytest.mark.parametrize("kind", ["Lora", "LoHa", "LoKr", "OFT", "BOFT"])
+def test_every_field_of_peft_is_honoured_compared_refused_or_ignored(kind):
+    """A field that a later version of PEFT adds fails here: it may change the result."""
+    import peft
+
+    known = {*READ, *UNSUPPORTED, *TRAINING_ONLY}
+    fields = {field.name for field in dataclasses.fields(getattr(peft, f"{kind}Config"))}
+    assert fields <= known, fields - known
+    assert fields <= peft_config.READ | peft_config.IGNORED | set(peft_config.REFUSED)
+
+
+def test_unknown_field_is_ignored_with_a_warning(tmp_path, network):
+    file = folder(tmp_path, CONFIG | {"a_field_of_later_versions": [1], "another": {}})
+    with pytest.warns(UserWarning, match="another version of PEFT.*: a_field_of_later_versions$"):
+        assert max_error(change(file, network), 4 * BA) < 1e-12
 
 
 def test_fields_that_change_nothing_are_ignored(tmp_path, network):
@@ -248,6 +301,8 @@ def peft_kinds() -> dict[str, object]:
         "rsLoRA": peft.LoraConfig(lora_alpha=9, use_rslora=True, **rank),
         "DoRA": peft.LoraConfig(lora_alpha=9, use_dora=True, **rank),
         "fan_in": peft.LoraConfig(lora_alpha=9, fan_in_fan_out=True, **rank),
+        "MiCA": peft.LoraConfig(lora_alpha=9, init_lora_weights="mica", **rank),
+        "VeLoRA": peft.LoraConfig(lora_alpha=9, velora_config={"num_groups": 4}, **rank),
         "LoHa": peft.LoHaConfig(alpha=9, alpha_pattern={"linear2": 5}, **rank),
         "LoKr": peft.LoKrConfig(alpha=9, decompose_factor=4, **rank),
         "LoKr, full": peft.LoKrConfig(r=64, alpha=24, decompose_factor=4, **layers),
@@ -263,7 +318,7 @@ def peft_kinds() -> dict[str, object]:
 
 
 KINDS = (
-    *("LoRA", "rsLoRA", "DoRA", "fan_in", "LoHa", "LoKr", "LoKr, full"),
+    *("LoRA", "rsLoRA", "DoRA", "fan_in", "MiCA", "VeLoRA", "LoHa", "LoKr", "LoKr, full"),
     *("OFT", "OFT, 3 terms", "OFT, exact", "OFT, shared", "BOFT", "BOFT, one stage"),
 )
 
