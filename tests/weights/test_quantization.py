@@ -771,6 +771,37 @@ BAD: dict[str, tuple[str, Callable[[QuantizedFile], QuantizedFile], str]] = {
         "as SVDQuant (Nunchaku), fp4",
     ),
     "GPTQ": ("BFL", lambda w: plus(w, qweight=random(4), g_idx=random(4)), "as GPTQ, which"),
+    "AWQ": (
+        "BFL",
+        lambda w: plus(w, qweight=random(64, 24), qzeros=random(1, 24), scales=random(1, 192)),
+        f"stores '{LAYER}' as AWQ, which",
+    ),
+    "GPTQ without g_idx": (
+        "BFL",
+        lambda w: plus(w, qweight=random(8, 192), qzeros=random(1, 24), scales=random(1, 192)),
+        "as GPTQ, which",
+    ),
+    "torchao": (
+        "BFL",
+        lambda w: plus(without(w, WEIGHT), _weight_qdata=random(4), _weight_scale=random(4)),
+        f"stores '{LAYER}' as a tensor of torchao, which",
+    ),
+    "HQQ": (
+        "BFL",
+        lambda w: plus(without(w, WEIGHT), W_q=random(4), zero=random(4)),
+        "as HQQ, which",
+    ),
+    "LLM Compressor": (
+        "BFL",
+        lambda w: plus(without(w, WEIGHT), weight_packed=random(4)),
+        "as compressed-tensors (LLM Compressor), which",
+    ),
+    "ModelOpt": (
+        "BFL",
+        lambda w: plus(w, **{"weight_quantizer._amax": random(1)}),
+        "as a tensor of ModelOpt (NVIDIA), which",
+    ),
+    "EETQ": ("INT8", lambda w: plus(w, weight_scales=random(192)), "as EETQ, which"),
     "packed": (
         "BFL",
         lambda w: plus(w, qweight=random(4)),

@@ -150,8 +150,18 @@ def _foreign_format(infos: Mapping[str, TensorInfo]) -> tuple[TensorInfo, str, s
                 if format == SVDQUANT:
                     is_fp4 = any(name.endswith((".wtscale", ".wcscales")) for name in infos)
                     format += ", fp4" if is_fp4 else ", int4"
+                if format == GPTQ and _packs_outputs(infos, match[1]):
+                    format = "AWQ"
                 return info, match[1], format
     return None
+
+
+def _packs_outputs(infos: Mapping[str, TensorInfo], layer: str) -> bool:
+    """Return whether integers of several outputs share one: AWQ packs these, and GPTQ inputs."""
+    packed, scales = infos.get(f"{layer}.qweight"), infos.get(f"{layer}.scales")
+    if not packed or not scales or not len(packed.shape) == len(scales.shape) == 2:
+        return False
+    return packed.shape[1] < scales.shape[1]
 
 
 def _unsupported(info: TensorInfo, layer: str, format: str) -> UserError:
@@ -161,13 +171,18 @@ def _unsupported(info: TensorInfo, layer: str, format: str) -> UserError:
     )
 
 
-SVDQUANT = "SVDQuant (Nunchaku)"
+SVDQUANT, GPTQ = "SVDQuant (Nunchaku)", "GPTQ"
 FOREIGN = (  # how a tensor's name goes on after the layer, and the format; the first counts
     (r"weight\._(data|scale|shift)(\._data)?", "a tensor of optimum-quanto"),
     (r"wscales", SVDQUANT),
     (r"SCB|weight_format", "LLM.int8() (bitsandbytes)"),
-    (r"g_idx", "GPTQ"),
-    (r"qzeros", "AWQ or GPTQ"),
+    (r"_weight_\w+", "a tensor of torchao"),
+    (r"W_q", "HQQ"),
+    (r"weight_packed", "compressed-tensors (LLM Compressor)"),
+    (r"(weight|input|output)_quantizer\..+", "a tensor of ModelOpt (NVIDIA)"),
+    (r"weight_scales", "EETQ"),
+    (r"g_idx", GPTQ),
+    (r"qzeros", GPTQ),
     (r"qweight", "packed integers (SVDQuant, GPTQ or AWQ)"),
     (r"svd_up|svd_down|zero_point", "SDNQ (SD.Next)"),
     (r"scales", "groups of integers (MLX)"),
