@@ -154,7 +154,8 @@ def _header_text(path: Path) -> tuple[bytes, int]:
 SPACE = rb"[ \t\r\n]*+"
 OPENING = re.compile(SPACE + rb"\{" + SPACE + rb"(\})?+")
 NAME = re.compile(SPACE + rb'("(?:[^"\\]|\\.){,10000}+")' + SPACE + b":" + SPACE, re.DOTALL)
-TENSOR = re.compile(rb"\{[^{}]{,1000}+\}")
+TENSOR = re.compile(rb"\{[^{}\\]{,1000}+\}")  # no writer escapes the names of the fields
+PLAIN_TEXT = re.compile(rb'"[^"\\\x00-\x1f]*+"')
 TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 NEXT = re.compile(SPACE + rb"(?:,|(\}))")
 END = re.compile(SPACE + rb"\Z")
@@ -178,8 +179,11 @@ def _parse_header(
         raise _not_understood(name, text[position : position + 80])
 
     def metadata_value(name: str, position: int) -> tuple[str, int]:
+        view = memoryview(text)  # a text may have 100 MB: no copy of its bytes is made
+        if found := PLAIN_TEXT.match(text, position):
+            return str(view[position + 1 : found.end() - 1], "utf-8"), found.end()
         if found := TEXT.match(text, position):
-            return parse_json(found[0], MAX_HEADER), found.end()
+            return parse_json(str(view[position : found.end()], "utf-8"), MAX_HEADER), found.end()
         raise ValueError(f"metadata that is not text, {name!r:.120}")
 
     if text.count(b'"data_offsets"') > MAX_TENSORS:  # at once, before any is parsed

@@ -160,6 +160,7 @@ HOSTILE = {  # a piece of a header, repeated to 4 MB; json.loads makes up to 100
     "nested lists": (b'{"a":', b"["),
     "nested tables": (b"{", b'"a":{'),
     "names": (b"{", b'"a":0,'),
+    "escaped fields": (b"{", b'"%07d":{"\\\\u0064type":"F32","shape":[0],"data_offsets":[0,0]},'),
     "tensors": (b"{", b'"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'),
     "metadata": (b'{"__metadata__":{', b'"%07d":"",'),
     "metadata without an end": (b'{"__metadata__":{"a":"', b'\\"'),
@@ -184,6 +185,18 @@ def test_hostile_header_takes_little_memory(tmp_path, monkeypatch, kind):
     assert tracemalloc.get_traced_memory()[1] < 9_000_000
     tracemalloc.stop()
     signal.alarm(0)
+
+
+@pytest.mark.parametrize("piece, times", [("x", 2.2), ("\\n", 2.8)])
+def test_long_metadata_are_not_copied(tmp_path, piece, times):
+    """The file's bytes and the text are kept; if escaped, also the text before it is decoded."""
+    header = b'{"__metadata__":{"a":"%s"}}' % (2_000_000 * piece.encode())
+    path = raw(tmp_path / "x.safetensors", header)
+    tracemalloc.start()
+    _, metadata = read_header(path)
+    assert tracemalloc.get_traced_memory()[1] < times * path.stat().st_size
+    tracemalloc.stop()
+    assert metadata == {"a": 2_000_000 * piece.replace("\\n", "\n")}
 
 
 def test_truncated_and_overlong_files_are_refused_with_both_sizes(tmp_path):
