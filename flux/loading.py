@@ -115,7 +115,16 @@ def load(
         raise UserError(f"text: must be a flux.TextEncoder (got {shown(text)}).")
     files = locate(spec, weights, replaced, with_text=text is None)
     networks = build_networks(spec, files, chosen, dtype, numerics, check_finite, options, text)
-    return Pipeline(spec, networks, files, chosen, dtype, numerics, options)
+    pipe = Pipeline(spec, networks, files, chosen, dtype, numerics, options)
+    given = dict(
+        transformer=transformer,
+        autoencoder=autoencoder,
+        text_encoder=type(text).__name__ if text is not None else text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+    )
+    pipe.replaced = {part: Path(path) for part, path in given.items() if path is not None}
+    return pipe
 
 
 def local_text_files(

@@ -24,7 +24,8 @@ from flux.errors import UserError
 from flux.hooks import Tap, watching_network
 from flux.image_io import request
 from flux.image_io.input import ImageLike, as_image, round_to_16
-from flux.image_io.output import to_images, to_pixels
+from flux.image_io.output import recorded, to_images, to_pixels
+from flux.image_io.record import describe_call
 from flux.image_io.request import ImageInputs
 from flux.lora.manager import LoraManager
 from flux.runtime.activation_memory import Workload
@@ -87,6 +88,7 @@ class Pipeline:
         self.autoencoder, self.image_encoder = networks.autoencoder, networks.image_encoder
         self.redux_networks = networks.redux
         self.now = Now()
+        self.replaced: dict[str, Path] = {}  # the user's files in place of the model's, by part
         self.residency = Residency(
             spec,
             device,
@@ -155,6 +157,23 @@ class Pipeline:
         largest = max(conditions, key=lambda c: c.width * c.height if c else 0)
         self.plan_memory(width, height, steps, count, largest)
 
+        listed = isinstance(images, Sequence) and not isinstance(images, ImageInputs | str)
+        records = [
+            describe_call(
+                self,
+                images[row] if listed else images,
+                used.width if used else width or self.spec.size,
+                used.height if used else height or self.spec.size,
+                check_steps(self.spec, steps),
+                check_guidance(self.spec, guidance, check_steps(self.spec, steps)),
+                negative_prompt=negative_prompt,
+                true_cfg_scale=true_cfg_scale,
+                solver=solver,
+                sigmas=sigmas,
+                shift=shift,
+            )
+            for row, used in enumerate(conditions)
+        ]
         features = self.encode(prompts)
         negative = self.encode([negative_prompt or ""]) if use_cfg else None
         results: dict[int, Image.Image] = {}
@@ -179,10 +198,11 @@ class Pipeline:
                 shift,
             )
             for number, image in zip(numbers, self.decode(latents), strict=True):
-                used = conditions[number // num_images]
-                results[number] = (
-                    image if used is None else request.postprocess(image, used.init_image)
-                )
+                row = number // num_images
+                if (used := conditions[row]) is not None:
+                    image = request.postprocess(image, used.init_image)
+                own = {"prompt": prompts[row], "seed": seed + number}
+                results[number] = recorded(image, records[row] | own)
         return [results[number] for number in range(count)]
 
     # ---------------------------------------------------------------- prompt -> text features

@@ -149,6 +149,12 @@ def add_sampling(group) -> None:
     add = group.add_argument
     add("--model", metavar="NAME", help="see --list-models (default: the toy flux.2-tiny)")
     add("--steps", type=int, metavar="N", help="default: the model's")
+    add("--solver", metavar="NAME",
+        help="euler, heun, midpoint, dpmpp_2m, dpmpp_2m_sde or res_2m (default: euler)")
+    add("--sigmas", type=times, metavar="T,T,...",
+        help="the times from 1 to 0, instead of the model's and of --steps")
+    add("--shift", type=float, metavar="S",
+        help="move even times, or --sigmas, towards the noise: t -> S t / (1 + (S - 1) t)")
     add("--guidance", type=values, metavar="G",
         help="a number, START:END, or a comma-separated value per step (default: the model's; "
         "distilled models take none)")
@@ -221,6 +227,16 @@ def values(text: str) -> float | list[float] | tuple[float, ...]:
     return numbers if ":" in text else tuple(numbers)
 
 
+def times(text: str) -> list[float]:
+    """Parse "1,0.9,0.7"."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected comma-separated numbers (got {text!r})"
+        ) from None
+
+
 def offload_mode(text: str) -> str:
     """Return the mode; the older names stages and stream stay valid."""
     return OLD_OFFLOAD.get(text, text)
@@ -274,6 +290,10 @@ def run(args: argparse.Namespace) -> int:
         earlier = output.read_metadata(args.from_image)
         restore_args(args, earlier, parser().get_default)
     args.numerics = args.numerics or "exact"
+    if args.numerics not in NUMERICS:
+        raise UserError(
+            f"numerics: {args.numerics!r:.40} is unknown (expected {', '.join(NUMERICS)})."
+        )
     prompts = gather_prompts(args)
     texts = () if args.no_metadata else (p + (args.negative_prompt or "") for p in prompts)
     output.check_output(args.output, texts)
@@ -281,6 +301,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
+    from flux import solvers
     from flux.image_io import request
     from flux.runtime import checks
     from flux.transformer import NUMERICS as PRESETS
@@ -299,7 +320,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"prompt: {spec.name} needs one. Say what the image should show.")
     width, height = request.output_size(spec, images, args.width, args.height)
     checks.check_size(height, width)
+    args.steps, args.sigmas, args.shift = checks.check_times(
+        spec, args.steps, args.sigmas, args.shift
+    )
     steps = checks.check_steps(spec, args.steps)
+    args.solver = args.solver or "euler"
+    solvers.find(args.solver, PRESETS[args.numerics].state)
     strength = None
     if images and spec.image_mode != "fill" and request.has_init_image(spec, images):
         rounding = PRESETS[args.numerics].images
@@ -424,6 +450,9 @@ def generate(
             true_cfg_scale=args.true_cfg_scale,
             callback=after_step,
             images=conditions,
+            solver=args.solver,
+            sigmas=args.sigmas,
+            shift=args.shift,
         )
     if (seconds := compilation.compile_seconds() - compiled) > 0:
         say(f"compile: took {seconds:.0f} s")

@@ -36,6 +36,9 @@ REQUIRED: Types = dict(  # metadata of every image -> type; a list is of numbers
     fp8_matmul=bool,
     compile=bool,
     vae_tile=int | None,
+    solver=str | None,
+    sigmas=list | None,
+    shift=float | int | None,
 )
 IMAGE_OPTIONS: Types = dict(  # of `flux.ImageInputs`, in the metadata's `image_options`
     strength=float | int | None,
@@ -52,6 +55,13 @@ IMAGE_OPTIONS: Types = dict(  # of `flux.ImageInputs`, in the metadata's `image_
 PARTS = ("transformer", "autoencoder", "text_encoder", "text_encoder_2", "tokenizer")  # by flags
 SHOWN = {"prompt", "negative_prompt", "width", "height", "steps", "guidance", "true_cfg_scale"}
 SHOWN |= {"seed", "model", "transformer"}  # what `parameters` speaks of
+SAMPLERS = {  # solver -> its name in the web UIs of Stable Diffusion
+    "euler": "Euler",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "res_2m": "Res Multistep",
+}
 OLD_NAMES = {  # in images of version 0.1.0 -> today
     "cfg_scale": "true_cfg_scale",
     "native_fp8": "fp8_matmul",
@@ -103,6 +113,9 @@ def describe(
         fp8_matmul=args.fp8_matmul,
         compile=args.compile,
         vae_tile=args.vae_tile,
+        solver=args.solver,
+        sigmas=args.sigmas,
+        shift=args.shift,
         image_options=options,
         note=note,
         licence=spec.licence.name,
@@ -195,7 +208,7 @@ def parameters(metadata: dict) -> str:
     guidance, scale = metadata["guidance"], metadata["true_cfg_scale"]
     settings = {
         "Steps": metadata["steps"],
-        "Sampler": "Euler",
+        "Sampler": SAMPLERS.get(solver := metadata.get("solver") or "euler", solver),
         "CFG scale": guidance if by_cfg else 1 if scale is None else scale,
         "Distilled CFG Scale": None if by_cfg else guidance,
         "Seed": metadata["seed"],
@@ -255,6 +268,7 @@ def restore_args(args: Namespace, metadata: dict, default: Callable[[str], objec
 def with_current_names(metadata: dict) -> dict:
     """Rename what older versions wrote, and fill in what they did not have."""
     later = ("decode_dtype", "text_encoder", "text_encoder_2", "tokenizer")
+    later += ("solver", "sigmas", "shift")
     current = dict.fromkeys(later) | _renamed(metadata, OLD_NAMES)
     if isinstance(options := current.get("image_options"), dict):
         current["image_options"] = _renamed(options, OLD_OPTION_NAMES)

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -153,33 +154,82 @@ def save(
     long for a JPEG, and IPTC's mark of generated media. `record=False` leaves only the mark.
     `suffixes`: as in `next_free_path`.
     """
-    text = parameters(metadata) if record else ""
     image = image.copy()
     image.info.clear()  # a JPEG would repeat the comment of an input image
-    options: dict[str, Any] = {"format": FORMATS[path.suffix.lower()]}
-    if options["format"] == "PNG":
+    kind = FORMATS[path.suffix.lower()]
+    options = {"format": kind} | metadata_options(kind, metadata, record)
+    if kind == "PNG":
+        # After PNG's filters, RLE is faster than zlib's level 1, and smaller than its level 6.
+        options["compress_type"] = zlib.Z_RLE
+    else:
+        options["quality"] = 95
+    if kind == "JPEG":
+        options["subsampling"] = 0
+    return write_exclusive(path, lambda file: image.save(file, **options), suffixes)
+
+
+def metadata_options(kind: str, metadata: dict, record: bool = True) -> dict[str, Any]:
+    """Return the options of Pillow that write metadata into a "PNG", "JPEG" or "WEBP"."""
+    text = parameters(metadata) if record else ""
+    source = source_type(metadata)
+    options: dict[str, Any] = {}
+    if kind == "PNG":
         from PIL import PngImagePlugin  # imported here, as Pillow itself does
 
-        info = PngImagePlugin.PngInfo()
+        info = options["pnginfo"] = PngImagePlugin.PngInfo()
         if record:
             info.add_itxt(KEY, to_json(metadata))
         if text:
             info.add_text("parameters", text)
-        if source_type(metadata):
+        if source:
             info.add_itxt("XML:com.adobe.xmp", _xmp(metadata, record=False).decode())
-        # After PNG's filters, RLE is faster than zlib's level 1, and smaller than its level 6.
-        options |= {"pnginfo": info, "compress_type": zlib.Z_RLE}
-    else:
-        options["quality"] = 95
-        if record or source_type(metadata):
-            options["xmp"] = _xmp(metadata, record)
-    if options["format"] == "JPEG":
-        options["subsampling"] = 0
-    if text and options["format"] != "PNG":
+        return options
+    if record or source:
+        options["xmp"] = _xmp(metadata, record)
+    if text:
         exif = _exif(text)
-        if options["format"] != "JPEG" or len(exif) <= EXIF_ROOM:
+        if kind != "JPEG" or len(exif) <= EXIF_ROOM:
             options["exif"] = exif
-    return write_exclusive(path, lambda file: image.save(file, **options), suffixes)
+    return options
+
+
+class RecordedImage(Image.Image):
+    """An image whose `save` writes its metadata into PNG, JPEG and WebP, as `save` of this file.
+
+    What Pillow makes of it (`crop`, `copy`) is a plain image, since the metadata do not make it.
+    """
+
+    metadata: dict
+
+    def __eq__(self, other: object) -> bool:
+        """Equal pixels: a plain image has no metadata."""
+        if not isinstance(other, Image.Image):
+            return NotImplemented
+        same = (self.mode, self.size) == (other.mode, other.size)
+        return same and self.tobytes() == other.tobytes()
+
+    def save(self, fp, format: str | None = None, **params: Any) -> None:
+        suffix = Path(os.fsdecode(fp)).suffix.lower() if isinstance(fp, str | Path) else ""
+        kind = (format or FORMATS.get(suffix, "")).upper()
+        options: dict[str, Any] = {}
+        if kind in FORMATS.values():
+            options = metadata_options(kind, self.metadata)
+        if kind == "JPEG" and len(options["xmp"]) > JPEG_ROOM:
+            warnings.warn(
+                "the prompt is too long for the metadata of a JPEG, which is saved without",
+                stacklevel=2,
+            )
+            options = {}
+        super().save(fp, format, **(options | params))
+
+
+def recorded(image: Image.Image, metadata: dict) -> RecordedImage:
+    """Return the image with its metadata, also as text in `info["flux"]`."""
+    out = RecordedImage.__new__(RecordedImage)
+    vars(out).update(vars(image.copy()))
+    out.metadata = metadata
+    out.info = {KEY: to_json(metadata)}
+    return out
 
 
 def write_exclusive(

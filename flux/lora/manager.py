@@ -34,6 +34,7 @@ class LoraManager:
         self.builtin = {path.resolve() for path in builtin}
         # path -> its deltas and scale, in the order of loading
         self.files: dict[Path, tuple[list[LayerDelta], float]] = {}
+        self.lenient: set[Path] = set()  # those loaded without `strict`
         transformer = {"transformer": networks["transformer"]}
         for path in self.builtin:
             assert spec.addon is not None
@@ -55,6 +56,8 @@ class LoraManager:
         check_columns(self.spec, path, deltas)
         self._check_replacements(path, deltas)
         self.files[key] = deltas, scale
+        if not strict:
+            self.lenient.add(key)
         self._merge()
 
     def set_scale(self, path: Path, scale: float) -> None:

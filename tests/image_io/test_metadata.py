@@ -27,6 +27,7 @@ SCALARS |= dict(steps=2, guidance=[6, 4], seed=5, numerics="bfl", dtype="bfloat1
 SCALARS |= dict(transformer=None, autoencoder=None, compile=True)
 NEW = SCALARS | dict(true_cfg_scale=3.5, fp8_matmul=True, vae_tile=512, decode_dtype="float32")
 NEW |= dict(text_encoder=None, text_encoder_2=None, tokenizer=None)
+NEW |= dict(solver="heun", sigmas=[1, 0.5, 0.0], shift=3.0)
 OLD = SCALARS | dict(cfg_scale=3.5, native_fp8=True, tile=512)
 OPTIONS = dict(strength=0.5, outpaint=[1, 2, 3, 4], mask_threshold=0.6, composite=False)
 OPTIONS |= dict(image_weights=[0.7, 0.4], match_image_size=2, keep_input_size=True)
@@ -96,6 +97,7 @@ def test_metadata_with_older_names_restore_the_same(parser, here):
         NEW | dict(decode_dtype=None), dict(image_options=OPTIONS), ignore_unmatched=True
     )
     old = with_files(OLD, dict(pictures=OLD_OPTIONS), partial=True)
+    new |= dict(solver=None, sigmas=None, shift=None)  # which older versions did not have
     assert restored(parser, old) == restored(parser, new)
     assert OLD_NAMES.keys() <= old.keys() and OLD_OPTION_NAMES.keys() <= OLD_OPTIONS.keys()
     assert set(OLD_NAMES.values()) <= new.keys()
@@ -138,6 +140,7 @@ def test_missing_and_wrong_values_are_named(parser):
         expected = f"x.png: metadata are missing or wrong: {names}."
         assert refusal(parser, NEW | files | change) == expected
     later = ("decode_dtype", "text_encoder", "text_encoder_2", "tokenizer")  # than version 0.1.0
+    later += ("solver", "sigmas", "shift")
     names = ", ".join(name for name in REQUIRED if name not in ("prompt", *later))
     assert refusal(parser, {"prompt": "a"}) == f"x.png: metadata are missing or wrong: {names}."
 
