@@ -236,7 +236,7 @@ class QwenTokenizer(PromptTokenizer):
     prefix = "<|im_start|>user\n"
     suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     pad = "<|endoftext|>"
-    required = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    required: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
     def _build(self, folder: Path):
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers

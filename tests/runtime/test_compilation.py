@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from support.load_script import SCRIPTS, script
 
 from flux.configs import MODELS
 from flux.runtime import compilation
+from flux.runtime.devices import can_compile
 
 sample = script("sample")
 from benchmarks.count import GPUS
@@ -36,6 +39,37 @@ def test_folder_that_cannot_be_made_leaves_torch_its_own(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compilation.keep_compiled() is None and VARIABLE not in os.environ
+
+
+PROGRAM = """
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from flux.runtime.compilation import compile_blocks, compile_seconds
+from flux.t5 import MLPLayer, T5Config
+
+assert compile_seconds() == 0
+module = nn.Module()
+config = T5Config(hidden_size=4, mlp_size=8)
+module.blocks = nn.ModuleList(MLPLayer(config) for _ in range(2))
+compile_blocks(module, ["blocks"])
+with torch.no_grad():
+    for block in module.blocks:
+        block(torch.zeros(2, 3, 4))
+print(*(counters["inductor"]["fxgraph_cache_" + name] for name in ("miss", "hit")))
+assert compile_seconds() > 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
+def test_second_process_reads_what_the_first_one_compiled(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(SCRIPTS.parent)}
+    for expected in ("1 0\n", "0 1\n"):  # one graph for both blocks: missed, then hit
+        command = [sys.executable, "-c", PROGRAM]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.stdout == expected, run.stderr
 
 
 @pytest.mark.parametrize("gpu", GPUS)
