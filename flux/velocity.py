@@ -71,6 +71,7 @@ class Velocity:
         residuals: ResidualsFn | None = None,
         drop_modulation: bool = False,
     ):
+        self.transformer = transformer
         self.network = network = transformer()
         self.device, self.dtype = transformer.device, transformer.dtype
         self.times, self.scales, self.guidance, self.batch = times, scales, guidance, batch
@@ -99,6 +100,7 @@ class Velocity:
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Return the velocity of x (B, L, C) at time t, of the same shape."""
+        self.transformer.require_unchanged()
         scale = self.scales[self._step(t)]
         v = self._predict(self.conditional, x, t)
         if self.unconditional is not None and scale > 1:

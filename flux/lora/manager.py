@@ -1,6 +1,6 @@
 """The LoRAs of a pipeline, merged into its networks again whenever they change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from torch import nn
 from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
 from flux.runtime.lazy_module import LazyModule
+from flux.weights.mapping import FileState, file_states, require_unchanged
 
 if TYPE_CHECKING:  # a run without LoRAs does not import the rest of flux.lora
     from flux.lora.merge import LayerDelta
@@ -35,6 +36,7 @@ class LoraManager:
         # path -> its deltas and scale, in the order of loading
         self.files: dict[Path, tuple[list[LayerDelta], float]] = {}
         self.lenient: set[Path] = set()  # those loaded without `strict`
+        self.states = file_states(self.builtin)  # of the files, whose factors stay mapped
         transformer = {"transformer": networks["transformer"]}
         for path in self.builtin:
             assert spec.addon is not None
@@ -58,6 +60,7 @@ class LoraManager:
         self.files[key] = deltas, scale
         if not strict:
             self.lenient.add(key)
+        self.states |= file_states({delta.source for delta in deltas})
         self._merge()
 
     def set_scale(self, path: Path, scale: float) -> None:
@@ -93,7 +96,8 @@ class LoraManager:
             for file_deltas, scale in self.files.values():
                 deltas += [(delta, scale) for delta in file_deltas if delta.target.part == part]
             paths = {delta.target.path for delta, _ in deltas}
-            network.set_transform(partial(_merge_into, deltas=deltas) if deltas else None, paths)
+            merge = partial(_merge_into, deltas=deltas, states=self.states) if deltas else None
+            network.set_transform(merge, paths)
         self.changed()
 
 
@@ -148,7 +152,11 @@ def _read_deltas(
     return match_layers(read_lora(path), modules, strict)
 
 
-def _merge_into(module: nn.Module, deltas: list, **options) -> None:
+def _merge_into(
+    module: nn.Module, deltas: list, states: Mapping[Path, FileState], **options
+) -> None:
     from flux.lora.merge import merge
 
+    used = {delta.source for delta, _ in deltas}
+    require_unchanged({path: s for path, s in states.items() if path in used}, mapped=True)
     merge(module, deltas, **options)

@@ -48,7 +48,7 @@ from flux.parity.capture_metadata import (
     to_entry,
 )
 from flux.weights.files import MAX_HEADER, read_header
-from flux.weights.mapping import map_tensors
+from flux.weights.mapping import file_states, map_tensors, require_unchanged
 
 KEY = "flux.parity"
 # in the header, for programs that read the file with safetensors alone
@@ -340,6 +340,7 @@ class Capture:
         self.recipe, self.records, self.rounding = read
         self.names = sorted(self.records, key=lambda name: self.records[name].ordinal)
         self._verified: set[str] = set()
+        self._states = file_states([self.path])
         self._mapped = dict(map_tensors(self._stored))
 
     def _records_of_plain_file(self) -> Iterator[tuple[str, Record]]:
@@ -376,6 +377,7 @@ class Capture:
         return tensor
 
     def _read(self, stored: str) -> Tensor:
+        require_unchanged(self._states, mapped=True)
         tensor = self._mapped[stored]
         if self._stored[stored].dtype not in READ_AS:
             return tensor

@@ -19,6 +19,7 @@ from flux.runtime.compilation import compile_blocks
 from flux.runtime.memory_plan import WeightSizes, mapped_bytes, matrix_size, measure_weights
 from flux.runtime.streaming import all_tensors, pinned_budget, stream, unstream
 from flux.weights.load import init_empty, load_module
+from flux.weights.mapping import file_states, require_unchanged
 from flux.weights.quantization import FP8_DTYPES, QuantizedLinear, enable_fp8_matmul
 from flux.weights.quantization.quantize import dequantized, quantize_
 
@@ -69,6 +70,7 @@ class LazyModule(Generic[M]):
         self.loaders: dict[object, tuple[OnLoad, list[RemovableHandle]]] = {}
         self.known: Changes | None = None  # hooks and modules that each load makes
         self.lost: Changes | None = None  # of the last module, beyond those
+        self.states = file_states(files)
         # UserError if a file is wrong
         shapes = self._load(CPU if check_finite else torch.device("meta"), None, check_finite)
         has_float8 = any(tensor.dtype in FP8_DTYPES.values() for tensor in all_tensors(shapes))
@@ -80,6 +82,7 @@ class LazyModule(Generic[M]):
         self.shapes = shapes.to("meta")  # shapes and dtypes, quantized as in the files
 
     def __call__(self) -> M:
+        self.require_unchanged()
         if self.module is not None and self.dropped:
             self._restore_submodules(self.module)
         if self.module is None:
@@ -91,6 +94,10 @@ class LazyModule(Generic[M]):
                 self.loaders[key] = function, list(function(module) or ())
             self.module, self.known = module, Changes(module)
         return self.module
+
+    def require_unchanged(self) -> None:
+        """Raise UserError if a file was changed since it was checked: the weights may be mapped."""
+        require_unchanged(self.states, mapped=True)
 
     def release(self) -> None:
         """Free the weights."""
@@ -256,6 +263,7 @@ class LazyModule(Generic[M]):
     def _load(
         self, device: torch.device, dtype: torch.dtype | None, check_finite: bool = False
     ) -> M:
+        require_unchanged(self.states)
         module = self.meta_module()
         options = dict(device=device, dtype=dtype, check_finite=check_finite, **self.load_options)
         load_module(module, self.files, **options)

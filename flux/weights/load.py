@@ -30,7 +30,7 @@ from flux.weights.files import (
     read_header,
     shard_files,
 )
-from flux.weights.mapping import map_tensors, meta_tensors
+from flux.weights.mapping import map_tensors, meta_tensors, warn_of_network
 from flux.weights.quantization import (
     GGUFEmbedding,
     QuantizedLinear,
@@ -140,7 +140,14 @@ def load_module(
     check_scales(leaves(layers), sources)
     stored = {name: gguf.stored(info) for name, info in sources.items()}
     on_meta = torch.device(device).type == "meta" and not check_finite
-    for name, tensor in (meta_tensors if on_meta else map_tensors)(stored):
+    if on_meta:
+        found = meta_tensors(stored)
+    else:
+        copied = torch.device(device).type != "cpu"
+        if not copied:
+            warn_of_network(files)
+        found = map_tensors(stored, copied=copied)
+    for name, tensor in found:
         if check_finite and tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise _not_finite(sources[name])
         cast = tensor.is_floating_point() and name not in quantized

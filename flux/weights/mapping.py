@@ -1,11 +1,19 @@
-"""Map the tensors of weight files: their memory is the pages of the files, read when touched."""
+"""Map the tensors of weight files: their memory is the pages of the files, read when touched.
+
+Where the system cannot read a page, it ends the process. So what can be foreseen is an error
+before: a file that became shorter, or other than it was, is refused when it is used again
+(`require_unchanged`), and files on a network are read, where a copy is made anyway.
+"""
 
 import errno
 import mmap
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +38,29 @@ MAPPING_PROBLEMS = {
 }
 
 
-def map_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+NETWORK = ("nfs", "cifs", "smb", "fuse.", "afs", "ceph", "lustre", "beegfs", "glusterfs", "gpfs")
+
+
+def map_tensors(
+    infos: Mapping[str, TensorInfo], *, copied: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors, of the files' dtypes, whose memory is the pages of their file.
 
     Quantized tensors of GGUF are bytes: `gguf.stored`. A tensor that is joined of rows is a copy.
-    UserError if a file cannot be mapped, or is shorter than when its header was read.
+    copied: the caller copies each tensor and drops it. Then files on a network are read.
+    UserError if a file cannot be mapped or read, or is shorter than when its header was read.
     """
     pages: dict[Path, mmap.mmap] = {}
+    read = {path for path in {i.file for i in infos.values()} if copied and is_on_network(path)}
+
+    def tensor_of(info: TensorInfo) -> Tensor:
+        return _read_tensor(info) if info.file in read else _map_tensor(info, pages)
+
     for name, info in infos.items():
-        parts = [_map_tensor(rows.info, pages)[rows.start : rows.stop] for rows in info.rows]
+        parts = [tensor_of(rows.info)[rows.start : rows.stop] for rows in info.rows]
         # float8 cannot be concatenated
         joined = torch.cat([part.view(torch.uint8) for part in parts]) if parts else None
-        yield name, _map_tensor(info, pages) if joined is None else joined.view(parts[0].dtype)
+        yield name, tensor_of(info) if joined is None else joined.view(parts[0].dtype)
 
 
 def meta_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -73,6 +92,23 @@ def _map_tensor(info: TensorInfo, pages: dict[Path, mmap.mmap]) -> Tensor:
     return raw.view(dtype).view(info.shape)
 
 
+def _read_tensor(info: TensorInfo) -> Tensor:
+    """Read one tensor into memory: an input/output error is an error, where a map has none."""
+    dtype = _torch_dtype(info)
+    raw = torch.empty(prod(info.shape) * dtype.itemsize, dtype=torch.uint8)
+    try:
+        with require_plain_file(info.file, "a file of weights").open("rb", buffering=0) as file:
+            file.seek(info.begin)
+            rest = raw.numpy().data
+            while rest and (count := file.readinto(rest)):
+                rest = rest[count:]
+    except OSError as error:
+        raise UserError(f"{info.file} cannot be read: {error.strerror}.") from error
+    if rest:
+        raise UserError(f"{info.file} was changed while it was read; run again.")
+    return raw.view(dtype).view(info.shape)
+
+
 def _torch_dtype(info: TensorInfo) -> torch.dtype:
     if dtype := TORCH_DTYPES.get(info.dtype):
         return dtype
@@ -98,3 +134,85 @@ def map_file(path: Path) -> mmap.mmap:
         raise UserError(f"{path} cannot be mapped: {reason}.") from error
     except (ValueError, OverflowError) as error:  # an empty file; larger than any address
         raise UserError(f"{path} cannot be mapped: {error}.") from error
+
+
+# ---------------------------------------------------------------- files that change
+
+
+class FileState(NamedTuple):
+    """What tells whether a file is the same as before."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int  # ns
+
+
+def file_states(files: Iterable[Path]) -> dict[Path, FileState]:
+    """Return the states of those files that are there."""
+    states = {}
+    for path in files:
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        states[path] = FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return states
+
+
+def require_unchanged(states: Mapping[Path, FileState], *, mapped: bool = False) -> None:
+    """Raise UserError if a file is not as it was when `states` were taken. It may be missing.
+
+    mapped: it was mapped then. A file that was replaced since is used on as it was: only its name
+    has gone. But if a file was changed in place, its weights would change, and the end of a file
+    that became shorter would end the process.
+    """
+    for path, found in file_states(states).items():
+        replaced = found[:2] != states[path][:2]
+        if found != states[path] and not (mapped and replaced):
+            raise UserError(f"{path}: was changed while it was used. Load the model again.")
+
+
+# ---------------------------------------------------------------- files on a network
+
+
+def is_on_network(path: Path) -> bool:
+    """Return whether a file lies on a file system that can fail while it is read (on Linux)."""
+    try:
+        device = path.stat().st_dev
+    except OSError:
+        return False
+    return file_system(os.major(device), os.minor(device)).startswith(NETWORK)
+
+
+@cache
+def file_system(major: int, minor: int) -> str:
+    """Return the type of the file system with this device number; "" if it is not known.
+
+    The format of /proc/self/mountinfo: https://man7.org/linux/man-pages/man5/proc.5.html
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return _type_of(lines, f"{major}:{minor}")
+
+
+def _type_of(mountinfo: Iterable[str], device: str) -> str:
+    for line in mountinfo:
+        mount, _, kind = line.partition(" - ")
+        if mount.split(" ")[2:3] == [device]:
+            return kind.split(" ")[0]
+    return ""
+
+
+def warn_of_network(files: Iterable[Path]) -> None:
+    """Warn of files that stay mapped on a network."""
+    for path in dict.fromkeys(files):
+        if is_on_network(path):
+            warnings.warn(
+                f"{path} lies on a network: if its server cannot be reached, the process ends "
+                "without a message. A copy on a local disk is safe, and faster",
+                stacklevel=3,
+            )
+            return
