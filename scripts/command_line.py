@@ -6,6 +6,7 @@ out." A script passes such a message through `with_flags` before it prints the m
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -147,7 +148,8 @@ def exit_code(
     except BrokenPipeError:  # the reader of `script | head` has seen enough
         return 1
     except OSError as error:  # the disk is full, for example
-        return fail(f"{error.filename or output}: {error.strerror or error}")
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1
+        return fail(f"{error.filename or output}: {error.strerror or error}", code)
     except KeyboardInterrupt:
         return fail(stopped, 130)
     except (MemoryError, RuntimeError) as error:

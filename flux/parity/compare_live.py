@@ -195,9 +195,17 @@ def _recorded_names(place: str, config: FluxConfig) -> dict[str, str]:
 
 
 def inputs_of_pass(capture: Capture, place: str, pipe: Pipeline) -> dict[str, Tensor]:
-    """Return the recorded inputs of a pass, floats in the pipeline's dtype; t and guidance (B,)."""
+    """Return the recorded inputs of a pass, floats in the pipeline's dtype; t and guidance (B,).
+
+    UserError if the recipe has no time, or no guidance, of the pass.
+    """
     recipe, config = capture.recipe, pipe.spec.transformer
     step = int(place.split("/")[0].removeprefix("step."))
+    known = 0 < step < len(recipe.get("schedule", ())) <= recipe["steps"] + 1
+    if not known or (config.guidance and recipe["guidance"] is None):
+        raise UserError(
+            f"{capture.path}: its recipe has no time or no guidance of {place}. Capture it again."
+        )
     out = {}
     for argument, name in _recorded_names(place, config).items():
         x = capture.tensors[name]

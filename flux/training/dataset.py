@@ -215,8 +215,9 @@ class CachedSample(NamedTuple):
 class Cache:
     """Latents and text features on disk. A file's name is a hash of everything it depends on.
 
-    The metadata of a file repeat its name and hold a checksum. A file that is not what the cache
-    wrote under this name is made again. Several runs may share the folder.
+    The metadata of a file repeat its name and hold a checksum of its bytes. A file that is cut,
+    rotten or under another's name is made again. The checksum is no signature: a program that
+    writes other tensors with a right checksum is believed. Several runs may share the folder.
     """
 
     def __init__(self, folder: Path, pipe: Pipeline, size: int):

@@ -208,6 +208,13 @@ def test_full_and_closed_standard_files(tmp_path, arguments, shell, code, error)
     assert done.stderr == (f"error: {error}\n" if error else "")
 
 
+@pytest.mark.parametrize("command", [("golden-kit",), ("capture", "a red circle")])
+def test_name_that_is_too_long_is_a_wrong_argument(command, parity):
+    output = "a" * 300 + (".safetensors" if command[0] == "capture" else "")
+    code, out, err = parity(*command, "--width", 64, "--height", 64, "--output", output)
+    assert (code, out) == (2, "") and "File name too long" in err.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_image_is_kept_if_standard_output_is_full(tmp_path):
     done = run_script(["x", *QUICK, "--output", "a.png"], tmp_path, ">/dev/full")

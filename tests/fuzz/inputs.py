@@ -45,21 +45,13 @@ import flux
 from flux.autoencoder import AutoEncoder
 from flux.clip import CLIP
 from flux.errors import UserError
+from flux.hooks import watching
 from flux.image_io import input as image_input
 from flux.image_io import output
 from flux.language_model import LanguageModel
 from flux.lora.formats import match_layers, read_lora
 from flux.lora.merge import merge
-from flux.parity import (
-    capture_file,
-    compare,
-    example_port,
-    golden_kit,
-    hooks,
-    replay,
-    report,
-    tolerances,
-)
+from flux.parity import capture_file, compare, example_port, golden_kit, replay, report, tolerances
 from flux.parity.reference import (
     FLUX1_TINY,
     FLUX2_TINY,
@@ -589,7 +581,7 @@ def captures() -> list[Input]:
 def block_tensors(family: str) -> dict[str, Tensor]:
     """Run the network; return the tensors of its first block that a kit's example computes with."""
     found: dict[str, Tensor] = {}
-    with hooks.watching({"step.001": network(family)}, found.__setitem__), torch.no_grad():
+    with watching({"step.001": network(family)}, found.__setitem__), torch.no_grad():
         network(family)(**one_sample(CONFIGS[family]))
     found["step.001/vec"] = next(x for name, x in found.items() if re.search(r"mod\w*/in$", name))
     return {name: tensor for name, tensor in found.items() if re.fullmatch(IN_EXAMPLE, name)}

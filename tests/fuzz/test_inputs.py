@@ -116,6 +116,24 @@ def test_undamaged_files_are_used(kind):
             case.check(path)
 
 
+DEEP = (b"[" * 200_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000)
+WITH_JSON = ("index_files", "tokenizer_files", "adapter_configs", "training_folders")
+
+
+@pytest.mark.parametrize("kind", WITH_JSON)
+def test_deep_json_is_refused_in_one_line(kind):
+    """Python's parser raises RecursionError, which no reader lets out."""
+    cases = [case for case in KINDS[kind]() if case.damaged.endswith((".json", ".jsonl"))]
+    assert cases
+    for case in cases:
+        for text in DEEP:
+            with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
+                path = written(case, Path(folder), text)
+                with pytest.raises(UserError) as refused, limits():
+                    case.use(path)
+                assert wrong_message(str(refused.value), folder) == ""
+
+
 @every_kind
 def test_damaged_files_are_sound_or_refused_in_one_line(kind, request):
     seed, numbers = request.config.getoption("fuzz_seed"), request.config.getoption("fuzz_cases")

@@ -158,8 +158,13 @@ def test_wrong_captures_for_diffusers_are_refused(captures, right, tmp_path, mon
         few.names = list(few.records)
         with pytest.raises(
             UserError,
-            match=rf"\.safetensors: has no {lost} in full, which diffusers takes\. Capture it with",
+            match=rf"\.safetensors: has no {lost} in full, which each pass takes\. Capture it with",
         ):
+            against.diffusers(few, pipe)
+    for changes in ({"schedule": [1.0]}, {"steps": 0}, {"schedule": [1.0] * 99}):
+        few = Capture(taken.path)
+        few.recipe |= changes
+        with pytest.raises(UserError, match="has no time or no guidance of step.001"):
             against.diffusers(few, pipe)
     with (
         monkeypatch.context() as patch,
