@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,15 @@ from flux.atomic_files import write_atomically
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
 from flux.weights.diffusers_names import diffusers_layer
-from flux.weights.files import TensorInfo, shard_files
-from flux.weights.load import infer_config, init_empty, load_module, match_tensors
+from flux.weights.files import TensorInfo, preview, shard_files
+from flux.weights.load import (
+    infer_config,
+    init_empty,
+    load_module,
+    match_tensors,
+    read_headers,
+    split_parts,
+)
 from flux.weights.mapping import map_tensor
 from flux.weights.quantization import QuantizedLinear, gguf
 from flux.weights.quantization.published import PUBLISHED, ROWS, encode, published_format
@@ -43,7 +51,9 @@ def convert(source: Path, path: Path, format: str | None = None, layout: str = "
     layout: the names, and the order of rows, of Black Forest Labs ("bfl") or of diffusers.
 
     UserError, before anything is written, for a quantized `source` unless `format` is "bf16", and
-    for a `path` that exists. OSError if the file cannot be written.
+    for a `path` that exists; later for NaN or infinity in what is rounded. OSError if the file
+    cannot be written. After an error there is no file. A warning names other networks in `source`,
+    which are not written.
     """
     _check_choices(path, format, layout)
     config = infer_config(source)
@@ -53,6 +63,12 @@ def convert(source: Path, path: Path, format: str | None = None, layout: str = "
     infos = match_tensors(module, files)
     load_module(module, files, device="meta")
     _check_source(module, source, format)
+    if others := split_parts(read_headers(files)[0]):
+        warnings.warn(
+            f"{source} also holds other networks, which are not written: "
+            f"{preview([f'{prefix}*' for prefix in others])}",
+            stacklevel=2,
+        )
     conversion = _Conversion(module, infos, config, format, layout)
     with write_atomically(path, overwrite=False) as unfinished:
         size = _write_safetensors(unfinished, conversion)
@@ -126,12 +142,20 @@ class _Conversion:
         return map_tensor(gguf.stored(self.infos[name])).view(like.shape)
 
     def _in_format(self, path: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        if self.format and tensor.is_floating_point() and not tensor.is_meta:
+            self._require_finite(f"{path}.{name}", tensor)
         if name == "weight" and path in self.large:
             yield from self._quantized(path, tensor)
         elif self.format is None or not tensor.is_floating_point():
             yield name, tensor
         else:
             yield name, self._rounded(path, tensor) if name == "weight" else tensor.bfloat16()
+
+    def _require_finite(self, name: str, tensor: Tensor) -> None:
+        if not all(rows.float().isfinite().all() for rows in tensor.split(ROWS)):
+            raise UserError(
+                f"source: {name} has NaN or infinity, which cannot be rounded. Take a sound file."
+            )
 
     def _quantized(self, path: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         rows, columns = weight.shape

@@ -23,12 +23,12 @@ from support.quantized_files import (
     random_state,
     save_quantized,
 )
-from support.weight_files import refusal, saved
+from support.weight_files import anonymous_memory, hollow, refusal, saved
 from torch import Tensor
 
 from flux.parity.reference import relative_l2
 from flux.transformer import Flux, FluxConfig
-from flux.weights.convert import FORMATS, convert
+from flux.weights.convert import FORMATS, _Conversion, convert
 from flux.weights.load import infer_config, load_module
 from flux.weights.quantization import QuantizedLinear
 from flux.weights.quantization.int8 import hadamard
@@ -320,6 +320,50 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "fp8")
     assert [file.name for file in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["double_blocks.0.img_attn.qkv.weight", "img_in.weight"])
+def test_numbers_that_cannot_be_rounded_are_refused(tmp_path, name, format):
+    state = write(tmp_path / "in.safetensors", FLUX2)
+    state[name][-1, 3] = torch.inf if format == "fp8" else torch.nan
+    source = saved(tmp_path / "in.safetensors", state)
+    message = refusal(convert, source, tmp_path / "out.safetensors", format)
+    assert f"source: {name} has NaN or infinity" in message
+    assert [file.name for file in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_other_networks_of_a_checkpoint_are_named(tmp_path):
+    state = write(tmp_path / "in.safetensors", FLUX2)
+    more = {"vae.decoder.conv_in.weight": random(4, 4)}
+    more["text_encoders.t5xxl.transformer.a"] = random(3)
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+    source = saved(tmp_path / "all.safetensors", tensors | more)
+    told = r"which are not written: (vae\.\*, text_encoders|text_encoders.*, vae\.\*)"
+    with pytest.warns(UserWarning, match=told):
+        convert(source, tmp_path / "out.safetensors", "bf16")
+    assert load_file(tmp_path / "out.safetensors").keys() == state.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format, layout", [("fp8", "bfl"), (None, "diffusers")])
+def test_memory_is_that_of_a_matrix(tmp_path, monkeypatch, format, layout):
+    """Six float32 copies of the largest matrix are enough, which is far below the file."""
+    config = replace(FLUX2, hidden_size=512, num_heads=8, depth=1, depth_single=24)
+    shapes = {name: tuple(x.shape) for name, x in empty(config).state_dict().items()}
+    source = hollow(tmp_path / "in.safetensors", shapes)  # of zeros
+    largest = max(torch.Size(shape).numel() for shape in shapes.values())
+    peak, in_layout = [anonymous_memory()], _Conversion._in_layout
+
+    def measured(*arguments):
+        peak.append(anonymous_memory())
+        yield from in_layout(*arguments)
+        peak.append(anonymous_memory())
+
+    monkeypatch.setattr(_Conversion, "_in_layout", measured)
+    report = convert(source, tmp_path / "out.safetensors", format, layout)
+    assert report.bytes > 80e6 and len(peak) > 200
+    assert max(peak) - peak[0] < 6 * 4 * largest < source.stat().st_size / 2
 
 
 def test_tensors_of_a_written_file_are_aligned(tmp_path):
