@@ -9,9 +9,9 @@ from typing import Any
 class BackgroundWriter:
     """Writes one file at a time; a context manager, which waits for the last one.
 
-    What `write` returns is passed to `report` in the thread of the caller, as soon as the caller
-    asks: so messages keep their order. What `write` raises is raised there too, and nothing is
-    reported. A file that is complete is reported even if the caller fails or is interrupted.
+    What `write` returns is passed to `report` in the thread of the caller, when the caller asks for
+    it by `finish`: so messages keep their order. What `write` raises is raised there too, and
+    nothing is reported. A complete file is reported even if the caller fails or is interrupted.
     """
 
     def __init__(self) -> None:
@@ -23,10 +23,10 @@ class BackgroundWriter:
         self.finish()
         self.pending = self.thread.submit(write), report
 
-    def poll(self) -> None:
-        """Report the file if it is finished; do not wait."""
-        if self.pending is not None and self.pending[0].done():
-            self.finish()
+    @property
+    def is_ready(self) -> bool:
+        """Whether `finish` has something to report, and need not wait."""
+        return self.pending is not None and self.pending[0].done()
 
     def finish(self) -> None:
         """Wait for the file, and report it."""

@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -392,7 +392,7 @@ def generate_file(
     from flux.image_io import output
 
     seed, prompt = metadata["seed"], metadata["prompt"]
-    image, latents = generate(args, pipe, prompt, seed, steps, conditions, writer.poll)
+    image, latents = generate(args, pipe, prompt, seed, steps, conditions, writer)
 
     def write() -> tuple[Path, Path | None]:
         suffixes = [".safetensors"] if args.save_latents else []
@@ -417,11 +417,11 @@ def generate(
     seed: int,
     steps: int,
     conditions,
-    between: Callable[[], None],
+    writer: BackgroundWriter,
 ):
     """Generate one image behind a progress bar; return it and its latents.
 
-    `between` is called after each step, and may print.
+    The image before, which `writer` writes, is reported after the step in which it is finished.
     """
     from tqdm import tqdm
 
@@ -435,8 +435,9 @@ def generate(
         def after_step(step: int, t: float, x) -> None:
             nonlocal latents
             latents = x
-            with tqdm.external_write_mode():
-                between()
+            if writer.is_ready:
+                with tqdm.external_write_mode():
+                    writer.finish()
             bar.update()
 
         (image,) = pipe(
@@ -492,8 +493,8 @@ def advise_compilation(args, pipe, pixels: int, conditions, passes: int) -> None
         )
         if saved > compilation.SECONDS:
             say(
-                f"note: --compile would save at least {saved:.0f} s of these {passes} passes, "
-                f"and takes about {compilation.SECONDS} s"
+                f"note: --compile would save at least {saved:.0f} s of this run, and takes about "
+                f"{compilation.SECONDS} s"
             )
 
 

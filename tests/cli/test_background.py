@@ -17,8 +17,7 @@ def test_file_is_written_while_the_caller_goes_on_and_reported_by_the_caller():
 
     with background.BackgroundWriter() as writer:
         writer.start(write, lambda thread: told.append((thread, get_ident())))
-        writer.poll()
-        assert told == []  # not finished
+        assert not writer.is_ready
         may_end.set()
         writer.finish()
         ((thread, reporter),) = told
@@ -41,7 +40,7 @@ def test_reports_keep_the_order_of_the_files():
     assert events.index("report a") < events.index("write b")  # one file at a time
 
 
-@pytest.mark.parametrize("at", ["poll", "next", "end"])
+@pytest.mark.parametrize("at", ["ready", "next", "end"])
 def test_error_of_writing_is_raised_by_the_caller(at):
     def fail() -> None:
         raise OSError(28, "No space left on device", "a.png")
@@ -49,9 +48,10 @@ def test_error_of_writing_is_raised_by_the_caller(at):
     reported = []
     with pytest.raises(OSError, match="No space left"), background.BackgroundWriter() as writer:
         writer.start(fail, reported.append)
-        if at == "poll":
+        if at == "ready":
             background.wait([writer.pending[0]])
-            writer.poll()
+            assert writer.is_ready
+            writer.finish()
         if at == "next":
             writer.start(lambda: "b.png", reported.append)
     assert reported == []
