@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flux.argument_names import explain_other_names
 from flux.arguments import optional, shown, to_flag, to_integer, to_number, to_path, to_text
 from flux.autoencoder import AutoEncoder
 from flux.configs import ModelSpec
@@ -26,6 +27,7 @@ from flux.weights.locate import get_spec, locate, with_decoder_of
 from flux.weights.quantization import FP8Linear
 
 
+@explain_other_names
 def load(
     name: str | None = None,
     weights: str | Path | None = None,

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import arguments, conditioning, sampling, solvers, text_encoder
+from flux.argument_names import explain_other_names
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
 from flux.configs import ModelSpec
@@ -109,6 +110,7 @@ class Pipeline:
 
     # ---------------------------------------------------------------- all stages
 
+    @explain_other_names
     def __call__(
         self,
         prompts: str | Sequence[str],

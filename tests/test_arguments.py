@@ -8,6 +8,7 @@ import re
 import warnings
 from decimal import Decimal
 from fractions import Fraction
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from support.drawn_images import photo
 
 import flux
 from flux import arguments
+from flux.argument_names import OURS
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs, convert_values
+from flux.pipeline import Pipeline
 
 PROMPT = "a red star"
 PHOTO = photo(96, 64)
@@ -267,3 +270,32 @@ def test_wrong_values_of_the_stages_are_named(pipe):
             call()
     one, two = pipe.sample(features, 3, 64, 64, 1), pipe.sample(features, np.array([3]), 64, 64, 1)
     assert torch.equal(one, two)
+
+
+# ------------------------------------------------------------------ names of diffusers
+
+
+def test_names_of_diffusers_are_answered_by_ours():
+    """A call as diffusers' own documentation has it names each argument in turn."""
+    pipe = flux.load(device="cpu")
+    given = {"prompt": "a cat", "num_inference_steps": 4, "generator": torch.Generator()}
+    for name, ours in (
+        ("prompt", "prompts"),
+        ("num_inference_steps", "steps"),
+        ("generator", "seed"),
+    ):
+        with pytest.raises(UserError, match=f"^{name}: .*`{ours}`"):
+            pipe(**{name: given[name]})
+    with pytest.raises(UserError, match=r"^torch_dtype: .*`dtype`"):
+        flux.load("flux.2-tiny", torch_dtype=torch.float32)
+    with pytest.raises(UserError, match=r"^stepz: .*prompts, width, height, steps"):
+        pipe("a cat", stepz=4)
+
+
+def test_answers_name_what_there_is():
+    """Each name in backticks is an argument here, or a method of the pipeline."""
+    arguments = {name for f in (flux.load, Pipeline.__call__) for name in signature(f).parameters}
+    for other, fix in OURS.items():
+        assert other not in signature(Pipeline.__call__).parameters
+        for name in re.findall(r"`(\w+)", fix):
+            assert name in arguments or hasattr(Pipeline, name), (other, name)
