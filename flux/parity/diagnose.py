@@ -8,11 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from flux.errors import UserError
 from flux.parity.capture_file import Capture, reduce
-from flux.parity.compare import Row, errors, verdict
-from flux.parity.known_bugs import KNOWN_BUGS, KnownBug
-from flux.parity.rerun import Rerun, reruns
+from flux.parity.compare import Row, errors, precision_of, verdict
+from flux.parity.known_bugs import KNOWN_BUGS
+from flux.parity.rerun import KnownBug, Rerun, reruns
 from flux.pipeline import Pipeline
 from flux.runtime.terminal import printable
 
@@ -29,6 +31,11 @@ class Trial:
     bug: KnownBug
     distance: float  # relative L2 of the port's tensor to the tensor with the bug
     matches: bool
+    variant: str = ""  # of a bug that can be made in several ways
+
+    @property
+    def description(self) -> str:
+        return self.bug.description.replace("{}", self.variant)
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,20 @@ def _try(bug: KnownBug, rerun: Rerun, port: Capture, row: Row) -> Trial | None:
     if not re.search(bug.where, row.name):
         return None
     try:
-        tensor = bug.compute(rerun)
+        computed = bug.compute(rerun)
     except (LookupError, UserError):
         return None
+    variants = {"": computed} if isinstance(computed, Tensor) else computed
+    trials = [_judge(bug, text, tensor, rerun, port, row) for text, tensor in variants.items()]
+    return min((trial for trial in trials if trial is not None), key=_rank, default=None)
+
+
+def _judge(
+    bug: KnownBug, variant: str, tensor: Tensor, rerun: Rerun, port: Capture, row: Row
+) -> Trial | None:
     if tuple(tensor.shape) != row.shape:
+        return None
+    if precision_of(port) in variant:  # such a port rounds everywhere: that is no bug
         return None
     if rerun.unpatched is not None and tensor.equal(rerun.unpatched):
         return None
@@ -92,7 +109,7 @@ def _try(bug: KnownBug, rerun: Rerun, port: Capture, row: Row) -> Trial | None:
     nearer = to_reference is not None and (
         MARGIN * found.relative_l2 <= to_reference.relative_l2 or to_reference.misplaced > 0
     )
-    return Trial(bug, found.relative_l2, nearer and not found.over(row.tolerance))
+    return Trial(bug, found.relative_l2, nearer and not found.over(row.tolerance), variant)
 
 
 def _baseline_error(rerun: Rerun, tolerance: float) -> float | None:
@@ -112,8 +129,8 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     lines = [verdict(diagnosis.rows), ""]
     if bug is not None and row.errors is not None:
         lines.append(
-            f"cause: {bug.name}: {bug.description} (relative L2 {trials[0].distance:.1e} to the "
-            f"result with this bug, {row.errors.relative_l2:.1e} to the reference)"
+            f"cause: {bug.name}: {trials[0].description} (relative L2 {trials[0].distance:.1e} "
+            f"to the result with this bug, {row.errors.relative_l2:.1e} to the reference)"
         )
     else:
         reason = _why_no_match(diagnosis)
@@ -127,7 +144,7 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     if trials:
         lines += ["", f"tried {len(trials)} bugs; relative L2 of the port's tensor to each result:"]
     for trial in trials[:LISTED]:
-        lines.append(f"{trial.distance:9.1e}  {trial.bug.name}: {trial.bug.description}")
+        lines.append(f"{trial.distance:9.1e}  {trial.bug.name}: {trial.description}")
     return "\n".join(lines)
 
 

@@ -2,13 +2,14 @@
 
 A row says in which tensors a bug can show first, and how such a tensor comes out with the bug. The
 tensor is computed from recorded tensors, or by our code with functions replaced (`Rerun.compute`).
-A bug that can be made in several ways has several rows.
+A bug that can be made in several ways has several rows, or a row with several tensors. The rows
+about weights, precision and the wiring of blocks are in `bugs_in_blocks.py`.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +19,9 @@ from torch import Tensor
 from flux import autoencoder, clip, language_model, sampling, t5, transformer
 from flux.autoencoder import AutoEncoder
 from flux.hooks import replaced
-from flux.parity.rerun import Rerun
+from flux.parity.bugs_in_blocks import BUGS_IN_BLOCKS
+from flux.parity.rerun import KnownBug, Rerun, patched
 from flux.transformer import Flux, GatedSiLU, KVCache, Modulation, ModulationOut, QKNorm, RMSNorm
-
-
-class KnownBug(NamedTuple):
-    name: str
-    description: str
-    where: str  # a regular expression: names of the tensors in which the bug can show first
-    compute: Callable[[Rerun], Tensor]  # LookupError where the capture lacks an input
-
-
-def patched(owner: object, attribute: str, replacement: Callable) -> Callable[[Rerun], Tensor]:
-    """Run our code with `replacement(original, *args)` in place of one function."""
-    return lambda rerun: rerun.compute((owner, attribute, replacement))
-
 
 # ---------------------------------------------------------------- modulation
 
@@ -374,6 +363,22 @@ def normalised_with(use_mean: bool, use_std: bool) -> Callable[[Rerun], Tensor]:
     )
 
 
+def shifted_first(rerun: Rerun) -> Tensor:
+    """Latents whose mean is added before the division by the scale, or taken off after it."""
+
+    def normalise(f: Callable, self: AutoEncoder, latents: Tensor) -> Tensor:
+        mean, std = latent_statistics(self)
+        return latents / std - mean
+
+    def denormalise(f: Callable, self: AutoEncoder, latents: Tensor) -> Tensor:
+        mean, std = latent_statistics(self)
+        return (latents + mean) * std
+
+    return rerun.compute(
+        (AutoEncoder, "normalise", normalise), (AutoEncoder, "denormalise", denormalise)
+    )
+
+
 def bilinear(f: Callable, x: Tensor, **kwargs) -> Tensor:
     return f(x, **kwargs | {"mode": "bilinear"})
 
@@ -591,6 +596,9 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
         CODER, normalised_with(use_mean=False, use_std=True)),
     KnownBug("latent normalisation half missing", "the scale of latents is left out",
         CODER, normalised_with(use_mean=True, use_std=False)),
+    KnownBug("latent normalisation in the wrong order",
+        "the mean of latents is added before they are scaled, expected after",
+        CODER, shifted_first),
     KnownBug("latent normalisation inverted",
         "latents are normalised before decoding, expected denormalised",
         CODER, patched(AutoEncoder, "denormalise", lambda f, self, x: self.normalise(x))),
@@ -604,5 +612,6 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
         r"^image$", truncated),
     KnownBug("red and blue swapped", "the channels are blue, green, red",
         r"^image$", lambda rerun: rerun.expected.flip(-1)),
+    *BUGS_IN_BLOCKS,
 )
 # fmt: on

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,24 @@ class Run:
     function: Callable[[], Sequence[Tensor]]
     outputs: Mapping[int, str]  # position -> name
     is_network: bool
+
+
+class KnownBug(NamedTuple):
+    """A bug, and how a tensor comes out with it: one tensor, or several by a text about each.
+
+    The text is put where the description has `{}`.
+    """
+
+    name: str
+    description: str
+    where: str  # a regular expression: names of the tensors in which the bug can show first
+    # LookupError where the capture lacks an input
+    compute: "Callable[[Rerun], Tensor | Mapping[str, Tensor]]"
+
+
+def patched(owner: object, attribute: str, replacement: Callable) -> "Callable[[Rerun], Tensor]":
+    """Run our code with `replacement(original, *args)` in place of one function."""
+    return lambda rerun: rerun.compute((owner, attribute, replacement))
 
 
 class _Computed(Exception):
@@ -128,7 +146,11 @@ class Rerun:
 
     @cached_property
     def computed_as(self) -> str:
-        """The tensor's name where it is computed: text features have another one there."""
+        """The tensor's name where it is computed: text features and vec have another one there."""
+        module = re.fullmatch(r"((?:step\.\d+|references)(?:/negative)?)/.+/in(?:\.1)?", self.name)
+        vec = self.reference.records.get(f"{module[1]}/vec") if module else None
+        if module and vec and vec.sha256 == self.reference.records[self.name].sha256 != "":
+            return f"{module[1]}/vec"  # as a modulation takes it
         result = re.fullmatch("(text(?:/negative)?)/(features|pooled)", self.name)
         if result is None:
             return self.name
