@@ -25,44 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import torch
-from benchmarks.rows import Report, Row, check_json, installed
-from benchmarks.setting import Setting
-from command_line import Parser, exit_code, show
-
-from flux.configs import ModelSpec
-from flux.errors import UserError
-from flux.image_io.output import write_exclusive
-from flux.runtime.devices import choose_device
-from flux.weights.locate import get_spec
-
-FLAGS = {"name": "--model", "device": "--device"}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = parser().parse_args(arguments)
-    command = shlex.join(["bench.py", *arguments])
-    stopped = "stopped; --json keeps the rows that were measured"
-    return exit_code(lambda: measure(args, command), FLAGS, args.json, stopped)
-
-
-def measure(args: argparse.Namespace, command: str) -> int:
-    setting, rows = plan(args)
-    if args.count:
-        return count(args)
-    report = Report(command, device_name(setting.device))
-    report.print_heading()
-    try:
-        if rows:
-            report.print_rows(itertools.chain(*rows))
-        if args.lossy:
-            report.print_losses(losses(setting))
-    finally:  # rows that were measured before a failure are kept
-        if args.json and (report.rows or report.losses):
-            path = report.save(args.json)
-            show("", path)
-    return 0
+from command_line import Parser, exit_code, imports, show
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,6 +71,46 @@ def parser() -> argparse.ArgumentParser:
         help="save the rows with the command, machine, versions and date",
     )
     return parser
+
+
+with imports(__name__, parser):
+    import torch
+    from benchmarks.rows import Report, Row, check_json, installed
+    from benchmarks.setting import Setting
+
+    from flux.configs import ModelSpec
+    from flux.errors import UserError
+    from flux.image_io.output import write_exclusive
+    from flux.runtime.devices import choose_device
+    from flux.weights.locate import get_spec
+
+FLAGS = {"name": "--model", "device": "--device"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(arguments)
+    command = shlex.join(["bench.py", *arguments])
+    stopped = "stopped; --json keeps the rows that were measured"
+    return exit_code(lambda: measure(args, command), FLAGS, args.json, stopped)
+
+
+def measure(args: argparse.Namespace, command: str) -> int:
+    setting, rows = plan(args)
+    if args.count:
+        return count(args)
+    report = Report(command, device_name(setting.device))
+    report.print_heading()
+    try:
+        if rows:
+            report.print_rows(itertools.chain(*rows))
+        if args.lossy:
+            report.print_losses(losses(setting))
+    finally:  # rows that were measured before a failure are kept
+        if args.json and (report.rows or report.losses):
+            path = report.save(args.json)
+            show("", path)
+    return 0
 
 
 def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:

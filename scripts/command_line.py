@@ -12,7 +12,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
 from flux.runtime.terminal import printable
@@ -105,6 +106,29 @@ def fail(text: str, code: int = 1) -> int:
     return code
 
 
+@contextmanager
+def imports(name: str, parser: Callable[[], argparse.ArgumentParser]) -> Iterator[None]:
+    """Import the slow packages of a script in this block, after a look at the arguments.
+
+    `name`: the script's `__name__`. If the script is run, `--help` and wrong arguments end it
+    before the imports; a missing package and Ctrl-C end it with one sentence.
+    """
+    if name != "__main__":
+        yield
+        return
+    parser().parse_args()
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(fail(missing_package(error)))
+    except KeyboardInterrupt:
+        sys.exit(fail("stopped; nothing was written", 130))
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    return f"the package {error.name!r} is missing. Run `pip install -e .` in the repository."
+
+
 def show_warnings_once(flags: Mapping[str, str]) -> None:
     """Print warnings as notes, each once: a check that runs twice warns twice."""
     shown: set[str] = set()
@@ -143,8 +167,7 @@ def exit_code(
     except NonFiniteError as error:
         return fail(with_flags(str(error), flags))
     except ModuleNotFoundError as error:
-        install = "Run `pip install -e .` in the repository."
-        return fail(f"the package {error.name!r} is missing. {install}")
+        return fail(missing_package(error))
     except BrokenPipeError:  # the reader of `script | head` has seen enough
         return 1
     except OSError as error:  # the disk is full, for example

@@ -34,35 +34,37 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import torch
-from command_line import OUT_OF_MEMORY, show, show_traceback, with_flags
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-from training_options import (
-    FLAGS,
-    OLD_CONFIG_NAMES,
-    check_memory,
-    check_numbers,
-    load_pipeline,
-    load_student,
-    parser,
-    resolve,
-)
+from command_line import OUT_OF_MEMORY, imports, show, show_traceback, with_flags
+from training_flags import parser
 
-import flux
-from flux.atomic_files import exclusive_lock, write_atomically
-from flux.conditioning import Conditions
-from flux.errors import NonFiniteError, UserError, WriteError
-from flux.text_encoder import TextFeatures
-from flux.training import dataset, distillation, distributed, loss
-from flux.training.checkpoint import remove_unfinished, save_tensors
-from flux.training.log import CSVLog, can_plot, plot_loss, report
-from flux.training.lora import add_lora, lora_state_dict
-from flux.training.memory import enable_gradient_checkpointing
-from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
-from flux.transformer import Flux
-from flux.weights.files import preview, shard_files
+with imports(__name__, lambda: parser(__doc__)):
+    import torch
+    from PIL import Image
+    from torch import Tensor
+    from tqdm import tqdm
+    from training_options import (
+        FLAGS,
+        OLD_CONFIG_NAMES,
+        check_memory,
+        check_numbers,
+        load_pipeline,
+        load_student,
+        resolve,
+    )
+
+    import flux
+    from flux.atomic_files import exclusive_lock, write_atomically
+    from flux.conditioning import Conditions
+    from flux.errors import NonFiniteError, UserError, WriteError
+    from flux.text_encoder import TextFeatures
+    from flux.training import dataset, distillation, distributed, loss
+    from flux.training.checkpoint import remove_unfinished, save_tensors
+    from flux.training.log import CSVLog, can_plot, plot_loss, report
+    from flux.training.lora import add_lora, lora_state_dict
+    from flux.training.memory import enable_gradient_checkpointing
+    from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
+    from flux.transformer import Flux
+    from flux.weights.files import preview, shard_files
 
 LOG_EVERY = 10  # steps, without a terminal
 SAMPLE_IMAGES = 4  # on a sheet, without --prompt

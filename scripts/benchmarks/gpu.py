@@ -25,38 +25,45 @@ from time import perf_counter
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import torch
-import torch.nn.functional as F
-from command_line import Parser, exit_code, show
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from command_line import Parser, exit_code, imports, show
 
-from benchmarks.correctness import FAILED, bits, correctness, picture
-from benchmarks.count import counted
-from benchmarks.counts import float8_stepping, referring
-from benchmarks.full import Stage, decoding, encoding, full_rows, memory, stepping
-from benchmarks.machine import BF16, Machine
-from benchmarks.references import generate
-from benchmarks.rows import Report, Row, check_json, installed
-from benchmarks.setting import Setting
-from benchmarks.steps import inputs, our_step, same_attention
-from benchmarks.timing import random_weights
-from flux.autoencoder import Upsample
-from flux.configs import KLEIN_9B, MODELS, ModelSpec
-from flux.errors import UserError
-from flux.parity.reference import KLEIN_TINY
-from flux.runtime.compilation import compile_blocks
-from flux.runtime.fast import FusedUpsample, fast_transformer
-from flux.runtime.streaming import stream, unstream
-from flux.transformer import BLOCK_LISTS, Flux, KVCache
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU")
+    p.add_argument("--minutes", type=float, default=10, help="start no check later")
+    p.add_argument("--json", type=Path, metavar="FILE", help="default: in results/")
+    return p
+
+
+with imports(__name__, parser):
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from benchmarks.correctness import FAILED, bits, correctness, picture
+    from benchmarks.count import counted
+    from benchmarks.counts import float8_stepping, referring
+    from benchmarks.full import Stage, decoding, encoding, full_rows, memory, stepping
+    from benchmarks.machine import BF16, Machine
+    from benchmarks.references import generate
+    from benchmarks.rows import Report, Row, check_json, installed
+    from benchmarks.setting import Setting
+    from benchmarks.steps import inputs, our_step, same_attention
+    from benchmarks.timing import random_weights
+    from flux.autoencoder import Upsample
+    from flux.configs import KLEIN_9B, MODELS, ModelSpec
+    from flux.errors import UserError
+    from flux.parity.reference import KLEIN_TINY
+    from flux.runtime.compilation import compile_blocks
+    from flux.runtime.fast import FusedUpsample, fast_transformer
+    from flux.runtime.streaming import stream, unstream
+    from flux.transformer import BLOCK_LISTS, Flux, KVCache
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU")
-    parser.add_argument("--minutes", type=float, default=10, help="start no check later")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: in results/")
-    args = parser.parse_args(arguments)
+    args = parser().parse_args(arguments)
     command = shlex.join(["gpu.py", *arguments])
     return exit_code(lambda: run(args, command), {}, args.json, "stopped; no file is kept")
 

@@ -27,27 +27,52 @@ from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
 
-import torch
-from torch import Tensor, nn
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from benchmarks.measure import proc
-from command_line import Parser, exit_code, show
+from command_line import Parser, exit_code, imports, show
 
-from flux import sampling
-from flux.configs import ModelSpec
-from flux.errors import UserError
-from flux.text_encoder import TextFeatures
-from flux.training import loss as training
-from flux.training.checkpoint import load_tensors, save_tensors
-from flux.training.lora import LoRALinear, add_lora, lora_state_dict
-from flux.training.memory import build_for_training, enable_gradient_checkpointing, estimate_memory
-from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
-from flux.transformer import Flux
-from flux.weights.load import init_empty, load_module
-from flux.weights.locate import get_spec
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model",
+        default="flux.2-klein-base-4b",
+        help="a model of flux.MODELS (default: flux.2-klein-base-4b)",
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, metavar="R", help="train a LoRA of this rank, for two steps"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "flux-fullsize",
+        help="of the file (default: flux-fullsize in the folder of temporary files)",
+    )
+    return parser
+
+
+with imports(__name__, parser):
+    import torch
+    from benchmarks.measure import proc
+    from torch import Tensor, nn
+
+    from flux import sampling
+    from flux.configs import ModelSpec
+    from flux.errors import UserError
+    from flux.text_encoder import TextFeatures
+    from flux.training import loss as training
+    from flux.training.checkpoint import load_tensors, save_tensors
+    from flux.training.lora import LoRALinear, add_lora, lora_state_dict
+    from flux.training.memory import (
+        build_for_training,
+        enable_gradient_checkpointing,
+        estimate_memory,
+    )
+    from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
+    from flux.transformer import Flux
+    from flux.weights.load import init_empty, load_module
+    from flux.weights.locate import get_spec
 
 SIDE = 256 // 16  # tokens
 CPU = torch.device("cpu")
@@ -76,25 +101,6 @@ def run(args: argparse.Namespace) -> int:
     ]
     show("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows))
     return 0 if good else 1
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model",
-        default="flux.2-klein-base-4b",
-        help="a model of flux.MODELS (default: flux.2-klein-base-4b)",
-    )
-    parser.add_argument(
-        "--lora-rank", type=int, metavar="R", help="train a LoRA of this rank, for two steps"
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "flux-fullsize",
-        help="of the file (default: flux-fullsize in the folder of temporary files)",
-    )
-    return parser
 
 
 def write(path: Path, module: nn.Module) -> str:

@@ -1,39 +1,60 @@
 """Make `tests/golden`: outputs of diffusers and transformers for tiny random models.
 
-    python scripts/dev/golden.py
+    python scripts/dev/golden.py --output FOLDER
 
 Each file holds inputs (`in.*`), outputs (`out.*`), for a pipeline its tokenizer's files (`file.*`),
 and a fingerprint of the weights, which `flux/parity/reference.py` draws from seeds. The metadata
 names the versions of the libraries. Needs a clone of the repository.
+
+Files are never overwritten unasked: other versions and processors are tested against them.
+`--output tests/golden --overwrite` replaces them, if they were made with the versions that are
+installed, or `--other-versions` says that they need not be.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-import diffusers
-import numpy as np
-import torch
-import transformers
-from einops import rearrange
-from safetensors.torch import save_file
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
-from command_line import Parser
-from support import transformer3_inputs
-from support.parity_rows import reference_of
-from support.tiny_repositories import home, write_tokenizers
-from support.tokenizer_files import MISTRAL_TEMPLATE
-from support.transformer_inputs import inputs
+from command_line import Parser, exit_code, imports, show
 
-from flux.configs import FLUX1Text
-from flux.parity import reference
-from flux.transformer3 import Flux3Config
 
-GOLDEN = ROOT / "tests/golden"
+def parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of the files")
+    p.add_argument("--overwrite", action="store_true", help="replace files in the folder")
+    p.add_argument(
+        "--other-versions",
+        action="store_true",
+        help="replace files that other versions of diffusers, transformers or torch made",
+    )
+    return p
+
+
+with imports(__name__, parser):
+    import diffusers
+    import numpy as np
+    import torch
+    import transformers
+    from einops import rearrange
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from support import transformer3_inputs
+    from support.parity_rows import reference_of
+    from support.tiny_repositories import home, write_tokenizers
+    from support.tokenizer_files import MISTRAL_TEMPLATE
+    from support.transformer_inputs import inputs
+    from torch import Tensor
+
+    from flux.atomic_files import write_atomically
+    from flux.configs import FLUX1Text
+    from flux.errors import UserError
+    from flux.parity import reference
+    from flux.transformer3 import Flux3Config
+
 PROMPTS = ["a photo of a cat", "an oil painting of a naïve café"]
 VERSIONS = {library.__name__: library.__version__ for library in (diffusers, transformers, torch)}
 RUNS = {
@@ -118,21 +139,48 @@ def pipeline_tensors(
     return list(parts.values()), tensors | files
 
 
-def save(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def files_of(folder: Path) -> list[Path]:
+    names = [*reference.golden_networks(), *(f"pipeline-{name}" for name in RUNS)]
+    return [folder / f"{name}.safetensors" for name in names]
+
+
+def check_files(folder: Path, overwrite: bool, other_versions: bool) -> None:
+    """UserError for a file that is not to be replaced."""
+    for path in filter(Path.exists, files_of(folder)):
+        if not overwrite:
+            raise UserError(f"output: {path} exists. Choose another folder, or add --overwrite.")
+        with safe_open(path, "pt") as file:
+            made = {name: file.metadata().get(name) for name in VERSIONS}
+        if made != VERSIONS and not other_versions:
+            raise UserError(
+                f"output: {path} was made with {made}, and this is {VERSIONS}. Install the same "
+                "versions, or add --other-versions."
+            )
+
+
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, GOLDEN / f"{name}.safetensors", metadata=VERSIONS | metadata)
+    with write_atomically(path) as unfinished:
+        save_file(tensors, unfinished, metadata=VERSIONS | metadata)
+    show(path)
+
+
+def main() -> int:
+    args = parser().parse_args()
+    return exit_code(lambda: write(args), {"output": "--output"}, args.output, "stopped")
 
 
 @torch.no_grad()
-def main() -> None:
-    Parser(description="Write tests/golden again. Takes no arguments.").parse_args()
-    GOLDEN.mkdir(exist_ok=True)
+def write(args: argparse.Namespace) -> int:
+    check_files(args.output, args.overwrite, args.other_versions)
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = iter(files_of(args.output))
     for name, ours in reference.golden_networks().items():
         given, expected = answer(name, ours)
         tensors = {f"in.{k}": x for k, x in given.items()} | {
             f"out.{k}": x for k, x in expected.items()
         }
-        save(name, tensors | {"fingerprint": reference.fingerprint(ours)}, {})
+        save(next(files), tensors | {"fingerprint": reference.fingerprint(ours)}, {})
     for name, guidance in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             modules, tensors = pipeline_tensors(name, guidance, Path(folder))
@@ -140,8 +188,9 @@ def main() -> None:
         if guidance is not None:
             request["guidance"] = str(guidance)
         fingerprint = reference.fingerprint(*modules)
-        save(f"pipeline-{name}", tensors | {"fingerprint": fingerprint}, request)
+        save(next(files), tensors | {"fingerprint": fingerprint}, request)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

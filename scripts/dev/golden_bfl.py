@@ -3,10 +3,11 @@
     python scripts/parity.py golden-kit --random flux.1 --output kit1
     python scripts/parity.py golden-kit --random flux.2 --output kit2
     python scripts/dev/golden_bfl.py kit1/weights/transformer.safetensors \\
-        kit2/weights/transformer.safetensors
+        kit2/weights/transformer.safetensors --output FOLDER
 
-This program imports nothing of the project. It computes a run from the equations, in float32, and
-`r` rounds a number to bfloat16. So every rounding is visible:
+This program computes with nothing of the project, which reads its arguments alone. It computes a
+run from the equations, in float32, and `r` rounds a number to bfloat16. So every rounding is
+visible:
 
     R1   noise: float32 numbers, rounded                        F1 sampling.get_noise, F2 cli
     R2   times: float32; t and guidance: bfloat16               sampling.get_schedule, denoise
@@ -32,15 +33,30 @@ scripts/dev/golden_bfl_code.py compares the latents of these runs with those of 
 and loops, at the commits above. They were equal to the bit.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-GOLDEN = Path(__file__).resolve().parents[2] / "tests/golden_bfl"
+from command_line import Parser, exit_code, imports, show
+
+
+def parser():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("weights", nargs="+", type=Path, metavar="FILE", help="of a kit's transformer")
+    p.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of the files")
+    p.add_argument("--overwrite", action="store_true", help="replace files in the folder")
+    return p
+
+
+with imports(__name__, parser):
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import load_file, save_file
+
 STEPS, GUIDANCE, SEED, TEXT, ROWS, COLUMNS = 4, 3.5, 0, 24, 4, 6
 AXES = {"flux.1": (8, 12, 12), "flux.2": (8, 8, 8, 8)}  # those of flux/parity/reference.py
 THETA = {"flux.1": 10_000, "flux.2": 2000}
@@ -279,19 +295,29 @@ def is_stored(name):
 
 @torch.no_grad()
 def main():
+    args = parser().parse_args()
+    return exit_code(lambda: write(args), {}, args.output, "stopped")
+
+
+def write(args):
     torch.set_num_threads(1)
-    GOLDEN.mkdir(exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     capability = torch.backends.cpu.get_cpu_capability()
     metadata = {"torch": torch.__version__, "cpu_capability": capability}
-    for path in sys.argv[1:]:
-        family, tensors = run(load_file(path))
+    for weights in args.weights:
+        family, tensors = run(load_file(weights))
         stored = {}
         for name, x in tensors.items():
             if is_stored(name):
                 x = x if name in ("rope", "schedule") else x.bfloat16()  # these two are float32
                 stored[name] = x.contiguous()
-        save_file(stored, GOLDEN / f"{family}.safetensors", metadata=metadata)
+        path = args.output / f"{family}.safetensors"
+        if path.exists() and not args.overwrite:
+            parser().error(f"--output: {path} exists. Choose another folder, or add --overwrite.")
+        save_file(stored, path, metadata=metadata)
+        show(path)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Make `tests/golden_bfl/code-*`: times, latents and pixels of Black Forest Labs' own code.
 
-    python scripts/dev/golden_bfl_code.py FLUX1_CLONE FLUX2_CLONE KLEIN_CLONE
+    python scripts/dev/golden_bfl_code.py FLUX1_CLONE FLUX2_CLONE KLEIN_CLONE --output FOLDER
 
 The clones are black-forest-labs/flux at 802fb47, and black-forest-labs/flux2 at ab7cca6 and at
 50fe516 (klein). scripts/dev/run_bfl.py runs their networks, loops and decoders in bfloat16, in a
@@ -11,6 +11,7 @@ This script also checks `tests/golden_bfl/flux.*`, which golden_bfl.py writes fr
 their times and latents must equal those of BFL's code to the bit. Make both on one machine.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -20,19 +21,29 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from command_line import show
+from command_line import Parser, exit_code, imports, show
 
-from flux.autoencoder import AutoEncoderConfig
-from flux.configs import MODELS, ModelSpec
-from flux.parity import reference
-from flux.parity.random_model import random_model
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("clones", nargs=3, type=Path, metavar="CLONE", help="of flux, flux2, flux2")
+    p.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of the files")
+    p.add_argument("--overwrite", action="store_true", help="replace files in the folder")
+    return p
+
+
+with imports(__name__, parser):
+    import torch
+    from safetensors.torch import load_file, save_file
+    from torch import Tensor
+
+    from flux.autoencoder import AutoEncoderConfig
+    from flux.configs import MODELS, ModelSpec
+    from flux.parity import reference
+    from flux.parity.random_model import random_model
 
 GOLDEN = ROOT / "tests/golden_bfl"
 WIDTH, HEIGHT, STEPS, SEED, TEXT = 80, 64, 4, 7, 11
@@ -155,11 +166,18 @@ def check_equations(family: str, clone: Path) -> None:
     show(f"{family}.safetensors: times and latents equal those of BFL's code to the bit")
 
 
-def main() -> None:
+def main() -> int:
+    args = parser().parse_args()
+    return exit_code(lambda: write(args), {}, args.output, "stopped")
+
+
+def write(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    clones = [Path(argument).resolve() for argument in sys.argv[1:]]
-    if len(clones) != 3:
-        sys.exit(__doc__)
+    clones = [path.resolve() for path in args.clones]
+    for path in (args.output / f"code-{name}.safetensors" for name in CASES):
+        if path.exists() and not args.overwrite:
+            parser().error(f"--output: {path} exists. Choose another folder, or add --overwrite.")
+    args.output.mkdir(parents=True, exist_ok=True)
     check_equations("flux.1", clones[0])
     check_equations("flux.2", clones[1])
     for name, case in CASES.items():
@@ -175,11 +193,12 @@ def main() -> None:
         outputs = run_bfl(clone, spec, tensors, width=WIDTH, height=HEIGHT, seed=SEED)
         head = ["git", "-C", str(clone), "rev-parse", "HEAD"]
         commit = subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
-        path = GOLDEN / f"code-{name}.safetensors"
+        path = args.output / f"code-{name}.safetensors"
         metadata = summation() | {"commit": commit}
         save_file(outputs | {"fingerprint": fingerprint}, path, metadata=metadata)
         show(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

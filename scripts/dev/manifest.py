@@ -22,27 +22,44 @@ from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-from torch import nn
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from command_line import Parser, exit_code, show
+from command_line import Parser, exit_code, imports, show
 
-from flux import configs
-from flux.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux.clip import CLIP, CLIPConfig
-from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
-from flux.language_model import LanguageModel, LanguageModelConfig
-from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
-from flux.t5 import T5, T5Config
-from flux.text_encoder import clip_ignore_keys, language_model_ignore_keys, t5_ignore_keys
-from flux.transformer import Flux, FluxConfig
-from flux.weights.diffusers_names import from_diffusers
-from flux.weights.files import BITS, find_files, is_local, read_header, shard_files
-from flux.weights.load import init_empty
-from flux.weights.locate import get_spec
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", nargs="*", type=Path, metavar="FILE", help="files of one network")
+    p.add_argument("--check", metavar="MODEL", help="check the files of this model")
+    p.add_argument(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="folder of the files (default: $FLUX_WEIGHTS, or the Hugging Face cache)",
+    )
+    p.add_argument("--markdown", action="store_true", help="print the tables of weights.md")
+    p.add_argument("--rebuild", action="store_true", help="write tests/manifests/*.json again")
+    return p
+
+
+with imports(__name__, parser):
+    import torch
+    from torch import nn
+
+    from flux import configs
+    from flux.autoencoder import AutoEncoder, AutoEncoderConfig
+    from flux.clip import CLIP, CLIPConfig
+    from flux.configs import EMBEDDED, MODELS, FLUX1Text, ModelSpec
+    from flux.language_model import LanguageModel, LanguageModelConfig
+    from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig
+    from flux.t5 import T5, T5Config
+    from flux.text_encoder import clip_ignore_keys, language_model_ignore_keys, t5_ignore_keys
+    from flux.transformer import Flux, FluxConfig
+    from flux.weights.diffusers_names import from_diffusers
+    from flux.weights.files import BITS, find_files, is_local, read_header, shard_files
+    from flux.weights.load import init_empty
+    from flux.weights.locate import get_spec
 
 FOLDER = ROOT / "tests" / "manifests"
 FLAGS = {"name": "--check", "weights": "--weights"}
@@ -118,20 +135,9 @@ Manifest = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype in safetensor
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="files of one network")
-    parser.add_argument("--check", metavar="MODEL", help="check the files of this model")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="DIR",
-        help="folder of the files (default: $FLUX_WEIGHTS, or the Hugging Face cache)",
-    )
-    parser.add_argument("--markdown", action="store_true", help="print the tables of weights.md")
-    parser.add_argument("--rebuild", action="store_true", help="write tests/manifests/*.json again")
-    args = parser.parse_args()
+    args = parser().parse_args()
     if not (args.files or args.check or args.markdown or args.rebuild):
-        parser.error("give a FILE, --check, --markdown or --rebuild")
+        parser().error("give a FILE, --check, --markdown or --rebuild")
     return exit_code(lambda: run(args), FLAGS, FOLDER, "stopped")
 
 

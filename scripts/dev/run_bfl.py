@@ -8,21 +8,32 @@ INPUTS is a safetensors file. Its tensors are `transformer.*`, `autoencoder.*`, 
 and latents after each step, tokens (1, N, C), and the decoded pixels (1, 3, H, W).
 """
 
+import argparse
 import importlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+PARSER = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+for each in ("clone", "inputs", "outputs"):
+    PARSER.add_argument(each, type=Path, metavar=each.upper())
+ARGS = PARSER.parse_args()
 
 FILE = Path(__file__).resolve().parents[2] / "flux/parity/bfl_process.py"
-spec = importlib.util.spec_from_file_location("bfl_process", FILE)
-assert spec is not None and spec.loader is not None
-bfl_process = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bfl_process)
+try:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    spec = importlib.util.spec_from_file_location("bfl_process", FILE)
+    assert spec is not None and spec.loader is not None
+    bfl_process = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bfl_process)
+except ModuleNotFoundError as error:
+    sys.exit(f"error: the package {error.name!r} is missing. Run `pip install -e .`")
 
 
 def run_flux1(settings: dict, tensors: dict) -> dict[str, torch.Tensor]:
@@ -127,7 +138,7 @@ def by_step(times: list[float], latents: list[torch.Tensor]) -> dict[str, torch.
 
 @torch.no_grad()
 def main() -> None:
-    clone, inputs, outputs = map(Path, sys.argv[1:])
+    clone, inputs, outputs = ARGS.clone, ARGS.inputs, ARGS.outputs
     torch.set_num_threads(1)
     sys.path.insert(0, str(clone / "src"))
     bfl_process.replace_unused_packages()

@@ -15,11 +15,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import numpy as np
-from command_line import Parser, add_hidden_alias, exit_code
-from PIL import Image
+from command_line import Parser, add_hidden_alias, exit_code, imports
 
-from flux import toy
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=Path, help="a new or empty folder")
+    p.add_argument("--images", type=int, default=64, metavar="N", help="(default: 64)")
+    p.add_argument("--size", type=int, default=256, metavar="PIXELS", help="(default: 256)")
+    p.add_argument("--seed", type=int, default=5_000_000, help="(default: an unused one)")
+    kind = p.add_mutually_exclusive_group()
+    kind.add_argument("--framed", action="store_true", help="a frame around each: a style to learn")
+    kind.add_argument(
+        "--edits", action="store_true", help="edits of one image or two, with metadata.jsonl"
+    )
+    add_hidden_alias(p, "--pictures", "--images")
+    return p
+
+
+with imports(__name__, parser):
+    import numpy as np
+    from PIL import Image
+
+    from flux import toy
 
 
 def main() -> int:
@@ -62,26 +80,15 @@ def draw_edits(args: argparse.Namespace) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a new or empty folder")
-    parser.add_argument("--images", type=int, default=64, metavar="N", help="(default: 64)")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="(default: 256)")
-    parser.add_argument("--seed", type=int, default=5_000_000, help="(default: an unused one)")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--framed", action="store_true", help="a frame around each: a style to learn")
-    kind.add_argument(
-        "--edits", action="store_true", help="edits of one image or two, with metadata.jsonl"
-    )
-    add_hidden_alias(parser, "--pictures", "--images")
-    args = parser.parse_args()
+    args = parser().parse_args()
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        parser.error(f"folder: must be new or empty (got {args.folder})")
+        parser().error(f"folder: must be new or empty (got {args.folder})")
     if not 1 <= args.images <= 10**6:
-        parser.error(f"--images: must be from 1 to 1000000 (got {args.images})")
+        parser().error(f"--images: must be from 1 to 1000000 (got {args.images})")
     if not 64 <= args.size <= 4096:
-        parser.error(f"--size: must be from 64 to 4096 (got {args.size})")
+        parser().error(f"--size: must be from 64 to 4096 (got {args.size})")
     if args.seed < 0:
-        parser.error(f"--seed: must be at least 0 (got {args.seed})")
+        parser().error(f"--seed: must be at least 0 (got {args.seed})")
     return args
 
 

@@ -26,19 +26,56 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 
-import numpy as np
-import torch
-from benchmarks.lossy import modes
-from command_line import Parser, exit_code, show
-from PIL import Image
-from toy.sheets import write_sheets
-from tqdm import tqdm
+from command_line import Parser, exit_code, imports, show
 
-import flux
-from flux import toy
-from flux.configs import ModelSpec
-from flux.image_io.output import to_pixels
-from flux.toy import Edit, Item, Layout, Object, Scene
+NAMES = ("text", "open", "edits", "modes", "quantised")  # of the parts
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=("flux.1-tiny", "flux.2-tiny"), default="flux.2-tiny")
+    p.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="PART[,PART]",
+        help=f"some of {', '.join(NAMES)} (default: all)",
+    )
+    p.add_argument(
+        "--prompts",
+        type=int,
+        default=500,
+        metavar="N",
+        help="images of text to image (default: 500); fewer for other rows",
+    )
+    p.add_argument(
+        "--edits",
+        type=int,
+        default=300,
+        metavar="N",
+        help="edits of one image or two (default: 300)",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the requests and of the noise (default: 0)"
+    )
+    p.add_argument(
+        "--sheets", type=Path, metavar="FOLDER", help="write contact sheets there instead of scores"
+    )
+    return p
+
+
+with imports(__name__, parser):
+    import numpy as np
+    import torch
+    from benchmarks.lossy import modes
+    from PIL import Image
+    from toy.sheets import write_sheets
+    from tqdm import tqdm
+
+    import flux
+    from flux import toy
+    from flux.configs import ModelSpec
+    from flux.image_io.output import to_pixels
+    from flux.toy import Edit, Item, Layout, Object, Scene
 
 SCENES, EDITS, OTHERS = 1_000_000, 1_100_000, 1_200_000  # seeds that no training uses
 COLUMNS = (*toy.ATTRIBUTES, "each letter", "all")
@@ -89,43 +126,14 @@ def score(args: argparse.Namespace) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    embedded = [spec for spec in flux.MODELS.values() if spec.embedded]
-    parser.add_argument("--model", choices=[spec.name for spec in embedded], default="flux.2-tiny")
-    parser.add_argument(
-        "--only",
-        type=lambda text: text.split(","),
-        metavar="PART[,PART]",
-        help=f"some of {', '.join(PARTS)} (default: all)",
-    )
-    parser.add_argument(
-        "--prompts",
-        type=int,
-        default=500,
-        metavar="N",
-        help="images of text to image (default: 500); fewer for other rows",
-    )
-    parser.add_argument(
-        "--edits",
-        type=int,
-        default=300,
-        metavar="N",
-        help="edits of one image or two (default: 300)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the requests and of the noise (default: 0)"
-    )
-    parser.add_argument(
-        "--sheets", type=Path, metavar="FOLDER", help="write contact sheets there instead of scores"
-    )
-    args = parser.parse_args()
+    args = parser().parse_args()
     known = parts_of(flux.MODELS[args.model])
     for part in args.only or ():
         if part not in known:
-            parser.error(f"--only: {part} is no part. Choose from {', '.join(known)}.")
+            parser().error(f"--only: {part} is no part. Choose from {', '.join(known)}.")
     for name, least, most in (("prompts", 1, 100_000), ("edits", 1, 100_000), ("seed", 0, 2**62)):
         if not least <= getattr(args, name) <= most:
-            parser.error(f"--{name}: must be from {least} to {most} (got {getattr(args, name)})")
+            parser().error(f"--{name}: must be from {least} to {most} (got {getattr(args, name)})")
     return args
 
 
@@ -268,13 +276,7 @@ def quantised_rows(
     pipe.transformer.set_transform(None)
 
 
-PARTS = {
-    "text": text_rows,
-    "open": open_rows,
-    "edits": edit_rows,
-    "modes": mode_rows,
-    "quantised": quantised_rows,
-}
+PARTS = dict(zip(NAMES, (text_rows, open_rows, edit_rows, mode_rows, quantised_rows), strict=True))
 
 
 def parts_of(spec: ModelSpec) -> list[str]:

@@ -26,26 +26,68 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 
-import torch
-from command_line import Parser, exit_code
-from recipe.autoencoder import train_autoencoder, train_decoder
-from recipe.latents import encode_all
-from recipe.neighbours import train_neighbours
-from recipe.networks import Networks, new_networks
-from recipe.samples import Sampler
-from recipe.student import train_student
-from recipe.text import TextEncoder, Tokenizer
-from recipe.tokenizer import train_tokenizers
-from recipe.trainer import COOLING
-from recipe.transformer import train_transformer
+from command_line import Parser, exit_code, imports
 
-from flux.autoencoder import AutoEncoder
-from flux.configs import AE, MODELS, ModelSpec
-from flux.errors import UserError
-from flux.runtime.devices import can_compile, choose_device
-from flux.training.checkpoint import load_tensors, save_tensors, strip_prefix
-from flux.training.distillation import make_teacher
-from flux.transformer import Flux
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
+    p.add_argument("--model", choices=("flux.1-tiny", "flux.2-tiny"), default="flux.2-tiny")
+    p.add_argument(
+        "--autoencoder-minutes",
+        type=float,
+        help="(default: 40, or 0 with --autoencoder or --start-from)",
+    )
+    p.add_argument(
+        "--text-minutes", type=float, default=4, help="of T5 alone, for a new flux.1-tiny"
+    )
+    p.add_argument("--transformer-minutes", type=float, default=400)
+    p.add_argument(
+        "--student-minutes",
+        type=float,
+        default=40,
+        help="of the distillation of guidance, for flux.1-tiny",
+    )
+    p.add_argument(
+        "--decoder-minutes",
+        type=float,
+        default=15,
+        help="of the autoencoder's decoder alone, at the end",
+    )
+    p.add_argument("--device", help="default: cuda if there is one, else cpu")
+    p.add_argument(
+        "--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler"
+    )
+    p.add_argument(
+        "--start-from", type=Path, metavar="FOLDER", help="initial weights, as --export writes them"
+    )
+    p.add_argument(
+        "--autoencoder", type=Path, metavar="FILE", help="an initial autoencoder, of either family"
+    )
+    p.add_argument("--export", type=Path, metavar="FOLDER", help="folder for the trained model")
+    return p
+
+
+with imports(__name__, parser):
+    import torch
+    from recipe.autoencoder import train_autoencoder, train_decoder
+    from recipe.latents import encode_all
+    from recipe.neighbours import train_neighbours
+    from recipe.networks import Networks, new_networks
+    from recipe.samples import Sampler
+    from recipe.student import train_student
+    from recipe.text import TextEncoder, Tokenizer
+    from recipe.tokenizer import train_tokenizers
+    from recipe.trainer import COOLING
+    from recipe.transformer import train_transformer
+
+    from flux.autoencoder import AutoEncoder
+    from flux.configs import AE, MODELS, ModelSpec
+    from flux.errors import UserError
+    from flux.runtime.devices import can_compile, choose_device
+    from flux.training.checkpoint import load_tensors, save_tensors, strip_prefix
+    from flux.training.distillation import make_teacher
+    from flux.transformer import Flux
 
 PREFIX = {"model": "model."}  # of the tensors' names in a text encoder's file, as released
 
@@ -89,65 +131,28 @@ def train(args: argparse.Namespace, spec: ModelSpec) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    embedded = [name for name, spec in MODELS.items() if spec.embedded]
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder for checkpoints, logs and sheets")
-    parser.add_argument("--model", choices=embedded, default="flux.2-tiny")
-    parser.add_argument(
-        "--autoencoder-minutes",
-        type=float,
-        help="(default: 40, or 0 with --autoencoder or --start-from)",
-    )
-    parser.add_argument(
-        "--text-minutes", type=float, default=4, help="of T5 alone, for a new flux.1-tiny"
-    )
-    parser.add_argument("--transformer-minutes", type=float, default=400)
-    parser.add_argument(
-        "--student-minutes",
-        type=float,
-        default=40,
-        help="of the distillation of guidance, for flux.1-tiny",
-    )
-    parser.add_argument(
-        "--decoder-minutes",
-        type=float,
-        default=15,
-        help="of the autoencoder's decoder alone, at the end",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler"
-    )
-    parser.add_argument(
-        "--start-from", type=Path, metavar="FOLDER", help="initial weights, as --export writes them"
-    )
-    parser.add_argument(
-        "--autoencoder", type=Path, metavar="FILE", help="an initial autoencoder, of either family"
-    )
-    parser.add_argument(
-        "--export", type=Path, metavar="FOLDER", help="folder for the trained model"
-    )
-    args = parser.parse_args()
+    args = parser().parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.autoencoder_minutes is None:
         args.autoencoder_minutes = 0 if args.autoencoder or args.start_from else 40
     for part in ("autoencoder", "text", "transformer", "student", "decoder"):
         minutes = getattr(args, f"{part}_minutes")
         if not 0 <= minutes < math.inf:
-            parser.error(f"--{part}-minutes: must be 0 or more (got {minutes})")
+            parser().error(f"--{part}-minutes: must be 0 or more (got {minutes})")
     if args.start_from:
         lacking = [
             name for name in files_of(MODELS[args.model]) if not (args.start_from / name).is_file()
         ]
         if lacking:
-            parser.error(
+            parser().error(
                 f"--start-from: {lacking[0]} is missing in {args.start_from}. "
                 "Pass a folder that --export wrote."
             )
         args.autoencoder = args.autoencoder or args.start_from / AE
     if args.autoencoder and not args.autoencoder.is_file():
-        parser.error(f"--autoencoder: there is no such file (got {args.autoencoder})")
+        parser().error(f"--autoencoder: there is no such file (got {args.autoencoder})")
     if not (args.autoencoder_minutes or args.autoencoder or (args.run / AE).exists()):
-        parser.error(
+        parser().error(
             "--autoencoder-minutes: 0 needs a trained autoencoder. Pass --autoencoder FILE."
         )
     return args

@@ -40,7 +40,9 @@ def test_scripts_print_through_show_and_say(path):
             name = ast.unparse(node.func)
             assert name not in barred, node.lineno
             assert not name.endswith((".stdout.write", ".stderr.write")), node.lineno
-            assert name != "argparse.ArgumentParser", node.lineno
+            # a process that runs BFL's `flux` cannot import the project's
+            of_bfl = path.name == "run_bfl.py"
+            assert of_bfl or name != "argparse.ArgumentParser", node.lineno
         if isinstance(node, ast.Assign):  # a library's warnings
             shown = "warnings.showwarning" in map(ast.unparse, node.targets)
             assert not shown or path.name in ("command_line.py", "train.py"), node.lineno

@@ -521,10 +521,10 @@ def test_run_of_an_older_version_resumes(train, images, finished, tmp_path):
 
 
 def test_old_flags_are_accepted_and_hidden(train):
-    options = sys.modules["training_options"]
-    for old, new in options.OLD_FLAGS.items():
-        assert old in options.parser("")._option_string_actions
-        assert f"{old} " not in options.parser("").format_help().replace(new, "")
+    options, flags = sys.modules["training_options"], sys.modules["training_flags"]
+    for old, new in flags.OLD_FLAGS.items():
+        assert old in flags.parser("")._option_string_actions
+        assert f"{old} " not in flags.parser("").format_help().replace(new, "")
     assert set(options.OLD_CONFIG_NAMES) == set(OLD_NAMES.values())
     assert options.OLD_CONFIG_NAMES == {old: new for new, old in OLD_NAMES.items()}
 
