@@ -253,13 +253,11 @@ def _is_int8(layer: Layer) -> bool:
 
 
 def _int8(layer: Layer) -> LayerFormat:
-    rows = layer.weight.shape[:1]
-    input_scale = layer.get("input_scale")
     make = partial(
         Int8Linear,
-        scale=_shape_among(layer.scale, (1,), rows, (*rows, 1)),
+        scale=_scale_shape(layer),
         group=_convrot_group(layer),
-        input_scale=_shape_among(input_scale, (1,)) if input_scale else None,
+        input_scale=_input_scale_shape(layer),
     )
     return LayerFormat(layer.weight.shape, make)
 
@@ -301,19 +299,26 @@ def _is_undeclared_fp8(layer: Layer) -> bool:
 
 def _fp8(layer: Layer) -> LayerFormat:
     """A declared layer must have a scale: of all the weight or, with that shape, of each row."""
-    rows = layer.weight.shape[:1]
-    scale = None
-    if layer.declaration is not None or layer.scale is not None:
-        scale = _shape_among(layer.scale, (1,), rows, (*rows, 1))
-    input_scale = layer.get("input_scale")
+    is_scaled = layer.declaration is not None or layer.scale is not None
     make = partial(
         FP8Linear,
         dtype=FP8_DTYPES[layer.weight.dtype],
-        scale=scale,
-        input_scale=_shape_among(input_scale, (1,)) if input_scale else None,
+        scale=_scale_shape(layer) if is_scaled else None,
+        input_scale=_input_scale_shape(layer),
         full_precision=bool((layer.declaration or {}).get("full_precision_matrix_mult")),
     )
     return LayerFormat(layer.weight.shape, make)
+
+
+def _scale_shape(layer: Layer) -> tuple[int, ...]:
+    """Return the shape of a scale of the matrix, or of its rows."""
+    rows = layer.weight.shape[:1]
+    return _shape_among(layer.scale, (1,), rows, (*rows, 1))
+
+
+def _input_scale_shape(layer: Layer) -> tuple[int, ...] | None:
+    info = layer.get("input_scale")
+    return _shape_among(info, (1,)) if info else None
 
 
 def _shape_among(info: TensorInfo | None, *possible: tuple[int, ...]) -> tuple[int, ...]:

@@ -49,11 +49,9 @@ class FP8Linear(QuantizedLinear):
         super().__init__(in_features, out_features, bias)
         self.full_precision = full_precision  # the file asks not to round activations to float8
         self.fp8_matmul = False  # set by `enable_fp8_matmul`
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=dtype))
-        self.register_buffer("weight_scale", None if scale is None else torch.empty(scale))
-        self.register_buffer(
-            "input_scale", None if input_scale is None else torch.empty(input_scale)
-        )
+        self.hold("weight", (out_features, in_features), dtype)
+        self.hold("weight_scale", scale)
+        self.hold("input_scale", input_scale)
 
     def dequantize(self) -> Tensor:
         weight = self.weight.float()  # a copy, so that it may be changed in place
@@ -159,10 +157,8 @@ class BlockFP8Linear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias)
         blocks = -(-out_features // self.BLOCK), -(-in_features // self.BLOCK)
-        self.register_buffer(
-            "weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
-        )
-        self.register_buffer("weight_scale_inv", torch.empty(blocks))
+        self.hold("weight", (out_features, in_features), torch.float8_e4m3fn)
+        self.hold("weight_scale_inv", blocks)
 
     def dequantize(self) -> Tensor:
         scale = self.weight_scale_inv.float()

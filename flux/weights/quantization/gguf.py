@@ -228,7 +228,7 @@ class GGUFLinear(QuantizedLinear):
         super().__init__(in_features, out_features, bias)
         self.kind = kind
         shape = stored_shape(kind, (out_features, in_features))
-        self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8))
+        self.hold("weight", shape, torch.uint8)
 
     def dequantize(self) -> Tensor:
         return decode(self.weight, self.kind, (self.out_features, self.in_features))

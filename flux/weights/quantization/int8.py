@@ -43,12 +43,9 @@ class Int8Linear(QuantizedLinear):
     ):
         super().__init__(in_features, out_features, bias)
         self.group = group
-        shape = (out_features, 1) if scale is None else scale
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty(shape))
-        self.register_buffer(
-            "input_scale", None if input_scale is None else torch.empty(input_scale)
-        )
+        self.hold("weight", (out_features, in_features), torch.int8)
+        self.hold("weight_scale", (out_features, 1) if scale is None else scale)
+        self.hold("input_scale", input_scale)
 
     def dequantize(self) -> Tensor:
         weight = self.weight.float()

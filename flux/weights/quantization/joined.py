@@ -45,7 +45,7 @@ class FloatLinear(QuantizedLinear):
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__(in_features, out_features, bias=False)
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=dtype))
+        self.hold("weight", (out_features, in_features), dtype)
 
     def dequantize(self) -> Tensor:
         return self.weight.float()

@@ -23,6 +23,12 @@ class QuantizedLinear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features))
 
+    def hold(
+        self, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Register a tensor of the file as a buffer; None if the file has no such tensor."""
+        self.register_buffer(name, None if shape is None else torch.empty(shape, dtype=dtype))
+
     def dequantize(self) -> Tensor:
         """Return the weight: (out_features, in_features), float32."""
         raise NotImplementedError

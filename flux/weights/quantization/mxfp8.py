@@ -43,10 +43,8 @@ class MXFP8Linear(QuantizedLinear):
                 "along a row."
             )
         rows, blocks = -(-out_features // 128) * 128, -(-in_features // BLOCK // 4) * 4
-        self.register_buffer(
-            "weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
-        )
-        self.register_buffer("weight_scale", torch.empty(rows, blocks, dtype=scale_dtype))
+        self.hold("weight", (out_features, in_features), torch.float8_e4m3fn)
+        self.hold("weight_scale", (rows, blocks), scale_dtype)
 
     def dequantize(self) -> Tensor:
         bytes = unswizzled(self.weight_scale.view(torch.uint8))

@@ -96,12 +96,12 @@ class NF4Linear(QuantizedLinear):
         numbers = in_features * out_features
         blocks, nested = -(-numbers // state.blocksize), state.nested_blocksize
         absmax_dtype = torch.uint8 if nested else torch.float32
-        self.register_buffer("weight", torch.empty(-(-numbers // 2), 1, dtype=torch.uint8))
-        self.register_buffer("absmax", torch.empty(blocks, dtype=absmax_dtype))
-        self.register_buffer("quant_map", torch.empty(16))
+        self.hold("weight", (-(-numbers // 2), 1), torch.uint8)
+        self.hold("absmax", (blocks,), absmax_dtype)
+        self.hold("quant_map", (16,))
         if nested:
-            self.register_buffer("nested_absmax", torch.empty(-(-blocks // nested)))
-            self.register_buffer("nested_quant_map", torch.empty(256))
+            self.hold("nested_absmax", (-(-blocks // nested),))
+            self.hold("nested_quant_map", (256,))
 
     def dequantize(self) -> Tensor:
         absmax = self.absmax  # (blocks,)

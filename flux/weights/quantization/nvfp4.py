@@ -58,12 +58,10 @@ class NVFP4Linear(QuantizedLinear):
         rows, blocks = out_features, in_features // BLOCK
         if swizzled:
             rows, blocks = -(-rows // 128) * 128, -(-blocks // 4) * 4
-        self.register_buffer(
-            "weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8)
-        )
-        self.register_buffer("weight_scale", torch.empty(rows, blocks, dtype=torch.float8_e4m3fn))
-        self.register_buffer("weight_scale_2", torch.empty(()))
-        self.register_buffer("input_scale", torch.empty(()) if input_scale else None)
+        self.hold("weight", (out_features, in_features // 2), torch.uint8)
+        self.hold("weight_scale", (rows, blocks), torch.float8_e4m3fn)
+        self.hold("weight_scale_2", ())
+        self.hold("input_scale", () if input_scale else None)
 
     def dequantize(self) -> Tensor:
         scale = self.weight_scale.float()

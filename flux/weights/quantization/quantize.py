@@ -181,12 +181,8 @@ class Int4Linear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias)
         groups = -(-in_features // GROUP)
-        self.register_buffer(
-            "weight", torch.empty(out_features, groups * GROUP // 2, dtype=torch.uint8)
-        )
-        self.register_buffer(
-            "weight_scale", torch.empty(out_features, groups, dtype=torch.bfloat16)
-        )
+        self.hold("weight", (out_features, groups * GROUP // 2), torch.uint8)
+        self.hold("weight_scale", (out_features, groups), torch.bfloat16)
 
     def dequantize(self) -> Tensor:
         values = lookup(self.weight, torch.arange(-8.0, 8.0, device=self.weight.device))
