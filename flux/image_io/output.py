@@ -257,18 +257,26 @@ def write_exclusive(
 def read_metadata(path: Path) -> dict:
     """Return the metadata that `save` wrote into an image file."""
     with open_image(path) as image:
-        if image.format == "PNG" and KEY not in image.info:
-            image.load()  # other programs may have put it behind the pixels
-        text, xmp = image.info.get(KEY), image.info.get("xmp") or b""
+        text = record_text(image)
     try:
-        if text is None:
-            text = xmp.decode("utf-8").partition("<![CDATA[")[2].partition("]]>")[0]
-        metadata = parse_json(text)
+        metadata = parse_json(text or "")
         if not isinstance(metadata, dict):
             raise ValueError
         return metadata
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError):
         raise UserError(
             f"{path}: is not an image with flux metadata. Another program may have removed them, "
             "or they were left out."
         ) from None
+
+
+def record_text(image: Image.Image) -> str | None:
+    """Return the JSON that `save` wrote into an image that is open; None if there is none."""
+    if image.format == "PNG" and KEY not in image.info:
+        image.load()  # other programs may have put it behind the pixels
+    if KEY in image.info:
+        return image.info[KEY]
+    xmp = image.info.get("xmp") or b""
+    xmp = xmp.encode() if isinstance(xmp, str) else xmp
+    _, start, text = xmp.partition(b"<![CDATA[")
+    return text.partition(b"]]>")[0].decode("utf-8", "replace") if start else None

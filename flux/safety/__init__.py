@@ -1,0 +1,1 @@
+"""What an image says about its origin, and whether that holds."""
