@@ -64,8 +64,8 @@ def load(
         used too, with a warning: text encoders, and the autoencoder.
     tokenizer: folder with the tokenizer's files; for FLUX.1, with CLIP's and T5's.
     text: a text encoder of your own, instead of the model's, whose files are not looked for.
-    check_finite: look for NaN and infinity in all weights, and check the hashes of files in the
-        Hugging Face cache.
+    check_finite: look for NaN and infinity in all weights, and compare the files' hashes where they
+        are known; a warning says of which.
     The other arguments are fields of `RuntimeOptions`.
     """
     options = RuntimeOptions(

@@ -198,7 +198,8 @@ def add_files(group) -> None:
         help="repeatable; any common format, merged in order")
     add("--lora-ignore-unmatched", action="store_true",
         help="leave out, and list, LoRA tensors that match no layer, instead of stopping")
-    add("--check-finite", action="store_true", help="look for NaN and wrong hashes in the weights")
+    add("--check-finite", action="store_true",
+        help="look for NaN in the weights, and compare the files' SHA-256 where they are known")
     add("--output", type=Path, default=Path("outputs/flux.png"), metavar="FILE",
         help="PNG, JPEG or WebP, by its suffix; a number is added rather than overwrite a file "
         "(default: outputs/flux.png)")

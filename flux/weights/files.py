@@ -6,7 +6,6 @@ Nothing is ever unpickled.
 """
 
 import errno
-import hashlib
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from flux.errors import UserError
 from flux.plain_files import MAX_JSON, parse_json, read_plain_file, require_plain_file
+from flux.weights.checksums import has_hash, stated_hash
 
 # ---------------------------------------------------------------- headers
 
@@ -371,7 +371,8 @@ def find_file(
             f"{filename} of {repository} was not downloaded: {reason}; or put the file into a "
             "folder and pass that folder as `weights`."
         ) from error
-    if not has_stated_hash(path):
+    stated = stated_hash(path)
+    if stated and not has_hash(path, stated):
         path.resolve().unlink()
         path.unlink()
         raise UserError(
@@ -379,23 +380,6 @@ def find_file(
             "Hugging Face states, and was deleted; run again."
         )
     return path
-
-
-def has_stated_hash(path: Path) -> bool:
-    """Return whether a file in the Hugging Face cache has the hash that is the name of its blob.
-
-    The hash is SHA-256 for large files, and git's for others. True if the file states no hash.
-    """
-    blob = path.resolve()
-    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-        return True
-    try:
-        git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
-        with blob.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256" if len(blob.name) == 64 else lambda: git)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    return digest.hexdigest() == blob.name
 
 
 def find_files(

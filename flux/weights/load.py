@@ -20,16 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from flux.errors import UserError
 from flux.transformer import FluxConfig
+from flux.weights.checksums import check_hashes
 from flux.weights.diffusers_transformer import join_diffusers
 from flux.weights.families import USES, foreign_family, looks_like
-from flux.weights.files import (
-    FLOATS,
-    TensorInfo,
-    has_stated_hash,
-    preview,
-    read_header,
-    shard_files,
-)
+from flux.weights.files import FLOATS, TensorInfo, preview, read_header, shard_files
 from flux.weights.mapping import map_tensors, meta_tensors, warn_of_network
 from flux.weights.quantization import (
     GGUFEmbedding,
@@ -100,18 +94,14 @@ def load_module(
     reorder: puts the rows of a tensor into the module's order, for a foreign layout; takes the
         description of the tensor in its file, the tensor, and the metadata of the files.
     second_names: other names of the module's tensors, for files that lack the first names.
-    check_finite: raise UserError if a weight is NaN or infinite, or if a file in the Hugging Face
-        cache has not its hash.
+    check_finite: raise UserError if a weight is NaN or infinite, or if a file has not the hash that
+        Hugging Face states (`check_hashes`).
 
     UserError, before anything is loaded, if a tensor is missing, or of a wrong shape or dtype, and
     for unknown tensors that could change the result. A warning names the other unknown tensors.
     """
-    for file in files if check_finite else ():
-        if not has_stated_hash(file):
-            raise UserError(
-                f"{file} has not the hash that Hugging Face states; delete {file.resolve()} and "
-                "download it again."
-            )
+    if check_finite:
+        check_hashes(files)
     infos, metadata = read_headers(files)
     sources = _match_names(
         join_diffusers(infos), module.state_dict(), ignore_keys, rename, second_names

@@ -56,6 +56,7 @@ with imports(__name__, parser):
     from flux.t5 import T5, T5Config
     from flux.text_encoder import clip_ignore_keys, language_model_ignore_keys, t5_ignore_keys
     from flux.transformer import Flux, FluxConfig
+    from flux.weights.checksums import PUBLISHED
     from flux.weights.diffusers_names import from_diffusers
     from flux.weights.files import BITS, find_files, is_local, read_header, shard_files
     from flux.weights.load import init_empty
@@ -448,46 +449,6 @@ def differences(found: Manifest, expected: Manifest) -> list[str]:
 
 
 # ---------------------------------------------------------------- checksums
-
-
-class Published(NamedTuple):
-    """Checksum and size of a released file."""
-
-    sha256: str  # from the documentation in Black Forest Labs' repository `flux`
-    size: int | None  # bytes, from Hugging Face's file lists, second-hand; None: not known
-
-
-# The documentation repeats FLUX.1-dev's checksum for FLUX.1-Krea-dev, whose weights differ. This
-# must be a slip, so Krea is not listed.
-PUBLISHED = {
-    "flux1-schnell.safetensors": Published(
-        "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a", 23_782_506_688
-    ),
-    "flux1-dev.safetensors": Published(
-        "4610115bb0c89560703c892c59ac2742fa821e60ef5871b33493ba544683abd7", 23_802_932_552
-    ),
-    "flux1-fill-dev.safetensors": Published(
-        "03e289f530df51d014f48e675a9ffa2141bc003259bf5f25d75b957e920a41ca", 23_804_922_408
-    ),
-    "flux1-canny-dev.safetensors": Published(
-        "996876670169591cb412b937fbd46ea14cbed6933aef17c48a2dcd9685c98cdb", 23_803_351_736
-    ),
-    "flux1-depth-dev.safetensors": Published(
-        "41360d1662f44ca45bc1b665fe6387e91802f53911001630d970a4f8be8dac21", None
-    ),
-    "flux1-canny-dev-lora.safetensors": Published(
-        "8eaa21b9c43d5e7242844deb64b8cf22ae9010f813f955ca8c05f240b8a98f7e", 1_244_443_944
-    ),
-    "flux1-depth-dev-lora.safetensors": Published(
-        "1938b38ea0fdd98080fa3e48beb2bedfbc7ad102d8b65e6614de704a46d8b907", 1_244_440_512
-    ),
-    "flux1-redux-dev.safetensors": Published(
-        "a1b3bdcb4bdc58ce04874b9ca776d61fc3e914bb6beab41efb63e4e2694dca45", 129_063_232
-    ),
-    "flux1-kontext-dev.safetensors": Published(
-        "843a26dc765d3105dba081c30bce7b14c65b0988f9e8d14e9fbc8856a6deebd5", 23_802_947_360
-    ),
-}
 
 
 def checksum_differences(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from support.weight_files import entry, raw, refusal, saved
 
 from flux.weights import files
+from flux.weights.checksums import has_hash, stated_hash
 from flux.weights.files import find_file, find_files, is_local, read_header, shard_files
 
 # ---------------------------------------------------------------- headers
@@ -489,9 +490,9 @@ def test_download_with_another_hash_is_deleted(hub, kind):
     assert not is_local(REPOSITORY, FILE)
     serve(right)
     path = find_file(REPOSITORY, FILE)
-    assert path.read_bytes() == right and files.has_stated_hash(path)
+    assert path.read_bytes() == right and has_hash(path, stated_hash(path))
     path.resolve().write_bytes(b"the rotten byte")
-    assert find_file(REPOSITORY, FILE) == path and not files.has_stated_hash(path)
+    assert find_file(REPOSITORY, FILE) == path and not has_hash(path, stated_hash(path))
 
 
 def test_git_names_a_blob_by_its_hash(tmp_path):
@@ -502,7 +503,7 @@ def test_git_names_a_blob_by_its_hash(tmp_path):
     )
     (tmp_path / "x").rename(tmp_path / "blobs" / done.stdout.strip())
     (tmp_path / "link").symlink_to(tmp_path / "blobs" / done.stdout.strip())
-    assert files.has_stated_hash(tmp_path / "link")
+    assert has_hash(tmp_path / "link", stated_hash(tmp_path / "link"))
 
 
 def test_ctrl_c_is_not_swallowed(monkeypatch):

@@ -28,6 +28,7 @@ from flux.runtime.memory_plan import measure_weights
 from flux.siglip import SigLIPConfig, siglip_ignore_keys
 from flux.t5 import T5Config
 from flux.text_encoder import language_model_ignore_keys
+from flux.weights.checksums import Published
 from flux.weights.diffusers_names import from_diffusers
 from flux.weights.load import infer_config, load_module
 from flux.weights.quantization import QuantizedLinear
@@ -601,7 +602,7 @@ def redux(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "parts", lambda spec: {"Redux": part})
     monkeypatch.setattr(manifest, "from_json", lambda name: from_files([path]))
     content = path.read_bytes()
-    published = manifest.Published(hashlib.sha256(content).hexdigest(), len(content))
+    published = Published(hashlib.sha256(content).hexdigest(), len(content))
     monkeypatch.setattr(manifest, "PUBLISHED", {path.name: published})
     return path
 
