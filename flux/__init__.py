@@ -4,17 +4,33 @@
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
+    from flux.configs import MODELS
+    from flux.errors import UserError
+    from flux.image_io.request import ImageInputs
+    from flux.loading import load
+    from flux.pipeline import Pipeline
+    from flux.text_encoder import TextEncoder, TextFeatures
 
 __version__ = "0.1.0"
-__all__ = ["MODELS", "ImageInputs", "Pipeline", "UserError", "load"]
+__all__ = ["MODELS", "ImageInputs", "Pipeline", "TextEncoder", "TextFeatures", "UserError", "load"]
 
 _MODULES = {
     "MODELS": "configs",
     "ImageInputs": "image_io.request",
     "Pipeline": "pipeline",
+    "TextEncoder": "text_encoder",
+    "TextFeatures": "text_encoder",
     "UserError": "errors",
     "load": "loading",
 }
+_PUBLIC_MODULES = ("configs", "hooks", "sampling", "solvers", "transformer", "autoencoder")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_PUBLIC_MODULES, "__version__"])
 
 
 def __getattr__(name: str):

@@ -159,11 +159,13 @@ class Pipeline:
         largest = max(conditions, key=lambda c: c.width * c.height if c else 0)
         self.plan_memory(width, height, steps, count, largest)
 
-        listed = isinstance(images, Sequence) and not isinstance(images, ImageInputs | str)
+        listed: Any = images
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            listed = [images] * len(prompts)
         records = [
             describe_call(
                 self,
-                images[row] if listed else images,
+                listed[row],
                 used.width if used else width or self.spec.size,
                 used.height if used else height or self.spec.size,
                 check_steps(self.spec, steps),

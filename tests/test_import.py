@@ -90,7 +90,17 @@ def test_empty_modules_have_shapes_but_draw_no_random_numbers():
 def test_public_names_and_submodules_are_found_without_an_import():
     import flux
 
-    assert set(flux.__all__) == {"MODELS", "ImageInputs", "Pipeline", "UserError", "load"}
+    names = {
+        "MODELS",
+        "ImageInputs",
+        "Pipeline",
+        "TextEncoder",
+        "TextFeatures",
+        "UserError",
+        "load",
+    }
+    assert set(flux.__all__) == names and names < set(dir(flux))
+    assert all(getattr(flux, name) is not None for name in dir(flux))
     assert all(map(flux.__getattr__, flux.__all__))
     assert flux.sampling.schedule("unshifted", 1, 1).tolist() == [1, 0]
     with pytest.raises(AttributeError, match="nonsense"):

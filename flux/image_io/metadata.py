@@ -267,8 +267,8 @@ def restore_args(args: Namespace, metadata: dict, default: Callable[[str], objec
 
 def with_current_names(metadata: dict) -> dict:
     """Rename what older versions wrote, and fill in what they did not have."""
-    later = ("decode_dtype", "text_encoder", "text_encoder_2", "tokenizer")
-    later += ("solver", "sigmas", "shift")
+    later = ["decode_dtype", "text_encoder", "text_encoder_2", "tokenizer"]
+    later += ["solver", "sigmas", "shift"]
     current = dict.fromkeys(later) | _renamed(metadata, OLD_NAMES)
     if isinstance(options := current.get("image_options"), dict):
         current["image_options"] = _renamed(options, OLD_OPTION_NAMES)

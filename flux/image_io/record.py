@@ -53,7 +53,9 @@ def describe_call(
         if isinstance(given_images, str | Path) or not isinstance(given_images, list | tuple):
             given_images = [given_images]
         files["images"] = _described(given_images)
-        files["mask"] = None if inputs.mask is None else (_described([inputs.mask]) or [False])[0]
+        if inputs.mask is not None:  # False: of no file, so the image cannot be made again
+            described = _described([inputs.mask])
+            files["mask"] = described[0] if described else False
         metadata["image_options"] = {name: _plain(getattr(inputs, name)) for name in IMAGE_OPTIONS}
     return metadata | files
 

@@ -1,0 +1,42 @@
+"""What the examples share: flags, which are read before torch is imported, and sheets of images."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # the repository
+
+SCENE = "a small yellow star above a large blue ring on a white background"
+
+
+def parse(doc: str, **more) -> argparse.Namespace:
+    """Return the flags of an example; `more`: name=default of its own flags."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="default: the toy flux.2-tiny")
+    parser.add_argument("--steps", type=int, help="default: the model's")
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--output", metavar="FILE", help="PNG to write (default: none)")
+    for name, default in more.items():
+        kind = type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"default: {default}")
+    return parser.parse_args()
+
+
+def save(path: str | None, images: Sequence) -> None:
+    """Write images side by side; nothing without a path, and nothing over an existing file."""
+    if path is None:
+        return
+    from PIL import Image
+
+    from flux.image_io.output import write_exclusive
+
+    sheet = Image.new("RGB", (sum(i.width for i in images), images[0].height), "white")
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width
+    made = write_exclusive(Path(path), lambda file: sheet.quantize(64).save(file, "PNG"))
+    print(made)
