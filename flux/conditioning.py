@@ -52,6 +52,7 @@ class Conditions:
     strength: float | None = 1.0  # the share of the steps that is run; None: `start_strength`'s
     control_image: Image.Image | None = None  # what the channels were encoded from, to look at
     init_image: InitImage | None = None  # for `request.postprocess`
+    crop: tuple[int, int, int, int] | None = None  # of the output: left, top, right, bottom
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -78,15 +79,17 @@ def collate(conditions: Sequence[Conditions]) -> Conditions:
     return replace(first, **batch)
 
 
-def batches(conditions: Sequence[Conditions | None], num_images: int) -> list[list[int]]:
-    """Group image numbers whose conditions can share a batch.
+def batches(
+    conditions: Sequence[Conditions | None], lengths: Sequence[int], num_images: int
+) -> list[list[int]]:
+    """Group image numbers whose conditions, and lengths of prompts, can share a batch.
 
-    That is one group, unless prompts have different input images.
+    That is one group, unless prompts have different input images or, in FLUX 3, other lengths.
     """
     groups = defaultdict(list)
     for number in range(len(conditions) * num_images):
-        used = conditions[number // num_images]
-        groups[used and used.batch_key].append(number)
+        used, length = conditions[number // num_images], lengths[number // num_images]
+        groups[used and used.batch_key, length].append(number)
     return list(groups.values())
 
 
@@ -150,16 +153,22 @@ def initial_latents(
 # ------------------------------------------------------------------------------ the layouts
 
 
-def reference_tokens(latents: Sequence[Tensor], axes: int) -> tuple[Tensor, Tensor]:
+def reference_tokens(
+    latents: Sequence[Tensor], axes: int, flux3: bool = False
+) -> tuple[Tensor, Tensor]:
     """Flatten the latents (1, C, h, w) of all references into tokens (1, R, C) and ids (R, axes).
 
     FLUX.2 (4 axes) numbers its references by t = 10, 20, ... FLUX.1 Kontext was trained with one,
-    at t = 1. Several stand side by side there: the columns of the next one go on.
+    at t = 1. Several stand side by side there: the columns of the next one go on. FLUX 3 numbers
+    its references on the last axis.
     """
     tokens, ids, left = [], [], 0
     for number, x in enumerate(latents, start=1):
         height, width = x.shape[2:]
         tokens.append(rearrange(x, "b c h w -> b (h w) c"))
+        if flux3:
+            ids.append(sampling.flux3_image_ids(height, width, number))
+            continue
         t = 10 * number if axes == 4 else 1
         ids.append(sampling.image_ids(height, width, axes, t=t, left=left))
         left += 0 if axes == 4 else width
@@ -257,6 +266,6 @@ def _redux_tokens(images: ImageInputs, embed: Embed) -> Tensor:
 def _with_references(
     conditions: Conditions, spec: ModelSpec, images: ImageInputs, latents: Sequence[Tensor]
 ) -> Conditions:
-    tokens, ids = reference_tokens(latents, len(spec.transformer.axes_dim))
+    tokens, ids = reference_tokens(latents, len(spec.transformer.axes_dim), spec.flux3)
     kv_cache = spec.kv_cached_references if images.kv_cache is None else images.kv_cache
     return replace(conditions, references=tokens, reference_ids=ids, kv_cache=kv_cache)

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from flux.autoencoder import AutoEncoderConfig
 from flux.clip import CLIPConfig
+from flux.errors import UserError
 from flux.language_model import LanguageModelConfig
 from flux.t5 import T5Config
 from flux.transformer import FluxConfig
+from flux.transformer3 import Flux3Config
 
 # ------------------------------------------------------------------ what a row states
 
@@ -48,7 +50,7 @@ class FLUX1Text:
 
 @dataclass(frozen=True)
 class FLUX2Text:
-    """FLUX.2: the middle layers of a language model give the text tokens. No pooled vector."""
+    """FLUX.2, FLUX 3: middle layers of a language model give the text tokens. No pooled vector."""
 
     model: LanguageModelConfig
     files: tuple[str, ...] = (  # the first one that exists
@@ -82,13 +84,13 @@ class ModelSpec:
     name: str  # the repository's name in lower case
     repository: str  # on Hugging Face; "embedded" if the files are in this package
     licence: Licence
-    transformer: FluxConfig
+    transformer: FluxConfig | Flux3Config
     transformer_file: str
     text: FLUX1Text | FLUX2Text
-    text_length: int  # tokens, padding included
+    text_length: int  # tokens, padding included; FLUX 3: at most
     autoencoder: AutoEncoderConfig
     autoencoder_files: tuple[str, ...]  # equivalent files; the first is downloaded
-    schedule: Literal["linear", "empirical", "unshifted"]  # how times are shifted
+    schedule: Literal["linear", "empirical", "unshifted", "constant"]  # how times are shifted
     steps: int
     guidance: float | None = None  # None: the model takes no guidance
     cfg: bool = False  # guidance is classifier-free: a second forward pass without the prompt
@@ -108,8 +110,33 @@ class ModelSpec:
 
     @property
     def flux1(self) -> bool:
-        """Whether this is FLUX.1, by its text encoders; else FLUX.2."""
+        """Whether this is FLUX.1, by its text encoders; else FLUX.2 or FLUX 3."""
         return isinstance(self.text, FLUX1Text)
+
+    @property
+    def flux_config(self) -> FluxConfig:
+        """The transformer's configuration, where only that of FLUX.1 and FLUX.2 is supported."""
+        self.refuse_flux3()
+        assert isinstance(self.transformer, FluxConfig)
+        return self.transformer
+
+    def refuse_flux3(self) -> None:
+        """Raise UserError if this is FLUX 3: training and the tools for ports do not cover it."""
+        if self.flux3:
+            raise UserError(
+                f"name: {self.name} is FLUX 3, which is not supported here. "
+                "Use a model of FLUX.1 or FLUX.2."
+            )
+
+    @property
+    def pooled_dim(self) -> int | None:
+        """The width of the pooled text: FLUX.1's."""
+        return None if isinstance(self.transformer, Flux3Config) else self.transformer.vector_dim
+
+    @property
+    def flux3(self) -> bool:
+        """Whether this is FLUX 3, by its transformer."""
+        return isinstance(self.transformer, Flux3Config)
 
 
 APACHE = Licence("Apache-2.0", commercial=True, gated=False)
@@ -117,6 +144,7 @@ SCHNELL = Licence("Apache-2.0", commercial=True, gated=True)
 DEV = Licence("FLUX.1 [dev] Non-Commercial License", commercial=False, gated=True)
 DEV2 = Licence("FLUX.2 [dev] Non-Commercial License", commercial=False, gated=True)
 KLEIN = Licence("FLUX Non-Commercial License", commercial=False, gated=True)
+KOMMUNITY = Licence("FLUX Kommunity License v1.0", commercial=False, gated=True)
 
 # ------------------------------------------------------------------ sizes of the networks
 
@@ -155,6 +183,8 @@ KLEIN_9B = replace(
     depth_single=24,
     guidance=False,
 )
+KLEIN3_BASE = Flux3Config()
+KLEIN3 = replace(KLEIN3_BASE, flow_map=True)
 TINY = replace(
     FLUX2,
     in_channels=64,
@@ -202,6 +232,9 @@ MISTRAL = LanguageModelConfig(
     theta=1e9,
     eps=1e-5,
     qk_norm=False,
+)
+QWEN3_VL_4B = replace(
+    QWEN3_4B, layers=(4, 8, 12, 16, 20, 24, 28, 32), theta=5_000_000.0, padding_position=1
 )
 QWEN3_TINY = LanguageModelConfig(
     layers=(2, 3, 4),
@@ -276,6 +309,21 @@ _undistilled: dict[str, Any] = dict(steps=50, guidance=4.0, cfg=True, distilled=
 _base_4b = replace(_klein_4b, **_undistilled)
 _base_9b = replace(_klein_9b, **_undistilled)
 
+_klein3 = replace(
+    _klein,
+    licence=KOMMUNITY,
+    transformer=KLEIN3,
+    text=FLUX2Text(QWEN3_VL_4B, tokenizer=("text_encoder/tokenizer.json",)),
+    text_length=8192,
+    autoencoder_files=(AE, VAE),
+    schedule="constant",
+    steps=16,
+    distilled="it was distilled to a flow map, which samples without guidance, in 16 steps",
+)
+_klein3_base = replace(
+    _klein3, transformer=KLEIN3_BASE, steps=50, guidance=3.5, cfg=True, distilled=""
+)
+
 _toy1 = replace(
     _dev,
     licence=APACHE,
@@ -331,6 +379,11 @@ def _quantized(like: ModelSpec, base: str, repository: str) -> ModelSpec:
     return replace(row, name=repository.lower(), addon=addon, weight_format=weight_format)
 
 
+def _row3(like: ModelSpec, repository: str) -> ModelSpec:
+    """A model of FLUX 3, whose files are all in one repository."""
+    return replace(_row(like, repository, "model"), name=repository.replace("flux-3", "flux.3"))
+
+
 def _embedded(like: ModelSpec, name: str, file: str) -> ModelSpec:
     """A toy model whose files are in this package."""
     return replace(like, name=name, repository="embedded", transformer_file=f"{file}.safetensors")
@@ -364,6 +417,8 @@ _ROWS = (
     _quantized(_base_4b, "FLUX.2-klein-base-4B", "FLUX.2-klein-base-4b-fp8"),
     _quantized(_base_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-fp8"),
     _quantized(_base_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-nvfp4"),
+    _row3(_klein3, "flux-3-image-klein"),
+    _row3(_klein3_base, "flux-3-image-klein-base"),
     _embedded(_toy1, "flux.1-tiny", "flux1-tiny"),
     _embedded(_toy2, "flux.2-tiny", "flux-2-tiny"),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flux import transformer3
 from flux.argument_names import explain_other_names
 from flux.arguments import optional, shown, to_flag, to_integer, to_number, to_path, to_text
 from flux.autoencoder import AutoEncoder
@@ -20,6 +21,7 @@ from flux.runtime.options import Offload, RuntimeOptions
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys
 from flux.text_encoder import TextEncoder, build_text_encoder
 from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, FluxConfig, Numerics
+from flux.transformer3 import Flux3, Flux3Config
 from flux.weights.bundles import bundled_parts
 from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import shard_files
@@ -91,6 +93,8 @@ def load(
         if to_text("numerics", numerics) not in NUMERICS:
             raise UserError(f"numerics: unknown (got {numerics!r}, expected one of {presets}).")
         numerics = NUMERICS[numerics]
+    if spec.flux3:
+        numerics = flux3_numerics(numerics)
     if dtype is not None and not (
         isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
     ):
@@ -183,19 +187,21 @@ def build_networks(
     if numerics.decode == "bfl":
         adapt_autoencoder = bfl_autoencoder
 
-    def build_transformer(config: FluxConfig) -> Flux:
-        return Flux(config, numerics)
+    def build_transformer(config: FluxConfig | Flux3Config) -> Flux | Flux3:
+        if isinstance(config, FluxConfig):
+            return Flux(config, numerics)
+        return Flux3(config, torch.float32 if numerics.modulation == "float32" else None)
 
     if text is None:
         text = build_text_encoder(spec.text, files, spec.text_length, **common)
-    transformer = LazyModule(
+    transformer: LazyModule[Any] = LazyModule(
         build_transformer,
         spec.transformer,
         files["transformer"],
-        block_lists=BLOCK_LISTS,
+        block_lists=transformer3.BLOCK_LISTS if spec.flux3 else BLOCK_LISTS,
         compile=options.compile,
         repeated=True,
-        adapt=fast_transformer if fast else None,
+        adapt=fast_transformer if fast and not spec.flux3 else None,
         **common,
     )
     if (
@@ -232,6 +238,17 @@ def build_networks(
         )
         redux = siglip, LazyModule(Redux, ReduxConfig(), files["redux"], **common)
     return Networks(text, transformer, autoencoder, image_encoder, redux)
+
+
+def flux3_numerics(numerics: Numerics) -> Numerics:
+    """Return the numerics of a FLUX 3 model.
+
+    Black Forest Labs' code keeps the latents in float32 and decodes in float32, unlike that of
+    FLUX.1 and FLUX.2.
+    """
+    state = "float32" if numerics.state == "bfl" else numerics.state
+    decode = "float32" if numerics.decode == "bfl" else numerics.decode
+    return replace(numerics, state=state, decode=decode)
 
 
 def decode_dtype(numerics: Numerics, dtype: torch.dtype) -> torch.dtype:

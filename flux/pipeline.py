@@ -7,6 +7,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,19 +53,21 @@ from flux.runtime.tiling import decode_tiled
 from flux.siglip import preprocess_for_siglip
 from flux.solvers import Solver
 from flux.text_encoder import FLUX1TextEncoder, FLUX2TextEncoder, TextEncoder, TextFeatures
-from flux.transformer import Flux, Numerics
+from flux.transformer import Numerics
 from flux.velocity import Now, ResidualsFn, Velocity
+from flux.velocity3 import Velocity3
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, its new time, latents (B, C, h, w)
 
 MAX_AHEAD = 256  # prompts that are encoded before the first image: some seconds
+USUAL_TOKENS = 240  # of FLUX 3, whose prompts have any length, before one is known
 
 
 class Networks(NamedTuple):
     """The networks of a model. A LazyModule loads its module when it is called."""
 
     text: TextEncoder
-    transformer: LazyModule[Flux]
+    transformer: LazyModule[Any]  # Flux or Flux3
     autoencoder: LazyModule[AutoEncoder]  # for decoding, in its dtype
     image_encoder: LazyModule[AutoEncoder]  # the same in float32, for input images
     redux: tuple[LazyModule[Any], ...] = ()  # SigLIP and the projection of FLUX.1 Redux
@@ -104,6 +107,8 @@ class Pipeline:
             changeable |= {"t5": self.text.t5, "clip": self.text.clip}
         elif isinstance(self.text, FLUX2TextEncoder):
             changeable["language_model"] = self.text.model
+        # of the longest prompt so far, padding included
+        self.text_tokens = USUAL_TOKENS if spec.flux3 else self.text.length
         self._loras = LoraManager(
             spec, files.get("lora", ()), changeable, changed=self.text.cache.clear
         )
@@ -157,6 +162,8 @@ class Pipeline:
         if conditions[0] is not None and not isinstance(images, Conditions):
             width = height = None  # the conditions know their size
         largest = max(conditions, key=lambda c: c.width * c.height if c else 0)
+        blank = [negative_prompt or ""] if use_cfg else []
+        self.text_tokens = self.text.padded_length([*prompts, *blank])
         self.plan_memory(width, height, steps, count, largest)
 
         listed: Any = images
@@ -178,16 +185,18 @@ class Pipeline:
             )
             for row, used in enumerate(conditions)
         ]
-        features = self.encode(prompts)
-        negative = self.encode([negative_prompt or ""]) if use_cfg else None
+        features = [self.text.features(prompt) for prompt in prompts]
+        negative = self.text.features(blank[0]) if blank else None
+        self.residency.done(*self.text.networks)
+        lengths = [one.tokens.shape[1] for one in features]
         results: dict[int, Image.Image] = {}
-        for numbers in conditioning.batches(conditions, num_images):
+        for numbers in conditioning.batches(conditions, lengths, num_images):
             rows = [number // num_images for number in numbers]
             seeds = [seed + number for number in numbers]
             of_batch = [c for c in (conditions[row] for row in rows) if c is not None]
             shared = conditioning.collate(of_batch) if of_batch else None
             latents = self.sample(
-                features.rows(rows),
+                text_encoder.concatenate([features[row] for row in rows]),
                 seeds,
                 width,
                 height,
@@ -205,7 +214,10 @@ class Pipeline:
                 row = number // num_images
                 if (used := conditions[row]) is not None:
                     image = request.postprocess(image, used.init_image)
-                own = {"prompt": prompts[row], "seed": seed + number}
+                    image = image.crop(used.crop) if used.crop else image
+                own: dict[str, Any] = {"prompt": prompts[row], "seed": seed + number}
+                if used is not None and used.crop:
+                    own["cropped"] = True  # from the size that follows from the reference
                 results[number] = recorded(image, records[row] | own)
         return [results[number] for number in range(count)]
 
@@ -219,8 +231,7 @@ class Pipeline:
         prompts = arguments.to_texts("prompts", prompts)
         if not prompts:
             raise UserError("prompts: empty. Pass at least one prompt.")
-        if self.residency.planned is None:
-            self.plan_memory()
+        self._plan_text(prompts)
         features = self.text.encode(prompts)
         self.residency.done(*self.text.networks)
         return features
@@ -230,11 +241,18 @@ class Pipeline:
 
         What is kept has a bound: pass at most `prompts_ahead` prompts, and one negative prompt.
         """
-        if self.residency.planned is None:
-            self.plan_memory()
-        for prompt in arguments.to_texts("prompts", prompts):
+        prompts = arguments.to_texts("prompts", prompts)
+        self._plan_text(prompts)
+        for prompt in prompts:
             self.text.features(prompt)
         self.residency.done(*self.text.networks)
+
+    def _plan_text(self, prompts: Sequence[str]) -> None:
+        """Plan memory for the prompts, unless the present plan is enough."""
+        self.text_tokens = max(self.text_tokens, self.text.padded_length(prompts))
+        planned = self.residency.planned
+        if planned is None or (planned.text_tokens or 0) < self.text_tokens:
+            self.plan_memory()
 
     @property
     def prompts_ahead(self) -> int:
@@ -243,9 +261,9 @@ class Pipeline:
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes of one prompt's features."""
-        c = self.spec.transformer
-        return (self.text.length * c.context_dim + (c.vector_dim or 0)) * self.text.dtype.itemsize
+        """Bytes of one prompt's features; FLUX 3: of the longest prompt so far."""
+        width = self.text_tokens * self.spec.transformer.context_dim
+        return (width + (self.spec.pooled_dim or 0)) * self.text.dtype.itemsize
 
     # ---------------------------------------------------------------- input images -> conditions
 
@@ -258,6 +276,7 @@ class Pipeline:
         width = arguments.optional(arguments.to_integer, "width", width)
         height = arguments.optional(arguments.to_integer, "height", height)
         request.check_images(self.spec, images)
+        crop = request.crop_box(self.spec, images) if width is height is None else None
         width, height = request.output_size(self.spec, images, width, height)
         check_size(height, width)
         largest = max(image.width * image.height for image in images.images)
@@ -272,7 +291,7 @@ class Pipeline:
             bfl_levels=self.numerics.images == "bfl",
         )
         self.residency.done(self.image_encoder, *self.redux_networks)
-        return conditions
+        return replace(conditions, crop=crop)
 
     def _encode_image(self, pixels: Tensor) -> Tensor:
         """(1, 3, H, W) -> latents (1, C, H/16, W/16), float32."""
@@ -349,6 +368,8 @@ class Pipeline:
         steps = check_steps(spec, steps)
         solve, on_schedule = solvers.find(solver, self.numerics.state)
         scales, inputs = self._guidance(guidance, true_cfg_scale, steps)
+        if spec.flux3:
+            self._check_flux3(features, negative, solve, residuals)
         if not self.residency.covers(self._workload(conditions, steps, len(seeds))):
             self.plan_memory(conditions.width, conditions.height, steps, len(seeds), conditions)
 
@@ -375,12 +396,14 @@ class Pipeline:
             if conditions.text is not None:  # text tokens that images became
                 features = features.append(conditions.text)
             channels = spec.autoencoder.latent_channels
-            noise = sampling.noise(seeds, channels, h, w, spatial=spec.flux1)
+            tokens = spec.flux3 and self.numerics.noise == "tokens"
+            noise = sampling.noise(seeds, channels, h, w, spatial=spec.flux1, tokens=tokens)
+            if spec.flux3:  # as Black Forest Labs' code and diffusers do
+                noise = noise.to(self.dtype).float()
             x, blend = conditioning.initial_latents(  # (B, L, C)
-                noise, times[0].item(), conditions, self.device, contiguous=spec.transformer.bias
+                noise, times[0].item(), conditions, self.device, contiguous=spec.flux1
             )
-            velocity = Velocity(
-                self.transformer,
+            velocity = self._velocity(
                 features,
                 negative,
                 conditions,
@@ -388,7 +411,6 @@ class Pipeline:
                 times.tolist(),
                 scales,
                 inputs,
-                now=self.now,
                 residuals=residuals,
                 drop_modulation=on_schedule and not self.residency.keep,
             )
@@ -429,6 +451,8 @@ class Pipeline:
         check_features(self.spec, "features", features, batch)
         h = conditions.height // 16
         scales, inputs = self._guidance(guidance, true_cfg_scale, 1)
+        if self.spec.flux3:
+            self._check_flux3(features, negative, None, residuals)
         if not self.residency.covers(self._workload(conditions, 1, batch)):
             self.plan_memory(conditions.width, conditions.height, 1, batch, conditions)
         with self._autograd(gradients):
@@ -436,8 +460,7 @@ class Pipeline:
                 negative = self.encode([""])
             if conditions.text is not None:
                 features = features.append(conditions.text)
-            of_tokens = Velocity(
-                self.transformer,
+            of_tokens = self._velocity(
                 features,
                 negative,
                 conditions,
@@ -445,7 +468,6 @@ class Pipeline:
                 [1.0, 0.0],
                 scales,
                 inputs,
-                now=self.now,
                 residuals=residuals,
             )
 
@@ -455,6 +477,53 @@ class Pipeline:
                 return rearrange(of_tokens(tokens, t).float(), "b (h w) c -> b c h w", h=h)
 
         return velocity
+
+    def _velocity(
+        self,
+        features: TextFeatures,
+        negative: TextFeatures | None,
+        conditions: Conditions,
+        batch: int,
+        times: Sequence[float],
+        scales: Sequence[float],
+        guidance: Sequence[float] | None,
+        residuals: ResidualsFn | None = None,
+        drop_modulation: bool = False,
+    ) -> Velocity | Velocity3:
+        """Return the velocity of tokens (B, L, C)."""
+        common: Any = dict(
+            transformer=self.transformer,
+            features=features,
+            negative=negative,
+            conditions=conditions,
+            batch=batch,
+            times=times,
+            scales=scales,
+            now=self.now,
+        )
+        if self.spec.flux3:
+            return Velocity3(**common, numerics=self.numerics)
+        only: Any = dict(guidance=guidance, residuals=residuals, drop_modulation=drop_modulation)
+        return Velocity(**common, **only)
+
+    def _check_flux3(
+        self,
+        features: TextFeatures,
+        negative: TextFeatures | None,
+        solve: Solver | None,
+        residuals: ResidualsFn | None,
+    ) -> None:
+        """Raise UserError for what FLUX 3 does not support; note the length of the prompts."""
+        name, prompts = self.spec.name, [f for f in (features, negative) if f is not None]
+        if residuals is not None:
+            raise UserError(f"residuals: {name} takes none. Use a model of FLUX.1 or FLUX.2.")
+        if any(f.mask is not None for f in prompts):
+            raise UserError(f"features: {name} takes no `mask`. Use a model of FLUX.1 or FLUX.2.")
+        if solve is not None and self.spec.distilled:
+            raise UserError(
+                f'solver: must be "euler" for {name}: {self.spec.distilled}. Use a base model.'
+            )
+        self.text_tokens = max(self.text_tokens, *(f.tokens.shape[1] for f in prompts))
 
     def watch(
         self, see: Callable[[Tap, Tensor], object], only: Sequence[str] = ()
@@ -607,4 +676,5 @@ class Pipeline:
             encoded_pixels,
             self.autoencoder.dtype.itemsize,
             self.options.fast and runs_fast(self.numerics, self.device.type),
+            self.text_tokens,
         )

@@ -29,18 +29,30 @@ Blend = Callable[[Tensor, float], Tensor]  # x at a new time -> x
 
 
 def noise(
-    seeds: Sequence[int | torch.Generator], channels: int, height: int, width: int, spatial: bool
+    seeds: Sequence[int | torch.Generator],
+    channels: int,
+    height: int,
+    width: int,
+    spatial: bool,
+    tokens: bool = False,
 ) -> Tensor:
     """Return standard normal latents, (B, channels, height, width) float32, drawn on the CPU.
 
     Each seed has its own generator. So the noise of a seed is the same alone and in a batch, on
     every device. A generator in the place of a seed goes on where it is. `spatial`: FLUX.1 draws
-    before it packs 2x2 patches into channels, FLUX.2 draws packed latents.
+    before it packs 2x2 patches into channels, FLUX.2 draws packed latents. `tokens`: FLUX 3 draws
+    all channels of a token before the next token.
     """
-    shape = (channels // 4, 2 * height, 2 * width) if spatial else (channels, height, width)
+    shape: tuple[int, ...] = (channels, height, width)
+    if spatial:
+        shape = (channels // 4, 2 * height, 2 * width)
+    elif tokens:
+        shape = (height, width, channels)
     generators = [torch.Generator().manual_seed(s) if isinstance(s, int) else s for s in seeds]
     drawn = [torch.randn(shape, generator=generator) for generator in generators]
-    x = torch.stack(drawn)  # (B, channels/4, 2h, 2w) or (B, channels, h, w)
+    x = torch.stack(drawn)  # (B, *shape)
+    if tokens:
+        x = rearrange(x, "b h w c -> b c h w")
     if spatial:
         x = rearrange(x, "b c (h ph) (w pw) -> b (c ph pw) h w", ph=2, pw=2)
     return x
@@ -59,6 +71,16 @@ def image_ids(height: int, width: int, axes: int, t: int = 0, left: int = 0) -> 
     return rearrange(ids, "h w axes -> (h w) axes")
 
 
+def flux3_image_ids(height: int, width: int, reference: int = 0) -> Tensor:
+    """Return FLUX 3's positions (0, row / 2, column / 2, -reference): (height * width, 4), float32.
+
+    The last axis tells images apart: 0 is the generated image, references count from 1.
+    """
+    ids = image_ids(height, width, 4) / 2
+    ids[:, 3] = -reference
+    return ids
+
+
 def text_ids(length: int, axes: int) -> Tensor:
     """Return positions of text tokens, (length, axes), int64.
 
@@ -72,6 +94,8 @@ def text_ids(length: int, axes: int) -> Tensor:
 
 # ------------------------------------------------------------------ times
 
+SHIFT = 6.93  # of FLUX 3, for every size: t -> SHIFT t / (1 + (SHIFT - 1) t)
+
 
 def schedule(
     kind: str, steps: int, tokens: int, rounding: Literal["float64", "bfl", "diffusers"] = "float64"
@@ -79,9 +103,10 @@ def schedule(
     """Return times from 1 to 0, (steps + 1,) float32.
 
     `kind`: "unshifted" (schnell) is even. "linear" (FLUX.1) and "empirical" (FLUX.2) shift by mu,
-    t -> e^mu / (e^mu + 1/t - 1), and larger images spend more steps near the noise. `tokens`
-    counts the generated image's tokens, without references. `rounding`: the arithmetic, float64
-    or the float32 of a published implementation, which differs in the last bits.
+    t -> e^mu / (e^mu + 1/t - 1), and larger images spend more steps near the noise. "constant"
+    (FLUX 3) shifts by `SHIFT`. `tokens` counts the generated image's tokens, without references.
+    `rounding`: the arithmetic, float64 or the float32 of a published implementation, which differs
+    in the last bits.
     """
     times: Any  # numpy's for diffusers, torch's otherwise
     if rounding == "diffusers":
@@ -90,7 +115,9 @@ def schedule(
         times = torch.linspace(1, 0, steps + 1)
     else:
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    if kind != "unshifted":
+    if kind == "constant":
+        times = SHIFT * times / (1 + (SHIFT - 1) * times)
+    elif kind != "unshifted":
         mu = compute_empirical_mu(tokens, steps) if kind == "empirical" else calculate_shift(tokens)
         times = math.exp(mu) / (math.exp(mu) + (1 / times - 1))  # e^mu / infinity at t = 0
     if rounding == "diffusers":

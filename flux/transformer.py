@@ -53,7 +53,7 @@ class FluxConfig:
 class Numerics:
     """Where the published implementations round differently. `NUMERICS` names the presets.
 
-    The first three fields concern this network, the others what runs around it.
+    The first three fields concern this network, the others what runs around it, and FLUX 3.
     In float32, `time`, `norm_scale` and `state` make no difference.
     """
 
@@ -64,6 +64,8 @@ class Numerics:
     schedule: Literal["float64", "bfl", "diffusers"] = "float64"  # arithmetic of the times
     decode: Literal["float32", "bfl", "model"] = "float32"  # dtype of the decoder
     images: Literal["rounded", "bfl"] = "rounded"  # levels of control maps, steps of a strength
+    noise: Literal["tokens", "grid"] = "tokens"  # FLUX 3: the order in which it is drawn
+    modulation: Literal["float32", "model"] = "float32"  # FLUX 3: dtype of norms and modulation
 
 
 NUMERICS = {
@@ -78,7 +80,12 @@ NUMERICS = {
         images="bfl",
     ),
     "diffusers": Numerics(
-        time="diffusers", state="diffusers", schedule="diffusers", decode="model"
+        time="diffusers",
+        state="diffusers",
+        schedule="diffusers",
+        decode="model",
+        noise="grid",
+        modulation="model",
     ),
 }
 

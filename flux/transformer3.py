@@ -205,8 +205,8 @@ class Stream(NamedTuple):
 
 BLOCK_LISTS = (  # in the order in which they run
     "txt_mode_blocks",
-    "content_mode_blocks.image",
     "content_mode_blocks.image_cond",
+    "content_mode_blocks.image",
     "single_blocks",
 )
 
@@ -256,13 +256,17 @@ class Flux3(nn.Module):
     ) -> Tensor:
         """Return the velocity of the image tokens, (B, L, C)."""
         vec, vec_0 = self.vec(t, target), self.vec(torch.zeros_like(t), target)
-        text = self.stream("txt", txt, txt_ids, vec_0)
+        text = self.stream("txt", txt, self.rope(txt_ids), vec_0)
         others = []
         if references is not None:
             if reference_ids is None:
                 raise ValueError("reference_ids: missing. Pass the positions of `references`.")
-            others = [self.stream("image_cond", references, reference_ids, vec_0)]
-        return self.denoise(img, img_ids, vec, text, *others)
+            others = [self.stream("image_cond", references, self.rope(reference_ids), vec_0)]
+        return self.denoise(img, self.rope(img_ids), vec, text, *others)
+
+    def rope(self, ids: Tensor) -> Tensor:
+        """Return the rotations of positions: (N', 4) -> (N', d/2, 2, 2), float32."""
+        return rope_table(ids, self.config.axes_dim, self.config.theta)
 
     def vec(self, t: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the conditioning vector of a time: (B,) -> (B, 1, D)."""
@@ -275,13 +279,12 @@ class Flux3(nn.Module):
             vec = vec + self.ref_time_in(target)
         return vec[:, None]
 
-    def stream(self, mode: str, tokens: Tensor, ids: Tensor, vec: Tensor) -> Stream:
+    def stream(self, mode: str, tokens: Tensor, rope: Tensor, vec: Tensor) -> Stream:
         """Run the mode blocks of "image", "image_cond" or "txt" on its tokens (B, N', C | D').
 
         Without a flow map, text and references have the same vec at all times: their streams are
         the same in all steps.
         """
-        rope = rope_table(ids, self.config.axes_dim, self.config.theta)
         x = self.txt_in(tokens) if mode == "txt" else self.emb_in[mode](tokens)  # (B, N', D)
         active = F.silu(vec)  # (B, 1, D)
         mod = self.early_stream_modulations[mode](active)
@@ -291,10 +294,10 @@ class Flux3(nn.Module):
         return Stream(x, rope, self.single_stream_modulations[mode](active))
 
     def denoise(
-        self, img: Tensor, img_ids: Tensor, vec: Tensor, text: Stream, *references: Stream
+        self, img: Tensor, rope: Tensor, vec: Tensor, text: Stream, *references: Stream
     ) -> Tensor:
         """Do what `forward` does, from the streams of the text and of references."""
-        streams = [text, self.stream("image", img, img_ids, vec), *references]
+        streams = [text, self.stream("image", img, rope, vec), *references]
         x = torch.cat([stream.x for stream in streams], dim=1)  # (B, N, D)
         rope = torch.cat([stream.rope for stream in streams])  # (N, d/2, 2, 2)
         mods = [[part.expand(-1, s.x.shape[1], -1) for part in s.mod] for s in streams]

@@ -125,6 +125,8 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
         check_count(args)
     device = choose_device(args.device)
     spec = get_spec(args.model) if args.model else None
+    if spec:
+        spec.refuse_flux3()
     setting = Setting(device, args.rounds)
     if device.type == "cpu":
         setting = replace(setting, full_side=256, replayed=0.5)

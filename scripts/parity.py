@@ -234,7 +234,9 @@ def prepare(args: argparse.Namespace):
     prompts = list(sample.gather_prompts(args))
     if len(prompts) > 1:
         raise UserError(f"prompts: one capture has one prompt (got {len(prompts)})")
-    images = sample.gather_images(args, get_spec(args.model, args.transformer))
+    spec = get_spec(args.model, args.transformer)
+    spec.refuse_flux3()
+    images = sample.gather_images(args, spec)
     pipe = sample.load(args, fast=False)  # the plain networks are the reference
     size = args.width, args.height, args.steps, args.guidance
     return pipe, Request(

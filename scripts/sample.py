@@ -357,7 +357,8 @@ def run(args: argparse.Namespace) -> int:
         say(f"memory: the features of {pipe.prompts_ahead} prompts at a time, {size:.2g} GB")
 
     # 3. Encode the images, then some prompts at a time. No image depends on the others.
-    conditions = images and pipe.condition(images, width, height)
+    given = (args.width, args.height) if spec.flux3 else (width, height)
+    conditions = images and pipe.condition(images, *given)  # FLUX 3 crops a size that it chose
     if conditions:
         pipe.plan_memory(steps=steps, conditions=conditions)  # now the number of tokens is known
     if args.save_control:
@@ -375,6 +376,8 @@ def run(args: argparse.Namespace) -> int:
                 recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)
                 recipe |= files
                 recipe["upsampled_from"] = typed if args.upsample else None
+                if conditions and conditions.crop:
+                    recipe["cropped"] = True  # from the size that follows from the reference
                 if not args.no_metadata:
                     output.check_metadata_fits(args.output, recipe)
                 recipes.append(recipe)

@@ -179,7 +179,7 @@ def train_in_folder(
     )
 
     # 4. Train.
-    axes = len(pipe.spec.transformer.axes_dim)
+    axes = len(pipe.spec.flux_config.axes_dim)
     sampler = dataset.BatchSampler(
         encoded, args.batch_size, args.seed, axes, empty, args.caption_dropout
     )
@@ -268,7 +268,7 @@ def prepare_previews(
     args: argparse.Namespace, cache: dataset.Cache, encoded: Sequence[dataset.CachedSample]
 ) -> list[Preview]:
     """Return previews of --prompt, or of the first captions, with their references."""
-    axes, side = len(cache.pipe.spec.transformer.axes_dim), args.size // 16
+    axes, side = len(cache.pipe.spec.flux_config.axes_dim), args.size // 16
     chosen = list(encoded[:SAMPLE_IMAGES])
     if args.prompt:
         square = dataset.CachedSample(Path(), Path(), (), ((0, side, side),))

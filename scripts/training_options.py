@@ -20,7 +20,7 @@ from flux.training.trainer import optimizer_class
 from flux.transformer import Flux
 from flux.weights.files import shard_files
 from flux.weights.load import infer_config, init_empty, load_module
-from flux.weights.locate import with_transformer
+from flux.weights.locate import get_spec, with_transformer
 from flux.weights.quantization import QuantizedLinear
 
 # The library's arguments -> flags, for messages.
@@ -77,6 +77,7 @@ def load_pipeline(args: argparse.Namespace) -> flux.Pipeline:
     """Load the model. With --distill, the pipeline holds the teacher."""
     device = distributed.init(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    get_spec(args.model, args.transformer).refuse_flux3()
     if args.distill is None:
         return flux.load(args.model, args.weights, device, dtype, transformer=args.transformer)
     if args.distill.lower() in flux.MODELS:
@@ -242,7 +243,7 @@ def resolve_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
     """Set the guidance input. With --distill, make the pipeline's row that of a student."""
     spec = pipe.spec
     if args.distill:
-        if spec.transformer.guidance:
+        if spec.flux_config.guidance:
             raise UserError(
                 f"--distill: {args.distill} has a guidance embedding, so its guidance is distilled "
                 "already. Use a teacher with classifier-free guidance."
@@ -250,11 +251,11 @@ def resolve_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
         args.guidance_range = args.guidance_range or (1.0, 5.0)
         default = spec.guidance or sum(args.guidance_range) / 2
         pipe.spec = with_transformer(
-            replace(spec, guidance=default), replace(spec.transformer, guidance=True)
+            replace(spec, guidance=default), replace(spec.flux_config, guidance=True)
         )
         if args.transformer:
             load_student(args, pipe)
-    elif not spec.transformer.guidance and (args.train_at_guidance or args.guidance is not None):
+    elif not spec.flux_config.guidance and (args.train_at_guidance or args.guidance is not None):
         flag = "--train-at-guidance" if args.train_at_guidance else "--guidance"
         raise UserError(f"{flag}: {spec.name} has no guidance embedding. Leave it out.")
     # At guidance 1 a guidance-distilled model predicts the plain velocity of the data, which is the
@@ -272,7 +273,7 @@ def resolve_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
 def load_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
     """Load the student of --transformer. UserError if its shape is not that of a student."""
     config = infer_config(args.transformer)
-    if config != pipe.spec.transformer:
+    if config != pipe.spec.flux_config:
         fault = "has another shape" if config.guidance else "has no guidance embedding"
         raise UserError(
             f"{args.transformer}: is not a student of {args.distill}: it {fault}. Leave "
@@ -297,7 +298,7 @@ def check_memory(
     dtype = pipe.transformer.dtype if args.lora_rank else torch.float32
     build = partial(
         build_for_training,
-        pipe.spec.transformer,
+        pipe.spec.flux_config,
         dtype,
         args.lora_rank,
         args.target_modules or ["*"],

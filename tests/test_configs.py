@@ -16,6 +16,7 @@ from flux.configs import EMBEDDED, MODELS, Addon, FLUX1Text, FLUX2Text
 from flux.errors import UserError
 from flux.loading import load
 from flux.runtime.checks import check_guidance
+from flux.transformer3 import Flux3Config
 from flux.weights import locate as models
 from flux.weights.locate import get_spec, with_transformer
 
@@ -24,6 +25,7 @@ REAL = {
     for name, spec in MODELS.items()
     if not spec.embedded and spec.weight_format == "bfloat16"
 }
+FLUX3 = {name: REAL.pop(name) for name in list(REAL) if REAL[name].flux3}
 QUANTIZED = {name: spec for name, spec in MODELS.items() if spec.weight_format != "bfloat16"}
 
 # Model cards: FLUX.1-schnell (4 steps, 256 tokens, no guidance), FLUX.1-dev (50 steps, guidance
@@ -71,6 +73,8 @@ IMAGE_MODES = {
         "flux.2-klein-base-4b",
         "flux.2-klein-base-9b",
         "flux.2-tiny",
+        "flux.3-image-klein",
+        "flux.3-image-klein-base",
     },
 }
 
@@ -149,6 +153,28 @@ def test_networks():
             assert spec.text.model.layers == layers
         assert c.in_channels - EXTRA_CHANNELS.get(name, 0) == c.out_channels
         assert c.out_channels == autoencoder.latent_channels
+
+
+def test_flux3():
+    """Defaults of diffusers' blocks, and of others' ports of Black Forest Labs' code."""
+    assert set(FLUX3) == {"flux.3-image-klein", "flux.3-image-klein-base"}
+    for name, spec in FLUX3.items():
+        base = name.endswith("base")
+        assert spec.transformer == Flux3Config(flow_map=not base)
+        assert spec.repository == f"black-forest-labs/{name.replace('.3', '-3')}"
+        assert spec.transformer_file == "model.safetensors" and spec.schedule == "constant"
+        assert (spec.steps, spec.guidance, spec.cfg) == (
+            (50, 3.5, True) if base else (16, None, False)
+        )
+        assert bool(spec.distilled) != base and spec.size == 1024 and spec.text_length == 8192
+        assert spec.text.model.layers == (4, 8, 12, 16, 20, 24, 28, 32)
+        assert spec.text.model.features == spec.transformer.context_dim == 20480
+        assert (spec.text.model.theta, spec.text.model.padding_position) == (5_000_000, 1)
+        assert spec.autoencoder == MODELS["flux.2-dev"].autoencoder
+        assert spec.autoencoder_files[0] == "ae.safetensors"
+        assert spec.pooled_dim is None and not spec.licence.commercial and spec.licence.gated
+        with pytest.raises(UserError, match=f"^name: {name} is FLUX 3, which is not supported"):
+            spec.flux_config  # noqa: B018
 
 
 def test_use_of_input_images():
@@ -257,6 +283,8 @@ def test_licences():
         "flux.2-klein-9b": "FLUX Non-Commercial License",
         "flux.2-klein-9b-kv": "FLUX Non-Commercial License",
         "flux.2-klein-base-9b": "FLUX Non-Commercial License",
+        "flux.3-image-klein": "FLUX Kommunity License v1.0",
+        "flux.3-image-klein-base": "FLUX Kommunity License v1.0",
     }
 
 

@@ -418,3 +418,37 @@ def test_blend_runs_before_the_callback():
 
     x = sampling.denoise(lambda x, t: torch.ones(2), torch.zeros(2), even(4), callback, blend=blend)
     assert results == [[-0.25, 75], [-0.5, 50], [-0.75, 25], [-1, 0]] and x.tolist() == [-1, 0]
+
+
+def test_times_of_flux3():
+    """Literals of diffusers' scheduler with a shift of 6.93. Float32 errs by up to 1.2e-7."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    expected = {
+        4: "1 .9541074 .8738966 .6978852 0",
+        16: "1 .9904717 .9798021 .9677731 .9541074 .9384464 .9203186 .8990919 .8738966 .8435055 "
+        ".8061264 .7590361 .6978852 .6152707 .4974874 .3160055 0",
+    }
+    for steps, literals in expected.items():
+        times = sampling.schedule("constant", steps, tokens=1)
+        assert times.tolist() == pytest.approx(list(map(float, literals.split())), abs=2e-7)
+        assert torch.equal(times, sampling.schedule("constant", steps, tokens=9999))
+    for steps in (1, 4, 16, 50):
+        theirs = FlowMatchEulerDiscreteScheduler(shift=6.93)
+        theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        found = sampling.schedule("constant", steps, 1, "diffusers")
+        assert torch.equal(found, theirs.sigmas)
+        for rounding in ("bfl", "float64"):
+            other = sampling.schedule("constant", steps, 1, rounding)
+            assert (other - found).abs().max() <= 2e-7 and other[0] == 1 and other[-1] == 0
+    alpha = torch.linspace(1, 0, 17)  # the reference's line
+    assert torch.equal(
+        sampling.schedule("constant", 16, 1, "bfl"), 6.93 * alpha / (1 + (6.93 - 1) * alpha)
+    )
+
+
+def test_positions_of_flux3_are_halved():
+    ids = sampling.flux3_image_ids(2, 3, reference=2)
+    rows = [[0, y / 2, x / 2, -2] for y in range(2) for x in range(3)]
+    assert ids.dtype == torch.float32 and ids.tolist() == rows
+    assert sampling.flux3_image_ids(1, 2).tolist() == [[0, 0, 0, 0], [0, 0, 0.5, 0]]

@@ -34,6 +34,7 @@ from transformers import (
 
 from flux import tokenizers
 from flux.errors import UserError
+from flux.parity.reference3 import QwenVLProcessor
 from flux.tokenizers import (
     CLIPTokenizer,
     MistralTokenizer,
@@ -139,18 +140,6 @@ class Case:
         """Return the ids of a text without special tokens, and where each starts in the text."""
         encoded = self.raw(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded.input_ids, [start for start, _ in encoded.offset_mapping]
-
-
-class Processor:
-    """What FLUX 3's pipeline uses of transformers' Qwen3VLProcessor."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt
-        )
 
 
 NAMES = ["t5", "t5-json", "clip", "clip-json", "qwen", "qwen-old", "mistral"]
@@ -415,7 +404,7 @@ def test_ids_of_qwen_vl_equal_diffusers(folders, prompt):
     raw = Qwen2TokenizerFast.from_pretrained(folders["qwen"])
     with pytest.raises(Encoded) as encoded:
         Flux3TextEncoderStep._get_qwen3_vl_prompt_embeds(
-            Encoder(), Processor(raw), prompt, max_sequence_length=200
+            Encoder(), QwenVLProcessor(raw), prompt, max_sequence_length=200
         )
     ids, mask = encoded.value.args
     ours = QwenVLTokenizer(folders["qwen"])

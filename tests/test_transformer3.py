@@ -42,13 +42,14 @@ def per_token(ours: Flux3, batch: dict[str, Tensor]) -> Tensor:
     vec, vec_0 = ours.vec(t, target), ours.vec(torch.zeros_like(t), target)
 
     def stream(mode, tokens, ids):
-        return ours.stream(mode, tokens, ids, vec_0.expand(-1, tokens.shape[1], -1))
+        return ours.stream(mode, tokens, ours.rope(ids), vec_0.expand(-1, tokens.shape[1], -1))
 
     streams = [stream("txt", batch["txt"], batch["txt_ids"])]
     if "references" in batch:
         streams.append(stream("image_cond", batch["references"], batch["reference_ids"]))
     img = batch["img"]
-    return ours.denoise(img, batch["img_ids"], vec.expand(-1, img.shape[1], -1), *streams)
+    rope = ours.rope(batch["img_ids"])
+    return ours.denoise(img, rope, vec.expand(-1, img.shape[1], -1), *streams)
 
 
 # ------------------------------------------------------------------ parity
@@ -126,16 +127,18 @@ def test_streams_of_text_and_references_do_not_depend_on_the_time_of_a_base_mode
     """A run computes them once. A flow map's depend on the target."""
     ours, batch = model(FLUX3_TINY), inputs(FLUX3_TINY)
     zero = ours.vec(torch.zeros(2))
-    text = ours.stream("txt", batch["txt"], batch["txt_ids"], zero)
-    images = ours.stream("image_cond", batch["references"], batch["reference_ids"], zero)
+    text = ours.stream("txt", batch["txt"], ours.rope(batch["txt_ids"]), zero)
+    rope = ours.rope(batch["reference_ids"])
+    images = ours.stream("image_cond", batch["references"], rope, zero)
+    rope = ours.rope(batch["img_ids"])
     for t in ([0.9, 0.7], [0.2, 0.0]):
         batch["t"] = torch.tensor(t)
-        kept = ours.denoise(batch["img"], batch["img_ids"], ours.vec(batch["t"]), text, images)
+        kept = ours.denoise(batch["img"], rope, ours.vec(batch["t"]), text, images)
         assert torch.equal(kept, ours(**batch))
-    flow_map, outs = model(FLOW_MAP), []
+    flow_map, outs, rope = model(FLOW_MAP), [], ours.rope(batch["txt_ids"])
     for target in (0.5, 0.6):
         zero = flow_map.vec(torch.zeros(2), torch.full((2,), target))
-        outs.append(flow_map.stream("txt", batch["txt"], batch["txt_ids"], zero).x)
+        outs.append(flow_map.stream("txt", batch["txt"], rope, zero).x)
     assert max_error(*outs) > 0.01
 
 

@@ -260,7 +260,8 @@ def restore_args(args: Namespace, metadata: dict, default: Callable[[str], objec
     if args.image:
         restore_image_options(args, metadata, default)
     args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
-    for name in REQUIRED.keys() - {"prompt", *PARTS}:
+    chosen = {"width", "height"} if metadata.get("cropped") else set()  # by the reference
+    for name in REQUIRED.keys() - {"prompt", *PARTS} - chosen:
         if getattr(args, name) is None or getattr(args, name) is False:  # 0 is a typed seed
             setattr(args, name, metadata[name])
 

@@ -18,6 +18,7 @@ from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
 from flux.image_io import control
 from flux.image_io import input as inputs
+from flux.image_io.references3 import Box, check_reference3, prepare_references
 from flux.sampling import skipped_steps
 
 Size = tuple[int, int]  # width, height
@@ -40,7 +41,7 @@ class ImageInputs:
     image_weights: tuple[float, ...] | None = None  # Redux: one an image; by default they share 1
     match_image_size: int | None = None  # make the size of the k-th reference, counted from 1
     keep_input_size: bool = False  # Kontext: do not resize to a preferred resolution
-    reference_limit: int | None = None  # FLUX.2: a reference has at most SIDE x SIDE pixels
+    reference_limit: int | None = None  # FLUX.2, FLUX 3: a reference has at most SIDE x SIDE pixels
     kv_cache: bool | None = None  # FLUX.2: compute references once; None: as the model was trained
     preprocess_control: bool = False  # Canny, Depth: the image is a photo: find its edges or depth
 
@@ -85,6 +86,8 @@ def non_default_options(images: ImageInputs) -> list[str]:
 def supported_options(spec: ModelSpec) -> set[str]:
     """Return the names of the options that have a meaning to a model."""
     other_family = {"reference_limit", "kv_cache"} if spec.flux1 else {"keep_input_size"}
+    if spec.flux3:
+        other_family = {"keep_input_size", "kv_cache"}
     return SUPPORTED_OPTIONS[spec.image_mode] - other_family
 
 
@@ -147,7 +150,10 @@ def check_images(spec: ModelSpec, images: ImageInputs | None) -> None:
     _check_where(spec, images)
     _check_values(images)
     for number, image in enumerate(images.images, start=1):
-        inputs.check_reference(image, f"images: image {number}")
+        if spec.flux3:
+            check_reference3(image, f"images: image {number}", alone=len(images.images) == 1)
+        else:
+            inputs.check_reference(image, f"images: image {number}")
     if images.preprocess_control:
         control.check(spec.control)
     if has_init_image(spec, images):
@@ -268,11 +274,15 @@ def output_size(
     """Return width and height of the output; a side of None follows from the images or the model.
 
     The images' size is capped at twice the model's default size, except with `match_image_size`.
+    In FLUX 3 it is the first reference's as it is encoded, or is capped at four megapixels.
     """
     if images is None or spec.image_mode == "redux" or None not in (width, height):
         return spec.size if width is None else width, spec.size if height is None else height
     wanted = _size_of_images(spec, images)
-    most = 2 * spec.size**2
+    if spec.flux3 and not (images.match_image_size or has_init_image(spec, images)):
+        # a canvas has its own bound, and a missing side is the canvas's
+        return width or max(wanted[0], 64), height or max(wanted[1], 64)
+    most = (4 if spec.flux3 else 2) * spec.size**2
     if wanted[0] * wanted[1] > most and not images.match_image_size:
         scale = math.sqrt(most / (wanted[0] * wanted[1]))
         large = wanted
@@ -300,7 +310,7 @@ def _size_of_images(spec: ModelSpec, images: ImageInputs) -> Size:
         return inputs.round_to_16(init_image_and_mask(images)[0].size, math.ceil)
     if spec.image_mode == "control":
         return inputs.round_to_16(images.images[0].size)
-    if spec.flux1:
+    if spec.flux1 or spec.flux3:
         return resize_references(spec, images)[0].size
     limit = min(images.reference_limit or spec.size, spec.size)
     return inputs.fit_reference(images.images[0], limit**2).size
@@ -351,6 +361,9 @@ def resize_references(spec: ModelSpec, images: ImageInputs) -> list[Image.Image]
     """Return the references at the sizes that their family encodes."""
     if spec.flux1:
         return [_resize_kontext(image, images.keep_input_size) for image in images.images]
+    if spec.flux3:
+        side = images.reference_limit
+        return [image for image, _ in prepare_references(images.images, side and side**2)]
     default = 2024 if len(images.images) == 1 else 1024  # BFL; diffusers: always 1024
     limit = images.reference_limit or (spec.size if spec.embedded else default)
     return [inputs.fit_reference(image, limit**2) for image in images.images]
@@ -359,6 +372,15 @@ def resize_references(spec: ModelSpec, images: ImageInputs) -> list[Image.Image]
 def _resize_kontext(image: Image.Image, keep_input_size: bool) -> Image.Image:
     width, height = image.size if keep_input_size else inputs.preferred_size(*image.size)
     return image.resize((width // 16 * 16, height // 16 * 16), Image.Resampling.LANCZOS)
+
+
+def crop_box(spec: ModelSpec, images: ImageInputs) -> Box | None:
+    """Return where FLUX 3's only reference lies in the output of its canvas's size."""
+    plain = not (images.match_image_size or has_init_image(spec, images))
+    if not (spec.flux3 and plain and len(images.images) == 1):
+        return None
+    side = images.reference_limit
+    return prepare_references(images.images, side and side**2)[0].box
 
 
 def postprocess(image: Image.Image, init: InitImage | None) -> Image.Image:

@@ -10,6 +10,7 @@ from torch import nn
 from flux.configs import MODELS, ModelSpec
 from flux.errors import UserError
 from flux.runtime.lazy_module import LazyModule
+from flux.transformer3 import Flux3Config
 from flux.weights.mapping import FileState, file_states, require_unchanged
 
 if TYPE_CHECKING:  # a run without LoRAs does not import the rest of flux.lora
@@ -104,6 +105,8 @@ class LoraManager:
 def check_columns(spec: ModelSpec, path: Path, deltas: Sequence["LayerDelta"]) -> None:
     """Refuse a control LoRA for a model without a control image, which could be merged."""
     config = spec.transformer
+    if isinstance(config, Flux3Config):  # which has no control image
+        return
     allowed = {config.out_channels, config.in_channels}
     if spec.control and spec.addon:
         allowed.add(2 * config.out_channels)

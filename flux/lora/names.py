@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from flux.lora.merge import Rows, Target, weight_name
+from flux.transformer3 import Flux3
+from flux.weights import diffusers_names3
 from flux.weights.diffusers_names import BLOCKS, diffusers_layer, split_block
 
 PREFIXES = re.compile(
@@ -149,7 +151,9 @@ def known_names(modules: Mapping[str, nn.Module | None]) -> dict[str, Target]:
             if weight is None:
                 continue
             aliases: dict[str, Rows] = {}
-            if part == "transformer":
+            if isinstance(module, Flux3):
+                aliases = _aliases3(path, len(weight))
+            elif part == "transformer":
                 aliases = _aliases(path, len(weight), weight.shape[-1])
             aliases[path] = ((0, len(weight)),)
             aliases[path.removeprefix("text_model.")] = ((0, len(weight)),)  # newer transformers
@@ -171,6 +175,14 @@ def _aliases(path: str, outputs: int, hidden_size: int) -> dict[str, Rows]:
             stop = outputs if last is None else last * hidden_size
             found[name] = ((first * hidden_size, stop),)
     return {prefix + name: rows for prefix in prefixes for name, rows in found.items()}
+
+
+def _aliases3(path: str, outputs: int) -> dict[str, Rows]:
+    """Return diffusers' name of a layer of FLUX 3."""
+    rows: Rows = ((0, outputs),)
+    if path == diffusers_names3.SWAPPED:
+        rows = (outputs // 2, outputs), (0, outputs // 2)
+    return {diffusers_names3.diffusers_layer(path): rows}
 
 
 def _part(name: str) -> str:

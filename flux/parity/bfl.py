@@ -66,9 +66,9 @@ def _settings(capture: Capture, pipe: Pipeline, wanted: list[str]) -> dict:
     tokens = recipe["height"] // 16 * (recipe["width"] // 16)
     whole = len(recipe["schedule"]) == recipe["steps"] + 1  # image to image leaves out a part
     return dict(
-        transformer=asdict(pipe.spec.transformer),
+        transformer=asdict(pipe.spec.flux_config),
         autoencoder=asdict(pipe.spec.autoencoder) if _of_autoencoder(capture, pipe) else None,
-        passes=passes(capture, pipe.spec.transformer),
+        passes=passes(capture, pipe.spec.flux_config),
         steps=recipe["steps"],
         image_tokens=tokens if whole and "schedule" in wanted else 0,
         shift=pipe.spec.schedule != "unshifted",
@@ -82,7 +82,7 @@ def _settings(capture: Capture, pipe: Pipeline, wanted: list[str]) -> dict:
 def _inputs(capture: Capture, pipe: Pipeline) -> dict[str, Tensor]:
     """Return weights, and the recorded inputs of every pass, by the names of `bfl_process`."""
     out = {f"transformer.{name}": x for name, x in pipe.transformer().state_dict().items()}
-    for place in passes(capture, pipe.spec.transformer):
+    for place in passes(capture, pipe.spec.flux_config):
         given = inputs_of_pass(capture, place, pipe)
         given.setdefault("guidance", torch.zeros_like(given["t"]))
         out |= {f"{place}:{name}": x for name, x in given.items()}

@@ -105,6 +105,7 @@ def capture(
     Where latents or pixels stop being finite, the tensors before are kept, and the recipe has the
     message under "stopped".
     """
+    pipe.spec.refuse_flux3()
     path = Path(path)
     check_new(path)
     expected = plan(pipe, request, selection)

@@ -121,7 +121,7 @@ def diffusers(
             "against: diffusers does not run with `kv_cache`, with which "
             f'{capture.path} was made. Pass `against="here"`.'
         )
-    places = passes(capture, pipe.spec.transformer)
+    places = passes(capture, pipe.spec.flux_config)
     ours = cast(Flux, pipe.transformer())
     matching, theirs = matches_of(ours), with_weights_of(ours, pipe)
     wanted = {}
@@ -199,7 +199,7 @@ def inputs_of_pass(capture: Capture, place: str, pipe: Pipeline) -> dict[str, Te
 
     UserError if the recipe has no time, or no guidance, of the pass.
     """
-    recipe, config = capture.recipe, pipe.spec.transformer
+    recipe, config = capture.recipe, pipe.spec.flux_config
     step = int(place.split("/")[0].removeprefix("step."))
     known = 0 < step < len(recipe.get("schedule", ())) <= recipe["steps"] + 1
     if not known or (config.guidance and recipe["guidance"] is None):

@@ -243,7 +243,7 @@ def list_tensors(expected: Capture) -> str:
 
 def format_readme(pipe: Pipeline, expected: Capture, include_weights: bool) -> str:
     """Return README.md: `README` with the parts of the family and the values of the run."""
-    spec, recipe, c = pipe.spec, expected.recipe, pipe.spec.transformer
+    spec, recipe, c = pipe.spec, expected.recipe, pipe.spec.flux_config
     rows, columns = recipe["height"] // 16, recipe["width"] // 16
     head_dim = c.hidden_size // c.num_heads
     values = dict(

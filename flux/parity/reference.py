@@ -487,7 +487,7 @@ def tiny_models(clip_eos: int) -> dict[str, ModelSpec]:
 
 def networks(spec: ModelSpec, seed: int = 0) -> dict[str, nn.Module]:
     """Return our networks of a model with random weights, by the names that `locate` gives."""
-    out = {"transformer": Flux(spec.transformer), "autoencoder": AutoEncoder(spec.autoencoder)}
+    out = {"transformer": Flux(spec.flux_config), "autoencoder": AutoEncoder(spec.autoencoder)}
     if isinstance(spec.text, FLUX1Text):
         out |= {"t5": T5(spec.text.t5), "clip": CLIP(spec.text.clip)}
     else:
@@ -559,7 +559,7 @@ def diffusers_pipeline(spec: ModelSpec, parts: dict[str, nn.Module], text: dict 
     family = "Flux2Pipeline"
     if isinstance(spec.text, FLUX1Text):
         family = "FluxPipeline"
-    elif not spec.transformer.guidance:
+    elif not spec.flux_config.guidance:
         family, distilled = "Flux2KleinPipeline", {"is_distilled": not spec.cfg}
     encoders = (
         "text_encoder",
@@ -575,8 +575,8 @@ def diffusers_pipeline(spec: ModelSpec, parts: dict[str, nn.Module], text: dict 
     pipe = getattr(diffusers, family)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
         transformer=loaded(
-            diffusers_transformer(spec.transformer),
-            transformer_to_diffusers(transformer, spec.transformer),
+            diffusers_transformer(spec.flux_config),
+            transformer_to_diffusers(transformer, spec.flux_config),
         ),
         vae=loaded(
             diffusers_autoencoder(spec.autoencoder),

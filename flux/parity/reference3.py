@@ -1,13 +1,23 @@
 """Build the FLUX 3 networks of diffusers and transformers with our weights: see `reference`."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flux.language_model import LanguageModelConfig
-from flux.parity.reference import loaded, randomise
-from flux.transformer3 import Flux3Config
+from flux.autoencoder import AutoEncoder
+from flux.configs import MODELS, FLUX2Text, ModelSpec
+from flux.language_model import LanguageModel, LanguageModelConfig
+from flux.parity.reference import (
+    FLUX3_TINY,
+    TINY_AE2,
+    autoencoder_to_diffusers,
+    diffusers_autoencoder,
+    loaded,
+    randomise,
+)
+from flux.transformer3 import Flux3, Flux3Config
 from flux.weights.diffusers_names3 import SWAPPED, diffusers_layer
 
 
@@ -138,3 +148,86 @@ def qwen_vl_features(theirs: Any, ids: Tensor, mask: Tensor, layers: tuple[int, 
         use_cache=False,
     ).hidden_states
     return torch.cat([hidden[layer] for layer in layers], dim=-1)
+
+
+# ---------------------------------------------------------------- whole models
+
+TINY_QWEN_VL = LanguageModelConfig(
+    layers=(1, 2, 4, 5),
+    vocab_size=400,
+    hidden_size=48,
+    mlp_size=80,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    theta=5_000_000.0,
+    padding_position=1,
+)
+
+
+def tiny_models3() -> dict[str, ModelSpec]:
+    """Return the rows of FLUX 3 with tiny networks."""
+    transformer = replace(FLUX3_TINY, context_dim=TINY_QWEN_VL.features)
+    return {
+        name: replace(
+            spec,
+            transformer=replace(transformer, flow_map=bool(spec.distilled)),
+            text=replace(spec.text, model=TINY_QWEN_VL),  # type: ignore[arg-type]
+            text_length=200,
+            autoencoder=TINY_AE2,
+        )
+        for name, spec in MODELS.items()
+        if spec.flux3 and spec.weight_format == "bfloat16"
+    }
+
+
+def networks3(spec: ModelSpec, seed: int = 0) -> dict[str, nn.Module]:
+    """Return our networks of a model with random weights, by the names that `locate` gives."""
+    assert isinstance(spec.transformer, Flux3Config) and isinstance(spec.text, FLUX2Text)
+    out = {
+        "transformer": Flux3(spec.transformer),
+        "autoencoder": AutoEncoder(spec.autoencoder),
+        "model": LanguageModel(spec.text.model),
+    }
+    return {part: randomise(network, seed) for part, network in out.items()}
+
+
+def diffusers_pipeline3(spec: ModelSpec, parts: dict[str, nn.Module], text: dict) -> Any:
+    """Return diffusers' pipeline of FLUX 3 with our weights, without its prompt upsampler.
+
+    `text`: its `text_encoder` and `tokenizer`. As from the released files, the text encoder and the
+    transformer have the dtype of `parts`, the autoencoder has its own, and the scales of QK-norm
+    are float32.
+    """
+    from diffusers import Flux3AutoBlocks, Flux3DistilledAutoBlocks
+
+    assert isinstance(spec.transformer, Flux3Config)
+    blocks = (Flux3DistilledAutoBlocks if spec.transformer.flow_map else Flux3AutoBlocks)()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipe = blocks.init_pipeline()
+    state = transformer3_to_diffusers(parts["transformer"].state_dict())
+    state = {name: x.float() if ".norm_" in name else x for name, x in state.items()}
+    pipe.update_components(
+        transformer=loaded(diffusers_transformer3(spec.transformer), state),
+        vae=loaded(
+            diffusers_autoencoder(spec.autoencoder),
+            autoencoder_to_diffusers(parts["autoencoder"].state_dict(), spec.autoencoder),
+        ),
+        **text,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class QwenVLProcessor:
+    """What diffusers' pipeline uses of transformers' Qwen3VLProcessor."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(
+        self, messages: Any, tokenize: bool, add_generation_prompt: bool
+    ) -> Any:
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, add_generation_prompt=add_generation_prompt
+        )

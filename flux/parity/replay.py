@@ -351,7 +351,7 @@ def start_from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
 
 
 def recorded_features(capture: Capture, place: str, pipe: Pipeline) -> TextFeatures:
-    config, length = pipe.spec.transformer, pipe.spec.text_length
+    config, length = pipe.spec.flux_config, pipe.spec.text_length
     pooled = None
     if config.vector_dim is not None:
         pooled = checked_shape(capture, f"{place}/pooled", (1, config.vector_dim))

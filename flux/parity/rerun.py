@@ -220,7 +220,7 @@ class Rerun:
     def vec_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The arguments of `Flux.vec` at this step: t, guidance, pooled text."""
         t, guidance, pooled = self.times[self.step - 1 : self.step], None, None
-        config = self.pipe.spec.transformer
+        config = self.pipe.spec.flux_config
         if config.guidance:
             guidance = torch.full_like(t, self.at_step(self.reference.recipe["guidance"]))
         if config.vector_dim is not None:

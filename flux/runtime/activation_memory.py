@@ -27,6 +27,7 @@ from flux.language_model import LanguageModel
 from flux.runtime import fast
 from flux.t5 import T5
 from flux.transformer import Flux, FluxConfig
+from flux.transformer3 import Flux3, Flux3Config
 from flux.weights.load import skip_init
 
 ALLOCATOR = 1.1  # allocators round up, by less than a tenth
@@ -55,13 +56,15 @@ class Workload:
     encoded_pixels: int = 0  # pixels of the largest image that is encoded
     decode_itemsize: int | None = None  # bytes of an activation of the decoder; default: `itemsize`
     fast: bool = False  # with the forwards of runtime/fast.py
+    text_tokens: int | None = None  # of the longest prompt; default: the model's
 
     def fits_within(self, other: "Workload") -> bool:
         """Return whether no stage after the encoding of images takes more memory than `other`."""
 
         def sizes(work: Workload) -> tuple[int, ...]:
             pixels = work.width * work.height
-            return pixels, work.batch, work.reference_tokens, work.image_text_tokens, work.steps
+            tokens = work.reference_tokens, work.image_text_tokens, work.text_tokens or 0
+            return pixels, work.batch, *tokens, work.steps
 
         return all(mine <= theirs for mine, theirs in zip(sizes(self), sizes(other)))
 
@@ -85,7 +88,7 @@ def activations(spec: ModelSpec, work: Workload, device_type: str) -> dict[str, 
         encode = max(encode, 2 * (encoded // 64) ** 2 * encoding)
     return {
         "text encoder": _text_encoder_bytes(
-            spec.text, spec.text_length, work.itemsize, scores=device_type == "mps"
+            spec.text, _text_tokens(spec, work), work.itemsize, scores=device_type == "mps"
         ),
         "image encoder": int(encode),
         "transformer": int(step),
@@ -95,14 +98,20 @@ def activations(spec: ModelSpec, work: Workload, device_type: str) -> dict[str, 
 
 def _tokens(spec: ModelSpec, work: Workload) -> int:
     image = (work.width // 16) * (work.height // 16) + work.reference_tokens
-    return spec.text_length + work.image_text_tokens + image
+    return _text_tokens(spec, work) + work.image_text_tokens + image
+
+
+def _text_tokens(spec: ModelSpec, work: Workload) -> int:
+    return work.text_tokens or spec.text_length
 
 
 def _step_bytes(spec: ModelSpec, work: Workload, device_type: str) -> float:
     """Return the bytes of a step, the precomputed modulations and the cached references."""
     c = spec.transformer
-    text = spec.text_length + work.image_text_tokens
+    text = _text_tokens(spec, work) + work.image_text_tokens
     image = _tokens(spec, work) - text
+    if isinstance(c, Flux3Config):
+        return _step_bytes3(c, work, text, image - work.reference_tokens, 2 if spec.cfg else 1)
     counted_for = device_type if work.fast else None
     count = partial(_scaled_step, c, itemsize=work.itemsize, counted_for=counted_for)
     # latents, noise and text features in float32, which the pipeline keeps
@@ -120,6 +129,20 @@ def _step_bytes(spec: ModelSpec, work: Workload, device_type: str) -> float:
         cached = 0
     table = (2 if spec.cfg else 1) * work.steps * modulations
     return work.batch * (step + table + inputs) + rope + cached
+
+
+def _step_bytes3(c: Flux3Config, work: Workload, text: int, image: int, prompts: int) -> float:
+    """Return the bytes of a step of FLUX 3, and of what is kept between steps."""
+    references = work.reference_tokens
+    tokens = text + image + references
+    scale = max(1, tokens // TOKENS)
+    counts = (math.ceil(count / scale) for count in (text, image, references))
+    step = ALLOCATOR * scale * _count_step3(c, *counts, work.itemsize)
+    # latents, noise, references and text features in float32, which the pipeline keeps
+    inputs = 4 * (prompts * text * c.context_dim + (2 * image + references) * c.in_channels)
+    streams = prompts * (text + references) * c.hidden_size * work.itemsize
+    rope = 2 * 4 * tokens * sum(c.axes_dim) // 2 * 4  # of the modes, and joined
+    return work.batch * (step + inputs + streams) + rope
 
 
 def _scaled_step(
@@ -187,6 +210,41 @@ def _count_step(
     # the rotations as complex numbers, which do not get narrower either
     rotations = (text + image) * sum(config.axes_dim) // 2 * 8 if counted_for else 0
     return heads * (peak - rotations) + rotations, heads * (modulations + vec)
+
+
+@lru_cache(maxsize=256)
+def _count_step3(config: Flux3Config, text: int, image: int, references: int, itemsize: int) -> int:
+    """Return the peak of a step of FLUX 3 with so many tokens."""
+    heads = config.num_heads
+    narrow = replace(
+        config,
+        hidden_size=config.hidden_size // heads,
+        num_heads=1,
+        depth=1,
+        depth_single=1,
+        in_channels=math.ceil(config.in_channels / heads),
+        context_dim=math.ceil(config.context_dim / heads),
+        flow_map=False,
+    )
+    dtype = _dtype(itemsize)
+    network = _zeros(lambda: Flux3(narrow), dtype)
+    half = sum(config.axes_dim) // 2
+    # the tables do not get narrower: not counted
+    tables = [torch.zeros(1, half, 2, 2).expand(n, -1, -1, -1) for n in (text, image, references)]
+
+    def step() -> None:
+        vec = network.vec(torch.zeros(1))
+        txt = torch.zeros(1, text, narrow.context_dim, dtype=dtype)
+        streams = [network.stream("txt", txt, tables[0], vec)]
+        if references:
+            images = torch.zeros(1, references, narrow.in_channels, dtype=dtype)
+            streams.append(network.stream("image_cond", images, tables[2], vec))
+        x = torch.zeros(1, image, narrow.in_channels, dtype=dtype)
+        network.denoise(x, tables[1], vec, *streams)
+
+    joined = (text + image + references) * half * 4 * 4
+    with FusedKernels():
+        return heads * (peak_bytes(step) - joined) + joined
 
 
 @lru_cache(maxsize=64)

@@ -132,7 +132,7 @@ def check_features(spec: ModelSpec, name: str, features: object, seeds: int) -> 
         )
     pooled = getattr(features, "pooled", None)
     width = None if pooled is None else pooled.shape[-1]
-    if (tokens.ndim, tokens.shape[-1], width) != (3, c.context_dim, c.vector_dim):
+    if (tokens.ndim, tokens.shape[-1], width) != (3, c.context_dim, spec.pooled_dim):
         raise UserError(
             f"{name}: are another model's. Pass what `encode` of this pipeline returns."
         )

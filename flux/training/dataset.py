@@ -247,7 +247,7 @@ class Cache:
     def latents(self, path: Path, reference: bool = False) -> Path:
         """Encode an image to {"latents": (C, h, w)}, float32."""
         file = self._file("latents", self.file_sha256(path), reference, self.size, self.encoder_id)
-        if self._is_intact(file, latents=(self.pipe.spec.transformer.out_channels, -1, -1)):
+        if self._is_intact(file, latents=(self.pipe.spec.flux_config.out_channels, -1, -1)):
             return file
         image = inputs.read_image(path)
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
@@ -278,7 +278,7 @@ class Cache:
         file = self._file(
             "channels", hashes, spec.image_mode, spec.control, self.size, self.encoder_id
         )
-        c = spec.transformer
+        c = spec.flux_config
         if self._is_intact(file, channels=(tokens, c.in_channels - c.out_channels)):
             return file
         image = inputs.read_image(sample.image)
@@ -320,7 +320,7 @@ class Cache:
         Errors and warnings about the caption begin with `source`.
         """
         file = self._file("text", caption, self.text_id)
-        c = self.pipe.spec.transformer
+        c = self.pipe.spec.flux_config
         shapes: dict[str, tuple[int, ...]] = {"tokens": (self.pipe.spec.text_length, c.context_dim)}
         if c.vector_dim is not None:
             shapes["pooled"] = (c.vector_dim,)

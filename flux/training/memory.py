@@ -91,7 +91,7 @@ def estimate_memory(
     `build` returns the network that is trained; `tokens` counts an image and its references. With
     `gradient_checkpointing`, the inputs of all blocks are kept, and the rest of one block.
     """
-    c = spec.transformer
+    c = spec.flux_config
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
     block_bytes: list[int] = []  # saved inside each block
     stream_bytes: list[int] = []  # the output of each block, which is the next one's input

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flux.atomic_files import write_atomically
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
+from flux.transformer3 import Flux3Config
 from flux.weights.diffusers_names import diffusers_layer
 from flux.weights.files import TensorInfo, preview, shard_files
 from flux.weights.load import (
@@ -57,6 +58,8 @@ def convert(source: Path, path: Path, format: str | None = None, layout: str = "
     """
     _check_choices(path, format, layout)
     config = infer_config(source)
+    if isinstance(config, Flux3Config):
+        raise UserError(f"source: {source} is a FLUX 3 transformer, which is not converted.")
     module = init_empty(lambda: Flux(config))
     assert isinstance(module, Flux)
     files = shard_files(source)

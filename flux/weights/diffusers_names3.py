@@ -4,6 +4,7 @@ Our names are the keys of Black Forest Labs' checkpoints. Every layer of one sid
 of the other, except that the final modulation is shift, scale here and scale, shift in diffusers.
 """
 
+import re
 from collections.abc import Iterable
 
 STARTS = (  # of names: ours, diffusers'
@@ -29,6 +30,7 @@ ENDS = (
     (".mlp_in", ".ff.linear_in"),
     (".mlp_out", ".ff.linear_out"),
 )
+THEIR_ENDS = tuple(theirs for _, theirs in ENDS)
 SWAPPED = "final_layer.image.adaLN_modulation.1"
 
 
@@ -40,6 +42,25 @@ def diffusers_layer(layer: str) -> str:
 def our_layer(layer: str) -> str:
     """Return our name of one of diffusers' layers; an unknown name stays as it is."""
     return _rename(layer, _turned(STARTS), _turned(ENDS))
+
+
+def find_layer(name: str) -> tuple[str, str]:
+    """Split a name of diffusers, "LAYER.TENSOR", where both may have dots; return our layer's name.
+
+    An unknown layer keeps its name, and its tensor is what follows the last dot.
+    """
+    layer = name
+    while "." in layer:
+        layer = layer.rpartition(".")[0]
+        if _is_theirs(layer):
+            return our_layer(layer), name[len(layer) + 1 :]
+    layer, _, tensor = name.rpartition(".")
+    return layer, tensor
+
+
+def _is_theirs(layer: str) -> bool:
+    whole = layer in (theirs for _, theirs in STARTS)
+    return whole or layer.endswith(THEIR_ENDS) or bool(re.fullmatch(r"x_embedders\.\w+", layer))
 
 
 def _turned(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

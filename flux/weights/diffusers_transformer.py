@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from flux.errors import UserError
+from flux.weights import diffusers_names3
 from flux.weights.diffusers_names import Place, our_layer
 from flux.weights.files import FLOATS, Rows, TensorInfo
 
 ANCHOR = "x_embedder.weight"  # diffusers' name of `img_in.weight`
+ANCHOR3 = "x_embedders.image.weight"  # and of FLUX 3's `emb_in.image.weight`
 
 
 def join_diffusers(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -16,6 +18,9 @@ def join_diffusers(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     tensors are joined when they are mapped. Where each part of a matrix is quantized by itself, the
     tensors of part i are called "LAYER.parts.i.TENSOR" (`quantization.joined`).
     """
+    anchors = [name for name in infos if f".{name}".endswith(f".{ANCHOR3}")]
+    if len(anchors) == 1:
+        return _rename_flux3(infos, anchors[0].removesuffix(ANCHOR3))
     anchors = [name for name in infos if f".{name}".endswith(f".{ANCHOR}")]
     if len(anchors) != 1 or not any("transformer_blocks." in name for name in infos):
         return dict(infos)
@@ -69,6 +74,21 @@ def _join(layer: str, parts: list[dict[str, TensorInfo]], swapped: bool) -> dict
             renamed[f"{layer}.{tensor}"] = _swap_halves(held[0])
         else:
             renamed[f"{layer}.{tensor}"] = _join_rows(held)
+    return renamed
+
+
+def _rename_flux3(infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
+    """Rename the tensors of FLUX 3: nothing is split, and the halves of one are swapped."""
+    layers: dict[str, dict[str, TensorInfo]] = {}
+    renamed = {}
+    for name, info in infos.items():
+        layer, tensor = diffusers_names3.find_layer(name.removeprefix(prefix))
+        if layer == diffusers_names3.SWAPPED:
+            layers.setdefault(layer, {})[tensor] = info
+        else:
+            renamed[f"{layer}.{tensor}" if layer else tensor] = info
+    for layer, tensors in layers.items():
+        renamed |= _join(layer, [tensors], swapped=True)
     return renamed
 
 

@@ -29,12 +29,12 @@ from flux.runtime.lazy_module import LazyModule
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys
 from flux.t5 import T5
 from flux.text_encoder import build_networks
-from flux.transformer import Flux
+from flux.transformer3 import Flux3Config
 from flux.weights import families
 from flux.weights.diffusers_names import from_diffusers
 from flux.weights.files import SHARD, TensorInfo, is_index, preview, read_header, shard_files
 from flux.weights.load import find_prefix, infer_config, init_empty, read_headers, split_parts
-from flux.weights.locate import get_spec, with_decoder_of
+from flux.weights.locate import build_transformer, get_spec, with_decoder_of
 from flux.weights.quantization import QuantizedLinear
 
 MAX_LISTED = 100  # files of a folder, and values of metadata
@@ -47,6 +47,7 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt",
 TRANSFORMERS = (
     "a FLUX.1 transformer",
     "a FLUX.2 transformer",
+    "a FLUX 3 transformer",
     "a transformer in diffusers' layout",
 )
 CPU: dict[str, Any] = dict(device=torch.device("cpu"), dtype=torch.float32)
@@ -196,16 +197,22 @@ def _inspect_transformer(path: Path, found: Inspection) -> None:
     files = shard_files(path)
     with _refusals(found):
         config = infer_config(path)
-        if prefix := find_prefix(read_headers(files)[0], ("img_in.weight",)):
+        flux3 = isinstance(config, Flux3Config)
+        first = "emb_in.image.weight" if flux3 else "img_in.weight"
+        if prefix := find_prefix(read_headers(files)[0], (first,)):
             found.add("prefix", f"{prefix:.{MAX_VALUE}}")
-        guidance = "with" if config.guidance else "without"
+        if isinstance(config, Flux3Config):
+            kind, extra = "mode", "a flow map" if config.flow_map else "a base model"
+        else:
+            kind, extra = "double", f"{'with' if config.guidance else 'without'} a guidance input"
         found.add(
             "network",
-            f"{config.depth} double and {config.depth_single} single blocks of width "
+            f"{config.depth} {kind} and {config.depth_single} single blocks of width "
             f"{config.hidden_size}, {config.in_channels} channels, text of width "
-            f"{config.context_dim}, {guidance} a guidance input",
+            f"{config.context_dim}, {extra}",
         )
-        found.add("quantized", _quantized(LazyModule(Flux, config, files, **CPU).shapes))
+        network: LazyModule = LazyModule(build_transformer, config, files, **CPU)
+        found.add("quantized", _quantized(network.shapes))
         spec = get_spec(None, path)
         alike = [row.name for row in MODELS.values() if row.transformer == spec.transformer]
         names = dict.fromkeys([spec.name, *alike])
@@ -358,7 +365,7 @@ def _meta_networks(row: ModelSpec) -> dict[str, torch.nn.Module]:
     for part in row.text.networks:
         name = "language_model" if part == "model" else part
         networks[name] = init_empty(partial(builds[part], getattr(row.text, part)))
-    return networks | {"transformer": init_empty(lambda: Flux(row.transformer))}
+    return networks | {"transformer": init_empty(lambda: build_transformer(row.transformer))}
 
 
 # ---------------------------------------------------------------- other files

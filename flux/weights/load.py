@@ -20,10 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from flux.errors import UserError
 from flux.transformer import FluxConfig
+from flux.transformer3 import Flux3Config
 from flux.weights.checksums import check_hashes
 from flux.weights.diffusers_transformer import join_diffusers
 from flux.weights.families import USES, foreign_family, looks_like
 from flux.weights.files import FLOATS, TensorInfo, preview, read_header, shard_files
+from flux.weights.infer3 import ANCHOR3, SIZES3, config3
 from flux.weights.mapping import map_tensors, meta_tensors, warn_of_network
 from flux.weights.quantization import (
     GGUFEmbedding,
@@ -371,7 +373,8 @@ DTYPES = {  # what a file may hold for a tensor of this dtype; any float for all
     torch.float8_e5m2: ("F8_E5M2",),
 }
 VARIANTS = re.compile(  # of our networks have these layers, and others do not
-    r"^(vector_in|guidance_in|(double|single)_stream_modulation\w*|(post_)?quant_conv|bn)\.|"
+    r"^(vector_in|guidance_in|ref_time_in|(double|single)_stream_modulation\w*|(post_)?quant_conv|"
+    r"bn)\.|"
     r"transformer_blocks\.\d"  # in diffusers' layout
 )
 
@@ -486,13 +489,16 @@ VECTOR_IN = "vector_in.in_layer.weight"  # FLUX.1's input for CLIP's pooled text
 FLUX2_MODULATION = "double_stream_modulation_img.lin.weight"
 
 
-def infer_config(path: Path) -> FluxConfig:
+def infer_config(path: Path) -> FluxConfig | Flux3Config:
     """Return the configuration of a transformer in BFL's or diffusers' layout, from its shapes.
 
     `path`: a safetensors or GGUF file, quantized or not, a `*.safetensors.index.json` or a folder.
     """
     infos, metadata = read_headers(shard_files(path))
-    tensors = dict(_of_network(join_diffusers(infos), SIZES))
+    joined = join_diffusers(infos)
+    flux3 = any(f".{name}".endswith(f".{ANCHOR3}") for name in joined)
+    wanted = SIZES3 if flux3 else SIZES
+    tensors = dict(_of_network(joined, wanted))
     layers = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     shapes = {name: info.shape for name, info in tensors.items()}
     for layer, format in detect_formats(tensors, metadata, layers).items():
@@ -500,7 +506,7 @@ def infer_config(path: Path) -> FluxConfig:
 
     if kind := foreign_family(tensors):
         raise UserError(f"{path} is {kind}, which is not supported.")
-    sizes = SIZES | ({VECTOR_IN: 2} if VECTOR_IN in shapes else {})
+    sizes = wanted | ({VECTOR_IN: 2} if VECTOR_IN in shapes else {})
     for name, dimensions in sizes.items():
         shape = shapes.get(name)
         if shape is None or len(shape) != dimensions or 0 in shape:
@@ -511,6 +517,8 @@ def infer_config(path: Path) -> FluxConfig:
                 f"{path} is not a complete FLUX transformer: it {problem} '{name}' "
                 f"and looks like {kind}.{use}"
             )
+    if flux3:
+        return config3(path, shapes)
     hidden_size, in_channels = shapes["img_in.weight"]
     (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
     mlp_rows = shapes["double_blocks.0.img_mlp.0.weight"][0]

@@ -12,8 +12,11 @@ from flux.autoencoder import AutoEncoderConfig
 from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
+from flux.transformer3 import Flux3, Flux3Config
 from flux.weights.files import find_files, is_local, shard_files
 from flux.weights.load import infer_config, init_empty, read_headers
+
+Config = FluxConfig | Flux3Config
 
 # ---------------------------------------------------------------- which model
 
@@ -72,15 +75,17 @@ def _words(name: str) -> frozenset[str]:
     return frozenset(words) - {"black", "forest", "labs", "flux", "1"}
 
 
-def _spec_of_shapes(config: FluxConfig, transformer: Path) -> ModelSpec:
+def _spec_of_shapes(config: Config, transformer: Path) -> ModelSpec:
     """Return the first row with these shapes or, for a pruned model, with other numbers of blocks.
 
     UserError if there is none. A warning names the other models that the file may derive from.
     """
     rows = [spec for spec in MODELS.values() if spec.weight_format == "bfloat16"]
     alike = [spec for spec in rows if spec.transformer == config] or _of_other_depth(rows, config)
-    # FLUX.1 [dev] without its guidance input has the shapes of FLUX.1 [schnell]
-    guided = [] if config.guidance else _of_other_depth(rows, replace(config, guidance=True))
+    guided = []
+    if isinstance(config, FluxConfig) and not config.guidance:
+        # FLUX.1 [dev] without its guidance input has the shapes of FLUX.1 [schnell]
+        guided = _of_other_depth(rows, replace(config, guidance=True))
     about = _describe(transformer) if guided else ""
     if guided and (not alike or re.search(r"(de|un)[-_ ]?distill", about)):
         alike, guided = guided, []
@@ -103,7 +108,7 @@ def _spec_of_shapes(config: FluxConfig, transformer: Path) -> ModelSpec:
     return row
 
 
-def _of_other_depth(rows: Sequence[ModelSpec], config: FluxConfig) -> list[ModelSpec]:
+def _of_other_depth(rows: Sequence[ModelSpec], config: Config) -> list[ModelSpec]:
     """Return the rows of this shape but for the numbers of blocks."""
     depth, single = config.depth, config.depth_single
     return [
@@ -113,8 +118,15 @@ def _of_other_depth(rows: Sequence[ModelSpec], config: FluxConfig) -> list[Model
     ]
 
 
-def _depths(config: FluxConfig) -> str:
-    return f"{config.depth} double and {config.depth_single} single blocks"
+def _depths(config: Config) -> str:
+    kind = "mode" if isinstance(config, Flux3Config) else "double"
+    return f"{config.depth} {kind} and {config.depth_single} single blocks"
+
+
+def _family(config: Config) -> str:
+    if isinstance(config, Flux3Config):
+        return "FLUX 3"
+    return "FLUX.2" if config.vector_dim is None else "FLUX.1"
 
 
 def _describe(transformer: Path) -> str:
@@ -123,20 +135,27 @@ def _describe(transformer: Path) -> str:
     return " ".join([transformer.name, *map(str, metadata.values())])[:100_000].lower()
 
 
-def _check_inputs(config: FluxConfig, spec: ModelSpec, transformer: str | Path) -> None:
+def _check_inputs(config: Config, spec: ModelSpec, transformer: str | Path) -> None:
     """Raise UserError unless the transformer takes the text features and channels of `spec`."""
     expected = spec.transformer
+    if spec.flux3 != isinstance(config, Flux3Config):
+        raise UserError(
+            f"transformer: {transformer} is a {_family(config)} transformer, but {spec.name} is "
+            f"{_family(expected)}. Choose another `name`, or leave `name` out."
+        )
     if config.context_dim != expected.context_dim:
         raise UserError(
             f"transformer: {transformer} reads text of width {config.context_dim}, but the text "
             f"encoder of {spec.name} gives {expected.context_dim}. Choose another `name`, or leave "
             "`name` out."
         )
-    if config.vector_dim != expected.vector_dim:
+    if isinstance(config, Flux3Config):
+        _check_flow_map(config, spec, transformer)
+    elif config.vector_dim != spec.pooled_dim:
         raise UserError(
             f"transformer: {transformer} reads a pooled text vector of "
             f"{config.vector_dim or 'no'} numbers, but {spec.name} gives "
-            f"{expected.vector_dim or 'none'}. Choose another `name`; if no model of flux.MODELS "
+            f"{spec.pooled_dim or 'none'}. Choose another `name`; if no model of flux.MODELS "
             "fits, this kind of transformer is not supported."
         )
     if config.in_channels != expected.in_channels:
@@ -146,15 +165,28 @@ def _check_inputs(config: FluxConfig, spec: ModelSpec, transformer: str | Path) 
         )
 
 
-def with_transformer(spec: ModelSpec, config: FluxConfig) -> ModelSpec:
+def _check_flow_map(config: Flux3Config, spec: ModelSpec, transformer: str | Path) -> None:
+    """Raise UserError for a base model that is called distilled, and the other way round."""
+    if spec.flux3 and config.flow_map != bool(spec.distilled):
+        fits = [s.name for s in MODELS.values() if s.flux3 and bool(s.distilled) == config.flow_map]
+        has, kind = ("has", "a flow map") if config.flow_map else ("has no", "a base model")
+        raise UserError(
+            f"transformer: {transformer} {has} `ref_time_in`, so it is {kind}, unlike {spec.name}. "
+            f"Use `name={fits[0]}`, or leave `name` out."
+        )
+
+
+def with_transformer(spec: ModelSpec, config: Config) -> ModelSpec:
     """Return the row with another transformer.
 
     A transformer with a guidance input gets the guidance as a number, and runs once a step.
     A transformer that lacks the row's guidance input was de-distilled: its guidance is
     classifier-free. Any other transformer is guided as the row says.
     """
+    if isinstance(config, Flux3Config):
+        return replace(spec, transformer=config)
     usual = MODELS["flux.2-dev" if config.vector_dim is None else "flux.1-dev"].guidance
-    if spec.transformer.guidance and not config.guidance:
+    if spec.flux_config.guidance and not config.guidance:
         return replace(spec, transformer=config, cfg=True, guidance=usual)
     if config.guidance:
         return replace(spec, transformer=config, cfg=False, guidance=spec.guidance or usual)
@@ -175,9 +207,15 @@ def with_decoder_of(config: AutoEncoderConfig, path: Path) -> AutoEncoderConfig:
     return replace(config, decoder_ch=None)
 
 
+def build_transformer(config: Config) -> Flux | Flux3:
+    """Return the network of a configuration, with the default numerics."""
+    return Flux3(config) if isinstance(config, Flux3Config) else Flux(config)
+
+
 def count_parameters(spec: ModelSpec) -> int:
     """Return the number of parameters of the row's transformer."""
-    return sum(p.numel() for p in init_empty(lambda: Flux(spec.transformer)).parameters())
+    network = init_empty(lambda: build_transformer(spec.transformer))
+    return sum(p.numel() for p in network.parameters())
 
 
 # ---------------------------------------------------------------- which files

@@ -56,6 +56,7 @@ with imports(__name__, parser):
     from flux.t5 import T5, T5Config
     from flux.text_encoder import clip_ignore_keys, language_model_ignore_keys, t5_ignore_keys
     from flux.transformer import Flux, FluxConfig
+    from flux.transformer3 import Flux3, Flux3Config
     from flux.weights.checksums import PUBLISHED
     from flux.weights.diffusers_names import from_diffusers
     from flux.weights.files import BITS, find_files, is_local, read_header, shard_files
@@ -101,6 +102,8 @@ MANIFESTS = {
     "klein-4b-nvfp4": QuantizedConfig(configs.KLEIN_4B, "nvfp4"),
     "klein-9b-fp8": QuantizedConfig(configs.KLEIN_9B, "fp8"),
     "klein-9b-nvfp4": QuantizedConfig(configs.KLEIN_9B, "nvfp4"),
+    "flux3-klein": configs.KLEIN3,
+    "flux3-klein-base": configs.KLEIN3_BASE,
     "flux1-tiny": configs.TINY1,
     "flux2-tiny": configs.TINY,
     "ae-flux1": configs.AE1,
@@ -117,6 +120,7 @@ MANIFESTS = {
     "qwen3-4b": configs.QWEN3_4B,
     "qwen3-8b": configs.QWEN3_8B,
     "mistral-small": configs.MISTRAL,  # only the tensors that are read
+    "qwen3-vl-4b": configs.QWEN3_VL_4B,  # likewise
     "qwen3-tiny": configs.QWEN3_TINY,
 }
 FLOAT32 = ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder")  # all others were released in bfloat16
@@ -124,6 +128,7 @@ QWEN3_DEPTH = 36  # layers in the released files; 27 are read
 
 NetworkConfig = (
     FluxConfig
+    | Flux3Config
     | AutoEncoderConfig
     | T5Config
     | CLIPConfig
@@ -187,6 +192,7 @@ def name_of(config: Config) -> str:
 
 KINDS = {
     FluxConfig: Flux,
+    Flux3Config: Flux3,
     AutoEncoderConfig: AutoEncoder,
     T5Config: T5,
     CLIPConfig: CLIP,
@@ -205,7 +211,7 @@ def on_meta(config: NetworkConfig) -> nn.Module:
 
 def from_reference(config: Config) -> Manifest:
     """Build a manifest from diffusers' or transformers' class, under the released names."""
-    from flux.parity import reference
+    from flux.parity import reference, reference3
 
     if isinstance(config, ControlLoraConfig):
         return lora_of(from_reference(config.transformer), config.rank)
@@ -213,10 +219,15 @@ def from_reference(config: Config) -> Manifest:
         return quantized(from_reference(config.transformer), config)
     if isinstance(config, (SigLIPConfig, ReduxConfig)):
         return listed(adapter(config), "BF16")
-    if not isinstance(config, (FluxConfig, AutoEncoderConfig)):
+    if not isinstance(config, (FluxConfig, Flux3Config, AutoEncoderConfig)):
         return listed(text_encoder(config), "BF16")
     ours = on_meta(config).state_dict()
-    if isinstance(config, FluxConfig):
+    if isinstance(config, Flux3Config):
+        translated, theirs = (
+            reference3.transformer3_to_diffusers(ours),
+            reference3.diffusers_transformer3(config),
+        )
+    elif isinstance(config, FluxConfig):
         translated, theirs = (
             reference.transformer_to_diffusers(ours, config),
             reference.diffusers_transformer(config),
@@ -234,8 +245,11 @@ def from_reference(config: Config) -> Manifest:
 
 
 def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[str, torch.Tensor]:
-    """Return transformers' names and tensors of the file; of Mistral and T5, only what is read."""
-    from flux.parity import reference
+    """Return transformers' names and tensors of the file.
+
+    Of T5, Mistral and Qwen3-VL, only what is read.
+    """
+    from flux.parity import reference, reference3
 
     all_layers = config in (configs.QWEN3_4B, configs.QWEN3_8B)
     with torch.device("meta"):
@@ -246,9 +260,12 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
             state = reference.transformers_clip(config, eos_id=2).state_dict()
             return {f"text_model.{name}": tensor for name, tensor in state.items()}
         depth = QWEN3_DEPTH if all_layers else 1 + max(config.layers)
-        state = reference.transformers_language_model(
-            config, depth, mistral=not config.qk_norm
-        ).state_dict()
+        if config.padding_position is not None:
+            state = reference3.transformers_qwen_vl(config, depth).state_dict()
+        else:
+            state = reference.transformers_language_model(
+                config, depth, mistral=not config.qk_norm
+            ).state_dict()
     if config == configs.QWEN3_4B:
         del state["lm_head.weight"]  # tied to the embedding
     if not all_layers:
@@ -257,7 +274,8 @@ def text_encoder(config: T5Config | CLIPConfig | LanguageModelConfig) -> dict[st
             for name, t in state.items()
             if not language_model_ignore_keys(bare(name), max(config.layers))
         }
-    return {bare(name): t for name, t in state.items()} if config == configs.MISTRAL else state
+    short = config in (configs.MISTRAL, configs.QWEN3_VL_4B)
+    return {bare(name): t for name, t in state.items()} if short else state
 
 
 def adapter(config: SigLIPConfig | ReduxConfig) -> dict[str, torch.Tensor]:
@@ -416,7 +434,7 @@ def comparable(manifest: Manifest, config: Config) -> Manifest:
             return {
                 name: entry for name, entry in vision.items() if not name.endswith(".position_ids")
             }
-        case LanguageModelConfig(qk_norm=False):
+        case LanguageModelConfig(qk_norm=False) | LanguageModelConfig(padding_position=1):
             named = {bare(name): entry for name, entry in manifest.items()}
             return {
                 name: entry
@@ -496,7 +514,8 @@ def models_table() -> str:
             "yes" if spec.licence.commercial else "no",
             "yes" if spec.licence.gated else "no",
         )
-        sizes = (f"{spec.size}x{spec.size}", spec.text_length)
+        length = f"up to {spec.text_length}" if spec.flux3 else spec.text_length
+        sizes = (f"{spec.size}x{spec.size}", length)
         rows.append((f"`{spec.name}`", home, *terms, image, spec.steps, guidance, *sizes))
     titles = (
         "model, repository, licence, commercial use, gated, image input, steps, guidance, size, "

@@ -13,6 +13,7 @@ from support.weight_files import hollow, refusal, saved
 from flux.configs import MODELS
 from flux.runtime.checks import check_cfg, check_guidance
 from flux.transformer import Flux, FluxConfig
+from flux.transformer3 import Flux3, Flux3Config
 from flux.weights.families import looks_like
 from flux.weights.load import infer_config, init_empty
 from flux.weights.locate import get_spec
@@ -20,8 +21,9 @@ from flux.weights.locate import get_spec
 DEV, SCHNELL = MODELS["flux.1-dev"], MODELS["flux.1-schnell"]
 
 
-def written(path, config: FluxConfig):
-    shapes = {n: tuple(x.shape) for n, x in init_empty(lambda: Flux(config)).state_dict().items()}
+def written(path, config: FluxConfig | Flux3Config):
+    kind = Flux if isinstance(config, FluxConfig) else Flux3
+    shapes = {n: tuple(x.shape) for n, x in init_empty(lambda: kind(config)).state_dict().items()}
     return hollow(path, shapes)
 
 
@@ -105,10 +107,6 @@ FAMILIES = {  # as their own authors, ComfyUI or diffusers name the tensors
         "diffusion_model.txtfusion.projector.weight",
         "text_fusion.layerwise_blocks.0.attn.to_q.weight",
     ),
-    "a FLUX.3 transformer": (
-        "content_mode_blocks.image.0.attn.to_q.weight",
-        "txt_mode_blocks.0.norm.query_norm.scale",
-    ),
     "a HiDream transformer": ("double_stream_blocks.0.block.attn1.to_q.weight",),
     "an AuraFlow transformer": (
         "joint_transformer_blocks.0.attn.to_q.weight",
@@ -170,7 +168,7 @@ def diffusers_class(name: str) -> list[str]:
     [
         ("ChromaTransformer2DModel", "a Chroma transformer"),
         ("Krea2Transformer2DModel", "a Krea 2 transformer"),
-        ("Flux3Transformer2DModel", "a FLUX.3 transformer"),
+        ("Flux3Transformer2DModel", "a FLUX 3 transformer"),
         ("AuraFlowTransformer2DModel", "an AuraFlow transformer"),
         ("PixArtTransformer2DModel", "a PixArt, Sana, LTX or Bria transformer"),
         ("SanaTransformer2DModel", "a PixArt, Sana, LTX or Bria transformer"),

@@ -68,6 +68,8 @@ COUNTED = {
     "flux2-dev": (299, 32_223_281_152),
     "klein-4b": (149, 3_875_544_576),
     "klein-9b": (201, 9_078_581_248),
+    "flux3-klein": (359, 5_548_681_984),  # as others count the released file
+    "flux3-klein-base": (357, 5_538_458_368),
     "ae-flux1": (244, 83_819_683),
     "ae-flux2": (251, 84_046_115),
 }

@@ -34,6 +34,10 @@ SKIPPED = frozenset(
         "double_stream_modulation_img",
         "double_stream_modulation_txt",
         "single_stream_modulation",  # FLUX.2
+        "ref_time_in",
+        "emb_in",
+        "early_stream_modulations",
+        "single_stream_modulations",  # FLUX 3
     }
 )
 SMALL = 2**14  # a Linear with fewer weights is skipped too: it saves nothing

@@ -1,0 +1,92 @@
+"""scripts/sample.py with tiny FLUX 3 models, and the scripts that do not cover FLUX 3."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.drawn_images import photo
+from support.flux3_model import BASE, DISTILLED, Flux3Model
+
+from flux.image_io import output
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLUX_WEIGHTS", raising=False)
+        for name in (BASE, DISTILLED):
+            Flux3Model(name, folder, patch)
+        yield folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [BASE, DISTILLED])
+def test_reference_is_edited_at_its_size_and_made_again(cli, weights, tmp_path, name):
+    photo(70, 45).save(tmp_path / "in.png")
+    shared = ("--weights", weights, "--dtype", "float32")
+    run = cli("a cat", "--model", name, "--image", tmp_path / "in.png", "--steps", 2, *shared)
+    assert run.code == 0, run.err
+    path = Path(run.out.strip())
+    with Image.open(path) as image:
+        assert image.size == (70, 45)
+        pixels = image.tobytes()
+    metadata = output.read_metadata(path)
+    assert (metadata["model"], metadata["steps"]) == (name, 2)
+    again = cli("--from-image", path, "--weights", weights)
+    assert again.code == 0, again.err
+    with Image.open(again.out.strip()) as image:
+        assert image.tobytes() == pixels
+    sized = cli(
+        "a cat",
+        "--model",
+        name,
+        "--image",
+        tmp_path / "in.png",
+        "--steps",
+        1,
+        "--width",
+        96,
+        *shared,
+    )
+    with Image.open(sized.out.strip()) as image:
+        assert image.size == (96, 64)
+
+
+def test_guidance_of_a_flow_map_is_refused_with_the_reason(cli, weights):
+    shared = ("a cat", "--model", DISTILLED, "--weights", weights)
+    reason = "it was distilled to a flow map, which samples without guidance, in 16 steps"
+    cli(*shared, "--guidance", 3.5).fails_with("--guidance", reason, "base")
+    cli(*shared, "--negative-prompt", "x").fails_with("--negative-prompt", reason, "base")
+    cli(*shared, "--true-cfg-scale", 2).fails_with("--true-cfg-scale", reason, "base")
+    cli(*shared, "--kv-cache", "--image", "x.png").fails_with("x.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train.py", ".", "runs/x", "--model", DISTILLED),
+        ("parity.py", "capture", "a cat", "--output", "x.safetensors", "--model", DISTILLED),
+        ("bench.py", "--model", DISTILLED),
+    ],
+    ids=lambda command: command[0],
+)
+def test_scripts_for_flux1_and_flux2_say_so(command, tmp_path):
+    script, *arguments = command
+    photo(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+    assert f"{DISTILLED} is FLUX 3, which is not supported here" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.txt"}
