@@ -674,10 +674,16 @@ COLUMNS = (
 )
 
 
+LEGEND = (  # of COLUMNS, once a table
+    "rel L2: |a-b|/|b|; tol.: the largest allowed; token: rel L2 of the worst one; |a|/|b|: norms;",
+    "1-PCC: one minus Pearson's correlation; ULP: |a-b| in units in the last place, p50/p99/max",
+)
+
+
 def table(rows: Sequence[Row], compared: str = "", missing: Sequence[str] = ()) -> str:
     """Return the verdict in one line, `coverage` in another, and all rows, as they were run."""
     head = [verdict(rows, missing), compared] if compared else [verdict(rows, missing)]
-    return "\n".join([*head, "", COLUMNS, *map(format_row, rows)])
+    return "\n".join([*head, "", *LEGEND, COLUMNS, *map(format_row, rows)])
 
 
 def format_row(row: Row) -> str:

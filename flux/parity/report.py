@@ -150,7 +150,9 @@ COLUMNS = (
     "ULP p50 / p99 / max",
 )
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
 code, td, tbody th {{ font-family: ui-monospace, monospace; font-size: 13px }}
 table {{ border-collapse: collapse }}
@@ -159,7 +161,13 @@ th, td {{ padding: 2px 8px; text-align: left; border-top: 1px solid #ddd; overfl
 .rows td {{ text-align: right; white-space: nowrap }}
 .scroll {{ overflow-x: auto }}
 img {{ max-width: 100% }}
-.images figure {{ display: inline-block; margin: 0 1em 0 0 }}
+figure {{ margin: 0 }}
+.images figure {{ display: inline-block; margin: 0 1em 1em 0 }}
+@media (max-width: 700px) {{
+  body {{ margin: 1em auto }}
+  .chart {{ overflow-x: auto }}
+  .chart img {{ max-width: none; width: 860px }}
+}}
 </style></head>
 <body>
 {body}
@@ -194,15 +202,16 @@ def table(lines: Iterable[tuple[str, str]]) -> str:
         f'<tr><th scope="row">{escaped(name)}</th><td>{escaped(value)}</td></tr>'
         for name, value in lines
     )
-    return f"<table><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
 
 
 def img(pngs: dict[str, bytes], name: str, caption: str = "") -> str:
     if name not in pngs:
         return ""
     data = base64.b64encode(pngs[name]).decode()
+    kind = "" if caption else ' class="chart"'  # which scrolls on a small screen
     return (
-        f'<figure><img alt="{escaped(caption or name)}" src="data:image/png;base64,{data}"/>'
+        f'<figure{kind}><img alt="{escaped(caption or name)}" src="data:image/png;base64,{data}"/>'
         f"<figcaption>{escaped(caption)}</figcaption></figure>"
     )
 
@@ -381,7 +390,8 @@ def recipes(a: Capture, b: Capture) -> str:
     text = f"Lines that differ, marked with ≠: {differing} of {len(lines)}."
     if not lines:
         text = "Neither file has a recipe."
-    body = f'<table class="recipe"><tbody>{"".join(lines)}</tbody></table>' if lines else ""
+    rows = f'<table class="recipe"><tbody>{"".join(lines)}</tbody></table>'
+    body = f'<div class="scroll">{rows}</div>' if lines else ""
     return section("The recipes", text, body)
 
 

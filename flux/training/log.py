@@ -125,6 +125,7 @@ def plot_loss(log: CSVLog, path: Path) -> None:
     axes.semilogy(steps, losses, linewidth=0.5, alpha=0.5, label="loss")
     axes.semilogy(steps, means, label=f"mean of {WINDOW} steps")
     axes.set_xlabel("step")
+    axes.set_ylabel("loss")
     axes.set_title(f"step {steps[-1]:.0f}, mean loss {means[-1]:.4f}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()

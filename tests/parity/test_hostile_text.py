@@ -68,7 +68,7 @@ def test_terminal(pair, text):
     rows = compare(a, b)
     assert [row.over for row in rows] == [True, False, True, False, True]
     lines = table(rows, coverage(rows, b, a)).split("\n")
-    assert len(lines) == 4 + len(rows)
+    assert len(lines) == 6 + len(rows)  # verdict, coverage, legend, columns
     assert not FORBIDDEN.search("".join(lines))
     assert lines[0].startswith("3 of 5 tensors are over tolerance; the first is alone")
 
@@ -87,7 +87,7 @@ def test_command(pair, text, parity):
     """The whole command: one line a row, and no more on standard error than it has to say."""
     a, b = pair
     code, out, err = parity("compare", a.path, b.path, "--json", "rows.json")
-    assert code == 1 and out.count("\n") == 4 + 5 and err == "rows: rows.json\n"
+    assert code == 1 and out.count("\n") == 6 + 5 and err == "rows: rows.json\n"
     assert not FORBIDDEN.search(out.replace("\n", ""))
 
 

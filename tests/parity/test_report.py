@@ -441,3 +441,24 @@ def test_command_writes_the_report(pair):
     assert within.returncode == 0 and within.stdout == "report-2.html\n"
     wrong = run("--output", "report.pdf")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ")
+
+
+def test_page_fits_a_small_screen(pair):
+    """What is wider than 390 pixels scrolls in its own box: charts and tables."""
+    pair.off("step.002/velocity", 0.5)
+    page, _ = pair.page()
+    metas = {meta.get("name"): meta.get("content") for meta in page.iter("meta")}
+    assert metas["viewport"].startswith("width=device-width")
+    boxes = {"scroll", "chart", "images"}
+    parents = {child: parent for parent in page.iter() for child in parent}
+
+    def boxed(element: ElementTree.Element) -> bool:
+        while element in parents:
+            if boxes & set((element.get("class") or "").split()):
+                return True
+            element = parents[element]
+        return False
+
+    wide = [*page.iter("table"), *page.iter("img")]
+    assert len(wide) > 4 and all(map(boxed, wide))
+    assert ".chart { overflow-x: auto }" in "".join(page.find("head").itertext())
