@@ -62,6 +62,7 @@ class Access(NamedTuple):
     storage: int  # the number of the allocation
     part: tuple  # offset, shape and strides
     nbytes: int
+    size: int  # bytes of the allocation
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,17 @@ def fused_bytes(kernels: Iterable[Kernel]) -> int:
         reads = {access for k in chain for access in k.reads if access.storage not in made}
         writes = {access for k in chain for access in k.writes}
         kept = [w for w in writes if last_read.get(w.storage, len(kernels)) >= end]
-        total += sum(access.nbytes for access in (*reads, *kept))
+        total += distinct_bytes(reads) + distinct_bytes(kept)
         start = end + 1
     return total
+
+
+def distinct_bytes(accesses: Iterable[Access]) -> int:
+    """Return the bytes of the parts; those of one allocation may overlap."""
+    parts: dict[int, list[Access]] = defaultdict(list)
+    for access in accesses:
+        parts[access.storage].append(access)
+    return sum(min(sum(a.nbytes for a in found), found[0].size) for found in parts.values())
 
 
 # ------------------------------------------------------------------ counting
@@ -272,7 +281,7 @@ class Watch(TorchDispatchMode):
         for size, stride in zip(x.shape, x.stride()):
             elements *= 1 if stride == 0 else size
         part = x.storage_offset(), tuple(x.shape), x.stride()
-        return Access(known[1], part, elements * x.element_size())
+        return Access(known[1], part, elements * x.element_size(), storage.nbytes())
 
     def hidden_copy(self, x: Tensor) -> None:
         """Count the copy that a kernel makes of an input in an order that it cannot read."""

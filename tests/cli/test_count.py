@@ -52,6 +52,17 @@ def test_linear_between_activations():
     assert totals.elementwise == totals.fused == 2 * 2 * (10 * 30 + 10 * 20)
 
 
+def test_fused_chain_writes_once_what_it_changes_in_place_by_a_view():
+    x, weight = meta(10, 30), meta(30, 20)
+
+    def function() -> torch.Tensor:
+        y = x * 2
+        y.view(300).add_(1)
+        return y @ weight
+
+    assert counted(function).totals(UNIT).fused == 2 * x.nbytes
+
+
 def test_views_are_free_and_broadcasts_are_read_once():
     x, row = meta(8, 6, 4), meta(4)
     assert counted(lambda: x.transpose(0, 1).unflatten(2, (2, 2))[1:]).kernels == []

@@ -53,12 +53,6 @@ class FP8Linear(QuantizedLinear):
         self.hold("weight_scale", scale)
         self.hold("input_scale", input_scale)
 
-    def dequantize(self) -> Tensor:
-        weight = self.weight.float()  # a copy, so that it may be changed in place
-        if self.weight_scale is None:
-            return weight
-        return weight.mul_(self.weight_scale.float().reshape(-1, 1))
-
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8_matmul:
             return self.scaled_mm(x)
@@ -91,8 +85,7 @@ class FP8Linear(QuantizedLinear):
         return y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale, out=y)
 
     def rounded_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return `dequantize().to(dtype)` without its intermediate matrices in float32."""
-        weight = self.weight.to(dtype)  # exact: float8 has fewer bits
+        weight = self.weight.to(dtype)  # a copy, and exact: float8 has fewer bits
         if self.weight_scale is None:
             return weight
         return weight.mul_(self.weight_scale.float().reshape(-1, 1))  # in float32, rounded once
@@ -160,11 +153,11 @@ class BlockFP8Linear(QuantizedLinear):
         self.hold("weight", (out_features, in_features), torch.float8_e4m3fn)
         self.hold("weight_scale_inv", blocks)
 
-    def dequantize(self) -> Tensor:
+    def rounded_weight(self, dtype: torch.dtype) -> Tensor:
         scale = self.weight_scale_inv.float()
         scale = scale.repeat_interleave(self.BLOCK, dim=0)[: self.out_features]
         scale = scale.repeat_interleave(self.BLOCK, dim=1)[:, : self.in_features]
-        return self.weight.float().mul_(scale)
+        return self.weight.to(dtype).mul_(scale)
 
 
 # ---------------------------------------------------------------- matrix products in float8

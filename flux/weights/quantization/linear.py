@@ -31,10 +31,19 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return the weight: (out_features, in_features), float32."""
-        raise NotImplementedError
+        return self.rounded_weight(torch.float32)
+
+    def rounded_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in another dtype, each number rounded once.
+
+        A subclass has this method or `dequantize`. Where its numbers are exact in every dtype, the
+        product of a number and a float32 scale is rounded as it is written: no matrix in float32
+        is needed.
+        """
+        return self.dequantize().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        return F.linear(x, self.rounded_weight(x.dtype), self.bias)
 
     def differentiable(self, x: Tensor) -> Tensor:
         """Run `forward` with a gradient for x, in autocast's dtype if autocast is on.
@@ -73,8 +82,8 @@ class _LinearWithoutSavedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantize().to(x.dtype))
+        return F.linear(x, layer.rounded_weight(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
+        return gradient @ ctx.layer.rounded_weight(gradient.dtype), None

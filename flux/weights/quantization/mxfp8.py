@@ -46,9 +46,9 @@ class MXFP8Linear(QuantizedLinear):
         self.hold("weight", (out_features, in_features), torch.float8_e4m3fn)
         self.hold("weight_scale", (rows, blocks), scale_dtype)
 
-    def dequantize(self) -> Tensor:
+    def rounded_weight(self, dtype: torch.dtype) -> Tensor:
         bytes = unswizzled(self.weight_scale.view(torch.uint8))
         scale = bytes[: self.out_features, : self.in_features // BLOCK].contiguous()
         scale = scale.view(torch.float8_e8m0fnu).float()  # (out, in/32)
-        blocks = self.weight.float().unflatten(1, (-1, BLOCK))  # (out, in/32, 32)
+        blocks = self.weight.to(dtype).unflatten(1, (-1, BLOCK))  # (out, in/32, 32)
         return blocks.mul_(scale[..., None]).flatten(1)

@@ -63,12 +63,13 @@ class NVFP4Linear(QuantizedLinear):
         self.hold("weight_scale_2", ())
         self.hold("input_scale", () if input_scale else None)
 
-    def dequantize(self) -> Tensor:
+    def rounded_weight(self, dtype: torch.dtype) -> Tensor:
         scale = self.weight_scale.float()
         if self.swizzled:
             scale = unswizzled(scale)[: self.out_features, : self.in_features // BLOCK]
         scale = scale * self.weight_scale_2  # (out, in/16)
-        values = lookup(self.weight, e2m1(self.weight.device), high_first=self.swizzled)
+        numbers = e2m1(self.weight.device).to(dtype)
+        values = lookup(self.weight, numbers, high_first=self.swizzled)
         blocks = values.unflatten(1, (-1, BLOCK))  # (out, in/16, 16)
         return blocks.mul_(scale[..., None]).flatten(1)  # in place: nothing else is as large
 
