@@ -206,6 +206,8 @@ def add_files(group) -> None:
     add("--no-metadata", action="store_true",
         help="leave the prompt and all settings out of the files: they only say that a model made "
         "the image, and --from-image cannot make it again")
+    add("--latents", type=Path, metavar="FILE",
+        help="decode what --save-latents wrote; with a prompt, start from it, with --strength")
     add("--save-latents", action="store_true", help="also write the latents, as .safetensors")
     add("--list-models", action="store_true", help="print the models, and which are available")
     add("--inspect", type=Path, metavar="FILE",
@@ -286,6 +288,10 @@ def run(args: argparse.Namespace) -> int:
     from flux.lora.peft_config import adapter_file
 
     args.lora = [(adapter_file(path), scale) for path, scale in args.lora]
+    if args.latents and not (args.prompts or args.prompt or args.prompt_file or args.from_image):
+        from saved_latents import decode
+
+        return decode(args, load)
     earlier = {}
     if args.from_image:
         earlier = output.read_metadata(args.from_image)
@@ -316,10 +322,17 @@ def run(args: argparse.Namespace) -> int:
     checks.check_count(count, first_seed)
     last_seed = first_seed + count - 1
     spec = get_spec(args.model, args.transformer)
-    images, files = gather_images(args, spec), describe_files(args)
+    start = None
+    if args.latents:
+        from saved_latents import conditions as from_latents
+
+        start = from_latents(args, spec)
+    images, files = None if start else gather_images(args, spec), describe_files(args)
     if not any(prompts) and spec.image_mode != "redux":
         raise UserError(f"prompt: {spec.name} needs one. Say what the image should show.")
     width, height = request.output_size(spec, images, args.width, args.height)
+    if start:
+        width, height = start.width, start.height
     checks.check_size(height, width)
     args.steps, args.sigmas, args.shift = checks.check_times(
         spec, args.steps, args.sigmas, args.shift
@@ -331,6 +344,8 @@ def run(args: argparse.Namespace) -> int:
     if images and spec.image_mode != "fill" and request.has_init_image(spec, images):
         rounding = PRESETS[args.numerics].images
         strength = request.start_strength(images.strength, steps, rounding)
+    if start:
+        strength = request.start_strength(start.strength, steps, PRESETS[args.numerics].images)
     for name in ("guidance", "true_cfg_scale"):
         listed = getattr(args, name)
         if isinstance(listed, tuple) and len(listed) != steps:
@@ -358,7 +373,8 @@ def run(args: argparse.Namespace) -> int:
 
     # 3. Encode the images, then some prompts at a time. No image depends on the others.
     given = (args.width, args.height) if spec.flux3 else (width, height)
-    conditions = images and pipe.condition(images, *given)  # FLUX 3 crops a size that it chose
+    # FLUX 3 crops a size that it chose
+    conditions = start or (images and pipe.condition(images, *given))
     if conditions:
         pipe.plan_memory(steps=steps, conditions=conditions)  # now the number of tokens is known
     if args.save_control:

@@ -89,7 +89,9 @@ def describe(
     import torch
 
     spec = pipe.spec
-    options = {name: getattr(args, name) for name in IMAGE_OPTIONS} if args.image else None
+    options = None
+    if args.image or args.latents:
+        options = {name: getattr(args, name) for name in IMAGE_OPTIONS}
     note = None
     if spec.embedded:
         note = "made by an embedded toy model: shows the code at work, not what FLUX can do"
@@ -161,7 +163,9 @@ def describe_files(args: Namespace) -> dict:
         merged["config_sha256"] = describe_file(config)["sha256"] if config else None
         loras.append(describe_file(path) | merged)
     mask = describe_file(args.mask) if args.mask else None
-    return dict(images=[describe_file(path) for path in args.image], mask=mask, loras=loras)
+    latents = {"latents": describe_file(args.latents)} if args.latents else {}
+    images = [describe_file(path) for path in args.image]
+    return dict(images=images, mask=mask, loras=loras) | latents
 
 
 def describe_file(path: Path) -> dict:
@@ -257,7 +261,7 @@ def restore_args(args: Namespace, metadata: dict, default: Callable[[str], objec
                 f"{source}: was made with the {part} {metadata[part]}. Pass it as `{part}`."
             )
     restore_files(args, metadata)
-    if args.image:
+    if args.image or args.latents:
         restore_image_options(args, metadata, default)
     args.prompts = [metadata["prompt"]] if metadata["prompt"] or not args.image else []
     chosen = {"width", "height"} if metadata.get("cropped") else set()  # by the reference
@@ -308,6 +312,11 @@ def restore_files(args: Namespace, metadata: dict) -> None:
         args, "mask", [args.mask] if args.mask else [], [] if mask is None else [mask]
     )
     args.mask = masks[0] if masks else None
+    latents = [args.latents] if args.latents else []
+    latents = _restore_paths(
+        args, "latents", latents, [metadata["latents"]] if "latents" in metadata else []
+    )
+    args.latents = latents[0] if latents else None
     loras = metadata.get("loras")
     paths = _restore_paths(args, "loras", [path for path, _ in args.lora], loras)
     for path, lora in zip(paths, loras or []):

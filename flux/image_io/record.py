@@ -39,6 +39,7 @@ def describe_call(
         vae_tile=options.vae_tile,
         image=[],
         mask=None,
+        latents=None,
         **{part: pipe.replaced.get(part) for part in PARTS},
     )
     metadata = describe(args, pipe, "", width, height, steps, guidance, 0)
@@ -64,7 +65,11 @@ def describe_call(
 def _lora(path: Path, scale: float, ignore_unmatched: bool, changed: int) -> dict:
     """Describe a LoRA; its hash takes a second for each GB, so a file is read once."""
     args = Namespace(
-        lora=[(path, scale)], lora_ignore_unmatched=ignore_unmatched, image=[], mask=None
+        lora=[(path, scale)],
+        lora_ignore_unmatched=ignore_unmatched,
+        image=[],
+        mask=None,
+        latents=None,
     )
     return describe_files(args)["loras"][0]
 
