@@ -248,9 +248,9 @@ class PrefetchRing:
         with self.streams.stream(self.copy_stream), torch.inference_mode():
             memory = self.kept.get(block)
             pin = memory is None
-            if memory is None and block in self.kept:
-                memory = pinned_memory(end_of(self.slices[block]), self.device)
-            elif memory is None:
+            if block in self.kept and memory is None:
+                memory = self._pin(block)
+            if memory is None:
                 buffer.filled.synchronize()  # until then its pinned memory is being read
                 memory = buffer.pinned
             self.copy_stream.wait_event(buffer.free)
@@ -263,6 +263,14 @@ class PrefetchRing:
         if block in self.kept:
             self.kept[block] = memory
         buffer.block = block
+
+    def _pin(self, block: nn.Module) -> Tensor | None:
+        """Return pinned memory for `block` alone; None if the system pins no more."""
+        try:
+            return pinned_memory(end_of(self.slices[block]), self.device)
+        except RuntimeError:
+            self.kept = {block: memory for block, memory in self.kept.items() if memory is not None}
+            return None
 
     @torch.inference_mode()
     def _point(self, block: nn.Module, buffer: Buffer) -> None:

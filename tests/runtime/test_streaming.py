@@ -154,6 +154,24 @@ def test_blocks_that_stay_pinned_are_copied_from_the_host_once(config, share):
     assert torch.equal(ours(**inputs), expected)
 
 
+@torch.inference_mode()
+def test_blocks_pass_through_the_shared_memory_where_no_more_can_be_pinned(monkeypatch):
+    resident, inputs = frozen(Flux(KLEIN_TINY)), flux_inputs(KLEIN_TINY)
+    ours = stream(deepcopy(resident), FLUX_LISTS, "cpu", pinned=2**40)
+    ring, allocate, calls = ring_of(ours), streaming.pinned_memory, []
+
+    def limited(size: int, device: torch.device) -> Tensor:
+        calls.append(size)
+        if len(calls) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return allocate(size, device)
+
+    monkeypatch.setattr(streaming, "pinned_memory", limited)
+    for _ in range(3):
+        assert torch.equal(ours(**inputs), resident(**inputs))
+    assert len(ring.kept) == 2 and len(calls) == 3 and len(ring.slices) > 3
+
+
 def test_half_of_the_free_memory_is_pinned_for_a_gpu(monkeypatch):
     monkeypatch.setattr(streaming, "free_memory", lambda device: 21.0)
     assert streaming.pinned_budget(torch.device("cuda:1")) == 10
