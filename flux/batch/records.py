@@ -1,0 +1,182 @@
+"""What is done: one append-only file of records a worker, and the proof that all lines are done.
+
+OUT/batch.json            the manifest's SHA-256 and the settings, which a folder keeps
+OUT/records/WORKER.jsonl  {"line", "file", "sha256", "seed", "seconds"}, or {"line", "error"}
+OUT/images.jsonl          all records in the order of the lines, written by `merge`
+"""
+
+import hashlib
+import json
+import os
+import socket
+import uuid
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flux.atomic_files import write_atomically
+from flux.batch.manifest import BLOCK, Manifest
+from flux.errors import UserError
+from flux.plain_files import parse_json, read_plain_file, require_plain_file
+
+OPEN, DONE, WRONG = 0, 1, 2  # states of a line
+MAX_RECORD = 100_000  # bytes
+
+
+class Records:
+    """The records of all workers in a folder; a worker appends to its own file.
+
+    A last line without an end was being written when its worker was killed: that line is not done.
+    """
+
+    def __init__(self, out: Path, manifest: Manifest, settings: dict, begun: bool = False):
+        """`begun`: the folder keeps its settings, whatever they are; only the manifest counts."""
+        self.out, self.folder = out, out / "records"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        keep_settings(out / "batch.json", manifest, None if begun else settings)
+        self.states = bytearray(len(manifest))
+        self.read_to: dict[Path, int] = {}  # bytes of each file that are read
+        self.damaged = 0  # complete lines that are no records
+        worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.own = self.folder / f"{worker}.jsonl"
+        self.update()
+        self.states = self.states.replace(bytes([WRONG]), bytes([OPEN]))  # to be tried again
+
+    def update(self) -> None:
+        """Read what all workers have added."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for _, record in self._new(path):
+                self._set(record)
+
+    def _set(self, record: dict) -> None:
+        if "error" not in record:
+            self.states[record["line"]] = DONE
+        elif self.states[record["line"]] == OPEN:
+            self.states[record["line"]] = WRONG
+
+    def _new(self, path: Path) -> Iterator[tuple[int, dict]]:
+        """Yield the new records of a file, with their positions."""
+        position = self.read_to.get(path, 0)
+        with require_plain_file(path).open("rb") as file:
+            file.seek(position)
+            while (raw := file.readline(MAX_RECORD)).endswith(b"\n"):
+                record = parse_record(raw, len(self.states))
+                if record is None:
+                    self.damaged += 1
+                else:
+                    yield position, record
+                position += len(raw)
+                self.read_to[path] = position
+
+    def append(self, record: dict) -> None:
+        """Add a record of this worker, on the disk when this returns."""
+        line = json.dumps(record).encode() + b"\n"
+        descriptor = os.open(self.own, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            if os.write(descriptor, line) != len(line):
+                raise OSError(28, "No space left on device", str(self.own))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._set(record)
+
+    def is_open(self, block: int) -> bool:
+        """Return whether a line of the block is not done."""
+        return OPEN in self.states[block * BLOCK : (block + 1) * BLOCK]
+
+    def count(self, state: int) -> int:
+        return self.states.count(state)
+
+
+def keep_settings(path: Path, manifest: Manifest, settings: dict | None) -> None:
+    """Write the manifest's hash and the settings once. UserError if the folder has others.
+
+    settings=None: any settings are right.
+    """
+    kept: dict[str, Any] = {"manifest_sha256": manifest.sha256, "lines": len(manifest)}
+    kept |= {} if settings is None else {"settings": settings}
+    with write_atomically(path, wait=True) as unfinished:
+        if not path.exists():
+            unfinished.write_text(json.dumps(kept, indent=1) + "\n")
+            return
+        unfinished.write_bytes(content := read_plain_file(path, MAX_RECORD))
+    try:
+        earlier = parse_json(content)
+        differs = ["manifest"] if earlier["manifest_sha256"] != manifest.sha256 else []
+        before, now = earlier["settings"], settings if settings is not None else earlier["settings"]
+        differs += sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: is damaged. Choose another folder.") from None
+    if differs:
+        raise UserError(
+            f"out: {path.parent} was begun with another {', '.join(differs)}. "
+            "Choose another folder, or the same manifest and options."
+        )
+
+
+def parse_record(raw: bytes, lines: int) -> dict | None:
+    """Return a record, or None if the line is damaged."""
+    try:
+        record = parse_json(raw, MAX_RECORD)
+        number = record["line"]
+        whole = isinstance(record.get("error", record.get("file")), str)
+        is_sound = type(number) is int and 0 <= number < lines and whole
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return record if is_sound else None
+
+
+class Summary(NamedTuple):
+    done: int
+    wrong: int
+    left: list[int]  # numbers of the lines without a record, or without their file
+
+
+def merge(records: Records) -> Summary:
+    """Write OUT/images.jsonl, one record a line of the manifest, in its order.
+
+    Every image is read and compared with its hash: one that is missing or has other bytes counts as
+    left. Of two records of one line, the last image counts; both describe the same bytes.
+    """
+    places = array("q", [-1]) * (2 * len(records.states))  # file and position of each record
+    paths = sorted(records.folder.glob("*.jsonl"))
+    for number, path in enumerate(paths):
+        records.read_to[path] = 0
+        for position, record in records._new(path):
+            line = record["line"]
+            if places[2 * line] < 0 or "error" not in record:
+                places[2 * line : 2 * line + 2] = array("q", [number, position])
+    done, wrong, left = 0, 0, []
+    files = [path.open("rb") for path in paths]
+    try:
+        with write_atomically(records.out / "images.jsonl") as unfinished:
+            with unfinished.open("wb") as merged:
+                for line in range(len(records.states)):
+                    number, position = places[2 * line : 2 * line + 2]
+                    raw = b""
+                    if number >= 0:
+                        files[number].seek(position)
+                        raw = files[number].readline(MAX_RECORD)
+                    record = parse_record(raw, len(records.states)) or {}
+                    if "error" in record:
+                        wrong += 1
+                    elif record and is_intact(records.out, record):
+                        done += 1
+                    else:
+                        left.append(line)
+                        continue
+                    merged.write(raw)
+    finally:
+        for file in files:
+            file.close()
+    return Summary(done, wrong, left)
+
+
+def is_intact(out: Path, record: dict[str, Any]) -> bool:
+    """Return whether the image of a record is there, with the bytes that were written."""
+    try:
+        with (out / record["file"]).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == record.get("sha256")
+    except OSError:
+        return False

@@ -1,0 +1,152 @@
+"""Make very many images, one for each line of a manifest, on any number of GPUs and machines.
+
+python scripts/batch.py requests.jsonl images --model flux.2-klein-4b
+torchrun --nproc-per-node 8 scripts/batch.py requests.jsonl images --model flux.2-klein-4b
+python scripts/batch.py requests.jsonl images --merge
+
+A line is a JSON object: {"prompt": "a cat"}, with any of seed, negative_prompt, width, height,
+steps, guidance, images (paths) and id. Start the command as often as there are GPUs, and again
+after a stop: what is done is not done again.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import sample
+from command_line import Parser, exit_code, say, show
+
+from flux.errors import UserError
+
+DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
+DEFAULTS = ("negative_prompt", "width", "height", "steps", "guidance")  # for lines without them
+SAMPLING = ("true_cfg_scale", "solver", "sigmas", "shift")
+# flags of sample.py that do not change an image
+HOW_TO_RUN = ("weights", "device", "offload", "max_vram", "check_finite")
+# and those that may
+MODEL = (
+    *("model", "transformer", "autoencoder", "text_encoder", "text_encoder_2", "tokenizer"),
+    *("lora", "lora_ignore_unmatched", "numerics", "dtype", "decode_dtype", "quantize"),
+    *("fp8_matmul", "compile", "vae_tile"),
+)
+FLAGS = sample.flags_of(sample.parser()) | {"manifest": "MANIFEST", "out": "OUT"}
+
+
+def main() -> int:
+    args = parser().parse_args()
+    stopped = "stopped; the same command goes on"
+    return exit_code(lambda: run(args), FLAGS, args.out, stopped)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("manifest", type=Path, metavar="MANIFEST", help="one JSON object a line")
+    p.add_argument("out", type=Path, metavar="OUT", help="folder for the images and their records")
+    p.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="begin with every N-th block of lines, then help with the others (default: the rank "
+        "and world size of torchrun, or the task of a SLURM array, else 0/1)",
+    )
+    p.add_argument(
+        "--merge",
+        action="store_true",
+        help="make no images: check that all are there, and write OUT/images.jsonl",
+    )
+    for action in sample.parser()._actions:
+        if action.dest in (*DEFAULTS, *SAMPLING, *HOW_TO_RUN, *MODEL):
+            p._add_action(action)
+    return p
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Parse I/N, with 0 <= I < N."""
+    try:
+        number, count = map(int, text.split("/"))
+        if not 0 <= number < count:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N (got {text!r})") from None
+    return number, count
+
+
+def shard_of(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return the shard that torchrun or SLURM gave this process."""
+    for number, count, first in (
+        ("RANK", "WORLD_SIZE", None),
+        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ):
+        if number in environment and count in environment:
+            begin = int(environment.get(first or "", 0))
+            return int(environment[number]) - begin, int(environment[count])
+    return 0, 1
+
+
+def run(args: argparse.Namespace) -> int:
+    from flux.batch.manifest import Manifest
+    from flux.batch.records import Records, merge
+
+    manifest = Manifest(args.manifest)
+    given = {name: getattr(args, name) for name in (*DEFAULTS, *SAMPLING, *MODEL)}
+    settings = {name: value for name, value in given.items() if value not in (None, [], False)}
+    if args.merge and not (args.out / "batch.json").is_file():
+        raise UserError(f"out: {args.out} has no batch.json. Pass the folder of a batch.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    records = Records(args.out, manifest, as_json(settings), begun=args.merge)
+    if args.merge:
+        return report(args.out, merge(records))
+
+    import torch
+
+    from flux.batch.worker import Worker
+
+    torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
+    if args.device is None and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    pipe = sample.load(args)
+    calls = {name: value for name, value in given.items() if name in (*DEFAULTS, *SAMPLING)}
+    defaults = {name: value for name, value in calls.items() if value is not None}
+    Worker(pipe, manifest, records, args.shard or shard_of(os.environ), defaults, say).run()
+    return report(args.out, None, records)
+
+
+def as_json(settings: dict) -> dict:
+    """Return settings as JSON keeps them: paths as absolute texts."""
+
+    def plain(value):
+        if isinstance(value, Path):
+            return str(value.resolve())
+        return [plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+    return {name: plain(value) for name, value in settings.items()}
+
+
+def report(out: Path, summary, records=None) -> int:
+    """Print what is done. Return 0 if all lines have their image, else 1, or 2 for wrong lines."""
+    from flux.batch.records import DONE, WRONG
+
+    if summary is None:
+        done, wrong, left = records.count(DONE), records.count(WRONG), []
+    else:
+        done, wrong, left = summary
+        show(out / "images.jsonl")
+    say(f"{done:,} images, {wrong:,} wrong lines, {len(left):,} images left")
+    if left:
+        first = ", ".join(str(line + 1) for line in left[:10])
+        say(f"left: line {first}{' and more' if len(left) > 10 else ''}")
+        return 1
+    return 2 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
