@@ -23,6 +23,7 @@ class Licence:
     name: str
     commercial: bool  # whether commercial use is allowed
     gated: bool  # whether the repository asks to accept the licence before a download
+    requires_filters: bool = False  # content filters, or a review of the outputs
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,9 @@ class ModelSpec:
 
 APACHE = Licence("Apache-2.0", commercial=True, gated=False)
 SCHNELL = Licence("Apache-2.0", commercial=True, gated=True)
-DEV = Licence("FLUX.1 [dev] Non-Commercial License", commercial=False, gated=True)
-DEV2 = Licence("FLUX.2 [dev] Non-Commercial License", commercial=False, gated=True)
-KLEIN = Licence("FLUX Non-Commercial License", commercial=False, gated=True)
+DEV = Licence("FLUX.1 [dev] Non-Commercial License", False, True, requires_filters=True)
+DEV2 = Licence("FLUX.2 [dev] Non-Commercial License", False, True, requires_filters=True)
+KLEIN = Licence("FLUX Non-Commercial License", False, True, requires_filters=True)
 KOMMUNITY = Licence("FLUX Kommunity License v1.0", commercial=False, gated=True)
 
 # ------------------------------------------------------------------ sizes of the networks

@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from background import BackgroundWriter
 from command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
+from safety_flags import Safety, add_safety
 
 from flux.errors import UserError
 from flux.image_io.metadata import (
@@ -33,6 +34,7 @@ from flux.image_io.metadata import (
 )
 
 MAX_PROMPT_FILE = 2**26  # bytes
+REFUSED = 3  # exit code: a filter refused an image
 NUMERICS = ("exact", "bfl", "diffusers")
 OLD_OFFLOAD = {"stages": "model", "stream": "block"}
 ALIASES = {  # an older name of a flag, or the name in diffusers or BFL's command line -> the flag
@@ -89,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add_images(p.add_argument_group("images as input (README: which model takes what)"))
     add_sampling(p.add_argument_group("model and sampling"))
     add_memory_and_speed(p.add_argument_group("memory and speed (README: what is lossless)"))
+    add_safety(p.add_argument_group("content filters (flux/safety/README.md)"))
     add_files(p.add_argument_group("files"))
     for old, new in ALIASES.items():
         add_hidden_alias(p, old, new)
@@ -353,6 +356,9 @@ def run(args: argparse.Namespace) -> int:
     guidance = checks.check_guidance(spec, args.guidance, steps)
     cfg = checks.check_cfg(spec, args.guidance, args.negative_prompt, args.true_cfg_scale, steps)
     check_upsampling(args, spec)
+    safety = Safety(args, spec.licence)
+    if safety.refuses_input(images):
+        return REFUSED
 
     # 2. Load the model.
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
@@ -400,28 +406,43 @@ def run(args: argparse.Namespace) -> int:
             pipe.encode_ahead(expanded + negative)
             for recipe in recipes:
                 for seed in itertools.islice(seeds, args.num_images):
-                    generate_file(args, pipe, recipe | {"seed": seed}, steps, conditions, writer)
+                    metadata = recipe | {"seed": seed}
+                    generate_file(args, pipe, metadata, steps, conditions, writer, safety)
             writer.finish()
-    return 0
+    return REFUSED if safety.refused else 0
 
 
 def generate_file(
-    args: argparse.Namespace, pipe, metadata: dict, steps: int, conditions, writer: BackgroundWriter
+    args: argparse.Namespace,
+    pipe,
+    metadata: dict,
+    steps: int,
+    conditions,
+    writer: BackgroundWriter,
+    safety: Safety,
 ) -> None:
-    """Generate one image; write the image and its latents in the background; print its name."""
+    """Generate one image; write the image and its latents in the background; print its name.
+
+    What a filter refuses is not written there.
+    """
     from flux.image_io import output
 
     seed, prompt = metadata["seed"], metadata["prompt"]
     image, latents = generate(args, pipe, prompt, seed, steps, conditions, writer)
 
-    def write() -> tuple[Path, Path | None]:
+    def write() -> tuple[Path, Path | None] | str:
+        if refusal := safety.refusal(image, metadata):
+            return refusal
         suffixes = [".safetensors"] if args.save_latents else []
         path = output.save(image, args.output, metadata, suffixes, record=not args.no_metadata)
         if not args.save_latents:
             return path, None
         return path, save_latents(path, latents, None if args.no_metadata else metadata)
 
-    def report(paths: tuple[Path, Path | None]) -> None:
+    def report(paths: tuple[Path, Path | None] | str) -> None:
+        if isinstance(paths, str):
+            say(f"seed {seed}: {paths}: {prompt}")
+            return
         if paths[1] is not None:
             say(f"latents: {paths[1]}")
         say(f"seed {seed}: {prompt}")

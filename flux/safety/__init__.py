@@ -1,1 +1,1 @@
-"""What an image says about its origin, and whether that holds."""
+"""Content filters, and what an image says about its origin."""

@@ -77,6 +77,7 @@ MINIMAL = {  # arguments with which a script would begin to work
     "parity.py": ("capture", "a cat", "--output", "a.safetensors"),
     "sample.py": ("a cat",),
     "train.py": ("images", "run"),
+    "verify.py": ("a.png",),
     "dev/golden.py": ("--output", "golden"),
     "dev/golden_bfl.py": ("kit.safetensors", "--output", "golden"),
     "dev/golden_bfl_code.py": ("a", "b", "c", "--output", "golden"),

@@ -1,0 +1,92 @@
+"""The flags of sample.py for content filters, and what they do in a run."""
+
+import argparse
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from command_line import say
+
+if TYPE_CHECKING:
+    from flux.configs import Licence
+
+
+# fmt: off
+def add_safety(group) -> None:
+    add = group.add_argument
+    add("--filter", choices=("nsfw",),
+        help="refuse input images and results that a filter flags: write nothing of them, go on, "
+        "and end with exit code 3")
+    add("--filter-weights", type=Path, metavar="DIR",
+        help="folder of the filter's files (default: as --weights, without a download)")
+    add("--review", type=Path, metavar="DIR",
+        help="put refused results into this folder, with their scores, for a person to review")
+# fmt: on
+
+
+class Safety:
+    """The filters of one run, loaded. UserError if one is asked for and not there.
+
+    A note says once if none is asked for, and the licence of the weights asks for one.
+    """
+
+    def __init__(self, args: argparse.Namespace, licence: "Licence"):
+        from flux.errors import UserError
+        from flux.image_io import output
+
+        self.filters, self.refused = [], 0
+        self.review = args.review and args.review / args.output.name
+        self.record = not args.no_metadata
+        if args.filter is None:
+            for name in ("filter_weights", "review"):
+                if getattr(args, name) is not None:
+                    raise UserError(f"{name}: has no effect without `filter`. Add it.")
+            if licence.requires_filters:
+                say(
+                    f"note: the {licence.name} asks for content filters, or for a review of the "
+                    "images before you publish them; --filter is off"
+                )
+            return
+        from flux.safety.filters import load_nsfw_filter
+
+        if args.filter_weights and not args.filter_weights.is_dir():
+            raise UserError(f"filter_weights: {args.filter_weights} is not a folder.")
+        if self.review:
+            output.check_output(self.review, name="review")
+        self.filters = [load_nsfw_filter(args.filter_weights or args.weights)]
+
+    def refuses_input(self, images) -> bool:
+        """Return whether a filter refuses an input image; say which. `images`: ImageInputs."""
+        given = [(f"image {n}", x) for n, x in enumerate(images.images if images else (), start=1)]
+        if images and images.mask is not None:
+            given.append(("the mask", images.mask))
+        for name, image in given:
+            for verdict in self.verdicts(image):
+                if verdict.refused:
+                    say(f"refused: {name}, by {verdict}")
+                    self.refused += 1
+        return self.refused > 0
+
+    def verdicts(self, image) -> list:
+        """Return what each filter says of an image."""
+        return [filter.judge(image) for filter in self.filters]
+
+    def refusal(self, image, metadata: dict) -> str | None:
+        """Return why a result is refused, None if it is not; write it for a review, if asked to."""
+        from flux.image_io import output
+
+        verdicts = self.verdicts(image)
+        flagged = [verdict for verdict in verdicts if verdict.refused]
+        if not flagged:
+            return None
+        self.refused += 1
+        told = f"refused by {', '.join(map(str, flagged))}"
+        if self.review:
+            path = output.save(image, self.review, metadata, [".json"], record=self.record)
+            scores = [x._asdict() | {"refused": x.refused} for x in verdicts]
+            for score in scores:
+                score["score"] = score["score"] if isfinite(score["score"]) else None  # no NaN
+            text = output.to_json({"image": path.name, "verdicts": scores}).encode()
+            output.write_exclusive(path.with_suffix(".json"), lambda file: file.write(text))
+            told += f", put into {path}"
+        return told
