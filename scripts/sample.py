@@ -116,6 +116,11 @@ def add_request(group) -> None:
         help="expand the prompt first: local, by the text encoder of flux.2-dev, or by a server "
         "with OpenAI's protocol")
     add("--upsample-model", metavar="NAME", help="model of that server")
+    add("--box", action="append", default=[], metavar="NAME:X0,Y0,X1,Y1[:TEXT]",
+        help="FLUX 3: where a thing is, in shares of the width and height; the prompt cites it as "
+        "<NAME> (repeatable)")
+    add("--boxes", type=Path, metavar="FILE",
+        help="FLUX 3: boxes from a JSON file: a list of {id, bbox, desc}, with the y of each first")
 
 
 def add_images(group) -> None:
@@ -359,6 +364,7 @@ def run(args: argparse.Namespace) -> int:
     safety = Safety(args, spec.licence)
     if safety.refuses_input(images):
         return REFUSED
+    boxes = gather_boxes(args, spec, images)
 
     # 2. Load the model.
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
@@ -393,6 +399,10 @@ def run(args: argparse.Namespace) -> int:
     with BackgroundWriter() as writer:
         while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
             expanded = [upsample(args, pipe, prompt, shown, first_seed) for prompt in some]
+            if boxes:
+                from flux.boxes import add_boxes
+
+                expanded = [add_boxes(prompt, boxes, len(shown)) for prompt in expanded]
             recipes = []
             for typed, prompt in zip(some, expanded):
                 recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)
@@ -653,6 +663,23 @@ def gather_images(args: argparse.Namespace, spec):
         images = None
     request.check_images(spec, images)
     return images
+
+
+def gather_boxes(args: argparse.Namespace, spec, images) -> list[dict]:
+    """Return the checked boxes of the flags and of the file."""
+    if not (args.box or args.boxes):
+        return []
+    from flux.boxes import box_rows, parse_box, read_boxes
+
+    if not spec.flux3:
+        raise UserError(f"boxes: only FLUX 3 reads boxes (got {spec.name}). Leave them out.")
+    for name in ("from_image", "upsample"):
+        if getattr(args, name):
+            raise UserError(f"boxes: cannot be added to the prompt of `{name}`. Leave one out.")
+    boxes = [parse_box(text) for text in args.box]
+    boxes += read_boxes(args.boxes) if args.boxes else []
+    box_rows(boxes, len(images.images) if images else 0)
+    return boxes
 
 
 def check_upsampling(args: argparse.Namespace, spec) -> None:

@@ -90,3 +90,31 @@ def test_scripts_for_flux1_and_flux2_say_so(command, tmp_path):
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
     assert f"{DISTILLED} is FLUX 3, which is not supported here" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.txt"}
+
+
+@pytest.mark.slow
+def test_boxes_follow_the_prompt_and_are_kept(cli, weights, tmp_path):
+    file = tmp_path / "boxes.json"
+    file.write_text('[{"id": "dog", "bbox": [0.5, 0, 1, 0.5], "desc": "brown"}]')
+    shared = ("--model", DISTILLED, "--weights", weights, "--dtype", "float32", "--steps", 1)
+    shared += ("--width", 64, "--height", 64)
+    run = cli("a <cat>, a <dog>", "--box", "cat:0.2,0.1,0.9,0.5:gray", "--boxes", file, *shared)
+    assert run.code == 0, run.err
+    rows = (
+        '[{"id": "cat", "bbox": [100, 200, 500, 900], "desc": "gray"}, '
+        '{"id": "dog", "bbox": [500, 0, 1000, 500], "desc": "brown"}]'
+    )
+    path = Path(run.out.strip())
+    assert output.read_metadata(path)["prompt"] == f"a <cat>, a <dog> {rows}" and rows in run.err
+    again = cli("--from-image", path, "--weights", weights)
+    with Image.open(path) as first, Image.open(again.out.strip()) as second:
+        assert first.tobytes() == second.tobytes()
+
+
+def test_boxes_that_cannot_be_used_are_refused(cli, weights):
+    shared = ("a cat", "--model", DISTILLED, "--weights", weights)
+    cli("a cat", "--box", "cat:0,0,1,1").fails_with("--boxes", "only FLUX 3", "flux.2-tiny")
+    cli(*shared, "--box", "cat:0,0,1").fails_with("--box: must be NAME:X0,Y0,X1,Y1")
+    cli(*shared, "--box", "cat:0,0,2,1").fails_with("--boxes: the box of cat")
+    cli(*shared, "--box", "cat:0,0,1,1", "--box", "cat:0,0,1,1").fails_with("two boxes", "cat")
+    cli(*shared, "--boxes", "none.json").fails_with("none.json")

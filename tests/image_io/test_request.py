@@ -16,7 +16,18 @@ from diffusers import FluxImg2ImgPipeline
 from einops import rearrange
 from PIL import Image
 from support.drawn_images import photo
-from support.model_zoo import CONTROL, FILL, FLUX2, KLEIN, KONTEXT, KV, REDUX, RELEASED, START
+from support.model_zoo import (
+    CONTROL,
+    FILL,
+    FLUX2,
+    FLUX3,
+    KLEIN,
+    KONTEXT,
+    KV,
+    REDUX,
+    RELEASED,
+    START,
+)
 from torch import Tensor
 
 from flux import conditioning, sampling
@@ -49,15 +60,15 @@ def blank(*sizes: tuple[int, int]) -> tuple[Image.Image, ...]:
 # ------------------------------------------------------------------------------ the check
 
 SUPPORTED_BY = {  # option -> the models that support it, as the README has it
-    "mask": START | FLUX2 | {KONTEXT, FILL},
-    "strength": START | FLUX2 | {KONTEXT},
+    "mask": START | FLUX2 | FLUX3 | {KONTEXT, FILL},
+    "strength": START | FLUX2 | FLUX3 | {KONTEXT},
     "outpaint": {FILL},
     "mask_threshold": {FILL},
     "preprocess_control": CONTROL,
     "image_weights": {REDUX},
-    "match_image_size": FLUX2 | {KONTEXT},
+    "match_image_size": FLUX2 | FLUX3 | {KONTEXT},
     "keep_input_size": {KONTEXT},
-    "reference_limit": FLUX2,
+    "reference_limit": FLUX2 | FLUX3,
     "kv_cache": FLUX2,
 }
 VALUES = dict(mask=HALF, strength=0.5, outpaint=(1, 2, 3, 4), mask_threshold=0.5)
@@ -89,7 +100,7 @@ def test_unsupported_option_lists_supported_models(option):
 
 def test_number_of_images_is_checked():
     several = {name for name, spec in RELEASED.items() if spec.image_mode in ("reference", "redux")}
-    assert several == FLUX2 | {KONTEXT, REDUX}
+    assert several == FLUX2 | FLUX3 | {KONTEXT, REDUX}
     for name in RELEASED:
         most = 10 if name in several else 1
         mask = dict(mask=HALF) if name == FILL else {}

@@ -32,6 +32,7 @@ FILL, REDUX, KONTEXT = "flux.1-fill-dev", "flux.1-redux-dev", "flux.1-kontext-de
 KLEIN, BASE, KV = "flux.2-klein-4b", "flux.2-klein-base-4b", "flux.2-klein-9b-kv"
 CONTROL = {"flux.1-canny-dev", "flux.1-depth-dev", "flux.1-canny-dev-lora", "flux.1-depth-dev-lora"}
 FLUX2 = {name for name in MODELS if name.startswith("flux.2")}
+FLUX3 = {name for name in MODELS if name.startswith("flux.3")}
 START = {"flux.1-schnell", "flux.1-dev", "flux.1-krea-dev", "flux.1-tiny"}
 RELEASED = dict(MODELS)  # before tiny rows take the place of some
 

@@ -1,0 +1,101 @@
+"""flux.boxes: rows as diffusers writes them, and refusals."""
+
+import json
+
+import pytest
+from support.weight_files import refusal
+
+from flux.boxes import add_boxes, box_rows, parse_box, read_boxes
+
+NEW = [
+    {"id": "cat_1", "bbox": [0.1, 0.2, 0.5555, 0.9], "desc": "a gray cat"},
+    {"bbox": [0, 0, 0.3, 1]},
+    {"id": "x", "bbox": [0.0005, 0.0015, 0.0025, 1.0], "desc": "Übung"},
+]
+EDITS = [
+    {
+        "id": "moved",
+        "from": "ref_image_1",
+        "src_bbox": [0, 0, 0.5, 0.5],
+        "tgt_bbox": [0.5, 0, 1, 1],
+    },
+    {"id": "gone", "from": "ref_image_0", "src_bbox": [0, 0, 0.5, 0.5], "tgt_bbox": None},
+    {
+        "id": "made",
+        "from": "target",
+        "src_bbox": None,
+        "tgt_bbox": [0.25, 0, 1, 1],
+        "desc": "a hat",
+    },
+]
+
+
+@pytest.mark.parametrize("boxes", [NEW, EDITS, [*NEW, *EDITS]], ids=["new", "edits", "both"])
+def test_rows_equal_diffusers(boxes):
+    from diffusers.modular_pipelines.flux3.prompt_upsampler import boxes_to_canvas
+
+    assert box_rows(boxes, images=2) == boxes_to_canvas(boxes)
+
+
+def test_caption_ends_with_the_rows_on_the_same_line():
+    from diffusers.modular_pipelines.flux3.prompt_upsampler import split_caption
+
+    text = add_boxes("a <cat_1> near a sign that says [SALE], <x> and <obj_2> \n", NEW)
+    assert "\n" not in text and text.startswith("a <cat_1> near") and 'and <obj_2> [{"id"' in text
+    caption, rows = split_caption(text)
+    assert caption == "a <cat_1> near a sign that says [SALE], <x> and <obj_2>"
+    assert rows[0] == {"id": "cat_1", "bbox": [100, 200, 556, 900], "desc": "a gray cat"}
+    assert rows[1] == {"id": "obj_2", "bbox": [0, 0, 300, 1000], "desc": ""}
+    assert rows[2]["bbox"] == [0, 2, 2, 1000] and "Übung" in text  # halves to even numbers
+    with pytest.warns(UserWarning, match="does not say <obj_2>, <x>, as"):
+        add_boxes("a <cat_1>", NEW)
+
+
+def test_box_of_the_command_line_has_x_first():
+    box = parse_box("cat:0.2,0.1,0.9,0.5555: a gray cat: asleep")
+    assert box == {"id": "cat", "bbox": [0.1, 0.2, 0.5555, 0.9], "desc": "a gray cat: asleep"}
+    assert parse_box("a:0,0,1,1")["desc"] == ""
+    for text in ("cat", "cat:1,2,3", "cat:a,b,c,d", "cat:0,0,1,1,1", ""):
+        assert refusal(parse_box, text).startswith("box: must be NAME:X0,Y0,X1,Y1")
+
+
+@pytest.mark.parametrize(
+    "box, said",
+    [
+        ({"bbox": [0, 0, 1.1, 1]}, "the box of obj_2 must be y_min"),
+        ({"bbox": [-0.1, 0, 1, 1]}, "the box of obj_2 must be y_min"),
+        ({"bbox": [0, 0, float("nan"), 1]}, "the box of obj_2 must be y_min"),
+        ({"bbox": [0, 0, True, 1]}, "the box of obj_2 must be y_min"),
+        ({"bbox": [0, 0, 1]}, "the box of obj_2 must be y_min"),
+        ({"bbox": "0011"}, "the box of obj_2 must be y_min"),
+        ({"bbox": [0.5, 0, 0.5, 1]}, "the box of obj_2 has no area"),
+        ({"bbox": [0, 0.9, 1, 0.1]}, "the box of obj_2 has no area"),
+        ({"id": "cat_1", "bbox": [0, 0, 1, 1]}, "two boxes are called 'cat_1'"),
+        ({"id": "1 cat", "bbox": [0, 0, 1, 1]}, "the name of box 2 must be letters"),
+        ({"id": 7, "bbox": [0, 0, 1, 1]}, "the name of box 2 must be letters"),
+        ({"bbox": [0, 0, 1, 1], "desc": 3}, "the description of obj_2 must be text"),
+        ({}, "obj_2 must have `bbox`, or"),
+        ({"bbox": [0, 0, 1, 1], "tgt_bbox": [0, 0, 1, 1]}, "obj_2 must have `bbox`, or"),
+        ({"tgt_bbox": [0, 0, 1, 1], "from": "ref_image_0"}, "`from` of obj_2 must be"),
+        ({"src_bbox": [0, 0, 1, 1], "from": "target"}, "`from` of obj_2 must be"),
+        (
+            {"src_bbox": [0, 0, 1, 1], "from": "ref_image_1"},
+            "comes from ref_image_1, but there are 1",
+        ),
+    ],
+)
+def test_wrong_boxes_are_refused(box, said):
+    first = {"id": "cat_1", "bbox": [0, 0, 1, 1]}
+    assert said in refusal(box_rows, [first, box], images=1)
+
+
+def test_boxes_of_a_file(tmp_path):
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(NEW))
+    assert read_boxes(path) == NEW
+    for content in ("{}", "[1]", "3"):
+        path.write_text(content)
+        assert "must hold a list" in refusal(read_boxes, path)
+    path.write_text("[")
+    assert "is not JSON" in refusal(read_boxes, path)
+    refusal(read_boxes, tmp_path / "none.json")
