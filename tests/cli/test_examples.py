@@ -15,6 +15,10 @@ EXAMPLES = {  # name -> flags, and what it prints
     "controlnet": (["--steps", 1], r"the residuals moved the latents by 0\.[0-9]*[1-9]"),
     "flow_edit": (["--steps", 4], r"the latents moved by \d"),
     "gradient_guidance": (["--steps", 2], r"loss of the predicted image: \d"),
+    "new_block": (
+        ["--steps", 1, "--seconds", 0.1, "--scenes", 9],
+        r"(?s)softmax: loss \d.*linear, untrained: loss \d.*linear, trained: loss \d",
+    ),
     "own_text_encoder": (["--steps", 1], "encoded 'ein kleiner roter Stern auf blauem Grund'"),
     "regional_prompts": (["--steps", 1], r"the mask moved the latents by 0\.[0-9]*[1-9]"),
     "rf_inversion": (["--steps", 3], r"inverted to a standard deviation of \d"),
@@ -39,7 +43,7 @@ def test_example_runs_on_a_toy(name, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == (["made.png"] if output else [])
     if output:
         with Image.open("made.png") as image:
-            assert image.size[0] == 2 * image.size[1]
+            assert image.size[0] % image.size[1] == 0 and image.size[0] > image.size[1]
 
 
 def test_examples_are_short_and_listed():
