@@ -310,7 +310,7 @@ def compare(args: argparse.Namespace) -> int:
     a, b = read_pair(args.judged, args.reference or Path(args.against))
     precision = args.precision or compare.precision_of(a)
     rows = compare.compare(a, b, args.tolerance, args.only, precision)
-    missing = compare.missing(a, b, args.only)
+    missing = compare.missing(rows, b.names, args.only)
     show_lines(compare.table(rows, compare.coverage(rows, b, a), missing))
     if precision in stored_rounding(b):
         show(format_ratio(rows, b, precision))
@@ -350,28 +350,32 @@ def compare_live(args: argparse.Namespace) -> int:
     if args.against == "here":
         capture, pipe, request = load_run(args.judged, args)
         rows = replay.run_and_compare(capture, pipe, request, args.only, args.tolerance)
+        expected = capture.names
     elif args.against == "diffusers":
         capture = open_capture(args.judged, args)
         pipe = load_pipeline(capture, args)
         rows = compare_live.diffusers(capture, pipe, args.only, args.tolerance)
+        expected = compare_live.in_every_pass(capture, pipe)
     elif args.against == "bfl":
-        from flux.parity.bfl import bfl
+        from flux.parity.bfl import bfl, computed_by_bfl
 
         capture = open_capture(args.judged, args)
         pipe = load_pipeline(capture, args)
         rows = bfl(capture, pipe, args.bfl_path, tuple(args.only), args.tolerance)
+        expected = computed_by_bfl(capture, pipe)
         if dtype_name(pipe) != "float32" and capture.recipe["numerics"] != "bfl":
             say("note: BFL's code rounds as a capture with --numerics bfl does")
     else:
         sys.path.append("")  # the function may be in a file of the current folder
         function = compare_live.named(args.against)
         capture = Capture(args.judged)
-        rows = compare_live.adaptor(capture, function, args.only, args.tolerance)
+        rows, expected = compare_live.adaptor(capture, function, args.only, args.tolerance)
     named = args.against in ("here", "diffusers", "bfl")
-    missing = "were not computed" if named else "have nothing of the function"
-    text = compare.coverage(rows, capture, only=args.only, missing=missing)
-    show_lines(compare.table(rows, text))
-    return finish(rows, args)
+    why = "were not computed" if named else "have nothing of the function"
+    text = compare.coverage(rows, capture, only=args.only, missing=why)
+    missing = compare.missing(rows, expected, args.only)
+    show_lines(compare.table(rows, text, missing))
+    return finish(rows, args, missing)
 
 
 def dtype_name(pipe) -> str:
@@ -441,7 +445,7 @@ def diagnose(args: argparse.Namespace) -> int:
     open_capture(args.reference, args)
     rows = compare.compare(port, reference, args.tolerance, args.only, args.precision)
     if compare.first_over(rows) is None:
-        missing = compare.missing(port, reference, args.only)
+        missing = compare.missing(rows, reference.names, args.only)
         show(compare.verdict(rows, missing), compare.coverage(rows, reference, port))
         say_cautions(rows, port, reference, args.precision)
         return compare.exit_code(rows, missing)
@@ -478,7 +482,7 @@ def report(args: argparse.Namespace) -> int:
     report.check_output(args.output, args.png)
     a, b = read_pair(args.judged, args.reference)
     rows = compare.compare(a, b, args.tolerance, args.only, args.precision)
-    missing = compare.missing(a, b, args.only)
+    missing = compare.missing(rows, b.names, args.only)
     show(*report.write(a, b, rows, args.output, args.png, missing))
     say(compare.verdict(rows, missing), compare.coverage(rows, b, a))
     return compare.exit_code(rows, missing)
@@ -629,19 +633,21 @@ def replay(args: argparse.Namespace) -> int:
     capture, pipe, request = load_run(args.capture, args)
     precision, tolerance = dtype_name(pipe), args.tolerance
     if args.end_to_end:
-        rows = replay.replay_loop(capture, pipe, request, args.only, tolerance)
+        rows, expected = replay.replay_loop(capture, pipe, request, args.only, tolerance), []
     elif args.inside:
-        rows = replay.replay_inside(capture, Modules(pipe), args.inside, args.only, tolerance)
+        inside = capture, Modules(pipe), args.inside
+        rows, expected = replay.replay_inside(*inside, args.only, tolerance), []
     else:
         call = module_fn or Modules(pipe)
         rows = replay.replay_modules(capture, call, args.only, tolerance)
-    missing = "were not computed, or not from recorded inputs"
-    show_lines(
-        compare.table(rows, compare.coverage(rows, capture, only=args.only, missing=missing))
-    )
+        expected = replay.outputs_of_modules(capture)
+    why = "were not computed, or not from recorded inputs"
+    missing = compare.missing(rows, expected, args.only)
+    text = compare.coverage(rows, capture, only=args.only, missing=why)
+    show_lines(compare.table(rows, text, missing))
     if precision in tolerances.stored_rounding(capture):
         say(tolerances.format_ratio(rows, capture, precision, local=not args.end_to_end))
-    return finish(rows, args)
+    return finish(rows, args, missing)
 
 
 def bisect(args: argparse.Namespace) -> int:

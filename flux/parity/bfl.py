@@ -25,7 +25,7 @@ from flux.hooks import check_patterns, matches
 from flux.parity import bfl_process
 from flux.parity.capture_file import Capture
 from flux.parity.compare import Row, compare
-from flux.parity.compare_live import inputs_of_pass, passes
+from flux.parity.compare_live import in_every_pass, inputs_of_pass, passes
 from flux.parity.replay import Tolerance, check_model
 from flux.pipeline import Pipeline
 
@@ -59,6 +59,24 @@ def bfl(
         if not theirs.names:
             return []
         return compare(theirs, capture, tolerance)
+
+
+def computed_by_bfl(capture: Capture, pipe: Pipeline) -> list[str]:
+    """Return the capture's tensors that BFL's code must give if it is run on the inputs.
+
+    With cached references, BFL's code runs them together with the image in the first step: of this
+    step, only the output is the capture's.
+    """
+    names = in_every_pass(capture, pipe)
+    if "references/in.0" in capture.records:
+        first = passes(capture, pipe.spec.transformer)[0]
+        names = [n for n in names if not n.startswith(f"{first}/") or n == f"{first}/out"]
+    if _settings(capture, pipe, ["schedule"])["image_tokens"]:
+        names.append("schedule")
+    for name in _of_autoencoder(capture, pipe):
+        place = name.partition(":")[0]
+        names.append("pixels" if place == "decoder" else f"{place}/latents")
+    return [name for name in names if name in capture.records]
 
 
 def _settings(capture: Capture, pipe: Pipeline, wanted: list[str]) -> dict:

@@ -495,9 +495,13 @@ def _of_statistics(a: dict, b: dict, size: int) -> Errors:
 # ---------------------------------------------------------------- text
 
 
-def missing(a: Capture, b: Capture, only: Sequence[str] = ()) -> list[str]:
-    """Return the tensors of `b`, the reference, that the patterns select and `a` lacks."""
-    return [name for name in b.names if name not in a.records and matches(name, only)]
+def missing(rows: Sequence[Row], names: Sequence[str], only: Sequence[str] = ()) -> list[str]:
+    """Return which of the names that should have been compared have no row.
+
+    `names`: of the reference. Those that the patterns `only` do not select need no row.
+    """
+    compared = {row.name for row in rows}
+    return [name for name in names if name not in compared and matches(name, only)]
 
 
 def is_incomplete(rows: Sequence[Row], missing: Sequence[str] = ()) -> bool:

@@ -33,6 +33,7 @@ from flux.parity.replay import (
     check_model,
     compare_to_recorded,
     module_runs,
+    outputs_of_modules,
     recorded_inputs,
 )
 from flux.pipeline import Pipeline
@@ -57,12 +58,13 @@ def named(text: str) -> Call:
 
 def adaptor(
     capture: Capture, call: Call, only: Sequence[str] = (), tolerance: float | None = None
-) -> list[Row]:
+) -> tuple[list[Row], list[str]]:
     """Call a function for every recorded module with an output that matches `only`.
 
-    If it returns a path, compare that capture instead. A module for which it returns None or an
-    empty list is left out. UserError if it fails, or does not return tensors of the recorded number
-    and shapes.
+    Return the rows, and the names of the tensors that a complete port has: the outputs of all
+    modules. If the function returns a path, that capture is compared instead, and a complete one
+    has all tensors. A module for which the function returns None or an empty list has no rows.
+    UserError if it fails, or does not return tensors of the recorded number and shapes.
     """
     check_patterns(only, capture.names)
     call = guarded(call)
@@ -74,17 +76,16 @@ def adaptor(
         if isinstance(answer, str | os.PathLike):
             theirs = Capture(os.fspath(answer))
             check_two_files(theirs, capture)
-            return compare(theirs, capture, tolerance, only)
+            return compare(theirs, capture, tolerance, only), capture.names
         if not checked:
-            known = [name for run in module_runs(capture) for name in run.outputs.values()]
-            check_patterns(only, known)
+            check_patterns(only, outputs_of_modules(capture))
             checked = True
         outputs = as_outputs(each.name, answer)
         if not outputs:
             continue
         tensors = _check_outputs(capture, each, outputs)
         rows += compare_to_recorded(capture, tensors, tolerance, is_network=each.is_network)
-    return rows
+    return rows, outputs_of_modules(capture)
 
 
 def _check_outputs(capture: Capture, each: ModuleRun, tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -145,6 +146,18 @@ def diffusers(
         with torch.inference_mode(), watching({"": theirs}, Gather(chosen, judge)):
             reference.diffusers_velocity(theirs, **inputs_of_pass(capture, place, pipe))
     return sorted(rows, key=lambda row: capture.records[row.name].ordinal)
+
+
+def in_every_pass(capture: Capture, pipe: Pipeline) -> list[str]:
+    """Return the capture's tensors that every implementation of the transformer has.
+
+    They are inputs and outputs of the layers with weights, q, k, v and outputs of attention, and
+    outputs of blocks and of the whole network: `name_map.matches_of`. A pass whose inputs are not
+    recorded has them too.
+    """
+    matching = matches_of(cast(Flux, pipe.transformer()))
+    found = ((PASS.match(name), name) for name in capture.names)
+    return [name for place, name in found if place and name[place.end() + 1 :] in matching]
 
 
 def with_weights_of(ours: Flux, pipe: Pipeline) -> nn.Module:

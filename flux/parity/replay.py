@@ -101,6 +101,11 @@ def module_runs(capture: Capture, only: Sequence[str] = ()) -> list[ModuleRun]:
     )
 
 
+def outputs_of_modules(capture: Capture) -> list[str]:
+    """Return the recorded outputs of all module runs whose inputs are stored in full."""
+    return [name for each in module_runs(capture) for name in each.outputs.values()]
+
+
 def _inputs_and_outputs(capture: Capture) -> Iterator[tuple[str, tuple[str, ...], dict[int, str]]]:
     Tensors = dict[tuple[str, str], dict[int, str]]  # (module, repeat) -> position -> name
     inputs: Tensors = defaultdict(dict)
@@ -165,7 +170,7 @@ def replay_modules(
     capture: Capture, call: Call, only: Sequence[str] = (), tolerance: Tolerance = None
 ) -> list[Row]:
     """Run each recorded module alone on its recorded inputs. Rows in the order of execution."""
-    check_patterns(only, [name for each in module_runs(capture) for name in each.outputs.values()])
+    check_patterns(only, outputs_of_modules(capture))
     return [
         row
         for each in module_runs(capture, only)

@@ -16,9 +16,9 @@ from support.tiny_repositories import tiny_repositories
 
 import flux
 from flux.errors import UserError
-from flux.parity.bfl import bfl
+from flux.parity.bfl import bfl, computed_by_bfl
 from flux.parity.capture import capture
-from flux.parity.compare import exit_code, first_over
+from flux.parity.compare import exit_code, first_over, missing
 
 CHECKOUT = Path(__file__).parents[1] / "support/bfl_stand_in"
 FLUX1, KLEIN = "flux.1-dev", "flux.2-klein-base-4b"
@@ -51,7 +51,9 @@ def test_every_module_of_a_checkout_is_compared(name, runs):
     assert exit_code(rows) == 0, first_over(rows)
     assert all(row.values for row in rows)
     names = {row.name for row in rows}
-    assert "schedule" in names
+    required = computed_by_bfl(taken, pipe)
+    assert "schedule" in required and missing(rows, required) == []
+    assert exit_code(rows[:-1], missing(rows[:-1], required)) == 3
     layers = {n.rpartition(".")[0] for n in pipe.transformer().state_dict()}
     for place in ("step.001", "step.001/negative", "step.002", "step.002/negative"):
         wanted = {f"{place}/{layer}/{tap}" for layer in layers for tap in ("in", "out")}

@@ -30,7 +30,7 @@ from flux.parity import compare_live as against
 from flux.parity import tolerances
 from flux.parity.capture import Selection, capture
 from flux.parity.capture_file import Capture
-from flux.parity.compare import coverage, first_over
+from flux.parity.compare import coverage, exit_code, first_over, missing, verdict
 from flux.parity.modules import Modules
 from flux.parity.replay import replay_modules
 
@@ -40,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings(
 either_family = pytest.mark.parametrize("name", REQUESTS)
 PASSES = {"step.001", "step.001/negative", "step.002", "step.002/negative"}
 ONE_STEP = replace(SMALL, width=64, height=64, steps=1, guidance=1.0)
+BLOCK = "step.001/double_blocks.0"
 FIRST = {  # where diffusers has no module of the same inputs and outputs
     "activation": "double_blocks.1.img_mlp.2/in",
     "modulation": "double_blocks.0.img_attn.qkv/in",
@@ -89,6 +90,7 @@ def test_every_tensor_equals_diffusers(name, captures, right):
         taps = ("out.0", "out.1") if block.startswith("double") else ("out",)
         expected |= {f"{block}/{tap}" for tap in taps}
     assert set(names) == {f"{place}/{tap}" for place in PASSES for tap in expected}
+    assert set(names) == set(against.in_every_pass(captures[name], right[name]))
 
 
 @either_family
@@ -112,6 +114,18 @@ def test_planted_fault_is_found_in_its_module(name, change, pipeline, right, tmp
     taken = capture(pipe, ONE_STEP, tmp_path / "a.safetensors", Selection(("step.001", "ids")))
     first = first_over(against.diffusers(taken, right[name], tolerance=2e-6))
     assert first.name == f"step.001/{FIRST.get(change, CHANGES[change][2])}" and first.ratio > 50
+
+
+def test_pass_without_inputs_makes_a_comparison_incomplete(captures, right):
+    """Each tensor of the other passes is right; a wrong pass could be recorded without inputs."""
+    taken, pipe = copy.copy(captures[KLEIN]), right[KLEIN]
+    taken.records = {n: r for n, r in taken.records.items() if n != "step.002/in"}
+    taken.names = list(taken.records)
+    for only, code in ((), 3), (("step.001",), 0):
+        rows = against.diffusers(taken, pipe, only, tolerance=2e-6)
+        lost = missing(rows, against.in_every_pass(taken, pipe), only)
+        assert exit_code(rows, lost) == code and bool(lost) == bool(code)
+        assert all(re.match(r"step\.002/(?!negative)", name) for name in lost)
 
 
 def test_image_to_image_uses_the_guidance_of_its_steps(right, tmp_path):
@@ -192,14 +206,14 @@ def test_cached_references_are_refused_for_diffusers(right, tmp_path):
 @either_family
 def test_function_is_judged_module_by_module(name, captures, right):
     ours, only = Modules(right[name]), ["step.002/single_blocks.*"]
-    assert differing(against.adaptor(captures[name], ours, only)) == []
+    assert differing(against.adaptor(captures[name], ours, only)[0]) == []
 
     def faulty(module, inputs):
         return [
             x * 1.01 if module == "step.002/single_blocks.1" else x for x in ours(module, inputs)
         ]
 
-    rows = against.adaptor(captures[name], faulty, only)
+    rows, _ = against.adaptor(captures[name], faulty, only)
     assert [row.name for row in rows if row.over] == [
         "step.002/single_blocks.1/out"
     ]  # errors do not add up
@@ -212,17 +226,17 @@ def test_function_may_return_its_own_capture(captures, tmp_path):
     }
     tensors["step.002/latents"] = 1.01 * tensors["step.002/latents"]
     save_file(tensors, tmp_path / "theirs.safetensors")
-    rows = against.adaptor(
+    rows, expected = against.adaptor(
         taken, lambda name, inputs: asked.append(name) or tmp_path / "theirs.safetensors"
     )
     assert [row.name for row in rows] == list(tensors) and [
         row.name for row in rows if row.over
     ] == ["step.002/latents"]
-    assert len(asked) == 1
+    assert len(asked) == 1 and expected == taken.names
     assert (
         against.adaptor(
             taken, lambda name, inputs: str(tmp_path / "theirs.safetensors"), tolerance=0.1
-        )[1].over
+        )[0][1].over
         is False
     )
     with pytest.raises(UserError, match=r"none\.safetensors: does not exist"):
@@ -256,26 +270,31 @@ def test_wrong_outputs_of_a_function_are_refused(answer, words, captures):
 
 
 def test_function_may_have_nothing_for_a_module(captures):
-    """A port of the blocks alone is compared in the blocks alone, and the rest is counted."""
+    """A port of one block is compared in this block, and is incomplete unless it is selected."""
     taken = captures[KLEIN]
     only = ["step.001", "!attention", "!single_blocks.0"]
 
     def blocks(nothing):
         def port(name, inputs):
-            if name != "step.001/double_blocks.0":
+            if name != BLOCK:
                 return nothing
             return [taken.tensors[f"{name}/out.{i}"].clone() for i in (0, 1)]
 
         return port
 
     for nothing in (None, []):
-        rows = against.adaptor(taken, blocks(nothing), only)
-        assert [row.name for row in rows] == [f"step.001/double_blocks.0/out.{i}" for i in (0, 1)]
+        rows, expected = against.adaptor(taken, blocks(nothing), only)
+        assert [row.name for row in rows] == [f"{BLOCK}/out.{i}" for i in (0, 1)]
         assert all(row.identical for row in rows)
         rest = coverage(rows, taken, only=only, missing="have nothing of the function")
         counted = int(re.search(r"; ([\d,]+) have nothing of the function \(", rest)[1])
         named = [name for name in taken.names if matches(name, only)]
         assert counted == len(named) - 2 > 50
+        lost = missing(rows, expected, only)
+        assert "step.001/img_in/out" in lost and "step.001/img_in/in" not in lost
+        assert exit_code(rows, lost) == 3 and verdict(rows, lost).startswith("incomplete: 2 of ")
+        part, all_of_part = against.adaptor(taken, blocks(nothing), [f"{BLOCK}/out.?"])
+        assert exit_code(part, missing(part, all_of_part, [f"{BLOCK}/out.?"])) == 0
         assert [row.name for row in replay_modules(taken, blocks(nothing), only)] == [
             row.name for row in rows
         ]

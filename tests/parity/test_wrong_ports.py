@@ -257,6 +257,30 @@ def test_port_without_some_tensors_is_incomplete(command, tensors, truth, parity
         assert selected[0] == 0 and selected[1].startswith("all 1 tensors are equal to the bit\n")
 
 
+FUNCTION = """
+def port(name, inputs):
+    return "port.safetensors"
+"""
+
+
+def test_own_capture_of_a_function_is_incomplete(tensors, whole, parity):
+    """Each tensor in the file that the function names is right, and all others are left out."""
+    Path("my_port.py").write_text(FUNCTION)
+    sys.modules.pop("my_port", None)
+    save_file({"noise": tensors["noise"]}, "port.safetensors")
+    command = ("compare", whole, "--against", "my_port:port")
+    code, out, _ = parity(*command)
+    assert code == 3 and out.startswith("incomplete: 1 of ") and "are missing\n" in out
+    assert parity(*command, "--filter", "noise")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["against", "replay"])
+def test_function_without_a_module_is_incomplete(command, whole, weights, parity):
+    code, out, _ = run_call(parity, CALLS[command], whole, weights, "x", "step.002/img_in")
+    assert code == 3 and re.match(r"incomplete: \d+ of \d+ tensors are equal to the bit; 1 ", out)
+
+
 def test_port_of_statistics_is_incomplete(tensors, truth, parity):
     """One right tensor; all others state the statistics, hashes and recipe of the truth."""
     document = json.loads(metadata_of(truth)["flux.parity"])
@@ -453,7 +477,7 @@ outputs = {{each.name: list(each.outputs.values()) for each in module_runs(recor
 def true(name):
     return [recorded.tensors[output] for output in outputs[name]]
 def port(name, inputs):
-    return [{change} for x in true(name)]
+    return [{change} for x in true(name)] if name != {without!r} else None
 """
 CHANGES = {
     "zeros": "torch.zeros_like(x)",
@@ -472,8 +496,10 @@ CALLS = {
 }
 
 
-def run_call(parity, command: tuple[str, ...], truth: Path, weights: Path, change: str):
-    Path("my_port.py").write_text(PORT.format(truth=str(truth), change=change))
+def run_call(
+    parity, command: tuple[str, ...], truth: Path, weights: Path, change: str, without: str = ""
+):
+    Path("my_port.py").write_text(PORT.format(truth=str(truth), change=change, without=without))
     sys.modules.pop("my_port", None)
     return parity(*(part.format(truth, weights=weights) for part in command))
 
