@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from flux.errors import UserError
 from flux.lora.kinds import COMPLETE, NO_DELTA, ROTATIONS, ranks, weight_change
 from flux.lora.merge import LayerDelta, Target, weight_name
-from flux.lora.names import find_owner, find_target, is_unread, known_names, parse_key
+from flux.lora.names import (
+    adapter_names,
+    find_owner,
+    find_target,
+    is_unread,
+    known_names,
+    parse_key,
+)
 from flux.lora.peft_config import PeftConfig, adapter_file, peft_name, read_config
 from flux.weights.files import preview, read_header
 from flux.weights.mapping import map_tensors
@@ -79,6 +86,11 @@ def read_lora(path: Path) -> LoraFile:
         raise UserError(
             f"{path}: is not a LoRA (none of its {len(infos)} tensors ({_some(infos)}) has a "
             "LoRA's name). Pass a full transformer as `transformer`."
+        )
+    if len(names := adapter_names(infos)) > 1:
+        raise UserError(
+            f"{path}: holds {len(names)} adapters ({preview([repr(name) for name in names])}), "
+            "which are LoRAs of their own. Save each of them to a file."
         )
     config = read_config(path, metadata)
     tensors = {key: _as_matrix(tensor) for key, tensor in map_tensors(infos)}
@@ -142,6 +154,11 @@ def match_layers(
         module = modules[target.part]
         assert module is not None  # or no name would have matched
         deltas.append(_layer_delta(lora, target, keys, module))
+    if all(map(_is_nothing, deltas)):
+        warnings.warn(
+            f"{lora.path}: changes nothing at any scale, because factors or alphas are zero",
+            stacklevel=2,
+        )
     if unmatched:
         warnings.warn(
             f"{lora.path}: left out {len(unmatched)} of {len(lora.tensors)} tensors, which match "
@@ -149,6 +166,14 @@ def match_layers(
             stacklevel=2,
         )
     return deltas
+
+
+def _is_nothing(delta: LayerDelta) -> bool:
+    """Return whether a delta is zero, as that of a LoRA before its training."""
+    up, core = delta.factors.get("up"), delta.factors.keys() - NO_DELTA
+    if delta.factors.keys() & (BIASES | {"magnitude"}) or not core:
+        return False
+    return delta.scaling == 0 or (up is not None and not up.float().any())
 
 
 def _summary(keys: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ ours, diffusers' or OTHER_NAMES, with "." or "_". Any mixture is read.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,7 +21,11 @@ PREFIXES = re.compile(
     r"|(?:lora|oft)_unet_(?:model_)?(?:diffusion_model_)?|lora_transformer_|lycoris_"
     r"|lora_te[123]?_(?:(?:language_)?model_)*)*"
 )
-ADAPTER = r"(?:\.(?!(?:weight|bias)$)[\w-]+)?"  # the name of the adapter, which PEFT adds
+ADAPTER = r"(?:\.(?!(?:weight|bias|scale)\w*$)[\w-]+)?"  # the name of the adapter, which PEFT adds
+NAMED = re.compile(  # a factor of PEFT with the name of its adapter
+    r"\.(?:lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|oft_R|boft_\w)"
+    r"\.(?!(?:weight|bias|scale)\w*$)([\w-]+)(?:\.weight|\.bias)?$"
+)
 ROLES = tuple(  # how a key ends, and the role of its tensor; (\d+): its part of a fused layer
     (re.compile(end), role)
     for end, role in (
@@ -102,6 +106,12 @@ def parse_key(key: str) -> Key | None:
             if found := end.fullmatch(key, dot + 1):
                 return Key(key[:dot], role, (found.groups() and found[1]) or "")
     return None
+
+
+def adapter_names(keys: Iterable[str]) -> list[str]:
+    """Return the names of the adapters that a file holds, as far as it names them."""
+    found = map(NAMED.search, keys)
+    return sorted({match[1] for match in found if match})
 
 
 def layer_name(layer: str) -> str:

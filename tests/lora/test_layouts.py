@@ -468,6 +468,35 @@ def test_many_layers_that_are_left_out_are_listed_in_groups(tmp_path):
         match_layers(lora, {"transformer": Flux(CONFIGS["flux.1"])}, strict=False)
 
 
+def test_several_adapters_in_one_file_are_refused(tmp_path):
+    """Also where the factors of a layer are of different adapters."""
+    other = PROJ.replace("img", "txt")
+    for one, two in ((PROJ, PROJ), (PROJ, other)):
+        tensors = {f"{one}.lora_A.a.weight": A, f"{one}.lora_B.a.weight": B}
+        tensors |= {f"{two}.lora_A.b-2": A.clone(), f"{two}.lora_B.b-2": B.clone()}
+        file = saved(tmp_path / "x.safetensors", tensors)
+        assert "holds 2 adapters ('a', 'b-2')" in refusal(read_lora, file)
+    mixed = {f"{PROJ}.lora_A.a.weight": A, f"{PROJ}.lora_B.b.weight": B}
+    assert "holds 2 adapters" in refusal(read_lora, saved(tmp_path / "y.safetensors", mixed))
+
+
+@pytest.mark.parametrize("end", ["weight_scale", "scale", "scale_weight"])
+def test_scale_of_a_quantized_factor_is_no_adapter(tmp_path, end):
+    tensors = {f"{PROJ}.lora_A.weight": A.to(torch.float8_e4m3fn), f"{PROJ}.lora_B.weight": B}
+    tensors[f"{PROJ}.lora_A.{end}"] = torch.tensor(0.1)
+    message = refusal(added, tmp_path, tensors, PROJ)
+    assert "whose meaning is not known" in message and f"lora_A.{end}" in message
+
+
+@pytest.mark.parametrize(
+    "more", [{"alpha": torch.tensor(0.0)}, {"lora_up.weight": B * 0}], ids=["alpha", "B"]
+)
+def test_lora_that_changes_nothing_gives_a_warning(tmp_path, more):
+    tensors = down_up(PROJ) | {f"{PROJ}.{end}": tensor for end, tensor in more.items()}
+    with pytest.warns(UserWarning, match="changes nothing at any scale"):
+        assert not added(tmp_path, tensors, PROJ).any()
+
+
 @pytest.mark.parametrize(
     "key, kind",
     [
