@@ -10,6 +10,8 @@ from command_line import say
 if TYPE_CHECKING:
     from flux.configs import Licence
 
+REFUSED = 3  # exit code: a filter refused an image
+
 
 # fmt: off
 def add_safety(group) -> None:

@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from background import BackgroundWriter
 from command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
-from safety_flags import Safety, add_safety
+from safety_flags import REFUSED, Safety, add_safety
 
 from flux.errors import UserError
 from flux.image_io.metadata import (
@@ -34,7 +34,6 @@ from flux.image_io.metadata import (
 )
 
 MAX_PROMPT_FILE = 2**26  # bytes
-REFUSED = 3  # exit code: a filter refused an image
 NUMERICS = ("exact", "bfl", "diffusers")
 OLD_OFFLOAD = {"stages": "model", "stream": "block"}
 ALIASES = {  # an older name of a flag, or the name in diffusers or BFL's command line -> the flag

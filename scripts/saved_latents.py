@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from command_line import say, show
+from safety_flags import REFUSED, Safety
 
 from flux.errors import UserError
 from flux.weights.files import read_header
@@ -56,8 +57,12 @@ def conditions(args: argparse.Namespace, spec):
 
 
 def decode(args: argparse.Namespace, load) -> int:
-    """Write the images of saved latents, with the metadata that the latents carry."""
+    """Write the images of saved latents, with the metadata that the latents carry.
+
+    What a filter refuses is not written.
+    """
     from flux.image_io import output
+    from flux.weights.locate import get_spec
 
     output.check_output(args.output)
     latents, metadata = read(args.latents)
@@ -69,11 +74,15 @@ def decode(args: argparse.Namespace, load) -> int:
                     "as `autoencoder`."
                 )
             setattr(args, name, metadata[name])
+    safety = Safety(args, get_spec(args.model, args.transformer).licence)
     pipe = load(args)
     if metadata.get("mask"):
         say("note: what the mask protected is in the input image, and is not put back")
         metadata = {}
     for image in pipe.decode(latents):
         recorded = metadata if len(latents) == 1 and not args.no_metadata else {}
+        if refusal := safety.refusal(image, recorded):
+            say(refusal)
+            continue
         show(output.save(image, args.output, recorded, record=bool(recorded)))
-    return 0
+    return REFUSED if safety.refused else 0

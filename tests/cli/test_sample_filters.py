@@ -69,6 +69,14 @@ def test_review_keeps_refused_images_and_scores(cli, folder, monkeypatch):
     assert again.code == 3 and "b.png" not in again.files
 
 
+def test_saved_latents_pass_the_filter(cli, folder):
+    (image,) = cli(RED, *RUN, "--save-latents").images
+    filtered = ("--filter", "nsfw", "--filter-weights", folder)
+    run = cli("--latents", image.with_suffix(".safetensors"), "--output", "b.png", *filtered)
+    assert run.code == 3 and run.out == "" and "refused by nsfw 0.9" in run.err, run.err
+    assert run.files == ["a.png", "a.safetensors"]
+
+
 def test_refused_input_stops_the_run_before_the_model_loads(cli, folder, no_model):
     Image.new("RGB", (64, 64), (215, 35, 35)).save("red.png")
     Image.new("RGB", (64, 64), (35, 75, 215)).save("blue.png")
