@@ -1,6 +1,7 @@
 """Files of a training run: tensors written atomically and read back strictly; optimizer states."""
 
 import hashlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +26,18 @@ DTYPES = {  # of what training writes, and safetensors' names for them
     torch.uint8: "U8",
 }
 CHECKSUM = "sha256"  # in the metadata of files that are read back
+ADVICE = re.compile(  # of `read_header`, which reads files that others publish
+    r"(; (download it again|get it again|get it as safetensors)|\. Name a safetensors file)\.$"
+)
 NEVER_NEGATIVE = ("exp_avg_sq", "absmax1", "absmax2")  # states of optimizers
+
+
+def read_own_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read the header of a file that training wrote. The text of a UserError has no advice."""
+    try:
+        return read_header(path)
+    except UserError as error:
+        raise UserError(ADVICE.sub(".", str(error))) from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -34,7 +46,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        read_header(path)  # raises an error that says what is wrong with the file
+        read_own_header(path)  # raises an error that says what is wrong with the file
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 

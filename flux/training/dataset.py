@@ -33,6 +33,7 @@ from flux.training.checkpoint import (
     check_tensors,
     is_finite,
     load_tensors,
+    read_own_header,
     remove_unfinished,
     save_tensors,
 )
@@ -374,7 +375,7 @@ class Cache:
 def load_cached(file: Path) -> dict[str, Tensor]:
     """Read a file of the cache. UserError if the file is not what the cache wrote."""
     try:
-        metadata = read_header(file)[1]
+        metadata = read_own_header(file)[1]
         tensors = load_tensors(file)
         check_tensors(file, tensors, metadata)
         if CHECKSUM not in metadata or metadata.get("name") != file.stem:

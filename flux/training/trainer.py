@@ -27,13 +27,14 @@ from flux.training.checkpoint import (
     is_finite,
     load_tensors,
     optimizer_tensors,
+    read_own_header,
     remove_unfinished,
     restore_optimizers,
     save_tensors,
     strip_prefix,
 )
 from flux.training.distributed import all_mean, distribute_like, full_tensor, to_local
-from flux.weights.files import preview, read_header
+from flux.weights.files import preview
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 
@@ -235,7 +236,11 @@ class Trainer:
         UserError if the checkpoint belongs to another run, or does not hold exactly what this run
         would save, in finite values.
         """
-        header, metadata = read_header(self.path)
+        advice = "Put back a sound checkpoint, or use another folder."
+        try:
+            header, metadata = read_own_header(self.path)
+        except UserError as error:
+            raise UserError(f"{error} {advice}") from None
         step, seconds, config = self._read_progress(metadata)
         self._check_config({self.old_names.get(name, name): x for name, x in config.items()})
         if step:
@@ -252,8 +257,7 @@ class Trainer:
             state = strip_prefix(tensors, "optimizer.")
             self._check_steps(state, step)
         except UserError as error:
-            fix = "Put back a sound checkpoint, or use another folder."
-            raise UserError(f"{error} {fix}") from None
+            raise UserError(f"{error} {advice}") from None
         copy_weights(self.parameters, strip_prefix(tensors, "model."))
         copy_weights(self.ema, strip_prefix(tensors, prefix))
         restore_optimizers(self.optimizers, state)

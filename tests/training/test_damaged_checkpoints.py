@@ -215,6 +215,35 @@ def test_tampered_checkpoint_is_refused(saved, tmp_path, name):
     assert expected in refused_and_untouched(path)
 
 
+def cut(path: Path, content: bytes) -> None:
+    path.write_bytes(content[: len(content) // 2])
+
+
+REPLACED: dict[str, tuple[Callable[[Path, bytes], object], str]] = {
+    "empty": (lambda path, _: path.touch(), "is empty. "),
+    "without end": (cut, "is truncated: at least [0-9,]+ bytes expected, [0-9,]+ found. "),
+    "zeros": (lambda path, content: path.write_bytes(bytes(len(content))), "is not a safetensors "),
+    "a pickle": (lambda path, _: torch.save({}, path), "is not a safetensors file: it is a zip or"),
+    "a pipe": (lambda path, _: os.mkfifo(path), "is a pipe or a device, not a plain file. "),
+    "endless": (lambda path, _: path.symlink_to("/dev/zero"), "is a pipe or a device, not a plain"),
+    "a folder": (lambda path, _: path.mkdir(), "is a folder, not a plain file. "),
+    "a broken link": (lambda path, _: path.symlink_to("nothing"), "does not exist. "),
+    "a link to itself": (lambda path, _: path.symlink_to(path), "cannot be read (.*). "),
+}
+
+
+@pytest.mark.parametrize("replace, words", REPLACED.values(), ids=REPLACED)
+def test_other_file_in_place_of_a_checkpoint_is_told(replace, words, saved, tmp_path):
+    """A run wrote the file: there is nothing to download."""
+    path = tmp_path / "x.safetensors"
+    replace(path, saved.read_bytes())
+    message = refusal(make_trainer, path)
+    advice = "Put back a sound checkpoint, or use another folder."
+    assert re.fullmatch(rf"{re.escape(str(path))}:? {words}.*", message)
+    assert message.endswith(f". {advice}")
+    assert not re.search("download|get it|Name a", message)
+
+
 def test_whole_file_is_restored_and_its_table_is_not_vacuous(saved):
     """The same file, read and written again without a change, is restored."""
     tensors, metadata = load_file(saved), dict(read_header(saved)[1])
