@@ -1,5 +1,7 @@
 """`flux.load`: find and check a model's files, and build its networks, which load when they run."""
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from flux.transformer import BLOCK_LISTS, NUMERICS, Flux, FluxConfig, Numerics
 from flux.transformer3 import Flux3, Flux3Config
 from flux.weights.bundles import bundled_parts
 from flux.weights.diffusers_names import from_diffusers
-from flux.weights.files import shard_files
+from flux.weights.files import is_local, shard_files
 from flux.weights.locate import get_spec, locate, with_decoder_of
 from flux.weights.quantization import FP8Linear
+from flux.weights.tokenizers_in_files import holds_tokenizer
 
 
 @explain_other_names
@@ -114,6 +117,8 @@ def load(
     if transformer is not None:
         replaced["transformer"] = shard_files(transformer)
         replaced |= bundled_parts(replaced["transformer"], spec, replaced)
+    if text is None:
+        replaced |= tokenizers_in_weights(spec, weights, replaced)
     if "autoencoder" in replaced:
         config = with_decoder_of(spec.autoencoder, replaced["autoencoder"][0])
         spec = replace(spec, autoencoder=config)
@@ -156,6 +161,25 @@ def local_text_files(
             own = tokenizer / Path(names[0]).parent
             files[part] = own if own.is_dir() else tokenizer
     return files
+
+
+def tokenizers_in_weights(
+    spec: ModelSpec, weights: Path | None, replaced: Mapping[str, Any]
+) -> dict[str, Path]:
+    """Return the given files that hold a tokenizer which would be downloaded otherwise."""
+    found = {}
+    for part, network, kind in (("t5_tokenizer", "t5", "t5"), ("tokenizer", "model", "qwen")):
+        names = spec.text.tokenizers.get(part, ())
+        if part in replaced or network not in replaced or not names or spec.embedded:
+            continue
+        if all(is_local(spec.repository, name, weights) for name in names):
+            continue
+        for file in replaced[network]:
+            if holds_tokenizer(file, kind):
+                found[part] = file
+                warnings.warn(f"the tokenizer is read from {file}", stacklevel=3)
+                break
+    return found
 
 
 def build_networks(

@@ -9,7 +9,7 @@ pipelines.
 import base64
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flux.errors import UserError
 from flux.plain_files import MAX_JSON, parse_json, read_plain_file
+from flux.weights.tokenizers_in_files import read_gguf_bpe, read_gguf_unigram, read_spiece
 
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates, left by a wrong decoding
 CLIP_WORDS = (
@@ -125,6 +126,8 @@ class PromptTokenizer:
         return prompt[max(0, starts[0] - len(self.prefix)) :]
 
     def _load(self, folder: Path):
+        if folder.is_file():  # of weights, which holds its tokenizer
+            return self._guarded(folder.name, folder, lambda: self._from_weights(folder))
         sources = [names for names in (("tokenizer.json",), self.files) if names]
         if self.prefers_files:
             sources.reverse()
@@ -136,16 +139,21 @@ class PromptTokenizer:
             raise UserError(
                 f"{folder}: no tokenizer ({wanted}). Take it from {self.repository_hint}."
             )
+        what = " with ".join(names)
+        if names == ("tokenizer.json",):
+            return self._guarded(what, folder, lambda: self._from_json(folder / "tokenizer.json"))
+        return self._guarded(what, folder, lambda: self._build(folder))
+
+    def _guarded(self, what: str, folder: Path, build: Callable[[], Any]):
+        """Return what `build` returns; any error of the library becomes a UserError."""
         try:
-            if names == ("tokenizer.json",):
-                return self._from_json(folder / "tokenizer.json")
-            return self._build(folder)
+            return build()
         except BaseException as error:  # the library raises no narrower type, or even panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())  # which may quote the file
             raise UserError(
-                f"{folder}: cannot read {' with '.join(names)} ({reason:.200}). "
+                f"{folder}: cannot read {what} ({reason:.200}). "
                 f"Download the files again from {self.repository_hint}."
             ) from error
 
@@ -156,6 +164,10 @@ class PromptTokenizer:
 
     def _build(self, folder: Path):
         """Build the tokenizer that `files` describe, without a post-processor."""
+        raise NotImplementedError
+
+    def _from_weights(self, file: Path):
+        """Build the tokenizer that lies in a file of weights."""
         raise NotImplementedError
 
 
@@ -179,6 +191,11 @@ class T5Tokenizer(PromptTokenizer):
 
     def _from_json(self, path: Path):
         return self._unigram(*_read_unigram(parse_json(read_plain_file(path, MAX_JSON))))
+
+    def _from_weights(self, file: Path):
+        if (data := read_spiece(file)) is not None:
+            return self._unigram(*_read_sentencepiece(data))
+        return self._unigram(*read_gguf_unigram(file))
 
     @staticmethod
     def _unigram(pieces: list[tuple[str, float]], charsmap: bytes):
@@ -239,15 +256,30 @@ class QwenTokenizer(PromptTokenizer):
     required: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
     def _build(self, folder: Path):
-        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+        from tokenizers import models
 
         bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        tokenizer = self._byte_level(bpe)
+        _add_listed_tokens(tokenizer, folder / "tokenizer_config.json")
+        return tokenizer
+
+    def _from_weights(self, file: Path):
+        from tokenizers import models
+
+        vocabulary, merges, added = read_gguf_bpe(file)
+        tokenizer = self._byte_level(models.BPE(vocabulary, merges))
+        _add_tokens(tokenizer, {i: (name, {"normalized": False}) for i, name in added.items()})
+        return tokenizer
+
+    @staticmethod
+    def _byte_level(bpe):
+        from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
         tokenizer = Tokenizer(bpe)
         tokenizer.normalizer = normalizers.NFC()
         words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
-        _add_listed_tokens(tokenizer, folder / "tokenizer_config.json")
         return tokenizer
 
 
@@ -308,19 +340,24 @@ def check_text(prompts: list[str]) -> None:
 
 def _add_listed_tokens(tokenizer, config: Path) -> None:
     """Add the tokens that tokenizer_config.json lists; ValueError if their ids differ."""
-    from tokenizers import AddedToken
-
     listed = parse_json(read_plain_file(config, MAX_JSON))["added_tokens_decoder"]
-    for index, token in sorted(listed.items(), key=lambda item: int(item[0])):
-        name = token["content"]
+    added = {}
+    for index, token in listed.items():
         # of an unknown flag, the library would print the name
         flags = {flag: value for flag, value in token.items() if flag in TOKEN_FLAGS}
+        added[int(index)] = token["content"], flags
+    _add_tokens(tokenizer, added)
+
+
+def _add_tokens(tokenizer, added: dict[int, tuple[str, dict[str, bool]]]) -> None:
+    """Add tokens by id: (name, flags). ValueError if an id differs."""
+    from tokenizers import AddedToken
+
+    for index, (name, flags) in sorted(added.items()):
         tokenizer.add_tokens([AddedToken(name, **flags)])
         actual = tokenizer.token_to_id(name)
-        if actual != int(index):
-            raise ValueError(
-                f"{config.name} gives {name!r} the id {index}, vocab.json the id {actual}"
-            )
+        if actual != index:
+            raise ValueError(f"{name!r} has the id {index} by one list, and {actual} by the other")
 
 
 def _read_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:

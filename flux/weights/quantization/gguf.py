@@ -300,6 +300,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str | int 
         raise UserError(f"{path} {error}.") from error
 
 
+def read_arrays(path: Path, prefix: str) -> dict[str, list]:
+    """Return the arrays of a file's metadata whose names begin so, such as a tokenizer's."""
+    read_header(path)  # raises UserError for a damaged file
+    arrays: dict[str, list] = {}
+    with path.open("rb") as file:
+        fields = _Fields(file, path.stat().st_size)
+        fields.take(16)  # the magic number, the version, and the number of tensors
+        for _ in range(fields.integer("Q")):
+            name, kind = fields.text(), fields.integer("I")
+            if kind != ARRAY:
+                fields.scalar(kind)
+                continue
+            kind, count = fields.integer("I"), fields.integer("Q")
+            values = [fields.scalar(kind) for _ in range(count)]
+            if name.startswith(prefix):
+                arrays[name.removeprefix(prefix)] = values
+    return arrays
+
+
 def tensors(path: Path) -> dict[str, Tensor]:
     """Map every tensor: in its dtype or, if quantized, as bytes (..., bytes per row) uint8."""
     infos, _ = read_header(path)
