@@ -19,7 +19,8 @@ def test_every_check_runs_dry_without_diffusers(tmp_path, monkeypatch, capsys):
     rows = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
     printed = capsys.readouterr().out
     for row in rows:
-        assert row["reached"] is not False, row["name"]
+        if row["limit"] is not None:  # an error; a time decides nothing here
+            assert row["reached"], row["name"]
         assert f"| {row['name']} |" in printed
     against = {row["against"] for row in rows if row["theirs"] is not None}
     assert against == {"predicted", "floor", "needed", "PCIe", "expected", "plain", "first"}
