@@ -3,6 +3,7 @@
 diffusers takes one prompt a call, and keeps what it computed in the state that a call returns.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -99,6 +100,17 @@ def test_whole_run_equals_diffusers_with_its_numerics(models, name, dtype, kind)
         assert not difference.any()
     else:  # diffusers denormalises the latents in bfloat16, before it decodes in float32
         assert np.abs(difference).max() <= 8
+
+
+def test_image_of_a_bfloat16_decoder_equals_diffusers(models):
+    """All networks in bfloat16, as both load them if asked for it: byte for byte."""
+    model = models[DISTILLED, torch.bfloat16]
+    vae, pipe = model.theirs.vae, model.load(numerics="diffusers")
+    model.theirs.update_components(vae=deepcopy(vae).bfloat16())
+    (theirs,) = by_diffusers(model).get("images")
+    model.theirs.update_components(vae=vae)
+    (ours,) = pipe(PROMPT, steps=STEPS, seed=SEED, **size(()))
+    assert ours.tobytes() == theirs.tobytes() and np.asarray(theirs).std() > 30
 
 
 @pytest.mark.slow

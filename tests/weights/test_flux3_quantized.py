@@ -1,0 +1,74 @@
+"""Quantized transformers of FLUX 3, in the layouts in which they are published or made by others.
+
+The right values are those of the same network with the decoded weights.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from support.quantized_files import (
+    fp8_by_row,
+    int8,
+    mxfp8,
+    nvfp4,
+    random_state,
+    save_gguf_q8_0,
+    save_quantized,
+)
+from support.transformer3_inputs import inputs
+from torch import nn
+
+from flux.parity.reference import FLUX3_TINY
+from flux.transformer3 import BLOCK_LISTS, Flux3
+from flux.weights.load import infer_config, init_empty, load_module
+from flux.weights.quantization import QuantizedLinear
+from flux.weights.quantization.quantize import large_linears
+
+PREFIX = "model.diffusion_model."  # ComfyUI's
+FORMATS = {  # what is released -> its writer, and what stands before the names
+    "fp8r": (fp8_by_row, ""),  # by Black Forest Labs: scales of rows, without a note
+    "NVFP4": (partial(nvfp4, swizzled=False), ""),  # by Black Forest Labs: ModelOpt's layout
+    "INT8 ConvRot": (partial(int8, group=16), PREFIX),
+    "MXFP8": (mxfp8, PREFIX),
+}
+
+
+def block_layers(network: nn.Module) -> list[str]:
+    """Return the matrices of all blocks."""
+    parts = [(path, layer) for path, layer in network.named_modules() if "blocks." in path]
+    return [path for path, layer in parts if isinstance(layer, nn.Linear)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*FORMATS, "GGUF"])
+@torch.no_grad()
+def test_quantized_file_equals_the_decoded_weights(name, dtype, tmp_path):
+    network = Flux3(FLUX3_TINY)
+    state, layers = random_state(network), block_layers(network)
+    assert len(layers) == 6 * (3 * 2 + 3)
+    if name == "GGUF":
+        path, weights = save_gguf_q8_0(tmp_path / "x.gguf", layers, state)
+    else:
+        write, prefix = FORMATS[name]
+        written = write(layers, state)
+        weights = written.weights
+        path = save_quantized(tmp_path / "x.safetensors", written._replace(prefix=prefix))
+    assert infer_config(path) == FLUX3_TINY
+    ours = init_empty(lambda: Flux3(FLUX3_TINY))
+    load_module(ours, [path], dtype=dtype)
+    quantized = {path for path, x in ours.named_modules() if isinstance(x, QuantizedLinear)}
+    assert quantized == set(layers)
+    network.load_state_dict(state | weights)
+    expected = network.to(dtype).eval()(**inputs(FLUX3_TINY, dtype))
+    assert (
+        torch.equal(ours(**inputs(FLUX3_TINY, dtype)), expected) and expected.float().std() > 0.01
+    )
+
+
+def test_what_is_quantized_here_are_the_matrices_of_all_blocks():
+    """Modulations, time, inputs and outputs act on every token, and stay as they are."""
+    network = init_empty(lambda: Flux3(FLUX3_TINY))
+    assert set(large_linears(network)) == set(block_layers(network))
+    lists = [network.get_submodule(path) for path in BLOCK_LISTS]
+    assert sum(map(len, lists)) * 6 == len(block_layers(network))
