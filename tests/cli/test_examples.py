@@ -15,6 +15,7 @@ EXAMPLES = {  # name -> flags, and what it prints
     "controlnet": (["--steps", 1], r"the residuals moved the latents by 0\.[0-9]*[1-9]"),
     "flow_edit": (["--steps", 4], r"the latents moved by \d"),
     "gradient_guidance": (["--steps", 2], r"loss of the predicted image: \d"),
+    "ip_adapter": (["--steps", 1], r"the adapter moved the latents by 0\.[0-9]*[1-9]"),
     "new_block": (
         ["--steps", 1, "--seconds", 0.1, "--scenes", 9],
         r"(?s)softmax: loss \d.*linear, untrained: loss \d.*linear, trained: loss \d",
