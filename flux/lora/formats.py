@@ -173,7 +173,9 @@ def _is_nothing(delta: LayerDelta) -> bool:
     up, core = delta.factors.get("up"), delta.factors.keys() - NO_DELTA
     if delta.factors.keys() & (BIASES | {"magnitude"}) or not core:
         return False
-    return delta.scaling == 0 or (up is not None and not up.float().any())
+    if delta.scaling == 0:
+        return True
+    return up is not None and not up.is_meta and not up.float().any()
 
 
 def _summary(keys: Sequence[str]) -> str:
