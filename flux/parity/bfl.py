@@ -17,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flux.errors import UserError
@@ -26,6 +25,7 @@ from flux.parity import bfl_process
 from flux.parity.capture_file import Capture
 from flux.parity.compare import Row, compare
 from flux.parity.compare_live import in_every_pass, inputs_of_pass, passes
+from flux.parity.golden_kit import write_tensors
 from flux.parity.replay import Tolerance, check_model
 from flux.pipeline import Pipeline
 
@@ -53,7 +53,7 @@ def bfl(
     with TemporaryDirectory() as folder:
         inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
         tensors, settings = _inputs(capture, pipe), _settings(capture, pipe, wanted)
-        save_file(tensors, inputs, metadata={"settings": json.dumps(settings)})
+        write_tensors(inputs, tensors, {"settings": json.dumps(settings)})
         _run(checkout.resolve(), inputs, outputs)
         theirs = Capture(outputs)
         if not theirs.names:
@@ -111,7 +111,7 @@ def _inputs(capture: Capture, pipe: Pipeline) -> dict[str, Tensor]:
         state = pipe.autoencoder().state_dict()
         out |= {f"autoencoder.{name}": x for name, x in state.items()}
         out |= {name: capture.tensors[source] for name, source in recorded.items()}
-    return {name: x.detach().cpu().clone().contiguous() for name, x in out.items()}
+    return out
 
 
 def _of_autoencoder(capture: Capture, pipe: Pipeline) -> dict[str, str]:

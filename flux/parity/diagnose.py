@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flux.errors import UserError
@@ -83,12 +84,17 @@ def _rank(trial: Trial) -> tuple[bool, float]:
 
 
 def _try(bug: KnownBug, rerun: Rerun, port: Capture, row: Row) -> Trial | None:
-    """None where the bug does not apply or changes nothing, or the capture lacks an input."""
+    """None where the bug does not apply or changes nothing, or the capture lacks an input.
+
+    A bug whose tensors have other shapes here cannot be the cause either.
+    """
     if not re.search(bug.where, row.name):
         return None
     try:
         computed = bug.compute(rerun)
-    except (LookupError, UserError):
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, UserError, RuntimeError):
         return None
     variants = {"": computed} if isinstance(computed, Tensor) else computed
     trials = [_judge(bug, text, tensor, rerun, port, row) for text, tensor in variants.items()]

@@ -41,7 +41,7 @@ with imports(__name__, parser):
     import transformers
     from einops import rearrange
     from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import save as as_file
     from support import transformer3_inputs
     from support.parity_rows import reference_of
     from support.tiny_repositories import home, write_tokenizers
@@ -161,7 +161,7 @@ def check_files(folder: Path, overwrite: bool, other_versions: bool) -> None:
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     with write_atomically(path) as unfinished:
-        save_file(tensors, unfinished, metadata=VERSIONS | metadata)
+        unfinished.write_bytes(as_file(tensors, metadata=VERSIONS | metadata))
     show(path)
 
 

@@ -55,7 +55,7 @@ def parser():
 with imports(__name__, parser):
     import torch
     import torch.nn.functional as F
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
 STEPS, GUIDANCE, SEED, TEXT, ROWS, COLUMNS = 4, 3.5, 0, 24, 4, 6
 AXES = {"flux.1": (8, 12, 12), "flux.2": (8, 8, 8, 8)}  # those of flux/parity/reference.py
@@ -314,7 +314,7 @@ def write(args):
         path = args.output / f"{family}.safetensors"
         if path.exists() and not args.overwrite:
             parser().error(f"--output: {path} exists. Choose another folder, or add --overwrite.")
-        save_file(stored, path, metadata=metadata)
+        path.write_bytes(save(stored, metadata=metadata))
         show(path)
     return 0
 

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 with imports(__name__, parser):
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save, save_file
     from torch import Tensor
 
     from flux.autoencoder import AutoEncoderConfig
@@ -195,7 +195,7 @@ def write(args: argparse.Namespace) -> int:
         commit = subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
         path = args.output / f"code-{name}.safetensors"
         metadata = summation() | {"commit": commit}
-        save_file(outputs | {"fingerprint": fingerprint}, path, metadata=metadata)
+        path.write_bytes(save(outputs | {"fingerprint": fingerprint}, metadata=metadata))
         show(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
     return 0
 
