@@ -46,6 +46,13 @@ EXCLUDED = {
     "output",
     "save_latents",
     "list_models",
+    "filter",
+    "filter_weights",
+    "review",
+    "latents",
+    "solver",
+    "sigmas",
+    "shift",
 }
 # flags of sample.py that say how to run; the model and the request come from the capture
 HOW_TO_RUN = (

@@ -69,7 +69,7 @@ def computed_by_bfl(capture: Capture, pipe: Pipeline) -> list[str]:
     """
     names = in_every_pass(capture, pipe)
     if "references/in.0" in capture.records:
-        first = passes(capture, pipe.spec.transformer)[0]
+        first = passes(capture, pipe.spec.flux_config)[0]
         names = [n for n in names if not n.startswith(f"{first}/") or n == f"{first}/out"]
     if _settings(capture, pipe, ["schedule"])["image_tokens"]:
         names.append("schedule")
