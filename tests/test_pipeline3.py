@@ -217,3 +217,44 @@ def test_image_to_image_and_inpainting_keep_what_they_should(models, name):
     kept, before = np.asarray(half)[:, 40:], np.asarray(image)[:, 40:]
     assert np.array_equal(kept, before)
     assert not np.array_equal(np.asarray(half)[:, :24], np.asarray(image)[:, :24])
+
+
+def test_seams_of_sampling_work_or_say_why_not(models):
+    """Solvers and the velocity of a base model; a flow map knows Euler steps alone."""
+    base, distilled = (models[name, torch.float32].load() for name in (BASE, DISTILLED))
+    features = base.encode(PROMPT)
+    euler, heun = (
+        base.sample(features, [SEED], 64, 64, 2, guidance=1.0, solver=solver)
+        for solver in ("euler", "heun")
+    )
+    assert euler.shape == heun.shape and max_error(euler, heun) > 1e-3
+    for solver in ("heun", "dpmpp_2m"):
+        with pytest.raises(flux.UserError, match='^solver: must be "euler" for flux.3-image-klein'):
+            distilled.sample(features, [SEED], 64, 64, 2, solver=solver)
+    with pytest.raises(flux.UserError, match="^residuals: flux.3-image-klein-base takes none"):
+        base.sample(features, [SEED], 64, 64, 2, residuals=lambda *_: None)
+    with pytest.raises(flux.UserError, match="^features: .* takes no `mask`"):
+        base.sample(features._replace(mask=torch.ones(96, 96).bool()), [SEED], 64, 64, 2)
+    x, network = torch.randn(1, 16, 4, 4), base.transformer()
+    velocity = base.velocity(features, 64, 64, guidance=1.0)(x, 0.3)
+    ids, text_ids = flux.sampling.flux3_image_ids(4, 4), flux.sampling.text_ids(80, 4)
+    with torch.no_grad():
+        tokens = x.flatten(2).mT
+        expected = network(tokens, ids, features.tokens, text_ids, torch.tensor([0.3]))
+    assert torch.equal(velocity.flatten(2).mT, expected)
+    seen = []
+    with base.watch(lambda tap, tensor: seen.append(str(tap)), only=["*single_blocks.0/out"]):
+        base.sample(features, [SEED], 64, 64, 2)
+    branches = ("conditional", "unconditional")
+    assert seen == [f"step.00{s}/{b}/single_blocks.0/out" for s in (1, 2) for b in branches]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "int4"])
+def test_quantizing_moves_the_image_little(models, scheme):
+    model = models[DISTILLED, torch.float32]
+    exact, rounded = (
+        pipe.sample(pipe.encode(PROMPT), [SEED], 64, 64, 2)
+        for pipe in (model.load(), model.load(quantize=scheme))
+    )
+    assert 1e-4 < (exact - rounded).norm() / exact.norm() < {"int4": 0.5}.get(scheme, 0.2)
