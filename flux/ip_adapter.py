@@ -54,7 +54,8 @@ class IPAdapter:
         def on_load(network: Flux) -> list[RemovableHandle]:
             queries: dict[int, Tensor] = {}
             handles = []
-            for number, block in enumerate(network.double_blocks.children()):
+            blocks: list[Any] = list(network.double_blocks.children())
+            for number, block in enumerate(blocks):
 
                 def keep(module, args, out, number=number):  # q, k, v of the image
                     queries[number] = out[0]

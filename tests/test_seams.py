@@ -85,6 +85,7 @@ def test_noise_of_a_stochastic_solver_belongs_to_the_seed(pipe, features):
     assert max_error(two[1:], sample(6)) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["model", "block"])
 def test_solvers_find_their_modulations_when_networks_leave_memory(pipe, features, offload):
     other = flux.load(device="cpu", offload=offload)
@@ -218,7 +219,7 @@ def test_gradients_pass_through_sampling_and_decoding(pipe, features):
 
 
 @both
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_masked_text_token_is_as_if_it_were_not_there(name, fast, pipes):
     """With the other tokens' positions kept by `ids`."""
     pipe = pipes[name] if fast else flux.load(name, device="cpu", fast=False)
@@ -250,7 +251,7 @@ def test_wrong_masks_and_ids_are_refused(pipe, features):
 
 
 @both
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_residuals_equal_hooks_that_add_them(name, fast):
     pipe = flux.load(name, device="cpu", fast=fast)
     c, features = pipe.spec.transformer, pipe.encode(PROMPT)
@@ -286,7 +287,7 @@ def test_residuals_equal_hooks_that_add_them(name, fast):
 # ------------------------------------------------------------------ taps
 
 
-@pytest.mark.parametrize("offload", [None, "model"])
+@pytest.mark.parametrize("offload", [None, pytest.param("model", marks=pytest.mark.slow)])
 def test_watch_labels_steps_and_branches(pipe, offload):
     pipe = flux.load(device="cpu", offload=offload)
     seen = []
@@ -358,6 +359,7 @@ class Words(TextEncoder):
         return TextFeatures(torch.stack(rows)[None])
 
 
+@pytest.mark.slow
 def test_an_own_text_encoder_needs_no_files(monkeypatch):
     def located(spec, choices, weights):
         assert not any("text_encoder" in name or "tokenizer" in name for name in choices)

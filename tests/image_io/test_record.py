@@ -19,6 +19,7 @@ def pipe():
     return flux.load(device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_images_of_python_are_made_again(pipe, cli, suffix):
     pipe.load_lora(LORA, 0.7)

@@ -38,6 +38,7 @@ class Count:
         self.calls += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", KEPT_WAYS)
 def test_hooks_stay_however_weights_are_held(way):
     pipe, count = flux.load(device="cpu", **KEPT_WAYS[way]), Count()
@@ -55,6 +56,7 @@ def test_hooks_stay_however_weights_are_held(way):
     assert count.calls == 2 * STEPS * blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", [False, True])
 def test_replaced_functions_and_added_modules_come_back_and_go(loaded):
     pipe = flux.load(device="cpu", offload="model")
