@@ -115,7 +115,7 @@ class LoadedControlNet:
         self, image: ImageLike, scale: float = 1.0, mode: int | None = None
     ) -> ResidualsFn:
         """Return what `sample` takes as `residuals` for a control image of the output's size."""
-        pipe, network, c = self.pipe, self.network, self.pipe.spec.transformer
+        pipe, network, c = self.pipe, self.network, self.pipe.spec.flux_config
         hint = network.input_hint_block is not None
         control = to_pixels(as_image(image)) if hint else pipe.to_latents(image)
         if not hint:
@@ -149,7 +149,7 @@ def load_controlnet(path: str | Path, pipe: Any) -> LoadedControlNet:
         )
 
     config = replace(
-        pipe.spec.transformer,
+        pipe.spec.flux_config,
         in_channels=names["controlnet_x_embedder.weight"].shape[1],
         depth=count("controlnet_blocks"),
         depth_single=count("controlnet_single_blocks"),

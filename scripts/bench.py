@@ -161,6 +161,8 @@ def count(args: argparse.Namespace) -> int:
     """Print the counts and, with --json, save those of each stage."""
     from benchmarks import counts
 
+    if args.model:
+        get_spec(args.model).refuse_flux3()
     names = [get_spec(args.model).name] if args.model else counts.NAMES
     found = counts.print_counts(names, args.gpu, bool(args.against))
     counts.print_sites(found, args.gpu)

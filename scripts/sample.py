@@ -536,7 +536,7 @@ def advise_compilation(args, pipe, pixels: int, conditions, passes: int) -> None
         )
     elif pipe.device.type == "cuda" and can_compile(pipe.device):
         references = conditions.references if conditions else None
-        tokens = pixels // 256 + pipe.text.length
+        tokens = pixels // 256 + pipe.text_tokens
         tokens += 0 if references is None else references.shape[1]
         saved = passes * compilation.saved_seconds(
             pipe.spec.transformer, tokens, compilation.measure_bandwidth(pipe.device)

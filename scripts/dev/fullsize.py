@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if args.lora_rank is not None and not 1 <= args.lora_rank <= 1024:
         raise UserError(f"--lora-rank: must be from 1 to 1024 (got {args.lora_rank})")
     spec = get_spec(args.model)
+    spec.refuse_flux3()
     path = args.folder / spec.transformer_file
     written = write(path, init_empty(lambda: Flux(spec.transformer)))
     with get_context("spawn").Pool(1) as fresh:
