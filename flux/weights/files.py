@@ -371,6 +371,14 @@ def find_file(
             f"{filename} of {repository} was not downloaded: {reason}; or put the file into a "
             "folder and pass that folder as `weights`."
         ) from error
+    caches = [folder.parent for folder in path.parents if folder.name == "snapshots"]
+    if caches and not path.resolve().is_relative_to(caches[-1].resolve()):
+        place = path.resolve()
+        path.unlink()  # the link alone: the server may have named a file that was there before
+        raise UserError(
+            f"{filename} of {repository} was not downloaded: the server named {place} to keep the "
+            f"file at, outside of {caches[-1]}; check $HF_ENDPOINT and $HF_HOME."
+        )
     stated = stated_hash(path)
     if stated and not has_hash(path, stated):
         path.resolve().unlink()

@@ -495,6 +495,22 @@ def test_download_with_another_hash_is_deleted(hub, kind):
     assert find_file(REPOSITORY, FILE) == path and not has_hash(path, stated_hash(path))
 
 
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "there before"])
+@pytest.mark.parametrize("hostile", ["{}", "../../../../../../../../../../../../{}"])
+def test_download_stays_in_the_cache(hub, hostile, is_there, tmp_path):
+    """huggingface_hub names a blob by the server's ETag, which may lead anywhere."""
+    private = tmp_path / "blobs" / (40 * "a")
+    private.parent.mkdir()
+    if is_there:
+        private.write_bytes(b"mine")
+    headers = {"ETag": f'"{hostile.format(private)}"', "X-Repo-Commit": "c" * 40}
+    hub(lambda request: httpx2.Response(200, headers=headers, content=b"theirs", request=request))
+    message = refusal(find_file, REPOSITORY, FILE)
+    assert f"was not downloaded: the server named {private} to keep the file at" in message
+    assert not is_local(REPOSITORY, FILE)
+    assert not is_there or private.read_bytes() == b"mine"
+
+
 def test_git_names_a_blob_by_its_hash(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "x").write_bytes(b"hello\n")
