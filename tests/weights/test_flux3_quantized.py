@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from support.quantized_files import (
+    QuantizedFile,
     fp8_by_row,
     int8,
     mxfp8,
@@ -16,10 +17,15 @@ from support.quantized_files import (
     save_gguf_q8_0,
     save_quantized,
 )
+from support.tokenizer_files import make_qwen
 from support.transformer3_inputs import inputs
+from support.weight_files import saved
 from torch import nn
 
+from flux.language_model import LanguageModel
 from flux.parity.reference import FLUX3_TINY
+from flux.parity.reference3 import tiny_models3
+from flux.text_encoder import build_text_encoder
 from flux.transformer3 import BLOCK_LISTS, Flux3
 from flux.weights.load import infer_config, init_empty, load_module
 from flux.weights.quantization import QuantizedLinear
@@ -72,3 +78,30 @@ def test_what_is_quantized_here_are_the_matrices_of_all_blocks():
     assert set(large_linears(network)) == set(block_layers(network))
     lists = [network.get_submodule(path) for path in BLOCK_LISTS]
     assert sum(map(len, lists)) * 6 == len(block_layers(network))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", ""])
+@pytest.mark.parametrize("write", [None, partial(int8, group=16)], ids=["bfloat16", "ConvRot"])
+def test_text_encoder_in_one_file_equals_the_decoded_weights(prefix, write, tmp_path):
+    """ComfyUI's files: with an image encoder, a final norm and more layers, which nothing reads."""
+    spec = tiny_models3()["flux.3-image-klein"]
+    make_qwen(tmp_path)
+    state = random_state(LanguageModel(spec.text.model))
+    layers = [name.removesuffix(".weight") for name in state if name.endswith("proj.weight")]
+    written = write(layers, state) if write else QuantizedFile(state, {})
+    more = {f"{prefix}norm.weight": torch.ones(2), f"{prefix}layers.5.x.weight": torch.ones(2)}
+    more |= {"visual.blocks.0.x": torch.ones(2), "lm_head.weight": torch.ones(2, 2)}
+    tensors = {prefix + name: tensor for name, tensor in written.tensors.items()} | more
+    path = save_quantized(tmp_path / "x.safetensors", written._replace(tensors=tensors))
+    decoded = saved(tmp_path / "decoded.safetensors", state | written.weights)
+    found = [
+        build_text_encoder(
+            spec.text,
+            {"model": [file], "tokenizer": tmp_path},
+            spec.text_length,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        ).features("a red cat")
+        for file in (path, decoded)
+    ]
+    assert torch.equal(found[0].tokens, found[1].tokens) and found[0].tokens.std() > 0.01
