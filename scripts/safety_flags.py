@@ -23,6 +23,9 @@ def add_safety(group) -> None:
         help="folder of the filter's files (default: as --weights, without a download)")
     add("--review", type=Path, metavar="DIR",
         help="put refused results into this folder, with their scores, for a person to review")
+    add("--watermark", choices=("tile", "bfl"),
+        help="mark the pixels invisibly. tile: 48 bits that name the record, and survive JPEG, "
+        "scaling and crops; bfl: BFL's own mark, which JPEG erases (default: none)")
 # fmt: on
 
 
@@ -30,15 +33,28 @@ class Safety:
     """The filters of one run, loaded. UserError if one is asked for and not there.
 
     A note says once if none is asked for, and the licence of the weights asks for one.
+    `size`: width and height of the images; `earlier`: the metadata of an image to make again.
     """
 
-    def __init__(self, args: argparse.Namespace, licence: "Licence"):
+    def __init__(
+        self, args: argparse.Namespace, licence: "Licence", size: tuple[int, int], earlier: dict
+    ):
         from flux.errors import UserError
         from flux.image_io import output
 
         self.filters, self.refused = [], 0
         self.review = args.review and args.review / args.output.name
         self.record = not args.no_metadata
+        self.watermark = args.watermark or earlier.get("watermark")
+        if self.watermark is not None:
+            from flux.safety import marking
+
+            if self.watermark not in marking.KINDS:
+                raise UserError(
+                    f"watermark: {self.watermark!r:.40} is unknown (expected "
+                    f"{', '.join(marking.KINDS)})."
+                )
+            marking.check_size(self.watermark, *size)
         if args.filter is None:
             for name in ("filter_weights", "review"):
                 if getattr(args, name) is not None:
@@ -69,6 +85,19 @@ class Safety:
                     self.refused += 1
         return self.refused > 0
 
+    @property
+    def metadata(self) -> dict:
+        """Return what the record says of the marks."""
+        return {"watermark": self.watermark} if self.watermark else {}
+
+    def mark(self, image, metadata: dict):
+        """Return the image with its watermark, if there is to be one."""
+        if self.watermark is None:
+            return image
+        from flux.safety import marking
+
+        return marking.mark(image, self.watermark, metadata)
+
     def verdicts(self, image) -> list:
         """Return what each filter says of an image."""
         return [filter.judge(image) for filter in self.filters]
@@ -84,6 +113,7 @@ class Safety:
         self.refused += 1
         told = f"refused by {', '.join(map(str, flagged))}"
         if self.review:
+            image = self.mark(image, metadata)
             path = output.save(image, self.review, metadata, [".json"], record=self.record)
             scores = [x._asdict() | {"refused": x.refused} for x in verdicts]
             for score in scores:

@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add_images(p.add_argument_group("images as input (README: which model takes what)"))
     add_sampling(p.add_argument_group("model and sampling"))
     add_memory_and_speed(p.add_argument_group("memory and speed (README: what is lossless)"))
-    add_safety(p.add_argument_group("content filters (flux/safety/README.md)"))
+    add_safety(p.add_argument_group("filters and watermark (flux/safety/README.md)"))
     add_files(p.add_argument_group("files"))
     for old, new in ALIASES.items():
         add_hidden_alias(p, old, new)
@@ -360,7 +360,7 @@ def run(args: argparse.Namespace) -> int:
     guidance = checks.check_guidance(spec, args.guidance, steps)
     cfg = checks.check_cfg(spec, args.guidance, args.negative_prompt, args.true_cfg_scale, steps)
     check_upsampling(args, spec)
-    safety = Safety(args, spec.licence)
+    safety = Safety(args, spec.licence, (width, height), earlier)
     if safety.refuses_input(images):
         return REFUSED
     boxes = gather_boxes(args, spec, images)
@@ -405,7 +405,7 @@ def run(args: argparse.Namespace) -> int:
             recipes = []
             for typed, prompt in zip(some, expanded):
                 recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)
-                recipe |= files
+                recipe |= files | safety.metadata
                 recipe["upsampled_from"] = typed if args.upsample else None
                 if conditions and conditions.crop:
                     recipe["cropped"] = True  # from the size that follows from the reference
@@ -443,7 +443,8 @@ def generate_file(
         if refusal := safety.refusal(image, metadata):
             return refusal
         suffixes = [".safetensors"] if args.save_latents else []
-        path = output.save(image, args.output, metadata, suffixes, record=not args.no_metadata)
+        marked = safety.mark(image, metadata)
+        path = output.save(marked, args.output, metadata, suffixes, record=not args.no_metadata)
         if not args.save_latents:
             return path, None
         return path, save_latents(path, latents, None if args.no_metadata else metadata)

@@ -74,15 +74,17 @@ def decode(args: argparse.Namespace, load) -> int:
                     "as `autoencoder`."
                 )
             setattr(args, name, metadata[name])
-    safety = Safety(args, get_spec(args.model, args.transformer).licence)
+    licence = get_spec(args.model, args.transformer).licence
+    safety = Safety(args, licence, (16 * latents.shape[3], 16 * latents.shape[2]), metadata)
     pipe = load(args)
     if metadata.get("mask"):
         say("note: what the mask protected is in the input image, and is not put back")
         metadata = {}
     for image in pipe.decode(latents):
-        recorded = metadata if len(latents) == 1 and not args.no_metadata else {}
+        recorded = metadata | safety.metadata if len(latents) == 1 and not args.no_metadata else {}
         if refusal := safety.refusal(image, recorded):
             say(refusal)
             continue
+        image = safety.mark(image, metadata)
         show(output.save(image, args.output, recorded, record=bool(recorded)))
     return REFUSED if safety.refused else 0

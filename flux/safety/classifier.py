@@ -65,7 +65,7 @@ class ViT(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, image_size, image_size) -> hidden states (B, 1 + patches, D)."""
         x = self.embeddings(pixels)
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
+        for layer in self.encoder["layer"]:  # type: ignore[attr-defined]
             x = layer(x)
         return self.layernorm(x)
 

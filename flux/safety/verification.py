@@ -16,6 +16,7 @@ from flux.image_io.input import open_image, round_to_16
 from flux.image_io.metadata import REQUIRED, source_type, with_current_names, wrong_values
 from flux.image_io.output import record_text
 from flux.plain_files import parse_json
+from flux.safety import marking
 
 IPTC = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
@@ -24,7 +25,7 @@ RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 class Finding(NamedTuple):
     """One thing that an image carries."""
 
-    kind: str  # "pixels", "record" or "source type"
+    kind: str  # "pixels", "record", "source type" or "watermark"
     holds: bool
     text: str
     value: Any = None  # what was read, as values of JSON
@@ -49,7 +50,7 @@ def verify(path: Path) -> list[Finding]:
     terms = source_types(image.info.get("xmp") or b"")
     if terms is not None:
         findings.append(check_source_types(terms, record))
-    return findings
+    return findings + check_watermarks(marking.find(image), record)
 
 
 def _load(path: Path) -> Image.Image:
@@ -79,7 +80,8 @@ def check_record(text: str, size: tuple[int, int]) -> Finding:
     if wrong:
         return Finding("record", False, f"lacks, or has wrong: {', '.join(wrong)}", record)
     said = record["width"], record["height"]
-    if round_to_16(size, math.ceil) != said:
+    cropped = record.get("cropped") is True and size[0] <= said[0] and size[1] <= said[1]
+    if round_to_16(size, math.ceil) != said and not cropped:
         told = f"is of {said[0]}x{said[1]} pixels, but the image has {size[0]}x{size[1]}"
         return Finding("record", False, told, record)
     return Finding("record", True, f"{record['model']}, seed {record['seed']}, unsigned", record)
@@ -122,6 +124,18 @@ def check_source_types(values: list[str], record: dict | None) -> Finding:
         told = f"is {term}, but the record means {expected.rpartition('/')[2]}"
         return Finding(kind, False, told, values[0])
     return Finding(kind, True, f"{term}, unsigned", values[0])
+
+
+def check_watermarks(found: dict[str, str], record: dict | None) -> list[Finding]:
+    """Check the marks that were found in the pixels against the one that the record claims."""
+    kind, claimed = "watermark", record.get("watermark") if record else None
+    if claimed and claimed not in found:
+        told = f"the record says {claimed!s:.40}, but the pixels carry no such mark"
+        return [Finding(kind, False, told, found)]
+    if record and "tile" in found and found["tile"] != f"{marking.payload_of(record):012x}":
+        return [Finding(kind, False, f"tile {found['tile']} is that of another record", found)]
+    text = ", ".join(f"{name} {value}" for name, value in found.items())
+    return [Finding(kind, True, text, found)] if found else []
 
 
 def as_json(path: Path, findings: list[Finding]) -> dict:
