@@ -303,7 +303,7 @@ def ours_of(pipe: flux.Pipeline, run: Run, features: TextFeatures) -> Tensor:
 
 def theirs_of(theirs, model: Model, run: Run, features: TextFeatures) -> Tensor:
     dtype, seen = theirs.transformer.dtype, []
-    tokens, pooled = features.to("cpu", dtype)
+    tokens, pooled = features.to("cpu", dtype)[:2]
     words = dict(prompt_embeds=tokens) | (
         {} if pooled is None else {"pooled_prompt_embeds": pooled}
     )
