@@ -56,6 +56,7 @@ with imports(__name__, lambda: parser(__doc__)):
     from flux.atomic_files import exclusive_lock, write_atomically
     from flux.conditioning import Conditions
     from flux.errors import NonFiniteError, UserError, WriteError
+    from flux.plain_files import require_plain_file
     from flux.text_encoder import TextFeatures
     from flux.training import dataset, distillation, distributed, loss
     from flux.training.checkpoint import remove_unfinished, save_tensors
@@ -421,9 +422,9 @@ def sheet_path(args: argparse.Namespace, step: int) -> Path:
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file holds a whole image."""
+    """Return whether a plain file holds a whole PNG image."""
     try:
-        with Image.open(path) as image:
+        with Image.open(require_plain_file(path), formats=["PNG"]) as image:
             image.load()
         return True
     except Exception:  # on a damaged file Pillow's readers may fail in any way

@@ -10,12 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from flux.errors import UserError
-from flux.plain_files import MAX_JSON, parse_json, read_plain_file, require_plain_file
+from flux.plain_files import MAX_JSON, PIECE, parse_json, read_plain_file, require_plain_file
 from flux.weights.checksums import has_hash, stated_hash
 
 # ---------------------------------------------------------------- headers
@@ -183,7 +184,7 @@ def _parse_header(
         if found := PLAIN_TEXT.match(text, position):
             return str(view[position + 1 : found.end() - 1], "utf-8"), found.end()
         if found := TEXT.match(text, position):
-            return parse_json(str(view[position : found.end()], "utf-8"), MAX_HEADER), found.end()
+            return _unescaped(view[position + 1 : found.end() - 1]), found.end()
         raise ValueError(f"metadata that is not text, {name!r:.120}")
 
     if text.count(b'"data_offsets"') > MAX_TENSORS:  # at once, before any is parsed
@@ -214,6 +215,27 @@ def _parse_object(
         separator = _match(NEXT, text, position)
         position, closed = separator.end(), separator[1]
     return members, position
+
+
+def _unescaped(text: memoryview) -> str:
+    """Parse what stands between the quotes of a JSON text, piece by piece to save memory."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):  # cut before an escape, if one is near, else between two characters
+            near = bytes(text[end - 12 : end])
+            escapes = [end - 12 + i for i in reversed(range(12)) if near[i] == ord("\\")]
+            ends = [*escapes, *range(end, end - 4, -1)]
+        else:
+            ends = [len(text)]
+        for end in ends:
+            with suppress(ValueError):  # half an escape, character or surrogate pair
+                pieces.append(parse_json(b'"%b"' % text[start:end]))
+                break
+        else:
+            raise ValueError("a text that is not JSON")
+        start = end
+    return "".join(pieces)
 
 
 def _match(pattern: re.Pattern[bytes], text: bytes, position: int) -> re.Match[bytes]:

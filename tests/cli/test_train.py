@@ -440,7 +440,7 @@ def test_foreign_log_is_refused_and_kept(train, images, tmp_path):
     assert (tmp_path / "loss.csv").read_text() == "my,own,table\n1,2,3\n"
 
 
-@pytest.mark.parametrize("content", [None, b"", "half"])
+@pytest.mark.parametrize("content", [None, b"", "half", "a pipe"])
 def test_sheet_that_is_missing_or_broken_is_drawn_again(train, images, tmp_path, content):
     """A process may be killed between its checkpoint and its sheet."""
     flags = (*LORA, "--sample-every", 2, "--prompt", "a red circle")
@@ -451,6 +451,9 @@ def test_sheet_that_is_missing_or_broken_is_drawn_again(train, images, tmp_path,
     whole = path.read_bytes()
     if content is None:
         path.unlink()
+    elif content == "a pipe":  # for whose writer nobody waits
+        path.unlink()
+        os.mkfifo(path)
     else:
         path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     left = path.with_name(".000001.png.unfinished")

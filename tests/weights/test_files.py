@@ -13,6 +13,7 @@ import struct
 import subprocess
 import tracemalloc
 from pathlib import Path
+from random import Random
 
 import httpx2
 import huggingface_hub
@@ -153,6 +154,20 @@ def test_spaces_escapes_and_empty_metadata_are_read(tmp_path, spaces):
     infos, metadata = read_header(raw(tmp_path / "x.safetensors", text.encode(), b"\0" * 8))
     assert {name: info[:2] for name, info in infos.items()} == {'café "': ("F32", (2,))}
     assert metadata == {}
+
+
+def test_long_escaped_metadata_are_read_piece_by_piece(tmp_path, monkeypatch):
+    """No piece ends within an escape, a surrogate pair or a character of several bytes."""
+    monkeypatch.setattr("flux.weights.files.PIECE", 16)
+    parts = (r"\n", r"\\", r"\"", r"\/", r"\u20ac", r"\ud83d\ude00", "é", "😀", "a", "0123456789")
+    random = Random(1)
+    for _ in range(300):
+        text = '"' + "".join(random.choices(parts, k=30)) + '"'
+        header = b'{"__metadata__":{"a":%b}}' % text.encode()
+        assert read_header(raw(tmp_path / "x.safetensors", header))[1] == {"a": json.loads(text)}
+    for damage in (r"\ud83d", r"\x", r"\u12", "\n"):
+        header = b'{"__metadata__":{"a":"%b"}}' % (20 * r"\n" + damage + 20 * "z").encode()
+        assert "damaged header" in refusal(read_header, raw(tmp_path / "x.safetensors", header))
 
 
 HOSTILE = {  # a piece of a header, repeated to 4 MB; json.loads makes up to 100 MB of each
