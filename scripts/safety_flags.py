@@ -26,6 +26,9 @@ def add_safety(group) -> None:
     add("--watermark", choices=("tile", "bfl"),
         help="mark the pixels invisibly. tile: 48 bits that name the record, and survive JPEG, "
         "scaling and crops; bfl: BFL's own mark, which JPEG erases (default: none)")
+    add("--sign", type=Path, metavar="KEY",
+        help="sign the images with this key, as C2PA (scripts/certificate.py makes one)")
+    add("--certificate", type=Path, metavar="CHAIN", help="the certificates of that key")
 # fmt: on
 
 
@@ -55,6 +58,13 @@ class Safety:
                     f"{', '.join(marking.KINDS)})."
                 )
             marking.check_size(self.watermark, *size)
+        self.signer = None
+        if (args.sign is None) != (args.certificate is None):
+            raise UserError("sign: needs `certificate`, and the other way round.")
+        if args.sign is not None:
+            from flux.safety.signing import Signer
+
+            self.signer = Signer(args.sign, args.certificate)
         if args.filter is None:
             for name in ("filter_weights", "review"):
                 if getattr(args, name) is not None:
@@ -85,6 +95,12 @@ class Safety:
                     self.refused += 1
         return self.refused > 0
 
+    def seal(self, metadata: dict):
+        """Return what signs the bytes of a file; None if nothing is to be signed."""
+        if self.signer is None:
+            return None
+        return lambda data: self.signer.sign(data, metadata)
+
     @property
     def metadata(self) -> dict:
         """Return what the record says of the marks."""
@@ -114,7 +130,9 @@ class Safety:
         told = f"refused by {', '.join(map(str, flagged))}"
         if self.review:
             image = self.mark(image, metadata)
-            path = output.save(image, self.review, metadata, [".json"], record=self.record)
+            path = output.save(
+                image, self.review, metadata, [".json"], self.record, self.seal(metadata)
+            )
             scores = [x._asdict() | {"refused": x.refused} for x in verdicts]
             for score in scores:
                 score["score"] = score["score"] if isfinite(score["score"]) else None  # no NaN

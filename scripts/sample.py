@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add_images(p.add_argument_group("images as input (README: which model takes what)"))
     add_sampling(p.add_argument_group("model and sampling"))
     add_memory_and_speed(p.add_argument_group("memory and speed (README: what is lossless)"))
-    add_safety(p.add_argument_group("filters and watermark (flux/safety/README.md)"))
+    add_safety(p.add_argument_group("filters, watermark, signature (flux/safety/README.md)"))
     add_files(p.add_argument_group("files"))
     for old, new in ALIASES.items():
         add_hidden_alias(p, old, new)
@@ -444,7 +444,8 @@ def generate_file(
             return refusal
         suffixes = [".safetensors"] if args.save_latents else []
         marked = safety.mark(image, metadata)
-        path = output.save(marked, args.output, metadata, suffixes, record=not args.no_metadata)
+        seal, record = safety.seal(metadata), not args.no_metadata
+        path = output.save(marked, args.output, metadata, suffixes, record, seal)
         if not args.save_latents:
             return path, None
         return path, save_latents(path, latents, None if args.no_metadata else metadata)

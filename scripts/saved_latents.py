@@ -86,5 +86,6 @@ def decode(args: argparse.Namespace, load) -> int:
             say(refusal)
             continue
         image = safety.mark(image, metadata)
-        show(output.save(image, args.output, recorded, record=bool(recorded)))
+        seal = safety.seal(metadata | safety.metadata)
+        show(output.save(image, args.output, recorded, record=bool(recorded), seal=seal))
     return REFUSED if safety.refused else 0

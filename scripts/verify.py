@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, ...")
     p.add_argument("--json", action="store_true", help="print one JSON text, with all values")
+    p.add_argument("--trust", type=Path, metavar="PEM",
+                   help="certificates that a signature must lead to, such as root.pem")  # fmt: skip
     return p
 
 
@@ -37,14 +39,15 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from flux.plain_files import require_plain_file
+    from flux.plain_files import read_plain_file, require_plain_file
     from flux.safety.verification import as_json, verify
 
     for path in args.images:
         require_plain_file(path, "an image file")
     files = []
+    roots = read_plain_file(args.trust, 2**20, "certificates in PEM") if args.trust else None
     for path in args.images:
-        findings = verify(path)
+        findings = verify(path, roots)
         files.append(as_json(path, findings))
         if not args.json:
             for finding in findings:

@@ -1,5 +1,6 @@
 """Write image files: rounded pixels, metadata, and atomic writes that never overwrite a file."""
 
+import io
 import json
 import os
 import struct
@@ -147,12 +148,13 @@ def save(
     metadata: dict,
     suffixes: Sequence[str] = (),
     record: bool = True,
+    seal: Callable[[bytes], bytes] | None = None,
 ) -> Path:
     """Write an image and its metadata under a free name, and return the name.
 
     The file holds the metadata, the text of `flux.image_io.metadata.parameters` unless it is too
     long for a JPEG, and IPTC's mark of generated media. `record=False` leaves only the mark.
-    `suffixes`: as in `next_free_path`.
+    `suffixes`: as in `next_free_path`. `seal`: from the file's bytes to those to write, to sign it.
     """
     image = image.copy()
     image.info.clear()  # a JPEG would repeat the comment of an input image
@@ -165,7 +167,12 @@ def save(
         options["quality"] = 95
     if kind == "JPEG":
         options["subsampling"] = 0
-    return write_exclusive(path, lambda file: image.save(file, **options), suffixes)
+    if seal is None:
+        return write_exclusive(path, lambda file: image.save(file, **options), suffixes)
+    whole = io.BytesIO()
+    image.save(whole, **options)
+    sealed = seal(whole.getvalue())
+    return write_exclusive(path, lambda file: file.write(sealed), suffixes)
 
 
 def metadata_options(kind: str, metadata: dict, record: bool = True) -> dict[str, Any]:

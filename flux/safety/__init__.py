@@ -1,1 +1,1 @@
-"""Content filters, watermarks, and what an image says about its origin."""
+"""Content filters, watermarks, signatures, and what an image says about its origin."""

@@ -16,7 +16,7 @@ from flux.image_io.input import open_image, round_to_16
 from flux.image_io.metadata import REQUIRED, source_type, with_current_names, wrong_values
 from flux.image_io.output import record_text
 from flux.plain_files import parse_json
-from flux.safety import marking
+from flux.safety import marking, signing
 
 IPTC = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
@@ -25,14 +25,16 @@ RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 class Finding(NamedTuple):
     """One thing that an image carries."""
 
-    kind: str  # "pixels", "record", "source type" or "watermark"
+    kind: str  # "pixels", "record", "source type", "watermark" or "signature"
     holds: bool
     text: str
     value: Any = None  # what was read, as values of JSON
 
 
-def verify(path: Path) -> list[Finding]:
+def verify(path: Path, roots: bytes | None = None) -> list[Finding]:
     """Return what an image file carries; an empty list if it carries nothing.
+
+    `roots`: certificates in PEM, one of which a signature must lead to.
 
     Pixels are a finding if they are damaged. UserError unless `path` is a plain file.
     """
@@ -50,7 +52,8 @@ def verify(path: Path) -> list[Finding]:
     terms = source_types(image.info.get("xmp") or b"")
     if terms is not None:
         findings.append(check_source_types(terms, record))
-    return findings + check_watermarks(marking.find(image), record)
+    findings += check_watermarks(marking.find(image), record)
+    return findings + check_signature(path.read_bytes(), image.format, roots)
 
 
 def _load(path: Path) -> Image.Image:
@@ -136,6 +139,30 @@ def check_watermarks(found: dict[str, str], record: dict | None) -> list[Finding
         return [Finding(kind, False, f"tile {found['tile']} is that of another record", found)]
     text = ", ".join(f"{name} {value}" for name, value in found.items())
     return [Finding(kind, True, text, found)] if found else []
+
+
+def check_signature(data: bytes, form: str | None, roots: bytes | None) -> list[Finding]:
+    """Check the C2PA manifest of a file. What cannot be checked does not hold."""
+    kind = "signature"
+    if b"jumdc2pa" not in data:  # the head of a C2PA box (JUMBF, ISO/IEC 19566-5)
+        return []
+    if form not in signing.MIME:
+        return [Finding(kind, False, f"is not checked in files of {form}")]
+    try:
+        state, problems, manifest = signing.read(data, signing.MIME[form], roots)
+    except UserError as error:
+        return [Finding(kind, False, f"cannot be checked: {error}")]
+    if not state:
+        return []
+    issuer = (manifest.get("signature_info") or {}).get("common_name")
+    told = f"{state.lower()}, by {issuer}"
+    if state == "Invalid":
+        told = f"invalid: {', '.join(problems)}"
+    elif state == "Valid":
+        told += ", whom no root given by --trust vouches for" if roots else ", unknown to us"
+    return [
+        Finding(kind, state == "Trusted" or (state == "Valid" and roots is None), told, manifest)
+    ]
 
 
 def as_json(path: Path, findings: list[Finding]) -> dict:

@@ -73,6 +73,7 @@ def test_wrong_flag_is_refused(script, tmp_path):
 
 
 MINIMAL = {  # arguments with which a script would begin to work
+    "certificate.py": ("signing",),
     "convert.py": ("in.safetensors", "out.safetensors", "--to", "int8"),
     "parity.py": ("capture", "a cat", "--output", "a.safetensors"),
     "sample.py": ("a cat",),

@@ -1,0 +1,166 @@
+"""Signed provenance: C2PA manifests, written and read by c2pa-python, without a network.
+
+A manifest says how an image was made, and binds that to every byte of the file. It has no time
+stamp of a server. Source of the rules: C2PA Technical Specification 2.1, sections 9 and 18.
+"""
+
+import hashlib
+import io
+import json
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flux.errors import UserError
+from flux.image_io.metadata import source_type
+from flux.image_io.output import to_json
+from flux.plain_files import read_plain_file
+from flux.safety import marking
+
+MAX_PEM = 2**20  # bytes
+MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+OFFLINE = {
+    "version": 1,
+    "builder": {"thumbnail": {"enabled": False}},
+    "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
+}
+
+
+def _c2pa() -> Any:
+    try:
+        import c2pa
+    except ImportError:
+        raise UserError(
+            "sign: needs the package c2pa-python. Run `pip install -e '.[sign]'`."
+        ) from None
+    return c2pa
+
+
+class Signer:
+    """A private key with its certificates. UserError unless they fit, and may sign today."""
+
+    def __init__(self, key: Path, chain: Path):
+        c2pa = _c2pa()
+        secret = read_plain_file(key, MAX_PEM, "a private key in PEM")
+        certificates = read_plain_file(
+            chain, MAX_PEM, "the certificates in PEM, the signer's first"
+        )
+        self.info = c2pa.C2paSignerInfo(_algorithm(key, secret), certificates, secret, None)
+        blank = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(blank, "PNG")
+        trial = self.sign(blank.getvalue(), {"model": "none"})  # also refuses what cannot be read
+        state, problems, _ = read(trial, "image/png")
+        if state == "Invalid":
+            raise UserError(f"certificate: {chain} makes invalid signatures ({problems[0]:.80}).")
+
+    def sign(self, data: bytes, metadata: dict) -> bytes:
+        """Return the bytes of a PNG, JPEG or WebP with a signed manifest of its metadata."""
+        c2pa = _c2pa()
+        with Image.open(io.BytesIO(data)) as image:
+            mime = MIME[image.format or ""]
+        out = io.BytesIO()
+        try:
+            with (
+                c2pa.Signer.from_info(self.info) as signer,
+                c2pa.Builder(manifest(metadata), c2pa.Context.from_dict(OFFLINE)) as builder,
+            ):
+                builder.sign(signer, mime, io.BytesIO(data), out)
+        except c2pa.C2paError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"certificate: cannot sign ({reason:.160}). The key must be that of the first "
+                "certificate, which must not be expired, and be made for signing."
+            ) from None
+        return out.getvalue()
+
+
+def _algorithm(path: Path, secret: bytes) -> Any:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+    names = _c2pa().C2paSigningAlg
+    try:
+        key = serialization.load_pem_private_key(secret, None)
+    except Exception:  # of many kinds: a password, another format, an unknown algorithm
+        raise UserError(
+            f"sign: {path} is no private key in PEM without a password. scripts/certificate.py "
+            "makes one."
+        ) from None
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return names.ED25519
+    curves = {"secp256r1": names.ES256, "secp384r1": names.ES384}
+    if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in curves:
+        return curves[key.curve.name]
+    raise UserError(f"sign: {path} is no key of P-256, P-384 or Ed25519, which C2PA takes.")
+
+
+def manifest(metadata: dict) -> dict:
+    """Return the manifest of an image: hashes of its prompt and record, but not the prompt."""
+    source = source_type({"model": "none"} | metadata) or ""
+    software = str(metadata.get("software", "flux")).partition(",")[0].split()
+    agent = {"name": software[0], "version": software[-1]}
+    given = metadata.get("images") or []
+    parts = [*given, *([metadata["mask"]] if metadata.get("mask") else [])]
+    labels = [f"input{number}" for number in range(len(parts))]
+    ingredients = [
+        {"title": Path(part["file"]).name, "relationship": "inputTo", "label": label}
+        for part, label in zip(parts, labels)
+    ]
+    made: dict[str, Any] = {"action": "c2pa.created", "digitalSourceType": source}
+    made["softwareAgent"] = agent
+    actions = [made]
+    if parts and "composite" in source:  # pixels of the first image remain
+        ingredients[0]["relationship"] = "parentOf"
+        made["action"] = "c2pa.edited"
+        actions.insert(0, {"action": "c2pa.opened", "parameters": {"ingredientIds": labels[:1]}})
+    elif labels:
+        made["parameters"] = {"ingredientIds": labels}
+    generation = {
+        "id": str(uuid.uuid4()),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": metadata.get("model"),
+        "software": metadata.get("software"),
+        "prompt_sha256": _sha256(str(metadata.get("prompt", ""))),
+        "record_sha256": _sha256(to_json(metadata)),
+        "inputs_sha256": [part["sha256"] for part in parts],
+    }
+    assertions = [{"label": "org.flux.generation", "data": generation}]
+    if metadata.get("watermark") == "tile":
+        actions.append({"action": "c2pa.watermarked.bound", "softwareAgent": agent})
+        value = f"{marking.payload_of(metadata):012x}"
+        binding = {"alg": "org.flux.tile.1", "blocks": [{"scope": {}, "value": value}]}
+        assertions.append({"label": "c2pa.soft-binding", "data": binding})
+    assertions.insert(0, {"label": "c2pa.actions.v2", "data": {"actions": actions}})
+    return {
+        "claim_generator_info": [agent],
+        "title": "image",
+        "ingredients": ingredients,
+        "assertions": assertions,
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read(data: bytes, mime: str, roots: bytes | None = None) -> tuple[str, Sequence[str], dict]:
+    """Return the state of a manifest, what is wrong, and the manifest; "" if there is none.
+
+    State: "Trusted" by one of the certificates `roots` in PEM, "Valid" or "Invalid".
+    """
+    c2pa = _c2pa()
+    trust = {} if roots is None else {"trust": {"user_anchors": roots.decode("ascii", "replace")}}
+    try:
+        context = c2pa.Context.from_dict(OFFLINE | trust)
+        with c2pa.Reader(mime, io.BytesIO(data), context=context) as reader:
+            store, state = json.loads(reader.json()), reader.get_validation_state()
+    except c2pa.C2paError as error:
+        if "ManifestNotFound" in type(error).__name__ + str(error):
+            return "", [], {}
+        return "Invalid", [" ".join(str(error).split())[:120]], {}
+    problems = [status["code"] for status in store.get("validation_status", [])]
+    return state, problems, store["manifests"].get(store.get("active_manifest"), {})
