@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from flux.errors import UserError
-from flux.image_io.metadata import source_type
+from flux.image_io.metadata import is_described, source_type
 from flux.image_io.output import to_json
 from flux.plain_files import read_plain_file
 from flux.safety import marking
@@ -101,10 +101,11 @@ def _algorithm(path: Path, secret: bytes) -> Any:
 def manifest(metadata: dict) -> dict:
     """Return the manifest of an image: hashes of its prompt and record, but not the prompt."""
     source = source_type({"model": "none"} | metadata) or ""
-    software = str(metadata.get("software", "flux")).partition(",")[0].split()
+    software = str(metadata.get("software")).partition(",")[0].split() or ["flux"]
     agent = {"name": software[0], "version": software[-1]}
-    given = metadata.get("images") or []
-    parts = [*given, *([metadata["mask"]] if metadata.get("mask") else [])]
+    given = metadata.get("images")
+    parts = [*(given if isinstance(given, list) else []), metadata.get("mask")]
+    parts = [part for part in parts if is_described(part)]
     labels = [f"input{number}" for number in range(len(parts))]
     ingredients = [
         {"title": Path(part["file"]).name, "relationship": "inputTo", "label": label}

@@ -132,7 +132,7 @@ def check_source_types(values: list[str], record: dict | None) -> Finding:
 def check_watermarks(found: dict[str, str], record: dict | None) -> list[Finding]:
     """Check the marks that were found in the pixels against the one that the record claims."""
     kind, claimed = "watermark", record.get("watermark") if record else None
-    if claimed and claimed not in found:
+    if claimed and str(claimed) not in found:
         told = f"the record says {claimed!s:.40}, but the pixels carry no such mark"
         return [Finding(kind, False, told, found)]
     if record and "tile" in found and found["tile"] != f"{marking.payload_of(record):012x}":

@@ -94,6 +94,15 @@ def test_inputs_and_watermark_are_in_the_manifest(signer, tmp_path):
     assert "c2pa.soft-binding" in text and "c2pa.watermarked.bound" in text
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [dict(images=[None, 3, {"file": 1}]), dict(images="a"), dict(mask=[]), dict(software="")],
+)
+def test_foreign_metadata_are_signed_without_what_they_lack(signer, tmp_path, foreign):
+    """As of a file of latents that somebody else wrote."""
+    assert signature(signed(signer, tmp_path / "a.png", METADATA | foreign)).holds
+
+
 def test_composite_says_that_an_image_was_opened_and_edited(signer, folder, tmp_path):
     photo = dict(file="photo.png", sha256="0" * 64)
     metadata = METADATA | dict(images=[photo], mask=photo | dict(file="mask.png"))

@@ -172,6 +172,15 @@ def test_damaged_claims_do_not_hold(verify, record, xmp, told):
     assert (code, err) == (1, "") and told in out
 
 
+@pytest.mark.parametrize("claim", [["tile"], {"tile": 1}, "bfl", 7])
+def test_mark_that_is_not_there_does_not_hold(verify, made, claim):
+    with Image.open(io.BytesIO(made[".png"])) as image:
+        record = json.loads(image.info["flux"]) | {"watermark": claim}
+    with_texts("a.png", json.dumps(record), None)
+    code, out, err = verify("a.png")
+    assert (code, err) == (1, "") and "but the pixels carry no such mark" in out
+
+
 def test_foreign_text_cannot_steer_a_terminal_or_end_the_json(verify, made):
     with Image.open(io.BytesIO(made[".png"])) as image:
         record = json.loads(image.info["flux"])
