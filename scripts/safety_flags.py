@@ -35,7 +35,6 @@ def add_safety(group) -> None:
 class Safety:
     """The filters of one run, loaded. UserError if one is asked for and not there.
 
-    A note says once if none is asked for, and the licence of the weights asks for one.
     `size`: width and height of the images; `earlier`: the metadata of an image to make again.
     """
 
@@ -46,6 +45,7 @@ class Safety:
         from flux.image_io import output
 
         self.filters, self.refused = [], 0
+        self.licence = licence
         self.review = args.review and args.review / args.output.name
         self.record = not args.no_metadata
         self.watermark = args.watermark or earlier.get("watermark")
@@ -69,11 +69,6 @@ class Safety:
             for name in ("filter_weights", "review"):
                 if getattr(args, name) is not None:
                     raise UserError(f"{name}: has no effect without `filter`. Add it.")
-            if licence.requires_filters:
-                say(
-                    f"note: the {licence.name} asks for content filters, or for a review of the "
-                    "images before you publish them; --filter is off"
-                )
             return
         from flux.safety.filters import load_nsfw_filter
 
@@ -82,6 +77,14 @@ class Safety:
         if self.review:
             output.check_output(self.review, name="review")
         self.filters = [load_nsfw_filter(args.filter_weights or args.weights)]
+
+    def note_licence(self) -> None:
+        """Say it if the licence of the weights asks for filters, and there is none."""
+        if self.licence.requires_filters and not self.filters:
+            say(
+                f"note: the {self.licence.name} asks for content filters, or for a review of the "
+                "images before you publish them; --filter is off"
+            )
 
     def refuses_input(self, images) -> bool:
         """Return whether a filter refuses an input image; say which. `images`: ImageInputs."""

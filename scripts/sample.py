@@ -369,6 +369,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     pipe = load(args)
     say(summary(pipe, width, height, steps, guidance, strength))
+    safety.note_licence()
     if spec.embedded:
         note_unknown_words(prompts)
     if differences := other_environment(earlier, pipe.device.type):

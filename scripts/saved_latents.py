@@ -77,6 +77,7 @@ def decode(args: argparse.Namespace, load) -> int:
     licence = get_spec(args.model, args.transformer).licence
     safety = Safety(args, licence, (16 * latents.shape[3], 16 * latents.shape[2]), metadata)
     pipe = load(args)
+    safety.note_licence()
     if metadata.get("mask"):
         say("note: what the mask protected is in the input image, and is not put back")
         metadata = {}

@@ -110,7 +110,7 @@ def test_licence_that_asks_for_filters_is_named_once(spec, capsys):
     """Section 2(e) of the non-commercial licences."""
     options = dict(filter=None, filter_weights=None, review=None, no_metadata=False)
     options |= dict(weights=None, output=Path("a.png"), watermark=None, sign=None, certificate=None)
-    Safety(Namespace(**options), spec.licence, (64, 64), {})
+    Safety(Namespace(**options), spec.licence, (64, 64), {}).note_licence()
     told = capsys.readouterr().err
     if "Non-Commercial" not in spec.licence.name:
         assert told == ""
