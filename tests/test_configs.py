@@ -423,3 +423,8 @@ def test_unknown_name_is_told_the_nearest(wrong, near):
     assert "flux.MODELS" in message and len(message) < 250
     if near:
         assert near in message.partition("Did you mean ")[2].partition("?")[0]
+
+
+def test_long_name_is_shown_in_part():
+    """The record in an image may name any model."""
+    assert len(refusal(get_spec, 5000 * "9")) < 400

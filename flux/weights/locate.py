@@ -64,7 +64,7 @@ def find_name(name: str) -> str:
     near = get_close_matches(" ".join(sorted(said)), spelled, n=3, cutoff=0.3)
     hint = f"Did you mean {' or '.join(spelled[one] for one in near)}? " if near else ""
     raise UserError(
-        f"name: there is no such model (got {name}). {hint}"
+        f"name: there is no such model (got {name:.120}). {hint}"
         "All names are in flux.MODELS; `sample.py --list-models` prints them."
     )
 
