@@ -230,7 +230,7 @@ def _unescaped(text: memoryview) -> str:
             ends = [len(text)]
         for end in ends:
             with suppress(ValueError):  # half an escape, character or surrogate pair
-                pieces.append(parse_json(b'"%b"' % text[start:end]))
+                pieces.append(parse_json(b'"%b"' % bytes(text[start:end])))
                 break
         else:
             raise ValueError("a text that is not JSON")
