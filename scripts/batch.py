@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         help="make no images: check that all are there, and write OUT/images.jsonl",
     )
     for action in sample.parser()._actions:
-        if action.dest in (*DEFAULTS, *SAMPLING, *HOW_TO_RUN, *MODEL):
+        if action.dest in (*DEFAULTS, *SAMPLING, *HOW_TO_RUN, *MODEL, "filter", "filter_weights"):
             p._add_action(action)
     return p
 
@@ -97,14 +97,16 @@ def run(args: argparse.Namespace) -> int:
     from flux.batch.records import Records, merge
 
     manifest = Manifest(args.manifest)
-    given = {name: getattr(args, name) for name in (*DEFAULTS, *SAMPLING, *MODEL)}
+    given = {name: getattr(args, name) for name in (*DEFAULTS, *SAMPLING, *MODEL, "filter")}
     settings = {name: value for name, value in given.items() if value not in (None, [], False)}
     if args.merge and not (args.out / "batch.json").is_file():
         raise UserError(f"out: {args.out} has no batch.json. Pass the folder of a batch.")
     args.out.mkdir(parents=True, exist_ok=True)
     records = Records(args.out, manifest, as_json(settings), begun=args.merge)
     if args.merge:
-        return report(args.out, merge(records))
+        summary = merge(records)
+        show(args.out / "images.jsonl")
+        return report(args.out, summary)
 
     import torch
 
@@ -113,11 +115,32 @@ def run(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     if args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    filters = load_filters(args)  # before the model: a filter that is not there ends the run
     pipe = sample.load(args)
+    licence = pipe.spec.licence
+    if licence.requires_filters and not filters:
+        say(f"note: the {licence.name} asks for content filters; --filter is off")
     calls = {name: value for name, value in given.items() if name in (*DEFAULTS, *SAMPLING)}
     defaults = {name: value for name, value in calls.items() if value is not None}
-    Worker(pipe, manifest, records, args.shard or shard_of(os.environ), defaults, say).run()
-    return report(args.out, None, records)
+
+    def refusal(image) -> str | None:
+        flagged = [verdict for one in filters if (verdict := one.judge(image)).refused]
+        return f"refused by {', '.join(map(str, flagged))}" if flagged else None
+
+    part = args.shard or shard_of(os.environ)
+    Worker(pipe, manifest, records, part, defaults, refusal, say).run()
+    return report(args.out, records.summary())
+
+
+def load_filters(args: argparse.Namespace) -> list:
+    """Return the filters that are asked for. UserError if one is not there."""
+    if args.filter is None:
+        if args.filter_weights is not None:
+            raise UserError("filter_weights: has no effect without `filter`. Add it.")
+        return []
+    from flux.safety.filters import load_nsfw_filter
+
+    return [load_nsfw_filter(args.filter_weights or args.weights)]
 
 
 def as_json(settings: dict) -> dict:
@@ -131,21 +154,16 @@ def as_json(settings: dict) -> dict:
     return {name: plain(value) for name, value in settings.items()}
 
 
-def report(out: Path, summary, records=None) -> int:
-    """Print what is done. Return 0 if all lines have their image, else 1, or 2 for wrong lines."""
-    from flux.batch.records import DONE, WRONG
-
-    if summary is None:
-        done, wrong, left = records.count(DONE), records.count(WRONG), []
-    else:
-        done, wrong, left = summary
-        show(out / "images.jsonl")
-    say(f"{done:,} images, {wrong:,} wrong lines, {len(left):,} images left")
+def report(out: Path, summary) -> int:
+    """Print what is done. 0: all images are there; 1: some are left; 2: wrong lines; 3: refused."""
+    done, wrong, refused, left = summary
+    counts = f"{done:,} images, {wrong:,} wrong lines, {len(left):,} images left"
+    say(counts + (f", {refused:,} refused by a filter" if refused else ""))
     if left:
         first = ", ".join(str(line + 1) for line in left[:10])
         say(f"left: line {first}{' and more' if len(left) > 10 else ''}")
         return 1
-    return 2 if wrong else 0
+    return 2 if wrong else sample.REFUSED if refused else 0
 
 
 if __name__ == "__main__":

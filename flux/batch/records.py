@@ -1,7 +1,8 @@
 """What is done: one append-only file of records a worker, and the proof that all lines are done.
 
 OUT/batch.json            the manifest's SHA-256 and the settings, which a folder keeps
-OUT/records/WORKER.jsonl  {"line", "file", "sha256", "seed", "seconds"}, or {"line", "error"}
+OUT/records/WORKER.jsonl  {"line", "file", "sha256", "seed", "seconds"}, or {"line", "error"},
+                              or {"line", "refused"}, by a filter
 OUT/images.jsonl          all records in the order of the lines, written by `merge`
 """
 
@@ -20,7 +21,7 @@ from flux.batch.manifest import BLOCK, Manifest
 from flux.errors import UserError
 from flux.plain_files import parse_json, read_plain_file, require_plain_file
 
-OPEN, DONE, WRONG = 0, 1, 2  # states of a line
+OPEN, DONE, WRONG, REFUSED = 0, 1, 2, 3  # states of a line
 MAX_RECORD = 100_000  # bytes
 
 
@@ -51,7 +52,7 @@ class Records:
 
     def _set(self, record: dict) -> None:
         if "error" not in record:
-            self.states[record["line"]] = DONE
+            self.states[record["line"]] = REFUSED if "refused" in record else DONE
         elif self.states[record["line"]] == OPEN:
             self.states[record["line"]] = WRONG
 
@@ -88,6 +89,11 @@ class Records:
     def count(self, state: int) -> int:
         return self.states.count(state)
 
+    def summary(self) -> "Summary":
+        """Return what the records say; only `merge` looks at the images."""
+        left = [line for line, state in enumerate(self.states) if state == OPEN]
+        return Summary(self.count(DONE), self.count(WRONG), self.count(REFUSED), left)
+
 
 def keep_settings(path: Path, manifest: Manifest, settings: dict | None) -> None:
     """Write the manifest's hash and the settings once. UserError if the folder has others.
@@ -120,7 +126,8 @@ def parse_record(raw: bytes, lines: int) -> dict | None:
     try:
         record = parse_json(raw, MAX_RECORD)
         number = record["line"]
-        whole = isinstance(record.get("error", record.get("file")), str)
+        kinds = [name for name in ("file", "error", "refused") if name in record]
+        whole = len(kinds) == 1 and isinstance(record[kinds[0]], str)
         is_sound = type(number) is int and 0 <= number < lines and whole
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -130,6 +137,7 @@ def parse_record(raw: bytes, lines: int) -> dict | None:
 class Summary(NamedTuple):
     done: int
     wrong: int
+    refused: int
     left: list[int]  # numbers of the lines without a record, or without their file
 
 
@@ -147,7 +155,7 @@ def merge(records: Records) -> Summary:
             line = record["line"]
             if places[2 * line] < 0 or "error" not in record:
                 places[2 * line : 2 * line + 2] = array("q", [number, position])
-    done, wrong, left = 0, 0, []
+    done, wrong, refused, left = 0, 0, 0, []
     files = [path.open("rb") for path in paths]
     try:
         with write_atomically(records.out / "images.jsonl") as unfinished:
@@ -161,6 +169,8 @@ def merge(records: Records) -> Summary:
                     record = parse_record(raw, len(records.states)) or {}
                     if "error" in record:
                         wrong += 1
+                    elif "refused" in record:
+                        refused += 1
                     elif record and is_intact(records.out, record):
                         done += 1
                     else:
@@ -170,7 +180,7 @@ def merge(records: Records) -> Summary:
     finally:
         for file in files:
             file.close()
-    return Summary(done, wrong, left)
+    return Summary(done, wrong, refused, left)
 
 
 def is_intact(out: Path, record: dict[str, Any]) -> bool:

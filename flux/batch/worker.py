@@ -11,9 +11,10 @@ from PIL import Image
 
 from flux.atomic_files import write_atomically
 from flux.batch.claims import Claim, claim
-from flux.batch.manifest import Line, Manifest, file_name
+from flux.batch.manifest import Line, Manifest, Request, file_name
 from flux.batch.records import DONE, OPEN, WRONG, Records
 from flux.errors import UserError
+from flux.image_io.input import as_image
 
 POLL = 2.0  # seconds between two looks at the blocks that others hold
 
@@ -26,6 +27,7 @@ class Worker:
 
     shard: (i, n): begin with every n-th block, and help with the others afterwards.
     defaults: arguments of the pipeline for what a line leaves out.
+    refusal: says why an image of the manifest or a result is refused, or None; see flux.safety.
     report: called with a line of text after each block.
     """
 
@@ -36,10 +38,12 @@ class Worker:
         records: Records,
         shard: tuple[int, int] = (0, 1),
         defaults: dict[str, Any] | None = None,
+        refusal: Callable[[Image.Image], str | None] = lambda image: None,
         report: Callable[[str], None] = lambda text: None,
     ):
         self.pipe, self.manifest, self.records = pipe, manifest, records
-        self.shard, self.defaults, self.report = shard, defaults or {}, report
+        self.shard, self.defaults = shard, defaults or {}
+        self.refusal, self.report = refusal, report
         self.claims = records.out / "claims"
         self.claims.mkdir(exist_ok=True)
         self.began, self.done_before = time.monotonic(), records.count(DONE)
@@ -82,40 +86,47 @@ class Worker:
         with ThreadPoolExecutor(max_workers=1) as writer:
             pending = None
             for line in lines:
-                began, image, error = time.monotonic(), None, line.error
-                try:
-                    image = self._image(line)
-                except UserError as problem:
-                    error = str(problem)
-                if error:
-                    self.report(f"line {line.number + 1}: {error}")
+                began = time.monotonic()
+                result = self._result(line)
+                for problem in set(result) - {"image"}:
+                    self.report(f"line {line.number + 1}: {result[problem]}")
                 if pending:
                     self.records.append(pending.result())
-                pending = writer.submit(self._save, line, image, error, began)
+                pending = writer.submit(self._save, line, result, began)
             if pending:
                 self.records.append(pending.result())
 
-    def _image(self, line: Line) -> Image.Image | None:
-        request = line.request
-        if request is None:
-            return None
+    def _result(self, line: Line) -> dict[str, Any]:
+        """Return {"image"}, or why there is none: {"error"}, or {"refused"}, by a filter."""
+        if line.request is None:
+            return {"error": line.error}
+        try:
+            for path in line.request.images:
+                if reason := self.refusal(as_image(path)):
+                    return {"refused": f"{path.name}: {reason}"}
+            image = self._image(line.request)
+        except UserError as problem:
+            return {"error": str(problem)}
+        reason = self.refusal(image)
+        return {"refused": reason} if reason else {"image": image}
+
+    def _image(self, request: Request) -> Image.Image:
         names = ("negative_prompt", "width", "height", "steps", "guidance")
         said = {name: getattr(request, name) for name in names}
         given = self.defaults | {name: x for name, x in said.items() if x is not None}
         images = {"images": request.images} if request.images else {}
         return self.pipe(request.prompt, seed=request.seed, **images, **given)[0]
 
-    def _save(
-        self, line: Line, image: Image.Image | None, error: str, began: float
-    ) -> dict[str, Any]:
-        """Write an image, and return its record."""
-        if image is None or line.request is None:
-            return {"line": line.number, "error": error}
+    def _save(self, line: Line, result: dict[str, Any], began: float) -> dict[str, Any]:
+        """Write the image of a result, if there is one; return the record."""
+        if "image" not in result:
+            return {"line": line.number} | result
+        assert line.request is not None
         name = file_name(line.number, line.request)
         path = self.records.out / name
         path.parent.mkdir(exist_ok=True)
         with write_atomically(path, wait=True) as unfinished:
-            image.save(unfinished, format="PNG")
+            result["image"].save(unfinished, format="PNG")
             digest = hashlib.sha256(unfinished.read_bytes()).hexdigest()
         seconds = round(time.monotonic() - began, 3)
         return {

@@ -13,9 +13,11 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from support.load_script import script
 
 import flux
@@ -24,6 +26,7 @@ from flux.batch.claims import claim
 from flux.batch.manifest import BLOCK, Manifest, file_name
 from flux.batch.records import Records
 from flux.errors import UserError
+from flux.safety.filters import Verdict
 
 SCRIPT = Path(__file__).parents[2] / "scripts/batch.py"
 SMALL = {"width": 64, "height": 64, "steps": 1}
@@ -149,6 +152,24 @@ def test_merge_finds_what_is_missing_or_changed(batch, tmp_path):
     code, said = batch("m.jsonl", "out", "--merge")
     assert code == 1 and "2 images, 0 wrong lines, 2 images left" in said
     assert "left: line 1, 2" in said
+
+
+def test_filter_refuses_results_and_inputs(batch, tmp_path, monkeypatch):
+    """Nothing is written of a refused line; the others go on; a missing filter ends the run."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    reddish = small(2) + [{"prompt": "a moon", "images": ["red.png"]} | SMALL]
+    write(tmp_path / "m.jsonl", reddish)
+    (tmp_path / "empty").mkdir()
+    code, said = batch("m.jsonl", "out", "--filter", "nsfw", "--filter-weights", "empty")
+    assert code == 2 and not images(tmp_path / "out")
+    scores = iter([0.1, 0.9, 0.85])  # line 1, line 2, the input image of line 3
+    judge = SimpleNamespace(judge=lambda image: Verdict("nsfw", next(scores), 0.85))
+    monkeypatch.setattr("flux.safety.filters.load_nsfw_filter", lambda folder: judge)
+    code, said = batch("m.jsonl", "out", "--filter", "nsfw")
+    assert code == 3 and "1 images, 0 wrong lines, 0 images left, 2 refused by a filter" in said
+    assert list(images(tmp_path / "out")) == ["000000000.png"]
+    assert batch("m.jsonl", "out", "--merge")[0] == 3
+    assert ["refused" in record for record in records(tmp_path / "out")] == [False, True, True]
 
 
 # ------------------------------------------------------------------ stops
