@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io.input import ImageLike, as_image
 from flux.image_io.output import to_pixels
@@ -137,29 +138,45 @@ def load_controlnet(path: str | Path, pipe: Any) -> LoadedControlNet:
     """Load a ControlNet of either layout for a FLUX.1 pipeline, on its device and in its dtype."""
     if not pipe.spec.flux1:
         raise UserError(f"path: {path} is a ControlNet of FLUX.1, not of {pipe.spec.name}.")
-    files = shard_files(Path(path))
-    infos = join_diffusers(read_headers(files)[0])
-    names = {rename(name): info for name, info in infos.items()}
-    if "controlnet_x_embedder.weight" not in names:
-        raise UserError(f"path: {path} is no ControlNet in InstantX's or XLabs' layout.")
+    network = load_network(shard_files(Path(path)), pipe.spec, pipe.device, pipe.dtype)
+    return LoadedControlNet(network, pipe)
 
-    def count(blocks: str) -> int:
-        return 1 + max(
-            (int(m[1]) for n in names if (m := re.match(rf"{blocks}\.(\d+)\.", n))), default=-1
+
+def load_network(
+    files: list[Path], spec: ModelSpec, device: torch.device, dtype: torch.dtype
+) -> ControlNet:
+    """Load a ControlNet of either layout for a row of FLUX.1. On the meta device: check its file.
+
+    The file tells how many blocks it has, and whether it reads guidance, a mode or pixels.
+    """
+    infos = join_diffusers(read_headers(files)[0])
+    shapes = {rename(name): info.shape for name, info in infos.items()}
+    control = shapes.get("controlnet_x_embedder.weight", ())
+    if len(control) != 2:
+        raise UserError(f"path: {files[0]} is no ControlNet in InstantX's or XLabs' layout.")
+    control_lora = spec.control and spec.addon  # which adds the control image's channels
+    channels = spec.flux_config.in_channels * (2 if control_lora else 1)
+    if control[1] != channels:
+        raise UserError(
+            f"path: {files[0]} is a ControlNet of {control[1]} channels, but {spec.name} has "
+            f"{channels}."
         )
 
+    def count(blocks: str) -> int:
+        return len({n.split(".")[1] for n in shapes if re.match(rf"{blocks}\.\d+\.", n)})
+
     config = replace(
-        pipe.spec.flux_config,
-        in_channels=names["controlnet_x_embedder.weight"].shape[1],
+        spec.flux_config,
+        in_channels=channels,
         depth=count("controlnet_blocks"),
         depth_single=count("controlnet_single_blocks"),
-        guidance="guidance_in.in_layer.weight" in names,
+        guidance="guidance_in.in_layer.weight" in shapes,
     )
-    modes = names.get("controlnet_mode_embedder.weight")
-    hint = any(name.startswith("input_hint_block.") for name in names)
-    network: Any = init_empty(lambda: ControlNet(config, hint, modes.shape[0] if modes else 0))
-    load_module(network, files, device=pipe.device, dtype=pipe.dtype, rename=rename)
-    return LoadedControlNet(network, pipe)
+    modes = (*shapes.get("controlnet_mode_embedder.weight", ()), 0)[0]
+    hint = any(name.startswith("input_hint_block.") for name in shapes)
+    network: Any = init_empty(lambda: ControlNet(config, hint, modes))
+    load_module(network, files, device=device, dtype=dtype, rename=rename)
+    return network
 
 
 def rename(name: str) -> str:

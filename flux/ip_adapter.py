@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.transformer import Flux
 from flux.weights.files import read_header
@@ -83,8 +84,19 @@ def load_ip_adapter(path: str | Path, pipe: Any) -> IPAdapter:
     """Load an adapter for a FLUX.1 pipeline, on its device and in its dtype."""
     if not pipe.spec.flux1:
         raise UserError(f"path: {path} is an IP-adapter of FLUX.1, not of {pipe.spec.name}.")
-    infos, _ = read_header(Path(path))
-    c = pipe.spec.transformer
+    names = tensor_names(Path(path), pipe.spec)
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name).to(pipe.device, pipe.dtype) for name in names}
+    return IPAdapter(weights, pipe)
+
+
+def tensor_names(path: Path, spec: ModelSpec) -> tuple[str, ...]:
+    """Return the names of an adapter's tensors for a row of FLUX.1; UserError if the file differs.
+
+    Of the projection, any number of tokens is right, and any width of the embedding.
+    """
+    infos, _ = read_header(path)
+    c = spec.flux_config
     layers = [KEY.format(n, part) for n in range(c.depth) for part in ("k", "v")]
     wanted: dict[str, tuple[int, ...]] = {}
     wanted |= {f"{layer}.weight": (c.hidden_size, c.context_dim) for layer in layers}
@@ -94,11 +106,6 @@ def load_ip_adapter(path: str | Path, pipe: Any) -> IPAdapter:
     for name in (*projection, *wanted):
         if name not in infos or infos[name].shape != wanted.get(name, infos[name].shape):
             raise UserError(
-                f"path: {path} is no IP-adapter in XLabs' layout for {pipe.spec.name} ({name})."
+                f"path: {path} is no IP-adapter in XLabs' layout for {spec.name} ({name})."
             )
-    with safe_open(path, "pt") as file:
-        weights = {
-            name: file.get_tensor(name).to(pipe.device, pipe.dtype)
-            for name in (*projection, *wanted)
-        }
-    return IPAdapter(weights, pipe)
+    return (*projection, *wanted)

@@ -20,6 +20,7 @@ from flux.parity.reference import (
 )
 from flux.sampling import image_ids, text_ids
 from flux.transformer import Flux
+from flux.weights.inspection import inspect
 
 C = MODELS["flux.1-tiny"].transformer
 LAYOUTS = {  # depth, single blocks, guidance, modes, hint
@@ -80,16 +81,17 @@ def pipe():
     return flux.load("flux.1-tiny", device="cpu", fast=False)
 
 
+def write(model, layout, path):
+    xlabs_names(model, path) if LAYOUTS[layout][4] else save_file(model.state_dict(), path)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_controlnet_equals_diffusers(pipe, layout, tmp_path):
     """The residuals to the bit, and the velocity of the transformer that adds them."""
     model = theirs(layout)
     hint, modes = LAYOUTS[layout][4], LAYOUTS[layout][3]
     path = tmp_path / "controlnet.safetensors"
-    if hint:
-        xlabs_names(model, path)
-    else:
-        save_file(model.state_dict(), path)
+    write(model, layout, path)
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 255, (64, 96, 3), generator=generator).byte()
     image = Image.fromarray(pixels.numpy())
@@ -157,3 +159,29 @@ def test_wrong_files_and_models_are_refused(pipe, tmp_path):
         load_controlnet(path, pipe)
     with pytest.raises(UserError, match="is a ControlNet of FLUX.1, not of flux.2-tiny"):
         load_controlnet(path, flux.load("flux.2-tiny", device="cpu"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inspection_tells_the_network_and_its_models(layout, tmp_path):
+    depth, single, _, modes, hint = LAYOUTS[layout]
+    write(theirs(layout), layout, tmp_path / "x.safetensors")
+    found = dict(inspect(tmp_path / "x.safetensors").lines)
+    assert found["kind"] == "a ControlNet" and "refused" not in found
+    assert found["fits"] == "flux.1-tiny; scripts/examples/controlnet.py reads it"
+    assert found["network"].startswith(f"{depth} double and {single} single blocks of width 128")
+    assert ("as pixels" if hint else "as latents") in found["network"]
+    assert (f", {modes} modes" in found["network"]) == bool(modes)
+
+
+def test_sizes_of_no_model_are_refused_by_loading_and_inspection(pipe, tmp_path):
+    state = theirs("instantx").state_dict()
+    path, name = tmp_path / "x.safetensors", "controlnet_x_embedder.weight"
+    for wrong, message in (
+        ({name: torch.ones(3)}, "is no ControlNet in InstantX's or XLabs' layout"),
+        ({name: torch.ones(128, 68)}, "is a ControlNet of 68 channels, but flux.1-"),
+        ({"controlnet_blocks.99999999999.bias": torch.ones(128)}, "does not fit ControlNet"),
+    ):
+        save_file(state | wrong, path)
+        with pytest.raises(UserError, match=message):
+            load_controlnet(path, pipe)
+        assert message in dict(inspect(path).lines)["refused"]

@@ -10,6 +10,7 @@ from flux.errors import UserError
 from flux.ip_adapter import KEY, PROJECTION, load_ip_adapter
 from flux.parity.reference import diffusers_transformer, loaded, max_error, transformer_to_diffusers
 from flux.sampling import image_ids, text_ids
+from flux.weights.inspection import inspect
 
 C, EMBEDDING, TOKENS = MODELS["flux.1-tiny"].transformer, 24, 4
 
@@ -92,3 +93,11 @@ def test_wrong_files_and_models_are_refused(weights, adapter_file, tmp_path):
         load_ip_adapter(path, pipe)
     with pytest.raises(UserError, match="of FLUX.1, not of flux.2-tiny"):
         load_ip_adapter(adapter_file, flux.load(device="cpu"))
+
+
+def test_inspection_tells_the_models_that_an_adapter_fits(weights, adapter_file, tmp_path):
+    found = dict(inspect(adapter_file).lines)
+    assert found["kind"] == "an IP-adapter" and "refused" not in found
+    assert found["fits"] == "flux.1-tiny; scripts/examples/ip_adapter.py reads it"
+    save_file({name: x for name, x in weights.items() if "proj_model" not in name}, tmp_path / "x")
+    assert "is no IP-adapter in XLabs' layout" in dict(inspect(tmp_path / "x").lines)["refused"]

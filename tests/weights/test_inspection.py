@@ -31,8 +31,7 @@ from flux.parity import reference
 from flux.parity.capture_file import Writer
 from flux.training.checkpoint import save_tensors
 from flux.transformer import Flux
-from flux.weights import inspection
-from flux.weights.inspection import inspect
+from flux.weights.inspection import inspect, loras, networks
 from flux.weights.load import infer_config, init_empty, load_module
 from flux.weights.locate import with_decoder_of
 
@@ -61,7 +60,8 @@ def not_understood(path) -> str:
 def toys(monkeypatch):
     """Compare with the toys alone, which takes less time."""
     rows = {name: MODELS[name] for name in ("flux.1-tiny", "flux.2-tiny")}
-    monkeypatch.setattr(inspection, "MODELS", rows)
+    for module in (loras, networks):
+        monkeypatch.setattr(module, "MODELS", rows)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_note_and_refusal_are_those_of_loading(tmp_path, toys):
         ("joint_blocks.0.x_block.attn.qkv.weight", "a Stable Diffusion 3 transformer"),
         ("txtfusion.projector.weight", "a Krea 2 transformer"),
         ("distilled_guidance_layer.layers.0.in_layer.weight", "a Chroma transformer"),
-        ("controlnet_blocks.0.weight", "a ControlNet"),
+        ("pulid_ca.0.weight", "a PuLID adapter"),
         ("transformer_blocks.0.txt_mod.1.weight", "a Qwen-Image transformer"),
         ("transformer_blocks.0.attn.to_q.weight", "a transformer of another family"),
     ],
@@ -305,7 +305,7 @@ def test_lora_that_fits_nothing_is_refused_as_by_loading(tmp_path, toys):
 def test_control_lora_fits_control_models_alone(tmp_path, monkeypatch):
     tiny = MODELS["flux.1-tiny"]
     canny = replace(MODELS["flux.1-canny-dev-lora"], transformer=tiny.transformer, text=tiny.text)
-    monkeypatch.setattr(inspection, "MODELS", {tiny.name: tiny, canny.name: canny})
+    monkeypatch.setattr(loras, "MODELS", {tiny.name: tiny, canny.name: canny})
     found = told(control_lora(tmp_path / "x.safetensors", Flux(tiny.transformer)))
     assert found["fits"] == "flux.1-canny-dev-lora; pass it as `loras`"
 
