@@ -19,10 +19,11 @@ T = TypeVar("T")
 def to_integer(name: str, value: Any) -> int:
     """Return an integer of Python, numpy or torch, or the one that a text spells."""
     try:
-        if isinstance(value, str):
-            return int(value)
-        if not isinstance(value, bool | np.bool_):
-            return operator.index(value)
+        number = _single(value)
+        if isinstance(number, str):
+            return int(number)
+        if not isinstance(number, bool | np.bool_):
+            return operator.index(number)
     except (TypeError, ValueError, RuntimeError):
         pass
     raise UserError(f"{name}: must be a whole number (got {shown(value)}).")
@@ -31,11 +32,21 @@ def to_integer(name: str, value: Any) -> int:
 def to_number(name: str, value: Any) -> float:
     """Return a number of Python, numpy or torch, or the one that a text spells, as a float."""
     try:
-        if not isinstance(value, bool | np.bool_ | bytes):
-            return float(value)
+        number = _single(value)
+        if not isinstance(number, bool | np.bool_ | bytes):
+            return float(number)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
     raise UserError(f"{name}: must be a number (got {shown(value)}).")
+
+
+def _single(value: Any) -> Any:
+    """Return the value in an array or tensor of one value; any other value as it is."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        return value.reshape(())[()]
+    if hasattr(value, "numel") and value.numel() == 1:
+        return value.item()
+    return value
 
 
 def to_list(value: Any) -> list:

@@ -39,7 +39,8 @@ MASK[:, :48] = 255
     [
         *(kind(7) for kind in (np.int8, np.uint8, np.int32, np.int64, np.uint64)),
         *(torch.tensor(7, dtype=dtype) for dtype in (torch.int64, torch.uint8)),
-        *(np.array(7), torch.tensor([7]), "7", " 7 ", np.str_("7")),
+        *(np.array(7), np.array([7]), np.array([[7]], object), np.array(["7"])),
+        *(torch.tensor([7]), torch.tensor([[7]]), "7", " 7 ", np.str_("7")),
     ],
     ids=repr,
 )
@@ -54,6 +55,8 @@ def test_integers_of_any_library_are_plain(value):
         *(None, 7.0, "7.0", "seven", "", True, np.True_, [7], (7, 8), {}, b"7", 7j, Path("7")),
         *(np.float64(7), np.array([7, 8]), torch.tensor(7.0), torch.tensor([7, 8]), object()),
         *(torch.empty((), dtype=torch.int64, device="meta"), "9" * 5000),
+        *(np.array(True), np.array([True]), torch.tensor(True), torch.tensor([True])),
+        *(np.array([7.0]), torch.tensor([7.0]), np.array([7], "m8[ns]"), np.array([None])),
     ],
     ids=lambda value: f"{value!r:.20}",
 )
@@ -65,10 +68,15 @@ def test_what_is_no_integer_is_named(value):
 def test_numbers_of_any_library_are_floats():
     for value in (0.5, np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
         assert arguments.to_number("scale", value) == 0.5
+    for value in (np.array([0.5]), np.array([[0.5]]), torch.tensor([[0.5]])):
+        assert arguments.to_number("scale", value) == 0.5
     for value in ("0.5", "5e-1", Decimal("0.5"), Fraction(1, 2), torch.tensor([0.5])):
         assert type(arguments.to_number("scale", value)) is float
         assert arguments.to_number("scale", value) == 0.5
     for value in (None, "half", True, [0.5, 1], np.zeros(2), 1j, b"1", "", 10**400, {}):
+        with pytest.raises(UserError, match=r"^scale: must be a number \(got "):
+            arguments.to_number("scale", value)
+    for value in (np.array(True), np.array([True]), torch.tensor(True), torch.tensor([True])):
         with pytest.raises(UserError, match=r"^scale: must be a number \(got "):
             arguments.to_number("scale", value)
 
@@ -133,6 +141,30 @@ def test_what_is_no_image_is_named(image):
         return
     with pytest.raises(UserError, match="^images: must be an image of Pillow, the path of a"):
         convert_values(ImageInputs(image))
+
+
+def test_opened_files_are_upright_as_their_paths_are(tmp_path):
+    """What Image.open returns has its camera's orientation; what is made of it may be turned."""
+    file = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    PHOTO.save(file, exif=exif, quality=95)
+    stored = Image.open(file).convert("RGB")
+    upright = np.rot90(np.asarray(stored), -1)
+    for form in (file, Image.open(file)):
+        (image,) = convert_values(ImageInputs(form)).images
+        assert np.array_equal(np.asarray(image), upright)
+    (image,) = convert_values(ImageInputs(stored.rotate(-90, expand=True))).images
+    assert np.array_equal(np.asarray(image), upright)
+
+
+def test_file_objects_are_refused_with_what_to_do(tmp_path):
+    """Who closes them, and where reading starts, is their owner's to say."""
+    PHOTO.save(tmp_path / "a.png")
+    for file in (io.BytesIO((tmp_path / "a.png").read_bytes()), (tmp_path / "a.png").open("rb")):
+        with file, pytest.raises(UserError, match=r"^images: .* Open it with PIL.Image.open\.$"):
+            convert_values(ImageInputs(file))
+        assert file.closed
 
 
 def test_images_of_pillow_that_cannot_be_read_are_named(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFile, ImageFilter, ImageOps
 
 from flux.arguments import shown
 from flux.errors import UserError
@@ -55,7 +55,8 @@ def read_mask(path: str | os.PathLike) -> Image.Image:
 def as_image(image: ImageLike, name: str = "images") -> Image.Image:
     """Return an image in memory or in a file as RGB, on white where transparent, as browsers do.
 
-    `image`: an image of Pillow in any mode, an array or tensor of levels, or a path.
+    `image`: an image of Pillow in any mode, an array or tensor of levels, or a path. A file, also
+    one that Image.open has opened, is turned upright by its EXIF orientation.
     """
     if isinstance(image, str | os.PathLike):
         return read_image(image)
@@ -118,7 +119,10 @@ def _from_memory(image: Any, name: str) -> Image.Image:
     if isinstance(image, Image.Image):
         with _errors_of_pillow(name):
             image.load()
-        return image
+            # What is made of an opened file keeps its orientation tag, but may have been turned.
+            return (
+                ImageOps.exif_transpose(image) if isinstance(image, ImageFile.ImageFile) else image
+            )
     levels = np.empty(0)
     if hasattr(image, "__array__"):
         levels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
@@ -130,7 +134,7 @@ def _from_memory(image: Any, name: str) -> Image.Image:
         raise UserError(
             f"{name}: must be an image of Pillow, the path of a file, or an array of uint8, "
             "(height, width, 3), (height, width, 4) or (height, width) "
-            f"(got {shown(image)})."
+            f"(got {shown(image)}).{' Open it with PIL.Image.open.' * hasattr(image, 'read')}"
         )
     return Image.fromarray(np.ascontiguousarray(levels))
 
