@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import sample
-from command_line import Parser, exit_code, say, show
+from modules.command_line import Parser, exit_code, say, show
 
 from flux.errors import UserError
 

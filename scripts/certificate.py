@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from command_line import Parser, exit_code, say
+from modules.command_line import Parser, exit_code, say
 
 DAYS = 397  # of the signer's certificate; the root's has ten years
 

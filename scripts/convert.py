@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from command_line import Parser, exit_code, show
+from modules.command_line import Parser, exit_code, show
 
 FLAGS = {"source": "IN", "path": "OUT", "format": "--to", "layout": "--layout"}
 FORMATS = ("bf16", "fp8", "int8", "int8-convrot", "nvfp4", "mxfp8")

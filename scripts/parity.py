@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import sample
-from command_line import Parser, add_hidden_alias, exit_code, say, show
+from modules.command_line import Parser, add_hidden_alias, exit_code, say, show
 
 DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n", 1)[1]
 # flags of sample.py that parity.py does not take: about several images, and about their files

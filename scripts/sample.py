@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from background import BackgroundWriter
-from command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
-from safety_flags import REFUSED, Safety, add_safety
+from modules.background import BackgroundWriter
+from modules.command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
+from modules.safety_flags import REFUSED, Safety, add_safety
 
 from flux.errors import UserError
 from flux.image_io.metadata import (
@@ -296,7 +296,7 @@ def run(args: argparse.Namespace) -> int:
 
     args.lora = [(adapter_file(path), scale) for path, scale in args.lora]
     if args.latents and not (args.prompts or args.prompt or args.prompt_file or args.from_image):
-        from saved_latents import decode
+        from modules.saved_latents import decode
 
         return decode(args, load)
     earlier = {}
@@ -331,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
     spec = get_spec(args.model, args.transformer)
     start = None
     if args.latents:
-        from saved_latents import conditions as from_latents
+        from modules.saved_latents import conditions as from_latents
 
         start = from_latents(args, spec)
     images, files = None if start else gather_images(args, spec), describe_files(args)
@@ -698,7 +698,7 @@ def upsample(args: argparse.Namespace, pipe, prompt: str, images: tuple, seed: i
     """Return the prompt, expanded by the language model of --upsample if there is one."""
     if not args.upsample:
         return prompt
-    import prompt_upsampling as upsampling
+    import modules.prompt_upsampling as upsampling
 
     from flux.weights import locate
 

@@ -34,15 +34,12 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from command_line import OUT_OF_MEMORY, imports, show, show_traceback, with_flags
-from training_flags import parser
+from modules.command_line import OUT_OF_MEMORY, imports, show, show_traceback, with_flags
+from modules.training_flags import parser
 
 with imports(__name__, lambda: parser(__doc__)):
     import torch
-    from PIL import Image
-    from torch import Tensor
-    from tqdm import tqdm
-    from training_options import (
+    from modules.training_options import (
         FLAGS,
         OLD_CONFIG_NAMES,
         check_memory,
@@ -51,6 +48,9 @@ with imports(__name__, lambda: parser(__doc__)):
         load_student,
         resolve,
     )
+    from PIL import Image
+    from torch import Tensor
+    from tqdm import tqdm
 
     import flux
     from flux.atomic_files import exclusive_lock, write_atomically

@@ -250,5 +250,5 @@ def test_golden_files_of_the_equations_are_what_the_script_writes(equations, tmp
 def test_script_of_the_equations_imports_nothing_of_the_project():
     source = SCRIPT.read_text(encoding="utf-8")
     imported = re.findall(r"^\s*(?:import|from) (\w+)", source, re.MULTILINE)
-    of_arguments = {"argparse", "sys", "pathlib", "command_line"}  # this one is the project's
+    of_arguments = {"argparse", "sys", "pathlib", "modules"}  # this one is the project's
     assert set(imported) == {"math", "torch", "safetensors"} | of_arguments

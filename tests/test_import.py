@@ -49,7 +49,7 @@ def test_public_names_import_little_beyond_torch():
         "flux.lora.merge",
         "benchmarks.lossy",
         "flux.training.trainer",
-        "prompt_upsampling",
+        "modules.prompt_upsampling",
         "PIL.PngImagePlugin",
     }
     assert not added & optional

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from command_line import show
+from modules.command_line import show
 from torch import Tensor
 
 from benchmarks.count import GPUS, Count, Counted, counted

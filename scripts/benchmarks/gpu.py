@@ -25,7 +25,7 @@ from time import perf_counter
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from command_line import Parser, exit_code, imports, show
+from modules.command_line import Parser, exit_code, imports, show
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from command_line import show
+from modules.command_line import show
 
 from flux.errors import UserError
 from flux.image_io.output import write_exclusive

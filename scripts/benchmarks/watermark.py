@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from command_line import Parser, exit_code, show
+from modules.command_line import Parser, exit_code, show
 
 SIZES = (256, 512, 1024)
 

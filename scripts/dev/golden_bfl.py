@@ -41,7 +41,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from command_line import Parser, exit_code, imports, show
+from modules.command_line import Parser, exit_code, imports, show
 
 
 def parser():

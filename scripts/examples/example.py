@@ -1,20 +1,24 @@
-"""What the examples share: flags, which are read before torch is imported, and sheets of images."""
+"""What the examples share: flags, errors in one sentence, and sheets of images."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the repository
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT), str(ROOT / "scripts")]
+
+from modules.command_line import Parser, exit_code
 
 SCENE = "a small yellow star above a large blue ring on a white background"
 
 
 def parse(doc: str, **more) -> argparse.Namespace:
-    """Return the flags of an example; `more`: name=default of its own flags."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Return the flags of an example; `more`: name=default of its own flags.
+
+    Call this before torch is imported. Errors after that end the example with one sentence.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the toy flux.2-tiny")
     parser.add_argument("--steps", type=int, help="default: the model's")
     parser.add_argument("--seed", type=int, default=3)
@@ -22,7 +26,16 @@ def parse(doc: str, **more) -> argparse.Namespace:
     for name, default in more.items():
         kind = type(default)
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"default: {default}")
-    return parser.parse_args()
+    args = parser.parse_args()
+
+    def end(kind, error, traceback) -> None:
+        def failed() -> int:
+            raise error
+
+        sys.exit(exit_code(failed, {}, args.output or "an example", "stopped"))
+
+    sys.excepthook = end
+    return args
 
 
 def save(path: str | None, images: Sequence) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from command_line import Parser, add_hidden_alias, exit_code, imports
+from modules.command_line import Parser, add_hidden_alias, exit_code, imports
 
 
 def parser() -> argparse.ArgumentParser:

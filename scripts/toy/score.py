@@ -26,7 +26,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 
-from command_line import Parser, exit_code, imports, show
+from modules.command_line import Parser, exit_code, imports, show
 
 NAMES = ("text", "open", "edits", "modes", "quantised")  # of the parts
 
@@ -67,8 +67,8 @@ with imports(__name__, parser):
     import numpy as np
     import torch
     from benchmarks.lossy import modes
+    from modules.sheets import write_sheets
     from PIL import Image
-    from toy.sheets import write_sheets
     from tqdm import tqdm
 
     import flux

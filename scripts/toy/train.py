@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/toy")]
 
-from command_line import Parser, exit_code, imports
+from modules.command_line import Parser, exit_code, imports
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,11 +1,11 @@
-"""scripts/background.py: files are written while others are made; messages keep their order."""
+"""modules/background.py: files are written while others are made; messages keep their order."""
 
 from threading import Event, get_ident
 
 import pytest
 from support.load_script import script
 
-background = script("background")
+background = script("modules/background")
 
 
 def test_file_is_written_while_the_caller_goes_on_and_reported_by_the_caller():

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-FILES = [
+EXAMPLES = sorted(set(SCRIPTS.glob("examples/*.py")) - {SCRIPTS / "examples/example.py"})
+FILES = EXAMPLES + [
     path
     for path in sorted(SCRIPTS.rglob("*.py"))
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
@@ -50,6 +51,16 @@ def test_scripts_are_found():
     assert {"sample.py", "train.py", "dev/golden.py", "toy/score.py"} <= set(NAMES)
 
 
+def test_modules_lie_in_folders_of_modules():
+    """`example.py` is the one module beside scripts: an example should read as one file of two."""
+    beside = [
+        path for folder in ("", "dev", "toy") for path in SCRIPTS.joinpath(folder).glob("*.py")
+    ]
+    assert set(beside) <= set(FILES)
+    modules = sorted(SCRIPTS.glob("modules/*.py"))
+    assert modules and not set(modules) & set(FILES)
+
+
 @every_script
 def test_help_needs_no_torch_and_writes_nothing(script, tmp_path):
     """Torch is what takes long: without it, help is there in a fraction of a second."""
@@ -62,6 +73,19 @@ def test_help_needs_no_torch_and_writes_nothing(script, tmp_path):
     assert done.stdout.startswith("usage: ") and "--help" in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert [tree(folder) for folder in goldens] == before
+
+
+@every_script
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_full_disk_under_the_help_is_one_sentence(script, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, script, "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    if script.name == "run_bfl.py":  # has no module of the project, whose name BFL's code has
+        return
+    message = "error: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
 
 
 @every_script
@@ -107,7 +131,7 @@ def test_missing_torch_is_one_sentence(script, tmp_path):
 def test_script_has_a_docstring_and_a_parser(script):
     source = script.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(source))
-    assert "Parser(" in source or "import parser" in source
+    assert "Parser(" in source or "import parser" in source or "= parse(__doc__" in source
 
 
 @pytest.mark.slow

@@ -19,15 +19,15 @@ from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
-import prompt_upsampling
 import pytest
 import torch
 import transformers
 from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2 import pipeline_flux2
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from modules import prompt_upsampling
+from modules.prompt_upsampling import EDIT, EXPAND, upsample_locally, upsample_remotely
 from PIL import Image
-from prompt_upsampling import EDIT, EXPAND, upsample_locally, upsample_remotely
 from safetensors.torch import load_file, save_file
 from support.chat_server import chat_reply, chat_server
 from support.tokenizer_files import MISTRAL_TEMPLATE, make_mistral

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from modules.safety_flags import Safety
 from PIL import Image
-from safety_flags import Safety
 from support.classifiers import save_red_classifier
 from support.sample_run import files_in, pixels
 

@@ -12,7 +12,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from command_line import with_flags
+from modules.command_line import with_flags
 from PIL import Image
 from support.sample_run import PROMPT, QUICK
 

@@ -60,7 +60,7 @@ def train(cache, monkeypatch, capsys):
     module = script("train")
     monkeypatch.setattr(module, "can_plot", lambda: False)
     monkeypatch.setattr(
-        "training_options.estimate_memory", lambda *_, **__: memory.TrainingMemory(0, 0, 0)
+        "modules.training_options.estimate_memory", lambda *_, **__: memory.TrainingMemory(0, 0, 0)
     )
 
     def run(*flags) -> tuple[int, str, str]:
@@ -78,7 +78,7 @@ def train(cache, monkeypatch, capsys):
 @pytest.fixture
 def estimated_memory(train, monkeypatch):
     """Let `train` estimate the memory."""
-    monkeypatch.setattr("training_options.estimate_memory", memory.estimate_memory)
+    monkeypatch.setattr("modules.training_options.estimate_memory", memory.estimate_memory)
 
 
 def draw(path: Path, seed: int, size: tuple[int, int] = (64, 64)) -> Path:
@@ -524,7 +524,7 @@ def test_run_of_an_older_version_resumes(train, images, finished, tmp_path):
 
 
 def test_old_flags_are_accepted_and_hidden(train):
-    options, flags = sys.modules["training_options"], sys.modules["training_flags"]
+    options, flags = sys.modules["modules.training_options"], sys.modules["modules.training_flags"]
     for old, new in flags.OLD_FLAGS.items():
         assert old in flags.parser("")._option_string_actions
         assert f"{old} " not in flags.parser("").format_help().replace(new, "")
@@ -1149,7 +1149,7 @@ def test_samples_show_the_trained_weights_with_little_memory(train, images, tmp_
     with monkeypatch.context() as patch:
         little, much = FreeMemory("cpu", 1.2e7), FreeMemory("cpu", 1e12)
         patch.setattr("flux.runtime.residency.available_memory", lambda device: little)
-        patch.setattr("training_options.available_memory", lambda device: much)
+        patch.setattr("modules.training_options.available_memory", lambda device: much)
         steps = ("--lora-rank", 4, "--lr", 5e-2, "--warmup", 1, "--steps", 8, "--sample-every", 8)
         run = (tmp_path, "--size", 64, *steps, "--prompt", "a red circle")
         assert train(images, *run)[0] == 0
@@ -1182,7 +1182,7 @@ def test_references_of_a_model_without_them_are_refused(train, tmp_path, flux1):
 @pytest.mark.usefixtures("estimated_memory")
 def test_too_little_memory_lists_what_would_help(train, images, tmp_path, monkeypatch):
     free = FreeMemory("cpu", 1_000_000)
-    monkeypatch.setattr("training_options.available_memory", lambda device: free)
+    monkeypatch.setattr("modules.training_options.available_memory", lambda device: free)
     code, _, err = train(images, tmp_path / "run", "--batch-size", 64)
     assert code == 2
     assert (

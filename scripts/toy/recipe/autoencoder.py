@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from command_line import say
+from modules.command_line import say
 from torch import Tensor
 
 from flux import toy

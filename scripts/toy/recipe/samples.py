@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from command_line import say
+from modules.command_line import say
 from torch import Tensor
 
 from flux import sampling, toy

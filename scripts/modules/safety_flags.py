@@ -5,7 +5,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import say
+from modules.command_line import say
 
 if TYPE_CHECKING:
     from flux.configs import Licence

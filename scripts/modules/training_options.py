@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from command_line import with_flags
+from modules.command_line import with_flags
 
 import flux
 from flux.errors import UserError

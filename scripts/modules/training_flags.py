@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from command_line import Parser, add_hidden_alias
+from modules.command_line import Parser, add_hidden_alias
 
 OLD_FLAGS = {
     "--batch": "--batch-size",

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from command_line import say, show
-from safety_flags import REFUSED, Safety
+from modules.command_line import say, show
+from modules.safety_flags import REFUSED, Safety
 
 from flux.errors import UserError
 from flux.weights.files import read_header
