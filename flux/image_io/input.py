@@ -111,7 +111,22 @@ def _read(path: Path) -> Image.Image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # MPO: a photo and its preview
             raise UserError(f"{path}: holds {frames} images. Save one of them as PNG.")
+        image.load()
+        return _upright(image, str(path))
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """Turn a loaded image by its EXIF orientation; leave it as stored where that is damaged."""
+    try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers may fail in any way, and the pixels are sound
+        warnings.warn(
+            f"{name}: the EXIF data are damaged ({error!s:.80}), so that the image is not turned",
+            stacklevel=4,
+        )
+        return image.copy()
 
 
 def _from_memory(image: Any, name: str) -> Image.Image:
@@ -119,10 +134,8 @@ def _from_memory(image: Any, name: str) -> Image.Image:
     if isinstance(image, Image.Image):
         with _errors_of_pillow(name):
             image.load()
-            # What is made of an opened file keeps its orientation tag, but may have been turned.
-            return (
-                ImageOps.exif_transpose(image) if isinstance(image, ImageFile.ImageFile) else image
-            )
+        # What is made of an opened file keeps its orientation tag, but may have been turned.
+        return _upright(image, name) if isinstance(image, ImageFile.ImageFile) else image
     levels = np.empty(0)
     if hasattr(image, "__array__"):
         levels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
@@ -173,7 +186,8 @@ def _errors_of_pillow(name: str) -> Iterator[None]:
         raise UserError(f"{name}: has more than {most}. Scale it down.") from None
     except Image.UnidentifiedImageError:
         raise UserError(
-            f"{name}: is not an image of a supported format. Save it as PNG, JPEG or WebP."
+            f"{name}: is not an image of a supported format, or is damaged. "
+            "Save it as PNG, JPEG or WebP."
         ) from None
     except Exception as error:  # on a damaged file Pillow's readers may fail in any way
         if isinstance(error, OSError) and error.strerror:

@@ -314,7 +314,8 @@ def test_file_without_rights_is_refused(tmp_path, read, monkeypatch):
 def test_what_is_no_image_is_refused(tmp_path, read, content):
     (path := tmp_path / "a.png").write_bytes(content)
     with pytest.raises(
-        UserError, match="a.png: is not an image of a supported format. Save it as PNG"
+        UserError,
+        match="a.png: is not an image of a supported format, or is damaged. Save it as PNG",
     ):
         read(path)
 
@@ -338,6 +339,30 @@ def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
         checksum = zlib.crc32(kind + data)
         head += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
     return head + tail
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"eXIf", b"garbage"),
+        (b"eXIf", b"MM\0*"),
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n    9\nzzzz")),
+    ],
+    ids=["no TIFF", "cut", "no hex"],
+)
+def test_damaged_exif_leaves_the_image_as_it_is_stored(tmp_path, chunk):
+    """Browsers show such files, too. A file that was opened by Image.open is no exception."""
+    (path := tmp_path / "a.png").write_bytes(png_with(chunk))
+    for image, name in ((path, "a.png"), (Image.open(path), "images")):
+        with pytest.warns(UserWarning, match=f"{name}: the EXIF data are damaged"):
+            assert levels(inputs.as_image(image)) == levels(flat(24, 16))
+
+
+@pytest.mark.parametrize("kind, data", [(b"iCCP", b""), (b"zTXt", b"parameters\0\7x")])
+def test_chunks_that_stop_pillow_are_one_sentence(tmp_path, kind, data):
+    (path := tmp_path / "a.png").write_bytes(png_with((kind, data)))
+    with pytest.raises(UserError, match="a.png: is not an image .*, or is damaged. Save it"):
+        inputs.read_image(path)
 
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
