@@ -38,35 +38,37 @@ with imports(__name__, parser):
     from PIL import Image
 
     from flux import toy
+    from flux.atomic_files import write_atomically
 
 
 def main() -> int:
     args = arguments()
-    stopped = f"stopped; {args.folder} has a part of the images"
-    return exit_code(lambda: draw(args), {}, args.folder, stopped)
+    return exit_code(lambda: draw(args), {}, args.folder, "stopped; nothing was written")
 
 
 def draw(args: argparse.Namespace) -> int:
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if args.edits:
-        draw_edits(args)
-    else:
-        draw_scenes(args)
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(args.folder, overwrite=False) as folder:
+        folder.mkdir()
+        if args.edits:
+            draw_edits(args, folder)
+        else:
+            draw_scenes(args, folder)
     return 0
 
 
-def draw_scenes(args: argparse.Namespace) -> None:
+def draw_scenes(args: argparse.Namespace, folder: Path) -> None:
     rng = np.random.default_rng(args.seed)
     scenes = toy.scenes(args.seed, held=False, complete=True)
     for number, scene in enumerate(itertools.islice(scenes, args.images)):
         image = toy.draw(scene, args.size, args.size, rng)
         if args.framed:
             image = toy.framed(image)
-        Image.fromarray(image).save(args.folder / f"{number:04d}.png")
-        (args.folder / f"{number:04d}.txt").write_text(f"{scene}\n")
+        Image.fromarray(image).save(folder / f"{number:04d}.png")
+        (folder / f"{number:04d}.txt").write_text(f"{scene}\n")
 
 
-def draw_edits(args: argparse.Namespace) -> None:
+def draw_edits(args: argparse.Namespace, folder: Path) -> None:
     rng, lines = np.random.default_rng(args.seed), []
     edits = toy.edits(args.seed, held=False)
     for number, edit in enumerate(itertools.islice(edits, args.images)):
@@ -74,9 +76,9 @@ def draw_edits(args: argparse.Namespace) -> None:
         before = [f"{number:04d}-before-{k}.png" for k in range(1, len(edit.before) + 1)]
         for name, layout in zip([after, *before], [edit.after, *edit.before], strict=True):
             image = toy.draw(layout, args.size, args.size, rng)
-            Image.fromarray(image).save(args.folder / name)
+            Image.fromarray(image).save(folder / name)
         lines.append(json.dumps({"image": after, "caption": str(edit), "references": before}))
-    (args.folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def arguments() -> argparse.Namespace:

@@ -88,6 +88,34 @@ def test_full_disk_under_the_help_is_one_sentence(script, tmp_path):
     assert (done.returncode, done.stderr) == (1, message)
 
 
+TOY = SCRIPTS.parent / "flux/toy/tiny/flux.2-tiny/flux-2-tiny.safetensors"
+WRITERS = {  # other scripts' full disks are in their own tests
+    "convert.py": (TOY, "written.safetensors", "--to", "int8"),
+    "examples/attention_map.py": ("--steps", 1, "--output", "written"),
+    "toy/draw.py": ("written", "--images", 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
+@pytest.mark.parametrize("name", WRITERS)
+def test_full_disk_under_a_file_is_one_sentence(name, tmp_path):
+    """A limit on the size of files raises the same kind of error as a full disk."""
+    import resource
+
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / name, *map(str, WRITERS[name])],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: written\S*: File too large\n", done.stderr), done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @every_script
 def test_wrong_flag_is_refused(script, tmp_path):
     done = run_without(("torch",), script, "--no-such-flag", cwd=tmp_path)
