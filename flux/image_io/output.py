@@ -20,7 +20,7 @@ from flux.atomic_files import remove_leftovers, unfinished_file
 from flux.errors import NonFiniteError, UserError
 from flux.image_io.input import open_image
 from flux.image_io.metadata import parameters, source_type
-from flux.plain_files import parse_json
+from flux.plain_files import MAX_JSON, parse_json
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 KEY = "flux"  # the name of our JSON in a PNG; JPEG and WebP carry it as XMP
@@ -88,8 +88,17 @@ def check_output(path: Path, texts: Iterable[str] = (), name: str = "output") ->
 
 
 def check_metadata_fits(path: Path, metadata: dict, name: str = "output") -> None:
-    """Raise UserError for metadata that does not fit: a JPEG keeps them in one segment."""
-    if FORMATS[path.suffix.lower()] == "JPEG" and len(_xmp(metadata)) > JPEG_ROOM:
+    """Raise UserError for metadata that could not be written, or not be read again.
+
+    A JPEG keeps them in one segment; of any file, at most MAX_JSON bytes are read.
+    """
+    size = len(_xmp(metadata))
+    if size > MAX_JSON:
+        raise UserError(
+            f"{name}: the prompt is too long for the metadata of an image ({path}: {size:,} bytes, "
+            f"at most {MAX_JSON:,}). Use a shorter prompt."
+        )
+    if FORMATS[path.suffix.lower()] == "JPEG" and size > JPEG_ROOM:
         raise UserError(
             f"{name}: the prompt is too long for the metadata of a JPEG ({path}). Use a shorter "
             "prompt, or .png or .webp."

@@ -567,6 +567,18 @@ def test_prompt_that_a_jpeg_cannot_hold_is_refused_before_the_work(tmp_path):
                 }
 
 
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_metadata_that_could_not_be_read_again_are_refused_before_the_work(tmp_path, suffix):
+    """What is just accepted is read again; the next byte is refused."""
+    path, metadata = tmp_path / f"a{suffix}", {"prompt": "", "seed": 7}
+    metadata["prompt"] = "a" * (4_000_000 - len(images._xmp(metadata)))
+    images.check_metadata_fits(path, metadata)
+    assert images.read_metadata(images.save(gray_image(), path, metadata)) == metadata
+    metadata["prompt"] += "a"
+    with pytest.raises(UserError, match=r"^output: the prompt is too long .*4,000,001 bytes, at"):
+        images.check_metadata_fits(path, metadata)
+
+
 def test_the_room_of_a_jpeg_is_known_to_the_byte(tmp_path):
     path, metadata = tmp_path / "a.jpg", {"prompt": "", "seed": 7}
     metadata["prompt"] = "a" * (
