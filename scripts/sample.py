@@ -537,7 +537,7 @@ def advise_compilation(args, pipe, pixels: int, conditions, passes: int) -> None
             "compile: each kind of block as it first runs, which takes about a minute; "
             f"kept for later runs in {folder}"
         )
-    elif pipe.device.type == "cuda" and can_compile(pipe.device):
+    elif pipe.device.type == "cuda" and can_compile(pipe.device) and not pipe.spec.flux3:
         references = conditions.references if conditions else None
         tokens = pixels // 256 + pipe.text_tokens
         tokens += 0 if references is None else references.shape[1]

@@ -150,8 +150,8 @@ def norm_by_steps_in(dtype: torch.dtype) -> Callable:
 
 
 def attention_in(dtype: torch.dtype) -> Callable:
-    def attend(f: Callable, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
-        return f(q.to(dtype), k.to(dtype), v.to(dtype), **kwargs).to(q.dtype)
+    def attend(f: Callable, q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
+        return f(q.to(dtype), k.to(dtype), v.to(dtype), *args, **kwargs).to(q.dtype)
 
     return attend
 
@@ -319,8 +319,8 @@ def attention_with(
     k: Callable = lambda x, rope: x,
     v: Callable = lambda x, rope: x,
 ) -> Callable[[Rerun], Tensor]:
-    def attention(f: Callable, q_, k_, v_, rope, cache=None) -> Tensor:
-        return f(q(q_, rope), k(k_, rope), v(v_, rope), rope, cache)
+    def attention(f: Callable, q_, k_, v_, rope, *rest) -> Tensor:
+        return f(q(q_, rope), k(k_, rope), v(v_, rope), rope, *rest)
 
     return patched(transformer, "attention", attention)
 

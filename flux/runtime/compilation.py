@@ -43,7 +43,10 @@ def keep_compiled() -> Path | None:
     The folder is `$TORCHINDUCTOR_CACHE_DIR` or, for this user alone, `~/.cache/flux/compiled`.
     torch's own is in the folder for temporary files, which a restart may empty.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # it takes a second
+
+    # torch sets the variable to its own folder when its compiler is imported
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         folder = cache / "flux" / "compiled"
         try:

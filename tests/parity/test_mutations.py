@@ -72,7 +72,7 @@ MUTATIONS = {
     "gate of the MLP for attention's": Mutation(
         FLUX1, transformer.DoubleStreamBlock, "forward",
         "img_mod1.gate * self.img_attn", "img_mod2.gate * self.img_attn",
-        "step.001/double_blocks.0.img_mlp/in", None),
+        "step.001/double_blocks.0.img_mlp/in", "gate of a residual"),
     "image before text": Mutation(
         FLUX1, transformer.Flux, "denoise",
         "torch.cat([txt, img], dim=1)", "torch.cat([img, txt], dim=1)",

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.load_script import SCRIPTS, script
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from flux.configs import MODELS
 from flux.runtime import compilation
@@ -29,6 +30,8 @@ def test_compiled_code_is_kept_in_a_private_folder_of_the_user(monkeypatch, tmp_
     for _ in range(2):
         assert compilation.keep_compiled() == folder
     assert os.environ[VARIABLE] == str(folder) and folder.stat().st_mode & 0o077 == 0
+    monkeypatch.setenv(VARIABLE, default_cache_dir())  # as torch's compiler does when imported
+    assert compilation.keep_compiled() == folder
     monkeypatch.setenv(VARIABLE, "elsewhere")  # the user's choice
     assert str(compilation.keep_compiled()) == "elsewhere"
 
@@ -108,9 +111,7 @@ def advice(monkeypatch, capsys, passes: int, compile: bool = False, device: str 
     monkeypatch.setattr(compilation, "measure_bandwidth", lambda device: 1e12)
     monkeypatch.setattr("flux.runtime.devices.can_compile", lambda device: True)
     spec = MODELS["flux.1-dev"]
-    pipe = SimpleNamespace(
-        spec=spec, device=torch.device(device), text=SimpleNamespace(length=spec.text_length)
-    )
+    pipe = SimpleNamespace(spec=spec, device=torch.device(device), text_tokens=spec.text_length)
     sample.advise_compilation(SimpleNamespace(compile=compile), pipe, 1024**2, None, passes)
     return capsys.readouterr().err
 

@@ -281,7 +281,7 @@ def test_student_learns_the_guided_velocity_of_its_teacher():
         return batch, t, torch.randn(batch.latents.shape, generator=generator)
 
     def by_diffusers(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
-        txt, vector = batch.features
+        txt, vector = batch.features[:2]
         img_ids, txt_ids = sampling.image_ids(2, 3, 3), sampling.text_ids(6, 3)
         img = x.flatten(2).mT
         out = diffusers_velocity(theirs, img, img_ids, txt, txt_ids, t, None, vector)
