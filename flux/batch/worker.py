@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -82,7 +83,8 @@ class Worker:
         states = self.records.states
         lines = [line for line in self.manifest.block(block) if states[line.number] == OPEN]
         prompts = [line.request.prompt for line in lines if line.request]
-        self.pipe.encode_ahead(prompts[: self.pipe.prompts_ahead])
+        with suppress(UserError):  # a wrong prompt is named when its own turn comes
+            self.pipe.encode_ahead(prompts[: self.pipe.prompts_ahead])
         with ThreadPoolExecutor(max_workers=1) as writer:
             pending = None
             for line in lines:

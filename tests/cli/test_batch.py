@@ -111,13 +111,14 @@ def test_wrong_lines_are_named_and_the_rest_goes_on(batch, tmp_path):
         {"prompt": "a", "images": ["none.png"]},
         "",
         "[" * 100_000,
+        {"prompt": "a\0b"},
     ]
     code, said = batch(write(tmp_path / "m.jsonl", [*small(1), *wrong, *small(1)]), "out")
-    assert code == 2 and "2 images, 11 wrong lines, 0 images left" in said
-    assert all(f"line {number}: " in said for number in range(2, 13)) and "Traceback" not in said
+    assert code == 2 and "2 images, 12 wrong lines, 0 images left" in said
+    assert all(f"line {number}: " in said for number in range(2, 14)) and "Traceback" not in said
     assert batch("m.jsonl", "out", "--merge")[0] == 2
     found = records(tmp_path / "out")
-    assert [("error" in record) for record in found] == [False, *[True] * 11, False]
+    assert [("error" in record) for record in found] == [False, *[True] * 12, False]
     # a line that was wrong is tried again
     code, said = batch("m.jsonl", "out")
     assert code == 2 and said.count("line 5: prompt: must be a text (got 5).") == 1
