@@ -124,15 +124,26 @@ def _open_locked(lock: Path, path: Path, wait: bool) -> tuple[int, bool]:
 
 
 def _lock(descriptor: int, path: Path, wait: bool) -> bool:
+    try:
+        return lock_open_file(descriptor, wait)
+    except BlockingIOError:
+        raise UserError(
+            f"{path}: another process is using this file. Wait until that process ends."
+        ) from None
+
+
+def lock_open_file(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; return False where the system cannot lock.
+
+    BlockingIOError if another process of this machine holds the lock, unless `wait` is true.
+    """
     if fcntl is None:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
     except BlockingIOError:
-        raise UserError(
-            f"{path}: another process is using this file. Wait until that process ends."
-        ) from None
+        raise
     except OSError:  # a network file system without locks
         return False
 

@@ -11,10 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from flux.atomic_files import lock_open_file
 
 TOUCH = 20.0  # seconds between two signs of life
 STALE = 120.0  # seconds without one, after which a claim of another machine is free
@@ -51,33 +48,20 @@ def claim(folder: Path, block: int) -> Claim | None:
     path = folder / f"{block:09}"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        is_ours = _lock(descriptor)
+        lock_open_file(descriptor)
         held_by = os.read(descriptor, 300).decode("utf-8", "replace")
         age = time.time() - os.fstat(descriptor).st_mtime
         is_free = not held_by or held_by == socket.gethostname() or age > STALE
         # whoever held the claim before may have deleted the file that is open here
         still_there = os.path.samestat(os.fstat(descriptor), os.stat(path))
-        if is_ours and is_free and still_there:
+        if is_free and still_there:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, socket.gethostname().encode(), 0)
             return Claim(path, descriptor)
-    except FileNotFoundError:
+    except (BlockingIOError, FileNotFoundError):  # a living worker, or one that has just ended
         pass
     except BaseException:
         os.close(descriptor)
         raise
     os.close(descriptor)
     return None
-
-
-def _lock(descriptor: int) -> bool:
-    """Return whether no other process of this machine has locked the file."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network file system without locks
-        return True
-    return True

@@ -13,6 +13,7 @@ import socket
 import uuid
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,6 @@ class Records:
         keep_settings(out / "batch.json", manifest, None if begun else settings)
         self.states = bytearray(len(manifest))
         self.read_to: dict[Path, int] = {}  # bytes of each file that are read
-        self.damaged = 0  # complete lines that are no records
         worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.own = self.folder / f"{worker}.jsonl"
         self.update()
@@ -62,10 +62,7 @@ class Records:
         with require_plain_file(path).open("rb") as file:
             file.seek(position)
             while (raw := file.readline(MAX_RECORD)).endswith(b"\n"):
-                record = parse_record(raw, len(self.states))
-                if record is None:
-                    self.damaged += 1
-                else:
+                if record := parse_record(raw, len(self.states)):
                     yield position, record
                 position += len(raw)
                 self.read_to[path] = position
@@ -102,11 +99,10 @@ def keep_settings(path: Path, manifest: Manifest, settings: dict | None) -> None
     """
     kept: dict[str, Any] = {"manifest_sha256": manifest.sha256, "lines": len(manifest)}
     kept |= {} if settings is None else {"settings": settings}
-    with write_atomically(path, wait=True) as unfinished:
-        if not path.exists():
+    if not path.exists():  # another worker may write the same file just now
+        with suppress(UserError), write_atomically(path, overwrite=False, wait=True) as unfinished:
             unfinished.write_text(json.dumps(kept, indent=1) + "\n")
-            return
-        unfinished.write_bytes(content := read_plain_file(path, MAX_RECORD))
+    content = read_plain_file(path, MAX_RECORD)
     try:
         earlier = parse_json(content)
         differs = ["manifest"] if earlier["manifest_sha256"] != manifest.sha256 else []

@@ -159,7 +159,7 @@ def check_signature(data: bytes, form: str | None, roots: bytes | None) -> list[
     if state == "Invalid":
         told = f"invalid: {', '.join(problems)}"
     elif state == "Valid":
-        told += ", whom no root given by --trust vouches for" if roots else ", unknown to us"
+        told += ", whom none of the trusted roots vouches for" if roots else ", unknown to us"
     return [
         Finding(kind, state == "Trusted" or (state == "Valid" and roots is None), told, manifest)
     ]
