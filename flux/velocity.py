@@ -7,6 +7,7 @@ the schedule's times, the keys and values of cached references. Other times are 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from flux.transformer import Flux, KVCache, Modulation, Modulations, Residuals
 ResidualsFn = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Residuals
 ]
+
+
+def run_in_turn(*branches: Callable[[], Tensor]) -> list[Tensor]:
+    """Return the velocities of the branches of classifier-free guidance."""
+    return [branch() for branch in branches]
 
 
 @dataclass
@@ -75,7 +81,7 @@ class Velocity:
         self.network = network = transformer()
         self.device, self.dtype = transformer.device, transformer.dtype
         self.times, self.scales, self.guidance, self.batch = times, scales, guidance, batch
-        self.now, self.residuals = now, residuals
+        self.now, self.residuals, self.run_branches = now, residuals, run_in_turn
         h, w = conditions.height // 16, conditions.width // 16
         axes = len(network.config.axes_dim)
         self.img_ids = sampling.image_ids(h, w, axes)
@@ -102,11 +108,11 @@ class Velocity:
         """Return the velocity of x (B, L, C) at time t, of the same shape."""
         self.transformer.require_unchanged()
         scale = self.scales[self._step(t)]
-        v = self._predict(self.conditional, x, t)
+        branches = [self.conditional]
         if self.unconditional is not None and scale > 1:
-            unconditional = self._predict(self.unconditional, x, t)
-            v = sampling.classifier_free_guidance(v, unconditional, scale)
-        return v
+            branches.append(self.unconditional)
+        v, *others = self.run_branches(*(partial(self._predict, each, x, t) for each in branches))
+        return sampling.classifier_free_guidance(v, others[0], scale) if others else v
 
     def _predict(self, branch: Branch, x: Tensor, t: float) -> Tensor:
         img = x.to(self.dtype)  # (B, L, C)

@@ -5,6 +5,7 @@ flow map, each step has a target of its own, the next time, and so has streams o
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from flux.runtime.lazy_module import LazyModule
 from flux.text_encoder import TextFeatures
 from flux.transformer import Numerics
 from flux.transformer3 import Flux3, Stream
-from flux.velocity import Now
+from flux.velocity import Now, run_in_turn
 
 BRANCHES = ("conditional", "unconditional")
 
@@ -42,6 +43,7 @@ class Velocity3:
         self.network = network = transformer()
         self.device, self.dtype, self.numerics = transformer.device, transformer.dtype, numerics
         self.times, self.scales, self.batch, self.now = times, scales, batch, now
+        self.run_branches = run_in_turn
         h, w = conditions.height // 16, conditions.width // 16
         self.rope = self._rope(sampling.flux3_image_ids(h, w))
         self.references: tuple[Tensor, Tensor] | None = None  # tokens (B, R, C) and their rotations
@@ -63,11 +65,11 @@ class Velocity3:
         target = None
         if self.network.config.flow_map:
             target = self._full(self.times[step + 1])
-        v = self._predict(0, x, t, target)
-        if len(self.prompts) > 1 and self.scales[step] > 1:
-            unconditional = self._predict(1, x, t, target)
-            v = sampling.classifier_free_guidance(v, unconditional, self.scales[step])
-        return v
+        scale = self.scales[step]
+        count = len(self.prompts) if scale > 1 else 1
+        passes = [partial(self._predict, number, x, t, target) for number in range(count)]
+        v, *others = self.run_branches(*passes)
+        return sampling.classifier_free_guidance(v, others[0], scale) if others else v
 
     def _predict(self, number: int, x: Tensor, t: float, target: Tensor | None) -> Tensor:
         self.now.t, self.now.branch = t, BRANCHES[number]

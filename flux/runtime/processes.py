@@ -1,0 +1,146 @@
+"""The processes of torchrun: join them, let the first one act for all, end all if one fails."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from flux.errors import UserError
+from flux.runtime.devices import choose_device
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT = timedelta(minutes=30)  # of a collective: others may load, or download, meanwhile
+SECONDS = 5.0  # that a failed process waits at most until another one has said why
+T = TypeVar("T")
+
+_store: dist.Store | None = None  # of the process group; torchrun's own outlives its processes
+
+
+def started_by_torchrun() -> bool:
+    """Return whether torchrun started this process."""
+    return all(name in os.environ for name in TORCHRUN)
+
+
+def join(device: str | None = None) -> str | None:
+    """Join the processes that torchrun started; return the device of this one.
+
+    UserError if the device is not available, or is one on which processes cannot work together.
+    """
+    global _store
+    if not started_by_torchrun():
+        return device
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    kind = choose_device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"device: several processes need CPUs or NVIDIA GPUs (got {kind}).")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(  # objects and features travel over the hosts
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            store=_store,
+            rank=number,
+            world_size=count,
+            timeout=TIMEOUT,
+        )
+    return device
+
+
+def leave() -> None:
+    """Leave the other processes, if there are any."""
+    global _store
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _store = None
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def by_first(function: Callable[[], T]) -> T:
+    """Return, in every process, what `function` returns in the first one, which alone calls it.
+
+    What it raises is raised in every process. The result must be of a kind that can be pickled.
+    """
+    if world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            known = isinstance(error, UserError)
+            outcome[1] = error if known else RuntimeError(f"process 0: {error}")
+            dist.broadcast_object_list(outcome, src=0)
+            raise
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def require_equal(what: str, values: Mapping[str, object]) -> None:
+    """Raise UserError, in every process, if a value is not the same in all of them.
+
+    what: "files", for example. The sentence names the process and the values that differ.
+    """
+    everywhere: list[Any] = [None] * world_size()
+    if world_size() == 1:
+        return
+    dist.all_gather_object(everywhere, dict(values))
+    first = everywhere[0]
+    for number, other in enumerate(everywhere):
+        names = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]
+        if names:
+            raise UserError(
+                f"parallel: process {number} has other {what} than process 0: "
+                f"{', '.join(sorted(names))}. Give all processes the same."
+            )
+
+
+def is_first_failure(is_own: bool = True) -> bool:
+    """Return whether this process is the one to say why the run fails; else another one has said.
+
+    The first process has a second's start. is_own: what failed is not the work with the others, as
+    when the connection to another process is lost.
+    """
+    if _store is None or world_size() == 1:
+        return True
+    deadline = time.monotonic() + SECONDS
+    try:
+        if rank() or not is_own:  # what stopped the others may be known in a moment
+            _wait_for("failed", min(deadline, time.monotonic() + (1 if is_own else 2)))
+        if _store.add("failed", 1) == 1:
+            return True
+        _wait_for("said", deadline)  # else torchrun might stop that process before
+    except RuntimeError:  # the store has gone, with the first process
+        return is_own
+    return False
+
+
+def failure_said() -> None:
+    """Let the other processes know that the reason of the failure has been printed."""
+    if _store is not None:
+        try:
+            _store.set("said", "1")
+        except RuntimeError:
+            pass
+
+
+def _wait_for(key: str, deadline: float) -> None:
+    assert _store is not None
+    while time.monotonic() < deadline and not _store.check([key]):
+        time.sleep(0.02)
