@@ -1,0 +1,120 @@
+"""Images that several processes make together are, to the byte, those of one process.
+
+Each process computes both, in one gloo group. Sizes of the mesh are chosen without processes.
+"""
+
+import pytest
+from support.parallel_images import Run, compare_all, half, picture
+from support.processes import Processes
+
+from flux import ImageInputs
+from flux.errors import UserError
+from flux.runtime.parallel import Sizes, choose, parse
+
+# ------------------------------------------------------------------ the mesh
+
+
+def test_axes_are_parsed():
+    assert parse("context=4,cfg=2") == {"context": 4, "cfg": 2}
+    assert parse(" data=3") == {"data": 3}
+    for text in (
+        "",
+        "context",
+        "context=",
+        "context=0",
+        "context=-2",
+        "context=2,context=2",
+        "x=2",
+    ):
+        with pytest.raises(UserError, match="parallel: must name axes with their sizes"):
+            parse(text)
+
+
+@pytest.mark.parametrize(
+    "given, processes, use_cfg, images, expected",
+    [
+        ("", 4, False, 1, Sizes(context=4)),
+        ("", 4, True, 1, Sizes(cfg=2, context=2)),
+        ("", 4, True, 8, Sizes(data=4)),
+        ("", 8, True, 6, Sizes(data=2, cfg=2, context=2)),
+        ("", 3, True, 1, Sizes(context=3)),
+        ("", 1, True, 5, Sizes()),
+        ("context=2", 8, True, 2, Sizes(data=2, cfg=2, context=2)),
+        ("cfg=1", 4, True, 1, Sizes(context=4)),
+        ("data=1,cfg=2", 2, True, 4, Sizes(cfg=2)),
+    ],
+)
+def test_every_process_gets_work(given, processes, use_cfg, images, expected):
+    given = parse(given) if given else {}
+    assert choose(given, processes, use_cfg=use_cfg, images=images, tokens=64) == expected
+
+
+@pytest.mark.parametrize(
+    "given, processes, words",
+    [
+        ("context=4,cfg=2", 4, ("cfg=2,context=4 needs 8 processes", "got 4")),
+        ("context=3", 4, ("needs 3 processes", "got 4")),
+        ("cfg=2", 2, ("cfg=2 is more than the 1 branches",)),
+        ("data=2", 2, ("data=2 is more than the images of this run (1)",)),
+        ("context=2,cfg=1,data=1", 4, ("leaves 2 times as many processes",)),
+        ("context=128", 128, ("more than the 64 tokens",)),
+        ("tensor=2", 2, ("tensor=2 is not supported",)),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(given, processes, words):
+    with pytest.raises(UserError) as refused:
+        choose(parse(given), processes, use_cfg=False, images=1, tokens=64)
+    assert all(word in str(refused.value) for word in ("parallel: ", *words))
+
+
+# ------------------------------------------------------------------ images
+
+IMAGE = (picture(),)
+CFG = dict(negative_prompt="a green star", guidance=2.0)
+TWO = [
+    Run("flux.1-tiny", "context=2", dict(true_cfg_scale=2.0, negative_prompt="a green star")),
+    Run("flux.2-tiny", "cfg=2", CFG),
+    Run("flux.2-tiny", "data=2", dict(num_images=2, solver="dpmpp_2m_sde"), one_by_one=True),
+    Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE), num_images=2)),
+]
+MORE_OF_TWO = [
+    Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE, kv_cache=True))),
+    Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE, half(), strength=0.5))),
+    Run("flux.1-tiny", "context=2", dict(images=ImageInputs(IMAGE, half(), strength=0.5))),
+    Run(
+        "flux.1-tiny",
+        "data=2",
+        dict(images=ImageInputs(IMAGE, strength=0.5), num_images=2),
+        one_by_one=True,
+    ),
+    Run("flux.2-tiny", "context=2", dict(solver="heun"), dict(quantize="int8")),
+    Run("flux.2-tiny", "cfg=2", CFG, dict(offload="block")),
+    Run("flux.2-tiny", "context=2", {}, dict(fast=False, numerics="bfl"), method="ulysses"),
+]
+FOUR = [
+    Run("flux.1-tiny", "context=4"),
+    Run("flux.2-tiny", "context=4", dict(images=ImageInputs(IMAGE))),
+    Run("flux.2-tiny", "cfg=2,context=2", CFG),
+    Run("flux.2-tiny", "data=2,cfg=2", CFG | dict(num_images=2), one_by_one=True),
+    Run("flux.2-tiny", "data=4", dict(num_images=3), one_by_one=True),
+]
+
+
+def check(count: int, runs: list[Run], folder) -> None:
+    with Processes(count, folder) as processes:
+        for run, of_run in zip(runs, zip(*processes(compare_all, runs))):
+            assert all(equal for equal, _ in of_run), (run, of_run)
+
+
+def test_two_processes_make_the_image_of_one(tmp_path):
+    check(2, TWO, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_make_more_images_of_one(tmp_path):
+    check(2, MORE_OF_TWO, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_processes_make_the_image_of_one(tmp_path):
+    check(4, FOUR, tmp_path)

@@ -1,0 +1,85 @@
+"""Images of whole pipelines, alone and over all processes: see `parallel_cases`."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+import flux
+from flux.configs import MODELS
+from flux.runtime import parallel
+from flux.runtime.processes import world_size
+
+PROMPT = "a small red circle above a large blue ring on a white background"
+
+
+class Run(NamedTuple):
+    """A call of a pipeline, and how it is divided."""
+
+    name: str
+    sizes: str
+    call: dict[str, Any] = {}
+    load: dict[str, Any] = {}
+    lora: str | None = None
+    one_by_one: bool = False  # alone, images are made in calls of their own
+    method: str | None = None
+    specs: dict[str, Any] = {}  # rows of the table that the tests made
+
+
+def picture(width: int = 80, height: int = 64) -> Image.Image:
+    """Return an image in which no row and column is like another."""
+    rows, columns = np.mgrid[:height, :width]
+    planes = [2 * rows + columns, 3 * columns, (rows * columns) // 9]
+    return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
+
+
+def half() -> Image.Image:
+    """Return a mask, white at the right."""
+    mask = np.zeros((64, 80), np.uint8)
+    mask[:, 48:] = 255
+    return Image.fromarray(mask)
+
+
+def load(run: Run) -> flux.Pipeline:
+    MODELS.update(run.specs)
+    pipe = flux.load(run.name, **{"device": "cpu", "dtype": torch.float32} | run.load)
+    if run.lora:
+        pipe.load_lora(run.lora, 0.7)
+    return pipe
+
+
+def images_of(pipe: flux.Pipeline, run: Run) -> list[bytes]:
+    call: dict[str, Any] = dict(prompts=PROMPT, width=80, height=64, steps=2, seed=3) | run.call
+    if isinstance(call.get("images"), flux.ImageInputs):
+        del call["width"], call["height"]
+    count = call.pop("num_images", 1)
+    if not run.one_by_one:
+        return [x.tobytes() for x in pipe(num_images=count, **call)]
+    seed = call.pop("seed")
+    return [pipe(seed=seed + number, **call)[0].tobytes() for number in range(count)]
+
+
+def levels(image: bytes) -> np.ndarray:
+    return np.frombuffer(image, np.uint8)
+
+
+def compare(run: Run) -> tuple[bool, str]:
+    """Return whether the images over all processes are those of one, to the byte."""
+    alone = images_of(load(run), run)
+    if not any(len(set(image)) > 8 for image in alone):
+        return False, "the image is flat"
+    together = load(run)
+    sizes = parallel.Sizes(**parallel.parse(run.sizes))
+    parallel.distribute(together, sizes, run.method)
+    ours = images_of(together, run._replace(one_by_one=False))
+    if list(map(len, alone)) != list(map(len, ours)):
+        return False, "other sizes"
+    pairs = zip(map(levels, alone), map(levels, ours))
+    different = sum(np.count_nonzero(a != b) for a, b in pairs)
+    return alone == ours, f"{different} values differ"
+
+
+def compare_all(runs: list[Run]) -> list[tuple[bool, str]]:
+    assert world_size() > 1
+    return [compare(run) for run in runs]
