@@ -21,6 +21,7 @@ CANVAS = 1000
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 ORIGIN = re.compile(r"ref_image_(\d{1,2})|target")
 BOXES = ("bbox", "src_bbox", "tgt_bbox")
+SAME = 0.9  # overlap from which on two boxes are of one thing
 ORDER = "y_min, x_min, y_max, x_max, as shares of the height and width from 0 to 1"
 
 
@@ -89,8 +90,13 @@ def box_rows(boxes: Sequence[Mapping[str, Any]], images: int = 0) -> list[dict[s
 
 
 def add_boxes(prompt: str, boxes: Sequence[Mapping[str, Any]], images: int = 0) -> str:
-    """Return the prompt with the rows of boxes after it; warn if it does not cite one of them."""
+    """Return the prompt with the rows of boxes after it; warn if it does not cite one of them.
+
+    UserError if the prompt ends in rows already.
+    """
     rows = box_rows(boxes, images)
+    if split_caption(prompt)[1]:
+        raise UserError("boxes: the prompt ends in rows of its own. Leave one of both out.")
     uncited = [f"<{row['id']}>" for row in rows if f"<{row['id']}>" not in prompt]
     if uncited:
         warnings.warn(
@@ -126,3 +132,110 @@ def _check_origin(name: str, origin: Any, has_source: bool, images: int) -> None
         raise UserError(
             f"boxes: {name} comes from {origin}, but there are {images} images, counted from 0."
         )
+
+
+# ------------------------------------------------------------------ captions that others wrote
+
+
+def split_caption(text: str) -> tuple[str, list[Any] | None]:
+    """Return the caption, and the JSON list that ends the text; None without such a list.
+
+    A list of lists is no table, and would take long to find in a text of many brackets.
+    """
+    for found in reversed(list(re.finditer(r"\[(?!\s*\[)", text))):
+        try:
+            rows = json.loads(text[found.start() :])
+        except (ValueError, RecursionError):
+            continue
+        return text[: found.start()].rstrip(), rows
+    return text.strip(), None
+
+
+def reconcile(text: str, locked: Sequence[Mapping[str, Any]]) -> str:
+    """Return a caption that a language model wrote, with the user's boxes in its rows.
+
+    locked: the user's rows, of `box_rows`. They come first and keep their boxes; the model may
+    describe them. If the model made a new row of nearly the same box, the row's name becomes the
+    locked one. Its other rows follow if they are sound and the caption cites them.
+    This is the procedure of Black Forest Labs' code and of diffusers.
+    """
+    caption, answered = split_caption(text)
+    rows = [row for row in answered or [] if isinstance(row, dict)]
+    for old, new in _renamed(rows, locked).items():
+        caption = caption.replace(f"<{old}>", f"<{new}>")
+    described = {row["id"]: row.get("desc") for row in rows if isinstance(row.get("id"), str)}
+    merged = []
+    for row in locked:
+        description = described.get(row["id"])
+        said = description.strip() if isinstance(description, str) else ""
+        merged.append({**row, "desc": said or row.get("desc", "")})
+    for row in rows:
+        sound = sound_row(row, caption)
+        if sound and all(sound["id"] != other["id"] for other in merged):
+            merged.append(sound)
+    return f"{caption} {json.dumps(merged, ensure_ascii=False)}"
+
+
+def _renamed(rows: list[dict], locked: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Rename the first row whose box is that of a locked row which the answer lacks."""
+    names: dict[str, str] = {}
+    present, taken = [row.get("id") for row in rows], {row["id"] for row in locked}
+    for lock in locked:
+        place = _place(lock)
+        if lock["id"] in present or place is None:
+            continue
+        for row in rows:
+            old, box = row.get("id"), _place(row)
+            if not isinstance(old, str) or old in names or old in taken or not is_on_canvas(box):
+                continue
+            if overlap(box, place) >= SAME:
+                names[old] = lock["id"]
+                break
+    for row in rows:
+        if isinstance(row.get("id"), str):
+            row["id"] = names.get(row["id"], row["id"])
+    return names
+
+
+def _place(row: Mapping[str, Any]) -> Any:
+    return row.get("bbox") or row.get("tgt_bbox") or row.get("src_bbox")
+
+
+def sound_row(row: Any, caption: str) -> dict[str, Any] | None:
+    """Return a row of an answer, in order, if the caption cites it and it has a place."""
+    if not isinstance(row, dict):
+        return None
+    name, description = row.get("id"), row.get("desc")
+    if not (isinstance(name, str) and NAME.fullmatch(name) and f"<{name}>" in caption):
+        return None
+    if not (isinstance(description, str) and description.strip()):
+        return None
+    if is_on_canvas(row.get("bbox")):
+        return {"id": name, "bbox": list(row["bbox"]), "desc": description.strip()}
+    origin, source, target = row.get("from"), row.get("src_bbox"), row.get("tgt_bbox")
+    places = [box for box in (source, target) if box is not None]
+    if not places or not all(map(is_on_canvas, places)):
+        return None
+    known = isinstance(origin, str) and re.fullmatch(r"ref_image_\d+|target", origin)
+    if not known or (origin == "target") == (source is not None):
+        return None
+    moved = {"src_bbox": source, "tgt_bbox": target}
+    return {"id": name, "from": origin, **moved, "desc": description.strip()}
+
+
+def is_on_canvas(box: Any) -> bool:
+    """Return whether this is a box on the canvas of 0 to 1000, not one in shares of the image."""
+    if not isinstance(box, list | tuple) or len(box) != 4:
+        return False
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in box):
+        return False
+    y0, x0, y1, x1 = box
+    return 0 <= y0 < y1 <= CANVAS and 0 <= x0 < x1 <= CANVAS and max(box) > 1
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the area of the intersection of two boxes over that of their union."""
+    height, width = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inner = max(0, height) * max(0, width)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner
+    return inner / union if union > 0 else 0.0

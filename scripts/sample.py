@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from modules.background import BackgroundWriter
 from modules.command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
 from modules.safety_flags import REFUSED, Safety, add_safety
+from modules.upsampling_flags import check_upsampling, upsample
 
 from flux.errors import UserError
 from flux.image_io.metadata import (
@@ -112,8 +113,8 @@ def add_request(group) -> None:
     add("--from-image", type=Path, metavar="FILE",
         help="make an image again from the metadata in its file")
     add("--upsample", metavar="local|URL",
-        help="expand the prompt first: local, by the text encoder of flux.2-dev, or by a server "
-        "with OpenAI's protocol")
+        help="expand the prompt first: local, by the text encoder of flux.2-dev or the released "
+        "upsampler of FLUX 3; or by a server with OpenAI's protocol")
     add("--upsample-model", metavar="NAME", help="model of that server")
     add("--box", action="append", default=[], metavar="NAME:X0,Y0,X1,Y1[:TEXT]",
         help="FLUX 3: where a thing is, in shares of the width and height; the prompt cites it as "
@@ -398,16 +399,12 @@ def run(args: argparse.Namespace) -> int:
     seeds, remaining = itertools.count(first_seed), iter(prompts)
     with BackgroundWriter() as writer:
         while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
-            expanded = [upsample(args, pipe, prompt, shown, first_seed) for prompt in some]
-            if boxes:
-                from flux.boxes import add_boxes
-
-                expanded = [add_boxes(prompt, boxes, len(shown)) for prompt in expanded]
+            expanded = upsample(args, pipe, some, shown, boxes, first_seed)
             recipes = []
             for typed, prompt in zip(some, expanded):
                 recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)
                 recipe |= files | safety.metadata
-                recipe["upsampled_from"] = typed if args.upsample else None
+                recipe["upsampled_from"] = typed if args.upsample and typed != prompt else None
                 if conditions and conditions.crop:
                     recipe["cropped"] = True  # from the size that follows from the reference
                 if not args.no_metadata:
@@ -675,43 +672,12 @@ def gather_boxes(args: argparse.Namespace, spec, images) -> list[dict]:
 
     if not spec.flux3:
         raise UserError(f"boxes: only FLUX 3 reads boxes (got {spec.name}). Leave them out.")
-    for name in ("from_image", "upsample"):
-        if getattr(args, name):
-            raise UserError(f"boxes: cannot be added to the prompt of `{name}`. Leave one out.")
+    if args.from_image:
+        raise UserError("boxes: cannot be added to the prompt of `from_image`. Leave one out.")
     boxes = [parse_box(text) for text in args.box]
     boxes += read_boxes(args.boxes) if args.boxes else []
     box_rows(boxes, len(images.images) if images else 0)
     return boxes
-
-
-def check_upsampling(args: argparse.Namespace, spec) -> None:
-    if args.upsample == "local" and spec.name != "flux.2-dev":
-        raise UserError(
-            f"upsample: local needs the text encoder of flux.2-dev (got {spec.name}). Give a URL."
-        )
-    by_server = args.upsample not in (None, "local")
-    if by_server != (args.upsample_model is not None):
-        raise UserError("upsample: a URL needs `upsample_model`, and the other way round.")
-
-
-def upsample(args: argparse.Namespace, pipe, prompt: str, images: tuple, seed: int) -> str:
-    """Return the prompt, expanded by the language model of --upsample if there is one."""
-    if not args.upsample:
-        return prompt
-    import modules.prompt_upsampling as upsampling
-
-    from flux.weights import locate
-
-    if args.upsample == "local":
-        config = locate.locate_one(pipe.spec, "text_encoder/config.json", args.weights)
-        folder = config.parent.parent
-        prompt = upsampling.upsample_locally(prompt, folder, images, seed, pipe.device)
-    else:
-        prompt = upsampling.upsample_remotely(
-            prompt, args.upsample, args.upsample_model, images=images
-        )
-    say(f"prompt: {prompt}")
-    return prompt
 
 
 # ------------------------------------------------------------------------------ output
