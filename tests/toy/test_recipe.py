@@ -33,6 +33,7 @@ from recipe.attention import attention
 from recipe.batches import BATCH, Batches, LatentFile
 from recipe.images import to_images, to_pixels
 from recipe.latents import CHANGES, EDITS, SCENES, THINGS, box, edits, images, shown
+from recipe.muon import Muon
 from recipe.neighbours import neighbours_loss
 from recipe.networks import (
     CHANGED,
@@ -50,6 +51,7 @@ from recipe.trainer import TimedTrainer, optimizers
 pytestmark = pytest.mark.slow
 
 SPEC, SPEC1 = MODELS["flux.2-tiny"], MODELS["flux.1-tiny"]
+MATCH = "match_rms_adamw"  # the size of steps
 every_model = pytest.mark.parametrize("spec", [SPEC, SPEC1], ids=["flux.2", "flux.1"])
 
 
@@ -322,6 +324,21 @@ def test_muon_gets_the_matrices_of_blocks(spec):
         exempt = ("_mod.", ".modulation.", "relative_attention_bias")
         in_block = any(block in path for block in blocks)
         assert p.ndim < 2 or any(part in path for part in exempt) or not in_block, path
+
+
+@pytest.mark.parametrize("shape", [(40, 16), (16, 40), (24, 24)])
+def test_muon_steps_as_torchs_does(shape, monkeypatch):
+    """Without torch's rounding to bfloat16. Steps of 0.01 are exact to 1e-5 in weights of 1."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)
+    start = drawn(*shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    each = [Muon([ours], 1e-2, 0.01), torch.optim.Muon([theirs], 1e-2, 0.01, adjust_lr_fn=MATCH)]
+    for number in range(1, 5):
+        ours.grad, theirs.grad = drawn(*shape, seed=number), drawn(*shape, seed=number)
+        for optimizer in each:
+            optimizer.step()
+        assert relative_l2(ours - start, theirs - start) < 2e-5
+    assert (theirs - start).abs().min() > 0
 
 
 def test_stopped_run_resumes_with_its_state(tmp_path):

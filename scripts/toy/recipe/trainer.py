@@ -13,6 +13,7 @@ from tqdm import tqdm
 from flux.training.log import CSVLog
 from flux.training.loss import autocast_matmul
 from flux.training.trainer import Trainer, copy_weights
+from recipe.muon import Muon
 
 COOLING = 0.4  # share of the minutes, at the end, in which the learning rate falls
 WARMUP = 200  # steps
@@ -106,7 +107,7 @@ def bfloat16_is_faster(device: torch.device) -> bool:
 def optimizers(
     model: nn.Module, muon_lr: float, adam_lr: float, adam_names: tuple[str, ...]
 ) -> list[torch.optim.Optimizer]:
-    """Return Muon for matrices (Jordan et al. 2024), and AdamW for the rest.
+    """Return Muon for matrices, and AdamW for the rest.
 
     AdamW also gets the matrices whose name contains one of `adam_names`: layers that touch pixels
     or tokens.
@@ -117,8 +118,7 @@ def optimizers(
         (matrices if is_matrix else others).append(p)
     groups: list[torch.optim.Optimizer] = []
     if matrices:
-        # the step size of AdamW, 0.2 sqrt(max(rows, columns)): Liu et al. 2025, arXiv:2502.16982
-        groups.append(torch.optim.Muon(matrices, muon_lr, 0.01, adjust_lr_fn="match_rms_adamw"))
+        groups.append(Muon(matrices, muon_lr, 0.01))
     if others:
         groups.append(torch.optim.AdamW(others, adam_lr, (0.9, 0.99), weight_decay=0.0))
     return groups
