@@ -1,5 +1,7 @@
 """The errors that a user sees. Scripts print each as one line, without a traceback."""
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A wrong argument or file. The message names the problem, where, and the fix. Exit code 2."""
@@ -11,3 +13,11 @@ class WriteError(UserError):
 
 class NonFiniteError(ArithmeticError):
     """NaN or infinity in latents or pixels, found before an image is saved. Exit code 1."""
+
+
+def install_command(extra: str = "") -> str:
+    """Return the command that installs this project: from the clone, if the package lies in one."""
+    is_clone = Path(__file__).parents[1].joinpath("pyproject.toml").is_file()
+    name = "." if is_clone else "flux-ref"
+    what = f"'{name}[{extra}]'" if extra else name
+    return f"pip install -e {what}" if is_clone else f"pip install {what}"

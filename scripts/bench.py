@@ -10,7 +10,7 @@
 
 Both sides have the same random weights and inputs. They take turns after a warm-up, A B B A, so
 that a machine that slows down slows both. Figures are medians; lower is better. A goal is a bound
-of ours / theirs. scripts/benchmarks/README.md has results.
+of ours / theirs. The README of the benchmarks has results.
 """
 
 import argparse
@@ -22,10 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from modules.command_line import Parser, exit_code, imports, show
+from modules.command_line import Parser, as_typed, exit_code, imports, show
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +78,7 @@ with imports(__name__, parser):
     from benchmarks.setting import Setting
 
     from flux.configs import ModelSpec
-    from flux.errors import UserError
+    from flux.errors import UserError, install_command
     from flux.image_io.output import write_exclusive
     from flux.runtime.devices import choose_device
     from flux.weights.locate import get_spec
@@ -90,7 +89,7 @@ FLAGS = {"name": "--model", "device": "--device"}
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
-    command = shlex.join(["bench.py", *arguments])
+    command = f"{as_typed('bench.py')} {shlex.join(arguments)}".rstrip()
     stopped = "stopped; --json keeps the rows that were measured"
     return exit_code(lambda: measure(args, command), FLAGS, args.json, stopped)
 
@@ -118,7 +117,7 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
     if not 1 <= args.rounds <= 1000:
         raise UserError(f"--rounds: must be from 1 to 1000 (got {args.rounds})")
     if args.against and not installed("diffusers"):
-        raise UserError("--against: diffusers is not installed. Run `pip install -e '.[test]'`.")
+        raise UserError(f"--against: diffusers is not installed. Run `{install_command('test')}`.")
     if args.json:
         check_json(args.json)
     if args.count:

@@ -70,9 +70,9 @@ def make(name: str, days: int = DAYS) -> dict[str, bytes]:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
     except ImportError:
-        from flux.errors import UserError
+        from flux.errors import UserError, install_command
 
-        raise UserError("needs the package cryptography: `pip install -e '.[sign]'`.") from None
+        raise UserError(f"needs the package cryptography: `{install_command('sign')}`.") from None
 
     start = datetime.now(UTC) - timedelta(days=400)
 

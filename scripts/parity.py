@@ -783,7 +783,7 @@ def table(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(
             f"table needs diffusers, transformers and the tests' packages: {error.name or error} "
-            'is missing or too old. Run `pip install -e ".[test]"` in a clone of the repository'
+            "is missing or too old. Run `pip install -e '.[test]'` in a clone of the repository"
         ) from None
     show_lines(text)
     if args.write:

@@ -55,7 +55,7 @@ with imports(__name__, lambda: parser(__doc__)):
     import flux
     from flux.atomic_files import exclusive_lock, write_atomically
     from flux.conditioning import Conditions
-    from flux.errors import NonFiniteError, UserError, WriteError
+    from flux.errors import NonFiniteError, UserError, WriteError, install_command
     from flux.plain_files import require_plain_file
     from flux.text_encoder import TextFeatures
     from flux.training import dataset, distillation, distributed, loss
@@ -367,7 +367,7 @@ def run(
     main_process, halted = distributed.rank() == 0, False
     count = args.gradient_accumulation_steps
     if not can_plot():
-        report("note: no loss.png without matplotlib: run `pip install -e '.[plots]'`")
+        report(f"note: no loss.png without matplotlib: run `{install_command('plots')}`")
     bar = tqdm(
         total=args.steps, initial=trainer.step, unit="step", disable=None if main_process else True
     )

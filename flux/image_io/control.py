@@ -15,11 +15,11 @@ from einops import repeat
 from PIL import Image
 from torch import Tensor
 
-from flux.errors import UserError
+from flux.errors import UserError, install_command
 from flux.image_io.output import to_pixels
 
 DEPTH_MODEL = "LiheYoung/depth-anything-large-hf"
-INSTALL = "Run `pip install -e '.[control]'`, or use a ready control image."
+INSTALL = f"Run `{install_command('control')}`, or use a ready control image."
 
 
 def check(kind: str | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flux.errors import UserError
+from flux.errors import UserError, install_command
 from flux.parity.compare import Row, first_over
 
 STEP = re.compile(r"step\.([0-9]{1,6})/")
@@ -23,7 +23,7 @@ def check_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"A report needs matplotlib ({error!s:.80}). Run `pip install -e '.[plots]'`."
+            f"A report needs matplotlib ({error!s:.80}). Run `{install_command('plots')}`."
         ) from None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from flux.errors import UserError
+from flux.errors import UserError, install_command
 from flux.image_io.metadata import is_described, source_type
 from flux.image_io.output import to_json
 from flux.plain_files import read_plain_file
@@ -35,7 +35,7 @@ def _c2pa() -> Any:
         import c2pa
     except ImportError:
         raise UserError(
-            "sign: needs the package c2pa-python. Run `pip install -e '.[sign]'`."
+            f"sign: needs the package c2pa-python. Run `{install_command('sign')}`."
         ) from None
     return c2pa
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux.errors import NonFiniteError, UserError
+from flux.errors import NonFiniteError, UserError, install_command
 from flux.plain_files import parse_json
 from flux.training.checkpoint import (
     check_header,
@@ -57,7 +57,7 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     except ImportError:
         raise UserError(
             "optimizer: adamw8bit needs bitsandbytes. "
-            "Run `pip install -e '.[adamw8bit]'`, or use adamw."
+            f"Run `{install_command('adamw8bit')}`, or use adamw."
         ) from None
     return AdamW8bit
 

@@ -43,7 +43,8 @@ def start_rows(setting: Setting) -> Iterator[Row]:
         if name != "import diffusers" or installed("diffusers"):
             commands[name] = ["-c", code]
     with TemporaryDirectory() as folder:
-        sample = [str(ROOT / "scripts/sample.py"), "a red circle on a white background"]
+        script = Path(__file__).parents[1] / "sample.py"
+        sample = [str(script), "a red circle on a white background"]
         commands["sample.py, prompt to image"] = [*sample, "--output", f"{folder}/a.png"]
         seconds, _ = in_turn(commands, setting.rounds)
     torch_alone, runs = seconds.pop("import torch"), 2 * setting.rounds

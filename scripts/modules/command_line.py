@@ -16,6 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
+import flux
+
+if "MODELS" not in getattr(flux, "__all__", ()):  # BFL's package, or the other one of the index
+    sys.exit(
+        f"error: `import flux` finds another package (in {[*flux.__path__][0]}). Run `pip "
+        "uninstall flux`, then install flux-ref again."
+    )
+
+from flux.errors import install_command
 from flux.runtime.terminal import printable
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
@@ -38,7 +47,21 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
         return f"{flags[name]} {bare}" if name in flags else match[0]
 
     message = re.sub(r"`(?P<name>\w+)(?:=(?P<value>[^`]+))?`", flag, message)
-    return re.sub(r"^(?P<name>\w+)(?:=(?P<value>[^\s:]+))?(?=:)", flag, message)
+    message = re.sub(r"^(?P<name>\w+)(?:=(?P<value>[^\s:]+))?(?=:)", flag, message)
+    return re.sub(r"`[^`]*`", lambda quoted: as_typed(quoted[0]), message)
+
+
+def as_typed(text: str) -> str:
+    """Replace "python scripts/sample.py" and "sample.py" by the command that was typed.
+
+    That is "flux-ref sample" or "python -m flux sample", if the script was run by it.
+    """
+    typed = re.fullmatch(r"(flux-ref|python -m flux) \w+", sys.argv[0])
+    if not typed:
+        return text
+    text = re.sub(r"(torchrun [-\w ]*)scripts/(\w+)\.py", r"\1-m flux \2", text)
+    names = "sample|app|batch|train|convert|parity|bench|verify|certificate"
+    return re.sub(rf"(?:python )?(?:scripts/)?\b({names})\.py\b", rf"{typed[1]} \1", text)
 
 
 def add_hidden_alias(parser: argparse._ActionsContainer, old: str, new: str) -> None:
@@ -52,6 +75,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
+
+    def format_help(self) -> str:
+        return as_typed(super().format_help())
 
     def _print_message(self, message: str, file: TextIO | None = None) -> None:
         file = sys.stderr if file is None else file
@@ -126,7 +152,7 @@ def imports(name: str, parser: Callable[[], argparse.ArgumentParser]) -> Iterato
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    return f"the package {error.name!r} is missing. Run `pip install -e .` in the repository."
+    return f"the package {error.name!r} is missing. Run `{install_command()}`."
 
 
 def show_warnings_once(flags: Mapping[str, str]) -> None:

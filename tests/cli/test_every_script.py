@@ -126,6 +126,7 @@ def test_wrong_flag_is_refused(script, tmp_path):
 
 MINIMAL = {  # arguments with which a script would begin to work
     "certificate.py": ("signing",),
+    "command.py": ("train", "images", "run"),
     "convert.py": ("in.safetensors", "out.safetensors", "--to", "int8"),
     "parity.py": ("capture", "a cat", "--output", "a.safetensors"),
     "sample.py": ("a cat",),
@@ -164,7 +165,7 @@ def test_script_has_a_docstring_and_a_parser(script):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for other processes")
-@pytest.mark.parametrize("name", ["dev/golden.py", "toy/score.py", "bench.py", "train.py"])
+@pytest.mark.parametrize("name", ["dev/golden.py", "toy/score.py", "bench.py", "command.py"])
 def test_ctrl_c_while_packages_load_is_one_sentence(name, tmp_path):
     """The signal comes from torch's first import, so that no time decides."""
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")

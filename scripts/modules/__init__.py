@@ -1,0 +1,1 @@
+"""What the scripts share. The modules here cannot be run."""
