@@ -18,6 +18,7 @@ from flux.pipeline import Networks, Pipeline
 from flux.runtime.bfl_autoencoder import bfl_autoencoder
 from flux.runtime.devices import can_compile, choose_device, choose_dtype
 from flux.runtime.fast import fast_autoencoder, fast_transformer, runs_fast
+from flux.runtime.fast3 import fast_transformer3
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.options import Offload, RuntimeOptions
 from flux.siglip import Redux, ReduxConfig, SigLIP, SigLIPConfig, siglip_ignore_keys
@@ -225,7 +226,7 @@ def build_networks(
         block_lists=transformer3.BLOCK_LISTS if spec.flux3 else BLOCK_LISTS,
         compile=options.compile,
         repeated=True,
-        adapt=fast_transformer if fast and not spec.flux3 else None,
+        adapt=(fast_transformer3 if spec.flux3 else fast_transformer) if fast else None,
         **common,
     )
     if (

@@ -25,6 +25,7 @@ from flux.autoencoder import AutoEncoder, AutoEncoderConfig
 from flux.configs import FLUX1Text, FLUX2Text, ModelSpec
 from flux.language_model import LanguageModel
 from flux.runtime import fast
+from flux.runtime.fast3 import fast_transformer3
 from flux.t5 import T5
 from flux.transformer import Flux, FluxConfig
 from flux.transformer3 import Flux3, Flux3Config
@@ -111,7 +112,8 @@ def _step_bytes(spec: ModelSpec, work: Workload, device_type: str) -> float:
     text = _text_tokens(spec, work) + work.image_text_tokens
     image = _tokens(spec, work) - text
     if isinstance(c, Flux3Config):
-        return _step_bytes3(c, work, text, image - work.reference_tokens, 2 if spec.cfg else 1)
+        prompts, image = 2 if spec.cfg else 1, image - work.reference_tokens
+        return _step_bytes3(c, work, text, image, prompts, device_type if work.fast else None)
     counted_for = device_type if work.fast else None
     count = partial(_scaled_step, c, itemsize=work.itemsize, counted_for=counted_for)
     # latents, noise and text features in float32, which the pipeline keeps
@@ -131,13 +133,15 @@ def _step_bytes(spec: ModelSpec, work: Workload, device_type: str) -> float:
     return work.batch * (step + table + inputs) + rope + cached
 
 
-def _step_bytes3(c: Flux3Config, work: Workload, text: int, image: int, prompts: int) -> float:
+def _step_bytes3(
+    c: Flux3Config, work: Workload, text: int, image: int, prompts: int, counted_for: str | None
+) -> float:
     """Return the bytes of a step of FLUX 3, and of what is kept between steps."""
     references = work.reference_tokens
     tokens = text + image + references
     scale = max(1, tokens // TOKENS)
     counts = (math.ceil(count / scale) for count in (text, image, references))
-    step = ALLOCATOR * scale * _count_step3(c, *counts, work.itemsize)
+    step = ALLOCATOR * scale * _count_step3(c, *counts, work.itemsize, counted_for)
     # latents, noise, references and text features in float32, which the pipeline keeps
     inputs = 4 * (prompts * text * c.context_dim + (2 * image + references) * c.in_channels)
     streams = prompts * (text + references) * c.hidden_size * work.itemsize
@@ -213,7 +217,14 @@ def _count_step(
 
 
 @lru_cache(maxsize=256)
-def _count_step3(config: Flux3Config, text: int, image: int, references: int, itemsize: int) -> int:
+def _count_step3(
+    config: Flux3Config,
+    text: int,
+    image: int,
+    references: int,
+    itemsize: int,
+    counted_for: str | None,
+) -> int:
     """Return the peak of a step of FLUX 3 with so many tokens."""
     heads = config.num_heads
     narrow = replace(
@@ -228,6 +239,8 @@ def _count_step3(config: Flux3Config, text: int, image: int, references: int, it
     )
     dtype = _dtype(itemsize)
     network = _zeros(lambda: Flux3(narrow), dtype)
+    if counted_for:
+        fast_transformer3(network)
     half = sum(config.axes_dim) // 2
     # the tables do not get narrower: not counted
     tables = [torch.zeros(1, half, 2, 2).expand(n, -1, -1, -1) for n in (text, image, references)]
@@ -242,8 +255,9 @@ def _count_step3(config: Flux3Config, text: int, image: int, references: int, it
         x = torch.zeros(1, image, narrow.in_channels, dtype=dtype)
         network.denoise(x, tables[1], vec, *streams)
 
-    joined = (text + image + references) * half * 4 * 4
-    with FusedKernels():
+    # joined, and the rotations as complex numbers
+    joined = (text + image + references) * half * (4 * 4 + (8 if counted_for else 0))
+    with fast.counted_for(counted_for or "cpu"), FusedKernels():
         return heads * (peak_bytes(step) - joined) + joined
 
 
