@@ -6,6 +6,7 @@ from flux.errors import UserError
 from flux.weights import diffusers_names3
 from flux.weights.diffusers_names import Place, our_layer
 from flux.weights.files import FLOATS, Rows, TensorInfo
+from flux.weights.fused3 import split_fused
 
 ANCHOR = "x_embedder.weight"  # diffusers' name of `img_in.weight`
 ANCHOR3 = "x_embedders.image.weight"  # and of FLUX 3's `emb_in.image.weight`
@@ -23,7 +24,7 @@ def join_diffusers(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         return _rename_flux3(infos, anchors[0].removesuffix(ANCHOR3))
     anchors = [name for name in infos if f".{name}".endswith(f".{ANCHOR}")]
     if len(anchors) != 1 or not any("transformer_blocks." in name for name in infos):
-        return dict(infos)
+        return split_fused(infos)
     prefix = anchors[0].removesuffix(ANCHOR)
     flux2 = any("time_guidance_embed." in name for name in infos)
     renamed: dict[str, TensorInfo] = {}

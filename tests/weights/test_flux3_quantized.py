@@ -3,6 +3,8 @@
 The right values are those of the same network with the decoded weights.
 """
 
+import re
+import warnings
 from functools import partial
 
 import pytest
@@ -19,7 +21,7 @@ from support.quantized_files import (
 )
 from support.tokenizer_files import make_qwen
 from support.transformer3_inputs import inputs
-from support.weight_files import saved
+from support.weight_files import refusal, saved
 from torch import nn
 
 from flux.language_model import LanguageModel
@@ -70,6 +72,71 @@ def test_quantized_file_equals_the_decoded_weights(name, dtype, tmp_path):
     assert (
         torch.equal(ours(**inputs(FLUX3_TINY, dtype)), expected) and expected.float().std() > 0.01
     )
+
+
+def fused(tensors: dict, name: str) -> dict:
+    """Return the tensors with q, k and v of each block joined to one layer of this name."""
+    out, joined = {}, {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.*)\.([qkv])_proj\.(\w+)", key)
+        if match is None:
+            out[key] = tensor
+        else:
+            joined.setdefault(f"{match[1]}.{name}.{match[3]}", []).append(tensor)
+    for key, parts in joined.items():
+        note = key.endswith("comfy_quant") or not parts[0].ndim
+        out[key] = parts[0] if note else torch.cat(parts)
+    return out
+
+
+@pytest.mark.parametrize("layer", ["qkv", "attn.to_qkv"])
+@pytest.mark.parametrize("name", ["bfloat16", "fp8r", "INT8 ConvRot"])
+@torch.no_grad()
+def test_fused_projections_equal_separate_ones(name, layer, tmp_path):
+    """The layer's name is not known: whatever it is. A setting beside it is left out, and told."""
+    network = Flux3(FLUX3_TINY)
+    state, layers = random_state(network), block_layers(network)
+    write, prefix = FORMATS.get(name, (lambda layers, state: QuantizedFile(state, {}), ""))
+    written = write(layers, state)._replace(prefix=prefix)
+    found = []
+    for change in (dict, partial(fused, name=layer)):
+        tensors = change(written.tensors)
+        if change is not dict:
+            tensors["single_blocks.0.attn_kernel"] = torch.zeros(1, dtype=torch.uint8)
+        path = save_quantized(
+            tmp_path / f"{len(found)}.safetensors", written._replace(tensors=tensors)
+        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert infer_config(path) == FLUX3_TINY
+            ours = init_empty(lambda: Flux3(FLUX3_TINY))
+            load_module(ours, [path], dtype=torch.bfloat16)
+        said = " ".join(str(warning.message) for warning in told)
+        assert ("attn_kernel" in said) == (change is not dict)
+        assert (f"{layer}': it is taken for them, in this order" in said) == (change is not dict)
+        found.append(ours)
+    batch = inputs(FLUX3_TINY, torch.bfloat16)
+    assert torch.equal(found[0](**batch), found[1](**batch))
+    kinds = [{type(x) for x in network.modules()} for network in found]
+    assert kinds[0] == kinds[1]
+
+
+def test_matrix_that_may_not_be_fused_is_refused(tmp_path):
+    """Of another size, beside q_proj, or two of them."""
+    whole = random_state(Flux3(FLUX3_TINY))
+    joined = fused(whole, "qkv")
+    key = "single_blocks.1.qkv.weight"
+    cases = {
+        "q_proj": joined | {"single_blocks.1.q_proj.weight": joined[key][:128].clone()},
+        "rows": joined | {key: joined[key][:-1].clone()},
+        "two": joined | {"single_blocks.1.other.weight": joined[key].clone()},
+    }
+    for name, tensors in cases.items():
+        path = saved(tmp_path / f"{name}.safetensors", tensors)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said = refusal(load_module, init_empty(lambda: Flux3(FLUX3_TINY)), [path])
+        assert "missing" in said and "single_blocks.1" in said
 
 
 def test_what_is_quantized_here_are_the_matrices_of_all_blocks():
