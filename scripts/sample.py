@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+from modules import several_processes
 from modules.background import BackgroundWriter
 from modules.command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
 from modules.safety_flags import REFUSED, Safety, add_safety
@@ -186,6 +187,9 @@ def add_memory_and_speed(group) -> None:
     add("--compile", action="store_true",
         help="compile the blocks: takes a minute, then saves time on a GPU")
     add("--vae-tile", type=int, metavar="PIXELS", help="decode in tiles of this side")
+    add("--parallel", metavar="AXIS=N,...",
+        help="with torchrun: how its processes share the work, by data, cfg and context, such as "
+        "context=4,cfg=2 (default: images, then branches, then tokens)")
 
 
 def add_files(group) -> None:
@@ -283,9 +287,12 @@ def flags_of(p: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def main() -> int:
+    several_processes.start()
     p = parser()
     args, flags = p.parse_args(), flags_of(p)
     stopped = "stopped; finished images are kept"
+    if (args.list_models or args.inspect) and not several_processes.is_first():
+        return 0
     command = list_models if args.list_models else inspect_file if args.inspect else run
     return exit_code(lambda: command(args), flags, args.output, stopped)
 
@@ -295,11 +302,12 @@ def run(args: argparse.Namespace) -> int:
     from flux.image_io import output
     from flux.lora.peft_config import adapter_file
 
+    several_processes.join(args)
     args.lora = [(adapter_file(path), scale) for path, scale in args.lora]
     if args.latents and not (args.prompts or args.prompt or args.prompt_file or args.from_image):
         from modules.saved_latents import decode
 
-        return decode(args, load)
+        return decode(args, load) if several_processes.is_first() else 0
     earlier = {}
     if args.from_image:
         earlier = output.read_metadata(args.from_image)
@@ -311,8 +319,11 @@ def run(args: argparse.Namespace) -> int:
         )
     prompts = gather_prompts(args)
     texts = () if args.no_metadata else (p + (args.negative_prompt or "") for p in prompts)
-    output.check_output(args.output, texts)
-    first_seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
+    by_first = several_processes.by_first
+    by_first(lambda: output.check_output(args.output, texts))
+    first_seed = args.seed
+    if first_seed is None:
+        first_seed = by_first(lambda: int.from_bytes(os.urandom(4), "little"))
 
     import torch
 
@@ -362,13 +373,15 @@ def run(args: argparse.Namespace) -> int:
     cfg = checks.check_cfg(spec, args.guidance, args.negative_prompt, args.true_cfg_scale, steps)
     check_upsampling(args, spec)
     safety = Safety(args, spec.licence, (width, height), earlier)
-    if safety.refuses_input(images):
+    if by_first(lambda: safety.refuses_input(images)):
         return REFUSED
+    sizes = several_processes.choose(args, cfg, count, width * height // 256)
     boxes = gather_boxes(args, spec, images)
 
     # 2. Load the model.
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     pipe = load(args)
+    several_processes.distribute(pipe, sizes)
     say(summary(pipe, width, height, steps, guidance, strength))
     safety.note_licence()
     if spec.embedded:
@@ -391,7 +404,8 @@ def run(args: argparse.Namespace) -> int:
     if conditions:
         pipe.plan_memory(steps=steps, conditions=conditions)  # now the number of tokens is known
     if args.save_control:
-        say(f"control: {output.save(conditions.control_image, args.save_control, {})}")
+        path = by_first(lambda: output.save(conditions.control_image, args.save_control, {}))
+        say(f"control: {path}")
     negative = [args.negative_prompt or ""] if cfg else []
     shown = images.images if images else ()
     passes = count * run_steps(pipe, steps, conditions) * (1 + cfg)
@@ -399,7 +413,9 @@ def run(args: argparse.Namespace) -> int:
     seeds, remaining = itertools.count(first_seed), iter(prompts)
     with BackgroundWriter() as writer:
         while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
-            expanded = upsample(args, pipe, some, shown, boxes, first_seed)
+            expanded = by_first(
+                lambda: upsample(args, pipe, some, shown, boxes, first_seed)  # noqa: B023
+            )
             recipes = []
             for typed, prompt in zip(some, expanded):
                 recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)
@@ -411,31 +427,56 @@ def run(args: argparse.Namespace) -> int:
                     output.check_metadata_fits(args.output, recipe)
                 recipes.append(recipe)
             pipe.encode_ahead(expanded + negative)
-            for recipe in recipes:
-                for seed in itertools.islice(seeds, args.num_images):
-                    metadata = recipe | {"seed": seed}
-                    generate_file(args, pipe, metadata, steps, conditions, writer, safety)
+            jobs = (
+                recipe | {"seed": seed}
+                for recipe in recipes
+                for seed in itertools.islice(seeds, args.num_images)
+            )
+            for batch in batches(jobs, sizes.data if sizes else 1, pipe):
+                generate_files(args, pipe, batch, steps, conditions, writer, safety)
             writer.finish()
     return REFUSED if safety.refused else 0
 
 
-def generate_file(
+def batches(jobs: Iterable[dict], size: int, pipe) -> Iterator[list[dict]]:
+    """Group images that follow each other: one for each group of processes, of prompts as long."""
+
+    def length(metadata: dict) -> int:
+        return pipe.text.padded_length([metadata["prompt"]]) if size > 1 else 0
+
+    for _, some in itertools.groupby(jobs, length):
+        while batch := list(itertools.islice(some, size)):
+            yield batch
+
+
+def generate_files(
     args: argparse.Namespace,
     pipe,
-    metadata: dict,
+    batch: Sequence[dict],
     steps: int,
     conditions,
     writer: BackgroundWriter,
     safety: Safety,
 ) -> None:
-    """Generate one image; write the image and its latents in the background; print its name.
+    """Generate the images of these records; write them in the background; print their names."""
+    images, latents = generate(args, pipe, batch, steps, conditions, writer)
+    if several_processes.is_first():
+        for metadata, image, own in zip(batch, images, latents):
+            write_file(args, metadata, image, own, writer, safety)
 
-    What a filter refuses is not written there.
-    """
+
+def write_file(
+    args: argparse.Namespace,
+    metadata: dict,
+    image,
+    latents,
+    writer: BackgroundWriter,
+    safety: Safety,
+) -> None:
+    """Write an image and its latents in the background. What a filter refuses is not written."""
     from flux.image_io import output
 
     seed, prompt = metadata["seed"], metadata["prompt"]
-    image, latents = generate(args, pipe, prompt, seed, steps, conditions, writer)
 
     def write() -> tuple[Path, Path | None] | str:
         if refusal := safety.refusal(image, metadata):
@@ -446,7 +487,7 @@ def generate_file(
         path = output.save(marked, args.output, metadata, suffixes, record, seal)
         if not args.save_latents:
             return path, None
-        return path, save_latents(path, latents, None if args.no_metadata else metadata)
+        return path, save_latents(path, latents[None], None if args.no_metadata else metadata)
 
     def report(paths: tuple[Path, Path | None] | str) -> None:
         if isinstance(paths, str):
@@ -463,13 +504,12 @@ def generate_file(
 def generate(
     args: argparse.Namespace,
     pipe,
-    prompt: str,
-    seed: int,
+    batch: Sequence[dict],
     steps: int,
     conditions,
     writer: BackgroundWriter,
 ):
-    """Generate one image behind a progress bar; return it and its latents.
+    """Generate images with seeds that count up, behind a progress bar; return them and the latents.
 
     The image before, which `writer` writes, is reported after the step in which it is finished.
     """
@@ -477,8 +517,9 @@ def generate(
 
     from flux.runtime import compilation
 
+    seed = batch[0]["seed"]
     total, compiled = run_steps(pipe, steps, conditions), compilation.compile_seconds()
-    hidden = not (sys.stderr and sys.stderr.isatty())
+    hidden = not (several_processes.is_first() and sys.stderr and sys.stderr.isatty())
     latents = None
     with tqdm(total=total, desc=f"seed {seed}", unit="step", leave=False, disable=hidden) as bar:
 
@@ -490,8 +531,8 @@ def generate(
                     writer.finish()
             bar.update()
 
-        (image,) = pipe(
-            prompt,
+        images = pipe(
+            [metadata["prompt"] for metadata in batch],
             None if conditions else args.width,
             None if conditions else args.height,
             steps,
@@ -507,7 +548,7 @@ def generate(
         )
     if (seconds := compilation.compile_seconds() - compiled) > 0:
         say(f"compile: took {seconds:.0f} s")
-    return image, latents
+    return images, latents
 
 
 def run_steps(pipe, steps: int, conditions) -> int:
@@ -759,4 +800,6 @@ def print_path(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    several_processes.leave()
+    sys.exit(code)

@@ -116,7 +116,7 @@ class Parallel:
                 f"parallel: {sizes} needs {prod(sizes)} processes (got {world_size()}). Start them "
                 f"with `torchrun --nproc-per-node {prod(sizes)}`."
             )
-        self.sizes = sizes
+        self.sizes, self.has_rows = sizes, False
         self.mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=AXES)
 
     def group(self, axis: str) -> dist.ProcessGroup:
@@ -145,7 +145,16 @@ class Parallel:
             given["conditions"] = condition_rows(given["conditions"], rows)
         if (callback := given.get("callback")) is not None:
             given["callback"] = lambda step, t, x: callback(step, t, gather(x))
-        return gather(plain(**given))
+        self.has_rows = True
+        try:
+            return gather(plain(**given))
+        finally:
+            self.has_rows = False
+
+    def workload(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do what `Pipeline._workload` does, for the rows of one group."""
+        work = plain(*args, **kwargs)
+        return work if self.has_rows else replace(work, batch=-(-work.batch // self.sizes.data))
 
     # ---------------------------------------------------------------- cfg: branches
 
@@ -198,6 +207,7 @@ def distribute(pipe: Any, sizes: Sizes, method: str | None = None) -> Parallel |
         pipe.residency.text = pipe.residency.encoders = ()  # are not loaded here
     if sizes.data > 1:
         pipe.sample = partial(parallel.sample, pipe.sample)
+        pipe._workload = partial(parallel.workload, pipe._workload)
     if sizes.cfg > 1:
         pipe._velocity = partial(parallel.velocity, pipe._velocity)
     if sizes.context > 1:

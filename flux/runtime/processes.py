@@ -1,9 +1,11 @@
 """The processes of torchrun: join them, let the first one act for all, end all if one fails."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from flux.runtime.devices import choose_device
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=30)  # of a collective: others may load, or download, meanwhile
 SECONDS = 5.0  # that a failed process waits at most until another one has said why
+PART, PARTS, WHOLE = 2**16, 64, 2**24  # of files that are compared: bytes, parts, bytes
 T = TypeVar("T")
 
 _store: dist.Store | None = None  # of the process group; torchrun's own outlives its processes
@@ -50,6 +53,11 @@ def join(device: str | None = None) -> str | None:
             timeout=TIMEOUT,
         )
     return device
+
+
+def has_joined() -> bool:
+    """Return whether this process works with others."""
+    return dist.is_initialized()
 
 
 def leave() -> None:
@@ -111,23 +119,37 @@ def require_equal(what: str, values: Mapping[str, object]) -> None:
             )
 
 
-def is_first_failure(is_own: bool = True) -> bool:
+def fingerprint(path: Path) -> str:
+    """Return a hash of a file: of all its bytes if it is small, else of its size and some parts.
+
+    Weights that were trained further differ in almost all bytes.
+    """
+    size, found = path.stat().st_size, hashlib.sha256()
+    found.update(str(size).encode())
+    with path.open("rb") as file:
+        for start in range(0, size, PART if size <= WHOLE else size // PARTS):
+            file.seek(start)
+            found.update(file.read(PART))
+    return found.hexdigest()
+
+
+def is_first_failure(lost: bool = False) -> bool:
     """Return whether this process is the one to say why the run fails; else another one has said.
 
-    The first process has a second's start. is_own: what failed is not the work with the others, as
-    when the connection to another process is lost.
+    lost: another process has gone, which has said why, if it could. Else the first process has a
+    second's start: what is wrong everywhere is said by the first.
     """
     if _store is None or world_size() == 1:
         return True
     deadline = time.monotonic() + SECONDS
     try:
-        if rank() or not is_own:  # what stopped the others may be known in a moment
-            _wait_for("failed", min(deadline, time.monotonic() + (1 if is_own else 2)))
+        if rank() and not lost:
+            _wait_for("failed", time.monotonic() + 1)
         if _store.add("failed", 1) == 1:
             return True
         _wait_for("said", deadline)  # else torchrun might stop that process before
     except RuntimeError:  # the store has gone, with the first process
-        return is_own
+        return not lost
     return False
 
 

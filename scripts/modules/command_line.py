@@ -30,6 +30,29 @@ from flux.runtime.terminal import printable
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
+class Speaker:
+    """Whether this process prints, and says why it fails: always, if it works alone."""
+
+    quiet = False
+
+    def claim_failure(self, lost: bool = False) -> str | None:
+        """Return what stands before the error of this process; None: another one has said why.
+
+        lost: this process failed because another one has gone.
+        """
+        return ""
+
+    def failure_said(self) -> None:
+        """The error has been printed."""
+
+    def is_lost(self, error: Exception) -> bool:
+        """Return whether an error says that another process has gone."""
+        return False
+
+
+speaker = Speaker()
+
+
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
     """Replace the library's argument names in `message` by a script's flags.
 
@@ -74,6 +97,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that shows wrong arguments escaped, and reports a full standard output."""
 
     def error(self, message: str) -> NoReturn:
+        if speaker.quiet:  # the first process says the same
+            speaker.claim_failure()
+            speaker.quiet = False
         super().error(printable(message))
 
     def format_help(self) -> str:
@@ -81,6 +107,8 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: TextIO | None = None) -> None:
         file = sys.stderr if file is None else file
+        if speaker.quiet:
+            return
         try:
             if message and file is not None:
                 file.write(message)
@@ -96,6 +124,8 @@ def show(*lines: object) -> None:
     What is foreign in a line is shown escaped, newlines too: each argument is one line. Raise
     OSError that names standard output if the lines cannot be written.
     """
+    if speaker.quiet:
+        return
     try:
         _write(sys.stdout, lines)
     except OSError as error:
@@ -106,6 +136,11 @@ def show(*lines: object) -> None:
 
 def say(*lines: object) -> None:
     """Print lines to standard error, if there is one, as `show` does."""
+    if not speaker.quiet:
+        _tell(lines)
+
+
+def _tell(lines: tuple[object, ...]) -> None:
     try:
         _write(sys.stderr, lines)
     except OSError:  # nobody can be told
@@ -126,9 +161,12 @@ def _discard(file: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def fail(text: str, code: int = 1) -> int:
-    """Print an error in one line and return the exit code."""
-    say(f"error: {text}")
+def fail(text: str, code: int = 1, lost: bool = False) -> int:
+    """Print an error in one line and return the exit code. `lost`: see `Speaker`."""
+    whose = speaker.claim_failure(lost)
+    if whose is not None:
+        _tell((f"error: {whose}{text}",))
+        speaker.failure_said()
     return code
 
 
@@ -170,7 +208,9 @@ def show_warnings_once(flags: Mapping[str, str]) -> None:
 
 def show_traceback(*error) -> None:
     """Print the traceback of a bug: the error may quote foreign text."""
-    say(*"".join(traceback.format_exception(*error)).rstrip("\n").split("\n"))
+    if speaker.claim_failure() is not None:
+        _tell(tuple("".join(traceback.format_exception(*error)).rstrip("\n").split("\n")))
+        speaker.failure_said()
 
 
 def exit_code(
@@ -203,6 +243,8 @@ def exit_code(
         return fail(stopped, 130)
     except (MemoryError, RuntimeError) as error:
         text = str(error)
+        if speaker.is_lost(error):
+            return fail("another process has ended; torchrun says which, and how.", lost=True)
         if isinstance(error, RuntimeError) and not any(part in text for part in OUT_OF_MEMORY):
             raise
         return fail(

@@ -142,12 +142,12 @@ def test_features_of_many_prompts_are_never_all_in_memory(cli, monkeypatch):
 def test_number_of_images_needs_no_memory(cli, monkeypatch, sample_script):
     made = []
 
-    def generate_file(args, pipe, metadata, *_):
-        made.append(metadata["seed"])
+    def generate_files(args, pipe, batch, *_):
+        made.extend(metadata["seed"] for metadata in batch)
         if len(made) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_script, "generate_file", generate_file)
+    monkeypatch.setattr(sample_script, "generate_files", generate_files)
     run = cli(PROMPT, *QUICK, "--num-images", 10**9, "--seed", 7)
     assert run.code == 130 and made == [7, 8, 9]
 

@@ -4,7 +4,8 @@ Each process computes both, in one gloo group. Sizes of the mesh are chosen with
 """
 
 import pytest
-from support.parallel_images import Run, compare_all, half, picture
+from support.drawn_images import block_mask, photo
+from support.parallel_images import Run, compare_all, toy_lora
 from support.processes import Processes
 
 from flux import ImageInputs
@@ -69,7 +70,7 @@ def test_sizes_that_do_not_fit_are_refused(given, processes, words):
 
 # ------------------------------------------------------------------ images
 
-IMAGE = (picture(),)
+IMAGE, MASK = (photo(80, 64),), block_mask(80, 64)
 CFG = dict(negative_prompt="a green star", guidance=2.0)
 TWO = [
     Run("flux.1-tiny", "context=2", dict(true_cfg_scale=2.0, negative_prompt="a green star")),
@@ -79,8 +80,8 @@ TWO = [
 ]
 MORE_OF_TWO = [
     Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE, kv_cache=True))),
-    Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE, half(), strength=0.5))),
-    Run("flux.1-tiny", "context=2", dict(images=ImageInputs(IMAGE, half(), strength=0.5))),
+    Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE, MASK, strength=0.5))),
+    Run("flux.1-tiny", "context=2", dict(images=ImageInputs(IMAGE, MASK, strength=0.5))),
     Run(
         "flux.1-tiny",
         "data=2",
@@ -113,6 +114,15 @@ def test_two_processes_make_the_image_of_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_make_more_images_of_one(tmp_path):
     check(2, MORE_OF_TWO, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_merge_a_lora(tmp_path):
+    runs = []
+    for name in ("flux.1-tiny", "flux.2-tiny"):
+        path = toy_lora(tmp_path / f"{name}.safetensors", name)
+        runs.append(Run(name, "context=2", lora=str(path)))
+    check(2, runs, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,15 +1,19 @@
 """Images of whole pipelines, alone and over all processes: see `parallel_cases`."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from safetensors.torch import save_file
+from support.parallel_cases import draw
+from torch import nn
 
 import flux
 from flux.configs import MODELS
 from flux.runtime import parallel
 from flux.runtime.processes import world_size
+from flux.transformer import Flux
 
 PROMPT = "a small red circle above a large blue ring on a white background"
 
@@ -27,18 +31,19 @@ class Run(NamedTuple):
     specs: dict[str, Any] = {}  # rows of the table that the tests made
 
 
-def picture(width: int = 80, height: int = 64) -> Image.Image:
-    """Return an image in which no row and column is like another."""
-    rows, columns = np.mgrid[:height, :width]
-    planes = [2 * rows + columns, 3 * columns, (rows * columns) // 9]
-    return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
-
-
-def half() -> Image.Image:
-    """Return a mask, white at the right."""
-    mask = np.zeros((64, 80), np.uint8)
-    mask[:, 48:] = 255
-    return Image.fromarray(mask)
+def toy_lora(path: Path, name: str) -> Path:
+    """Write a LoRA of rank 4 for all Linears of a toy's blocks."""
+    tensors = {}
+    with torch.device("meta"):
+        layers = dict(Flux(MODELS[name].transformer).named_modules())
+    for number, (layer, module) in enumerate(layers.items()):
+        if isinstance(module, nn.Linear) and "_blocks." in layer:
+            down = draw(4, module.in_features, seed=number)
+            up = draw(module.out_features, 4, seed=number + 1)
+            tensors[f"{layer}.lora_A.weight"] = down.float() * module.in_features**-0.5
+            tensors[f"{layer}.lora_B.weight"] = 0.1 * up.float()
+    save_file(tensors, path)
+    return path
 
 
 def load(run: Run) -> flux.Pipeline:

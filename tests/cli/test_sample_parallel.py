@@ -1,0 +1,115 @@
+"""scripts/sample.py under torchrun, with two processes: the files of one process, and how it fails.
+
+What a run prints comes from the first process alone, an error from one process.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.drawn_images import photo
+from support.parallel_images import toy_lora
+from support.sample_run import PROMPT, TOY, files_in, subprocess_environment
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = Path(__file__).resolve().parents[1] / "support/several_samples.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+SMALL = (PROMPT, "--width", "80", "--height", "64", "--steps", "3", "--seed", "7")
+NEGATIVE = ("--negative-prompt", "a green star", "--true-cfg-scale", "2")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+    folder: Path
+    codes: list[list[int]]  # of each process
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def run(folder: Path, launcher: tuple, runs: list, of_process_1: dict | None = None) -> Ended:
+    """Run sample.py with each list of arguments in an empty folder."""
+    folder.mkdir()
+    work = {"runs": [[str(x) for x in arguments] for arguments in runs]}
+    work["of_process_1"] = of_process_1 or {}
+    request = folder.with_suffix(".json")
+    request.write_text(json.dumps(work))
+    done = subprocess.run(
+        [sys.executable, *launcher, PROGRAM, request],
+        cwd=folder,
+        env=subprocess_environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    files = sorted(folder.glob("codes.*.json"))
+    codes = [json.loads(file.read_text()) for file in files]
+    for file in files:
+        file.unlink()
+    return Ended(done.returncode, done.stdout, done.stderr, folder, codes)
+
+
+def test_two_processes_write_the_files_of_one(tmp_path):
+    photo(80, 64).save(tmp_path / "photo.png")
+    lora = toy_lora(tmp_path / "lora.safetensors", "flux.2-tiny")
+    runs = [
+        [*SMALL, "--num-images", 3, "--save-latents"],
+        [*SMALL, *NEGATIVE, "--model", "flux.1-tiny"],
+        [*SMALL, "--image", tmp_path / "photo.png", "--lora", f"{lora}:0.7", "--offload", "block"],
+    ]
+    meshes = ("data=2", "cfg=2", "context=2")
+    divided = [[*r, "--parallel", mesh] for r, mesh in zip(runs, meshes)]
+    divided[1] = runs[1]  # the default
+    one = run(tmp_path / "one", (), runs)
+    two = run(tmp_path / "two", TORCHRUN, divided)
+    assert one.code == two.code == 0, (one.err, two.err)
+    assert two.codes == [[0, 0, 0], [0, 0, 0]]
+    assert one.out == two.out and len(one.out.splitlines()) == 5  # the paths
+    names = files_in(one.folder)
+    assert names == files_in(two.folder) and len([n for n in names if n.endswith(".png")]) == 5
+    for name in names:
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
+    said = [line for line in two.err.splitlines() if line.startswith("parallel: ")]
+    assert said == [f"parallel: {mesh}, on 2 processes" for mesh in meshes]
+
+
+FAILURES = {
+    "sizes": ({}, "--parallel: context=3 needs 3 processes or a multiple (got 2)"),
+    "arguments": (
+        {"arguments": [*SMALL, "--guidance", "2"]},
+        "--parallel: process 1 has other arguments than process 0: guidance.",
+    ),
+    "files": ({}, "--parallel: process 1 has other files than process 0: transformer t."),
+    "raise": ({"fails": "raise"}, "process 1: latents: not finite here"),
+    "kill": ({"fails": "kill"}, "another process has ended; torchrun says which, and how."),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_failure_of_one_ends_all_with_one_sentence(kind, tmp_path):
+    other, sentence = FAILURES[kind]
+    arguments = [*SMALL]
+    if kind == "sizes":
+        arguments += ["--parallel", "context=3"]
+    if kind == "files":  # of the same name, each in its folder
+        arguments += ["--model", "flux.2-tiny", "--transformer", "../0/t.safetensors"]
+        weights = load_file(TOY)
+        for number in ("0", "1/0"):
+            (tmp_path / number).mkdir(parents=True)
+            weights["img_in.weight"] = weights["img_in.weight"] + 0.1
+            save_file(weights, tmp_path / number / "t.safetensors")
+        other = {"folder": str(tmp_path / "1/run")}
+        (tmp_path / "1/run").mkdir()
+    done = run(tmp_path / "run", TORCHRUN, [arguments], other)
+    assert done.code == 1  # torchrun's own
+    assert len(done.errors) == 1 and sentence in done.errors[0], done.err
+    assert "Traceback" not in done.err.partition("ChildFailedError")[0].partition("torch/")[0]
+    assert done.out == "" and not [n for n in files_in(done.folder) if n.endswith(".png")]
