@@ -414,7 +414,7 @@ def run(args: argparse.Namespace) -> int:
     with BackgroundWriter() as writer:
         while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
             expanded = by_first(
-                lambda: upsample(args, pipe, some, shown, boxes, first_seed)  # noqa: B023
+                lambda: upsample(args, pipe, some, shown, boxes, first_seed)
             )
             recipes = []
             for typed, prompt in zip(some, expanded):

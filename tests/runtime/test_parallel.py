@@ -117,6 +117,18 @@ def test_two_processes_make_more_images_of_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_mistakes_of_a_run_change_the_image(tmp_path):
+    runs = [
+        Run("flux.2-tiny", "context=2", mistake="schedule of own tokens"),
+        Run("flux.2-tiny", "context=2", mistake="own noise"),
+        Run("flux.2-tiny", "cfg=2", CFG, mistake="branches exchanged"),
+    ]
+    with Processes(2, tmp_path) as processes:
+        for run, of_run in zip(runs, zip(*processes(compare_all, runs))):
+            assert not any(equal for equal, _ in of_run), run
+
+
+@pytest.mark.slow
 def test_two_processes_merge_a_lora(tmp_path):
     runs = []
     for name in ("flux.1-tiny", "flux.2-tiny"):

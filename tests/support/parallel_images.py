@@ -1,7 +1,10 @@
 """Images of whole pipelines, alone and over all processes: see `parallel_cases`."""
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -10,9 +13,10 @@ from support.parallel_cases import draw
 from torch import nn
 
 import flux
+from flux import sampling
 from flux.configs import MODELS
 from flux.runtime import parallel
-from flux.runtime.processes import world_size
+from flux.runtime.processes import rank, world_size
 from flux.transformer import Flux
 
 PROMPT = "a small red circle above a large blue ring on a white background"
@@ -28,6 +32,7 @@ class Run(NamedTuple):
     lora: str | None = None
     one_by_one: bool = False  # alone, images are made in calls of their own
     method: str | None = None
+    mistake: str | None = None  # of MISTAKES, in the run over all processes
     specs: dict[str, Any] = {}  # rows of the table that the tests made
 
 
@@ -77,12 +82,39 @@ def compare(run: Run) -> tuple[bool, str]:
     together = load(run)
     sizes = parallel.Sizes(**parallel.parse(run.sizes))
     parallel.distribute(together, sizes, run.method)
-    ours = images_of(together, run._replace(one_by_one=False))
+    with MISTAKES[run.mistake]() if run.mistake else nullcontext():
+        ours = images_of(together, run._replace(one_by_one=False))
     if list(map(len, alone)) != list(map(len, ours)):
         return False, "other sizes"
     pairs = zip(map(levels, alone), map(levels, ours))
     different = sum(np.count_nonzero(a != b) for a, b in pairs)
     return alone == ours, f"{different} values differ"
+
+
+# ------------------------------------------------------------------ mistakes of pipelines
+
+schedule, noise, run_branches = sampling.schedule, sampling.noise, parallel.Parallel.run_branches
+
+
+def schedule_of_own_tokens(kind, steps, tokens, *rest):
+    return schedule(kind, steps, tokens // world_size(), *rest)
+
+
+def own_noise(seeds, *args, **kwargs):
+    return noise([seed + rank() for seed in seeds], *args, **kwargs)
+
+
+def branches_exchanged(self, *branches):
+    return run_branches(self, *branches)[::-1]
+
+
+MISTAKES = {
+    "schedule of own tokens": partial(patch.object, sampling, "schedule", schedule_of_own_tokens),
+    "own noise": partial(patch.object, sampling, "noise", own_noise),
+    "branches exchanged": partial(
+        patch.object, parallel.Parallel, "run_branches", branches_exchanged
+    ),
+}
 
 
 def compare_all(runs: list[Run]) -> list[tuple[bool, str]]:
