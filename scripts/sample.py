@@ -413,9 +413,7 @@ def run(args: argparse.Namespace) -> int:
     seeds, remaining = itertools.count(first_seed), iter(prompts)
     with BackgroundWriter() as writer:
         while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
-            expanded = by_first(
-                lambda: upsample(args, pipe, some, shown, boxes, first_seed)
-            )
+            expanded = by_first(lambda: upsample(args, pipe, some, shown, boxes, first_seed))
             recipes = []
             for typed, prompt in zip(some, expanded):
                 recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)

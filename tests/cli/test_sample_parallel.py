@@ -88,7 +88,7 @@ FAILURES = {
         "--parallel: process 1 has other arguments than process 0: guidance.",
     ),
     "files": ({}, "--parallel: process 1 has other files than process 0: transformer t."),
-    "raise": ({"fails": "raise"}, "process 1: latents: not finite here"),
+    "raise": ({"fails": "raise"}, "process 1: --latents: not finite here"),
     "kill": ({"fails": "kill"}, "another process has ended; torchrun says which, and how."),
 }
 
