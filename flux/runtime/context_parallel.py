@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from flux import transformer, transformer3
 from flux.errors import UserError
-from flux.runtime import fast
+from flux.runtime import fast, fast3
 from flux.transformer import KVCache, Modulations, Residuals, apply_rope
 from flux.transformer3 import ModulationOut, Stream
 
@@ -163,18 +163,29 @@ def attend_jointly(
     return _joint(_split, q, k, v, cache, mask)
 
 
+# All functions by which blocks attend: one that is missing here would see its own tokens alone.
+PLACES: tuple[tuple[Any, str, Callable], ...] = (
+    (transformer, "attention", attention),
+    (transformer3, "attention", attention3),
+    (fast, "attend", attend_jointly),
+    (fast3, "attend", attend_jointly),
+)
+
+
 @contextmanager
 def attending(split: Split, method: str) -> Iterator[None]:
     """Let the networks attend over `split` inside the block."""
     global _split, _joint
-    before = _split, _joint, transformer.attention, transformer3.attention, fast.attend
+    before = _split, _joint, [getattr(module, name) for module, name, _ in PLACES]
     _split, _joint = split, METHODS[method]
-    transformer.attention, transformer3.attention = attention, attention3
-    fast.attend = attend_jointly
+    for module, name, function in PLACES:
+        setattr(module, name, function)
     try:
         yield
     finally:
-        _split, _joint, transformer.attention, transformer3.attention, fast.attend = before
+        _split, _joint, functions = before
+        for (module, name, _), function in zip(PLACES, functions):
+            setattr(module, name, function)
 
 
 # ------------------------------------------------------------------ the networks

@@ -3,11 +3,18 @@
 The processes compute both, in one gloo group.
 """
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 from support.parallel_cases import Case, compare_all
 from support.parallel_mistakes import MISTAKES
 from support.processes import Processes
+
+import flux.runtime
+from flux import transformer, transformer3
+from flux.runtime import context_parallel, fast
 
 # every row: what sglang, vllm-omni or diffusers once got wrong, or could have
 CASES = [
@@ -22,6 +29,7 @@ CASES = [
     Case("klein", text=3, residuals=True, fast=True),
     Case("flux.3"),
     Case("flux.3", references=((3, 4), (2, 3))),
+    Case("flux.3", references=((3, 4),), fast=True),
     Case("flux.3 flow map", references=((3, 4),), per_token=True),
 ]
 METHODS = ("allgather", "ulysses")
@@ -53,6 +61,20 @@ def check_bits(processes: Processes) -> None:
     cases = [(case, method) for case in of_even for method in METHODS]
     for number, outcomes in enumerate(zip(*processes(compare_all, cases))):
         assert all(o.equal and o.same_everywhere for o in outcomes), (cases[number], outcomes)
+
+
+def test_all_functions_of_attention_are_replaced():
+    """A module that holds one of them under its own name would attend to its own tokens alone."""
+    functions = transformer.attention, transformer3.attention, fast.attend
+    runtime = [module.name for module in pkgutil.iter_modules(flux.runtime.__path__)]
+    modules = [importlib.import_module(f"flux.runtime.{name}") for name in runtime]
+    found = {
+        (module, name)
+        for module in (transformer, transformer3, *modules)
+        for name, value in vars(module).items()
+        if module is not context_parallel and any(value is function for function in functions)
+    }
+    assert found == {(module, name) for module, name, _ in context_parallel.PLACES}
 
 
 def test_two_processes_equal_one_in_float64(two):

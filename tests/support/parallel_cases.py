@@ -16,6 +16,7 @@ from flux import sampling
 from flux.parity.reference import FLUX1_TINY, FLUX3_TINY, KLEIN_TINY, randomise
 from flux.runtime.context_parallel import ContextParallel
 from flux.runtime.fast import fast_transformer
+from flux.runtime.fast3 import fast_transformer3
 from flux.transformer import Flux, KVCache, Residuals
 from flux.transformer3 import Flux3
 
@@ -54,7 +55,8 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 def network(config: str, dtype: torch.dtype, fast: bool = False) -> Any:
     c = CONFIGS[config]
     if config.startswith("flux.3"):
-        return randomise(Flux3(c, None)).to(dtype)
+        made3 = randomise(Flux3(c, None)).to(dtype)
+        return fast_transformer3(made3) if fast else made3
     made = randomise(Flux(c)).to(dtype)
     return fast_transformer(made) if fast else made
 
