@@ -103,7 +103,11 @@ class ModelSpec:
     control: Literal["canny", "depth"] | None = None  # the kind of control image
     kv_cached_references: bool = False  # trained to compute references in the first step only
     addon: Addon | None = None
-    weight_format: Literal["bfloat16", "fp8", "nvfp4"] = "bfloat16"  # of the transformer's file
+    # of the transformer's file: that of a model's own repository in bfloat16, or another one
+    weight_format: Literal[
+        "bfloat16", "fp8", "nvfp4", "fp8r", "comfy-bf16", "comfy-int8-convrot"
+    ] = "bfloat16"
+    unconfirmed: str = ""  # what is not known of the file, which was not at hand
 
     @property
     def embedded(self) -> bool:
@@ -145,7 +149,7 @@ SCHNELL = Licence("Apache-2.0", commercial=True, gated=True)
 DEV = Licence("FLUX.1 [dev] Non-Commercial License", False, True, requires_filters=True)
 DEV2 = Licence("FLUX.2 [dev] Non-Commercial License", False, True, requires_filters=True)
 KLEIN = Licence("FLUX Non-Commercial License", False, True, requires_filters=True)
-KOMMUNITY = Licence("FLUX Kommunity License v1.0", commercial=False, gated=True)
+KOMMUNITY = Licence("FLUX Kommunity License v1.0", False, True, requires_filters=True)
 
 # ------------------------------------------------------------------ sizes of the networks
 
@@ -385,6 +389,24 @@ def _row3(like: ModelSpec, repository: str) -> ModelSpec:
     return replace(_row(like, repository, "model"), name=repository.replace("flux-3", "flux.3"))
 
 
+VARIANT = "its place in the repository, and which matrices stay in bfloat16, are as others say"
+COMFY = "the names of its tensors, and whether q, k and v are one matrix, are not known"
+Format3 = Literal["fp8r", "nvfp4", "comfy-bf16", "comfy-int8-convrot"]
+
+
+def _other3(like: ModelSpec, repository: str, weight_format: Format3) -> ModelSpec:
+    """Another file of a FLUX 3 transformer: of the model's repository, or of ComfyUI's."""
+    row = _row3(like, repository)
+    row = replace(row, name=f"{row.name}-{weight_format}", weight_format=weight_format)
+    if not weight_format.startswith("comfy-"):
+        file = f"variants/{weight_format}/model.safetensors"
+        return replace(row, transformer_file=file, unconfirmed=VARIANT)
+    name = f"{repository.replace('flux-3', 'flux3')}-{weight_format.removeprefix('comfy-')}"
+    file = f"diffusion_models/{name}.safetensors"
+    addon = Addon("black-forest-labs/flux-3-image-klein-comfy", (("transformer", file),))
+    return replace(row, transformer_file=file, addon=addon, unconfirmed=COMFY)
+
+
 def _embedded(like: ModelSpec, name: str, file: str) -> ModelSpec:
     """A toy model whose files are in this package."""
     return replace(like, name=name, repository="embedded", transformer_file=f"{file}.safetensors")
@@ -420,6 +442,14 @@ _ROWS = (
     _quantized(_base_9b, "FLUX.2-klein-base-9B", "FLUX.2-klein-base-9b-nvfp4"),
     _row3(_klein3, "flux-3-image-klein"),
     _row3(_klein3_base, "flux-3-image-klein-base"),
+    _other3(_klein3, "flux-3-image-klein", "fp8r"),
+    _other3(_klein3, "flux-3-image-klein", "nvfp4"),
+    _other3(_klein3, "flux-3-image-klein", "comfy-bf16"),
+    _other3(_klein3, "flux-3-image-klein", "comfy-int8-convrot"),
+    _other3(_klein3_base, "flux-3-image-klein-base", "fp8r"),
+    _other3(_klein3_base, "flux-3-image-klein-base", "nvfp4"),
+    _other3(_klein3_base, "flux-3-image-klein-base", "comfy-bf16"),
+    _other3(_klein3_base, "flux-3-image-klein-base", "comfy-int8-convrot"),
     _embedded(_toy1, "flux.1-tiny", "flux1-tiny"),
     _embedded(_toy2, "flux.2-tiny", "flux-2-tiny"),
 )

@@ -769,11 +769,16 @@ def list_models(args: argparse.Namespace) -> int:
     from flux.weights.locate import count_parameters, is_available_locally
 
     weights_folder(args.weights)
-    show(f"{'name':28}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
+    show(f"{'name':40}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
     for spec in MODELS.values():
         here = "yes" if is_available_locally(spec, args.weights) else "no"
         size = f"{count_parameters(spec) / 1e9:.3g}"
-        show(f"{spec.name:28}{size:>10} B  {spec.steps:>5}  {here:5} {spec.licence.name}")
+        mark = " *" if spec.unconfirmed else ""
+        licence = spec.licence.name + mark
+        show(f"{spec.name:40}{size:>10} B  {spec.steps:>5}  {here:5} {licence}")
+    for text in dict.fromkeys(spec.unconfirmed for spec in MODELS.values() if spec.unconfirmed):
+        marked = [spec.name for spec in MODELS.values() if spec.unconfirmed == text]
+        say(f"* {', '.join(marked)}: {text}")
     return 0
 
 

@@ -26,7 +26,8 @@ REAL = {
     if not spec.embedded and spec.weight_format == "bfloat16"
 }
 FLUX3 = {name: REAL.pop(name) for name in list(REAL) if REAL[name].flux3}
-QUANTIZED = {name: spec for name, spec in MODELS.items() if spec.weight_format != "bfloat16"}
+OTHER_FILES = {name: spec for name, spec in MODELS.items() if spec.weight_format != "bfloat16"}
+QUANTIZED = {name: spec for name, spec in OTHER_FILES.items() if not spec.flux3}
 
 # Model cards: FLUX.1-schnell (4 steps, 256 tokens, no guidance), FLUX.1-dev (50 steps, guidance
 # 3.5, 512 tokens), FLUX.1-Krea-dev (28 to 32 steps, guidance 4.5). FLUX2_MODEL_INFO: 50 steps at
@@ -180,7 +181,7 @@ def test_flux3():
 def test_use_of_input_images():
     kinds = {"flux.1-canny-dev": "canny", "flux.1-depth-dev": "depth"}
     for name, spec in MODELS.items():
-        if name in QUANTIZED:
+        if name in OTHER_FILES:
             continue
         assert [mode for mode, names in IMAGE_MODES.items() if name in names] == [spec.image_mode]
         assert spec.control == kinds.get(name.removesuffix("-lora"))
@@ -195,7 +196,7 @@ def test_addons():
         "repository licence transformer transformer_file text autoencoder autoencoder_files".split()
     )
     for name, spec in MODELS.items():
-        if name in QUANTIZED:
+        if name in OTHER_FILES:
             continue
         assert spec.addon == ADDONS.get(name)
         if spec.addon:
@@ -223,6 +224,31 @@ def test_quantized_rows_equal_the_unquantized_ones():
         file = dict(transformer_file=spec.transformer_file, addon=spec.addon, weight_format=storage)
         assert spec == replace(MODELS[base], name=name, **file) and spec.weight_format == storage
         assert spec.addon.files == (("transformer", spec.transformer_file),)
+
+
+def test_other_files_of_flux3_change_the_file_alone():
+    """In folders of the repository, as others load them; ComfyUI's have a repository."""
+    places = {
+        "fp8r": (None, "variants/fp8r/model.safetensors"),
+        "nvfp4": (None, "variants/nvfp4/model.safetensors"),
+        "comfy-bf16": ("flux-3-image-klein-comfy", "diffusion_models/flux3-{}-bf16.safetensors"),
+        "comfy-int8-convrot": (
+            "flux-3-image-klein-comfy",
+            "diffusion_models/flux3-{}-int8-convrot.safetensors",
+        ),
+    }
+    found = set()
+    for base in FLUX3:
+        for kind, (repository, file) in places.items():
+            spec = MODELS[f"{base}-{kind}"]
+            file = file.format(base.removeprefix("flux.3-"))
+            addon = Addon(f"black-forest-labs/{repository}", (("transformer", file),))
+            changed = dict(transformer_file=file, addon=addon if repository else None)
+            changed |= dict(weight_format=kind, unconfirmed=spec.unconfirmed)
+            assert spec == replace(MODELS[base], name=spec.name, **changed) and spec.unconfirmed
+            found.add(spec.name)
+    assert found == OTHER_FILES.keys() - QUANTIZED.keys()
+    assert not any(spec.unconfirmed for name, spec in MODELS.items() if name not in found)
 
 
 def test_names_and_repositories():
@@ -255,7 +281,7 @@ def test_names_and_repositories():
 
 def test_licences():
     free = {
-        name for name, spec in MODELS.items() if spec.licence.commercial and name not in QUANTIZED
+        name for name, spec in MODELS.items() if spec.licence.commercial and name not in OTHER_FILES
     }
     assert free == {
         "flux.1-schnell",
@@ -268,13 +294,13 @@ def test_licences():
         (spec.licence.name == "Apache-2.0") == spec.licence.commercial for spec in MODELS.values()
     )
     open_to_all = {
-        name for name, spec in MODELS.items() if not spec.licence.gated and name not in QUANTIZED
+        name for name, spec in MODELS.items() if not spec.licence.gated and name not in OTHER_FILES
     }
     assert open_to_all == free - {"flux.1-schnell"}
     owed = {
         name: spec.licence.name
         for name, spec in MODELS.items()
-        if name not in free | QUANTIZED.keys()
+        if name not in free | OTHER_FILES.keys()
     }
     assert owed == {
         name: "FLUX.1 [dev] Non-Commercial License" for name in owed if name.startswith("flux.1")

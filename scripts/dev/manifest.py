@@ -81,10 +81,13 @@ class ControlLoraConfig:
 
 @dataclass(frozen=True)
 class QuantizedConfig:
-    """A transformer quantized by Black Forest Labs: its blocks' matrices, except `skipped`."""
+    """A transformer quantized by Black Forest Labs: its blocks' matrices, except `skipped`.
 
-    transformer: FluxConfig
-    weight_format: Literal["fp8", "nvfp4"]
+    Of FLUX 3's files, it is not known which matrices stay in bfloat16: these manifests skip none.
+    """
+
+    transformer: FluxConfig | Flux3Config
+    weight_format: Literal["fp8", "nvfp4", "fp8r", "comfy-int8-convrot"]
     skipped: str = ""  # a part of a layer's name
 
 
@@ -104,6 +107,12 @@ MANIFESTS = {
     "klein-9b-nvfp4": QuantizedConfig(configs.KLEIN_9B, "nvfp4"),
     "flux3-klein": configs.KLEIN3,
     "flux3-klein-base": configs.KLEIN3_BASE,
+    "flux3-klein-fp8r": QuantizedConfig(configs.KLEIN3, "fp8r"),
+    "flux3-klein-nvfp4": QuantizedConfig(configs.KLEIN3, "nvfp4"),
+    "flux3-klein-int8-convrot": QuantizedConfig(configs.KLEIN3, "comfy-int8-convrot"),
+    "flux3-klein-base-fp8r": QuantizedConfig(configs.KLEIN3_BASE, "fp8r"),
+    "flux3-klein-base-nvfp4": QuantizedConfig(configs.KLEIN3_BASE, "nvfp4"),
+    "flux3-klein-base-int8-convrot": QuantizedConfig(configs.KLEIN3_BASE, "comfy-int8-convrot"),
     "flux1-tiny": configs.TINY1,
     "flux2-tiny": configs.TINY,
     "ae-flux1": configs.AE1,
@@ -123,6 +132,7 @@ MANIFESTS = {
     "qwen3-vl-4b": configs.QWEN3_VL_4B,  # likewise
     "qwen3-tiny": configs.QWEN3_TINY,
 }
+CONVROT = b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}'
 FLOAT32 = ("ae-flux1", "ae-flux2", "ae-flux2-small-decoder")  # all others were released in bfloat16
 QWEN3_DEPTH = 36  # layers in the released files; 27 are read
 
@@ -320,6 +330,15 @@ def quantized(transformer: Manifest, config: QuantizedConfig) -> Manifest:
             found[name] = dtype, shape
             continue
         rows, columns = shape
+        if config.weight_format == "fp8r":
+            found[name] = "F8_E4M3", shape
+            found[f"{layer}.weight_scale"] = "F32", (rows,)
+            continue
+        if config.weight_format == "comfy-int8-convrot":
+            found[name] = "I8", shape
+            found[f"{layer}.weight_scale"] = "F32", (rows, 1)
+            found[f"{layer}.comfy_quant"] = "U8", (len(CONVROT),)
+            continue
         if config.weight_format == "fp8":
             found[name] = "F8_E4M3", shape
             found[f"{layer}.weight_scale"] = "F32", ()

@@ -237,6 +237,9 @@ def test_list_of_models_names_every_model(cli):
     sizes = {"flux.1-dev": " 11.9 B ", "flux.2-klein-4b": " 3.88 B ", "flux.2-dev": " 32.2 B "}
     assert all(size in lines[name] for name, size in sizes.items())
     assert all(spec.licence.name in lines[name] for name, spec in MODELS.items())
+    for name, spec in MODELS.items():  # files of which not all is known are marked, and told
+        assert lines[name].endswith(" *") == bool(spec.unconfirmed)
+        assert (spec.unconfirmed in run.err and name in run.err) or not spec.unconfirmed
 
 
 def test_real_model_without_weights_is_refused_and_not_replaced_by_the_toy(cli, tmp_path):

@@ -4,19 +4,27 @@ The models are tiny and random, in the files of their repository.
 """
 
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from support.drawn_images import photo
 from support.flux3_model import BASE, DISTILLED, Flux3Model
+from support.quantized_files import PREFIX as COMFY
+from support.quantized_files import QuantizedFile, fp8_by_row, int8, nvfp4, save_quantized
 from support.weight_files import refusal
 from torch import nn
 
 import flux
+from flux.configs import MODELS
 from flux.runtime.fast3 import FastFlux3
 from flux.runtime.streaming import StreamedModuleList
 from flux.transformer3 import BLOCK_LISTS, Block, Flux3
-from flux.weights.quantization import FP8Linear, QuantizedLinear
+from flux.weights.load import init_empty
+from flux.weights.locate import is_available_locally
+from flux.weights.quantization import FP8Linear, NVFP4Linear, QuantizedLinear
+from flux.weights.quantization.int8 import Int8Linear
 
 PROMPT = "a red cube left of a blue ball"
 IMAGES = (photo(70, 64, seed=5), photo(64, 70, seed=6))
@@ -176,6 +184,44 @@ def test_tiles_decode_nearly_the_same_image(models):
         pixels[tile] = pipe.to_pixels(latents)
     assert torch.equal(pixels[512], pixels[None]) and not torch.equal(pixels[256], pixels[None])
     assert relative(pixels[256], pixels[None]) < 0.5
+
+
+# ------------------------------------------------------------------ rows of other files
+
+
+FILES = {  # a row's format -> its writer, what stands before the names, the class of its layers
+    "fp8r": (fp8_by_row, "", FP8Linear),
+    "nvfp4": (partial(nvfp4, swizzled=False), "", NVFP4Linear),
+    "comfy-bf16": (None, COMFY, nn.Linear),
+    "comfy-int8-convrot": (partial(int8, group=16), COMFY, Int8Linear),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FILES)
+def test_rows_of_other_files_find_and_read_them(models, kind, monkeypatch):
+    model, row = models[DISTILLED], MODELS[f"{DISTILLED}-{kind}"]
+    sizes = ("transformer", "text", "text_length", "autoencoder")
+    tiny = {field: getattr(model.spec, field) for field in sizes}
+    monkeypatch.setitem(MODELS, row.name, replace(row, **tiny))
+    write, prefix, layer = FILES[kind]
+    state = {name: x.bfloat16() for name, x in model.parts["transformer"].state_dict().items()}
+    network = init_empty(lambda: Flux3(model.spec.transformer))
+    paths = [p for p, x in network.named_modules() if "blocks." in p and type(x) is nn.Linear]
+    file = write(paths, state) if write else QuantizedFile(state, {})
+    home = model.home.parent / (row.addon or row).repository.split("/")[1]
+    path = home / row.transformer_file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_quantized(path, file._replace(prefix=prefix))
+    pipe = flux.load(row.name, model.folder, "cpu", torch.float32)
+    assert pipe.files["transformer"] == [path] and is_available_locally(pipe.spec, model.folder)
+    found = {type(pipe.transformer().get_submodule(path)) for path in paths}
+    assert found == {layer}
+    expected = {name: x.float() for name, x in (state | file.weights).items()}
+    exact = model.load(fast=False)
+    exact.transformer().load_state_dict(expected)
+    ours, theirs = (p.sample(exact.encode(PROMPT), [3], 64, 64, 2) for p in (pipe, exact))
+    assert relative(ours, theirs) < 1e-5
 
 
 # ------------------------------------------------------------------ refused

@@ -74,6 +74,24 @@ def test_quantized_file_equals_the_decoded_weights(name, dtype, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["fp8r", "NVFP4"])
+@torch.no_grad()
+def test_matrices_left_in_bfloat16_stay_so(name, tmp_path):
+    """Which ones the released files leave is not known: the file decides."""
+    network = Flux3(FLUX3_TINY)
+    state, layers = random_state(network), block_layers(network)[::2]
+    write, prefix = FORMATS[name]
+    written = write(layers, state)
+    path = save_quantized(tmp_path / "x.safetensors", written._replace(prefix=prefix))
+    ours = init_empty(lambda: Flux3(FLUX3_TINY))
+    load_module(ours, [path], dtype=torch.bfloat16)
+    found = {path for path, x in ours.named_modules() if isinstance(x, QuantizedLinear)}
+    assert found == set(layers)
+    network.load_state_dict(state | written.weights)
+    batch = inputs(FLUX3_TINY, torch.bfloat16)
+    assert torch.equal(ours(**batch), network.bfloat16()(**batch))
+
+
 def fused(tensors: dict, name: str) -> dict:
     """Return the tensors with q, k and v of each block joined to one layer of this name."""
     out, joined = {}, {}

@@ -112,6 +112,13 @@ QUANTIZED_COUNTS = {
     "klein-4b-nvfp4": 149 + 3 * 80,
     "klein-9b-nvfp4": 201 + 3 * 112,
     "flux2-dev-nvfp4": 731,
+    # if all 258 matrices of the blocks are quantized; others count 234, or 198 in NVFP4
+    "flux3-klein-fp8r": 359 + 258,
+    "flux3-klein-nvfp4": 359 + 3 * 258,
+    "flux3-klein-int8-convrot": 359 + 2 * 258,
+    "flux3-klein-base-fp8r": 357 + 258,
+    "flux3-klein-base-nvfp4": 357 + 3 * 258,
+    "flux3-klein-base-int8-convrot": 357 + 2 * 258,
 }
 
 
@@ -137,9 +144,15 @@ def of_size(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def write_header(
-    path: Path, held: manifest.Manifest, metadata: dict[str, str] | None = None
+    path: Path,
+    held: manifest.Manifest,
+    metadata: dict[str, str] | None = None,
+    values: dict[str, bytes] | None = None,
 ) -> None:
-    """Write a safetensors file whose tensors are a hole, which takes no space on most disks."""
+    """Write a safetensors file whose tensors are a hole, which takes no space on most disks.
+
+    `values`: the bytes of some tensors.
+    """
     spans, end = ({"__metadata__": metadata} if metadata else {}), 0
     for name, (dtype, shape) in held.items():
         start, end = end, end + size({name: (dtype, shape)})
@@ -149,6 +162,9 @@ def write_header(
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + end)
+        for name, content in (values or {}).items():
+            file.seek(8 + len(header) + spans[name]["data_offsets"][0])
+            file.write(content)
 
 
 # ---------------------------------------------------------------- our networks
@@ -342,7 +358,7 @@ def test_quantized_models_have_a_repository_of_their_own():
     found = {
         name: manifest.parts(spec)["transformer"]
         for name, spec in MODELS.items()
-        if spec.weight_format != "bfloat16"
+        if spec.weight_format != "bfloat16" and not spec.flux3
     }
     home = "black-forest-labs/FLUX.2-"
     assert {
@@ -372,10 +388,12 @@ def test_quantized_file_loads_at_full_size(name, tmp_path):
     layers = [
         scale.removesuffix(".weight_scale") for scale in held if scale.endswith(".weight_scale")
     ]
-    kind = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}[QUANTIZED[name].weight_format]
+    kind = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}.get(QUANTIZED[name].weight_format)
     note = {"format_version": "1.0", "layers": {layer: {"format": kind} for layer in layers}}
+    metadata = {"_quantization_metadata": json.dumps(note)}
+    notes = {tensor: manifest.CONVROT for tensor in held if tensor.endswith(".comfy_quant")}
     path = tmp_path / "x.safetensors"
-    write_header(path, held, {"_quantization_metadata": json.dumps(note)})
+    write_header(path, held, None if name.startswith("flux3") else metadata, notes)
     assert infer_config(path) == config
     network = manifest.on_meta(config)
     load_module(network, [path])
@@ -385,16 +403,19 @@ def test_quantized_file_loads_at_full_size(name, tmp_path):
         torch.float32: "F32",
         torch.float8_e4m3fn: "F8_E4M3",
         torch.uint8: "U8",
+        torch.int8: "I8",
     }
+    held = {n: entry for n, entry in held.items() if n not in notes}
     assert {n: (types[tensor.dtype], tuple(tensor.shape)) for n, tensor in state.items()} == held
     total = measure_weights(network, (), torch.bfloat16).total
     assert total == size(held) == sum(tensor.nbytes for tensor in state.values())
     quantised = {
         path for path, layer in network.named_modules() if isinstance(layer, QuantizedLinear)
     }
-    assert quantised == set(layers) and len(layers) == (len(held) - len(from_json(plain(name)))) / (
-        2 if kind[0] == "f" else 3
-    )
+    added = {"fp8": 2, "nvfp4": 3, "fp8r": 1, "comfy-int8-convrot": 1}
+    more = len(held) - len(from_json(plain(name)))
+    assert quantised == set(layers)
+    assert more == len(layers) * added[QUANTIZED[name].weight_format]
 
 
 def plain(name: str) -> str:
