@@ -4,13 +4,17 @@ Each process computes both, in one gloo group. Sizes of the mesh are chosen with
 """
 
 import pytest
+from support import flux3_model as flux3
 from support.drawn_images import block_mask, photo
+from support.model_zoo import BASE, FILL, KONTEXT, KV, REDUX
 from support.parallel_images import Run, compare_all, toy_lora
 from support.processes import Processes
 
+import flux
 from flux import ImageInputs
+from flux.configs import MODELS
 from flux.errors import UserError
-from flux.runtime.parallel import Sizes, choose, parse
+from flux.runtime.parallel import Sizes, choose, distribute, parse
 
 # ------------------------------------------------------------------ the mesh
 
@@ -72,13 +76,12 @@ def test_sizes_that_do_not_fit_are_refused(given, processes, words):
 
 IMAGE, MASK = (photo(80, 64),), block_mask(80, 64)
 CFG = dict(negative_prompt="a green star", guidance=2.0)
-TWO = [
+TWO = [Run("flux.2-tiny", "context=2", CFG)]
+MORE_OF_TWO = [
     Run("flux.1-tiny", "context=2", dict(true_cfg_scale=2.0, negative_prompt="a green star")),
     Run("flux.2-tiny", "cfg=2", CFG),
     Run("flux.2-tiny", "data=2", dict(num_images=2, solver="dpmpp_2m_sde"), one_by_one=True),
     Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE), num_images=2)),
-]
-MORE_OF_TWO = [
     Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE, kv_cache=True))),
     Run("flux.2-tiny", "context=2", dict(images=ImageInputs(IMAGE, MASK, strength=0.5))),
     Run("flux.1-tiny", "context=2", dict(images=ImageInputs(IMAGE, MASK, strength=0.5))),
@@ -90,6 +93,7 @@ MORE_OF_TWO = [
     ),
     Run("flux.2-tiny", "context=2", dict(solver="heun"), dict(quantize="int8")),
     Run("flux.2-tiny", "cfg=2", CFG, dict(offload="block")),
+    Run("flux.2-tiny", "context=2", {}, dict(max_vram=1.0)),
     Run("flux.2-tiny", "context=2", {}, dict(fast=False, numerics="bfl"), method="ulysses"),
 ]
 FOUR = [
@@ -109,6 +113,14 @@ def check(count: int, runs: list[Run], folder) -> None:
 
 def test_two_processes_make_the_image_of_one(tmp_path):
     check(2, TWO, tmp_path)
+
+
+def test_one_process_runs_the_same_code():
+    """Nothing is changed in a pipeline that works alone, also under torchrun."""
+    pipe = flux.load("flux.2-tiny", device="cpu")
+    before = dict(vars(pipe)), dict(vars(pipe.text)), dict(pipe.transformer.loaders)
+    assert distribute(pipe, Sizes()) is None
+    assert before == (vars(pipe), vars(pipe.text), pipe.transformer.loaders)
 
 
 @pytest.mark.slow
@@ -134,6 +146,44 @@ def test_two_processes_merge_a_lora(tmp_path):
     for name in ("flux.1-tiny", "flux.2-tiny"):
         path = toy_lora(tmp_path / f"{name}.safetensors", name)
         runs.append(Run(name, "context=2", lora=str(path)))
+    check(2, runs, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_images_of_every_kind_of_model(zoo, tmp_path):
+    """Channels, image tokens and text tokens of images; a KV cache; guidance; both branches."""
+    runs = []
+
+    def add(name: str, sizes: str, images: ImageInputs | None = None, **call) -> None:
+        zoo.write(name)
+        call |= {"images": images} if images else {}
+        specs = {name: MODELS[name]}
+        runs.append(Run(name, sizes, call, {"weights": zoo.folder}, specs=specs))
+
+    add(FILL, "context=2", ImageInputs(IMAGE, MASK))
+    add("flux.1-canny-dev", "context=2", ImageInputs(IMAGE), guidance=3.0)
+    add(REDUX, "context=2", ImageInputs(IMAGE))
+    add(KONTEXT, "context=2", ImageInputs(IMAGE, keep_input_size=True))
+    add(KV, "context=2", ImageInputs(IMAGE * 2))
+    add("flux.2-dev", "context=2", ImageInputs(IMAGE))
+    add(BASE, "cfg=2", ImageInputs(IMAGE), guidance=2.0)
+    check(2, runs, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_images_of_flux_3(tmp_path, monkeypatch):
+    runs = []
+    for name, sizes in (
+        (flux3.BASE, "cfg=2"),
+        (flux3.BASE, "context=2"),
+        (flux3.DISTILLED, "context=2"),
+    ):
+        folder = tmp_path / name
+        if not folder.exists():
+            flux3.Flux3Model(name, folder, monkeypatch)
+        call = dict(images=ImageInputs(IMAGE), prompts="a red star")
+        specs = {name: MODELS[name]}
+        runs.append(Run(name, sizes, call, {"weights": folder}, specs=specs))
     check(2, runs, tmp_path)
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from flux import sampling
 from flux.parity.reference import FLUX1_TINY, FLUX3_TINY, KLEIN_TINY, randomise
+from flux.runtime.compilation import compile_blocks
 from flux.runtime.context_parallel import ContextParallel
 from flux.runtime.fast import fast_transformer
 from flux.runtime.fast3 import fast_transformer3
-from flux.transformer import Flux, KVCache, Residuals
+from flux.transformer import BLOCK_LISTS, Flux, KVCache, Residuals
 from flux.transformer3 import Flux3
 
 SIX_HEADS = replace(KLEIN_TINY, hidden_size=192, num_heads=6)  # not divisible by 4
@@ -166,6 +167,20 @@ def compare(case: Case, method: str | None, mistake: str | None = None) -> Outco
     dist.all_gather(everywhere, together.contiguous())
     same = all(torch.equal(x, together) for x in everywhere)
     return Outcome(difference.item(), torch.equal(together, alone), same)
+
+
+@torch.no_grad()
+def compare_compiled(method: str) -> float:
+    """Return the relative error of a pass over all processes with compiled blocks, twice."""
+    c = replace(SIX_HEADS, depth=1, depth_single=1)
+    net = randomise(Flux(c))
+    case = Case("klein", dtype=torch.float32)
+    alone = velocity(case, net)
+    compile_blocks(net, BLOCK_LISTS)
+    ContextParallel(dist.group.WORLD, method)(net)
+    velocity(case, net)
+    together = velocity(case, net)
+    return ((together - alone).norm() / alone.norm()).item()
 
 
 def compare_all(cases: list[tuple]) -> list[Outcome]:

@@ -9,11 +9,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from support.model_zoo import TINY_REDUX, TINY_SIGLIP
 from support.parallel_cases import draw
 from torch import nn
 
 import flux
-from flux import sampling
+from flux import loading, sampling
 from flux.configs import MODELS
 from flux.runtime import parallel
 from flux.runtime.processes import rank, world_size
@@ -53,6 +54,8 @@ def toy_lora(path: Path, name: str) -> Path:
 
 def load(run: Run) -> flux.Pipeline:
     MODELS.update(run.specs)
+    if "flux.1-redux-dev" in run.specs:
+        loading.SigLIPConfig, loading.ReduxConfig = lambda: TINY_SIGLIP, lambda: TINY_REDUX
     pipe = flux.load(run.name, **{"device": "cpu", "dtype": torch.float32} | run.load)
     if run.lora:
         pipe.load_lora(run.lora, 0.7)

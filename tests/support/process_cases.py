@@ -1,0 +1,65 @@
+"""What processes do together, for test_processes.py: see `support.processes`."""
+
+import torch
+
+from flux.errors import UserError
+from flux.runtime import context_parallel, parallel
+from flux.runtime.processes import by_first, rank, require_equal, world_size
+
+
+def first_computes() -> list[int]:
+    """Return what the first process returns: its rank, and how often it was asked."""
+    calls = []
+
+    def function() -> int:
+        calls.append(rank())
+        return rank() + 7
+
+    return [by_first(function), len(calls)]
+
+
+def first_fails(error: Exception) -> tuple[str, str]:
+    def function() -> None:
+        raise error
+
+    try:
+        by_first(function)
+    except (UserError, RuntimeError) as raised:
+        return type(raised).__name__, str(raised)
+    return "", ""
+
+
+def compare_values() -> str:
+    require_equal("arguments", {"same": 1})
+    try:
+        require_equal("files", {"a": rank(), "b": 5, f"only {rank()}": 0})
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def refusals() -> list[str]:
+    """Return why a divided pass, or a mesh, is refused."""
+    import torch.distributed as dist
+
+    from flux import transformer
+
+    group, said = dist.group.WORLD, []
+    tokens = torch.zeros(1, 8, 4)
+
+    def refused(function, *arguments) -> None:
+        try:
+            function(*arguments)
+        except UserError as error:
+            said.append(str(error))
+
+    with torch.no_grad():
+        refused(context_parallel.check, group, tokens[:, :1])
+        attention = transformer.attention
+        transformer.attention = lambda *_: None
+        refused(context_parallel.check, group, tokens)
+        transformer.attention = attention
+        context_parallel.check(group, tokens)
+    refused(context_parallel.check, group, tokens)
+    refused(parallel.Parallel, parallel.Sizes(context=world_size() + 1), "cpu")
+    return said
