@@ -126,7 +126,7 @@ class ModelSpec:
         return self.transformer
 
     def refuse_flux3(self) -> None:
-        """Raise UserError if this is FLUX 3: training and the tools for ports do not cover it."""
+        """Raise UserError if this is FLUX 3: the tools for ports do not cover it."""
         if self.flux3:
             raise UserError(
                 f"name: {self.name} is FLUX 3, which is not supported here. "

@@ -58,11 +58,12 @@ with imports(__name__, lambda: parser(__doc__)):
     from flux.errors import NonFiniteError, UserError, WriteError, install_command
     from flux.plain_files import require_plain_file
     from flux.text_encoder import TextFeatures
-    from flux.training import dataset, distillation, distributed, loss
+    from flux.training import batches, dataset, distillation, distributed, loss
     from flux.training.checkpoint import remove_unfinished, save_tensors
     from flux.training.log import CSVLog, can_plot, plot_loss, report
     from flux.training.lora import add_lora, lora_state_dict
     from flux.training.memory import enable_gradient_checkpointing
+    from flux.training.networks import Network, freeze_unreached, round_times
     from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
     from flux.transformer import Flux
     from flux.weights.files import preview, shard_files
@@ -156,7 +157,8 @@ def train_in_folder(
     # 3. Prepare the network.
     torch.manual_seed(args.seed)
     teacher, network = load_networks(args, pipe)
-    network = prepare_network(args, network, pipe.device)
+    references = any(sample.references for sample in encoded)
+    network = prepare_network(args, network, pipe, references)
     optimizer = make_optimizer(args.optimizer, trainable_parameters(network).values(), args.lr)
     trainer = Trainer(
         network,
@@ -180,9 +182,9 @@ def train_in_folder(
     )
 
     # 4. Train.
-    axes = len(pipe.spec.flux_config.axes_dim)
-    sampler = dataset.BatchSampler(
-        encoded, args.batch_size, args.seed, axes, empty, args.caption_dropout
+    axes = len(pipe.spec.transformer.axes_dim)
+    sampler = batches.BatchSampler(
+        encoded, args.batch_size, args.seed, axes, empty, args.caption_dropout, pipe.spec.flux3
     )
     batch_loss = partial(loss_of_batch, args, pipe, network, teacher, sampler)
     negative = sampler.empty_features() if pipe.spec.cfg else None
@@ -269,7 +271,7 @@ def prepare_previews(
     args: argparse.Namespace, cache: dataset.Cache, encoded: Sequence[dataset.CachedSample]
 ) -> list[Preview]:
     """Return previews of --prompt, or of the first captions, with their references."""
-    axes, side = len(cache.pipe.spec.flux_config.axes_dim), args.size // 16
+    spec, side = cache.pipe.spec, args.size // 16
     chosen = list(encoded[:SAMPLE_IMAGES])
     if args.prompt:
         square = dataset.CachedSample(Path(), Path(), (), ((0, side, side),))
@@ -279,17 +281,20 @@ def prepare_previews(
     previews = []
     for sample in chosen:
         height, width = (16 * side for side in sample.shape[0][1:])
-        references = dataset.load_references(sample, axes) if sample.references else ()
-        channels = dataset.load_channels([sample])
+        references: tuple[Tensor, ...] = ()
+        if sample.references:
+            axes = len(spec.transformer.axes_dim)
+            references = batches.load_references(sample, axes, spec.flux3)
+        channels = batches.load_channels([sample])
         conditions = Conditions(height, width, *references, channels=channels)
-        previews.append(Preview(dataset.load_features([sample]), conditions))
+        previews.append(Preview(batches.load_features([sample]), conditions))
     return previews
 
 
 # ----------------------------------------------------------------------------------------- training
 
 
-def load_networks(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux | None, Flux]:
+def load_networks(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux | None, Network]:
     """Return the teacher, if there is one, and the network to train."""
     if not args.distill:
         return None, pipe.transformer()
@@ -305,16 +310,24 @@ def load_networks(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux |
     return teacher, student
 
 
-def prepare_network(args: argparse.Namespace, network: Flux, device: torch.device) -> Flux:
-    """Add the LoRA or copy the weights; then shard, and enable gradient checkpointing."""
+def prepare_network(
+    args: argparse.Namespace, network: Network, pipe: flux.Pipeline, references: bool
+) -> Network:
+    """Add the LoRA or copy the weights; then shard, and enable gradient checkpointing.
+
+    `references`: whether samples have any.
+    """
     if args.lora_rank:
-        add_lora(network, args.lora_rank, args.target_modules or ["*"])
+        add_lora(network, args.lora_rank, args.target_modules or ["*"], references)
     else:
         for parameter in network.parameters():
             parameter.data = parameter.data.clone()  # the weights may be mapped from the file
         network.requires_grad_(True)
+        if not references:
+            freeze_unreached(network)
+        round_times(network, pipe.dtype)
     if distributed.world_size() > 1:
-        distributed.shard(network, device)
+        distributed.shard(network, pipe.device)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(network)
     return network
@@ -323,9 +336,9 @@ def prepare_network(args: argparse.Namespace, network: Flux, device: torch.devic
 def loss_of_batch(
     args: argparse.Namespace,
     pipe: flux.Pipeline,
-    network: Flux,
+    network: Network,
     teacher: Flux | None,
-    sampler: dataset.BatchSampler,
+    sampler: batches.BatchSampler,
     number: int,
 ) -> Tensor:
     """Return the loss of batch `number` of the run, or of this process's share of the batch."""
@@ -346,6 +359,7 @@ def loss_of_batch(
         if args.train_at_guidance:
             unconditional = partial(loss.predict_velocity, network, uncaptioned, 1.0)
             return distillation.guided_flow_loss(velocity, unconditional, guidance, *inputs)
+        assert teacher is not None
         conditional = partial(loss.predict_velocity, teacher, batch, 1.0)
         unconditional = partial(loss.predict_velocity, teacher, uncaptioned, 1.0)
         return distillation.guidance_distillation_loss(
@@ -495,7 +509,9 @@ def draw_previews(
         sheet.save(unfinished)
 
 
-def export(args: argparse.Namespace, network: Flux, trainer: Trainer, dtype: torch.dtype) -> Path:
+def export(
+    args: argparse.Namespace, network: Network, trainer: Trainer, dtype: torch.dtype
+) -> Path:
     """Write the weights for --lora or --transformer of sample.py, and for other programs."""
     with trainer.ema_weights():
         if args.lora_rank:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageFilter, ImageOps
 
 from flux.arguments import shown
 from flux.errors import UserError
@@ -127,6 +127,16 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
             stacklevel=4,
         )
         return image.copy()
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return the width and height of the upright image in a file, without reading its pixels."""
+    with open_image(path) as image:
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except Exception:  # as in `_upright`
+            turned = False
+        return image.size[::-1] if turned else image.size
 
 
 def _from_memory(image: Any, name: str) -> Image.Image:

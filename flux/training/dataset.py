@@ -1,16 +1,15 @@
-"""Training data: folders of images and captions, sizes, cached latents and features, batches."""
+"""Training data: folders of images and captions, sizes, cached latents and features."""
 
 import hashlib
 import math
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -24,9 +23,9 @@ from flux.errors import UserError
 from flux.image_io import input as inputs
 from flux.image_io.control import control_pixels
 from flux.image_io.output import to_mask, to_pixels
+from flux.image_io.references3 import check_reference3, pad_to_canvas
 from flux.pipeline import Pipeline
 from flux.plain_files import parse_json, read_plain_file, require_plain_file
-from flux.text_encoder import TextFeatures
 from flux.training.checkpoint import (
     CHECKSUM,
     check_header,
@@ -37,7 +36,7 @@ from flux.training.checkpoint import (
     remove_unfinished,
     save_tensors,
 )
-from flux.training.loss import Batch, seeded_generator
+from flux.training.loss import seeded_generator
 from flux.weights.files import preview, read_header
 
 # -------------------------------------------------------------------------------- folders and sizes
@@ -47,6 +46,7 @@ MAX_CAPTION, MAX_LIST = 2**20, 2**30  # bytes of a .txt file, and of a metadata.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 KEYS = {"image", "caption", "references", "control", "mask"}  # of a line of metadata.jsonl
 MAX_ASPECT_RATIO = 4
+Fit = Literal["bucket", "reference", "canvas"]  # how an image is scaled; "canvas": `references3`
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ def fit_to_bucket(image: Image.Image, size: int) -> Image.Image:
 def fit_reference(spec: ModelSpec, image: Image.Image, size: int) -> Image.Image:
     """Scale a reference as the sampler does, in proportion to `size`.
 
-    At size 1024, FLUX.1 Kontext uses its preferred sizes, and FLUX.2 at most 1024² pixels.
+    At size 1024, FLUX.1 Kontext uses its preferred sizes, and FLUX.2 and FLUX 3 at most 1024²
+    pixels.
     """
     if spec.flux1:
         width, height = inputs.preferred_size(*image.size)
@@ -209,8 +210,9 @@ class CachedSample(NamedTuple):
     latents: Path
     features: Path
     references: tuple[Path, ...]
-    shape: Hashable  # equal for samples that may share a batch
+    shape: Hashable  # of all latents; equal for samples that may share a batch
     channels: Path | None = None
+    text_tokens: int = 0  # of the caption, padding included; equal within a batch
 
 
 class Cache:
@@ -236,19 +238,27 @@ class Cache:
 
     def sample(self, sample: Sample) -> CachedSample:
         """Encode a sample, except for what is cached. UserError if an image is unusable."""
-        latents = self.latents(sample.image)
-        references = tuple(self.latents(path, reference=True) for path in sample.references)
+        fit: Fit = "bucket"
+        fit_references: Fit = "reference"
+        if self.pipe.spec.flux3 and len(sample.references) == 1:
+            fit_references = "canvas"
+            sizes = {inputs.upright_size(path) for path in (sample.image, *sample.references)}
+            if len(sizes) == 1:  # an edit, whose output the sampler puts on the same canvas
+                fit = "canvas"
+        latents = self.latents(sample.image, fit)
+        references = tuple(self.latents(path, fit_references) for path in sample.references)
         shape = tuple(read_header(file)[0]["latents"].shape for file in (latents, *references))
         channels = None
         if self.pipe.spec.image_mode in ("control", "fill"):
             channels = self.channels(sample, math.prod(shape[0][1:]))
         features = self.features(sample.caption, sample.image.name)
-        return CachedSample(latents, features, references, shape, channels)
+        return CachedSample(latents, features, references, shape, channels, text_tokens(features))
 
-    def latents(self, path: Path, reference: bool = False) -> Path:
+    def latents(self, path: Path, fit: Fit = "bucket") -> Path:
         """Encode an image to {"latents": (C, h, w)}, float32."""
-        file = self._file("latents", self.file_sha256(path), reference, self.size, self.encoder_id)
-        if self._is_intact(file, latents=(self.pipe.spec.flux_config.out_channels, -1, -1)):
+        spec, key = self.pipe.spec, {"bucket": False, "reference": True}.get(fit, fit)
+        file = self._file("latents", self.file_sha256(path), key, self.size, self.encoder_id)
+        if self._is_intact(file, latents=(spec.autoencoder.latent_channels, -1, -1)):
             return file
         image = inputs.read_image(path)
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
@@ -256,15 +266,19 @@ class Cache:
                 f"{path}: aspect ratio must be at most {MAX_ASPECT_RATIO}:1 "
                 f"(got {image.width}x{image.height}). Crop the image."
             )
-        if reference and not self.pipe.spec.flux1:
+        if spec.flux3 and fit != "bucket":
+            check_reference3(image, str(path), alone=fit == "canvas")
+        elif fit == "reference" and not spec.flux1:
             inputs.check_reference(image, str(path))
-        if not reference and 4 * image.width * image.height < self.size**2:
+        if fit == "bucket" and 4 * image.width * image.height < self.size**2:
             warnings.warn(
                 f"{path}: {image.width}x{image.height} is enlarged for `size={self.size}`",
                 stacklevel=2,
             )
-        if reference:
-            fitted = fit_reference(self.pipe.spec, image, self.size)
+        if fit == "canvas":
+            fitted = pad_to_canvas(image, self.size**2).image
+        elif fit == "reference":
+            fitted = fit_reference(spec, image, self.size)
         else:
             fitted = fit_to_bucket(image, self.size)
         return self._save(file, str(path), latents=self._encode(to_pixels(fitted))[0])
@@ -321,15 +335,17 @@ class Cache:
         Errors and warnings about the caption begin with `source`.
         """
         file = self._file("text", caption, self.text_id)
-        c = self.pipe.spec.flux_config
-        shapes: dict[str, tuple[int, ...]] = {"tokens": (self.pipe.spec.text_length, c.context_dim)}
-        if c.vector_dim is not None:
-            shapes["pooled"] = (c.vector_dim,)
-        if self._is_intact(file, self.pipe.text.dtype, **shapes):
-            return file
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
+                length = self.pipe.text.padded_length([caption])
+                shapes: dict[str, tuple[int, ...]] = {
+                    "tokens": (length, self.pipe.spec.transformer.context_dim)
+                }
+                if width := self.pipe.spec.pooled_dim:
+                    shapes["pooled"] = (width,)
+                if self._is_intact(file, self.pipe.text.dtype, **shapes):
+                    return file
                 features = self.pipe.text.encode([caption])
             except UserError as error:
                 raise UserError(f"{source}: {error}") from None
@@ -370,6 +386,11 @@ class Cache:
             return True
         except UserError:
             return False
+
+
+def text_tokens(features: Path) -> int:
+    """Return the number of text tokens in a file of the cache."""
+    return read_own_header(features)[0]["tokens"].shape[0]
 
 
 def load_cached(file: Path) -> dict[str, Tensor]:
@@ -437,96 +458,3 @@ def fingerprint(files: Sequence[Path]) -> str:
                 digest.update(file.read(65536))
         digest.update(repr((path.suffix, size)).encode())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------ batches
-
-
-def collate(samples: Sequence[CachedSample], axes: int) -> Batch:
-    """Load samples of one shape as a batch. `axes` is the number of position coordinates."""
-    latents = torch.stack([load_cached(s.latents)["latents"] for s in samples])
-    batch = Batch(latents, load_features(samples), channels=load_channels(samples))
-    references = [load_references(s, axes) for s in samples if s.references]
-    if not references:
-        return batch
-    tokens = torch.cat([tokens for tokens, _ in references])
-    return batch._replace(references=tokens, reference_ids=references[0][1])
-
-
-def load_features(samples: Sequence[CachedSample]) -> TextFeatures:
-    """Load the text features: (B, T, D) and, for FLUX.1, the pooled (B, V)."""
-    texts = [load_cached(s.features) for s in samples]
-    pooled = torch.stack([x["pooled"] for x in texts]) if "pooled" in texts[0] else None
-    return TextFeatures(torch.stack([x["tokens"] for x in texts]), pooled)
-
-
-def load_channels(samples: Sequence[CachedSample]) -> Tensor | None:
-    """Load the extra input channels (B, L, C') of Fill, Canny and Depth."""
-    files = [s.channels for s in samples if s.channels]
-    return torch.stack([load_cached(file)["channels"] for file in files]) if files else None
-
-
-def load_references(sample: CachedSample, axes: int) -> tuple[Tensor, Tensor]:
-    """Load the tokens (1, R, C) and ids (R, axes) of the references of a sample that has any."""
-    latents = [load_cached(file)["latents"][None] for file in sample.references]
-    return conditioning.reference_tokens(latents, axes)
-
-
-def epoch_batches(
-    shapes: Sequence[Hashable], batch_size: int, seed: int, epoch: int
-) -> list[list[int]]:
-    """Return the sample numbers of each batch of an epoch. Samples of a batch have one shape.
-
-    Every sample is there. The last batch of a shape is filled up with the first samples of the
-    shape.
-    """
-    generator = seeded_generator(seed, epoch)
-    by_shape = defaultdict(list)
-    for number in torch.randperm(len(shapes), generator=generator).tolist():
-        by_shape[shapes[number]].append(number)
-    batches = []
-    for numbers in by_shape.values():
-        for start in range(0, len(numbers), batch_size):
-            rows = range(start, start + batch_size)
-            batches.append([numbers[row % len(numbers)] for row in rows])
-    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-@dataclass
-class BatchSampler:
-    """`sampler(n)` returns batch n = 0, 1, ... of a run, a function of n and the seed only."""
-
-    samples: Sequence[CachedSample]
-    batch_size: int
-    seed: int
-    axes: int  # number of position coordinates
-    empty: Path  # cached features of the empty caption
-    caption_dropout: float = 0.0  # share of captions replaced by `empty`, for CFG
-    _epoch: tuple[int, list[list[int]]] = (-1, [])  # the last epoch, and its batches
-
-    def __call__(self, number: int) -> tuple[Batch, Tensor, Tensor]:
-        """Return a batch, normal numbers (B,) for its times, and its noise (B, C, h, w)."""
-        epoch, place = divmod(number, self.batches_per_epoch)
-        samples = [self.samples[row] for row in self._batches(epoch)[place]]
-        generator = seeded_generator(self.seed, number, 0)
-        dropped = torch.rand(self.batch_size, generator=generator) < self.caption_dropout
-        for row in dropped.nonzero().flatten().tolist():
-            samples[row] = samples[row]._replace(features=self.empty)
-        batch = collate(samples, self.axes)
-        normal = torch.randn(self.batch_size, generator=generator)
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        return batch, normal, noise
-
-    @cached_property
-    def batches_per_epoch(self) -> int:
-        return len(self._batches(0))
-
-    def _batches(self, epoch: int) -> list[list[int]]:
-        if self._epoch[0] != epoch:
-            shapes = [sample.shape for sample in self.samples]
-            self._epoch = epoch, epoch_batches(shapes, self.batch_size, self.seed, epoch)
-        return self._epoch[1]
-
-    def empty_features(self) -> TextFeatures:
-        """Return the text features (1, ...) of the empty caption."""
-        return load_features([self.samples[0]._replace(features=self.empty)])

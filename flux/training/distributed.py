@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flux.errors import UserError
 from flux.runtime.devices import choose_device
-from flux.transformer import DoubleStreamBlock, Flux, Modulation, SingleStreamBlock
+from flux.training.networks import Network, blocks
+from flux.transformer import Modulation
+from flux.transformer3 import Modulation as Modulation3
 
 
 def init(device: str | None) -> str | None:
@@ -83,14 +85,15 @@ def all_mean(value: float) -> float:
     return sum(values) / world_size()
 
 
-def shard(network: Flux, device: torch.device) -> None:
+def shard(network: Network, device: torch.device) -> None:
     """Shard every weight over all processes. Each block gathers its weights when it runs (FSDP2).
 
     Modulations are sharded on their own, since they run before their blocks.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
+    alone = {network, *blocks(network)}
     for module in reversed(list(network.modules())):  # children before their parents
-        if isinstance(module, Flux | DoubleStreamBlock | SingleStreamBlock | Modulation):
+        if module in alone or isinstance(module, Modulation | Modulation3):
             fully_shard(module, mesh=mesh)
 
 

@@ -12,24 +12,11 @@ from torch import Tensor, nn
 
 from flux.errors import UserError
 from flux.training.distributed import full_tensor
-from flux.transformer import Flux
-from flux.weights.diffusers_names import diffusers_layer, split_block
+from flux.training.networks import Network, gets_lora
+from flux.transformer3 import Flux3
+from flux.weights.diffusers_names import diffusers_layer
 from flux.weights.files import preview
 from flux.weights.quantization.linear import QuantizedLinear
-
-# Layers of a block that get a LoRA.
-TRAINABLE = {
-    "img_attn.qkv",
-    "img_attn.proj",
-    "img_mlp.0",
-    "img_mlp.2",
-    "txt_attn.qkv",
-    "txt_attn.proj",
-    "txt_mlp.0",
-    "txt_mlp.2",
-    "linear1",
-    "linear2",
-}
 
 
 class LoRALinear(nn.Module):
@@ -52,11 +39,14 @@ class LoRALinear(nn.Module):
         return base(x) + self.lora_B(self.lora_A(x))
 
 
-def add_lora(network: Flux, rank: int, target_modules: Sequence[str] = ("*",)) -> list[str]:
+def add_lora(
+    network: Network, rank: int, target_modules: Sequence[str] = ("*",), references: bool = True
+) -> list[str]:
     """Freeze the network and wrap its attention and MLP layers in LoRALinear; return their paths.
 
-    `target_modules` are patterns of paths, such as "*attn.qkv". UserError if one matches nothing,
-    or if `rank` is larger than a side of a matrix.
+    `target_modules` are patterns of paths, such as "*attn.qkv". Without `references`, no layer gets
+    a LoRA that only they reach. UserError if a pattern matches nothing, or if `rank` is larger than
+    a side of a matrix.
     """
     network.requires_grad_(False)
     linears = [
@@ -64,7 +54,7 @@ def add_lora(network: Flux, rank: int, target_modules: Sequence[str] = ("*",)) -
         for path, layer in network.named_modules()
         if isinstance(layer, nn.Linear | QuantizedLinear)
     ]
-    trainable = [path for path in linears if split_block(path)[2] in TRAINABLE]
+    trainable = [path for path in linears if gets_lora(network, path, references)]
     paths = [p for p in trainable if any(fnmatchcase(p, pattern) for pattern in target_modules)]
     for pattern in target_modules:
         if not any(fnmatchcase(path, pattern) for path in trainable):
@@ -88,18 +78,22 @@ def add_lora(network: Flux, rank: int, target_modules: Sequence[str] = ("*",)) -
     return paths
 
 
-def lora_state_dict(network: Flux) -> dict[str, Tensor]:
+def lora_state_dict(network: Network) -> dict[str, Tensor]:
     """Return the trained factors under diffusers' names, which all loaders of FLUX LoRAs know.
 
     Where one of our layers is several of diffusers', each of these gets a copy of A and its rows
-    of B.
+    of B. FLUX 3 gets Black Forest Labs' names, as in LoRAs for ComfyUI; diffusers reads them, too.
     """
     tensors: dict[str, Tensor] = {}
-    c = network.config
     for path, layer in network.named_modules():
         if not isinstance(layer, LoRALinear):
             continue
         a, b = full_tensor(layer.lora_A.weight), full_tensor(layer.lora_B.weight)
+        if isinstance(network, Flux3):
+            tensors[f"diffusion_model.{path}.lora_A.weight"] = a
+            tensors[f"diffusion_model.{path}.lora_B.weight"] = b
+            continue
+        c = network.config
         for part in diffusers_layer(path, c.shared_modulation, c.hidden_size, len(b)):
             ((start, stop),) = part.rows
             # cloned, because safetensors refuses tensors that share memory

@@ -2,12 +2,16 @@
 
     x_t = (1 - t) · latents + t · noise          loss = mean |v(x_t, t) - (noise - latents)|²
 
+It is the loss of all three families. How FLUX 3's authors drew its times is not published: here
+they are drawn as for the others, around the shift of its sampler.
+
 References:
 1) Rectified flow: Liu et al. 2022, https://arxiv.org/abs/2209.03003
 2) Logit-normal times: Esser et al. 2024, https://arxiv.org/abs/2403.03206
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -21,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flux import sampling
 from flux.configs import ModelSpec
 from flux.text_encoder import TextFeatures
-from flux.transformer import Flux
+from flux.training.networks import Network
+from flux.transformer3 import Flux3
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x (B, C, h, w), t (B,) -> (B, C, h, w)
 
@@ -47,7 +52,7 @@ def schedule_mu(spec: ModelSpec, tokens: int) -> float:
         return sampling.calculate_shift(tokens)
     if spec.schedule == "empirical":
         return sampling.compute_empirical_mu(tokens, spec.steps)
-    return 0.0
+    return math.log(sampling.SHIFT) if spec.schedule == "constant" else 0.0
 
 
 class Batch(NamedTuple):
@@ -76,7 +81,7 @@ class Batch(NamedTuple):
 
 
 def predict_velocity(
-    network: Flux,
+    network: Network,
     batch: Batch,
     guidance: float | Tensor,
     x: Tensor,
@@ -86,8 +91,11 @@ def predict_velocity(
     """Return the velocity (B, C, h, w) of noisy latents x (B, C, h, w) at times t (B,).
 
     `guidance` is one value or (B,). Networks without a guidance embedding ignore the value.
-    `corner` is the row and column of the first token where x is a window of a larger image.
+    `corner` is the row and column of the first token where x is a window of a larger image; FLUX 3
+    ignores it.
     """
+    if isinstance(network, Flux3):
+        return _predict_velocity3(network, batch, x, t)
     h, w = x.shape[2:]
     axes = len(network.config.axes_dim)
     txt, vector = batch.features.tokens, batch.features.pooled
@@ -102,6 +110,22 @@ def predict_velocity(
     txt_ids = sampling.text_ids(txt.shape[1], axes).to(x.device)
     g = torch.as_tensor(guidance).to(t).expand_as(t) if network.config.guidance else None
     out = network(img, img_ids, txt, txt_ids, t, g, vector)[:, : h * w]  # (B, L, C)
+    return rearrange(out, "b (h w) c -> b c h w", h=h)
+
+
+def _predict_velocity3(network: Flux3, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
+    """Return the velocity of FLUX 3; gradients reach the blocks of text and references, too."""
+    h, w = x.shape[2:]
+    txt, ids = batch.features.tokens, batch.reference_ids
+    out = network(  # (B, L, C)
+        rearrange(x, "b c h w -> b (h w) c"),
+        sampling.flux3_image_ids(h, w).to(x.device),
+        txt,
+        sampling.text_ids(txt.shape[1], 4).to(x.device),
+        t,
+        batch.references,
+        ids,
+    )
     return rearrange(out, "b (h w) c -> b c h w", h=h)
 
 

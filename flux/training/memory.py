@@ -26,17 +26,19 @@ from flux.training.loss import (
     predict_velocity,
     rectified_flow_loss,
 )
-from flux.transformer import Flux, FluxConfig
+from flux.training.networks import Network, blocks, freeze_unreached, new_network
+from flux.transformer import FluxConfig
+from flux.transformer3 import Flux3Config
 
 
-def enable_gradient_checkpointing(network: Flux) -> None:
+def enable_gradient_checkpointing(network: Network) -> None:
     """Keep only the input of each block for the backward pass, which computes the block again."""
-    device = network.img_in.weight.device
+    device = next(network.parameters()).device
 
     def contexts():  # of the first forward pass, and of the repeated one
         return nullcontext(), attention_backend(device)
 
-    for block in (*network.double_blocks, *network.single_blocks):
+    for block in blocks(network):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
@@ -53,17 +55,23 @@ class TrainingMemory(NamedTuple):
 
 
 def build_for_training(
-    config: FluxConfig,
+    config: FluxConfig | Flux3Config,
     dtype: torch.dtype,
     lora_rank: int | None = None,
     target_modules: Sequence[str] = ("*",),
-) -> Flux:
-    """Return a network with the shapes and dtypes of training, and random weights."""
-    network = Flux(config)
+    references: bool = True,
+) -> Network:
+    """Return a network with the shapes and dtypes of training, and random weights.
+
+    `references`: whether samples have any.
+    """
+    network = new_network(config)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
     if lora_rank:
-        add_lora(network, lora_rank, target_modules)
+        add_lora(network, lora_rank, target_modules, references)
+    elif not references:
+        freeze_unreached(network)
     return network
 
 
@@ -77,7 +85,7 @@ def optimizer_state_bytes(optimizer: str, p: Tensor) -> int:
 
 def estimate_memory(
     spec: ModelSpec,
-    build: Callable[[], Flux],
+    build: Callable[[], Network],
     tokens: int,
     batch_size: int,
     device: torch.device,
@@ -85,13 +93,16 @@ def estimate_memory(
     ema: bool,
     gradient_checkpointing: bool,
     optimizer: str = "adamw",
+    reference_tokens: int = 0,
+    text_tokens: int | None = None,
 ) -> TrainingMemory:
     """Return a lower bound of the memory of a training step.
 
-    `build` returns the network that is trained; `tokens` counts an image and its references. With
-    `gradient_checkpointing`, the inputs of all blocks are kept, and the rest of one block.
+    `build` returns the network that is trained. `tokens`, `reference_tokens` and `text_tokens`
+    (default: the most that the model takes) are those of one sample. With `gradient_checkpointing`,
+    the inputs of all blocks are kept, and the rest of one block.
     """
-    c = spec.flux_config
+    channels, text_tokens = spec.autoencoder.latent_channels, text_tokens or spec.text_length
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
     block_bytes: list[int] = []  # saved inside each block
     stream_bytes: list[int] = []  # the output of each block, which is the next one's input
@@ -116,15 +127,18 @@ def estimate_memory(
     with FakeTensorMode():
         network = build()
         weights = {p.untyped_storage()._cdata for p in network.parameters()}
-        for block in (*network.double_blocks, *network.single_blocks):
+        for block in blocks(network):
             block.register_forward_pre_hook(before_block)
             block.register_forward_hook(after_block)
-        vector = None if c.vector_dim is None else torch.zeros(batch_size, c.vector_dim)
-        features = TextFeatures(torch.zeros(batch_size, spec.text_length, c.context_dim), vector)
-        latents, t = torch.zeros(batch_size, c.out_channels, 1, tokens), torch.zeros(batch_size)
-        batch = Batch(latents, features)
-        if c.in_channels > c.out_channels:
-            extra = c.in_channels - c.out_channels
+        vector = torch.zeros(batch_size, spec.pooled_dim) if spec.pooled_dim else None
+        text = torch.zeros(batch_size, text_tokens, spec.transformer.context_dim)
+        latents, t = torch.zeros(batch_size, channels, 1, tokens), torch.zeros(batch_size)
+        batch = Batch(latents, TextFeatures(text, vector))
+        if reference_tokens:
+            references = torch.zeros(batch_size, reference_tokens, channels)
+            ids = torch.zeros(reference_tokens, len(spec.transformer.axes_dim))
+            batch = batch._replace(references=references, reference_ids=ids)
+        if extra := spec.transformer.in_channels - channels:
             batch = batch._replace(channels=torch.zeros(batch_size, tokens, extra))
         attention = SDPBackend.MATH if device.type == "cpu" else SDPBackend.FLASH_ATTENTION
         with saved_tensors_hooks(save, lambda x: x), sdpa_kernel(attention), autocast("cpu", dtype):

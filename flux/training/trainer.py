@@ -167,6 +167,9 @@ class Trainer:
             value.backward()
             mean += value.item()
         mean = all_mean(mean)
+        for p in self.parameters.values():
+            if p.grad is None:  # of FLUX 3's blocks for references, in a step without any
+                p.grad = torch.zeros_like(p)  # every checkpoint has the state of all parameters
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         total_norm = full_tensor(nn.utils.get_total_norm(gradients))
         nn.utils.clip_grads_with_norm_(self.parameters.values(), 1.0, total_norm)

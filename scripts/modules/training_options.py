@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from modules.command_line import with_flags
 
 import flux
+from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io import control
+from flux.image_io.request import MAX_IMAGES
 from flux.runtime.devices import available_memory
 from flux.training import dataset, distributed
 from flux.training.log import report
@@ -77,14 +80,15 @@ def load_pipeline(args: argparse.Namespace) -> flux.Pipeline:
     """Load the model. With --distill, the pipeline holds the teacher."""
     device = distributed.init(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    get_spec(args.model, args.transformer).refuse_flux3()
     if args.distill is None:
+        refuse_flow_map(get_spec(args.model, args.transformer))
         return flux.load(args.model, args.weights, device, dtype, transformer=args.transformer)
     if args.distill.lower() in flux.MODELS:
         if args.model:
             raise UserError(
                 f"--distill: {args.distill} is a model already. Leave --model {args.model} out."
             )
+        refuse_teacher(args, flux.MODELS[args.distill.lower()])
         return flux.load(args.distill, args.weights, device, dtype)
     if not Path(args.distill).exists():
         raise UserError(
@@ -92,10 +96,34 @@ def load_pipeline(args: argparse.Namespace) -> flux.Pipeline:
             + ", ".join(flux.MODELS)
         )
     try:
+        refuse_teacher(args, get_spec(args.model, args.distill))
         return flux.load(args.model, args.weights, device, dtype, transformer=args.distill)
     except UserError as error:
         message = with_flags(str(error), FLAGS | {"transformer": "--distill"})
         raise UserError(message.replace("--transformer", "--distill")) from None
+
+
+def refuse_flow_map(spec: ModelSpec) -> None:
+    """Raise UserError for the distilled FLUX 3."""
+    if is_flow_map(spec):
+        base = next(row.name for row in flux.MODELS.values() if row.flux3 and not row.distilled)
+        raise UserError(
+            f"model: {spec.name} is a flow map: it predicts a whole step and reads the time at "
+            f"which the step ends, which no published loss trains. Use {base}."
+        )
+
+
+def is_flow_map(spec: ModelSpec) -> bool:
+    return spec.flux3 and bool(spec.distilled)
+
+
+def refuse_teacher(args: argparse.Namespace, spec: ModelSpec) -> None:
+    """Raise UserError for a teacher whose students would have no guidance embedding."""
+    if spec.flux3:
+        raise UserError(
+            f"--distill: {args.distill} is FLUX 3, which has no guidance embedding to distill "
+            "guidance into. Use a teacher of FLUX.1 or FLUX.2."
+        )
 
 
 # ------------------------------------------------------------------------ checks without the model
@@ -227,15 +255,16 @@ def check_samples(
         able = [
             s.name
             for s in flux.MODELS.values()
-            if s.image_mode == "reference" and not s.kv_cached_references
+            if s.image_mode == "reference" and not (s.kv_cached_references or is_flow_map(s))
         ]
         raise UserError(
             f"{args.images}: has references, which cannot be used to train {spec.name}. "
             f"Use {', '.join(able)}."
         )
-    if spec.flux1 and most > 1:
+    limit = 1 if spec.flux1 else MAX_IMAGES["reference"]
+    if most > limit:
         raise UserError(
-            f"{args.images}: has samples with {most} references, but {spec.name} reads one"
+            f"{args.images}: has samples with {most} references, but {spec.name} reads {limit}"
         )
 
 
@@ -243,7 +272,7 @@ def resolve_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
     """Set the guidance input. With --distill, make the pipeline's row that of a student."""
     spec = pipe.spec
     if args.distill:
-        if spec.flux_config.guidance:
+        if has_guidance(spec):
             raise UserError(
                 f"--distill: {args.distill} has a guidance embedding, so its guidance is distilled "
                 "already. Use a teacher with classifier-free guidance."
@@ -255,7 +284,7 @@ def resolve_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
         )
         if args.transformer:
             load_student(args, pipe)
-    elif not spec.flux_config.guidance and (args.train_at_guidance or args.guidance is not None):
+    elif not has_guidance(spec) and (args.train_at_guidance or args.guidance is not None):
         flag = "--train-at-guidance" if args.train_at_guidance else "--guidance"
         raise UserError(f"{flag}: {spec.name} has no guidance embedding. Leave it out.")
     # At guidance 1 a guidance-distilled model predicts the plain velocity of the data, which is the
@@ -268,6 +297,11 @@ def resolve_guidance(args: argparse.Namespace, pipe: flux.Pipeline) -> None:
             "--guidance: must be at least 1 with --train-at-guidance "
             f"(got {args.guidance or 0:g}). Use 3.5."
         )
+
+
+def has_guidance(spec: ModelSpec) -> bool:
+    """Return whether a model has a guidance embedding."""
+    return not spec.flux3 and spec.flux_config.guidance
 
 
 def load_student(args: argparse.Namespace, pipe: flux.Pipeline) -> Flux:
@@ -296,25 +330,28 @@ def check_memory(
 ) -> None:
     """Report the memory of a step. UserError if more is needed than free."""
     dtype = pipe.transformer.dtype if args.lora_rank else torch.float32
+    processes, tokens = distributed.world_size(), (args.size // 16) ** 2
+    references = max(len(sample.references) for sample in samples)
     build = partial(
         build_for_training,
-        pipe.spec.flux_config,
+        pipe.spec.transformer,
         dtype,
         args.lora_rank,
         args.target_modules or ["*"],
+        references > 0,
     )
-    processes = distributed.world_size()
-    images = 1 + max(len(sample.references) for sample in samples)
     memory = estimate_memory(
         pipe.spec,
         build,
-        tokens=(args.size // 16) ** 2 * images,
+        tokens,
         batch_size=args.batch_size // processes,
         device=pipe.device,
         dtype=pipe.dtype,
         ema=args.ema is not None,
         gradient_checkpointing=args.gradient_checkpointing,
         optimizer=args.optimizer,
+        reference_tokens=references * tokens,
+        text_tokens=longest_caption(pipe, samples),
     )
     weights = memory.weights
     if is_quantized(pipe.transformer.shapes):
@@ -340,6 +377,16 @@ def check_memory(
             f"and {gb(free)} GB are free. Use "
             f"{' or '.join(words for words, helps in advice.items() if helps)}."
         )
+
+
+def longest_caption(pipe: flux.Pipeline, samples: Sequence[dataset.Sample]) -> int:
+    """Return the text tokens of the longest caption, padding included. Only FLUX 3's differ."""
+    captions = {sample.caption for sample in samples} if pipe.spec.flux3 else set()
+    lengths = [pipe.text.padded_length([""])]
+    for caption in captions:
+        with suppress(UserError):  # of a caption that is told when it is encoded
+            lengths.append(pipe.text.padded_length([caption]))
+    return max(lengths)
 
 
 def gb(size: float) -> str:

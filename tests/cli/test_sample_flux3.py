@@ -71,7 +71,6 @@ def test_guidance_of_a_flow_map_is_refused_with_the_reason(cli, weights):
 @pytest.mark.parametrize(
     "command",
     [
-        ("train.py", ".", "runs/x", "--model", DISTILLED),
         ("parity.py", "capture", "a cat", "--output", "x.safetensors", "--model", DISTILLED),
         ("bench.py", "--model", DISTILLED),
         ("bench.py", "--count", "--model", DISTILLED),

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.load_script import script
 from support.tiny_repositories import home, write_tokenizers
+from support.train_run import equal_files, train_script
 
 import flux
 from flux import toy
@@ -31,7 +32,7 @@ from flux.errors import NonFiniteError, WriteError
 from flux.parity.reference import max_error, networks, randomise, tiny_models, write_weights
 from flux.runtime.devices import FreeMemory
 from flux.text_encoder import TextFeatures
-from flux.training import dataset, loss, memory
+from flux.training import batches, dataset, loss, memory
 from flux.training.checkpoint import load_tensors, save_tensors, strip_prefix
 from flux.training.lora import add_lora
 from flux.training.trainer import Trainer
@@ -53,26 +54,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def train(cache, monkeypatch, capsys):
-    """train(*flags) -> exit code, last line of the output, standard error.
-
-    To save time, no charts are drawn, and the memory is not estimated (see `estimated_memory`).
-    """
-    module = script("train")
-    monkeypatch.setattr(module, "can_plot", lambda: False)
-    monkeypatch.setattr(
-        "modules.training_options.estimate_memory", lambda *_, **__: memory.TrainingMemory(0, 0, 0)
-    )
-
-    def run(*flags) -> tuple[int, str, str]:
-        argv = ["train.py", "--device", "cpu", "--cache", cache, *flags]
-        monkeypatch.setattr("sys.argv", list(map(str, argv)))
-        code = module.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out.strip(), err
-
-    run.module = module
-    return run
+    return train_script(cache, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -118,13 +100,6 @@ def finished(images, cache, tmp_path_factory):
         patch.setattr("sys.argv", list(map(str, argv)))
         assert script("train").main() == 0
     return run
-
-
-def equal_files(a: Path, b: Path) -> bool:
-    tensors, others = load_file(a), load_file(b)
-    if tensors.keys() != others.keys():
-        return False
-    return all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 def equal_runs(a: Path, b: Path) -> bool:
@@ -226,7 +201,7 @@ def test_training_learns(train, cache, tmp_path):
     pipe = flux.load(device="cpu")
     cached = dataset.Cache(cache, pipe, 64)
     samples = [cached.sample(sample) for sample in dataset.read_folder(tmp_path / "one")]
-    batch, normal, noise = dataset.BatchSampler(samples, 64, 999, 4, Path())(0)
+    batch, normal, noise = batches.BatchSampler(samples, 64, 999, 4, Path())(0)
 
     def value() -> float:
         def velocity(x, t):

@@ -76,7 +76,7 @@ from flux.text_encoder import (
     language_model_ignore_keys,
     t5_ignore_keys,
 )
-from flux.training import dataset
+from flux.training import batches, dataset
 from flux.training.log import CSVLog
 from flux.training.trainer import Trainer, make_optimizer, warmup_cosine
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
@@ -724,7 +724,7 @@ def caches() -> list[Input]:
     expected = {name: strict(content)[0] for name, content in files.items()}
 
     def use(path: Path) -> None:
-        dataset.collate([fill(path.parent)], axes=4)
+        batches.collate([fill(path.parent)], axes=4)
         assert read_safetensors(path)[0] == expected[path.name], "other tensors"
 
     return [Input(files, name, mutators.DOCUMENTS, use) for name in files]

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from flux import sampling
-from flux.parity.reference import FLUX1_TINY, FLUX2_TINY, KLEIN_TINY
+from flux.parity.reference import FLUX1_TINY, FLUX2_TINY, FLUX3_TINY, KLEIN_TINY, randomise
 from flux.text_encoder import TextFeatures
 from flux.training import loss
 from flux.training.checkpoint import optimizer_tensors
+from flux.training.networks import Network, new_network
 from flux.training.trainer import Trainer, make_optimizer, warmup_cosine
-from flux.transformer import Flux, FluxConfig
+from flux.transformer import FluxConfig
+from flux.transformer3 import Flux3Config
 
 CPU = torch.device("cpu")
-CONFIGS = {"flux.1": FLUX1_TINY, "flux.2": FLUX2_TINY, "klein": KLEIN_TINY}
+CONFIGS = {"flux.1": FLUX1_TINY, "flux.2": FLUX2_TINY, "klein": KLEIN_TINY, "flux.3": FLUX3_TINY}
 every_family = pytest.mark.parametrize("family", CONFIGS)
 
 
@@ -26,22 +28,36 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape)))
 
 
-def random_batch(config: FluxConfig, rows: int = 2, references: bool = False) -> loss.Batch:
+def random_network(family: str) -> Network:
+    """Return a network of a family of CONFIGS with random weights."""
+    return randomise(new_network(CONFIGS[family]))
+
+
+def random_batch(
+    config: FluxConfig | Flux3Config, rows: int = 2, references: bool = False
+) -> loss.Batch:
     """Return 3x4 latent tokens and 7 text tokens, optionally with 2x3 reference tokens."""
-    axes = len(config.axes_dim)
-    pooled = random(rows, config.vector_dim) if config.vector_dim else None
+    axes, flux3 = len(config.axes_dim), isinstance(config, Flux3Config)
+    vector_dim = None if flux3 else config.vector_dim
+    channels = config.in_channels if flux3 else config.out_channels
+    pooled = random(rows, vector_dim) if vector_dim else None
     features = TextFeatures(random(rows, 7, config.context_dim), pooled)
-    batch = loss.Batch(random(rows, config.out_channels, 3, 4), features)
+    batch = loss.Batch(random(rows, channels, 3, 4), features)
     if not references:
         return batch
     ids = sampling.image_ids(2, 3, axes, t=10 if axes == 4 else 1)
-    tokens = random(rows, 6, config.out_channels, seed=1)
+    if flux3:
+        ids = sampling.flux3_image_ids(2, 3, 1)
+    tokens = random(rows, 6, channels, seed=1)
     return batch._replace(references=tokens, reference_ids=ids)
 
 
-def network_loss(network: Flux, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the rectified-flow loss of a network on `random_batch`; `seed` draws the noise."""
-    batch = random_batch(network.config)
+def network_loss(network: Network, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the rectified-flow loss of a network on `random_batch`; `seed` draws the noise.
+
+    FLUX 3 gets references, so that all of its weights have a part in the loss.
+    """
+    batch = random_batch(network.config, references=isinstance(network.config, Flux3Config))
     noise = random(2, *batch.latents.shape[1:], seed=seed)
     with loss.autocast_matmul(CPU, dtype):
         velocity = partial(loss.predict_velocity, network, batch, 1.0)

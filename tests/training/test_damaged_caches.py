@@ -18,7 +18,7 @@ from support.weight_files import refusal
 from torch import Tensor
 
 import flux
-from flux.training import dataset
+from flux.training import batches, dataset
 from flux.training.checkpoint import CHECKSUM, tensors_sha256
 from flux.training.dataset import Sample
 from flux.weights.files import read_header
@@ -195,10 +195,10 @@ def test_file_that_rots_during_the_run_is_named(cached):
     _, _, files, _ = cached
     content = files.features.read_bytes()
     files.features.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    message = refusal(dataset.collate, [files], 4)
+    message = refusal(batches.collate, [files], 4)
     assert f"{files.features}: is damaged" in message and "Repeat the command" in message
     files.features.unlink()
-    message = refusal(dataset.collate, [files], 4)
+    message = refusal(batches.collate, [files], 4)
     assert "does not exist" in message and "Repeat the command" in message
     made_again(cached)
 
