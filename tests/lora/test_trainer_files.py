@@ -16,14 +16,14 @@ from flux.configs import MODELS
 from flux.language_model import LanguageModel
 from flux.lora.formats import match_layers, read_lora
 from flux.t5 import T5
-from flux.transformer import Flux
+from flux.training.networks import new_network
 from flux.weights.load import init_empty
 
 
 @cache
 def networks(model: str) -> dict[str, nn.Module]:
     spec = MODELS[model]
-    found = {"transformer": init_empty(lambda: Flux(spec.transformer))}
+    found = {"transformer": init_empty(lambda: new_network(spec.transformer))}
     if model.startswith("flux.1"):
         found["clip"] = init_empty(lambda: CLIP(spec.text.clip))
         return found | {"t5": init_empty(lambda: T5(spec.text.t5))}

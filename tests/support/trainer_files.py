@@ -14,6 +14,8 @@ from support.lora_layouts import split
 from torch import nn
 
 from flux.parity.reference import transformer_to_diffusers
+from flux.parity.reference3 import transformer3_to_diffusers
+from flux.transformer3 import Flux3
 
 RANK, FACTOR = 16, 4
 Shape = tuple[int, ...]
@@ -37,7 +39,11 @@ def diffusers(network: nn.Module) -> Iterator[Layer]:
         f"{path}.weight": 1_000_000 * i + torch.arange(layer.out_features)
         for i, (path, layer) in enumerate(layers)
     }
-    for name, numbers in transformer_to_diffusers(numbered, network.config).items():
+    if isinstance(network, Flux3):
+        theirs = transformer3_to_diffusers(numbered)
+    else:
+        theirs = transformer_to_diffusers(numbered, network.config)
+    for name, numbers in theirs.items():
         path, layer = layers[int(numbers[0]) // 1_000_000]
         found = (numbers % 1_000_000).tolist()
         yield name.removesuffix(".weight"), path, min(found), max(found) + 1, layer.in_features
@@ -121,6 +127,7 @@ def column(rows: int, columns: int) -> Shape:
 
 WITH_ALPHA, AB_ALPHA = plus(down_up, alpha=number), plus(ab(), alpha=number)
 ALL = r".*"
+BASE3 = "flux.3-image-klein-base"
 BLOCKS = r".*blocks\..*"
 MATRICES = r".*blocks\.(?!.*(mod|norm)).*"  # without modulation
 ATTENTION = r".*blocks\.\d+\.attn\..*"
@@ -180,6 +187,16 @@ FILES = {
     "SimpleTuner, LoKr, FLUX.1": File("flux.1-dev", diffusers, BLOCKS, "lycoris_", lokr, flat),
     "SimpleTuner, LoKr": File("flux.2-klein-9b", diffusers, MATRICES, "lycoris_", lokr, flat),
     "XLabs": File("flux.1-dev", xlabs, ALL, "", xlabs_ends),
+    # FLUX 3: by the trainers' rules for other models
+    "ai-toolkit, FLUX 3": File(BASE3, bfl, BLOCKS, "diffusion_model.", ab()),
+    "ai-toolkit, LoKr, FLUX 3": File(BASE3, bfl, BLOCKS, "diffusion_model.", lokr),
+    "diffusers, FLUX 3": File(BASE3, diffusers, ALL, "transformer.", ab()),
+    "kohya, FLUX 3": File(BASE3, bfl, ALL, "lora_unet_", WITH_ALPHA, flat),
+    "OneTrainer, legacy, FLUX 3": File(
+        BASE3, diffusers, ALL, "lora_transformer_", WITH_ALPHA, flat
+    ),
+    "OneTrainer, ComfyUI, FLUX 3": File(BASE3, bfl, ALL, "diffusion_model.", AB_ALPHA),
+    "SimpleTuner, LoKr, FLUX 3": File(BASE3, diffusers, BLOCKS, "lycoris_", lokr, flat),
 }
 
 
