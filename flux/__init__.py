@@ -12,15 +12,18 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from flux.image_io.request import ImageInputs
     from flux.loading import load
     from flux.pipeline import Pipeline
+    from flux.preview import Preview
     from flux.text_encoder import TextEncoder, TextFeatures
 
 __version__ = "0.1.0"
-__all__ = ["MODELS", "ImageInputs", "Pipeline", "TextEncoder", "TextFeatures", "UserError", "load"]
+__all__ = ["MODELS", "ImageInputs", "Pipeline", "Preview", "TextEncoder", "TextFeatures"]
+__all__ += ["UserError", "load"]
 
 _MODULES = {
     "MODELS": "configs",
     "ImageInputs": "image_io.request",
     "Pipeline": "pipeline",
+    "Preview": "preview",
     "TextEncoder": "text_encoder",
     "TextFeatures": "text_encoder",
     "UserError": "errors",

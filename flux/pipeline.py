@@ -414,17 +414,27 @@ class Pipeline:
                 residuals=residuals,
                 drop_modulation=on_schedule and not self.residency.keep,
             )
+
+            def denoised(x: Tensor, t: float, v: Tensor) -> Tensor:
+                x = x.float() - t * v.float()
+                return to_grid(blend(x, 0.0) if blend else x)
+
+            def observed(x: Tensor, t: float) -> Tensor:
+                v = velocity(x, t)
+                self.now.denoised = partial(denoised, x.detach(), t, v.detach())
+                return v
+
             if solve is solvers.dpmpp_2m_sde:
                 again = solvers.StepNoise(seeds, channels, h, w, spatial=spec.flux1)
                 solve = partial(solve, noise=again)
             self.now.step = 1
             try:
                 if solve is None:
-                    x = sampling.denoise(velocity, x, times, after_step, self.numerics.state, blend)
+                    x = sampling.denoise(observed, x, times, after_step, self.numerics.state, blend)
                 else:
-                    x = solve(velocity, x, times, after_step, blend)
+                    x = solve(observed, x, times, after_step, blend)
             finally:
-                self.now.step, self.now.t = 0, None
+                self.now.step, self.now.t, self.now.denoised = 0, None, None
             self.residency.done(self.transformer)
             return to_grid(x).float().contiguous()
 

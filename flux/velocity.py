@@ -38,6 +38,8 @@ class Now:
     step: int = 0  # from 1; 0 outside of `sample`
     t: float | None = None  # time of the last velocity
     branch: str = ""  # of the running pass: "conditional", "unconditional", "references"; "": none
+    # in `sample`: returns the image that the last velocity leads to, as latents (B, C, h, w)
+    denoised: Callable[[], Tensor] | None = None
 
 
 @dataclass

@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from modules import several_processes
 from modules.background import BackgroundWriter
 from modules.command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
+from modules.progress import Progress
 from modules.safety_flags import REFUSED, Safety, add_safety
 from modules.upsampling_flags import check_upsampling, upsample
 
@@ -220,6 +221,9 @@ def add_files(group) -> None:
         "the image, and --from-image cannot make it again")
     add("--latents", type=Path, metavar="FILE",
         help="decode what --save-latents wrote; with a prompt, start from it, with --strength")
+    add("--preview", type=int, metavar="N",
+        help="every N steps, write the image so far to OUTPUT.preview.png; the file is removed at "
+        "the end")
     add("--save-latents", action="store_true", help="also write the latents, as .safetensors")
     add("--list-models", action="store_true", help="print the models, and which are available")
     add("--inspect", type=Path, metavar="FILE",
@@ -297,7 +301,11 @@ def main() -> int:
     return exit_code(lambda: command(args), flags, args.output, stopped)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
+    """Make the images; return the exit code. `load_pipe`: `load`, or a function that keeps pipes.
+
+    `progress_of(args)` returns what is told of steps and files, as a `Progress` is.
+    """
     # 1. Check the request before anything heavy is imported, and before any download.
     from flux.image_io import output
     from flux.lora.peft_config import adapter_file
@@ -372,6 +380,7 @@ def run(args: argparse.Namespace) -> int:
     guidance = checks.check_guidance(spec, args.guidance, steps)
     cfg = checks.check_cfg(spec, args.guidance, args.negative_prompt, args.true_cfg_scale, steps)
     check_upsampling(args, spec)
+    progress = progress_of(args)
     safety = Safety(args, spec.licence, (width, height), earlier)
     if by_first(lambda: safety.refuses_input(images)):
         return REFUSED
@@ -380,7 +389,7 @@ def run(args: argparse.Namespace) -> int:
 
     # 2. Load the model.
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
-    pipe = load(args)
+    pipe = (load_pipe or load)(args)
     several_processes.distribute(pipe, sizes)
     say(summary(pipe, width, height, steps, guidance, strength))
     safety.note_licence()
@@ -389,6 +398,7 @@ def run(args: argparse.Namespace) -> int:
     if differences := other_environment(earlier, pipe.device.type):
         changes = "; ".join(differences)
         say(f"note: {args.from_image} was made with {changes}: some pixels may differ by a level")
+    progress.prepare(pipe)
     plan = pipe.plan_memory(width, height, steps, encoded_pixels=width * height if images else 0)
     if not spec.embedded or args.offload or args.max_vram or args.quantize:
         say(f"memory: {plan.message}")
@@ -411,7 +421,7 @@ def run(args: argparse.Namespace) -> int:
     passes = count * run_steps(pipe, steps, conditions) * (1 + cfg)
     advise_compilation(args, pipe, width * height, conditions, passes)
     seeds, remaining = itertools.count(first_seed), iter(prompts)
-    with BackgroundWriter() as writer:
+    with BackgroundWriter() as writer, progress:
         while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
             expanded = by_first(lambda: upsample(args, pipe, some, shown, boxes, first_seed))
             recipes = []
@@ -431,7 +441,7 @@ def run(args: argparse.Namespace) -> int:
                 for seed in itertools.islice(seeds, args.num_images)
             )
             for batch in batches(jobs, sizes.data if sizes else 1, pipe):
-                generate_files(args, pipe, batch, steps, conditions, writer, safety)
+                generate_files(args, pipe, batch, steps, conditions, writer, safety, progress)
             writer.finish()
     return REFUSED if safety.refused else 0
 
@@ -455,12 +465,13 @@ def generate_files(
     conditions,
     writer: BackgroundWriter,
     safety: Safety,
+    progress: Progress,
 ) -> None:
     """Generate the images of these records; write them in the background; print their names."""
-    images, latents = generate(args, pipe, batch, steps, conditions, writer)
+    images, latents = generate(args, pipe, batch, steps, conditions, writer, progress)
     if several_processes.is_first():
         for metadata, image, own in zip(batch, images, latents):
-            write_file(args, metadata, image, own, writer, safety)
+            write_file(args, metadata, image, own, writer, safety, progress)
 
 
 def write_file(
@@ -470,6 +481,7 @@ def write_file(
     latents,
     writer: BackgroundWriter,
     safety: Safety,
+    progress: Progress,
 ) -> None:
     """Write an image and its latents in the background. What a filter refuses is not written."""
     from flux.image_io import output
@@ -494,7 +506,7 @@ def write_file(
         if paths[1] is not None:
             say(f"latents: {paths[1]}")
         say(f"seed {seed}: {prompt}")
-        print_path(paths[0])
+        progress.finished(paths[0])
 
     writer.start(write, report)
 
@@ -506,6 +518,7 @@ def generate(
     steps: int,
     conditions,
     writer: BackgroundWriter,
+    progress: Progress,
 ):
     """Generate images with seeds that count up, behind a progress bar; return them and the latents.
 
@@ -527,6 +540,7 @@ def generate(
             if writer.is_ready:
                 with tqdm.external_write_mode():
                     writer.finish()
+            progress.update(step, total)
             bar.update()
 
         images = pipe(
@@ -792,14 +806,6 @@ def inspect_file(args: argparse.Namespace) -> int:
     if found.refusal:
         raise UserError(found.refusal)
     return 0
-
-
-def print_path(path: Path) -> None:
-    """Print to standard output; go on if its reader has gone."""
-    try:
-        show(path)
-    except BrokenPipeError:
-        pass
 
 
 if __name__ == "__main__":

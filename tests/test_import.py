@@ -94,6 +94,7 @@ def test_public_names_and_submodules_are_found_without_an_import():
         "MODELS",
         "ImageInputs",
         "Pipeline",
+        "Preview",
         "TextEncoder",
         "TextFeatures",
         "UserError",
