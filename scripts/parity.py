@@ -37,6 +37,7 @@ DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n
 # flags of sample.py that parity.py does not take: about several images, and about their files
 EXCLUDED = {
     "help",
+    "quiet",
     "num_images",
     "seed",
     "from_image",
