@@ -9,12 +9,12 @@ src/flux2/text_encoder.py); the two instructions are our own.
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from modules.chat_completions import complete, data_url, printable
 from PIL import Image
 
+from flux import vision_language
 from flux.errors import UserError
 from flux.tokenizers import MistralTokenizer
 
@@ -56,8 +56,10 @@ def upsample_locally(
     folder, device = Path(folder), torch.device(device)
     advice = "Take all of text_encoder/ from the FLUX.2-dev repository, or upsample by a server."
     needed = ("Mistral3ForConditionalGeneration", "PixtralImageProcessorPil")
-    model = load_model(needed, folder / "text_encoder", device, dtype, advice)
-    image_tokens, image_inputs = _image_inputs(images, model) if images else ("", {})
+    model = vision_language.load_model(needed, folder / "text_encoder", device, dtype, advice)
+    image_tokens, image_inputs = "", {}
+    if images:
+        image_tokens, image_inputs = vision_language.image_inputs(_in_a_row(images), model)
     chat = MistralTokenizer(folder / "tokenizer")
     chat.prefix = f"<s>[SYSTEM_PROMPT]{EDIT if images else EXPAND}[/SYSTEM_PROMPT]"
     if images:
@@ -92,60 +94,15 @@ def upsample_locally(
     return text
 
 
-def load_model(
-    names: Sequence[str], folder: Path, device: torch.device, dtype: torch.dtype, advice: str
-) -> Any:
-    """Load the first of transformers' classes from a folder; the others will be needed too.
-
-    UserError, with the advice, if that fails.
-    """
-    try:
-        import transformers
-
-        model_class, *_ = (getattr(transformers, name) for name in names)
-    except (ImportError, AttributeError):
-        raise UserError(
-            "upsampling needs transformers: run `pip install -U transformers accelerate`"
-        ) from None
-    try:
-        model, report = model_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=device,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # missing or damaged files, no accelerate, too little memory
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: cannot be loaded ({reason:.200}). {advice}") from None
-    missing = report["missing_keys"]
-    if missing:  # transformers would leave these random
-        raise UserError(
-            f"{folder}: {len(missing)} tensors are missing, such as {min(missing)}. {advice}"
-        )
-    return model
-
-
-def _image_inputs(images: Sequence[Image.Image], model) -> tuple[str, dict]:
-    """Place the images in one row on white; return the tokens for it, and the model's inputs."""
-    from transformers import PixtralImageProcessorPil  # PixtralProcessor would need torchvision
-
+def _in_a_row(images: Sequence[Image.Image]) -> Image.Image:
+    """Return the images beside each other on white, shrunk."""
     width, height = sum(image.width for image in images), max(image.height for image in images)
     row = Image.new("RGB", (width, height), "white")
     left = 0
     for image in images:
         row.paste(image, (left, (height - image.height) // 2))
         left += image.width
-    vision = model.config.vision_config
-    patch = vision.patch_size * model.config.spatial_merge_size  # pixels on a side of a token
-    processor = PixtralImageProcessorPil(patch_size=patch, size={"longest_edge": vision.image_size})
-    inputs = processor(_shrink(row), return_tensors="pt")
-    lines, columns = (inputs["image_sizes"][0] // patch).tolist()
-    line = "[IMG]" * columns
-    return "[IMG_BREAK]".join([line] * lines) + "[IMG_END]", dict(
-        inputs.to(model.device, model.dtype)
-    )
+    return _shrink(row)
 
 
 # ------------------------------------------------------------------ on a server

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from modules.chat_completions import THOUGHT, complete, data_url, printable
-from modules.prompt_upsampling import load_model
 from PIL import Image
 
 from flux.boxes import box_rows, is_on_canvas, reconcile, sound_row, split_caption
 from flux.errors import UserError
 from flux.plain_files import MAX_JSON, parse_json, read_plain_file
+from flux.vision_language import load_model
 
 REPOSITORY = "black-forest-labs/flux-3-image-klein-pup"
 INSTRUCTIONS = "system_prompts.json"
