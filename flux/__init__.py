@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
     from flux.configs import MODELS
-    from flux.errors import UserError
+    from flux.errors import RefusedError, UserError
     from flux.image_io.request import ImageInputs
     from flux.loading import load
     from flux.pipeline import Pipeline
@@ -16,14 +16,15 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr_
     from flux.text_encoder import TextEncoder, TextFeatures
 
 __version__ = "0.1.0"
-__all__ = ["MODELS", "ImageInputs", "Pipeline", "Preview", "TextEncoder", "TextFeatures"]
-__all__ += ["UserError", "load"]
+__all__ = ["MODELS", "ImageInputs", "Pipeline", "Preview", "RefusedError", "TextEncoder"]
+__all__ += ["TextFeatures", "UserError", "load"]
 
 _MODULES = {
     "MODELS": "configs",
     "ImageInputs": "image_io.request",
     "Pipeline": "pipeline",
     "Preview": "preview",
+    "RefusedError": "errors",
     "TextEncoder": "text_encoder",
     "TextFeatures": "text_encoder",
     "UserError": "errors",

@@ -1,10 +1,24 @@
 """The errors that a user sees. Scripts print each as one line, without a traceback."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
     """A wrong argument or file. The message names the problem, where, and the fix. Exit code 2."""
+
+
+class RefusedError(UserError):
+    """A filter refused a prompt or an image. Exit code 3.
+
+    verdicts: what the filters say of the refused one, or of each image of a call.
+    images: the images of a call, with None in the place of each that was refused.
+    """
+
+    def __init__(self, message: str, verdicts: Sequence[Any] = (), images: Sequence[Any] = ()):
+        super().__init__(message)
+        self.verdicts, self.images = list(verdicts), list(images)
 
 
 class WriteError(UserError):

@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux import arguments, conditioning, progress, sampling, solvers, text_encoder
+from flux import arguments, conditioning, sampling, solvers, text_encoder
 from flux.argument_names import explain_other_names
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
@@ -26,7 +26,7 @@ from flux.errors import UserError
 from flux.hooks import Tap, watching_network
 from flux.image_io import request
 from flux.image_io.input import ImageLike, as_image, round_to_16
-from flux.image_io.output import recorded, to_images, to_pixels
+from flux.image_io.output import RecordedImage, recorded, to_images, to_pixels
 from flux.image_io.record import describe_call
 from flux.image_io.request import ImageInputs
 from flux.lora.manager import LoraManager
@@ -56,6 +56,10 @@ from flux.text_encoder import FLUX1TextEncoder, FLUX2TextEncoder, TextEncoder, T
 from flux.transformer import Numerics
 from flux.velocity import Now, ResidualsFn, Velocity
 from flux.velocity3 import Velocity3
+
+if TYPE_CHECKING:  # imported when used
+    from flux.safety.filters import Filters
+    from flux.safety.provenance import Provenance
 
 Callback = Callable[[int, float, Tensor], None]  # step from 1, its new time, latents (B, C, h, w)
 
@@ -93,6 +97,8 @@ class Pipeline:
         self.redux_networks = networks.redux
         self.now = Now()
         self.replaced: dict[str, Path] = {}  # the user's files in place of the model's, by part
+        self.filters: Filters | None = None  # judge what goes in and comes out, if set
+        self.provenance: Provenance | None = None  # marks and signs the images of calls, if set
         self.residency = Residency(
             spec,
             device,
@@ -112,10 +118,6 @@ class Pipeline:
         self._loras = LoraManager(
             spec, files.get("lora", ()), changeable, changed=self.text.cache.clear
         )
-
-    def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"<flux.Pipeline of {self.spec.name}, on {self.device} in {dtype}>"
 
     # ---------------------------------------------------------------- all stages
 
@@ -145,6 +147,7 @@ class Pipeline:
         guidance: the scale that the model was trained with, or uses with classifier-free guidance.
         true_cfg_scale: adds classifier-free guidance, against `negative_prompt`, to other models.
         Both may be a list: one value for each step, or two values with a straight line between.
+        RefusedError if `filters` refuse a prompt, an input image or a result.
         images: input images for all prompts, or a list with the input images of each prompt.
         solver, sigmas, shift: see `sample`.
         Numbers may be of numpy or torch, or texts that spell one.
@@ -162,9 +165,14 @@ class Pipeline:
             self.spec, guidance, negative_prompt, true_cfg_scale, check_steps(self.spec, steps)
         )
         solvers.find(solver, self.numerics.state)
+        self._judge(prompts, negative_prompt)
         conditions = self._conditions(images, len(prompts), width, height)  # one for each prompt
         if conditions[0] is not None and not isinstance(images, Conditions):
             width = height = None  # the conditions know their size
+        size = self.spec.size
+        sizes = [(c.width, c.height) if c else (width or size, height or size) for c in conditions]
+        if self.provenance is not None:
+            self.provenance.check_sizes(sizes)
         largest = max(conditions, key=lambda c: c.width * c.height if c else 0)
         blank = [negative_prompt or ""] if use_cfg else []
         self.text_tokens = self.text.padded_length([*prompts, *blank])
@@ -177,8 +185,7 @@ class Pipeline:
             describe_call(
                 self,
                 listed[row],
-                used.width if used else width or self.spec.size,
-                used.height if used else height or self.spec.size,
+                *sizes[row],
                 check_steps(self.spec, steps),
                 check_guidance(self.spec, guidance, check_steps(self.spec, steps)),
                 negative_prompt=negative_prompt,
@@ -187,13 +194,13 @@ class Pipeline:
                 sigmas=sigmas,
                 shift=shift,
             )
-            for row, used in enumerate(conditions)
+            for row in range(len(prompts))
         ]
         features = [self.text.features(prompt) for prompt in prompts]
         negative = self.text.features(blank[0]) if blank else None
         self.residency.done(*self.text.networks)
         lengths = [one.tokens.shape[1] for one in features]
-        results: dict[int, Image.Image] = {}
+        results: dict[int, RecordedImage] = {}
         for numbers in conditioning.batches(conditions, lengths, num_images):
             rows = [number // num_images for number in numbers]
             seeds = [seed + number for number in numbers]
@@ -214,7 +221,7 @@ class Pipeline:
                 sigmas,
                 shift,
             )
-            for number, image in zip(numbers, self.decode(latents), strict=True):
+            for number, image in zip(numbers, self._decode_all(latents), strict=True):
                 row = number // num_images
                 if (used := conditions[row]) is not None:
                     image = request.postprocess(image, used.init_image)
@@ -223,7 +230,13 @@ class Pipeline:
                 if used is not None and used.crop:
                     own["cropped"] = True  # from the size that follows from the reference
                 results[number] = recorded(image, records[row] | own)
-        return [results[number] for number in range(count)]
+        finished = [results[number] for number in range(count)]
+        if self.filters is None and self.provenance is None:
+            return [*finished]
+        from flux.safety.release import release
+
+        inputs = [listed[number // num_images] for number in range(count)]
+        return [*release(finished, inputs, self.filters, self.provenance, self.files)]
 
     # ---------------------------------------------------------------- prompt -> text features
 
@@ -235,6 +248,7 @@ class Pipeline:
         prompts = arguments.to_texts("prompts", prompts)
         if not prompts:
             raise UserError("prompts: empty. Pass at least one prompt.")
+        self._judge(prompts)
         self._plan_text(prompts)
         features = self.text.encode(prompts)
         self.residency.done(*self.text.networks)
@@ -246,10 +260,17 @@ class Pipeline:
         What is kept has a bound: pass at most `prompts_ahead` prompts, and one negative prompt.
         """
         prompts = arguments.to_texts("prompts", prompts)
+        self._judge(prompts)
         self._plan_text(prompts)
-        for prompt in progress.counted(prompts, "encoding", "prompts"):
+        for prompt in prompts:
             self.text.features(prompt)
         self.residency.done(*self.text.networks)
+
+    def _judge(self, prompts: Sequence[str], negative_prompt: str | None = None) -> None:
+        """Raise RefusedError if the filters refuse a prompt."""
+        if self.filters is not None:
+            self.filters.check_texts(prompts)
+            self.filters.check_texts([negative_prompt], "negative_prompt")
 
     def _plan_text(self, prompts: Sequence[str]) -> None:
         """Plan memory for the prompts, unless the present plan is enough."""
@@ -271,12 +292,16 @@ class Pipeline:
 
     # ---------------------------------------------------------------- input images -> conditions
 
-    @torch.no_grad()
     def condition(
         self, images: ImageInputs | ImageLike, width: int | None = None, height: int | None = None
     ) -> Conditions:
         """Return what `sample` reads of input images, with the size of the image to make."""
         images = request.convert_values(images)
+        self._judge_images([images])
+        return self._condition(images, width, height)
+
+    @torch.no_grad()
+    def _condition(self, images: ImageInputs, width: int | None, height: int | None) -> Conditions:
         width = arguments.optional(arguments.to_integer, "width", width)
         height = arguments.optional(arguments.to_integer, "height", height)
         request.check_images(self.spec, images)
@@ -296,6 +321,11 @@ class Pipeline:
         )
         self.residency.done(self.image_encoder, *self.redux_networks)
         return replace(conditions, crop=crop)
+
+    def _judge_images(self, inputs: Sequence[ImageInputs]) -> None:
+        """Raise RefusedError if the filters refuse an image or a mask."""
+        for images in inputs if self.filters is not None else ():
+            self.filters.check_images(images.images, images.mask)  # type: ignore[union-attr]
 
     def _encode_image(self, pixels: Tensor) -> Tensor:
         """(1, 3, H, W) -> latents (1, C, H/16, W/16), float32."""
@@ -326,7 +356,9 @@ class Pipeline:
                 f"images: one ImageInputs for each prompt is needed (got {len(images)} for {count} "
                 "prompts)."
             )
-        return [self.condition(inputs, width, height) for inputs in images]
+        converted = [request.convert_values(inputs) for inputs in images]
+        self._judge_images(converted)  # all, before anything loads
+        return [self._condition(inputs, width, height) for inputs in converted]
 
     # ---------------------------------------------------------------- noise -> latents
 
@@ -392,7 +424,6 @@ class Pipeline:
         def after_step(step: int, t: float, x: Tensor) -> None:
             if callback is not None:
                 callback(step, t, to_grid(x))
-            progress.tell("sampling", step, run, "steps")
             self.now.step = step + 1
 
         with self._autograd(gradients):
@@ -580,6 +611,8 @@ class Pipeline:
         Its sides are scaled to multiples of 16 pixels.
         """
         picture = as_image(image)
+        if self.filters is not None:
+            self.filters.check_images([picture])
         width, height = round_to_16(picture.size)
         check_size(height, width)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
@@ -596,6 +629,12 @@ class Pipeline:
         One image is decoded at a time: a batch takes the memory of one image. UserError for another
         shape.
         """
+        images = self._decode_all(latents)
+        if self.filters is not None:
+            self.filters.check_images(images, name="latents")
+        return images
+
+    def _decode_all(self, latents: Tensor) -> list[Image.Image]:
         self._check_latents(latents)
         dtype = self.autoencoder.dtype if self.numerics.decode == "model" else torch.float32
         images = [to_images(self._decode(x), dtype)[0] for x in latents.split(1)]

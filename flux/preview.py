@@ -49,7 +49,10 @@ class Preview:
         if denoised is None:
             raise UserError("preview: nothing is sampled now. Call it in a `callback`.")
         colours = self.colours(denoised())
-        return to_images(F.interpolate(colours, scale_factor=8, mode="bilinear"))
+        images = to_images(F.interpolate(colours, scale_factor=8, mode="bilinear"))
+        if self.pipe.filters is not None:
+            self.pipe.filters.check_images(images, name="preview")
+        return images
 
     @torch.no_grad()
     def colours(self, latents: Tensor) -> Tensor:

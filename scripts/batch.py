@@ -18,7 +18,15 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import sample
-from modules.command_line import Parser, add_quiet, exit_code, say, set_quiet, show
+from modules.command_line import Parser, exit_code, say, show
+from modules.safety_flags import (
+    FILTER,
+    PROVENANCE,
+    REFUSED,
+    licence_note,
+    load_filters,
+    load_provenance,
+)
 
 from flux.errors import UserError
 
@@ -38,7 +46,6 @@ FLAGS = sample.flags_of(sample.parser()) | {"manifest": "MANIFEST", "out": "OUT"
 
 def main() -> int:
     args = parser().parse_args()
-    set_quiet(args.quiet)
     stopped = "stopped; the same command goes on"
     return exit_code(lambda: run(args), FLAGS, args.out, stopped)
 
@@ -64,9 +71,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="make no images: check that all are there, and write OUT/images.jsonl",
     )
-    add_quiet(p)
     for action in sample.parser()._actions:
-        if action.dest in (*DEFAULTS, *SAMPLING, *HOW_TO_RUN, *MODEL, "filter", "filter_weights"):
+        if action.dest in (*DEFAULTS, *SAMPLING, *HOW_TO_RUN, *MODEL, *FILTER, *PROVENANCE):
             p._add_action(action)
     return p
 
@@ -99,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
     from flux.batch.records import Records, merge
 
     manifest = Manifest(args.manifest)
-    given = {name: getattr(args, name) for name in (*DEFAULTS, *SAMPLING, *MODEL, "filter")}
+    kept = (*DEFAULTS, *SAMPLING, *MODEL, "filter", *PROVENANCE)
+    given = {name: getattr(args, name) for name in kept}
     settings = {name: value for name, value in given.items() if value not in (None, [], False)}
     if args.merge and not (args.out / "batch.json").is_file():
         raise UserError(f"out: {args.out} has no batch.json. Pass the folder of a batch.")
@@ -117,32 +124,17 @@ def run(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     if args.device is None and torch.cuda.is_available():
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    filters = load_filters(args)  # before the model: a filter that is not there ends the run
+    # before the model: a filter or a key that is not there ends the run
+    filters, provenance = load_filters(args), load_provenance(args)
     pipe = sample.load(args)
-    licence = pipe.spec.licence
-    if licence.requires_filters and not filters:
-        say(f"note: the {licence.name} asks for content filters; --filter is off")
+    pipe.filters, pipe.provenance = filters, provenance
+    if note := licence_note(pipe.spec.licence, filters):
+        say(note)
     calls = {name: value for name, value in given.items() if name in (*DEFAULTS, *SAMPLING)}
     defaults = {name: value for name, value in calls.items() if value is not None}
-
-    def refusal(image) -> str | None:
-        flagged = [verdict for one in filters if (verdict := one.judge(image)).refused]
-        return f"refused by {', '.join(map(str, flagged))}" if flagged else None
-
     part = args.shard or shard_of(os.environ)
-    Worker(pipe, manifest, records, part, defaults, refusal, say).run()
+    Worker(pipe, manifest, records, part, defaults, say).run()
     return report(args.out, records.summary())
-
-
-def load_filters(args: argparse.Namespace) -> list:
-    """Return the filters that are asked for. UserError if one is not there."""
-    if args.filter is None:
-        if args.filter_weights is not None:
-            raise UserError("filter_weights: has no effect without `filter`. Add it.")
-        return []
-    from flux.safety.filters import load_nsfw_filter
-
-    return [load_nsfw_filter(args.filter_weights or args.weights)]
 
 
 def as_json(settings: dict) -> dict:
@@ -165,7 +157,7 @@ def report(out: Path, summary) -> int:
         first = ", ".join(str(line + 1) for line in left[:10])
         say(f"left: line {first}{' and more' if len(left) > 10 else ''}")
         return 1
-    return 2 if wrong else sample.REFUSED if refused else 0
+    return 2 if wrong else REFUSED if refused else 0
 
 
 if __name__ == "__main__":

@@ -37,9 +37,8 @@ def main(name: str = "flux-ref") -> int:
         sys.argv[:2] = [f"{name} {given}"]
         run_as_main(FOLDER / f"{given}.py")
     except KeyboardInterrupt:  # before the script has begun
-        from modules.command_line import fail
-
-        return fail("stopped; nothing was written", 130)
+        print("error: stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

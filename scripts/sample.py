@@ -14,23 +14,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from modules import several_processes
 from modules.background import BackgroundWriter
-from modules.command_line import (
-    Once,
-    Parser,
-    add_hidden_alias,
-    add_quiet,
-    exit_code,
-    say,
-    set_quiet,
-    show,
-    with_flags,
-)
+from modules.command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
 from modules.progress import Progress
 from modules.safety_flags import REFUSED, Safety, add_safety
 from modules.upsampling_flags import check_upsampling, upsample
@@ -138,8 +129,7 @@ def add_request(group) -> None:
 def add_images(group) -> None:
     add = group.add_argument
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
-    add("--mask", type=Path, action=Once, metavar="FILE",
-        help="inpainting, Fill: white is what may change")
+    add("--mask", type=Path, metavar="FILE", help="inpainting, Fill: white is what may change")
     add("--strength", type=float, metavar="S",
         help="image to image, inpainting: share of the steps that is run; all of them keep nothing "
         "of the image (default: 0.8, or 0.75 of 4 steps)")
@@ -236,12 +226,9 @@ def add_files(group) -> None:
         help="every N steps, write the image so far to OUTPUT.preview.png; the file is removed at "
         "the end")
     add("--save-latents", action="store_true", help="also write the latents, as .safetensors")
-    add("--list-models", nargs="?", const="", metavar="NAME",
-        help="print the models: steps, guidance, memory, what is missing; with NAME or a part of "
-        "one, their files too")
+    add("--list-models", action="store_true", help="print the models, and which are available")
     add("--inspect", type=Path, metavar="FILE",
         help="say what a file or folder is, what it fits, and why it would be refused")
-    add_quiet(group)
 # fmt: on
 
 
@@ -309,11 +296,9 @@ def main() -> int:
     p = parser()
     args, flags = p.parse_args(), flags_of(p)
     stopped = "stopped; finished images are kept"
-    set_quiet(args.quiet)
-    listed = args.list_models is not None
-    if (listed or args.inspect) and not several_processes.is_first():
+    if (args.list_models or args.inspect) and not several_processes.is_first():
         return 0
-    command = list_models if listed else inspect_file if args.inspect else run
+    command = list_models if args.list_models else inspect_file if args.inspect else run
     return exit_code(lambda: command(args), flags, args.output, stopped)
 
 
@@ -396,19 +381,23 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     guidance = checks.check_guidance(spec, args.guidance, steps)
     cfg = checks.check_cfg(spec, args.guidance, args.negative_prompt, args.true_cfg_scale, steps)
     check_upsampling(args, spec)
+    boxes = gather_boxes(args, spec, images)
+    shown, mask = (images.images, images.mask) if images else ((), None)
     progress = progress_of(args)
     safety = Safety(args, spec.licence, (width, height), earlier)
-    if by_first(lambda: safety.refuses_input(images)):
+    if by_first(lambda: safety.refuses_inputs(shown, mask, args.negative_prompt)):
+        return REFUSED
+    refused = by_first(lambda: safety.refused_prompts(prompts, boxes, len(shown)))
+    if len(refused) == len(prompts):
         return REFUSED
     sizes = several_processes.choose(args, cfg, count, width * height // 256)
-    boxes = gather_boxes(args, spec, images)
 
     # 2. Load the model.
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     pipe = (load_pipe or load)(args)
     several_processes.distribute(pipe, sizes)
     say(summary(pipe, width, height, steps, guidance, strength))
-    safety.note_licence()
+    safety.loaded(pipe)
     if spec.embedded:
         note_unknown_words(prompts)
     if differences := other_environment(earlier, pipe.device.type):
@@ -424,6 +413,10 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
         say(f"memory: the features of {pipe.prompts_ahead} prompts at a time, {size:.2g} GB")
 
     # 3. Encode the images, then some prompts at a time. No image depends on the others.
+    if start and by_first(lambda: safety.filters is not None):
+        decoded = pipe.decode(start.init)
+        if by_first(lambda: safety.refuses_inputs(decoded)):
+            return REFUSED
     given = (args.width, args.height) if spec.flux3 else (width, height)
     # FLUX 3 crops a size that it chose
     conditions = start or (images and pipe.condition(images, *given))
@@ -433,15 +426,21 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
         path = by_first(lambda: output.save(conditions.control_image, args.save_control, {}))
         say(f"control: {path}")
     negative = [args.negative_prompt or ""] if cfg else []
-    shown = images.images if images else ()
     passes = count * run_steps(pipe, steps, conditions) * (1 + cfg)
     advise_compilation(args, pipe, width * height, conditions, passes)
-    seeds, remaining = itertools.count(first_seed), iter(prompts)
+    remaining = iter(enumerate(prompts))
     with BackgroundWriter() as writer, progress:
         while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
-            expanded = by_first(lambda: upsample(args, pipe, some, shown, boxes, first_seed))
+            some = [(number, prompt) for number, prompt in some if number not in refused]
+            typed_prompts = [prompt for _, prompt in some]
+            expanded = by_first(
+                partial(upsample, args, pipe, typed_prompts, shown, boxes, first_seed)
+            )
+            refused |= by_first(partial(safety.refused_answers, some, expanded))
             recipes = []
-            for typed, prompt in zip(some, expanded):
+            for (number, typed), prompt in zip(some, expanded):
+                if number in refused:
+                    continue
                 recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)
                 recipe |= files | safety.metadata
                 recipe["upsampled_from"] = typed if args.upsample and typed != prompt else None
@@ -449,12 +448,13 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
                     recipe["cropped"] = True  # from the size that follows from the reference
                 if not args.no_metadata:
                     output.check_metadata_fits(args.output, recipe)
-                recipes.append(recipe)
-            pipe.encode_ahead(expanded + negative)
+                recipes.append((number, recipe))
+            if recipes:
+                pipe.encode_ahead([recipe["prompt"] for _, recipe in recipes] + negative)
             jobs = (
-                recipe | {"seed": seed}
-                for recipe in recipes
-                for seed in itertools.islice(seeds, args.num_images)
+                recipe | {"seed": first_seed + number * args.num_images + image}
+                for number, recipe in recipes
+                for image in range(args.num_images)
             )
             for batch in batches(jobs, sizes.data if sizes else 1, pipe):
                 generate_files(args, pipe, batch, steps, conditions, writer, safety, progress)
@@ -463,14 +463,16 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
 
 
 def batches(jobs: Iterable[dict], size: int, pipe) -> Iterator[list[dict]]:
-    """Group images that follow each other: one for each group of processes, of prompts as long."""
+    """Group images whose seeds count up: one for each group of processes, of prompts as long."""
 
-    def length(metadata: dict) -> int:
-        return pipe.text.padded_length([metadata["prompt"]]) if size > 1 else 0
+    def kind(numbered: tuple[int, dict]) -> tuple[int, int]:
+        number, metadata = numbered
+        length = pipe.text.padded_length([metadata["prompt"]]) if size > 1 else 0
+        return length, metadata["seed"] - number  # which changes where a prompt was refused
 
-    for _, some in itertools.groupby(jobs, length):
+    for _, some in itertools.groupby(enumerate(jobs), kind):
         while batch := list(itertools.islice(some, size)):
-            yield batch
+            yield [metadata for _, metadata in batch]
 
 
 def generate_files(
@@ -546,8 +548,7 @@ def generate(
 
     seed = batch[0]["seed"]
     total, compiled = run_steps(pipe, steps, conditions), compilation.compile_seconds()
-    is_terminal = several_processes.is_first() and sys.stderr and sys.stderr.isatty()
-    hidden = args.quiet or not is_terminal
+    hidden = not (several_processes.is_first() and sys.stderr and sys.stderr.isatty())
     latents = None
     with tqdm(total=total, desc=f"seed {seed}", unit="step", leave=False, disable=hidden) as bar:
 
@@ -794,10 +795,23 @@ def save_latents(image: Path, latents, metadata: dict | None) -> Path:
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """Print the table of models, or all about some."""
-    from modules import model_table
+    """Print the table of models."""
+    from flux.configs import MODELS
+    from flux.weights.files import weights_folder
+    from flux.weights.locate import count_parameters, is_available_locally
 
-    return model_table.list_models(args)
+    weights_folder(args.weights)
+    show(f"{'name':40}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
+    for spec in MODELS.values():
+        here = "yes" if is_available_locally(spec, args.weights) else "no"
+        size = f"{count_parameters(spec) / 1e9:.3g}"
+        mark = " *" if spec.unconfirmed else ""
+        licence = spec.licence.name + mark
+        show(f"{spec.name:40}{size:>10} B  {spec.steps:>5}  {here:5} {licence}")
+    for text in dict.fromkeys(spec.unconfirmed for spec in MODELS.values() if spec.unconfirmed):
+        marked = [spec.name for spec in MODELS.values() if spec.unconfirmed == text]
+        say(f"* {', '.join(marked)}: {text}")
+    return 0
 
 
 def inspect_file(args: argparse.Namespace) -> int:

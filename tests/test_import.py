@@ -95,6 +95,7 @@ def test_public_names_and_submodules_are_found_without_an_import():
         "ImageInputs",
         "Pipeline",
         "Preview",
+        "RefusedError",
         "TextEncoder",
         "TextFeatures",
         "UserError",

@@ -12,10 +12,10 @@ import os
 import socket
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from flux.atomic_files import write_atomically
 from flux.batch.manifest import BLOCK, Manifest
@@ -141,15 +141,19 @@ def merge(records: Records) -> Summary:
     """Write OUT/images.jsonl, one record a line of the manifest, in its order.
 
     Every image is read and compared with its hash: one that is missing or has other bytes counts as
-    left. Of two records of one line, the last image counts; both describe the same bytes.
+    left. Two workers on one line leave two records, of the same bytes unless they signed: the
+    record that fits the image counts.
     """
     places = array("q", [-1]) * (2 * len(records.states))  # file and position of each record
+    earlier: dict[int, list[tuple[int, int]]] = {}  # places of other records of a line
     paths = sorted(records.folder.glob("*.jsonl"))
     for number, path in enumerate(paths):
         records.read_to[path] = 0
         for position, record in records._new(path):
             line = record["line"]
             if places[2 * line] < 0 or "error" not in record:
+                if places[2 * line] >= 0:
+                    earlier.setdefault(line, []).append((places[2 * line], places[2 * line + 1]))
                 places[2 * line : 2 * line + 2] = array("q", [number, position])
     done, wrong, refused, left = 0, 0, 0, []
     files = [path.open("rb") for path in paths]
@@ -157,17 +161,13 @@ def merge(records: Records) -> Summary:
         with write_atomically(records.out / "images.jsonl") as unfinished:
             with unfinished.open("wb") as merged:
                 for line in range(len(records.states)):
-                    number, position = places[2 * line : 2 * line + 2]
-                    raw = b""
-                    if number >= 0:
-                        files[number].seek(position)
-                        raw = files[number].readline(MAX_RECORD)
-                    record = parse_record(raw, len(records.states)) or {}
+                    last = places[2 * line], places[2 * line + 1]
+                    record, raw = find_record(records, files, [last, *earlier.get(line, ())])
                     if "error" in record:
                         wrong += 1
                     elif "refused" in record:
                         refused += 1
-                    elif record and is_intact(records.out, record):
+                    elif record:
                         done += 1
                     else:
                         left.append(line)
@@ -177,6 +177,24 @@ def merge(records: Records) -> Summary:
         for file in files:
             file.close()
     return Summary(done, wrong, refused, left)
+
+
+def find_record(
+    records: Records, files: Sequence[BinaryIO], places: list[tuple[int, int]]
+) -> tuple[dict, bytes]:
+    """Return the record of a line, and its bytes: the last one, unless its image has other bytes.
+
+    An empty record if no record fits the image, or if there is none. `places`: files and positions.
+    """
+    for attempt, (number, position) in enumerate(places):
+        if number < 0:
+            break
+        files[number].seek(position)
+        raw = files[number].readline(MAX_RECORD)
+        record = parse_record(raw, len(records.states)) or {}
+        if is_intact(records.out, record) if "file" in record else record and attempt == 0:
+            return record, raw
+    return {}, b""
 
 
 def is_intact(out: Path, record: dict[str, Any]) -> bool:

@@ -14,10 +14,9 @@ from flux.atomic_files import write_atomically
 from flux.batch.claims import Claim, claim
 from flux.batch.manifest import Line, Manifest, Request, file_name
 from flux.batch.records import DONE, OPEN, WRONG, Records
-from flux.errors import UserError
-from flux.image_io.input import as_image
+from flux.errors import RefusedError, UserError
+from flux.image_io.request import ImageInputs
 
-REPORT = 30.0  # seconds after which a report within a block is due
 POLL = 2.0  # seconds between two looks at the blocks that others hold
 
 
@@ -25,12 +24,12 @@ class Worker:
     """Makes the images of a manifest with a pipeline, beside any number of other workers.
 
     Each image is made alone: so its bytes do not depend on the other lines, or on the number of
-    workers. A file is written while the next image is made.
+    workers. A file is written while the next image is made. What the pipeline's filters refuse is
+    recorded as refused.
 
     shard: (i, n): begin with every n-th block, and help with the others afterwards.
     defaults: arguments of the pipeline for what a line leaves out.
-    refusal: says why an image of the manifest or a result is refused, or None; see flux.safety.
-    report: called with a line of text after each block, and every 30 seconds within one.
+    report: called with a line of text after each block.
     """
 
     def __init__(
@@ -40,16 +39,14 @@ class Worker:
         records: Records,
         shard: tuple[int, int] = (0, 1),
         defaults: dict[str, Any] | None = None,
-        refusal: Callable[[Image.Image], str | None] = lambda image: None,
         report: Callable[[str], None] = lambda text: None,
     ):
         self.pipe, self.manifest, self.records = pipe, manifest, records
         self.shard, self.defaults = shard, defaults or {}
-        self.refusal, self.report = refusal, report
+        self.report = report
         self.claims = records.out / "claims"
         self.claims.mkdir(exist_ok=True)
         self.began, self.done_before = time.monotonic(), records.count(DONE)
-        self.reported = self.began
 
     def run(self) -> None:
         """Work until every line of the manifest is done, by whichever worker."""
@@ -85,8 +82,9 @@ class Worker:
         states = self.records.states
         lines = [line for line in self.manifest.block(block) if states[line.number] == OPEN]
         prompts = [line.request.prompt for line in lines if line.request]
+        allowed = [prompt for prompt in prompts if not self._is_refused(prompt)]
         with suppress(UserError):  # a wrong prompt is named when its own turn comes
-            self.pipe.encode_ahead(prompts[: self.pipe.prompts_ahead])
+            self.pipe.encode_ahead(allowed[: self.pipe.prompts_ahead])
         with ThreadPoolExecutor(max_workers=1) as writer:
             pending = None
             for line in lines:
@@ -96,31 +94,34 @@ class Worker:
                     self.report(f"line {line.number + 1}: {result[problem]}")
                 if pending:
                     self.records.append(pending.result())
-                    if time.monotonic() - self.reported > REPORT:
-                        self.report(self._progress())
                 pending = writer.submit(self._save, line, result, began)
             if pending:
                 self.records.append(pending.result())
+
+    def _is_refused(self, prompt: str) -> bool:
+        try:
+            self.pipe.filters and self.pipe.filters.check_texts([prompt])
+            return False
+        except UserError:
+            return True
 
     def _result(self, line: Line) -> dict[str, Any]:
         """Return {"image"}, or why there is none: {"error"}, or {"refused"}, by a filter."""
         if line.request is None:
             return {"error": line.error}
         try:
-            for path in line.request.images:
-                if reason := self.refusal(as_image(path)):
-                    return {"refused": f"{path.name}: {reason}"}
-            image = self._image(line.request)
+            return {"image": self._image(line.request)}
+        except RefusedError as refusal:
+            return {"refused": str(refusal)}
         except UserError as problem:
             return {"error": str(problem)}
-        reason = self.refusal(image)
-        return {"refused": reason} if reason else {"image": image}
 
     def _image(self, request: Request) -> Image.Image:
         names = ("negative_prompt", "width", "height", "steps", "guidance")
         said = {name: getattr(request, name) for name in names}
         given = self.defaults | {name: x for name, x in said.items() if x is not None}
-        images = {"images": request.images} if request.images else {}
+        images: Any = request.images  # paths, which the pipeline reads
+        images = {"images": ImageInputs(images)} if images else {}
         return self.pipe(request.prompt, seed=request.seed, **images, **given)[0]
 
     def _save(self, line: Line, result: dict[str, Any], began: float) -> dict[str, Any]:
@@ -145,7 +146,6 @@ class Worker:
 
     def _progress(self) -> str:
         """Return a line about all workers: what is done, the rate, the time that is left."""
-        self.reported = time.monotonic()
         self.records.update()
         done, left = self.records.count(DONE), self.records.count(OPEN)
         rate = (done - self.done_before) / max(1e-9, time.monotonic() - self.began)

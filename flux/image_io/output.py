@@ -16,7 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux.atomic_files import remove_leftovers, unfinished_file
+from flux.atomic_files import remove_leftovers, unfinished_file, write_atomically
 from flux.errors import NonFiniteError, UserError
 from flux.image_io.input import open_image
 from flux.image_io.metadata import parameters, source_type
@@ -216,6 +216,7 @@ class RecordedImage(Image.Image):
     """
 
     metadata: dict
+    seal: Callable[[bytes], bytes] | None = None  # from a file's bytes to those to write: signs
 
     def __eq__(self, other: object) -> bool:
         """Equal pixels: a plain image has no metadata."""
@@ -236,7 +237,20 @@ class RecordedImage(Image.Image):
                 stacklevel=2,
             )
             options = {}
-        super().save(fp, format, **(options | params))
+        if self.seal is None:
+            return super().save(fp, format, **(options | params))
+        if kind not in FORMATS.values():
+            raise UserError(
+                f"sign: images of {kind or fp!s:.80} are not signed. Use a PNG, JPEG or WebP."
+            )
+        whole = io.BytesIO()
+        super().save(whole, kind, **(options | params))
+        sealed = self.seal(whole.getvalue())
+        if not isinstance(fp, str | Path):
+            fp.write(sealed)
+            return
+        with write_atomically(Path(fp)) as unfinished:
+            unfinished.write_bytes(sealed)
 
 
 def recorded(image: Image.Image, metadata: dict) -> RecordedImage:

@@ -32,8 +32,7 @@ def choose_device(device: str | None) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        wanted = torch.device(device)
-        if wanted.type not in DEVICE_TYPES or (wanted.type == "cpu" and wanted.index):
+        if torch.device(device).type not in DEVICE_TYPES:
             raise RuntimeError
         torch.empty(1, device=device)
         return torch.device(device)

@@ -1,39 +1,83 @@
-"""Content filters: what judges an image, and from which score on an image is refused.
+"""Content filters: what judges prompts and images, and from which score on one is refused.
 
 A filter that cannot be loaded, or that gives no number, lets nothing pass.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import nn
 
-from flux.errors import UserError
+from flux.errors import RefusedError, UserError
 from flux.plain_files import MAX_JSON, parse_json, read_plain_file
 from flux.safety.classifier import ImageClassifier, ViTConfig, preprocess
+from flux.safety.judge import Judge, load_judge
+from flux.safety.verdict import Verdict
 from flux.weights.files import find_file, is_local
 from flux.weights.load import init_empty, load_module
 
 NSFW_REPOSITORY = "Falconsai/nsfw_image_detection"
 NSFW_THRESHOLD = 0.85  # of BFL's code, where one place refuses this very score and another does not
+KINDS = ("nsfw", "judge", "all")
 
 
-class Verdict(NamedTuple):
-    """What a filter says of one image."""
+class Filters:
+    """The filters of a run: the classifier looks at images; the judge, at images and prompts."""
 
-    filter: str
-    score: float
-    threshold: float
+    def __init__(self, nsfw: "NSFWFilter | None" = None, judge: Judge | None = None):
+        self.nsfw, self.judge = nsfw, judge
+        self._of_text = lru_cache(4096)(judge.judge_text) if judge else None
 
-    @property
-    def refused(self) -> bool:
-        return not self.score < self.threshold  # refuses NaN, too
+    def judge_text(self, text: str | None) -> list[Verdict]:
+        """Return what is said of a prompt; nothing of one without words, or without a judge."""
+        return [self._of_text(text)] if self._of_text and text and text.strip() else []
 
-    def __str__(self) -> str:
-        return f"{self.filter} {self.score:.3f} (refused from {self.threshold:g} on)"
+    def judge_image(self, image: Image.Image) -> list[Verdict]:
+        """Return what is said of an image. The judge is asked if the classifier refuses nothing."""
+        verdicts = [self.nsfw.judge(image)] if self.nsfw else []
+        if self.judge and not any(verdict.refused for verdict in verdicts):
+            verdicts.append(self.judge.judge(image))
+        return verdicts
+
+    def check_texts(self, texts: Sequence[str | None], name: str = "prompts") -> None:
+        """Raise RefusedError for a prompt that is refused."""
+        for number, text in enumerate(texts, start=1):
+            if reason := refusal(verdicts := self.judge_text(text)):
+                raise RefusedError(f"{name}: number {number} is {reason}.", verdicts)
+
+    def check_images(
+        self, images: Sequence[Image.Image], mask: Image.Image | None = None, name: str = "images"
+    ) -> None:
+        """Raise RefusedError for an image, or a mask, that is refused."""
+        given = [(f"number {number}", image) for number, image in enumerate(images, start=1)]
+        for which, image in [*given, *([("the mask", mask)] if mask else [])]:
+            if reason := refusal(verdicts := self.judge_image(image)):
+                raise RefusedError(f"{name}: {which} is {reason}.", verdicts)
+
+
+def refusal(verdicts: Sequence[Verdict]) -> str | None:
+    """Return which filters refused, with their scores; None if none did."""
+    flagged = [verdict for verdict in verdicts if verdict.refused]
+    return f"refused by {', '.join(map(str, flagged))}" if flagged else None
+
+
+def load_filters(
+    kind: str, weights: str | Path | None = None, judge_device: torch.device | str = "cpu"
+) -> Filters:
+    """Load the filters "nsfw", "judge" or "all" from the folder `weights`.
+
+    Without it, from $FLUX_WEIGHTS or the Hugging Face cache. UserError if a file is missing.
+    """
+    if kind not in KINDS:
+        raise UserError(f"filter: {kind!r:.40} is unknown (expected {', '.join(KINDS)}).")
+    folder = None if weights is None else Path(weights)
+    nsfw = load_nsfw_filter(folder) if kind in ("nsfw", "all") else None
+    judge = load_judge(folder, judge_device) if kind in ("judge", "all") else None
+    return Filters(nsfw, judge)
 
 
 @dataclass

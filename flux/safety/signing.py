@@ -10,18 +10,24 @@ import json
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
+from flux.configs import MODELS
 from flux.errors import UserError, install_command
-from flux.image_io.metadata import is_described, source_type
+from flux.image_io.metadata import source_type
 from flux.image_io.output import to_json
 from flux.plain_files import read_plain_file
 from flux.safety import marking
 
 MAX_PEM = 2**20  # bytes
+MAX_INPUT = 2**30  # bytes of an input image
+MAX_TITLE = 200  # characters
+MANIFEST = b"jumdc2pa"  # the head of a C2PA box (JUMBF, ISO/IEC 19566-5)
+TILE = "org.flux.tile.1"  # the algorithm of `flux.safety.watermark`, as soft binding
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 OFFLINE = {
     "version": 1,
@@ -38,6 +44,14 @@ def _c2pa() -> Any:
             f"sign: needs the package c2pa-python. Run `{install_command('sign')}`."
         ) from None
     return c2pa
+
+
+class Ingredient(NamedTuple):
+    """An input of an image. `path`: where its own manifest may be read."""
+
+    title: str
+    sha256: str | None = None  # None: it was in memory
+    path: Path | None = None
 
 
 class Signer:
@@ -57,17 +71,36 @@ class Signer:
         if state == "Invalid":
             raise UserError(f"certificate: {chain} makes invalid signatures ({problems[0]:.80}).")
 
-    def sign(self, data: bytes, metadata: dict) -> bytes:
-        """Return the bytes of a PNG, JPEG or WebP with a signed manifest of its metadata."""
+    def sign(
+        self,
+        data: bytes,
+        metadata: dict,
+        ingredients: Sequence[Ingredient] = (),
+        weights: Sequence[Path] = (),
+        with_prompt: bool = False,
+    ) -> bytes:
+        """Return the bytes of a PNG, JPEG or WebP with a signed manifest of its metadata.
+
+        ingredients: the inputs; the manifests of those that are signed go along. weights: files
+        whose hashes are stated. with_prompt: state the prompt, and not only its hash.
+        """
         c2pa = _c2pa()
         with Image.open(io.BytesIO(data)) as image:
             mime = MIME[image.format or ""]
+        content = manifest(metadata, ingredients, weights, with_prompt)
+        signed = {}
+        for part, ingredient in zip(list(content["ingredients"]), ingredients, strict=True):
+            if own := _own_manifest(ingredient):
+                content["ingredients"].remove(part)
+                signed[json.dumps(part)] = own
         out = io.BytesIO()
         try:
             with (
                 c2pa.Signer.from_info(self.info) as signer,
-                c2pa.Builder(manifest(metadata), c2pa.Context.from_dict(OFFLINE)) as builder,
+                c2pa.Builder(content, c2pa.Context.from_dict(OFFLINE)) as builder,
             ):
+                for text, (kind, content_of_input) in signed.items():
+                    builder.add_ingredient(text, kind, io.BytesIO(content_of_input))
                 builder.sign(signer, mime, io.BytesIO(data), out)
         except c2pa.C2paError as error:
             reason = " ".join(str(error).split())
@@ -76,6 +109,25 @@ class Signer:
                 "certificate, which must not be expired, and be made for signing."
             ) from None
         return out.getvalue()
+
+
+def _own_manifest(ingredient: Ingredient) -> tuple[str, bytes] | None:
+    """Return type and bytes of an input that has a manifest, which is kept with what is wrong.
+
+    None for an input without a manifest, or with one that cannot be parsed, and for a file that is
+    not the one of its hash any more.
+    """
+    if ingredient.path is None:
+        return None
+    data = read_plain_file(ingredient.path, MAX_INPUT, "an input image")
+    if MANIFEST not in data or hashlib.sha256(data).hexdigest() != ingredient.sha256:
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mime = MIME.get(image.format or "")
+    except OSError:  # latents, for example
+        return None
+    return (mime, data) if mime and read(data, mime)[2] else None
 
 
 def _algorithm(path: Path, secret: bytes) -> Any:
@@ -98,28 +150,33 @@ def _algorithm(path: Path, secret: bytes) -> Any:
     raise UserError(f"sign: {path} is no key of P-256, P-384 or Ed25519, which C2PA takes.")
 
 
-def manifest(metadata: dict) -> dict:
-    """Return the manifest of an image: hashes of its prompt and record, but not the prompt."""
+def manifest(
+    metadata: dict,
+    ingredients: Sequence[Ingredient] = (),
+    weights: Sequence[Path] = (),
+    with_prompt: bool = False,
+) -> dict:
+    """Return the manifest of an image: hashes of its prompt, record, inputs and weights."""
     source = source_type({"model": "none"} | metadata) or ""
     software = str(metadata.get("software")).partition(",")[0].split() or ["flux"]
     agent = {"name": software[0], "version": software[-1]}
-    given = metadata.get("images")
-    parts = [*(given if isinstance(given, list) else []), metadata.get("mask")]
-    parts = [part for part in parts if is_described(part)]
-    labels = [f"input{number}" for number in range(len(parts))]
-    ingredients = [
-        {"title": Path(part["file"]).name, "relationship": "inputTo", "label": label}
-        for part, label in zip(parts, labels)
+    labels = [f"input{number}" for number in range(len(ingredients))]
+    parts = [
+        {"title": one.title[:MAX_TITLE], "relationship": "inputTo", "label": label}
+        | ({"description": f"SHA-256 {one.sha256}"} if one.sha256 else {})
+        for one, label in zip(ingredients, labels)
     ]
     made: dict[str, Any] = {"action": "c2pa.created", "digitalSourceType": source}
     made["softwareAgent"] = agent
     actions = [made]
-    if parts and "composite" in source:  # pixels of the first image remain
-        ingredients[0]["relationship"] = "parentOf"
+    if parts and is_edited(metadata):
+        parts[0]["relationship"] = "parentOf"
         made["action"] = "c2pa.edited"
         actions.insert(0, {"action": "c2pa.opened", "parameters": {"ingredientIds": labels[:1]}})
-    elif labels:
+        labels = labels[1:]
+    if labels:
         made["parameters"] = {"ingredientIds": labels}
+    prompt = {name: metadata.get(name) for name in ("prompt", "negative_prompt")}
     generation = {
         "id": str(uuid.uuid4()),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -127,21 +184,49 @@ def manifest(metadata: dict) -> dict:
         "software": metadata.get("software"),
         "prompt_sha256": _sha256(str(metadata.get("prompt", ""))),
         "record_sha256": _sha256(to_json(metadata)),
-        "inputs_sha256": [part["sha256"] for part in parts],
-    }
+        "inputs_sha256": [one.sha256 for one in ingredients],
+        "weights_sha256": {path.name: file_hash(path) for path in weights},
+    } | (prompt if with_prompt else {})
     assertions = [{"label": "org.flux.generation", "data": generation}]
     if metadata.get("watermark") == "tile":
         actions.append({"action": "c2pa.watermarked.bound", "softwareAgent": agent})
         value = f"{marking.payload_of(metadata):012x}"
-        binding = {"alg": "org.flux.tile.1", "blocks": [{"scope": {}, "value": value}]}
+        binding = {"alg": TILE, "blocks": [{"scope": {}, "value": value}]}
         assertions.append({"label": "c2pa.soft-binding", "data": binding})
+    elif metadata.get("watermark"):  # always the same bits, which name no manifest
+        actions.append({"action": "c2pa.watermarked.unbound", "softwareAgent": agent})
     assertions.insert(0, {"label": "c2pa.actions.v2", "data": {"actions": actions}})
     return {
         "claim_generator_info": [agent],
         "title": "image",
-        "ingredients": ingredients,
+        "ingredients": parts,
         "assertions": assertions,
     }
+
+
+def is_edited(metadata: dict) -> bool:
+    """Return whether the first input is what the image was made from: filled, or a start.
+
+    Else the inputs are references, of which a new image was made.
+    """
+    options, spec = metadata.get("image_options"), MODELS.get(str(metadata.get("model")))
+    options = options if isinstance(options, dict) else {}
+    changes = (metadata.get("mask"), metadata.get("latents"), options.get("outpaint"))
+    if any(changes) or options.get("strength") is not None:
+        return True
+    return spec is not None and spec.image_mode in ("start", "fill")
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, which is read once while its size and time stay the same."""
+    state = path.stat()
+    return _file_hash(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(text: str) -> str:

@@ -52,8 +52,9 @@ def verify(path: Path, roots: bytes | None = None) -> list[Finding]:
     terms = source_types(image.info.get("xmp") or b"")
     if terms is not None:
         findings.append(check_source_types(terms, record))
-    findings += check_watermarks(marking.find(image), record)
-    return findings + check_signature(path.read_bytes(), image.format, roots)
+    signature = check_signature(path.read_bytes(), image.format, roots)
+    bound = bound_mark(signature[0].value if signature else None)
+    return findings + check_watermarks(marking.find(image), record, bound) + signature
 
 
 def _load(path: Path) -> Image.Image:
@@ -129,11 +130,19 @@ def check_source_types(values: list[str], record: dict | None) -> Finding:
     return Finding(kind, True, f"{term}, unsigned", values[0])
 
 
-def check_watermarks(found: dict[str, str], record: dict | None) -> list[Finding]:
-    """Check the marks that were found in the pixels against the one that the record claims."""
+def check_watermarks(
+    found: dict[str, str], record: dict | None, bound: str | None = None
+) -> list[Finding]:
+    """Check the marks that were found in the pixels against those that are claimed.
+
+    record: may claim a mark. bound: the payload that the manifest is bound to.
+    """
     kind, claimed = "watermark", record.get("watermark") if record else None
     if claimed and str(claimed) not in found:
         told = f"the record says {claimed!s:.40}, but the pixels carry no such mark"
+        return [Finding(kind, False, told, found)]
+    if bound is not None and found.get("tile") != bound:
+        told = f"the manifest is bound to tile {bound:.40}, which the pixels do not carry"
         return [Finding(kind, False, told, found)]
     if record and "tile" in found and found["tile"] != f"{marking.payload_of(record):012x}":
         return [Finding(kind, False, f"tile {found['tile']} is that of another record", found)]
@@ -141,10 +150,23 @@ def check_watermarks(found: dict[str, str], record: dict | None) -> list[Finding
     return [Finding(kind, True, text, found)] if found else []
 
 
+def bound_mark(manifest: Any) -> str | None:
+    """Return the payload of the tile that a manifest is bound to; None if it is bound to none."""
+    try:
+        for assertion in manifest["assertions"]:
+            if assertion["label"].startswith("c2pa.soft-binding"):
+                data = assertion["data"]
+                if data["alg"] == signing.TILE:
+                    return str(data["blocks"][0]["value"])
+    except (TypeError, LookupError, AttributeError):  # of another program
+        pass
+    return None
+
+
 def check_signature(data: bytes, form: str | None, roots: bytes | None) -> list[Finding]:
     """Check the C2PA manifest of a file. What cannot be checked does not hold."""
     kind = "signature"
-    if b"jumdc2pa" not in data:  # the head of a C2PA box (JUMBF, ISO/IEC 19566-5)
+    if signing.MANIFEST not in data:
         return []
     if form not in signing.MIME:
         return [Finding(kind, False, f"is not checked in files of {form}")]

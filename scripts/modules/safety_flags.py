@@ -1,6 +1,7 @@
 """The flags of sample.py for content filters, and what they do in a run."""
 
 import argparse
+import warnings
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,13 @@ REFUSED = 3  # exit code: a filter refused an image
 # fmt: off
 def add_safety(group) -> None:
     add = group.add_argument
-    add("--filter", choices=("nsfw",),
-        help="refuse input images and results that a filter flags: write nothing of them, go on, "
-        "and end with exit code 3")
+    add("--filter", choices=("nsfw", "judge", "all"),
+        help="refuse what a filter flags: write nothing of it, go on, and end with exit code 3. "
+        "nsfw: a classifier looks at input images and results; judge: a vision-language model "
+        "looks at prompts, too, for characters, brands and public persons")
     add("--filter-weights", type=Path, metavar="DIR",
-        help="folder of the filter's files (default: as --weights, without a download)")
+        help="folder of the filters' files (default: as --weights, without a download)")
+    add("--judge-device", metavar="DEVICE", help="where the judge runs (default: cpu)")
     add("--review", type=Path, metavar="DIR",
         help="put refused results into this folder, with their scores, for a person to review")
     add("--watermark", choices=("tile", "bfl"),
@@ -29,11 +32,58 @@ def add_safety(group) -> None:
     add("--sign", type=Path, metavar="KEY",
         help="sign the images with this key, as C2PA (scripts/certificate.py makes one)")
     add("--certificate", type=Path, metavar="CHAIN", help="the certificates of that key")
+    add("--sign-prompt", action="store_true",
+        help="state the prompt in what is signed, and not only its hash")
 # fmt: on
 
 
+FILTER = ("filter", "filter_weights", "judge_device")  # arguments
+PROVENANCE = ("watermark", "sign", "certificate", "sign_prompt")
+
+
+def load_filters(args: argparse.Namespace):
+    """Return the filters that are asked for, None without. UserError if one is not there."""
+    from flux.errors import UserError
+
+    if args.filter is None:
+        for name in ("filter_weights", "review"):
+            if getattr(args, name, None) is not None:
+                raise UserError(f"{name}: has no effect without `filter`. Add it.")
+        if args.judge_device is not None:
+            raise UserError("judge_device: has no effect without `filter=judge`. Add it.")
+        return None
+    from flux.runtime.devices import choose_device
+    from flux.safety.filters import load_filters
+
+    if args.filter_weights and not args.filter_weights.is_dir():
+        raise UserError(f"filter_weights: {args.filter_weights} is not a folder.")
+    if args.judge_device is not None and args.filter == "nsfw":
+        raise UserError("judge_device: has no effect without `filter=judge`. Add it.")
+    device = choose_device(args.judge_device or "cpu")
+    return load_filters(args.filter, args.filter_weights or args.weights, device)
+
+
+def load_provenance(args: argparse.Namespace, watermark: str | None = None):
+    """Return the marks that are asked for. `watermark`: that of an image to make again."""
+    from flux.safety.provenance import Provenance
+
+    return Provenance(
+        args.watermark or watermark, args.sign, args.certificate, sign_prompt=args.sign_prompt
+    )
+
+
+def licence_note(licence: "Licence", filters) -> str | None:
+    """Return what to say if the licence of the weights asks for filters, and there is none."""
+    if not licence.requires_filters or filters is not None:
+        return None
+    return (
+        f"note: the {licence.name} asks for content filters, or for a review of the images before "
+        "you publish them; --filter is off"
+    )
+
+
 class Safety:
-    """The filters of one run, loaded. UserError if one is asked for and not there.
+    """Filters and marks of one run of sample.py. UserError if one is asked for and not there.
 
     `size`: width and height of the images; `earlier`: the metadata of an image to make again.
     """
@@ -41,85 +91,98 @@ class Safety:
     def __init__(
         self, args: argparse.Namespace, licence: "Licence", size: tuple[int, int], earlier: dict
     ):
-        from flux.errors import UserError
         from flux.image_io import output
 
-        self.filters, self.refused = [], 0
-        self.licence = licence
-        self.review = args.review and args.review / args.output.name
+        self.licence, self.refused = licence, 0
         self.record = not args.no_metadata
-        self.watermark = args.watermark or earlier.get("watermark")
-        if self.watermark is not None:
-            from flux.safety import marking
-
-            if self.watermark not in marking.KINDS:
-                raise UserError(
-                    f"watermark: {self.watermark!r:.40} is unknown (expected "
-                    f"{', '.join(marking.KINDS)})."
-                )
-            marking.check_size(self.watermark, *size)
-        self.signer = None
-        if (args.sign is None) != (args.certificate is None):
-            raise UserError("sign: needs `certificate`, and the other way round.")
-        if args.sign is not None:
-            from flux.safety.signing import Signer
-
-            self.signer = Signer(args.sign, args.certificate)
-        if args.filter is None:
-            for name in ("filter_weights", "review"):
-                if getattr(args, name) is not None:
-                    raise UserError(f"{name}: has no effect without `filter`. Add it.")
-            return
-        from flux.safety.filters import load_nsfw_filter
-
-        if args.filter_weights and not args.filter_weights.is_dir():
-            raise UserError(f"filter_weights: {args.filter_weights} is not a folder.")
+        self.review = args.review and args.review / args.output.name
+        self.inputs = [*args.image, args.mask, args.latents]
+        self.files: dict = {}  # of the pipeline
+        self.provenance = load_provenance(args, earlier.get("watermark"))
+        self.provenance.check_sizes([size])
+        self.filters = load_filters(args)
         if self.review:
             output.check_output(self.review, name="review")
-        self.filters = [load_nsfw_filter(args.filter_weights or args.weights)]
+        self.refused_texts: set[str] = set()
 
-    def note_licence(self) -> None:
-        """Say it if the licence of the weights asks for filters, and there is none."""
-        if self.licence.requires_filters and not self.filters:
-            say(
-                f"note: the {self.licence.name} asks for content filters, or for a review of the "
-                "images before you publish them; --filter is off"
-            )
+    def loaded(self, pipe) -> None:
+        """Note the files of the model, and what its licence asks for."""
+        self.files = pipe.files
+        if note := licence_note(self.licence, self.filters):
+            say(note)
 
-    def refuses_input(self, images) -> bool:
-        """Return whether a filter refuses an input image; say which. `images`: ImageInputs."""
-        given = [(f"image {n}", x) for n, x in enumerate(images.images if images else (), start=1)]
-        if images and images.mask is not None:
-            given.append(("the mask", images.mask))
-        for name, image in given:
-            for verdict in self.verdicts(image):
-                if verdict.refused:
-                    say(f"refused: {name}, by {verdict}")
-                    self.refused += 1
-        return self.refused > 0
+    # ------------------------------------------------------------------ what goes in
 
-    def seal(self, metadata: dict):
-        """Return what signs the bytes of a file; None if nothing is to be signed."""
-        if self.signer is None:
-            return None
-        return lambda data: self.signer.sign(data, metadata)
+    def refuses_inputs(self, images, mask=None, negative_prompt: str | None = None) -> bool:
+        """Return whether a filter refuses what all images are made from; say which."""
+        given = [(f"image {number}", image) for number, image in enumerate(images, start=1)]
+        given += [("the mask", mask)] if mask is not None else []
+        refused = [self._refuses(name, self.verdicts(image)) for name, image in given]  # tell all
+        refused.append(self.refuses_prompt(negative_prompt or "", "negative prompt"))
+        return any(refused)
+
+    def refuses_prompt(self, prompt: str, about: str = "prompt") -> bool:
+        """Return whether a filter refuses a prompt; say so once."""
+        if prompt in self.refused_texts:
+            return True
+        if not self._refuses(about, self._of_text(prompt), f": {prompt}"):
+            return False
+        self.refused_texts.add(prompt)
+        return True
+
+    def refused_prompts(self, prompts, boxes: list[dict], images: int) -> set[int]:
+        """Return the numbers of the prompts that a filter refuses with their boxes; say which."""
+        if self.filters is None:
+            return set()
+        from flux.boxes import add_boxes
+
+        refused = set()
+        with warnings.catch_warnings():  # a box that is not cited is told later
+            warnings.simplefilter("ignore")
+            for number, prompt in enumerate(prompts):
+                if self.refuses_prompt(add_boxes(prompt, boxes, images) if boxes else prompt):
+                    refused.add(number)
+        return refused
+
+    def refused_answers(self, typed: list[tuple[int, str]], answers: list[str]) -> set[int]:
+        """Return the numbers of the prompts whose expanded form a filter refuses; say which."""
+        return {
+            number
+            for (number, prompt), answer in zip(typed, answers)
+            if answer != prompt and self.refuses_prompt(answer, "expanded prompt")
+        }
+
+    def _refuses(self, name: str, verdicts: list, more: str = "") -> bool:
+        flagged = [verdict for verdict in verdicts if verdict.refused]
+        if flagged:
+            self.refused += 1
+            say(f"refused: {name}, by {', '.join(map(str, flagged))}{more}")
+        return bool(flagged)
+
+    def _of_text(self, text: str | None) -> list:
+        return self.filters.judge_text(text) if self.filters else []
+
+    def verdicts(self, image) -> list:
+        """Return what the filters say of an image."""
+        return self.filters.judge_image(image) if self.filters else []
+
+    # ------------------------------------------------------------------ what comes out
 
     @property
     def metadata(self) -> dict:
         """Return what the record says of the marks."""
-        return {"watermark": self.watermark} if self.watermark else {}
+        return self.provenance.metadata
 
     def mark(self, image, metadata: dict):
         """Return the image with its watermark, if there is to be one."""
-        if self.watermark is None:
-            return image
-        from flux.safety import marking
+        return self.provenance.mark(image, metadata)
 
-        return marking.mark(image, self.watermark, metadata)
+    def seal(self, metadata: dict):
+        """Return what signs the bytes of a file; None if nothing is to be signed."""
+        from flux.safety.provenance import recorded_ingredients
 
-    def verdicts(self, image) -> list:
-        """Return what each filter says of an image."""
-        return [filter.judge(image) for filter in self.filters]
+        ingredients = recorded_ingredients(metadata, self.inputs)
+        return self.provenance.seal(metadata, ingredients, self.files)
 
     def refusal(self, image, metadata: dict) -> str | None:
         """Return why a result is refused, None if it is not; write it for a review, if asked to."""

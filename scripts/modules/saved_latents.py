@@ -76,8 +76,11 @@ def decode(args: argparse.Namespace, load) -> int:
             setattr(args, name, metadata[name])
     licence = get_spec(args.model, args.transformer).licence
     safety = Safety(args, licence, (16 * latents.shape[3], 16 * latents.shape[2]), metadata)
+    texts = [metadata.get(name) for name in ("prompt", "negative_prompt", "upsampled_from")]
+    if any(safety.refuses_prompt(text) for text in texts if isinstance(text, str)):
+        return REFUSED
     pipe = load(args)
-    safety.note_licence()
+    safety.loaded(pipe)
     if metadata.get("mask"):
         say("note: what the mask protected is in the input image, and is not put back")
         metadata = {}

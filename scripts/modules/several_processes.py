@@ -14,7 +14,10 @@ from modules import command_line
 
 T = TypeVar("T")
 OF_EACH = {"device", "weights"}  # arguments that may differ between machines
-OF_FIRST = ("filter", "filter_weights", "review", "sign", "certificate")  # of results
+OF_FIRST = (  # of results
+    *("filter", "filter_weights", "judge_device", "review"),
+    *("sign", "certificate", "sign_prompt"),
+)
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL")
 
 

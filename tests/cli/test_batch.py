@@ -6,6 +6,7 @@ The right bytes are those of the pipeline, called with the values of a line.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,8 @@ from flux.batch.claims import claim
 from flux.batch.manifest import BLOCK, Manifest, file_name
 from flux.batch.records import Records
 from flux.errors import UserError
-from flux.safety.filters import Verdict
+from flux.safety.verdict import Verdict
+from flux.safety.verification import verify
 
 SCRIPT = Path(__file__).parents[2] / "scripts/batch.py"
 SMALL = {"width": 64, "height": 64, "steps": 1}
@@ -155,22 +157,91 @@ def test_merge_finds_what_is_missing_or_changed(batch, tmp_path):
     assert "left: line 1, 2" in said
 
 
-def test_filter_refuses_results_and_inputs(batch, tmp_path, monkeypatch):
+class Stub:
+    """Refuses prompts with the word "forbidden", and images whose first pixel is red."""
+
+    def judge_text(self, text):
+        return Verdict("judge", 0.9 if "forbidden" in text else 0.1, 0.5)
+
+    def judge(self, image):
+        red = image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+        return Verdict("judge", 0.8 if red else 0.1, 0.5)
+
+
+def test_filters_refuse_prompts_inputs_and_results(batch, tmp_path, monkeypatch):
     """Nothing is written of a refused line; the others go on; a missing filter ends the run."""
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    reddish = small(2) + [{"prompt": "a moon", "images": ["red.png"]} | SMALL]
-    write(tmp_path / "m.jsonl", reddish)
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
+    forbidden = "a forbidden star"
+    lines = small(1) + [
+        {"prompt": forbidden} | SMALL,
+        {"prompt": "a moon", "images": ["blue.png", "red.png"]} | SMALL,
+        {"prompt": "a moon", "images": ["blue.png"]} | SMALL,
+        {"prompt": "a moon", "negative_prompt": forbidden} | SMALL,
+        {"prompt": "a sun"} | SMALL,
+    ]
+    write(tmp_path / "m.jsonl", lines)
     (tmp_path / "empty").mkdir()
-    code, said = batch("m.jsonl", "out", "--filter", "nsfw", "--filter-weights", "empty")
-    assert code == 2 and not images(tmp_path / "out")
-    scores = iter([0.1, 0.9, 0.85])  # line 1, line 2, the input image of line 3
-    judge = SimpleNamespace(judge=lambda image: Verdict("nsfw", next(scores), 0.85))
-    monkeypatch.setattr("flux.safety.filters.load_nsfw_filter", lambda folder: judge)
-    code, said = batch("m.jsonl", "out", "--filter", "nsfw")
-    assert code == 3 and "1 images, 0 wrong lines, 0 images left, 2 refused by a filter" in said
-    assert list(images(tmp_path / "out")) == ["000000000.png"]
-    assert batch("m.jsonl", "out", "--merge")[0] == 3
-    assert ["refused" in record for record in records(tmp_path / "out")] == [False, True, True]
+    for kind in ("nsfw", "judge", "all"):
+        code, said = batch("m.jsonl", "out", "--filter", kind, "--filter-weights", "empty")
+        assert code == 2 and not images(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+    scores = iter([0.1, 0.1, 0.1, 0.9])  # results of lines 1 and 4, and the input; that of line 6
+    classifier = SimpleNamespace(
+        judge=lambda image: Verdict("nsfw", 0.1 if image.size == (8, 8) else next(scores), 0.85)
+    )
+    monkeypatch.setattr("flux.safety.filters.load_judge", lambda *_: Stub())
+    code, said = batch("m.jsonl", "judged", "--filter", "judge")
+    assert code == 3 and "3 images, 0 wrong lines, 0 images left, 3 refused by a filter" in said
+    assert [name[8] for name in images(tmp_path / "judged")] == ["0", "3", "5"]
+    assert "line 2: prompts: number 1 is refused by judge 0.900" in said
+    assert "line 3: images: number 2 is refused by judge 0.800" in said
+    assert "line 5: negative_prompt: number 1 is refused by judge 0.900" in said
+    monkeypatch.setattr("flux.safety.filters.load_nsfw_filter", lambda folder: classifier)
+    write(tmp_path / "m.jsonl", [lines[0], lines[3], lines[5]])
+    code, said = batch("m.jsonl", "both", "--filter", "all")
+    assert code == 3 and "2 images, 0 wrong lines, 0 images left, 1 refused by a filter" in said
+    assert "line 3: prompts: image 1 is refused by nsfw 0.900" in said
+    assert batch("m.jsonl", "both", "--merge")[0] == 3
+    assert ["refused" in record for record in records(tmp_path / "both")] == [False, False, True]
+
+
+def test_watermarks_are_the_same_after_a_restart_and_signatures_hold(batch, tmp_path):
+    lines = [{"prompt": f"a red star {n}", "width": 256, "height": 256, "steps": 1} for n in (1, 2)]
+    write(tmp_path / "m.jsonl", lines)
+    for out in ("once", "again"):
+        assert batch("m.jsonl", out, "--watermark", "tile")[0] == 0
+    assert images(tmp_path / "once") == images(tmp_path / "again")
+    code, said = batch("m.jsonl", "once")
+    assert code == 2 and "was begun with another watermark" in said
+    for name, data in script("certificate").make("My studio").items():
+        (tmp_path / name).write_bytes(data)
+    signed = ("--sign", "key.pem", "--certificate", "chain.pem")
+    assert batch("m.jsonl", "signed", "--watermark", "tile", *signed)[0] == 0
+    root = (tmp_path / "root.pem").read_bytes()
+    for path in (tmp_path / "signed").glob("0*/*.png"):
+        found = {finding.kind: finding.text for finding in verify(path, root) if finding.holds}
+        assert found["signature"] == "trusted, by My studio" and "tile" in found["watermark"]
+        with Image.open(path) as image, Image.open(tmp_path / "once/000000" / path.name) as other:
+            assert image.tobytes() == other.tobytes()
+    assert batch("m.jsonl", "signed", "--merge")[0] == 0
+    code, said = batch("m.jsonl", "none", "--sign", "key.pem")
+    assert code == 2 and "--sign: needs --certificate" in said
+
+
+def test_merge_takes_the_record_that_fits_the_image(batch, tmp_path):
+    """Two workers signed one line: the image on disk is that of either record."""
+    assert batch(write(tmp_path / "m.jsonl", small(2)), "out")[0] == 0
+    (file,) = (tmp_path / "out/records").glob("*.jsonl")
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    other = first | {"sha256": "0" * 64}
+    for name in ("a", "z"):  # read before and after the other file
+        (extra := file.with_name(f"{name}.jsonl")).write_text(json.dumps(other) + "\n")
+        assert batch("m.jsonl", "out", "--merge")[0] == 0
+        assert records(tmp_path / "out") == [first, second]
+        extra.unlink()
+    file.write_text(json.dumps(other) + "\n" + json.dumps(second) + "\n")
+    assert batch("m.jsonl", "out", "--merge")[0] == 1
 
 
 # ------------------------------------------------------------------ stops
@@ -286,18 +357,6 @@ def test_workers_begin_with_their_shard(tmp_path):
     made = Records(tmp_path / "out", some, {})
     order = list(worker.Worker(None, some, made, (1, 2))._order())
     assert order == [1, 3, 0, 2, 4]
-
-
-def test_long_block_is_reported_on_the_way_and_quiet_is_quiet(batch, tmp_path, monkeypatch):
-    write(tmp_path / "m.jsonl", small(3))
-    assert batch("m.jsonl", "quiet", "--quiet") == (0, "")
-    monkeypatch.setattr(worker, "REPORT", -1.0)  # seconds
-    code, said = batch("m.jsonl", "out")
-    assert code == 0
-    progress = [line.partition(" a second")[0] for line in said.splitlines() if "a second" in line]
-    assert [line.partition(",")[0] for line in progress] == [
-        "1 of 3 images", "2 of 3 images", "3 of 3 images"
-    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------ a large manifest

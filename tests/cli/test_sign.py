@@ -1,11 +1,10 @@
-"""--sign, scripts/certificate.py, verify.py --trust: what is signed, and every kind of damage.
+"""--sign, scripts/certificate.py, verify.py --trust: what is signed, and every kind of damage."""
 
-Skipped without c2pa-python, of the extra `sign`.
-"""
-
+import hashlib
 import io
 import json
 import sys
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -13,10 +12,9 @@ from PIL import Image
 from support.load_script import script
 from support.sample_run import image_of
 
-pytest.importorskip("c2pa")
-
 from flux.errors import UserError
 from flux.image_io import output
+from flux.safety.provenance import ingredients_of, recorded_ingredients
 from flux.safety.signing import Signer
 from flux.safety.verification import verify
 
@@ -44,10 +42,26 @@ def signer(folder):
     return Signer(folder / "own/key.pem", folder / "own/chain.pem")
 
 
-def signed(signer, path, metadata=METADATA):
+def signed(signer, path, metadata=METADATA, ingredients=None, **options):
+    """Save noise with metadata, signed. The inputs are those that the metadata name."""
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-    seal = lambda data: signer.sign(data, metadata)  # noqa: E731
+    inputs = recorded_ingredients(metadata) if ingredients is None else ingredients
+
+    def seal(data):
+        return signer.sign(data, metadata, inputs, **options)
+
     return output.save(Image.fromarray(noise), path, metadata, seal=seal)
+
+
+def generation(manifest: dict) -> dict:
+    """Return what the manifest says of how the image was made."""
+    (found,) = [a["data"] for a in manifest["assertions"] if a["label"] == "org.flux.generation"]
+    return found
+
+
+def actions(manifest: dict) -> list[dict]:
+    (found,) = [a["data"] for a in manifest["assertions"] if a["label"].startswith("c2pa.actions")]
+    return found["actions"]
 
 
 def signature(path, roots=None):
@@ -72,7 +86,8 @@ def test_signed_image_is_trusted_by_its_root_alone(signer, folder, tmp_path, suf
 def test_damage_is_invalid(signer, folder, tmp_path, suffix):
     path = signed(signer, tmp_path / f"a{suffix}")
     data, root = path.read_bytes(), (folder / "own/root.pem").read_bytes()
-    for place in (data.index(b"trainedAlgorithmicMedia", data.index(b"c2pa")), len(data) // 2):
+    of_manifest = data.index(b"trainedAlgorithmicMedia", data.index(b"c2pa"))
+    for place in (of_manifest, data.index(b'\\"cat\\"'), len(data) // 2):  # metadata, pixels
         changed = bytearray(data)
         changed[place] ^= 1
         path.write_bytes(changed)
@@ -92,6 +107,96 @@ def test_inputs_and_watermark_are_in_the_manifest(signer, tmp_path):
     text = json.dumps(signature(signed(signer, tmp_path / "a.png", metadata)).value)
     assert "photo.png" in text and "inputTo" in text and "/private" not in text
     assert "c2pa.soft-binding" in text and "c2pa.watermarked.bound" in text
+    bfl = signature(signed(signer, tmp_path / "b.png", METADATA | dict(watermark="bfl")))
+    assert [action["action"] for action in actions(bfl.value)][1:] == ["c2pa.watermarked.unbound"]
+
+
+def test_manifest_that_is_bound_to_a_mark_holds_with_that_mark_alone(signer, tmp_path):
+    """The record is left out, so that only the manifest claims the mark."""
+    metadata = METADATA | dict(watermark="tile")
+    blank = io.BytesIO()
+    Image.new("RGB", (256, 256), "gray").save(blank, "PNG")
+    (tmp_path / "a.png").write_bytes(signer.sign(blank.getvalue(), metadata))
+    (mark, signature) = verify(tmp_path / "a.png")
+    assert signature.holds and not mark.holds
+    assert mark.text.startswith("the manifest is bound to tile ")
+
+
+def test_hashes_of_prompt_and_weights_and_the_prompt_only_if_asked(signer, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"some weights")
+    metadata = METADATA | dict(negative_prompt="a dog")
+    plain = signature(signed(signer, tmp_path / "a.png", metadata, weights=[weights])).value
+    said = generation(plain)
+    prompt = hashlib.sha256(metadata["prompt"].encode()).hexdigest()
+    assert said["prompt_sha256"] == prompt
+    assert said["weights_sha256"] == {weights.name: hashlib.sha256(b"some weights").hexdigest()}
+    assert abs(datetime.fromisoformat(said["time"]) - datetime.now(UTC)) < timedelta(minutes=2)
+    assert len(said["id"]) == 36 and "dog" not in json.dumps(plain)
+    weights.write_bytes(b"other weights")
+    asked = generation(
+        signature(
+            signed(signer, tmp_path / "b.png", metadata, weights=[weights], with_prompt=True)
+        ).value
+    )
+    assert (asked["prompt"], asked["negative_prompt"]) == (metadata["prompt"], "a dog")
+    assert asked["id"] != said["id"] and asked["weights_sha256"] != said["weights_sha256"]
+
+
+def test_signed_references_keep_their_manifests(signer, folder, tmp_path):
+    """A good one, one whose pixels were changed, one without a manifest, and one in memory."""
+    good = signed(signer, tmp_path / "good.jpg", METADATA | dict(model="of the reference"))
+    changed = bytearray(good.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (tmp_path / "changed.jpg").write_bytes(changed)
+    Image.new("RGB", (32, 32)).save(tmp_path / "plain.png")
+    inputs = ingredients_of(
+        [*(tmp_path / f"{n}" for n in ("good.jpg", "changed.jpg", "plain.png"))]
+    )
+    path = signed(signer, tmp_path / "a.png", ingredients=[*inputs, *ingredients_of([good, None])])
+    found = signature(path, (folder / "own/root.pem").read_bytes())
+    assert found.text.startswith("trusted") and b"of the reference" in path.read_bytes()
+    given = {part["title"]: part for part in found.value["ingredients"]}
+    assert given["good.jpg"]["active_manifest"] and "active_manifest" not in given["plain.png"]
+    assert "assertion.dataHash.mismatch" in json.dumps(given["changed.jpg"]["validation_results"])
+    assert "in memory" in "".join(given) and len(found.value["ingredients"]) == 5
+    said = generation(found.value)["inputs_sha256"]
+    assert said[0] == hashlib.sha256(good.read_bytes()).hexdigest() and said[4] is None
+    assert given["plain.png"]["description"] == f"SHA-256 {said[2]}"
+    assert len(actions(found.value)[0]["parameters"]["ingredients"]) == 5
+
+
+def test_reference_that_changed_or_is_damaged_is_named_alone(signer, tmp_path):
+    good = signed(signer, tmp_path / "good.png")
+    (old,) = ingredients_of([good])
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:-40])
+    Image.new("RGB", (32, 32)).save(good)
+    found = signature(signed(signer, tmp_path / "a.png", ingredients=[old, *ingredients_of([cut])]))
+    assert found.holds
+    assert all("active_manifest" not in part for part in found.value["ingredients"])
+
+
+@pytest.mark.parametrize(
+    "metadata, edited",
+    [
+        (dict(model="flux.2-klein-4b"), False),
+        (dict(model="flux.1-kontext-dev"), False),
+        (dict(model="flux.1-dev"), True),
+        (dict(model="flux.2-dev", image_options=dict(strength=0.5)), True),
+        (dict(model="flux.1-fill-dev", image_options=dict(composite=False)), True),
+        (dict(model="flux.1-redux-dev"), False),
+        (dict(model="flux.1-canny-dev"), False),
+    ],
+)
+def test_image_is_edited_where_the_first_input_is_its_start(signer, tmp_path, metadata, edited):
+    """C2PA 2.1: an edited image opens its parent; an image made of references is created."""
+    hashed = dict(file="photo.png", sha256="0" * 64)
+    path = signed(signer, tmp_path / "a.png", METADATA | metadata | dict(images=[hashed]))
+    manifest = signature(path).value
+    names = [action["action"] for action in actions(manifest)]
+    assert names == (["c2pa.opened", "c2pa.edited"] if edited else ["c2pa.created"])
+    assert manifest["ingredients"][0]["relationship"] == ("parentOf" if edited else "inputTo")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +245,17 @@ def test_run_signs_what_it_marked_or_writes_nothing(cli, folder, monkeypatch, ca
     monkeypatch.setattr(Signer, "sign", full)
     monkeypatch.setattr(Signer, "__init__", lambda *_: None)
     cli(*run, *keys).fails_with("No space left on device", code=1)
+
+
+def test_name_in_a_foreign_certificate_cannot_steer_a_terminal(tmp_path, monkeypatch, capsys):
+    for name, data in certificate.make("a\x1b[2J\u202eb\n").items():
+        (tmp_path / name).write_bytes(data)
+    signed(Signer(tmp_path / "key.pem", tmp_path / "chain.pem"), tmp_path / "a.png")
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(tmp_path / "a.png")])
+    script("verify").main()
+    out = capsys.readouterr().out
+    assert "signature: holds: valid, by a" in out and "\x1b" not in out and "\u202e" not in out
+    assert len(out.splitlines()) == 3
 
 
 def test_missing_package_is_told(folder, tmp_path, signer, monkeypatch):
