@@ -27,13 +27,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from flux import transformer3
 from flux.errors import UserError
 from flux.runtime.lazy_module import LazyModule
 from flux.transformer import DoubleStreamBlock, KVCache, QKNorm, RMSNorm, SingleStreamBlock
 
 # Called with a name and a tensor, which may be overwritten later: copy it to keep it.
 Observer = Callable[[str, Tensor], object]
-BLOCKS = {DoubleStreamBlock: 2, SingleStreamBlock: 1}  # type -> inputs that are tokens
+# type -> inputs that are tokens
+BLOCKS = {DoubleStreamBlock: 2, SingleStreamBlock: 1, transformer3.Block: 1}
+NORMS = QKNorm | RMSNorm | transformer3.QKNorm | transformer3.RMSNorm  # of queries and keys
 ATTENTION = F.scaled_dot_product_attention  # also where a bug's function takes its place
 
 
@@ -150,7 +153,7 @@ def _tensors(module: nn.Module, values) -> list[Tensor]:
             tensors.append(value)
         elif isinstance(value, KVCache) and value.k is not None and value.v is not None:
             tensors += [value.k, value.v, torch.tensor(value.text_length)]
-    if isinstance(module, QKNorm | RMSNorm):  # (B, N, H, d) here
+    if isinstance(module, NORMS):  # (B, N, H, d) here
         tensors = [x.transpose(1, 2) for x in tensors]
     return tensors
 

@@ -109,8 +109,6 @@ def load(
     if not isinstance(device, str | int | torch.device | None):
         raise UserError(f"device: must be a name such as cuda:1 (got {shown(device)}).")
     chosen = choose_device(device)
-    if dtype is None:
-        dtype = torch.float32 if spec.embedded else choose_dtype(chosen)
     # these replace the model's files, which need not exist
     replaced: dict[str, Any] = local_text_files(spec, text_encoder, text_encoder_2, tokenizer)
     if autoencoder is not None:
@@ -126,6 +124,8 @@ def load(
     if text is not None and not callable(getattr(text, "encode_one", None)):
         raise UserError(f"text: must be a flux.TextEncoder (got {shown(text)}).")
     files = locate(spec, weights, replaced, with_text=text is None)
+    if dtype is None:
+        dtype = torch.float32 if spec.embedded else choose_dtype(chosen)
     networks = build_networks(spec, files, chosen, dtype, numerics, check_finite, options, text)
     pipe = Pipeline(spec, networks, files, chosen, dtype, numerics, options)
     given = dict(

@@ -17,7 +17,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux import arguments, conditioning, sampling, solvers, text_encoder
+from flux import arguments, conditioning, progress, sampling, solvers, text_encoder
 from flux.argument_names import explain_other_names
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
@@ -118,6 +118,10 @@ class Pipeline:
         self._loras = LoraManager(
             spec, files.get("lora", ()), changeable, changed=self.text.cache.clear
         )
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<flux.Pipeline of {self.spec.name}, on {self.device} in {dtype}>"
 
     # ---------------------------------------------------------------- all stages
 
@@ -262,7 +266,7 @@ class Pipeline:
         prompts = arguments.to_texts("prompts", prompts)
         self._judge(prompts)
         self._plan_text(prompts)
-        for prompt in prompts:
+        for prompt in progress.counted(prompts, "encoding", "prompts"):
             self.text.features(prompt)
         self.residency.done(*self.text.networks)
 
@@ -424,6 +428,7 @@ class Pipeline:
         def after_step(step: int, t: float, x: Tensor) -> None:
             if callback is not None:
                 callback(step, t, to_grid(x))
+            progress.tell("sampling", step, run, "steps")
             self.now.step = step + 1
 
         with self._autograd(gradients):

@@ -1,6 +1,7 @@
 """Prompt -> text features: the tokenizers and text encoders of a model family."""
 
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,14 @@ from flux.tokenizers import (
     T5Tokenizer,
     Tokens,
 )
+from flux.weights.families import qwen_kind
 from flux.weights.files import TensorInfo
 from flux.weights.llama_cpp_names import (
     halves_from_pairs,
     language_model_from_llama_cpp,
     t5_from_llama_cpp,
 )
+from flux.weights.load import read_headers
 
 MAX_CACHE = 2**30  # bytes of features that are kept for later calls: 136 prompts of klein 4B
 
@@ -274,6 +277,8 @@ def build_networks(
         options = {"t5": (T5, text.t5, t5), "clip": (CLIP, text.clip, clip)}
     else:
         model, depth = text.model, max(text.model.layers)
+        if model.qk_norm and "model" in files:
+            check_qwen(files["model"], model)
 
         def ignore_keys(name: str) -> bool:
             return language_model_ignore_keys(name, depth)
@@ -293,6 +298,19 @@ def build_networks(
         for part, (build, config, own) in options.items()
         if part in files
     }
+
+
+def check_qwen(files: Sequence[Path], model: LanguageModelConfig) -> None:
+    """Raise UserError for Qwen3-VL in place of Qwen3, and the other way round."""
+    of = {"Qwen3": "FLUX.2 [klein]", "Qwen3-VL": "FLUX 3"}
+    wanted = "Qwen3" if model.padding_position is None else "Qwen3-VL"
+    read = max(model.layers) if wanted == "Qwen3-VL" else sys.maxsize
+    found = qwen_kind(*read_headers(files), read)
+    if found is not None and found != wanted:
+        raise UserError(
+            f"text_encoder: {files[0]} is {found}, of {of[found]}, but {of[wanted]} reads "
+            f"{wanted}. Pass text_encoder/ of a repository of {of[wanted]}."
+        )
 
 
 def with_text_model(name: str) -> str:

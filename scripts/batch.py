@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import sample
-from modules.command_line import Parser, exit_code, say, show
+from modules.command_line import Parser, add_quiet, exit_code, say, set_quiet, show
 from modules.safety_flags import (
     FILTER,
     PROVENANCE,
@@ -46,6 +46,7 @@ FLAGS = sample.flags_of(sample.parser()) | {"manifest": "MANIFEST", "out": "OUT"
 
 def main() -> int:
     args = parser().parse_args()
+    set_quiet(args.quiet)
     stopped = "stopped; the same command goes on"
     return exit_code(lambda: run(args), FLAGS, args.out, stopped)
 
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="make no images: check that all are there, and write OUT/images.jsonl",
     )
+    add_quiet(p)
     for action in sample.parser()._actions:
         if action.dest in (*DEFAULTS, *SAMPLING, *HOW_TO_RUN, *MODEL, *FILTER, *PROVENANCE):
             p._add_action(action)

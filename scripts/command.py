@@ -37,8 +37,9 @@ def main(name: str = "flux-ref") -> int:
         sys.argv[:2] = [f"{name} {given}"]
         run_as_main(FOLDER / f"{given}.py")
     except KeyboardInterrupt:  # before the script has begun
-        print("error: stopped; nothing was written", file=sys.stderr)
-        return 130
+        from modules.command_line import fail
+
+        return fail("stopped; nothing was written", 130)
     return 0
 
 

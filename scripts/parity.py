@@ -9,7 +9,7 @@ python scripts/parity.py compare a.safetensors --against bfl --bfl-path ../flux2
 python scripts/parity.py diagnose port.safetensors a.safetensors
 python scripts/parity.py report port.safetensors a.safetensors --output report.html
 python scripts/parity.py golden-kit --output kit
-python scripts/parity.py golden-kit --random flux.1 --output kit
+python scripts/parity.py golden-kit --random flux.3 --output kit
 python scripts/parity.py replay a.safetensors --dtype bfloat16
 python scripts/parity.py bisect a.safetensors --transformer mine.safetensors
 python scripts/parity.py calibrate a.safetensors
@@ -37,11 +37,14 @@ DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n
 # flags of sample.py that parity.py does not take: about several images, and about their files
 EXCLUDED = {
     "help",
+    "quiet",
     "num_images",
     "seed",
     "from_image",
     "upsample",
     "upsample_model",
+    "box",
+    "boxes",
     "save_control",
     "output",
     "save_latents",
@@ -242,7 +245,6 @@ def prepare(args: argparse.Namespace):
     if len(prompts) > 1:
         raise UserError(f"prompts: one capture has one prompt (got {len(prompts)})")
     spec = get_spec(args.model, args.transformer)
-    spec.refuse_flux3()
     images = sample.gather_images(args, spec)
     pipe = sample.load(args, fast=False)  # the plain networks are the reference
     size = args.width, args.height, args.steps, args.guidance
@@ -699,7 +701,7 @@ def add_golden_kit(commands) -> None:
     group = p.add_argument_group("the kit")
     group.add_argument(
         "--random",
-        choices=("flux.1", "flux.2"),
+        choices=("flux.1", "flux.2", "flux.3", "flux.3-base"),
         help="use a tiny model of this family with random weights, which needs no files",
     )
     group.add_argument(

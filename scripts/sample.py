@@ -21,7 +21,17 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from modules import several_processes
 from modules.background import BackgroundWriter
-from modules.command_line import Parser, add_hidden_alias, exit_code, say, show, with_flags
+from modules.command_line import (
+    Once,
+    Parser,
+    add_hidden_alias,
+    add_quiet,
+    exit_code,
+    say,
+    set_quiet,
+    show,
+    with_flags,
+)
 from modules.progress import Progress
 from modules.safety_flags import REFUSED, Safety, add_safety
 from modules.upsampling_flags import check_upsampling, upsample
@@ -129,7 +139,8 @@ def add_request(group) -> None:
 def add_images(group) -> None:
     add = group.add_argument
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
-    add("--mask", type=Path, metavar="FILE", help="inpainting, Fill: white is what may change")
+    add("--mask", type=Path, action=Once, metavar="FILE",
+        help="inpainting, Fill: white is what may change")
     add("--strength", type=float, metavar="S",
         help="image to image, inpainting: share of the steps that is run; all of them keep nothing "
         "of the image (default: 0.8, or 0.75 of 4 steps)")
@@ -226,9 +237,12 @@ def add_files(group) -> None:
         help="every N steps, write the image so far to OUTPUT.preview.png; the file is removed at "
         "the end")
     add("--save-latents", action="store_true", help="also write the latents, as .safetensors")
-    add("--list-models", action="store_true", help="print the models, and which are available")
+    add("--list-models", nargs="?", const="", metavar="NAME",
+        help="print the models: steps, guidance, memory, what is missing; with NAME or a part of "
+        "one, their files too")
     add("--inspect", type=Path, metavar="FILE",
         help="say what a file or folder is, what it fits, and why it would be refused")
+    add_quiet(group)
 # fmt: on
 
 
@@ -296,9 +310,11 @@ def main() -> int:
     p = parser()
     args, flags = p.parse_args(), flags_of(p)
     stopped = "stopped; finished images are kept"
-    if (args.list_models or args.inspect) and not several_processes.is_first():
+    set_quiet(args.quiet)
+    listed = args.list_models is not None
+    if (listed or args.inspect) and not several_processes.is_first():
         return 0
-    command = list_models if args.list_models else inspect_file if args.inspect else run
+    command = list_models if listed else inspect_file if args.inspect else run
     return exit_code(lambda: command(args), flags, args.output, stopped)
 
 
@@ -548,7 +564,8 @@ def generate(
 
     seed = batch[0]["seed"]
     total, compiled = run_steps(pipe, steps, conditions), compilation.compile_seconds()
-    hidden = not (several_processes.is_first() and sys.stderr and sys.stderr.isatty())
+    is_terminal = several_processes.is_first() and sys.stderr and sys.stderr.isatty()
+    hidden = args.quiet or not is_terminal
     latents = None
     with tqdm(total=total, desc=f"seed {seed}", unit="step", leave=False, disable=hidden) as bar:
 
@@ -795,23 +812,10 @@ def save_latents(image: Path, latents, metadata: dict | None) -> Path:
 
 
 def list_models(args: argparse.Namespace) -> int:
-    """Print the table of models."""
-    from flux.configs import MODELS
-    from flux.weights.files import weights_folder
-    from flux.weights.locate import count_parameters, is_available_locally
+    """Print the table of models, or all about some."""
+    from modules import model_table
 
-    weights_folder(args.weights)
-    show(f"{'name':40}{'parameters':>12}  {'steps':>5}  {'here':5} licence")
-    for spec in MODELS.values():
-        here = "yes" if is_available_locally(spec, args.weights) else "no"
-        size = f"{count_parameters(spec) / 1e9:.3g}"
-        mark = " *" if spec.unconfirmed else ""
-        licence = spec.licence.name + mark
-        show(f"{spec.name:40}{size:>10} B  {spec.steps:>5}  {here:5} {licence}")
-    for text in dict.fromkeys(spec.unconfirmed for spec in MODELS.values() if spec.unconfirmed):
-        marked = [spec.name for spec in MODELS.values() if spec.unconfirmed == text]
-        say(f"* {', '.join(marked)}: {text}")
-    return 0
+    return model_table.list_models(args)
 
 
 def inspect_file(args: argparse.Namespace) -> int:

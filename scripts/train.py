@@ -39,6 +39,7 @@ from modules.training_flags import parser
 
 with imports(__name__, lambda: parser(__doc__)):
     import torch
+    from modules.progress_lines import ProgressLines
     from modules.training_options import (
         FLAGS,
         OLD_CONFIG_NAMES,
@@ -53,12 +54,14 @@ with imports(__name__, lambda: parser(__doc__)):
     from tqdm import tqdm
 
     import flux
+    from flux import progress
     from flux.atomic_files import exclusive_lock, write_atomically
     from flux.conditioning import Conditions
     from flux.errors import NonFiniteError, UserError, WriteError, install_command
     from flux.plain_files import require_plain_file
     from flux.text_encoder import TextFeatures
     from flux.training import batches, dataset, distillation, distributed, loss
+    from flux.training import log as training_log
     from flux.training.checkpoint import remove_unfinished, save_tensors
     from flux.training.log import CSVLog, can_plot, plot_loss, report
     from flux.training.lora import add_lora, lora_state_dict
@@ -77,8 +80,10 @@ def main() -> int:
     args = parser(__doc__).parse_args()
     warnings.showwarning = print_warning
     sys.excepthook = show_traceback
+    training_log.quiet = args.quiet
     try:
-        return train(args)
+        with progress.listen(ProgressLines(report)):
+            return train(args)
     except UserError as error:
         return fail(with_flags(str(error), FLAGS))
     except NonFiniteError as error:
@@ -104,7 +109,7 @@ def print_warning(message: Warning | str, *_, **__) -> None:
 
 
 def fail(text: str, code: int = 2) -> int:
-    report(f"error: {text}")
+    report(f"error: {text}", always=True)
     return code
 
 
@@ -243,7 +248,9 @@ def encode(
 ) -> list[dataset.CachedSample]:
     """Encode all samples. With --skip-broken, leave out those that cannot be used."""
     encoded = []
-    for sample in tqdm(samples, desc="encoding", unit="image", disable=None):
+    counted = progress.counted(samples, "encoding", "images")
+    hidden = True if args.quiet else None
+    for sample in tqdm(counted, "encoding", len(samples), unit="image", disable=hidden):
         try:
             encoded.append(cache.sample(sample))
         except WriteError:
@@ -383,7 +390,10 @@ def run(
     if not can_plot():
         report(f"note: no loss.png without matplotlib: run `{install_command('plots')}`")
     bar = tqdm(
-        total=args.steps, initial=trainer.step, unit="step", disable=None if main_process else True
+        total=args.steps,
+        initial=trainer.step,
+        unit="step",
+        disable=None if main_process and not args.quiet else True,
     )
     draw = partial(draw_sheet, args, trainer, sheet)
     if not is_image(sheet_path(args, trainer.step)):  # the run was stopped before it was drawn

@@ -435,10 +435,13 @@ def test_names_of_other_tools_stand_for_the_same_models(name, row):
         ("flux.3-dev", "flux.2-dev"),
         ("flux.2-klein-14b", "flux.2-klein-4b"),
         ("flux.1-shnell", "flux.1-schnell"),
+        ("klein", "flux.2-klein-4b"),  # the first with this word
+        ("flux-dve", "flux.1-dev"),
         ("flux-pro", None),
         ("", None),
         ("zzz", None),
         ("../../etc/passwd", None),
+        ("sdxl", None),
     ],
 )
 def test_unknown_name_is_told_the_nearest(wrong, near):
@@ -449,6 +452,8 @@ def test_unknown_name_is_told_the_nearest(wrong, near):
     assert "flux.MODELS" in message and len(message) < 250
     if near:
         assert near in message.partition("Did you mean ")[2].partition("?")[0]
+    else:  # of nothing that is near
+        assert "Did you mean" not in message
 
 
 def test_long_name_is_shown_in_part():

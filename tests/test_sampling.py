@@ -428,6 +428,12 @@ def test_times_of_flux3():
         4: "1 .9541074 .8738966 .6978852 0",
         16: "1 .9904717 .9798021 .9677731 .9541074 .9384464 .9203186 .8990919 .8738966 .8435055 "
         ".8061264 .7590361 .6978852 .6152707 .4974874 .3160055 0",
+        50: "1 .9970638 .9940234 .9908734 .9876077 .9842196 .9807024 .9770484 .9732496 .9692969 "
+        ".9651811 .9608917 .9564176 .9517465 .9468651 .9417589 .936412 .9308071 .9249249 .9187444 "
+        ".9122422 .9053926 .8981671 .8905336 .8824566 .8738966 .8648087 .8551425 .8448409 "
+        ".8338395 .8220641 .8094302 .7958403 .7811816 .765323 .7481108 .729364 .7088677 .6863651 "
+        ".6615464 .6340348 .6033666 .5689655 .530106 .4858612 .4350283 .3760173 .3066824 .2240543 "
+        ".1239049 0",
     }
     for steps, literals in expected.items():
         times = sampling.schedule("constant", steps, tokens=1)
@@ -441,6 +447,9 @@ def test_times_of_flux3():
         for rounding in ("bfl", "float64"):
             other = sampling.schedule("constant", steps, 1, rounding)
             assert (other - found).abs().max() <= 2e-7 and other[0] == 1 and other[-1] == 0
+    in_bfloat16 = 1000 * sampling.schedule("constant", 16, 1)[:-1].bfloat16()
+    embedded = "1000 992 980 968 952 936 920 900 876 844 804 756 700 616 498 316"
+    assert in_bfloat16.tolist() == list(map(float, embedded.split()))
     alpha = torch.linspace(1, 0, 17)  # the reference's line
     assert torch.equal(
         sampling.schedule("constant", 16, 1, "bfl"), 6.93 * alpha / (1 + (6.93 - 1) * alpha)

@@ -17,6 +17,7 @@ from flux.batch.records import DONE, OPEN, WRONG, Records
 from flux.errors import RefusedError, UserError
 from flux.image_io.request import ImageInputs
 
+REPORT = 30.0  # seconds after which a report within a block is due
 POLL = 2.0  # seconds between two looks at the blocks that others hold
 
 
@@ -29,7 +30,7 @@ class Worker:
 
     shard: (i, n): begin with every n-th block, and help with the others afterwards.
     defaults: arguments of the pipeline for what a line leaves out.
-    report: called with a line of text after each block.
+    report: called with a line of text after each block, and every 30 seconds within one.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Worker:
         self.claims = records.out / "claims"
         self.claims.mkdir(exist_ok=True)
         self.began, self.done_before = time.monotonic(), records.count(DONE)
+        self.reported = self.began
 
     def run(self) -> None:
         """Work until every line of the manifest is done, by whichever worker."""
@@ -94,6 +96,8 @@ class Worker:
                     self.report(f"line {line.number + 1}: {result[problem]}")
                 if pending:
                     self.records.append(pending.result())
+                    if time.monotonic() - self.reported > REPORT:
+                        self.report(self._progress())
                 pending = writer.submit(self._save, line, result, began)
             if pending:
                 self.records.append(pending.result())
@@ -146,6 +150,7 @@ class Worker:
 
     def _progress(self) -> str:
         """Return a line about all workers: what is done, the rate, the time that is left."""
+        self.reported = time.monotonic()
         self.records.update()
         done, left = self.records.count(DONE), self.records.count(OPEN)
         rate = (done - self.done_before) / max(1e-9, time.monotonic() - self.began)

@@ -42,6 +42,11 @@ def bfl(
     The code in `checkout` is run. UserError if it is not of the capture's family, or fails.
     """
     check_model(capture, pipe)
+    if pipe.spec.flux3:
+        raise UserError(
+            "against: Black Forest Labs' code of FLUX 3 was not at hand, and is not run here. Pass "
+            '`against="diffusers"`.'
+        )
     check_patterns(only, capture.names)
     package = "flux" if pipe.spec.flux1 else "flux2"
     if not (checkout / "src" / package / "model.py").is_file():

@@ -8,11 +8,11 @@ of at most 3·k + 1 steps together. Only the block that is found is compared ten
 
 import copy
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -42,7 +42,7 @@ from flux.runtime.checks import check_cfg, check_steps
 from flux.runtime.terminal import printable
 from flux.transformer import KVCache, Modulations
 
-BLOCK = re.compile(r"(double|single)_blocks\.(\d{1,9})")
+BLOCK = re.compile(r"(\w+_blocks(?:\.\w+)?)\.(\d{1,9})")  # its list, and its number
 SEARCH_TOLERANCES = TOLERANCES | {"F32": 1e-5}  # by the dtype of the pipeline
 
 
@@ -203,7 +203,10 @@ class _Loop:
         r, pipe = self.request, copy.copy(self.pipe)
         # a copy with the same weights: `call` may run the original
         module: Any = copy.copy(self.pipe.transformer())
-        module.denoise = partial(stretch.run_network, module.denoise)
+        if pipe.spec.flux3:
+            module.stream, module.denoise = _Held.hold, stretch.run_network3
+        else:
+            module.denoise = partial(stretch.run_network, module.denoise)
         pipe.transformer = copy.copy(self.pipe.transformer)
         pipe.transformer.module = module
         pipe.transformer.drop_submodules = lambda *_: module  # type: ignore[method-assign]
@@ -259,6 +262,27 @@ class _Stretch:
             inputs += [x for x in (cache.k, cache.v) if x is not None]
         return self.loop.call(self.passes.pop(0), inputs)[0].to(img.device)
 
+    def run_network3(
+        self, img: Tensor, rope: Tensor, vec: Tensor, text: "_Held", *references: "_Held"
+    ) -> Tensor:
+        """Run a pass of FLUX 3 on what `capture3.inputs_of_pass` lists."""
+        streams = text, *references
+        tokens, tables = [s.tokens for s in streams], [s.rope for s in streams]
+        inputs = [img, *tokens, rope, *tables, vec[:, :1], text.vec[:, :1]]
+        return self.loop.call(self.passes.pop(0), inputs)[0].to(img.device)
+
+
+class _Held(NamedTuple):
+    """What a stream of FLUX 3 is computed from, in the place of the stream."""
+
+    tokens: Tensor
+    rope: Tensor
+    vec: Tensor
+
+    @classmethod
+    def hold(cls, mode: str, tokens: Tensor, rope: Tensor, vec: Tensor) -> "_Held":
+        return cls(tokens, rope, vec)
+
 
 # ---------------------------------------------------------------- blocks
 
@@ -266,7 +290,7 @@ class _Stretch:
 def _blocks(capture: Capture, place: str) -> list[ModuleRun]:
     """Return the runs of all blocks of a pass, in order. UserError if one is not recorded."""
     blocks: list[ModuleRun] = []
-    numbers: dict[str, list[int]] = {"double": [], "single": []}
+    numbers: dict[str, list[int]] = defaultdict(list)
     for each in module_runs(capture):
         network, path = split_place(each.name)
         block = BLOCK.fullmatch(path)
@@ -286,14 +310,27 @@ def _output_differs(
 ) -> bool:
     """Run blocks in a row from the first one's recorded input. Whether the last output is over."""
     streams: list[Tensor] = []
-    for each in blocks:
+
+    def over(last: ModuleRun) -> bool:
+        outputs = {name: streams[position] for position, name in last.outputs.items()}
+        return any(row.over for row in compare_to_recorded(capture, outputs, tolerance))
+
+    for last, each in zip([None, *blocks], blocks):
         inputs = recorded_inputs(capture, each)
-        if "single_blocks" in each.name and len(streams) == 2:
-            streams = [torch.cat(streams[::-1], dim=1)]  # image and text -> text first
+        if last and _list_of(last) != _list_of(each):
+            if len(streams) == 2:
+                streams = [torch.cat(streams[::-1], dim=1)]  # image and text -> text first
+            elif over(last):  # FLUX 3: the end of a mode
+                return True
+            else:
+                streams = []
         inputs[: len(streams)] = streams
         streams = call(each.name, inputs)[: len(each.outputs)]
-    outputs = {name: streams[position] for position, name in blocks[-1].outputs.items()}
-    return any(row.over for row in compare_to_recorded(capture, outputs, tolerance))
+    return over(blocks[-1])
+
+
+def _list_of(block: ModuleRun) -> str:
+    return block.name.rpartition(".")[0]
 
 
 def _first_inside(capture: Capture, call: Call, block: ModuleRun, tolerance: float) -> Row:

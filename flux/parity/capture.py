@@ -8,6 +8,8 @@
     step.001/velocity  step.001/latents                       after guidance; after the step
     decoder/decoder.conv_in/out ...  pixels  image
 
+FLUX 3 differs between the noise and the velocity: `capture3`.
+
 For the time of a run, functions of the pipeline are replaced by wrappers that show their tensors to
 an observer; the image stays the same to the bit. The same run on networks without weights tells in
 advance what will be recorded.
@@ -19,7 +21,7 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import flux
 from flux import sampling
@@ -38,12 +40,13 @@ from flux.conditioning import Conditions
 from flux.errors import NonFiniteError, UserError
 from flux.hooks import Observer, check_patterns, joined, matches, replaced, watching
 from flux.image_io.request import ImageInputs, non_default_options, output_size
+from flux.parity.capture3 import Passes
 from flux.parity.capture_file import Capture, Kind, Writer, check_new, kind_of, readable, stored_as
 from flux.pipeline import Pipeline
 from flux.runtime.checks import Guidance, check_guidance, check_steps
 from flux.runtime.lazy_module import LazyModule
 from flux.text_encoder import TextFeatures
-from flux.transformer import NUMERICS, KVCache
+from flux.transformer import NUMERICS, Flux, KVCache
 
 __all__ = [
     "Capture",
@@ -105,7 +108,6 @@ def capture(
     Where latents or pixels stop being finite, the tensors before are kept, and the recipe has the
     message under "stopped".
     """
-    pipe.spec.refuse_flux3()
     path = Path(path)
     check_new(path)
     expected = plan(pipe, request, selection)
@@ -194,7 +196,7 @@ class _Stages:
         self.where = ""  # the first part of the present names
         self.step, self.passes, self.prompts, self.images = 0, 0, 0, 0
         self.ropes: Iterator[str] = iter(())
-        self.kv_cache = False
+        self.references = self.kv_cache = False
         self.compute_modulations: Callable = list
 
     def observe(self, name: str, tensor: Tensor) -> Tensor:
@@ -218,7 +220,8 @@ class _Stages:
         for name in ("references", "reference_ids", "channels", "text", "init", "mask"):
             if (tensor := getattr(conditions, name)) is not None:
                 self.observe(f"conditions/{name}", tensor)
-        self.kv_cache = conditions.kv_cache and conditions.references is not None
+        self.references = conditions.references is not None
+        self.kv_cache = conditions.kv_cache and self.references
         return conditions
 
     def encode_one(self, original: Callable, prompt: str) -> TextFeatures:
@@ -237,19 +240,28 @@ class _Stages:
         transformer = self.pipe.transformer()
         # the pipeline makes tables in this order
         self.ropes = iter([*(["references"] if self.kv_cache else []), "", "negative"])
+        inside, own = self.inside, self.wrappers(transformer)
+        if self.pipe.spec.flux3:
+            passes = Passes(self.pipe, self.observer, self.references)
+            inside, own = passes.inside, passes.wrappers(transformer)
         with ExitStack() as stack:
-            stack.enter_context(watching({"": transformer}, self.inside))
+            stack.enter_context(watching({"": transformer}, inside))
             for owner, name, method in (
                 (sampling, "noise", self.noise),
                 (sampling, "denoise", self.loop),
-                (transformer, "rope", self.rope),
-                (transformer, "vec", self.vec),
-                (transformer, "modulations", self.modulations),
-                (transformer, "denoise", self.transformer_pass),
-                (self.pipe.transformer, "drop_submodules", self.drop_submodules),
+                *own,
             ):
                 stack.enter_context(wrapped(owner, name, method))
             return original(*args)
+
+    def wrappers(self, transformer: Flux) -> Iterable[tuple[object, str, Callable]]:
+        return (
+            (transformer, "rope", self.rope),
+            (transformer, "vec", self.vec),
+            (transformer, "modulations", self.modulations),
+            (transformer, "denoise", self.transformer_pass),
+            (self.pipe.transformer, "drop_submodules", self.drop_submodules),
+        )
 
     def noise(self, original: Callable, *args, **kwargs) -> Tensor:
         return self.observe("noise", original(*args, **kwargs))
@@ -382,10 +394,12 @@ def _without_weights(network: LazyModule) -> LazyModule:
     twin.module = network.meta_module().to(network.dtype).eval().requires_grad_(False)
 
     def on_meta(method: Callable, *args):
+        if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves(args)):
+            return method(*args)  # called by another method
         out = method(*tree_map_only(Tensor, lambda x: x.to("meta"), args))
         return tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), out)
 
-    for name in ("forward", "vec", "modulations", "denoise", "encode", "decode"):
+    for name in ("forward", "vec", "modulations", "stream", "denoise", "encode", "decode"):
         if method := getattr(twin.module, name, None):
             setattr(twin.module, name, partial(on_meta, method))
     return twin

@@ -24,7 +24,13 @@ from flux.parity import modules, reference
 from flux.parity.capture_file import DTYPES, Capture
 from flux.parity.compare import Row, check_two_files, compare
 from flux.parity.modules import Call, guarded
-from flux.parity.name_map import Gather, matches_of
+from flux.parity.name_map import Gather, Match, matches_of
+from flux.parity.name_map3 import matches_of3
+from flux.parity.reference3 import (
+    diffusers_transformer3,
+    diffusers_velocity3,
+    transformer3_to_diffusers,
+)
 from flux.parity.replay import (
     PASS,
     ModuleRun,
@@ -39,6 +45,7 @@ from flux.parity.replay import (
 from flux.pipeline import Pipeline
 from flux.sampling import per_step_values
 from flux.transformer import Flux, FluxConfig
+from flux.transformer3 import Flux3, Flux3Config
 
 # ---------------------------------------------------------------- a function
 
@@ -122,9 +129,10 @@ def diffusers(
             "against: diffusers does not run with `kv_cache`, with which "
             f'{capture.path} was made. Pass `against="here"`.'
         )
-    places = passes(capture, pipe.spec.flux_config)
-    ours = cast(Flux, pipe.transformer())
-    matching, theirs = matches_of(ours), with_weights_of(ours, pipe)
+    places = passes(capture, pipe.spec.transformer)
+    ours = cast(Any, pipe.transformer())
+    matching, theirs = layers_of(ours), with_weights_of(ours, pipe)
+    velocity = diffusers_velocity3 if pipe.spec.flux3 else reference.diffusers_velocity
     wanted = {}
     for place in places:
         for name, match in matching.items():
@@ -144,7 +152,7 @@ def diffusers(
             if in_pass(name) in wanted and matches(in_pass(name), only)
         }
         with torch.inference_mode(), watching({"": theirs}, Gather(chosen, judge)):
-            reference.diffusers_velocity(theirs, **inputs_of_pass(capture, place, pipe))
+            velocity(theirs, **inputs_of_pass(capture, place, pipe))
     return sorted(rows, key=lambda row: capture.records[row.name].ordinal)
 
 
@@ -155,15 +163,26 @@ def in_every_pass(capture: Capture, pipe: Pipeline) -> list[str]:
     outputs of blocks and of the whole network: `name_map.matches_of`. A pass whose inputs are not
     recorded has them too.
     """
-    matching = matches_of(cast(Flux, pipe.transformer()))
+    matching = layers_of(pipe.transformer())
     found = ((PASS.match(name), name) for name in capture.names)
     return [name for place, name in found if place and name[place.end() + 1 :] in matching]
 
 
-def with_weights_of(ours: Flux, pipe: Pipeline) -> nn.Module:
+def layers_of(ours: Flux | Flux3) -> dict[str, Match]:
+    """Return our names in a pass -> diffusers' tensors."""
+    return matches_of3(ours) if isinstance(ours, Flux3) else matches_of(ours)
+
+
+def with_weights_of(ours: Flux | Flux3, pipe: Pipeline) -> nn.Module:
     """Return diffusers' transformer with our weights."""
     state = {name: tensor.to(pipe.device, pipe.dtype) for name, tensor in ours.state_dict().items()}
     try:
+        if isinstance(ours, Flux3):
+            theirs = diffusers_transformer3(ours.config)
+            state = transformer3_to_diffusers(state)
+            # as from released files: diffusers keeps the scales of QK-norm in float32
+            state = {name: x.float() if ".norm_" in name else x for name, x in state.items()}
+            return reference.loaded(theirs, state).to(pipe.device)
         theirs = reference.diffusers_transformer(ours.config)
     except ImportError as error:
         raise UserError(
@@ -174,7 +193,7 @@ def with_weights_of(ours: Flux, pipe: Pipeline) -> nn.Module:
     return reference.loaded(theirs, state).to(pipe.device)
 
 
-def passes(capture: Capture, config: FluxConfig) -> list[str]:
+def passes(capture: Capture, config: FluxConfig | Flux3Config) -> list[str]:
     """Return the passes whose inputs are all recorded. UserError if there are none."""
     places = []
     for name in capture.names:
@@ -183,7 +202,7 @@ def passes(capture: Capture, config: FluxConfig) -> list[str]:
             places.append(place)
     missing = {}
     for place in places or ["step.001"]:
-        names = _recorded_names(place, config).values()
+        names = _recorded_names(capture, place, config).values()
         missing[place] = [n for n in names if n not in capture.records or capture.kind(n) != "full"]
     if all(missing.values()):
         raise UserError(
@@ -193,7 +212,9 @@ def passes(capture: Capture, config: FluxConfig) -> list[str]:
     return [place for place in places if not missing[place]]
 
 
-def _recorded_names(place: str, config: FluxConfig) -> dict[str, str]:
+def _recorded_names(
+    capture: Capture, place: str, config: FluxConfig | Flux3Config
+) -> dict[str, str]:
     """Return the recorded inputs of a pass: argument of `reference.diffusers_velocity` -> name."""
     ids = "negative/ids" if place.endswith("/negative") else "ids"
     names = {
@@ -202,7 +223,12 @@ def _recorded_names(place: str, config: FluxConfig) -> dict[str, str]:
         "img_ids": f"{ids}/img",
         "txt_ids": f"{ids}/txt",
     }
-    if config.vector_dim is not None:
+    if isinstance(config, Flux3Config):
+        names["img_ids"] = "ids/img"  # the same with the negative prompt
+        if "ids/references" in capture.records:
+            names["references"] = f"{place}/emb_in.image_cond/in"
+            names["reference_ids"] = "ids/references"
+    elif config.vector_dim is not None:
         names["vector"] = f"{place}/vector_in/in"
     return names
 
@@ -212,23 +238,30 @@ def inputs_of_pass(capture: Capture, place: str, pipe: Pipeline) -> dict[str, Te
 
     UserError if the recipe has no time, or no guidance, of the pass.
     """
-    recipe, config = capture.recipe, pipe.spec.flux_config
+    recipe, config = capture.recipe, pipe.spec.transformer
+    has_guidance = isinstance(config, FluxConfig) and config.guidance
     step = int(place.split("/")[0].removeprefix("step."))
     known = 0 < step < len(recipe.get("schedule", ())) <= recipe["steps"] + 1
-    if not known or (config.guidance and recipe["guidance"] is None):
+    if not known or (has_guidance and recipe["guidance"] is None):
         raise UserError(
             f"{capture.path}: its recipe has no time or no guidance of {place}. Capture it again."
         )
     out = {}
-    for argument, name in _recorded_names(place, config).items():
+    for argument, name in _recorded_names(capture, place, config).items():
         x = capture.tensors[name]
-        out[argument] = x.to(pipe.device, pipe.dtype if x.is_floating_point() else None)
+        is_ids = argument.endswith("ids") or not x.is_floating_point()
+        out[argument] = x.to(pipe.device, None if is_ids else pipe.dtype)
 
     def batch(value: float) -> Tensor:
         return torch.full((len(out["img"]),), value, device=pipe.device)
 
-    out["t"] = batch(recipe["schedule"][step - 1])
-    if config.guidance:
+    times = [batch(t) for t in recipe["schedule"][step - 1 : step + 1]]
+    if isinstance(config, Flux3Config) and recipe["numerics"] == "diffusers":
+        times = [1000 * t / 1000 for t in times]  # as its pipelines pass them on
+    out["t"] = times[0]
+    if isinstance(config, Flux3Config) and config.flow_map:
+        out["target"] = times[1]
+    if has_guidance:
         values = per_step_values(recipe["guidance"], recipe["steps"])
         # counted from the end: image to image leaves the first steps out
         out["guidance"] = batch(values[step - len(recipe["schedule"])])

@@ -15,6 +15,7 @@ from flux.errors import UserError
 from flux.parity.capture_file import Capture, reduce
 from flux.parity.compare import Row, errors, precision_of, verdict
 from flux.parity.known_bugs import KNOWN_BUGS
+from flux.parity.known_bugs3 import KNOWN_BUGS3
 from flux.parity.rerun import KnownBug, Rerun, reruns
 from flux.pipeline import Pipeline
 from flux.runtime.terminal import printable
@@ -45,6 +46,7 @@ class Diagnosis:
     row: Row  # of the first tensor over its tolerance
     trials: list[Trial]  # one for each bug that applies: the match first, then the nearest
     baseline_error: float | None  # relative L2 of our own result, where over the tolerance
+    known: int = len(KNOWN_BUGS)  # bugs of the model's family
 
     @property
     def bug(self) -> KnownBug | None:
@@ -65,18 +67,25 @@ def diagnose(
         return None
     row, baseline_error = rows[index], None
     best: dict[KnownBug, Trial] = {}
-    if row.errors is not None and row.kind != "statistics":
+    bugs = KNOWN_BUGS3 if pipe.spec.flux3 else KNOWN_BUGS
+    if (row.errors is not None or is_other_shape(row, port)) and row.kind != "statistics":
         previous = rows[index - 1].name if index else None
         candidates = reruns(row.name, reference, pipe, previous)
         baseline_error = _baseline_error(candidates[0], row.tolerance)
         for rerun in candidates:
-            for bug in KNOWN_BUGS:
+            for bug in bugs:
                 trial = _try(bug, rerun, port, row)
                 if trial is not None:
                     best[bug] = min(trial, best.get(bug, trial), key=_rank)
             if any(trial.matches for trial in best.values()):
                 break
-    return Diagnosis(rows, row, sorted(best.values(), key=_rank), baseline_error)
+    return Diagnosis(rows, row, sorted(best.values(), key=_rank), baseline_error, len(bugs))
+
+
+def is_other_shape(row: Row, port: Capture) -> bool:
+    """Whether the port's tensor is there in full, in another shape than the reference's."""
+    record = port.records.get(row.name)
+    return record is not None and record.kind == "full" and record.shape != row.shape
 
 
 def _rank(trial: Trial) -> tuple[bool, float]:
@@ -104,7 +113,7 @@ def _try(bug: KnownBug, rerun: Rerun, port: Capture, row: Row) -> Trial | None:
 def _judge(
     bug: KnownBug, variant: str, tensor: Tensor, rerun: Rerun, port: Capture, row: Row
 ) -> Trial | None:
-    if tuple(tensor.shape) != row.shape:
+    if tuple(tensor.shape) != port.records[row.name].shape:
         return None
     if precision_of(port) in variant:  # such a port rounds everywhere: that is no bug
         return None
@@ -112,8 +121,10 @@ def _judge(
         return None
     found = errors(port.tensors[row.name], reduce(row.name, tensor, port.kind(row.name)))
     to_reference = row.errors
-    nearer = to_reference is not None and (
-        MARGIN * found.relative_l2 <= to_reference.relative_l2 or to_reference.misplaced > 0
+    nearer = (
+        to_reference is None  # of another shape
+        or MARGIN * found.relative_l2 <= to_reference.relative_l2
+        or to_reference.misplaced > 0
     )
     return Trial(bug, found.relative_l2, nearer and not found.over(row.tolerance), variant)
 
@@ -133,14 +144,17 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     """Return the verdict, the bug or that none matches, and the nearest trials."""
     row, bug, trials = diagnosis.row, diagnosis.bug, diagnosis.trials
     lines = [verdict(diagnosis.rows), ""]
-    if bug is not None and row.errors is not None:
+    if bug is not None:
+        to_reference = "another shape than"
+        if row.errors is not None:
+            to_reference = f"{row.errors.relative_l2:.1e} to"
         lines.append(
             f"cause: {bug.name}: {trials[0].description} (relative L2 {trials[0].distance:.1e} "
-            f"to the result with this bug, {row.errors.relative_l2:.1e} to the reference)"
+            f"to the result with this bug, {to_reference} the reference)"
         )
     else:
         reason = _why_no_match(diagnosis)
-        lines.append(f"none of the {len(KNOWN_BUGS)} known bugs matches{reason}")
+        lines.append(f"none of the {diagnosis.known} known bugs matches{reason}")
     if diagnosis.baseline_error is not None:
         lines.append(
             f"note: without any bug, these weights give {printable(row.name)} with relative L2 "

@@ -1,11 +1,14 @@
-"""An example port, tested against a golden kit: one double-stream block of FLUX.1 or FLUX.2.
+"""An example port, tested against a golden kit: one block, the first double-stream block.
+
+Of FLUX 3, it is the first block of the image.
 
     python example_port.py [KIT [WEIGHTS]]
 
 needs numpy alone. It prints one line a tensor with its relative L2 error, and exits with 1 if one
 is wrong, with 2 if a file is damaged. KIT is this file's folder by default, WEIGHTS is
 KIT/weights/transformer.safetensors. After each check the block goes on with the kit's own tensor,
-so that an error shows only where it is made. To test your port, replace `double_block`.
+so that an error shows only where it is made. To test your port, replace `double_block`, or
+`flux3_block`.
 """
 
 import json
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+READ = ("double_blocks.0", "double_stream_mod", "content_mode_blocks.image.0", "early_stream_mod")
 TOLERANCE = 2e-6  # relative L2; this file computes in float64, the kit was rounded to float32
 
 
@@ -59,6 +63,29 @@ def double_block(w, img, txt, rope, vec, check):
         hidden = linear(w, f"{mlp}.0", check(f"{mlp}/in", modulate(x, shift, scale)))
         hidden = check(f"{mlp}.1/out", gated_silu(hidden) if flux2 else gelu(hidden))
         check(f"{block}/out.{i}", x + mlp_gate * linear(w, f"{mlp}.2", hidden))
+
+
+def flux3_block(w, x, rope, vec, check):
+    """Compute FLUX 3's first block from image tokens (1, L, D) and vec (1, 1, D)."""
+    block, mod = "content_mode_blocks.image.0", "early_stream_modulations.image"
+    chunks = np.split(linear(w, f"{mod}.lin", silu(vec)), 3, axis=-1)  # (1, 1, D) each
+    shift, scale, gate = (check(f"{mod}/out.{i}", chunk) for i, chunk in enumerate(chunks))
+    y = check(f"{block}.q_proj/in", modulate(x, shift, scale))
+
+    heads = (*x.shape[:2], -1, 2 * len(rope[0]))
+    q, k, v = (linear(w, f"{block}.{i}_proj", y).reshape(heads).swapaxes(1, 2) for i in "qkv")
+    q = check(f"{block}.norm/out.0", rms_norm(q) * w[f"{block}.norm.query_norm.scale"])
+    k = check(f"{block}.norm/out.1", rms_norm(k) * w[f"{block}.norm.key_norm.scale"])
+    q = check(f"{block}/attention/q", apply_rope(q, rope))
+    k = check(f"{block}/attention/k", apply_rope(k, rope))
+    v = check(f"{block}/attention/v", v)
+    heads = check(f"{block}/attention/out", attention(q, k, v))  # (1, H, L, d)
+    attended = linear(w, f"{block}.attn_out", heads.swapaxes(1, 2).reshape(x.shape))
+    attended = check(f"{block}.attn_out/out", attended)
+
+    # attention and MLP read the same input, and share a gate
+    hidden = check(f"{block}.mlp_out/in", gated_silu(linear(w, f"{block}.mlp_in", y)))
+    check(f"{block}/out", x + gate * (attended + linear(w, f"{block}.mlp_out", hidden)))
 
 
 def linear(w, name, x):
@@ -132,7 +159,7 @@ def read(path):
             if offset != begin:
                 raise ValueError("a hole or an overlap")
             name = name.removeprefix("step.001/")
-            if name != "vec" and not name.startswith(("double_blocks.0", "double_stream_mod")):
+            if name != "vec" and not name.startswith(READ):
                 continue
             data = raw[start + begin : start + end]
             if entry["dtype"] == "BF16":  # the upper half of a float32
@@ -160,9 +187,13 @@ def main(folder=Path(__file__).parent, weights=None):
         print("WRONG" if name in wrong else "ok   ", f"{error:.1e}  {name} {theirs.shape}")
         return theirs
 
-    img, txt, rope = (kit[f"double_blocks.0/{tap}"] for tap in ("in.0", "in.1", "arg.2"))
+    flux3 = "early_stream_modulations.image.lin.weight" in w
+    block, taps = "double_blocks.0", ("in.0", "in.1", "arg.2")  # tokens and RoPE table
+    if flux3:
+        block, taps = "content_mode_blocks.image.0", ("in.0", "arg.1")
+    inputs = [kit[f"{block}/{tap}"] for tap in taps]
     try:
-        double_block(w, img, txt, rope, kit["vec"], check)
+        (flux3_block if flux3 else double_block)(w, *inputs, kit["vec"], check)
     except (ValueError, TypeError, IndexError, MemoryError) as error:
         line = error.__traceback__.tb_next.tb_lineno
         stop(f"line {line}", f"the kit, the weights and the port do not fit: {ascii(error):.200}")

@@ -7,7 +7,7 @@ A port needs only a reader of .safetensors.
     tensors.txt           their names, shapes and dtypes
     weights/              each network in float32, by the released files' names
     image.png             the image of the run
-    example_port.py       an example: one double-stream block in numpy, tested against the tensors
+    example_port.py       an example: one block in numpy, tested against the tensors
 
 The first step is stored layer by layer, later steps by velocity and latents. Inside the autoencoder
 only outputs are stored.
@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,19 +30,20 @@ from flux.atomic_files import remove_leftovers, write_atomically
 from flux.configs import FLUX2Text, ModelSpec
 from flux.errors import NonFiniteError, UserError
 from flux.hooks import check_patterns, matches
-from flux.parity import example_port
+from flux.parity import example_port, golden_kit3
 from flux.parity.capture import Request, describe, run, without_weights
 from flux.parity.capture_file import KEY, Capture, Writer, cannot_write, raw, readable
 from flux.parity.capture_metadata import DTYPES
 from flux.pipeline import Pipeline
 from flux.runtime.checks import format_values
 from flux.runtime.lazy_module import LazyModule
+from flux.transformer3 import Flux3Config
 from flux.weights.files import read_header
 
 PROMPT = "a small yellow star above a large blue ring on a white background"
 STEPS = 4
 # what the example reads
-EXAMPLE = r"step\.001/(vec$|double_blocks\.0[./]|double_stream_modulation)"
+EXAMPLE = (r"step\.001/(vec$|double_blocks\.0[./]|double_stream_modulation)", golden_kit3.EXAMPLE)
 
 
 def small_request(spec: ModelSpec, request: Request) -> Request:
@@ -115,7 +117,7 @@ def networks_of(pipe: Pipeline) -> dict[str, LazyModule]:
 
 def is_included(name: str, only: Sequence[str]) -> bool:
     """Whether a tensor of the run is part of the kit."""
-    if re.match(EXAMPLE, name):
+    if any(re.match(pattern, name) for pattern in EXAMPLE):
         return True
     if re.match(r"step\.(?!001/)", name) and not re.search(r"/(velocity|latents)$", name):
         return False
@@ -242,11 +244,11 @@ def list_tensors(expected: Capture) -> str:
 
 
 def format_readme(pipe: Pipeline, expected: Capture, include_weights: bool) -> str:
-    """Return README.md: `README` with the parts of the family and the values of the run."""
-    spec, recipe, c = pipe.spec, expected.recipe, pipe.spec.flux_config
+    """Return README.md: its parts for the family, with the values of the run."""
+    spec, recipe, c = pipe.spec, expected.recipe, pipe.spec.transformer
     rows, columns = recipe["height"] // 16, recipe["width"] // 16
     head_dim = c.hidden_size // c.num_heads
-    values = dict(
+    values: dict[str, Any] = dict(
         model=spec.name,
         count=f"{len(expected.names):,}",
         steps=recipe["steps"],
@@ -263,18 +265,26 @@ def format_readme(pipe: Pipeline, expected: Capture, include_weights: bool) -> s
         rows=rows,
         columns=columns,
         groups=spec.autoencoder.norm_groups,
-        schedule=SCHEDULES[spec.schedule].format(mu=mu_of(spec, rows * columns, recipe["steps"])),
-        guidance=GUIDANCE if c.guidance else "",
-        cfg=CFG if "step.001/negative/out" in expected.records else "",
         scale=spec.autoencoder.scale_factor,
         shift=spec.autoencoder.shift_factor,
         layers=", ".join(map(str, spec.text.model.layers))
         if isinstance(spec.text, FLUX2Text)
         else "",
     )
+    if isinstance(c, Flux3Config):
+        example = "the first block of the image"
+        parts = golden_kit3.parts3(pipe, expected)
+        return (HEAD + golden_kit3.README3).format(example=example, **values, **parts)
+    mu = mu_of(spec, rows * columns, recipe["steps"])
+    values |= dict(
+        example="one double-stream block",
+        schedule=SCHEDULES[spec.schedule].format(mu=mu),
+        guidance=GUIDANCE if c.guidance else "",
+        cfg=CFG if "step.001/negative/out" in expected.records else "",
+    )
     family = FLUX1 if spec.flux1 else FLUX2
     parts = {name: text.format(**values) for name, text in family.items()}
-    return README.format(**values, **parts)
+    return (HEAD + README).format(**values, **parts)
 
 
 def _run_table(recipe: dict) -> str:
@@ -320,7 +330,7 @@ def mu_of(spec: ModelSpec, tokens: int, steps: int) -> float:
     return 0.0
 
 
-README = """# A golden kit of {model}
+HEAD = """# A golden kit of {model}
 
 The tensors of one small run, to test a port against, layer by layer. A port needs only a reader of
 `.safetensors`.
@@ -331,7 +341,7 @@ The tensors of one small run, to test a port against, layer by layer. A port nee
 | `tensors.txt` | their names and shapes, in the order of execution |
 {weights}
 | `image.png` | the image of the run |
-| `example_port.py` | one double-stream block in numpy. `python example_port.py` tests it |
+| `example_port.py` | {example} in numpy. `python example_port.py` tests it |
 
 | the run | |
 | --- | --- |
@@ -357,8 +367,9 @@ as you have, and run `python scripts/parity.py COMMAND`:
 | `bisect expected.safetensors --module-fn yours:function` | finds the first wrong step and module |
 | `calibrate expected.safetensors` | measures rounding, for a port in bfloat16 or float16 |
 | `compare expected.safetensors --against diffusers` | shows that diffusers gives these tensors |
+"""
 
-## Names
+README = """## Names
 
 A name is place/module/tap. The module has the name of its weights in Black Forest Labs' files:
 `double_blocks.0.img_mlp.0.weight` computes `step.001/double_blocks.0.img_mlp.0/out` from

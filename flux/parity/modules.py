@@ -7,6 +7,7 @@ list of tensors and returns a list of tensors, both in the order of their number
     double_blocks.N  img, txt, rope, shift, scale, gate (image's two, text's two); k, v, text length
                      if reference tokens are cached -> img, txt
     single_blocks.N  x, rope, shift, scale, gate; k, v, text length if cached -> x
+    *mode_blocks.N   the same, without a cache, of FLUX 3
     *_mod, *modulation*  vec -> shift, scale, gate (of each branch)
     *.norm           q, k (B, H, N, d) -> q, k
     */attention      q, k, v (B, H, N, d), after RoPE -> the output (B, H, N, d)
@@ -17,27 +18,23 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from flux import transformer3
 from flux.autoencoder import AutoEncoder
 from flux.errors import UserError
+from flux.hooks import NORMS
 from flux.loading import decode_dtype
 from flux.pipeline import Pipeline
 from flux.runtime.devices import free_memory
 from flux.runtime.lazy_module import LazyModule
-from flux.transformer import (
-    DoubleStreamBlock,
-    Flux,
-    KVCache,
-    ModulationOut,
-    QKNorm,
-    RMSNorm,
-    SingleStreamBlock,
-)
+from flux.transformer import DoubleStreamBlock, Flux, KVCache, ModulationOut, SingleStreamBlock
+from flux.transformer3 import Block, Flux3
 
 Call = Callable[[str, list[Tensor]], list[Tensor]]
 Cast = Callable[[Tensor], Tensor]
@@ -93,6 +90,8 @@ def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: C
         return F.scaled_dot_product_attention(q, k, v)
     if path == "" and isinstance(network, Flux):
         return _run_transformer(network, name, inputs, cast)
+    if path == "" and isinstance(network, Flux3):
+        return _run_transformer3(network, inputs, cast)
     if path == "" and isinstance(network, AutoEncoder):
         (x,) = map(cast, inputs)
         return network.encode(x) if name.startswith("encoder") else network.decode(x)
@@ -107,7 +106,10 @@ def _run(network: nn.Module, name: str, path: str, inputs: list[Tensor], cast: C
         return _run_double_block(module, inputs, cast)
     if isinstance(module, SingleStreamBlock):
         return _run_single_block(module, inputs, cast)
-    if isinstance(module, QKNorm | RMSNorm):  # recorded as (B, H, N, d)
+    if isinstance(module, Block):
+        x, rope, *mod = inputs
+        return module(cast(x), rope.to(x.device), transformer3.ModulationOut(*map(cast, mod)))
+    if isinstance(module, NORMS):  # recorded as (B, H, N, d)
         out = module(*[cast(x).transpose(1, 2) for x in inputs])
         return [x.transpose(1, 2) for x in tree_leaves(out)]
     return module(*map(cast, inputs))
@@ -134,6 +136,35 @@ def _run_transformer(network: Flux, name: str, inputs: list[Tensor], cast: Cast)
     if name.startswith("references"):
         return [tensor for cache in caches for tensor in (cache.k, cache.v)]
     return out
+
+
+def _run_transformer3(network: Flux3, inputs: list[Tensor], cast: Cast):
+    """Run one pass of FLUX 3 on what `capture3.inputs_of_pass` lists."""
+    *streams, vec, vec_0 = inputs
+    if len(streams) not in (4, 6):
+        raise ValueError(f"{len(inputs)} tensors, expected 6, or 8 with references")
+    modes = dict(zip(("image", "txt", "image_cond"), zip(*_halves(streams))))
+
+    def of_tokens(vec: Tensor, tokens: Tensor) -> Tensor:
+        """Repeat vec where the pipeline does: with diffusers' numerics (`velocity3`)."""
+        vec = cast(vec)
+        each = final.modulation_dtype is None
+        return vec.expand(-1, tokens.shape[1], -1) if each else vec
+
+    final: Any = network.final_layer["image"]
+    img, rope = modes.pop("image")
+    ran = []
+    for mode, (tokens, table) in modes.items():
+        tokens = cast(tokens)
+        vec_of = of_tokens(vec_0, tokens)
+        ran.append(network.stream(mode, tokens, table.to(vec_of.device), vec_of))
+    img = cast(img)
+    return network.denoise(img, rope.to(img.device), of_tokens(vec, img), *ran)
+
+
+def _halves(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    middle = len(tensors) // 2
+    return tensors[:middle], tensors[middle:]
 
 
 def _run_double_block(block: DoubleStreamBlock, inputs: list[Tensor], cast: Cast):

@@ -4,7 +4,7 @@ The names follow from `flux.weights.diffusers_names`: inputs and outputs of each
 q, k, v and the output of each attention, and the outputs of blocks.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -99,8 +99,12 @@ class Gather:
         self.wanted, self.judge = wanted, judge
         self.ours = {name: mine for mine, match in wanted.items() for name in match.theirs}
         self.seen: dict[str, Tensor] = {}
+        self.times: Counter[str] = Counter()
 
     def __call__(self, name: str, tensor: Tensor) -> None:
+        self.times[name] += 1
+        if self.times[name] > 1:  # as a capture names it
+            name += f"~{self.times[name]}"
         if name not in self.ours:
             return
         self.seen[name] = tensor.clone()

@@ -27,6 +27,7 @@ from flux.errors import UserError
 from flux.hooks import check_patterns, matches, replaced, watching
 from flux.image_io.request import ImageInputs
 from flux.parity.capture import Request, run
+from flux.parity.capture3 import inputs_of_pass
 from flux.parity.capture_file import Capture, comparable
 from flux.parity.capture_metadata import DTYPES, Kind, Record
 from flux.parity.compare import COARSEST_FIRST, TOLERANCES, Row, compare, measured_tolerance
@@ -132,10 +133,20 @@ def _inputs_and_outputs(capture: Capture) -> Iterator[tuple[str, tuple[str, ...]
 
 
 def _inputs_of_pass(capture: Capture, place: str) -> tuple[str, ...]:
-    """Return the inputs of `Flux.denoise`: tokens, text, rope, vec, each block's cached k and v."""
+    """Return the inputs of `Flux.denoise`: tokens, text, rope, vec, each block's cached k and v.
+
+    Those of a pass of FLUX 3 are `capture3.inputs_of_pass`.
+    """
+    if is_flux3(capture):
+        return inputs_of_pass(place, f"{place}/emb_in.image_cond/in" in capture.records)
     rope = "negative/rope" if place.endswith("/negative") else "rope"
     caches = [name for name in capture.names if re.fullmatch(r"references/out\.\d+", name)]
     return f"{place}/in", f"{place}/txt_in/in", rope, f"{place}/vec", *caches
+
+
+def is_flux3(capture: Capture) -> bool:
+    """Whether a capture is of FLUX 3, by a tensor that every pass has there."""
+    return any(name.endswith("/vec_0") for name in capture.names)
 
 
 def _stored_in_full(capture: Capture, names: Iterable[str]) -> bool:
@@ -356,11 +367,14 @@ def start_from_recorded(capture: Capture, pipe: Pipeline) -> Iterator[Pipeline]:
 
 
 def recorded_features(capture: Capture, place: str, pipe: Pipeline) -> TextFeatures:
-    config, length = pipe.spec.flux_config, pipe.spec.text_length
-    pooled = None
-    if config.vector_dim is not None:
-        pooled = checked_shape(capture, f"{place}/pooled", (1, config.vector_dim))
-    tokens = checked_shape(capture, f"{place}/features", (1, length, config.context_dim))
+    spec, pooled, length = pipe.spec, None, pipe.spec.text_length
+    if spec.pooled_dim is not None:
+        pooled = checked_shape(capture, f"{place}/pooled", (1, spec.pooled_dim))
+    found = capture.records.get(f"{place}/features")
+    if spec.flux3 and found is not None and len(found.shape) == 3:
+        length = found.shape[1]  # that of the prompt
+    width = spec.transformer.context_dim
+    tokens = checked_shape(capture, f"{place}/features", (1, length, width))
     return TextFeatures(tokens, pooled)
 
 

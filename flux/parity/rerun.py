@@ -21,6 +21,7 @@ from flux.parity.capture_file import Capture
 from flux.parity.modules import PLACE, Modules
 from flux.parity.replay import module_runs, split_place
 from flux.pipeline import Pipeline
+from flux.transformer3 import Flux3Config
 
 SAMPLER_TENSOR = re.compile(r"step\.\d+/(velocity|latents)")  # computed by no network
 # owner, attribute, and what is called instead: replacement(original, *args)
@@ -104,7 +105,7 @@ class Rerun:
             except _Computed as computed:
                 return computed.args[0].clone()
         for position, name in self.run.outputs.items():
-            if name == self.computed_as:
+            if name == self.computed_as + self.repeat:
                 return results[position]
         raise LookupError(self.name)  # this run does not compute it
 
@@ -114,7 +115,11 @@ class Rerun:
         """Yield the runs that may compute the tensor: the smallest module around it first."""
         modules = Modules(self.pipe)
         try:
-            around = [run for run in module_runs(self.reference) if self.lies_in(run.name)]
+            around = [
+                run
+                for run in module_runs(self.reference)
+                if self.lies_in(run.name) and all(map(self.is_same_repeat, run.outputs.values()))
+            ]
         except UserError:  # no module has all of its inputs
             around = []
         for each in sorted(around, key=lambda each: -len(each.name)):
@@ -128,8 +133,13 @@ class Rerun:
             yield Run(lambda: modules("decoder", [self.latents(last)]), {0: "pixels"}, True)
         if self.name.endswith("rope"):
             yield Run(lambda: [self.network.rope(*self.ids)], {0: self.name}, True)
+        if self.table_ids:  # of FLUX 3
+            yield Run(
+                lambda: [self.network.rope(self.recorded(self.table_ids))], {0: self.name}, True
+            )
         if self.place.startswith("step"):
-            yield Run(lambda: [self.network.vec(*self.vec_inputs)], {0: f"{self.place}/vec"}, True)
+            outputs = {0: f"{self.place}/vec_0" if self.at_zero else f"{self.place}/vec"}
+            yield Run(lambda: [self.network.vec(*self.vec_inputs)], outputs, True)
 
     def lies_in(self, place: str) -> bool:
         """Whether the module `place` computes the tensor: it computes no inputs of its own."""
@@ -137,23 +147,34 @@ class Rerun:
             return False
         if place.endswith("/attention"):
             return False
-        if re.fullmatch(rf"{re.escape(place)}/(in|arg)(\.\d+)?", self.name):
+        name = self.name.removesuffix(self.repeat)
+        if re.fullmatch(rf"{re.escape(place)}/(in|arg)(\.\d+)?", name):
             return False
         inside = self.computed_as.startswith((f"{place}/", f"{place}."))
         return inside or place == self.place
 
+    def is_same_repeat(self, name: str) -> bool:
+        """Whether a tensor is of the same run of its module: FLUX 3's `time_in` runs twice."""
+        return repeat_of(name) == self.repeat
+
     # what the name means
+
+    @property
+    def repeat(self) -> str:
+        """What a capture appends to the name of a module's second tensor, or ""."""
+        return repeat_of(self.name)
 
     @cached_property
     def computed_as(self) -> str:
         """The tensor's name where it is computed: text features and vec have another one there."""
-        module = re.fullmatch(r"((?:step\.\d+|references)(?:/negative)?)/.+/in(?:\.1)?", self.name)
+        name = self.name.removesuffix(self.repeat)
+        module = re.fullmatch(r"((?:step\.\d+|references)(?:/negative)?)/.+/in(?:\.1)?", name)
         vec = self.reference.records.get(f"{module[1]}/vec") if module else None
         if module and vec and vec.sha256 == self.reference.records[self.name].sha256 != "":
             return f"{module[1]}/vec"  # as a modulation takes it
-        result = re.fullmatch("(text(?:/negative)?)/(features|pooled)", self.name)
+        result = re.fullmatch("(text(?:/negative)?)/(features|pooled)", name)
         if result is None:
-            return self.name
+            return name
         if result[2] == "pooled":
             part = "clip"
         else:
@@ -208,6 +229,17 @@ class Rerun:
         return self.recorded(self.in_pass("ids/txt")), self.recorded(self.in_pass("ids/img"))
 
     @property
+    def table_ids(self) -> str:
+        """The name of the positions, where the tensor is a table of FLUX 3; else ""."""
+        found = re.fullmatch(r"(negative/)?rope/(\w+)", self.name)
+        return f"{found[1] or ''}ids/{found[2]}" if found else ""
+
+    @property
+    def at_zero(self) -> bool:
+        """Whether the tensor belongs to the conditioning vector of time 0, which FLUX 3 has."""
+        return self.name.endswith("/vec_0") or self.repeat == "~2"
+
+    @property
     def times(self) -> Tensor:
         return self.recorded("schedule")
 
@@ -217,10 +249,13 @@ class Rerun:
         return math.prod(self.recorded("noise").shape[2:])
 
     @property
-    def vec_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The arguments of `Flux.vec` at this step: t, guidance, pooled text."""
+    def vec_inputs(self) -> tuple[Tensor | None, ...]:
+        """The arguments of `vec` at this step: t, guidance, pooled text; FLUX 3: t, target."""
         t, guidance, pooled = self.times[self.step - 1 : self.step], None, None
-        config = self.pipe.spec.flux_config
+        config = self.pipe.spec.transformer
+        if isinstance(config, Flux3Config):
+            t = torch.zeros_like(t) if self.at_zero else t
+            return t, (self.times[self.step : self.step + 1] if config.flow_map else None)
         if config.guidance:
             guidance = torch.full_like(t, self.at_step(self.reference.recipe["guidance"]))
         if config.vector_dim is not None:
@@ -242,6 +277,11 @@ class Rerun:
     def latents(self, step: int) -> Tensor:
         """Return the latents after a step, (B, C, h, w); the noise before the first."""
         return self.recorded(f"step.{step:03}/latents" if step else "noise")
+
+
+def repeat_of(name: str) -> str:
+    found = re.search(r"~\d+$", name)
+    return found[0] if found else ""
 
 
 def reruns(name: str, reference: Capture, pipe: Pipeline, previous: str | None) -> list[Rerun]:

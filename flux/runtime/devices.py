@@ -32,7 +32,8 @@ def choose_device(device: str | None) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        if torch.device(device).type not in DEVICE_TYPES:
+        wanted = torch.device(device)
+        if wanted.type not in DEVICE_TYPES or (wanted.type == "cpu" and wanted.index):
             raise RuntimeError
         torch.empty(1, device=device)
         return torch.device(device)

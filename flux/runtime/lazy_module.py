@@ -95,6 +95,12 @@ class LazyModule(Generic[M]):
             self.module, self.known = module, Changes(module)
         return self.module
 
+    def __getattr__(self, name: str) -> Any:
+        hint = ""
+        if hasattr(self.__dict__.get("shapes"), name):
+            hint = f": call it first, as in `pipe.transformer().{name}`"
+        raise AttributeError(f"a LazyModule has no attribute {name!r}{hint}")
+
     def require_unchanged(self) -> None:
         """Raise UserError if a file was changed since it was checked: the weights may be mapped."""
         require_unchanged(self.states, mapped=True)

@@ -278,6 +278,8 @@ def _halved(sizes: WeightSizes) -> WeightSizes:
 
 def gb(size: float, rounding: Callable[[float], int] = round) -> str:
     """Return bytes as gigabytes with one decimal."""
+    if rounding is round and 0 < size < GB / 10:  # the toys
+        return f"{size / GB:.2g}"
     return "unlimited" if size == math.inf else f"{rounding(size / GB * 10) / 10:.1f}"
 
 

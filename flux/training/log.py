@@ -22,12 +22,15 @@ MAX_LOG = 2**28  # bytes: four million rows
 WINDOW = 50  # steps of the moving mean in the chart
 
 
-def report(text: str) -> None:
+quiet = False  # print errors alone
+
+
+def report(text: str, always: bool = False) -> None:
     """Print a line to standard error from the first process, without breaking a progress bar.
 
-    Control characters, in a file's name for example, are shown escaped.
+    Control characters, in a file's name for example, are shown escaped. `always`: even if `quiet`.
     """
-    if rank() == 0 and sys.stderr is not None:
+    if rank() == 0 and sys.stderr is not None and (always or not quiet):
         with suppress(OSError):  # nobody can be told
             tqdm.write(printable(text), file=sys.stderr)
 

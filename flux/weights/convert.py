@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save as serialize
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from flux.atomic_files import write_atomically
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
-from flux.transformer3 import Flux3Config
+from flux.transformer3 import Flux3, Flux3Config
+from flux.weights import diffusers_names3
 from flux.weights.diffusers_names import diffusers_layer
 from flux.weights.files import TensorInfo, preview, shard_files
 from flux.weights.load import (
@@ -58,10 +59,9 @@ def convert(source: Path, path: Path, format: str | None = None, layout: str = "
     """
     _check_choices(path, format, layout)
     config = infer_config(source)
-    if isinstance(config, Flux3Config):
-        raise UserError(f"source: {source} is a FLUX 3 transformer, which is not converted.")
-    module = init_empty(lambda: Flux(config))
-    assert isinstance(module, Flux)
+    module: Any = init_empty(
+        lambda: Flux3(config) if isinstance(config, Flux3Config) else Flux(config)
+    )
     files = shard_files(source)
     infos = match_tensors(module, files)
     load_module(module, files, device="meta")
@@ -110,9 +110,9 @@ class _Conversion:
 
     def __init__(
         self,
-        module: Flux,  # on the meta device
+        module: Flux | Flux3,  # on the meta device
         infos: Mapping[str, TensorInfo],
-        config: FluxConfig,
+        config: FluxConfig | Flux3Config,
         format: str | None,
         layout: str,
     ):
@@ -199,13 +199,18 @@ class _Conversion:
         if self.layout == "bfl":
             yield f"{path}.{name}", tensor
             return
+        theirs = "weight" if name == "scale" else name  # torch.nn.RMSNorm's name
+        if isinstance(self.config, Flux3Config):
+            swapped = path == diffusers_names3.SWAPPED
+            tensor = torch.cat(tensor.chunk(2)[::-1]) if swapped else tensor
+            yield f"{diffusers_names3.diffusers_layer(path)}.{theirs}", tensor
+            return
         parts = diffusers_layer(
             path, self.config.shared_modulation, self.config.hidden_size, len(tensor)
         )
         assert parts, path
         for part in parts:
             rows = [tensor[start:stop] for start, stop in part.rows]
-            theirs = "weight" if name == "scale" else name  # torch.nn.RMSNorm's name
             yield f"{part.name}.{theirs}", torch.cat(rows) if len(rows) > 1 else rows[0]
 
 

@@ -1,7 +1,8 @@
 """Tell from the names of tensors which network a file holds: one of ours, or another family's."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 FOREIGN = (  # a pattern in tensor names, and the kind of file that has such names; the first counts
     (
@@ -58,6 +59,24 @@ USES = {  # what another network is for -> the argument that takes its file
     "a T5 text encoder": "text_encoder_2",
     "a language model": "text_encoder",
 }
+
+
+def qwen_kind(names: Iterable[str], metadata: Mapping[str, Any], read: int) -> str | None:
+    """Return "Qwen3" or "Qwen3-VL", whose layers have the same names and sizes; None if unknown.
+
+    An image encoder beside them, or its name for the text part, tells Qwen3-VL; llama.cpp's files
+    name it. With more than the `read` layers of FLUX 3 and nothing of that, a file is Qwen3's.
+    """
+    named = {"qwen3": "Qwen3", "qwen3vl": "Qwen3-VL"}.get(metadata.get("general.architecture", ""))
+    if named:
+        return named
+    names = list(names)
+    if not any("q_norm." in name for name in names):  # Mistral has none
+        return None
+    if any(re.search(r"(^|\.)(visual|language_model)\.", name) for name in names):
+        return "Qwen3-VL"
+    found = (re.search(r"(^|\.)layers\.(\d{1,9})\.", name) for name in names)
+    return "Qwen3" if any(match and int(match[2]) >= read for match in found) else None
 
 
 def is_lora_name(name: str) -> bool:

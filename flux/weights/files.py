@@ -9,12 +9,15 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from flux import progress
 from flux.errors import UserError
 from flux.plain_files import MAX_JSON, PIECE, parse_json, read_plain_file, require_plain_file
 from flux.weights.checksums import has_hash, stated_hash
@@ -371,7 +374,7 @@ def find_file(
     UserError, with `licence` and what `gated` means, if the
     file cannot be had.
     """
-    if path := _in_folder(repository, filename, weights) or _in_cache(repository, filename):
+    if path := local_file(repository, filename, weights):
         return path
     page = f"https://huggingface.co/{repository}"
     if folder := weights_folder(weights):
@@ -384,8 +387,11 @@ def find_file(
         )
     import huggingface_hub  # imported here: a local file must not wait a second for the import
 
+    started = time.time()
+    begun = partial(_downloaded_gigabytes, repository, started)
     try:
-        path = Path(huggingface_hub.hf_hub_download(repository, filename))
+        with progress.polled(f"downloading {filename} of {repository}", begun, "GB"):
+            path = Path(huggingface_hub.hf_hub_download(repository, filename))
     # Any error, of the hub, httpx, hf_xet or the system, means that the file did not come.
     except Exception as error:
         reason = _download_problem(error, page, licence or "its licence", gated)
@@ -412,6 +418,18 @@ def find_file(
     return path
 
 
+def _downloaded_gigabytes(repository: str, started: float) -> float:
+    """Return the size of the unfinished file that the hub has written to since `started`."""
+    from huggingface_hub import constants
+
+    home = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    sizes = [0]
+    with suppress(OSError):  # a file may be renamed meanwhile
+        stats = [path.stat() for path in home.glob("blobs/*.incomplete")]
+        sizes += [stat.st_size for stat in stats if stat.st_mtime >= started - 60]
+    return max(sizes) / 1e9
+
+
 def find_files(
     repository: str,
     filename: str,
@@ -428,12 +446,27 @@ def find_files(
     return shard_files(path)
 
 
+def local_file(repository: str, filename: str, weights: Path | None = None) -> Path | None:
+    """Return a file of the folder `weights` or of the Hugging Face cache, or None."""
+    return _in_folder(repository, filename, weights) or _in_cache(repository, filename)
+
+
+def missing_files(repository: str, filename: str, weights: Path | None = None) -> list[str]:
+    """Return which files are not there: the file itself, or shards of an index that is there."""
+    path = local_file(repository, filename, weights)
+    if path is None:
+        return [filename]
+    shards = _shard_names(path) if is_index(path) else []
+    return [
+        str(PurePosixPath(filename).with_name(name))
+        for name in shards
+        if not (path.parent / name).is_file()
+    ]
+
+
 def is_local(repository: str, filename: str, weights: Path | None = None) -> bool:
     """Return whether `find_files` would find everything without a download."""
-    path = _in_folder(repository, filename, weights) or _in_cache(repository, filename)
-    if path is None or not is_index(path):
-        return path is not None
-    return all((path.parent / name).is_file() for name in _shard_names(path))
+    return not missing_files(repository, filename, weights)
 
 
 def weights_folder(weights: Path | None) -> Path | None:

@@ -12,19 +12,21 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from flux import progress
 from flux.errors import UserError
 from flux.transformer import FluxConfig
 from flux.transformer3 import Flux3Config
 from flux.weights.checksums import check_hashes
 from flux.weights.diffusers_transformer import join_diffusers
 from flux.weights.families import USES, foreign_family, looks_like
-from flux.weights.files import FLOATS, TensorInfo, preview, read_header, shard_files
+from flux.weights.files import BITS, FLOATS, TensorInfo, preview, read_header, shard_files
 from flux.weights.infer3 import ANCHOR3, SIZES3, config3
 from flux.weights.mapping import map_tensors, meta_tensors, warn_of_network
 from flux.weights.quantization import (
@@ -139,6 +141,9 @@ def load_module(
         if not copied:
             warn_of_network(files)
         found = map_tensors(stored, copied=copied)
+        sizes = {name: prod(i.shape) * BITS[i.dtype] / 8e9 for name, i in stored.items()}
+        what = f"loading {files[0].name}"
+        found = progress.measured(found, sum(sizes.values()), lambda t: sizes[t[0]], what, "GB")
     for name, tensor in found:
         if check_finite and tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise _not_finite(sources[name])
@@ -462,6 +467,10 @@ def _check_fit(
     if not listed:
         return
     found, needed = looks_like(sources), looks_like(expected)
+    if found == needed == "an autoencoder" and has_quant_conv(sources) != has_quant_conv(expected):
+        found, needed = "FLUX.1's autoencoder", "that of FLUX.2"  # two networks of one design
+        if has_quant_conv(sources):
+            found, needed = "FLUX.2's autoencoder", "that of FLUX.1"
     if found != needed:
         listed.append(f"the file looks like {found}, and {needed} is wanted")
     elif missing and unknown:
@@ -473,6 +482,10 @@ def _check_fit(
     raise UserError(
         f"{place} does not fit {module}: of {len(expected)} tensors, {'; '.join(listed)}."
     )
+
+
+def has_quant_conv(names: Iterable[str]) -> bool:
+    return any("quant_conv." in name for name in names)
 
 
 # ---------------------------------------------------------------- the configuration in a file

@@ -2,9 +2,10 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from flux.configs import EMBEDDED, MODELS, ModelSpec
 from flux.errors import UserError
 from flux.transformer import Flux, FluxConfig
 from flux.transformer3 import Flux3, Flux3Config
-from flux.weights.files import find_files, is_local, shard_files
+from flux.weights.files import (
+    find_files,
+    is_local,
+    missing_files,
+    preview,
+    shard_files,
+    weights_folder,
+)
 from flux.weights.load import infer_config, init_empty, read_headers
 
 Config = FluxConfig | Flux3Config
@@ -60,13 +68,22 @@ def find_name(name: str) -> str:
     for more in (set(), {"2"}, {"dev"}):
         if said and said | more in names:
             return names[said | more]
-    spelled = {" ".join(sorted(words)): known for words, known in names.items()}
-    near = get_close_matches(" ".join(sorted(said)), spelled, n=3, cutoff=0.3)
-    hint = f"Did you mean {' or '.join(spelled[one] for one in near)}? " if near else ""
+    near = _nearest(said)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise UserError(
         f"name: there is no such model (got {name:.120}). {hint}"
         "All names are in flux.MODELS; `sample.py --list-models` prints them."
     )
+
+
+def _nearest(said: frozenset[str]) -> list[str]:
+    """Return up to three names with all of these words, or else with similar ones."""
+    words = {known: _words(known) for known in MODELS}
+    if said and (whole := [known for known in MODELS if said < words[known]]):
+        return whole[:3]
+    spelled = {" ".join(sorted(words[known])): known for known in reversed(MODELS)}
+    near = get_close_matches(" ".join(sorted(said)), spelled, n=3, cutoff=0.45)
+    return [spelled[one] for one in near]
 
 
 def _words(name: str) -> frozenset[str]:
@@ -214,7 +231,12 @@ def build_transformer(config: Config) -> Flux | Flux3:
 
 def count_parameters(spec: ModelSpec) -> int:
     """Return the number of parameters of the row's transformer."""
-    network = init_empty(lambda: build_transformer(spec.transformer))
+    return _count(spec.transformer)
+
+
+@cache
+def _count(config: Config) -> int:
+    network = init_empty(lambda: build_transformer(config))
     return sum(p.numel() for p in network.parameters())
 
 
@@ -228,7 +250,11 @@ def locate(
 
     `local_files` replace the row's files of a network, or its folder of a tokenizer, which then
     need not exist. `with_text=False`: leave out the text encoders and their tokenizers.
+    UserError that names all missing files, if there is a folder: then nothing is downloaded.
     """
+    if weights_folder(weights) and not spec.embedded:
+        text = {} if with_text else {*spec.text.networks, *spec.text.tokenizers}
+        _require_all(spec, weights, {*local_files, *text})
     files: dict[str, list[Path] | Path] = {}
     for part, choices in networks(spec).items():
         if with_text or part not in spec.text.networks:
@@ -244,6 +270,35 @@ def locate(
     return files
 
 
+def _require_all(spec: ModelSpec, weights: Path | None, others: Collection[str]) -> None:
+    """Raise UserError that names the missing files of all parts but `others`, if several are."""
+    lacking: dict[str, list[str]] = {}  # of each repository
+    for part, repository, choices in needed_files(spec):
+        states = [missing_files(repository, name, weights) for name in choices]
+        if part not in others and all(states):
+            # shards, if an index is there without them
+            shards = [state for name, state in zip(choices, states) if name not in state]
+            lacking.setdefault(repository, []).extend((shards or states)[0])
+    names = [name for found in lacking.values() for name in found]
+    if len(names) > 1:
+        pages = " and ".join(f"https://huggingface.co/{repository}" for repository in lacking)
+        raise UserError(
+            f"weights: {weights_folder(weights)} and the Hugging Face cache lack {len(names)} "
+            f"files of {spec.name}: {preview(names, 6)}. Get them from {pages} under "
+            f"{spec.licence.name}, or leave `weights` and $FLUX_WEIGHTS out to download them."
+        )
+
+
+def needed_files(spec: ModelSpec) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Return the files of a row: (part, repository, names, any one of which is enough)."""
+    needed = [(part, spec.repository, choices) for part, choices in networks(spec).items()]
+    for part, names in spec.text.tokenizers.items():
+        needed += [(part, spec.repository, (name,)) for name in names]
+    if spec.addon:
+        needed += [(part, spec.addon.repository, (name,)) for part, name in spec.addon.files]
+    return needed
+
+
 def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     """Return the files of each network in the row's repository; any one of them is enough."""
     files = {
@@ -257,16 +312,14 @@ def networks(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
 
 def is_available_locally(spec: ModelSpec, weights: Path | None = None) -> bool:
     """Return whether a row can be loaded without a download."""
-    needed = [*networks(spec).values()]
-    for names in spec.text.tokenizers.values():
-        needed += [(name,) for name in names]
+    needed = needed_files(spec)
     if spec.embedded:
-        return all((EMBEDDED / spec.name / choices[0]).is_file() for choices in needed)
-    addon = [(spec.addon.repository, name) for _, name in spec.addon.files] if spec.addon else []
+        return all((EMBEDDED / spec.name / choices[0]).is_file() for _, _, choices in needed)
     try:
         return all(
-            any(is_local(spec.repository, name, weights) for name in choices) for choices in needed
-        ) and all(is_local(repository, name, weights) for repository, name in addon)
+            any(is_local(repository, name, weights) for name in choices)
+            for _, repository, choices in needed
+        )
     except UserError:  # a damaged index
         return False
 

@@ -27,6 +27,7 @@ if "MODELS" not in getattr(flux, "__all__", ()):  # BFL's package, or the other 
 from flux.errors import install_command
 from flux.runtime.terminal import printable
 
+quiet = False  # set by `set_quiet`
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -93,6 +94,15 @@ def add_hidden_alias(parser: argparse._ActionsContainer, old: str, new: str) -> 
     parser._option_string_actions[old] = action
 
 
+class Once(argparse.Action):
+    """A flag that is refused if it is given twice, where one would look for both."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"argument {option_string}: is given twice. Join both into one file.")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows wrong arguments escaped, and reports a full standard output."""
 
@@ -134,9 +144,21 @@ def show(*lines: object) -> None:
         raise
 
 
+def add_quiet(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--quiet", action="store_true", help="print nothing but results and errors: no progress"
+    )
+
+
+def set_quiet(value: bool) -> None:
+    """Let `say` print nothing, for --quiet; errors are still printed."""
+    global quiet
+    quiet = value
+
+
 def say(*lines: object) -> None:
-    """Print lines to standard error, if there is one, as `show` does."""
-    if not speaker.quiet:
+    """Print lines to standard error, if there is one, as `show` does; unless --quiet."""
+    if not (quiet or speaker.quiet):
         _tell(lines)
 
 
@@ -222,12 +244,16 @@ def exit_code(
     Warnings become notes.
     `output` is the file to name if the system does not say which one failed.
     """
+    from modules.progress_lines import ProgressLines
+
     from flux.errors import NonFiniteError, UserError
+    from flux.progress import listen
 
     show_warnings_once(flags)
     sys.excepthook = show_traceback
     try:
-        return command()
+        with listen(ProgressLines(say)):
+            return command()
     except UserError as error:
         return fail(with_flags(str(error), flags), 2)
     except NonFiniteError as error:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from modules.command_line import Parser, add_hidden_alias
+from modules.command_line import Parser, add_hidden_alias, add_quiet
 
 OLD_FLAGS = {
     "--batch": "--batch-size",
@@ -26,6 +26,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("images", type=Path, help="folder of images and captions")
     add("run", type=Path, help="folder for all results; a run in this folder is resumed")
     add("--model", metavar="NAME", help="default: flux.2-tiny, an embedded toy")
+    add_quiet(p)
     add("--weights", type=Path, metavar="DIR", help="folder of the models' files, as for sample.py")
     add("--transformer", type=Path, metavar="FILE", help="start from this file")
     add("--device", help="default: the fastest available")

@@ -359,6 +359,18 @@ def test_workers_begin_with_their_shard(tmp_path):
     assert order == [1, 3, 0, 2, 4]
 
 
+def test_long_block_is_reported_on_the_way_and_quiet_is_quiet(batch, tmp_path, monkeypatch):
+    write(tmp_path / "m.jsonl", small(3))
+    assert batch("m.jsonl", "quiet", "--quiet") == (0, "")
+    monkeypatch.setattr(worker, "REPORT", -1.0)  # seconds
+    code, said = batch("m.jsonl", "out")
+    assert code == 0
+    progress = [line.partition(" a second")[0] for line in said.splitlines() if "a second" in line]
+    assert [line.partition(",")[0] for line in progress] == [
+        "1 of 3 images", "2 of 3 images", "3 of 3 images"
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------ a large manifest
 
 

@@ -81,6 +81,12 @@ def test_metadata_are_left_out_on_request(cli):
         assert image.info["parameters"].startswith("a violet heptagon\nSteps: 1, Sampler: Euler, ")
 
 
+def test_quiet_run_prints_the_path_alone(cli):
+    run = cli("a red dragon", *QUICK, "--quiet")
+    assert run.code == 0 and run.err == "" and run.out == "outputs/flux.png\n"
+    cli(PROMPT, "--quiet", "--width", 100).fails_with("--width: must be a multiple of 16")
+
+
 def test_syntax_of_other_programs_is_noted_once(cli):
     run = cli(
         "(a red:1.3) star", "a <lora:x:1> (blue:1.2) ring", *QUICK, "--negative-prompt", "(x:1)"

@@ -5,6 +5,7 @@ the words of the command line, with exit code 2, before anything is loaded or wr
 """
 
 import io
+import json
 import os
 import re
 import sys
@@ -110,6 +111,7 @@ def test_argparse_refuses_what_it_cannot_parse(cli, flags):
         ("--model flux.3-dev", ("--model", "flux.3-dev", "Did you mean", "flux.2-dev")),
         ("--model flux.1-dev --weights none", ("none", "--weights", "is not a folder")),
         ("--device abacus", ("--device", "abacus", "cpu")),
+        ("--device cpu:7", ("--device: cpu:7 is not available. Choose from cpu.",)),
         ("--max-vram -1", ("--max-vram: must be",)),
         ("--strength 0.5", ("--strength: needs an image. Pass one in --image.",)),
         ("--no-kv-cache", ("--kv-cache: needs an image",)),
@@ -228,18 +230,81 @@ def test_absurd_number_of_images_is_refused(cli, count, words):
 # ------------------------------------------------------------------------------ models
 
 
-def test_list_of_models_names_every_model(cli):
+@pytest.mark.parametrize("columns", [80, 120, None], ids=["80", "120", "no terminal"])
+def test_list_of_models_has_a_line_for_every_model(cli, columns, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
     run = cli("--list-models")
-    lines = {line.split()[0]: line for line in run.out.splitlines()[1:]}
-    assert run.code == 0 and lines.keys() == MODELS.keys() and not run.files
-    available = {name for name, line in lines.items() if " yes " in line}
-    assert available == {"flux.1-tiny", "flux.2-tiny"}
-    sizes = {"flux.1-dev": " 11.9 B ", "flux.2-klein-4b": " 3.88 B ", "flux.2-dev": " 32.2 B "}
-    assert all(size in lines[name] for name, size in sizes.items())
-    assert all(spec.licence.name in lines[name] for name, spec in MODELS.items())
-    for name, spec in MODELS.items():  # files of which not all is known are marked, and told
+    assert run.code == 0 and not run.files
+    assert max(map(len, run.out.splitlines())) <= (columns or 120)
+    joined = re.sub(r"^(\S{20,})\n +", r"\1 ", run.out, flags=re.MULTILINE)  # long names
+    lines = {line.split()[0]: line for line in joined.splitlines()[1 : len(MODELS) + 1]}
+    assert lines.keys() == MODELS.keys()
+    modes = "start|reference|control|fill|redux"
+    here = {name for name, line in lines.items() if re.search(rf" -  ({modes}) ", line)}
+    assert here == {"flux.1-tiny", "flux.2-tiny"}
+    assert lines["flux.2-klein-base-4b"].split()[1:6] == "50 4 (x2) 1024 14.1".split()
+    assert lines["flux.1-dev"].split()[1:7] == "50 3.5 1024 33.7 33.9 start".split()
+    assert lines["flux.3-image-klein-base-comfy-int8-convrot"].split()[1] == "50"
+    for name, spec in MODELS.items():  # files of which not all is known are marked
         assert lines[name].endswith(" *") == bool(spec.unconfirmed)
-        assert (spec.unconfirmed in run.err and name in run.err) or not spec.unconfirmed
+        assert spec.licence.name in lines[name] or columns == 80
+
+
+def test_list_of_one_model_names_each_missing_file(cli, tmp_path):
+    """A shard that is missing beside its index is named alone."""
+    home = tmp_path / "weights/FLUX.1-dev"
+    for name in ("ae.safetensors", "tokenizer/vocab.json", "text_encoder_2/a-2.safetensors"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(bytes(3_000_000))
+    shards = {"x": "a-1.safetensors", "y": "a-2.safetensors"}
+    index = home / "text_encoder_2/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    run = cli("--list-models", "FLUX.1-dev", "--weights", tmp_path / "weights")
+    lines = [" ".join(line.split()) for line in run.out.splitlines()]
+    assert run.code == 0 and lines[0] == "flux.1-dev"
+    assert {
+        "sampling 50 steps, guidance 3.5, 1024x1024",
+        "transformer 11.9 B parameters, bfloat16",
+        "memory 33.7 GB of weights, 23.8 GB at a time",
+        "missing 23.8 GB flux1-dev.safetensors",
+        "here 0.003 GB ae.safetensors",
+        "missing 9.5 GB text_encoder_2/a-1.safetensors",
+        "missing 0.25 GB text_encoder/model.safetensors",
+        "here 0.003 GB tokenizer/vocab.json",
+        "missing tokenizer/merges.txt",
+        "missing tokenizer_2/spiece.model",
+    } <= set(lines)
+    missing = ("flux1-dev.safetensors", "text_encoder_2/a-1.safetensors", "tokenizer/merges.txt")
+    cli(PROMPT, "--model", "flux.1-dev", "--weights", tmp_path / "weights").fails_with(
+        "--weights: ", "lack 5 files of flux.1-dev: ", *missing
+    )
+    assert "a-2.safetensors" not in run.out and max(map(len, run.out.splitlines())) <= 80
+
+
+def test_second_mask_is_refused(cli):
+    """The last one would win in silence, and one might expect both."""
+    run = cli(PROMPT, "--image", "a.png", "--mask", "a.png", "--mask", "b.png")
+    assert run.code == 2 and run.out == "" and not run.files
+    assert "argument --mask: is given twice. Join both into one file." in run.err
+
+
+def test_list_of_models_takes_a_part_of_a_name_and_other_names(cli):
+    named = {
+        "flux.2-klein-4b": ["flux.2-klein-4b"],
+        "black-forest-labs/FLUX.1-dev": ["flux.1-dev"],
+        "flux-dev-krea": ["flux.1-krea-dev"],  # BFL's command line
+        "tiny": ["flux.1-tiny", "flux.2-tiny"],
+        "klein-fp8r": ["flux.3-image-klein-fp8r"],
+    }
+    for text, expected in named.items():
+        lines = cli("--list-models", text).out.splitlines()
+        assert [line for line in lines if line[0] != " "] == expected
+    unconfirmed = MODELS["flux.3-image-klein-fp8r"].unconfirmed
+    assert unconfirmed in " ".join(" ".join(lines).split())
+    wrong = cli("--list-models", "flux-dve")
+    wrong.fails_with("--list-models: there is no such model", "flux.1-dev")
 
 
 def test_real_model_without_weights_is_refused_and_not_replaced_by_the_toy(cli, tmp_path):

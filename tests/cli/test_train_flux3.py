@@ -234,6 +234,36 @@ def test_two_processes_train_as_one(train, models, images, edits, cache, tmp_pat
     assert code == 0 and "resumed at step 2" in err
 
 
+# ------------------------------------------------------------------ learning
+
+
+def test_lora_overfits_an_image_and_moves_the_sample_to_it(train, models, images, tmp_path):
+    """Distances are mean squared errors of latents; 1.03 lies between the two images' latents."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), (250, 10, 20)).save(folder / "red.png")
+    (folder / "red.txt").write_text("a red square")
+    flags = flags_of(models, *FLOAT, "--lora-rank", 16, "--steps", 100, "--batch-size", 4)
+    code, out, err = train(folder, tmp_path, *flags, "--caption-dropout", 0, "--lr", 1e-2)
+    assert code == 0, err
+    losses = [float(row["loss"]) for row in rows_of(tmp_path)]
+    assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:5])
+
+    pipe = models[BASE].load()
+    files = (folder / "red.png", images / "0.png")
+    own, other = (pipe.to_latents(Image.open(file)) for file in files)
+    features = pipe.encode("a red square")
+
+    def distances() -> list[float]:
+        latents = pipe.sample(features, [3], 64, 64, steps=12, guidance=1)
+        return [(latents - target).square().mean().item() for target in (own, other)]
+
+    before = distances()
+    pipe.load_lora(out)
+    after = distances()
+    assert after[0] < 0.3 * before[0] and after[0] < 0.8 * after[1], (before, after)
+
+
 # ------------------------------------------------------------------ what is refused
 
 

@@ -266,6 +266,7 @@ def test_exif_orientation_is_undone(tmp_path, read, orientation):
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(path := tmp_path / "a.png", exif=exif)
     assert np.array_equal(np.asarray(read(path).convert("L")), upright)
+    assert inputs.upright_size(path) == (5, 3)
 
 
 @both
@@ -356,6 +357,7 @@ def test_damaged_exif_leaves_the_image_as_it_is_stored(tmp_path, chunk):
     for image, name in ((path, "a.png"), (Image.open(path), "images")):
         with pytest.warns(UserWarning, match=f"{name}: the EXIF data are damaged"):
             assert levels(inputs.as_image(image)) == levels(flat(24, 16))
+    assert inputs.upright_size(path) == (24, 16)
 
 
 @pytest.mark.parametrize("kind, data", [(b"iCCP", b""), (b"zTXt", b"parameters\0\7x")])

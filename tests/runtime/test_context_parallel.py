@@ -8,7 +8,7 @@ import pkgutil
 
 import pytest
 import torch
-from support.parallel_cases import Case, compare_all
+from support.parallel_cases import Case, compare_all, compare_compiled
 from support.parallel_mistakes import MISTAKES
 from support.processes import Processes
 
@@ -27,6 +27,7 @@ CASES = [
     Case("klein", references=((3, 4),), cached=True, fast=True),
     Case("klein", mask=True, fast=True),
     Case("klein", text=3, residuals=True, fast=True),
+    Case("two heads", cached=True, references=((3, 4),)),
     Case("flux.3"),
     Case("flux.3", references=((3, 4), (2, 3))),
     Case("flux.3", references=((3, 4),), fast=True),
@@ -56,12 +57,12 @@ def check_float64(processes: Processes, cases: list[tuple]) -> None:
         assert all(outcome.right for outcome in outcomes), (case, outcomes)
 
 
-def check_bits(processes: Processes, cases: list[tuple]) -> None:
+def check_bits(processes: Processes, cases: list[tuple], dtype=torch.float32) -> None:
     """Products of matrices with 16 rows more sum in the same order."""
     even = []
     for case, method in cases:
         references = ((8, 16),) if case.references else ()
-        same = case._replace(text=64, grid=(8, 16), references=references, dtype=torch.float32)
+        same = case._replace(text=64, grid=(8, 16), references=references, dtype=dtype)
         even.append((same, method))
     for case, outcomes in zip(even, zip(*processes(compare_all, even))):
         assert all(o.equal and o.same_everywhere for o in outcomes), (case, outcomes)
@@ -93,6 +94,7 @@ def test_two_processes_equal_one_to_the_bit_in_float32(two):
 def test_two_processes_equal_one_in_all_cases(two):
     check_float64(two, EVERY)
     check_bits(two, EVERY)
+    check_bits(two, SOME, torch.bfloat16)
 
 
 def test_planted_mistakes_are_seen(two):
@@ -101,6 +103,12 @@ def test_planted_mistakes_are_seen(two):
     for (_, _, name), outcomes in zip(cases, zip(*two(compare_all, cases))):
         assert not all(outcome.right for outcome in outcomes), (name, outcomes)
         assert max(outcome.relative for outcome in outcomes) > 1e-3, (name, outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_blocks_exchange_in_one_graph(two, method):
+    assert max(two(compare_compiled, method)) <= 2e-6  # float32, in another order
 
 
 @pytest.mark.slow

@@ -120,3 +120,18 @@ def test_slices_of_streamed_blocks_are_streamed():
     for each in part:
         assert each is block and each.img_mlp[0].weight.data_ptr() != host  # in a buffer
     assert block.img_mlp[0].weight.data_ptr() == host
+
+
+def test_attributes_of_a_network_that_was_not_called_are_explained():
+    pipe = flux.load(device="cpu")
+    with pytest.raises(AttributeError, match=r"as in `pipe\.transformer\(\)\.double_blocks`"):
+        pipe.transformer.double_blocks  # noqa: B018
+    with pytest.raises(AttributeError, match="^a LazyModule has no attribute 'nonsense'$"):
+        pipe.autoencoder.nonsense  # noqa: B018
+    assert repr(pipe) == "<flux.Pipeline of flux.2-tiny, on cpu in float32>"
+
+
+def test_autoencoder_of_the_other_family_is_told():
+    other = EMBEDDED / "flux.1-tiny/ae.safetensors"
+    with pytest.raises(flux.UserError, match="looks like FLUX.1's autoencoder, and that of FLUX.2"):
+        flux.load(device="cpu", autoencoder=other)

@@ -11,11 +11,13 @@ from support.transformer3_inputs import inputs
 from support.weight_files import hollow, refusal, saved
 
 from flux.configs import MODELS
+from flux.language_model import LanguageModel
 from flux.parity.reference import FLUX3_TINY, loaded, randomise
 from flux.parity.reference3 import diffusers_transformer3, diffusers_velocity3
+from flux.text_encoder import build_networks
 from flux.transformer import Flux, FluxConfig
 from flux.transformer3 import Flux3
-from flux.weights.convert import convert
+from flux.weights.families import qwen_kind
 from flux.weights.load import infer_config, init_empty, load_module
 from flux.weights.locate import get_spec
 
@@ -128,7 +130,56 @@ def test_pruned_and_damaged_files_are_told(tmp_path):
     assert "has sizes of no FLUX 3 transformer: hidden size 128, heads of 30" in refusal(
         infer_config, path
     )
-    path = saved(tmp_path / "sound.safetensors", randomise(Flux3(FLUX3_TINY)).state_dict())
-    assert "is a FLUX 3 transformer, which is not converted" in refusal(
-        convert, path, tmp_path / "out.safetensors"
+
+
+# ------------------------------------------------------------------ which text encoder
+
+
+def text_networks(spec, path):
+    return build_networks(spec.text, {"model": [path]}, device=torch.device("cpu"), dtype=None)
+
+
+def test_text_encoders_of_the_same_sizes_are_named(tmp_path):
+    """Qwen3 4B and Qwen3-VL 4B: an image encoder tells, or its name for the text, or all layers."""
+    klein, three = MODELS["flux.2-klein-4b"], MODELS[BASE]
+    state = init_empty(lambda: LanguageModel(replace(klein.text.model, layers=(36,)))).state_dict()
+    whole = {f"model.{name}": tuple(tensor.shape) for name, tensor in state.items()}
+    above = tuple(f"model.layers.{number}." for number in range(32, 36))
+    layers = {n: s for n, s in whole.items() if not n.startswith(above)}
+    files = {
+        "qwen3": hollow(tmp_path / "qwen3.safetensors", whole),
+        "seen": hollow(tmp_path / "seen.safetensors", whole | {"visual.blocks.0.x": (2, 2)}),
+        "vl": hollow(
+            tmp_path / "vl.safetensors",
+            {n.replace("model.", "model.language_model.", 1): s for n, s in layers.items()},
+        ),
+        "cut": hollow(tmp_path / "cut.safetensors", layers),
+    }
+    for name in ("seen", "vl"):
+        text_networks(three, files[name])
+        assert refusal(text_networks, klein, files[name]) == (
+            f"text_encoder: {files[name]} is Qwen3-VL, of FLUX 3, but FLUX.2 [klein] reads Qwen3. "
+            "Pass text_encoder/ of a repository of FLUX.2 [klein]."
+        )
+    text_networks(klein, files["qwen3"])
+    assert refusal(text_networks, three, files["qwen3"]) == (
+        f"text_encoder: {files['qwen3']} is Qwen3, of FLUX.2 [klein], but FLUX 3 reads Qwen3-VL. "
+        "Pass text_encoder/ of a repository of FLUX 3."
     )
+    for spec in (klein, three):  # the layers alone may be of either
+        text_networks(spec, files["cut"])
+
+
+@pytest.mark.parametrize(
+    "names, architecture, kind",
+    [
+        (["blk.0.attn_q_norm.weight"], "qwen3", "Qwen3"),
+        (["blk.0.attn_q_norm.weight"], "qwen3vl", "Qwen3-VL"),
+        (["language_model.model.layers.39.mlp.up_proj.weight"], None, None),  # Mistral
+        (["layers.31.self_attn.q_norm.weight"], None, None),
+        (["layers.32.self_attn.q_norm.weight"], None, "Qwen3"),
+    ],
+)
+def test_kinds_of_language_models(names, architecture, kind):
+    metadata = {"general.architecture": architecture} if architecture else {}
+    assert qwen_kind(names, metadata, 32) == kind

@@ -43,6 +43,11 @@ SAME_SIZES = (
 )
 
 
+def own_rows() -> list[ModelSpec]:
+    """Return the rows of models, without those of other files of their transformers."""
+    return [row for row in MODELS.values() if row.weight_format == "bfloat16"]
+
+
 def inspect_parts(path: Path, found: Inspection) -> None:
     """Describe the text encoders and the autoencoder in a checkpoint."""
     inspect_plain(path, found)
@@ -78,7 +83,7 @@ def inspect_transformer(path: Path, found: Inspection) -> None:
         network: LazyModule = LazyModule(build_transformer, config, files, **CPU)
         found.add("quantized", _quantized(network.shapes))
         spec = get_spec(None, path)
-        alike = [row.name for row in MODELS.values() if row.transformer == spec.transformer]
+        alike = [row.name for row in own_rows() if row.transformer == spec.transformer]
         names = dict.fromkeys([spec.name, *alike])
         found.add("fits", f"{preview(list(names), 6)}; pass it as `transformer`")
     inspect_parts(path, found)
@@ -116,9 +121,7 @@ def _inspect_network(kind: str, path: Path, found: Inspection) -> None:
         for text in dict.fromkeys(layers):
             found.add("quantized", text)
         of_flux3 = [name for name in fits if MODELS[name].flux3] if part == "model" else []
-        if of_flux3 and any("visual." in name for name in read_headers(files)[0]):
-            fits = of_flux3  # with its image encoder
-        elif of_flux3 and of_flux3 != fits:
+        if of_flux3 and of_flux3 != fits:
             found.add("note", SAME_SIZES)
         found.add("fits", f"{preview(fits, 6)}{use}")
 
@@ -152,7 +155,7 @@ def _candidates(
 ) -> Iterator[tuple[Callable[[], torch.nn.Module], list[str]]]:
     """Yield, for each configuration of this part, what checks the files, and its models' names."""
     rows: dict[Any, list[ModelSpec]] = {}
-    for row in MODELS.values():
+    for row in own_rows():
         config: Any = None
         if part == "autoencoder":
             config = with_decoder_of(row.autoencoder, files[0])
