@@ -51,7 +51,8 @@ def stream(
     sizes = [sum(tensor.nbytes for tensor in large_tensors(block)) for block in blocks]
     stays = choose_resident(sizes, resident)
     streamed = [block for block, stay in zip(blocks, stays, strict=True) if not stay]
-    ring = PrefetchRing(blocks, streamed, torch.device(device), pinned)
+    ends = [list(module.get_submodule(path).children())[-1:] for path in lists]
+    ring = PrefetchRing(blocks, streamed, torch.device(device), pinned, sum(ends, []))
     ring.move_rest(module)
     for path in lists:
         blocks = list(module.get_submodule(path).children())
@@ -147,8 +148,9 @@ class Buffer:
 class PrefetchRing:
     """The buffers that all lists of a network share.
 
-    The blocks are used in one order, again and again, and one at a time. A loop that starts while
-    an earlier loop is unfinished takes over from the earlier one.
+    The blocks are used in one order, again and again, and one at a time. What followed the end of
+    a list the last time is expected again: FLUX 3 runs some lists once an image. A loop that starts
+    while an earlier loop is unfinished takes over from the earlier one.
     """
 
     def __init__(
@@ -157,11 +159,14 @@ class PrefetchRing:
         streamed: Sequence[nn.Module],
         device: torch.device,
         pinned: int = 0,
+        ends: Sequence[nn.Module] = (),  # the last blocks of the lists
     ) -> None:
-        self.device = device
+        self.device, self.ends = device, set(ends)
         # The events of torch.cpu do nothing; Apple's GPUs run everything in one stream, in order.
         self.streams: Any = torch.cuda if device.type == "cuda" else torch.cpu
-        self.order = list(blocks)
+        order = list(blocks)
+        self.next = dict(zip(order, order[1:] + order[:1]))  # of each block, as far as is known
+        self.last: nn.Module | None = None
         self.current: Buffer | None = None
         self.user: object | None = None
         self.rest: list[tuple[Tensor, Tensor]] = []  # (tensor, its host data)
@@ -198,6 +203,9 @@ class PrefetchRing:
         """Hold the weights of `block` on the device, and start to copy those of the next blocks."""
         self._release()  # of a loop that was left, but not closed: a traceback may keep it
         user = self.user = object()
+        if self.last in self.ends:
+            self.next[self.last] = block
+        self.last = block
         try:
             if block in self.slices:
                 self.current = self._fetch(block)
@@ -236,10 +244,14 @@ class PrefetchRing:
                 self._fill(spare.pop(0), block)
 
     def _following(self, block: nn.Module) -> list[nn.Module]:
-        """Return the streamed blocks other than `block`, in the order of use from there on."""
-        index = self.order.index(block)
-        order = self.order[index + 1 :] + self.order[:index]
-        return [block for block in order if block in self.slices]
+        """Return the streamed blocks that are expected after `block`, for all buffers."""
+        seen = [block]
+        found: list[nn.Module] = []
+        while len(found) < len(self.buffers) and (following := self.next[seen[-1]]) not in seen:
+            seen.append(following)
+            if following in self.slices:
+                found.append(following)
+        return found
 
     def _fill(self, buffer: Buffer, block: nn.Module) -> None:
         """Start the copies: while one tensor is copied to the device, the next is pinned."""

@@ -9,9 +9,10 @@ import torch
 from support.load_script import script
 from support.transformer3_inputs import inputs
 
-from flux.configs import KLEIN3_BASE
+from flux.configs import KLEIN3_BASE, MODELS
 from flux.parity.reference import FLUX3_TINY, randomise
 from flux.runtime import fast
+from flux.runtime.activation_memory import FusedKernels, Workload, activations, peak_bytes
 from flux.runtime.fast3 import FastBlock, FastFlux3, Shared, fast_transformer3
 from flux.transformer3 import Block, Flux3, ModulationOut, Stream
 
@@ -133,3 +134,31 @@ def test_step_takes_fewer_kernels_less_memory_and_less_traffic():
     assert plain.flops == faster.flops
     assert (plain.kernels, faster.kernels) == KERNELS
     assert faster.elementwise < 0.75 * plain.elementwise and faster.peak < 0.85 * plain.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("references", [0, 300])
+@pytest.mark.parametrize("is_fast", [True, False], ids=["fast", "plain"])
+def test_activations_are_bounded_closely(is_fast, references):
+    """The bound is 1 to 1.5 times the peak of a step at full width, on the meta device."""
+    spec = MODELS["flux.3-image-klein-base"]
+    c = replace(spec.transformer, depth=1, depth_single=1)
+    with torch.device("meta"):
+        network = Flux3(c).bfloat16()
+        network = fast_transformer3(network) if is_fast else network
+        ropes = [torch.empty(n, 64, 2, 2) for n in (240, 4096, references)]
+
+        def step() -> None:
+            vec = network.vec(torch.empty(2))
+            txt = torch.empty(2, 240, c.context_dim, dtype=BF16)
+            streams = [network.stream("txt", txt, ropes[0].clone(), vec)]
+            if references:
+                tokens = torch.empty(2, references, 128, dtype=BF16)
+                streams.append(network.stream("image_cond", tokens, ropes[2].clone(), vec))
+            network.denoise(torch.empty(2, 4096, 128, dtype=BF16), ropes[1].clone(), vec, *streams)
+
+        with fast.counted_for("cuda"), FusedKernels():
+            peak = peak_bytes(step)
+    work = Workload(1024, 1024, 2, references, fast=is_fast, text_tokens=240)
+    bound = activations(replace(spec, transformer=c), work, "cuda")["transformer"]
+    assert peak <= bound <= 1.5 * peak, f"{bound / peak:.3f}"

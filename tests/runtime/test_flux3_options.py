@@ -18,6 +18,8 @@ from torch import nn
 
 import flux
 from flux.configs import MODELS
+from flux.controlnet import load_controlnet
+from flux.ip_adapter import load_ip_adapter
 from flux.runtime.fast3 import FastFlux3
 from flux.runtime.streaming import StreamedModuleList
 from flux.transformer3 import BLOCK_LISTS, Block, Flux3
@@ -232,3 +234,23 @@ def test_what_flux3_lacks_is_refused_in_one_sentence(models, name):
     pipe = models[name].load()
     cached = flux.ImageInputs(IMAGES[:1], kv_cache=True)
     assert refusal(pipe, PROMPT, images=cached).startswith("kv_cache: ")
+    for load, kind in ((load_controlnet, "a ControlNet"), (load_ip_adapter, "an IP-adapter")):
+        said = refusal(load, "x.safetensors", pipe)
+        assert said == f"path: x.safetensors is {kind} of FLUX.1, not of {name}."
+
+
+def test_references_that_are_too_many_or_too_small_are_refused(models):
+    pipe = models[DISTILLED].load()
+    assert "10" in refusal(pipe, PROMPT, images=flux.ImageInputs(IMAGES[:1] * 11))
+    small = photo(8, 300, seed=1)
+    for images in ((small,), (IMAGES[0], small)):
+        inputs = flux.ImageInputs(images)
+        assert "too small for a reference" in refusal(pipe, PROMPT, images=inputs)
+
+
+def test_end_of_a_prompt_past_the_cap_is_told(models):
+    pipe = models[DISTILLED].load()
+    assert pipe.spec.text_length == 200
+    with pytest.warns(UserWarning, match="longer than 200 tokens; this end was cut off: .*house"):
+        tokens = pipe.encode("a house " * 200 + "the end").tokens
+    assert tokens.shape[1] == 200

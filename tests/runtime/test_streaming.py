@@ -450,6 +450,22 @@ def test_next_block_is_copied_while_one_is_used(log):
     assert ", ".join(log) == f"copy a, copy b, {step}, copy b, {step}"
 
 
+def test_list_that_runs_once_is_not_copied_again(log):
+    """FLUX 3 [klein] base runs its text blocks once an image: the last block's next one is learned.
+
+    `a` and `b` are copied once in vain, then each block once a run, and in time.
+    """
+    module = named_blocks("ab cde")
+    run(log, module)
+    for _ in range(3):
+        for block in module.list1:
+            use(log, module, block)
+    later = ", ".join(log[log.index("use e") + 1 :])
+    step = "use c, copy e, use d, copy c, use e"
+    assert later.endswith(f"{step}, copy d, {step}")
+    assert "copy a" not in later and "copy b" not in later and log.count("copy a") == 2
+
+
 def test_both_buffers_are_filled_while_a_resident_block_is_used(log):
     module = named_blocks("RaSbTc", resident="RST")
     run(log, module)
