@@ -36,6 +36,8 @@ def join(device: str | None = None) -> str | None:
     global _store
     if not started_by_torchrun():
         return device
+    if device is not None and device.startswith("cuda:") and os.environ["WORLD_SIZE"] != "1":
+        raise UserError(f"device: each process has a GPU of its own (got {device}). Use cuda.")
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     kind = choose_device(device).type

@@ -33,7 +33,8 @@ def is_first() -> bool:
 class OneOfSeveral(command_line.Speaker):
     """Lets the first process print, and the first failure be said by one process."""
 
-    quiet = not is_first()
+    def __init__(self) -> None:
+        self.quiet = not is_first()
 
     def claim_failure(self, lost: bool = False) -> str | None:
         from flux.runtime import processes

@@ -13,6 +13,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from modules import command_line
 from modules.command_line import with_flags
 from PIL import Image
 from support.sample_run import PROMPT, QUICK
@@ -323,3 +324,18 @@ def test_real_model_without_weights_is_refused_and_not_replaced_by_the_toy(cli, 
         cli(*request, "--weights", empty).fails_with(*known)
         offline = (spec.repository, ".safetensors", "HF_HUB_OFFLINE is set", "--weights")
         cli(*request).fails_with(*offline)
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def test_processes_that_fit_no_division_are_refused(cli):
+    cli(PROMPT, "--parallel", "context=2").fails_with("--parallel: context=2 needs 2", "(got 1)")
+    cli(PROMPT, "--parallel", "tokens=2").fails_with("--parallel: ", "context=4,cfg=2", "tokens=2")
+
+
+def test_several_processes_do_not_share_standard_input(cli, monkeypatch):
+    monkeypatch.setattr(command_line, "speaker", command_line.speaker)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    cli("--prompt-file", "-").fails_with("--prompt-file: - is read by one process alone")

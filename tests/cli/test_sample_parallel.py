@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from support.classifiers import transformers_classifier
 from support.drawn_images import photo
 from support.parallel_images import toy_lora
 from support.sample_run import PROMPT, TOY, files_in, subprocess_environment
@@ -60,21 +62,27 @@ def run(folder: Path, launcher: tuple, runs: list, of_process_1: dict | None = N
 def test_two_processes_write_the_files_of_one(tmp_path):
     photo(80, 64).save(tmp_path / "photo.png")
     lora = toy_lora(tmp_path / "lora.safetensors", "flux.2-tiny")
+    classifier = transformers_classifier()
+    classifier.classifier.bias.data = torch.tensor([-99.0, 99.0])  # which refuses everything
+    classifier.save_pretrained(tmp_path / "classifier")
+    filtered = ("--filter", "nsfw", "--filter-weights", tmp_path / "classifier", "--review", "no")
     runs = [
+        [*SMALL, "--num-images", 2, *filtered],
         [*SMALL, "--num-images", 3, "--save-latents"],
         [*SMALL, *NEGATIVE, "--model", "flux.1-tiny"],
         [*SMALL, "--image", tmp_path / "photo.png", "--lora", f"{lora}:0.7", "--offload", "block"],
     ]
-    meshes = ("data=2", "cfg=2", "context=2")
+    meshes = ("data=2", "data=2", "cfg=2", "context=2")
     divided = [[*r, "--parallel", mesh] for r, mesh in zip(runs, meshes)]
-    divided[1] = runs[1]  # the default
+    divided[0], divided[2] = runs[0], runs[2]  # the default
     one = run(tmp_path / "one", (), runs)
     two = run(tmp_path / "two", TORCHRUN, divided)
     assert one.code == two.code == 0, (one.err, two.err)
-    assert two.codes == [[0, 0, 0], [0, 0, 0]]
+    assert one.codes == [[3, 0, 0, 0]] and two.codes == [[3, 0, 0, 0], [0, 0, 0, 0]]
+    assert one.err.count("refused by nsfw") == two.err.count("refused by nsfw") == 2
     assert one.out == two.out and len(one.out.splitlines()) == 5  # the paths
     names = files_in(one.folder)
-    assert names == files_in(two.folder) and len([n for n in names if n.endswith(".png")]) == 5
+    assert names == files_in(two.folder) and len([n for n in names if n.endswith(".png")]) == 7
     for name in names:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
     said = [line for line in two.err.splitlines() if line.startswith("parallel: ")]

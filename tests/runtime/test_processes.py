@@ -1,6 +1,7 @@
 """What the first process does for all, and what is refused when processes differ."""
 
 import pytest
+import torch
 from support.process_cases import compare_values, first_computes, first_fails, refusals
 from support.processes import Processes
 
@@ -45,6 +46,15 @@ def test_one_process_works_alone():
     assert (processes.rank(), processes.world_size()) == (0, 1)
     processes.require_equal("files", {"a": 1})
     assert processes.join("cpu") == "cpu" or processes.started_by_torchrun()
+
+
+@pytest.mark.parametrize("device, words", [("cuda:1", "GPU of its own"), ("mps", "need CPUs")])
+def test_devices_on_which_processes_cannot_meet_are_refused(device, words, monkeypatch):
+    monkeypatch.setattr(processes, "choose_device", torch.device)
+    for name in processes.TORCHRUN:
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"device: .*{words}"):
+        processes.join(device)
 
 
 def test_fingerprint_tells_files_apart(tmp_path, monkeypatch):
