@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from flux import progress
 from flux.errors import UserError
 from flux.transformer import FluxConfig
-from flux.transformer3 import Flux3Config
+from flux.transformer3 import Flux3Config, MLPEmbedder
 from flux.weights.checksums import check_hashes
 from flux.weights.diffusers_transformer import join_diffusers
 from flux.weights.families import USES, foreign_family, looks_like
@@ -170,6 +170,11 @@ def load_module(
         if path in layers and not isinstance(layers[path], GGUFEmbedding):
             table = layers[path].dequantize().to(dtype)
             module.set_submodule(path, nn.Embedding.from_pretrained(table))
+    for path in _time_embeddings(module) & layers.keys():
+        layer, wide = layers[path], dtype or next(module.parameters()).dtype
+        weight = torch.empty(layer.out_features, layer.in_features, dtype=wide, device="meta")
+        weight = weight if on_meta else layer.rounded_weight(wide)
+        module.set_submodule(path, layer.to_linear(weight))
     module.eval()
 
 
@@ -360,6 +365,12 @@ def _quantized_layers(
                 rows, columns = parts[path].weight.shape
                 layers[path] = GGUFEmbedding(rows, columns, info.dtype)
     return layers
+
+
+def _time_embeddings(module: nn.Module) -> set[str]:
+    """Return the layers of FLUX 3 that round the time to the dtype of their weights."""
+    embedders = [p for p, part in module.named_modules() if isinstance(part, MLPEmbedder)]
+    return {f"{path}.{name}" for path in embedders for name in ("in_layer", "out_layer")}
 
 
 def _embeddings(module: nn.Module) -> list[str]:

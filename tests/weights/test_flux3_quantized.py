@@ -92,6 +92,29 @@ def test_matrices_left_in_bfloat16_stay_so(name, tmp_path):
     assert torch.equal(ours(**batch), network.bfloat16()(**batch))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@torch.no_grad()
+def test_quantized_time_embeddings_keep_the_times(name, tmp_path):
+    """MXFP8 files quantize them, too. Their dtype is what times are rounded to: they are decoded.
+
+    On the meta device they have the same shapes and dtypes.
+    """
+    network = Flux3(FLUX3_TINY)
+    state = random_state(network)
+    layers = [*block_layers(network)[::5], "time_in.in_layer", "time_in.out_layer"]
+    write, prefix = FORMATS[name]
+    written = write(layers, state)
+    path = save_quantized(tmp_path / "x.safetensors", written._replace(prefix=prefix))
+    ours, hollow = (init_empty(lambda: Flux3(FLUX3_TINY)) for _ in range(2))
+    load_module(ours, [path], dtype=torch.bfloat16)
+    load_module(hollow, [path], dtype=torch.bfloat16, device="meta")
+    network.load_state_dict(state | written.weights)
+    vec = network.bfloat16().vec(times := torch.tensor([0.9, 0.3]))
+    assert vec.isfinite().all() and torch.equal(ours.vec(times), vec)
+    shapes = [{n: (x.shape, x.dtype) for n, x in m.state_dict().items()} for m in (ours, hollow)]
+    assert shapes[0] == shapes[1]
+
+
 def fused(tensors: dict, name: str) -> dict:
     """Return the tensors with q, k and v of each block joined to one layer of this name."""
     out, joined = {}, {}
