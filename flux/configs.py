@@ -126,7 +126,7 @@ class ModelSpec:
         return self.transformer
 
     def refuse_flux3(self) -> None:
-        """Raise UserError if this is FLUX 3: the tools for ports do not cover it."""
+        """Raise UserError if this is FLUX 3, where only FLUX.1 and FLUX.2 are supported."""
         if self.flux3:
             raise UserError(
                 f"name: {self.name} is FLUX 3, which is not supported here. "

@@ -124,8 +124,6 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
         check_count(args)
     device = choose_device(args.device)
     spec = get_spec(args.model) if args.model else None
-    if spec:
-        spec.refuse_flux3()
     setting = Setting(device, args.rounds)
     if device.type == "cpu":
         setting = replace(setting, full_side=256, replayed=0.5)
@@ -160,8 +158,6 @@ def count(args: argparse.Namespace) -> int:
     """Print the counts and, with --json, save those of each stage."""
     from benchmarks import counts
 
-    if args.model:
-        get_spec(args.model).refuse_flux3()
     names = [get_spec(args.model).name] if args.model else counts.NAMES
     found = counts.print_counts(names, args.gpu, bool(args.against))
     counts.print_sites(found, args.gpu)

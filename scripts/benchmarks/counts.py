@@ -33,7 +33,8 @@ STORED = Path(__file__).with_name("counts.json")
 SIDE = 1024  # pixels, of every image
 # models that share sizes share the row of the first: let it be a model that is often run
 NAMES = sorted(
-    (name for name, spec in MODELS.items() if not spec.flux3),  # whose steps are not counted yet
+    # FLUX 3 in 8 or 4 bits is not counted
+    (name for name, spec in MODELS.items() if not spec.flux3 or spec.weight_format == "bfloat16"),
     key=lambda name: name not in ("flux.1-dev", "flux.2-klein-4b"),
 )
 HEADER = (
@@ -101,6 +102,9 @@ def referring(spec: ModelSpec, side: int, device: str, count: int) -> Stage:
     """Build a step with reference images as large as the image, computed with it."""
     stage = stepping(spec, side, device)
     references, ids = reference_tokens(spec, side, device, count)
+    if spec.flux3:
+        tensors = stage.inputs | dict(references=references, reference_ids=ids)
+        return stage._replace(inputs=tensors, run=our_step(stage.modules[0], tensors))
     tensors = stage.inputs | dict(
         img=torch.cat([stage.inputs["img"], references], dim=1),
         img_ids=torch.cat([stage.inputs["img_ids"], ids]),
@@ -123,7 +127,10 @@ def cached_referring(spec: ModelSpec, side: int, device: str, count: int) -> Sta
 def reference_tokens(spec: ModelSpec, side: int, device: str, count: int) -> tuple[Tensor, Tensor]:
     """Return the tokens of `count` images, (1, R, C), and their positions, (R, axes)."""
     tokens, axes = side // 16, len(spec.transformer.axes_dim)
-    ids = [sampling.image_ids(tokens, tokens, axes, t=10 * k) for k in range(1, count + 1)]
+    if spec.flux3:
+        ids = [sampling.flux3_image_ids(tokens, tokens, k) for k in range(1, count + 1)]
+    else:
+        ids = [sampling.image_ids(tokens, tokens, axes, t=10 * k) for k in range(1, count + 1)]
     shape = 1, count * tokens**2, spec.transformer.in_channels
     return torch.empty(shape, dtype=torch.bfloat16, device=device), torch.cat(ids)
 

@@ -16,12 +16,21 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.steps import FAMILIES, as_loaded, case_name, inputs, our_step, same_attention
+from benchmarks.steps import (
+    FAMILIES,
+    Config,
+    as_loaded,
+    block_lists,
+    build_network,
+    case_name,
+    inputs,
+    our_step,
+    same_attention,
+)
 from benchmarks.timing import by_turns, random_weights
 from flux.runtime.compilation import compile_blocks
 from flux.runtime.devices import can_compile
 from flux.runtime.fast import counted_for
-from flux.transformer import BLOCK_LISTS, Flux, FluxConfig
 
 HEAVY = (F.linear, F.scaled_dot_product_attention, F.conv2d, F.conv_transpose2d)
 Operation = tuple[Callable, tuple, tuple]  # function, positional arguments, named arguments
@@ -42,11 +51,11 @@ def floor_rows(setting: Setting) -> Iterator[Row]:
             yield from over_floor(case_name(name, config, side), config, side, setting)
 
 
-def over_floor(case: str, config: FluxConfig, side: int, setting: Setting) -> Iterator[Row]:
+def over_floor(case: str, config: Config, side: int, setting: Setting) -> Iterator[Row]:
     """Yield the time of a step over its floor, eager and compiled."""
     found = step_operations(config, side, setting.text, setting.device)
     replayed = replay(found, setting.device)
-    model = random_weights(lambda: Flux(config), setting.device, torch.bfloat16)
+    model = random_weights(lambda: build_network(config), setting.device, torch.bfloat16)
     model = as_loaded(model, setting.device)
     step = our_step(model, inputs(config, side, setting.text, setting.device, torch.bfloat16))
     row = partial(Row, unit="s", against="floor", runs=2 * setting.rounds)
@@ -54,17 +63,16 @@ def over_floor(case: str, config: FluxConfig, side: int, setting: Setting) -> It
         ours, floor = by_turns([step, replayed], setting.rounds, setting.replayed)
         yield row(f"{case}, eager", ours=ours, theirs=floor)
         if setting.compiled and can_compile(setting.device):
-            compile_blocks(model, BLOCK_LISTS)
+            compile_blocks(model, block_lists(model))
             ours, floor = by_turns([step, replayed], setting.rounds, setting.replayed)
             yield row(f"{case}, compiled", ours=ours, theirs=floor, goal=1.20)
     torch._dynamo.reset()
 
 
-def step_operations(
-    config: FluxConfig, side: int, text: int, device: torch.device
-) -> list[Operation]:
+def step_operations(config: Config, side: int, text: int, device: torch.device) -> list[Operation]:
     def build() -> Callable[[], object]:
-        model = as_loaded(random_weights(lambda: Flux(config), "meta", torch.bfloat16), device)
+        model = random_weights(lambda: build_network(config), "meta", torch.bfloat16)
+        model = as_loaded(model, device)
         return our_step(model, inputs(config, side, text, "meta", torch.bfloat16))
 
     return operations(build, device)

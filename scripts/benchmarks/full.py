@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,16 @@ from benchmarks.stages import (
     save_theirs,
     their_autoencoder,
 )
-from benchmarks.steps import as_loaded, inputs, our_step, same_attention, their_step
+from benchmarks.steps import (
+    as_loaded,
+    block_lists,
+    build_network,
+    inputs,
+    our_step,
+    same_attention,
+    their_step,
+)
+from benchmarks.steps3 import TEXT_TOKENS, their_transformer3
 from benchmarks.timing import by_turns, random_weights, timed
 from flux.clip import CLIP
 from flux.configs import FLUX1Text, ModelSpec
@@ -37,7 +46,6 @@ from flux.parity.reference import relative_l2
 from flux.runtime.compilation import compile_blocks
 from flux.runtime.devices import can_compile, free_memory, no_tf32
 from flux.t5 import T5
-from flux.transformer import BLOCK_LISTS, Flux
 from flux.weights.quantization.fp8 import enable_fp8_matmul
 from flux.weights.quantization.quantize import quantize_
 
@@ -145,11 +153,11 @@ def compiled_rows(
         with fresh_cache():
             whole_graph = timed(torch.compile(stage.run))
         torch._dynamo.reset()
-        compile_blocks(*stage.modules, BLOCK_LISTS)
+        compile_blocks(*stage.modules, block_lists(stage.modules[0]))
         with fresh_cache():
             first = f"{case}, first step, compiled"
             yield Row(first, "s", timed(stage.run), whole_graph, "one graph", goal=0.2)
-    compile_blocks(*stage.modules, BLOCK_LISTS)
+    compile_blocks(*stage.modules, block_lists(stage.modules[0]))
     if theirs:
         theirs.modules[0].compile_repeated_blocks(fullgraph=True)
     yield from time_rows(
@@ -232,15 +240,20 @@ def encoding(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:
         return Stage([t5, clip], dict(long=long, short=short), run)
     config = spec.text.model
     model = random_weights(lambda: LanguageModel(config), device, torch.bfloat16)
-    ids = random(config.vocab_size, spec.text_length)
+    ids = random(config.vocab_size, text_tokens(spec))
     tensors = dict(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
     return Stage([model], tensors, lambda: model(**tensors))
 
 
+def text_tokens(spec: ModelSpec) -> int:
+    """Return the length of a prompt, padding included; FLUX 3: of a usual one."""
+    return TEXT_TOKENS if spec.flux3 else spec.text_length
+
+
 def stepping(spec: ModelSpec, side: int, device: torch.device | str) -> Stage:
-    model = random_weights(lambda: Flux(spec.transformer), device, torch.bfloat16)
+    model = random_weights(lambda: build_network(spec.transformer), device, torch.bfloat16)
     model = as_loaded(model, device)
-    tensors = inputs(spec.transformer, side, spec.text_length, device, torch.bfloat16)
+    tensors = inputs(spec.transformer, side, text_tokens(spec), device, torch.bfloat16)
     return Stage([model], tensors, our_step(model, tensors))
 
 
@@ -313,6 +326,10 @@ def built_on(device: torch.device) -> Iterator[None]:
 
 
 def their_stepping(spec: ModelSpec, ours: Stage) -> Stage:
+    if spec.flux3:
+        network: Any = ours.modules[0]
+        theirs = their_transformer3(network)
+        return Stage([theirs], ours.inputs, their_step(theirs, ours.inputs))
     state = reference.transformer_to_diffusers(ours.modules[0].state_dict(), spec.transformer)
     model = reference.loaded(reference.diffusers_transformer(spec.transformer), state)
     return Stage([model], ours.inputs, their_step(model, ours.inputs))

@@ -4,10 +4,10 @@
     python scripts/benchmarks/gpu.py --dry    tiny sizes on a CPU: does every check run?
 
 The order gives the most in the first two minutes: the rates of the machine, results that would be
-wrong, then each stage of klein 4B, also in float8; then streaming, references and FLUX.1; then
-compilation, and all of klein 4B against diffusers, which takes four minutes. Each row is printed
-when it is measured. No check starts after --minutes. A check that fails leaves a row, and the next
-one starts. A figure with a limit is an error, and must not exceed the limit.
+wrong, then each stage of klein 4B, also in float8; then streaming, references, FLUX.1 and FLUX 3;
+then compilation, and all of klein 4B against diffusers, which takes four minutes. Each row is
+printed when it is measured. No check starts after --minutes. A check that fails leaves a row, and
+the next one starts. A figure with a limit is an error, and must not exceed the limit.
 """
 
 import argparse
@@ -55,6 +55,7 @@ with imports(__name__, parser):
     from flux.configs import KLEIN_9B, MODELS, ModelSpec
     from flux.errors import UserError
     from flux.parity.reference import KLEIN_TINY
+    from flux.parity.reference3 import tiny_models3
     from flux.runtime.compilation import compile_blocks
     from flux.runtime.fast import FusedUpsample, fast_transformer
     from flux.runtime.streaming import stream, unstream
@@ -258,6 +259,13 @@ def flux1(machine: Machine) -> Iterator[Row]:
     yield from stages(MODELS["flux.1-tiny" if machine.dry else "flux.1-dev"], machine)
 
 
+def flux3(machine: Machine) -> Iterator[Row]:
+    name = "flux.3-image-klein"
+    spec = tiny_models3()[name] if machine.dry else MODELS[name]
+    for stage, build in (("step", stepping), ("text", encoding)):
+        yield from beside(f"{stage}, {name}", partial(build, spec, machine.side), machine)
+
+
 def compilation(machine: Machine) -> Iterator[Row]:
     """Compile a step; run sample.py twice with --compile: the second run reads what is kept."""
     spec = small(machine)
@@ -293,6 +301,7 @@ CHECKS = (
     streaming,
     references,
     flux1,
+    flux3,
     bits,
     upsampling,
     compilation,

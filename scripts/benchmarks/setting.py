@@ -1,10 +1,14 @@
 """The sizes of a measurement, and the device: the same rows take hours, minutes or seconds."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from flux.transformer import FluxConfig
+from flux.transformer3 import Flux3Config
+
+Config = FluxConfig | Flux3Config
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,17 @@ class Setting:
             prompts=4,
         )
 
-    def cut(self, config: FluxConfig) -> FluxConfig:
-        """Return the config of one double and two single blocks of a model."""
+    def cut(self, config: Config) -> Config:
+        """Return the config of one double, or mode, and two single blocks of a model."""
         width, head = self.width or config.hidden_size, config.hidden_size // config.num_heads
         return replace(config, depth=1, depth_single=2, hidden_size=width, num_heads=width // head)
 
 
-def narrowed(config: FluxConfig, width: int) -> FluxConfig:
+def narrowed(config: Config, width: int) -> Config:
     """Return a config of the same depth, whose heads have 16 channels."""
+    if isinstance(config, Flux3Config):
+        sizes: dict[str, Any] = dict(in_channels=16, context_dim=64, axes_dim=(4, 4, 4, 4))
+        return replace(config, hidden_size=width, num_heads=width // 16, **sizes)
     axes = (4, 6, 6) if len(config.axes_dim) == 3 else (4, 4, 4, 4)
     vector = None if config.vector_dim is None else 32
     return replace(

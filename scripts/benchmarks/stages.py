@@ -15,7 +15,7 @@ from benchmarks.rows import Row
 from benchmarks.setting import Setting
 from benchmarks.timing import by_turns, pair, random_weights, weight_bytes
 from flux.autoencoder import AutoEncoder, AutoEncoderConfig
-from flux.configs import AE1, AE2, MISTRAL, QWEN3_4B, QWEN3_8B
+from flux.configs import AE1, AE2, MISTRAL, QWEN3_4B, QWEN3_8B, QWEN3_VL_4B
 from flux.image_io import output
 from flux.language_model import LanguageModel, LanguageModelConfig
 from flux.parity import reference
@@ -26,6 +26,7 @@ TEXT_ENCODERS = {  # as released: config, layers, own weights of the head, goal 
     "Qwen3 4B": (QWEN3_4B, 36, False, 0.78),
     "Qwen3 8B": (QWEN3_8B, 36, True, 0.72),
     "Mistral Small": (MISTRAL, 40, True, 0.75),
+    "Qwen3-VL 4B": (QWEN3_VL_4B, 36, False, 0.90),
 }
 AUTOENCODERS = {"FLUX.1": AE1, "FLUX.2": AE2}
 

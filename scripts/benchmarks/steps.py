@@ -8,6 +8,7 @@ flux/runtime/fast.py, as after `flux.load`; the rows "plain" run them without.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.measure import peak_bytes
 from benchmarks.rows import Row
 from benchmarks.setting import Setting, narrowed
+from benchmarks.steps3 import both3, ids_and_times3, our_step3, their_step3
 from benchmarks.timing import pair, random_weights
-from flux import sampling
-from flux.configs import FLUX1, KLEIN_4B
+from flux import sampling, transformer3
+from flux.configs import FLUX1, KLEIN3, KLEIN_4B
 from flux.parity.reference import (
     diffusers_transformer,
     diffusers_velocity,
@@ -30,9 +32,12 @@ from flux.parity.reference import (
 from flux.runtime.compilation import compile_blocks
 from flux.runtime.devices import can_compile
 from flux.runtime.fast import fast_transformer
+from flux.runtime.fast3 import fast_transformer3
 from flux.transformer import BLOCK_LISTS, Flux, FluxConfig, KVCache
+from flux.transformer3 import Flux3, Flux3Config
 
-FAMILIES = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B}
+Config = FluxConfig | Flux3Config
+FAMILIES: dict[str, Config] = {"FLUX.1": FLUX1, "klein 4B": KLEIN_4B, "FLUX 3": KLEIN3}
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -58,7 +63,7 @@ def step_rows(setting: Setting) -> Iterator[Row]:
             )
 
 
-def case_name(name: str, config: FluxConfig, side: int) -> str:
+def case_name(name: str, config: Config, side: int) -> str:
     return f"step, {name}, 1 + 2 blocks of width {config.hidden_size}, {side}x{side}, bfloat16"
 
 
@@ -102,7 +107,7 @@ def read_bytes(model: nn.Module, step: Step) -> int:
 
 def timed_rows(
     case: str,
-    config: FluxConfig,
+    config: Config,
     side: int,
     setting: Setting,
     eager: float | None,
@@ -122,29 +127,39 @@ def timed_rows(
         yield pair(f"{case}, eager, plain", plain_step, their, setting)
         yield Row(f"{case}, peak of activations", "B", peak_bytes(our), peak_bytes(their))
         if setting.compiled and can_compile(setting.device):
-            compile_blocks(ours, BLOCK_LISTS)
+            compile_blocks(ours, block_lists(ours))
             theirs.compile_repeated_blocks(fullgraph=True)
             yield pair(f"{case}, compiled", our, their, setting, goal=compiled)
     torch._dynamo.reset()
 
 
-def as_loaded(model: Flux, device: torch.device | str) -> Flux:
+def build_network(config: Config) -> Any:
+    return Flux3(config) if isinstance(config, Flux3Config) else Flux(config)
+
+
+def block_lists(model: nn.Module) -> tuple[str, ...]:
+    return transformer3.BLOCK_LISTS if isinstance(model, Flux3) else BLOCK_LISTS
+
+
+def as_loaded(model: Any, device: torch.device | str) -> Any:
     """Change `model` as `flux.load` changes it on this device, and return it."""
-    return model if torch.device(device).type == "mps" else fast_transformer(model)
+    if torch.device(device).type == "mps":
+        return model
+    return fast_transformer3(model) if isinstance(model, Flux3) else fast_transformer(model)
 
 
-def sharing_weights(model: Flux) -> Flux:
+def sharing_weights(model: Any) -> Any:
     """Return another transformer with the same tensors."""
     with torch.device("meta"):
-        other = Flux(model.config)
+        other = type(model)(model.config)
     other.load_state_dict(model.state_dict(), assign=True)
     return other.eval().requires_grad_(False)
 
 
-def both(
-    config: FluxConfig, device: torch.device | str, dtype: torch.dtype
-) -> tuple[Flux, nn.Module]:
+def both(config: Config, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, nn.Module]:
     """Return our transformer and diffusers' transformer, which share their weights."""
+    if isinstance(config, Flux3Config):
+        return both3(config, device, dtype)
     ours = random_weights(lambda: Flux(config), device, dtype)
     return ours, loaded(
         diffusers_transformer(config), transformer_to_diffusers(ours.state_dict(), config)
@@ -152,7 +167,7 @@ def both(
 
 
 def inputs(
-    config: FluxConfig, side: int, text: int, device: torch.device | str, dtype: torch.dtype
+    config: Config, side: int, text: int, device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return the inputs of a step at t = 0.5, of an image of `side` pixels. Ids are on the CPU."""
     generator = torch.Generator().manual_seed(0)
@@ -168,6 +183,8 @@ def inputs(
         txt_ids=sampling.text_ids(text, axes),
         t=torch.full((1,), 0.5, device=device),
     )
+    if isinstance(config, Flux3Config):
+        return tensors | ids_and_times3(config, tokens, device)
     if config.guidance:
         tensors["guidance"] = torch.full((1,), 4.0, device=device)
     if config.vector_dim is not None:
@@ -175,7 +192,9 @@ def inputs(
     return tensors
 
 
-def our_step(model: Flux, tensors: dict[str, Tensor], caches: list[KVCache] | None = None) -> Step:
+def our_step(model: Any, tensors: dict[str, Tensor], caches: list[KVCache] | None = None) -> Step:
+    if isinstance(model, Flux3):
+        return our_step3(model, tensors)
     img, txt = tensors["img"], tensors["txt"]
     rope = model.rope(tensors["txt_ids"], tensors["img_ids"]).to(img.device)
     vec_inputs = {name: tensors[name] for name in ("t", "guidance", "vector") if name in tensors}
@@ -185,8 +204,10 @@ def our_step(model: Flux, tensors: dict[str, Tensor], caches: list[KVCache] | No
 
 def their_step(model: nn.Module, tensors: dict[str, Tensor]) -> Step:
     tensors = tensors | {
-        ids: tensors[ids].to(tensors["img"].device) for ids in ("img_ids", "txt_ids")
+        name: x.to(tensors["img"].device) for name, x in tensors.items() if name.endswith("ids")
     }
+    if type(model).__name__ == "Flux3Transformer2DModel":
+        return their_step3(model, tensors)
     return lambda: diffusers_velocity(model, **tensors)
 
 

@@ -2,13 +2,14 @@
 
     python scripts/dev/fullsize.py                        klein base 4B: 7.75 GB of disk, minutes
     python scripts/dev/fullsize.py --lora-rank 16         two steps of a LoRA of it
+    python scripts/dev/fullsize.py --model flux.3-image-klein-base           11.1 GB of disk
     python scripts/dev/fullsize.py --model flux.2-tiny --folder /tmp/tiny    in a second
 
-The file has the name and the layout of the released one, in bfloat16 and with random values. An
-existing file is used as it is, and no file is deleted. A new process loads it as flux.load does,
-without memory of its own, and runs one step at 256x256 on the CPU. With --lora-rank it trains a
-LoRA as scripts/train.py --gradient-checkpointing does, on one random image of this size, and writes
-lora.safetensors.
+The file has the name and the layout of the released one, in bfloat16 and with random values, which
+are the same in tensors of one shape. An existing file is used as it is, and no file is deleted. A
+new process loads it as flux.load does, without memory of its own, and runs one step at 256x256 on
+the CPU. With --lora-rank it trains a LoRA as scripts/train.py --gradient-checkpointing does, on one
+random image of this size, and writes lora.safetensors. Training does not cover FLUX 3.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -61,6 +63,7 @@ with imports(__name__, parser):
     from flux.configs import ModelSpec
     from flux.errors import UserError
     from flux.text_encoder import TextFeatures
+    from flux.tokenizers import QwenVLTokenizer
     from flux.training import loss as training
     from flux.training.checkpoint import load_tensors, save_tensors
     from flux.training.lora import LoRALinear, add_lora, lora_state_dict
@@ -71,6 +74,7 @@ with imports(__name__, parser):
     )
     from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
     from flux.transformer import Flux
+    from flux.transformer3 import Flux3, Flux3Config
     from flux.weights.load import init_empty, load_module
     from flux.weights.locate import get_spec
 
@@ -88,9 +92,10 @@ def run(args: argparse.Namespace) -> int:
     if args.lora_rank is not None and not 1 <= args.lora_rank <= 1024:
         raise UserError(f"--lora-rank: must be from 1 to 1024 (got {args.lora_rank})")
     spec = get_spec(args.model)
-    spec.refuse_flux3()
+    if args.lora_rank is not None:
+        spec.refuse_flux3()
     path = args.folder / spec.transformer_file
-    written = write(path, init_empty(lambda: Flux(spec.transformer)))
+    written = write(path, empty(spec))
     with get_context("spawn").Pool(1) as fresh:
         work = partial(train, rank=args.lora_rank) if args.lora_rank else measure
         measured, good = fresh.apply(work, (spec, path))
@@ -102,6 +107,11 @@ def run(args: argparse.Namespace) -> int:
     ]
     show("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows))
     return 0 if good else 1
+
+
+def empty(spec: ModelSpec) -> Any:
+    """Return the transformer on the meta device: a `Flux` or a `Flux3`."""
+    return init_empty(lambda: (Flux3 if spec.flux3 else Flux)(spec.transformer))
 
 
 def write(path: Path, module: nn.Module) -> str:
@@ -125,11 +135,13 @@ def write(path: Path, module: nn.Module) -> str:
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        drawn: dict[torch.Size, Tensor] = {}  # billions of numbers would take minutes
         for like in module.state_dict().values():
-            mean = 1.0 if like.ndim == 1 else 0.0  # scales of norms, and biases
-            tensor = torch.empty(like.shape, dtype=torch.bfloat16)
-            tensor.normal_(mean, 0.02, generator=generator)
-            file.write(tensor.view(torch.uint8).numpy())
+            if like.shape not in drawn:
+                mean = 1.0 if like.ndim == 1 else 0.0  # scales of norms, and biases
+                tensor = torch.empty(like.shape, dtype=torch.bfloat16)
+                drawn[like.shape] = tensor.normal_(mean, 0.02, generator=generator)
+            file.write(drawn[like.shape].view(torch.uint8).numpy())
     partial.replace(path)
     return f"in {perf_counter() - start:.1f} s"
 
@@ -140,37 +152,56 @@ def measure(spec: ModelSpec, path: Path) -> tuple[list[tuple[str, str]], bool]:
 
     Memory is measured of the process, so this needs a process of its own.
     """
-    config, before, start = spec.transformer, resident("RssAnon"), perf_counter()
-    model = init_empty(lambda: Flux(config))
+    before, start = resident("RssAnon"), perf_counter()
+    model = empty(spec)
     load_module(model, [path])
     seconds, after = perf_counter() - start, resident("RssAnon")
     share = (after - before) / path.stat().st_size
     growth = f"{(after - before) / 1e6:.1f} MB, {share:.2%} of the file"
 
-    def random(*shape):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-
-    axes = len(config.axes_dim)
-    inputs = dict(
-        img=random(1, SIDE**2, config.in_channels),
-        img_ids=sampling.image_ids(SIDE, SIDE, axes),
-        txt=random(1, spec.text_length, config.context_dim),
-        txt_ids=sampling.text_ids(spec.text_length, axes),
-    )
-    guidance = torch.tensor([4.0]) if config.guidance else None
-    vector = random(1, config.vector_dim) if config.vector_dim else None
+    inputs = inputs_of(spec)
     start = perf_counter()
-    velocity = model(t=torch.ones(1), guidance=guidance, vector=vector, **inputs)
+    velocity = model(**inputs)
     step, finite = perf_counter() - start, velocity.isfinite().all().item()
+    text = inputs["txt"].shape[1]
     total, verdict = resident("RssAnon") - before, "finite" if finite else "NOT FINITE"
     rows = [
         ("loaded", f"in {seconds:.2f} s"),
         ("anonymous memory that loading took", growth),
-        ("one step", f"in {step:.2f} s, {SIDE**2} image and {spec.text_length} text tokens"),
+        ("one step", f"in {step:.2f} s, {SIDE**2} image and {text} text tokens"),
         ("anonymous memory after the step", f"{total / 1e6:.1f} MB more than before loading"),
+        ("peak of memory", f"{gb(resident('VmHWM'))} GB resident, with the pages of the file"),
         ("velocity", f"{verdict}, standard deviation {velocity.float().std():.3f}"),
     ]
     return rows, finite
+
+
+def inputs_of(spec: ModelSpec) -> dict[str, Tensor | None]:
+    """Return the inputs of the first step. FLUX 3 has the tokens of a short prompt."""
+
+    def random(*shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    config, length, t = spec.transformer, spec.text_length, torch.ones(1)
+    if isinstance(config, Flux3Config):
+        img_ids, axes, length = sampling.flux3_image_ids(SIDE, SIDE), 4, QwenVLTokenizer.multiple
+        target = sampling.schedule(spec.schedule, spec.steps, SIDE**2)[1:2]
+        own: dict[str, Tensor | None] = {"target": target if config.flow_map else None}
+    else:
+        axes = len(config.axes_dim)
+        img_ids = sampling.image_ids(SIDE, SIDE, axes)
+        own = dict(
+            guidance=torch.tensor([4.0]) if config.guidance else None,
+            vector=random(1, config.vector_dim) if config.vector_dim else None,
+        )
+    return dict(
+        img=random(1, SIDE**2, config.in_channels),
+        img_ids=img_ids,
+        txt=random(1, length, config.context_dim),
+        txt_ids=sampling.text_ids(length, axes),
+        t=t,
+        **own,
+    )
 
 
 def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]], bool]:
@@ -183,7 +214,7 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
     estimate = estimate_memory(
         spec, build, SIDE**2, 1, CPU, torch.bfloat16, ema=False, gradient_checkpointing=True
     )
-    network = init_empty(lambda: Flux(spec.transformer))
+    network = empty(spec)
     load_module(network, [path])
     add_lora(network, rank)
     enable_gradient_checkpointing(network)

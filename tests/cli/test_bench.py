@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from support.load_script import script
 from torch.utils.flop_counter import FlopCounterMode
 
+from flux import sampling
 from flux.configs import FLUX1, KLEIN_9B
-from flux.parity.reference import FLUX1_TINY, KLEIN_TINY
+from flux.parity.reference import FLUX1_TINY, FLUX3_TINY, KLEIN_TINY, relative_l2
 from flux.transformer import Flux
 
 bench = script("bench")  # which puts scripts/ on the path, where `benchmarks` is
@@ -132,9 +133,29 @@ def test_mistral_is_counted_without_its_vision_tower():
     assert row.reached
 
 
-@pytest.mark.parametrize("config", [FLUX1_TINY, KLEIN_TINY])
+def test_qwen3_vl_is_counted_without_its_vision_tower():
+    """Literals: the bytes of the released language model, and of its embedding and 32 layers."""
+    row = stages.text_bytes("Qwen3-VL 4B", *stages.TEXT_ENCODERS["Qwen3-VL 4B"])
+    assert (row.ours, row.theirs) == (7_237_484_544, 2 * 4_022_468_096) and row.reached
+
+
+@pytest.mark.parametrize("flow_map", [False, True])
+@torch.no_grad()
+def test_step_of_flux3_equals_diffusers(flow_map):
+    """With a reference. diffusers repeats the modulation for each token, which rounds otherwise."""
+    config = replace(FLUX3_TINY, flow_map=flow_map)
+    ours, theirs = steps.both(config, CPU, torch.float32)
+    tensors = steps.inputs(config, 64, 8, CPU, torch.float32)
+    ids = sampling.flux3_image_ids(4, 4, 1)
+    tensors |= dict(references=torch.randn(1, 16, 16), reference_ids=ids)
+    expected = steps.their_step(theirs, tensors)()
+    for network in (ours, steps.as_loaded(steps.sharing_weights(ours), CPU)):
+        assert relative_l2(steps.our_step(network, tensors)(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("config", [FLUX1_TINY, KLEIN_TINY, FLUX3_TINY])
 def test_floor_has_as_many_flops_as_a_step(config):
-    model = timing.random_weights(lambda: Flux(config), "meta", torch.bfloat16)
+    model = timing.random_weights(lambda: steps.build_network(config), "meta", torch.bfloat16)
     step = steps.our_step(model, steps.inputs(config, 64, 8, "meta", torch.bfloat16))
     replayed = floor.replay(floor.operations(lambda: step, CPU), torch.device("meta"))
     totals = []
@@ -274,8 +295,8 @@ def test_against_diffusers_runs_every_part_with_equal_results(tmp_path, tiny, ca
     compared = [row["name"] for row in rows if row["difference"] is not None]
     assert all(row["unit"] == "s" for row in rows if row["difference"] is not None)
     # text encoders; steps: overhead, eager, plain; decode and encode in two dtypes
-    assert len(compared) == 3 + 2 * 3 + 2 * 2 * 2
-    assert sum(name.endswith("plain") for name in compared) == 2
+    assert len(compared) == 4 + 3 * 3 + 2 * 2 * 2
+    assert sum(name.endswith("plain") for name in compared) == 3
     for dtype in ("float32", "bfloat16"):
         assert sum(name.startswith("decode") and name.endswith(dtype) for name in compared) == 2
 

@@ -214,6 +214,12 @@ GOALS = {
     "flux.2-dev, step, 1 reference": 0.95,
     "flux.2-klein-9b-kv, step, 1 cached reference": 0.95,
     "flux.2-klein-9b-kv, step, 4 cached references": 0.95,
+    "flux.3-image-klein, step": 0.91,
+    "flux.3-image-klein-base, step": 0.90,
+    "flux.3-image-klein, text": 0.75,
+    "flux.3-image-klein, step, 1 reference": 0.92,
+    "flux.3-image-klein, step, 4 references": 0.95,
+    "flux.3-image-klein-base, step, 4 references": 0.85,
 }
 FLOAT8 = {"dequantized": 1.12, "multiplied": 0.80}  # of bfloat16
 PNG = 0.075  # seconds to encode 1024x1024 pixels, measured: README.md of the folder

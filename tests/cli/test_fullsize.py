@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.load_script import script
 
 from flux.configs import MODELS
+from flux.parity.reference3 import tiny_models3
 from flux.training.lora import add_lora
 from flux.transformer import Flux
 from flux.weights.files import read_header
@@ -134,6 +135,18 @@ def test_unchanged_lora_and_changed_weights_are_reported(measured, fullsize, tmp
     rows, good = fullsize.result(network, path)
     expected = f"{count - 1} of {count} tensors"
     assert not good and dict(rows)["equal to the file"].startswith(expected)
+
+
+@pytest.mark.parametrize("name", ["flux.3-image-klein-base", "flux.3-image-klein"])
+def test_flux3_loads_and_runs(name, fullsize, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, name, tiny_models3()[name])
+    folder = ("--model", name, "--folder", str(tmp_path))
+    assert fullsize.main([*folder]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows["velocity"].startswith("finite, ") and "80 text tokens" in rows["one step"]
+    assert (tmp_path / "model.safetensors").exists()
+    assert fullsize.main([*folder, "--lora-rank", "3"]) == 2
+    assert "is FLUX 3, which is not supported here" in capsys.readouterr().err
 
 
 def test_wrong_flags_are_refused(fullsize, tmp_path, capsys):

@@ -1,7 +1,5 @@
-"""scripts/sample.py with tiny FLUX 3 models, and the scripts that do not cover FLUX 3."""
+"""scripts/sample.py with tiny FLUX 3 models."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ from support.flux3_model import BASE, DISTILLED, Flux3Model
 
 from flux.image_io import output
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")
 
 
@@ -65,32 +62,6 @@ def test_guidance_of_a_flow_map_is_refused_with_the_reason(cli, weights):
     cli(*shared, "--negative-prompt", "x").fails_with("--negative-prompt", reason, "base")
     cli(*shared, "--true-cfg-scale", 2).fails_with("--true-cfg-scale", reason, "base")
     cli(*shared, "--kv-cache", "--image", "x.png").fails_with("x.png")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("parity.py", "capture", "a cat", "--output", "x.safetensors", "--model", DISTILLED),
-        ("bench.py", "--model", DISTILLED),
-        ("bench.py", "--count", "--model", DISTILLED),
-        ("dev/fullsize.py", "--model", DISTILLED, "--folder", "."),
-    ],
-    ids=lambda command: command[0],
-)
-def test_scripts_for_flux1_and_flux2_say_so(command, tmp_path):
-    script, *arguments = command
-    photo(64, 64).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a cat")
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
-    assert f"{DISTILLED} is FLUX 3, which is not supported here" in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.txt"}
 
 
 @pytest.mark.slow

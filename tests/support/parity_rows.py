@@ -39,6 +39,7 @@ Given = dict[str, Tensor]
 NETWORKS = {
     "FLUX.1 transformer, dev and schnell": ("flux.1-dev", "flux.1-schnell"),
     "FLUX.2 transformer, dev and klein": ("flux.2-dev", "flux.2-klein"),
+    "FLUX 3 transformer, base and flow map": ("flux.3-klein-base", "flux.3-klein"),
     "FLUX.1 autoencoder, both ways": ("flux.1-autoencoder",),
     "FLUX.2 autoencoder, both ways": ("flux.2-autoencoder",),
     "T5": ("t5",),
@@ -130,7 +131,7 @@ def in_bfloat16(
     expected = ask(rounded)
     theirs.float()  # with the rounded weights
     truth = ask({key: x.float() if x.is_floating_point() else x for key, x in rounded.items()})
-    for numerics in PRESETS if isinstance(module, Flux) else [""]:
+    for numerics in PRESETS if isinstance(module, Flux | Flux3) else [""]:
         if numerics:
             narrow = with_numerics(module, numerics).bfloat16()
         yield numerics, list(zip(answer(name, narrow, rounded), expected, truth, strict=True))
@@ -149,8 +150,12 @@ def bfloat16_row(
     )
 
 
-def with_numerics(module: Flux, numerics: str) -> Flux:
-    out = Flux(module.config, NUMERICS[numerics])
+def with_numerics(module: Flux | Flux3, numerics: str) -> Flux | Flux3:
+    out: Flux | Flux3
+    if isinstance(module, Flux3):
+        out = Flux3(module.config, torch.float32 if numerics == "exact" else None)
+    else:
+        out = Flux(module.config, NUMERICS[numerics])
     out.load_state_dict(module.state_dict())
     return out.eval()
 
@@ -205,9 +210,10 @@ def reference_of(name: str, ours: nn.Module) -> tuple[nn.Module, Callable[[Given
 
         return theirs, both
     if isinstance(ours, Flux3):
-        theirs = r.loaded(
-            reference3.diffusers_transformer3(config), reference3.transformer3_to_diffusers(state)
-        )
+        named = reference3.transformer3_to_diffusers(state)
+        # as from released files: diffusers keeps the scales of QK-norm in float32
+        named = {key: x.float() if ".norm_" in key else x for key, x in named.items()}
+        theirs = r.loaded(reference3.diffusers_transformer3(config), named)
         return theirs, lambda given: [reference3.diffusers_velocity3(theirs, **given)]
     if name.startswith("flux"):
         theirs = r.loaded(
