@@ -242,6 +242,12 @@ def layers_backwards(rerun: Rerun) -> Tensor:
     return rerun.expected.unflatten(-1, (layers, -1)).flip(-2).flatten(-2)
 
 
+def layers_of_klein(rerun: Rerun) -> Tensor:
+    """The hidden states after the layers that FLUX.2 [klein] reads, of Qwen3 with 36 layers."""
+    layers = [rerun.recorded(f"{rerun.place}/layers.{number - 1}/out") for number in (9, 18, 27)]
+    return torch.cat(layers, dim=-1)
+
+
 # ---------------------------------------------------------------- noise, times, guidance
 
 
@@ -447,6 +453,10 @@ BUGS_AROUND3: tuple[KnownBug, ...] = (
         r"/model/out$|features$|/txt_in/in$", variants({
             "channels are (channel, layer)": channels_by_layer,
             "the last layer comes first": layers_backwards})),
+
+    KnownBug("layers of hidden states",
+        "the language model is read after layers 9, 18 and 27, as in FLUX.2; expected 4, 8, ... 32",
+        r"/model/out$|features$|/txt_in/in$", layers_of_klein),
 
     # noise, times, guidance
     KnownBug("noise drawn in another layout", "noise is drawn {}",

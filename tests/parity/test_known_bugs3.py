@@ -29,7 +29,7 @@ from support.flux3_model import BASE, DISTILLED
 from torch import Tensor
 
 from flux import sampling
-from flux.parity.bugs_around3 import every_nth_of_1000
+from flux.parity.bugs_around3 import every_nth_of_1000, layers_of_klein
 from flux.parity.capture import Selection, capture
 from flux.parity.capture_file import Capture
 from flux.parity.compare import compare
@@ -454,6 +454,19 @@ def test_times_of_comfyuis_simple_schedule():
     assert (times - right).abs().max() < 0.0019 and times[0] == 1 and times[16] == 0
 
 
+def test_layers_of_klein_are_9_18_and_27():
+    """The tiny language model has five layers. A layer's output holds its number here."""
+
+    class Recorded:
+        place = "text/model"
+
+        def recorded(self, name: str) -> Tensor:
+            number = int(re.fullmatch(r"text/model/layers\.(\d+)/out", name)[1])
+            return torch.full((1, 2, 3), float(number + 1))
+
+    assert layers_of_klein(Recorded())[0, 0].tolist() == [9] * 3 + [18] * 3 + [27] * 3
+
+
 @pytest.mark.parametrize("model", [BASE, DISTILLED])
 def test_no_cause_is_named_for_an_honest_port(model, runs, tmp_path):
     """A port in bfloat16 rounds everywhere. Its first tensor over a small tolerance is no bug."""
@@ -498,5 +511,6 @@ def test_parts_by_hand_are_right_without_a_bug(model, runs):
 
 
 def test_every_bug_is_tested():
-    tested = {case[3] for case in CASES} | {"guidance on a distilled model"}
+    tested = {case[3] for case in CASES}
+    tested |= {"guidance on a distilled model", "layers of hidden states"}
     assert {bug.name for bug in KNOWN_BUGS3} - tested - SHARED == set()
