@@ -138,7 +138,8 @@ def add_request(group) -> None:
 
 def add_images(group) -> None:
     add = group.add_argument
-    add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
+    add("--image", type=Path, action="append", default=[], metavar="FILE",
+        help="an input image (repeatable); --list-models NAME says what it is to a model")
     add("--mask", type=Path, action=Once, metavar="FILE",
         help="inpainting, Fill: white is what may change")
     add("--strength", type=float, metavar="S",

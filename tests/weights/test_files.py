@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 import subprocess
+import time
 import tracemalloc
 from pathlib import Path
 from random import Random
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from support.weight_files import entry, raw, refusal, saved
 
+from flux import progress
 from flux.weights import files
 from flux.weights.checksums import has_hash, stated_hash
 from flux.weights.files import find_file, find_files, is_local, read_header, shard_files
@@ -567,3 +569,28 @@ def test_download_gets_index_and_shards_once(hub, tmp_path):
     assert {name for _, name in asked} == contents.keys()
     asked.clear()
     assert len(find_files(REPOSITORY, INDEX)) == 2 and is_local(REPOSITORY, INDEX) and not asked
+
+
+def test_download_tells_how_much_has_come(tmp_path, monkeypatch):
+    """The size is that of the unfinished file; one that an earlier run left does not count."""
+    monkeypatch.delenv("FLUX_WEIGHTS", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    blobs = tmp_path / f"models--{REPOSITORY.replace('/', '--')}/blobs"
+    blobs.mkdir(parents=True)
+    (left := blobs / "old.incomplete").write_bytes(bytes(9_000_000))
+    os.utime(left, (1, 1))
+    told: list[tuple] = []
+
+    def download(repository: str, name: str) -> str:
+        (blobs / "new.incomplete").write_bytes(bytes(2_000_000))
+        deadline = time.monotonic() + 20
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.001)
+        (tmp_path / name).write_bytes(b"")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(progress, "POLL", 0.01)
+    with progress.listen(lambda *what: told.append(what)):
+        find_file(REPOSITORY, "ae.safetensors")
+    assert told[0] == (f"downloading ae.safetensors of {REPOSITORY}", 0.002, 0, "GB")
