@@ -420,8 +420,7 @@ def amend(path: Path, change: Callable[[dict], None]) -> None:
             stored, metadata = read_header(path)
             if KEY not in metadata:
                 raise UserError(
-                    f"{path}: is a plain file and cannot store tolerances. "
-                    "Capture it with parity.py."
+                    f"{path}: is a plain file and cannot store tolerances. Run `parity.py capture`."
                 )
             document = parse_document(metadata[KEY], path)
             check(document, stored, path)

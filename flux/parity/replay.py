@@ -440,7 +440,7 @@ def recipe_of(capture: Capture) -> dict:
     """Return the recipe of a capture whose run can be repeated. UserError for other files."""
     if "model" not in capture.recipe:
         raise UserError(
-            f"{capture.path}: is a plain file, without a recipe. Capture it with scripts/parity.py"
+            f"{capture.path}: is a plain file, without a recipe. Run `parity.py capture`"
         )
     for key in ("dtype", "numerics", "images", *REQUEST):
         if key not in capture.recipe:

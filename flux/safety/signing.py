@@ -139,8 +139,7 @@ def _algorithm(path: Path, secret: bytes) -> Any:
         key = serialization.load_pem_private_key(secret, None)
     except Exception:  # of many kinds: a password, another format, an unknown algorithm
         raise UserError(
-            f"sign: {path} is no private key in PEM without a password. scripts/certificate.py "
-            "makes one."
+            f"sign: {path} is no private key in PEM without a password. `certificate.py` makes one."
         ) from None
     if isinstance(key, ed25519.Ed25519PrivateKey):
         return names.ED25519

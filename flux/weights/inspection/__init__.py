@@ -98,9 +98,9 @@ def _identify_tensors(path: Path) -> tuple[str, Describe]:
     infos, metadata = read_headers(shard_files(path))
     names = set(infos)
     if KEY in metadata:
-        return "a capture of a run (scripts/parity.py)", inspect_capture
+        return "a capture of a run (`parity.py`)", inspect_capture
     if {"step", "sha256"} <= metadata.keys() and all(map(CHECKPOINT.match, names)):
-        return "a checkpoint of a training run, which scripts/train.py resumes", inspect_plain
+        return "a checkpoint of a training run, which `train.py` resumes", inspect_plain
     if {"name", "sha256"} <= metadata.keys() and names <= CACHED:
         return "an encoded image or caption, of a training run's cache", inspect_plain
     if names == {"latents"}:
@@ -155,7 +155,7 @@ def _identify_folder(folder: Path, names: list[str]) -> tuple[str, Describe]:
     if "adapter_model.safetensors" in names:
         return "a PEFT adapter: a LoRA", inspect_lora
     if {"expected.safetensors", "README.md", "run.safetensors"} <= set(names):
-        kit = "a golden kit for a port (scripts/parity.py golden-kit)"
+        kit = "a golden kit for a port (`parity.py golden-kit`)"
         return kit, inspect_kit
     if set(names) & set(TOKENIZER_FILES):
         return "the files of a tokenizer", inspect_tokenizer
