@@ -36,7 +36,8 @@ def block_of(row: Row) -> str:
     """Return the block of a tensor of a step: `double_blocks.3`, `negative/img_in`, `velocity`."""
     place = STEP.sub("", row.name)
     negative = "negative/" if place.startswith("negative/") else ""
-    block = re.match(r"[^./]+(\.\d+(?=[./]))?", place.removeprefix("negative/"))
+    name = r"(content_mode_blocks\.\w+|[^./]+)(\.\d+(?=[./]))?"
+    block = re.match(name, place.removeprefix("negative/"))
     return negative + (block[0] if block else place)
 
 

@@ -8,7 +8,7 @@ import io
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from html import escape
 from itertools import groupby
@@ -276,7 +276,7 @@ def token_errors(a: Capture, b: Capture, row: Row) -> np.ndarray | None:
     name, ids = row.name, None
     for capture in (a, b):
         if "ids/img" in capture.tensors.names:
-            ids = capture.tensors["ids/img"]
+            ids = image_positions(capture.tensors)
     if row.kind in ("slice", "statistics"):
         return None
     if spatial(name, row.shape):
@@ -313,11 +313,25 @@ def spatial(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 4 and (convolved or latents)
 
 
+def image_positions(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return positions (t, row, column, ...) of the image, then of references; t of an image is 0.
+
+    FLUX 3 halves rows and columns, and tells references by the last axis, in ids of their own.
+    """
+    ids = tensors["ids/img"]
+    if not ids.is_floating_point():
+        return ids
+    if "ids/references" in tensors:
+        ids = torch.cat([ids, tensors["ids/references"]])
+    return torch.cat([-ids[:, 3:], 2 * ids[:, 1:3]], dim=1)
+
+
 def on_grid(found: Tensor, name: str, ids: Tensor | None) -> np.ndarray | None:
     """Map tokens (B, N) to the image's (rows, columns): text may precede, references follow."""
     text = (
         name.startswith("text/")
         or "txt" in name
+        or "image_cond" in name  # references of FLUX 3, by themselves
         or re.search(r"double_blocks\.\d+/(in|out)\.1$", name)
     )
     if text or found.ndim != 2 or ids is None or ids.ndim != 2 or ids.shape[1] < 3:

@@ -462,3 +462,32 @@ def test_page_fits_a_small_screen(pair):
     wide = [*page.iter("table"), *page.iter("img")]
     assert len(wide) > 4 and all(map(boxed, wide))
     assert ".chart { overflow-x: auto }" in "".join(page.find("head").itertext())
+
+
+def test_positions_of_flux3_are_on_the_image_grid():
+    """Rows and columns are halved, references follow the image, and text precedes both."""
+    rows, columns = torch.arange(HEIGHT) / 2, torch.arange(WIDTH) / 2
+    ids = torch.zeros(HEIGHT * WIDTH, 4)
+    ids[:, 1:3] = torch.cartesian_prod(rows, columns)
+    references = ids[:8].clone()
+    references[:, 3] = -1
+    joint = torch.arange(5 + len(ids) + len(references)).double()[None]  # 5 text tokens
+    places = report.image_positions({"ids/img": ids, "ids/references": references})
+    grid = report.on_grid(joint, "step.001/single_blocks.0/out", places)
+    assert grid.tolist() == joint[0, 5 : 5 + len(ids)].unflatten(0, (HEIGHT, WIDTH)).tolist()
+    alone = torch.arange(len(ids)).double()[None]
+    grid = report.on_grid(alone, "step.001/content_mode_blocks.image.0/out", places)
+    assert grid.flatten().tolist() == alone[0].tolist()
+    assert report.on_grid(alone, "step.001/content_mode_blocks.image_cond.0/out", places) is None
+
+
+@pytest.mark.parametrize(
+    "name, block",
+    [
+        ("content_mode_blocks.image_cond.0.q_proj/out", "content_mode_blocks.image_cond.0"),
+        ("negative/txt_mode_blocks.4/out", "negative/txt_mode_blocks.4"),
+        ("final_layer.image.linear/in", "final_layer"),
+    ],
+)
+def test_blocks_of_flux3_have_a_row_each(name, block):
+    assert figures.block_of(Row(f"step.002/{name}", (), "F32", "full", 0.0, None)) == block
