@@ -174,7 +174,7 @@ class Parallel:
     # ---------------------------------------------------------------- decoding
 
     def decode(self, plain: Callable[[Tensor], list], latents: Tensor) -> list:
-        """Do what `Pipeline.decode` does: image k is decoded by process k, counted round."""
+        """Do what `Pipeline._decode_all` does: image k is decoded by process k, counted round."""
         if not isinstance(latents, Tensor) or latents.ndim != 4 or not len(latents):
             return plain(latents)  # which says what is wrong
         numbers = range(rank(), len(latents), world_size())
@@ -195,14 +195,14 @@ def distribute(pipe: Any, sizes: Sizes, method: str | None = None) -> Parallel |
     if prod(sizes) == world_size() == 1:
         return None
     parallel = Parallel(sizes, pipe.device.type)
-    encode_one, dtype, condition = pipe.text.encode_one, pipe.text.dtype, pipe.condition
+    encode_one, dtype, condition = pipe.text.encode_one, pipe.text.dtype, pipe._condition
 
     def encode(prompt: str) -> Any:
         return by_first(lambda: encode_one(prompt).to("cpu", dtype))
 
     pipe.text.encode_one = encode
-    pipe.condition = lambda *args, **kwargs: by_first(lambda: condition(*args, **kwargs))
-    pipe.decode = partial(parallel.decode, pipe.decode)
+    pipe._condition = lambda *args, **kwargs: by_first(lambda: condition(*args, **kwargs))
+    pipe._decode_all = partial(parallel.decode, pipe._decode_all)
     if rank():
         pipe.residency.text = pipe.residency.encoders = ()  # are not loaded here
     if sizes.data > 1:
