@@ -52,6 +52,15 @@ def by_diffusers(model: Flux3Model, images=(), **more):
     )
 
 
+def realign(network: torch.nn.Module) -> None:
+    """Move weights off the mapped file, where a matrix begins anywhere, as diffusers does.
+
+    On some CPUs the order of a float32 sum depends on where a matrix begins.
+    """
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def size(images) -> dict:
     return {} if images else dict(width=80, height=64)
 
@@ -72,6 +81,7 @@ def test_whole_run_equals_diffusers_with_its_numerics(models, name, dtype, kind)
     model, images = models[name, dtype], REFERENCES[kind]
     state = by_diffusers(model, images)
     pipe = model.load(numerics="diffusers", decode_dtype=torch.float32)
+    pipe.transformer.set_transform(realign)
     assert torch.equal(pipe.encode(PROMPT).tokens, state.get("prompt_embeds"))
     latents, conditions = [], None
     if images:
@@ -144,6 +154,7 @@ def test_negative_prompt_equals_diffusers(models):
     model.theirs.update_components(guider=usual)
     assert state.get("negative_prompt_embeds").shape[1] > state.get("prompt_embeds").shape[1]
     pipe, latents = model.load(numerics="diffusers"), []
+    pipe.transformer.set_transform(realign)
     pipe(
         PROMPT,
         steps=STEPS,
