@@ -72,6 +72,7 @@ with imports(__name__, lambda: parser(__doc__)):
     from flux.weights.files import preview, shard_files
 
 LOG_EVERY = 10  # steps, without a terminal
+LOG_SECONDS = 60.0  # or so much time, if steps are slow
 SAMPLE_IMAGES = 4  # on a sheet, without --prompt
 COLUMNS = ("step", "loss", "gradient", "rate", "seconds", "images_per_second")  # of loss.csv
 
@@ -399,6 +400,7 @@ def run(
     if not is_image(sheet_path(args, trainer.step)):  # the run was stopped before it was drawn
         draw()
     with bar, delayed_signals() as received:
+        logged = time.monotonic()
         while trainer.step < args.steps and not halted:
             start, rate = time.monotonic(), trainer.learning_rate
             numbers = range(trainer.step * count, (trainer.step + 1) * count)
@@ -410,7 +412,9 @@ def run(
             bar.set_postfix(loss=f"{value:.4f}", images_per_second=f"{speed:.2f}")
             halted = distributed.all_mean(len(received)) > 0  # all processes stop at the same step
             last = halted or trainer.step == args.steps
-            if bar.disable and (last or trainer.step % LOG_EVERY == 0):  # there is no terminal
+            due = trainer.step % LOG_EVERY == 0 or time.monotonic() - logged > LOG_SECONDS
+            if bar.disable and (last or due):  # there is no terminal
+                logged = time.monotonic()
                 report(
                     f"step {trainer.step} of {args.steps}: loss {value:.4f}, "
                     f"{speed:.2f} images a second"

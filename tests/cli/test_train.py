@@ -443,11 +443,21 @@ def test_sheet_that_is_missing_or_broken_is_drawn_again(train, images, tmp_path,
     assert path.stat().st_ino == inode  # a whole sheet stays
 
 
+def test_quiet_training_prints_the_weights_alone(train, images, tmp_path):
+    code, out, err = train(images, tmp_path / "run", *LORA, "--steps", 1, "--quiet")
+    assert (code, err) == (0, "") and out.strip() == str(tmp_path / "run/lora.safetensors")
+    code, _, err = train(images, tmp_path / "run", *LORA, "--steps", 0, "--quiet")
+    assert code == 2 and err.startswith("error: --steps")
+
+
 def test_steps_are_reported_without_a_terminal(train, images, tmp_path, monkeypatch):
+    line = re.compile(r"^step (\d) of 3: loss \d\.\d{4}, [\d.]+ images a second$", re.M)
     monkeypatch.setattr(train.module, "LOG_EVERY", 2)
-    _, _, err = train(images, tmp_path, *LORA, "--steps", 3)
-    lines = re.findall(r"^step (\d) of 3: loss \d\.\d{4}, [\d.]+ images a second$", err, re.M)
-    assert lines == ["2", "3"]
+    monkeypatch.setattr(train.module, "LOG_SECONDS", 1e9)
+    assert line.findall(train(images, tmp_path, *LORA, "--steps", 3)[2]) == ["2", "3"]
+    monkeypatch.setattr(train.module, "LOG_EVERY", 100)
+    monkeypatch.setattr(train.module, "LOG_SECONDS", 0)  # steps are slower than that
+    assert line.findall(train(images, tmp_path / "slow", *LORA, "--steps", 3)[2]) == ["1", "2", "3"]
 
 
 def test_names_of_files_are_shown_escaped(train, tmp_path):
