@@ -23,10 +23,11 @@ from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
 from flux.configs import ModelSpec
 from flux.errors import UserError
+from flux.generation import Generation
 from flux.hooks import Tap, watching_network
 from flux.image_io import request
 from flux.image_io.input import ImageLike, as_image, round_to_16
-from flux.image_io.output import RecordedImage, recorded, to_images, to_pixels
+from flux.image_io.output import RecordedImage, to_images, to_pixels
 from flux.image_io.record import describe_call
 from flux.image_io.request import ImageInputs
 from flux.lora.manager import LoraManager
@@ -34,10 +35,10 @@ from flux.runtime.activation_memory import Workload
 from flux.runtime.checks import (
     Guidance,
     check_cfg,
-    check_count,
     check_features,
     check_guidance,
     check_range,
+    check_seeds,
     check_size,
     check_steps,
     check_times,
@@ -156,15 +157,55 @@ class Pipeline:
         solver, sigmas, shift: see `sample`.
         Numbers may be of numpy or torch, or texts that spell one.
         """
+        call = self.prepare(
+            prompts,
+            width,
+            height,
+            steps,
+            guidance,
+            seed,
+            num_images,
+            negative_prompt,
+            true_cfg_scale,
+            images,
+            solver,
+            sigmas,
+            shift,
+        )
+        results: dict[int, RecordedImage] = {}
+        for numbers in call.batches:
+            latents = call.sample(numbers, callback)
+            results |= zip(numbers, call.decode(numbers, latents), strict=True)
+        count = len(call.seeds)
+        return [*call.release(range(count), [results[number] for number in range(count)])]
+
+    def prepare(
+        self,
+        prompts: str | Sequence[str],
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: Guidance | None = None,
+        seed: int | Sequence[int] = 0,
+        num_images: int = 1,
+        negative_prompt: str | None = None,
+        true_cfg_scale: Guidance | None = None,
+        images: ImageInputs | Sequence[ImageInputs] | ImageLike | Conditions | None = None,
+        solver: str | Solver = "euler",
+        sigmas: Sequence[float] | None = None,
+        shift: float | None = None,
+    ) -> Generation:
+        """Check a call, encode its prompts and images, and plan its memory.
+
+        The arguments are those of a call. `seed` may also be a list, with a seed for each image.
+        """
         prompts = arguments.to_texts("prompts", prompts)
         width = arguments.optional(arguments.to_integer, "width", width)
         height = arguments.optional(arguments.to_integer, "height", height)
         steps, sigmas, shift = check_times(self.spec, steps, sigmas, shift)
         num_images = arguments.to_integer("num_images", num_images)
-        seed = arguments.to_integer("seed", seed)
         negative_prompt = arguments.optional(arguments.to_text, "negative_prompt", negative_prompt)
-        count = len(prompts) * num_images
-        check_count(count, seed)
+        seeds = check_seeds(seed, len(prompts) * num_images)
         use_cfg = check_cfg(
             self.spec, guidance, negative_prompt, true_cfg_scale, check_steps(self.spec, steps)
         )
@@ -180,7 +221,7 @@ class Pipeline:
         largest = max(conditions, key=lambda c: c.width * c.height if c else 0)
         blank = [negative_prompt or ""] if use_cfg else []
         self.text_tokens = self.text.padded_length([*prompts, *blank])
-        self.plan_memory(width, height, steps, count, largest)
+        self.plan_memory(width, height, steps, len(seeds), largest)
 
         listed: Any = images
         if not isinstance(images, Sequence) or isinstance(images, str):
@@ -203,44 +244,18 @@ class Pipeline:
         features = [self.text.features(prompt) for prompt in prompts]
         negative = self.text.features(blank[0]) if blank else None
         self.residency.done(*self.text.networks)
-        lengths = [one.tokens.shape[1] for one in features]
-        results: dict[int, RecordedImage] = {}
-        for numbers in conditioning.batches(conditions, lengths, num_images):
-            rows = [number // num_images for number in numbers]
-            seeds = [seed + number for number in numbers]
-            of_batch = [c for c in (conditions[row] for row in rows) if c is not None]
-            shared = conditioning.collate(of_batch) if of_batch else None
-            latents = self.sample(
-                text_encoder.concatenate([features[row] for row in rows]),
-                seeds,
-                width,
-                height,
-                steps,
-                guidance,
-                negative,
-                true_cfg_scale,
-                callback,
-                shared,
-                solver,
-                sigmas,
-                shift,
-            )
-            for number, image in zip(numbers, self._decode_all(latents), strict=True):
-                row = number // num_images
-                if (used := conditions[row]) is not None:
-                    image = request.postprocess(image, used.init_image)
-                    image = image.crop(used.crop) if used.crop else image
-                own: dict[str, Any] = {"prompt": prompts[row], "seed": seed + number}
-                if used is not None and used.crop:
-                    own["cropped"] = True  # from the size that follows from the reference
-                results[number] = recorded(image, records[row] | own)
-        finished = [results[number] for number in range(count)]
-        if self.filters is None and self.provenance is None:
-            return [*finished]
-        from flux.safety.release import release
-
-        inputs = [listed[number // num_images] for number in range(count)]
-        return [*release(finished, inputs, self.filters, self.provenance, self.files)]
+        settings = dict(
+            width=width,
+            height=height,
+            steps=steps,
+            guidance=guidance,
+            negative=negative,
+            true_cfg_scale=true_cfg_scale,
+            solver=solver,
+            sigmas=sigmas,
+            shift=shift,
+        )
+        return Generation(self, prompts, seeds, features, conditions, listed, records, settings)
 
     # ---------------------------------------------------------------- prompt -> text features
 
@@ -453,7 +468,7 @@ class Pipeline:
                 scales,
                 inputs,
                 residuals=residuals,
-                drop_modulation=on_schedule and not self.residency.keep,
+                drop_modulation=on_schedule and not self.residency.keeps(self.transformer),
             )
 
             def denoised(x: Tensor, t: float, v: Tensor) -> Tensor:

@@ -41,7 +41,11 @@ MODEL = (
     *("lora", "lora_ignore_unmatched", "numerics", "dtype", "decode_dtype", "quantize"),
     *("fp8_matmul", "compile", "vae_tile"),
 )
-FLAGS = sample.flags_of(sample.parser()) | {"manifest": "MANIFEST", "out": "OUT"}
+FLAGS = sample.flags_of(sample.parser()) | {
+    "manifest": "MANIFEST",
+    "out": "OUT",
+    "batch_size": "--batch-size",
+}
 
 
 def main() -> int:
@@ -65,7 +69,15 @@ def parser() -> argparse.ArgumentParser:
         type=shard,
         metavar="I/N",
         help="begin with every N-th block of lines, then help with the others (default: the rank "
-        "and world size of torchrun, or the task of a SLURM array, else 0/1)",
+        "and world size of torchrun; the process of srun and the task of a SLURM array; else 0/1)",
+    )
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make up to N images of a block at a time, if their sizes, steps and guidance are "
+        "equal; the bits of an image then depend on the other lines of its block (default: 1)",
     )
     p.add_argument(
         "--merge",
@@ -91,15 +103,28 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def shard_of(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return the shard that torchrun or SLURM gave this process."""
-    for number, count, first in (
-        ("RANK", "WORLD_SIZE", None),
-        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ):
-        if number in environment and count in environment:
-            begin = int(environment.get(first or "", 0))
-            return int(environment[number]) - begin, int(environment[count])
-    return 0, 1
+    """Return the shard that torchrun or SLURM gave this process.
+
+    Each task of a SLURM array may have several processes of srun.
+    """
+
+    def pair(number: str, count: str, first: str = "") -> tuple[int, int]:
+        if number not in environment or count not in environment:
+            return 0, 1
+        return int(environment[number]) - int(environment.get(first, 0)), int(environment[count])
+
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return pair("RANK", "WORLD_SIZE")
+    task, tasks = pair("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
+    process, processes = pair("SLURM_PROCID", "SLURM_NTASKS")
+    # an array may have gaps: its numbers then exceed its count
+    return (task * processes + process) % (tasks * processes), tasks * processes
+
+
+def device_of(environment: Mapping[str, str], gpus: int) -> str:
+    """Return the GPU of this process; a scheduler may show each process one GPU alone."""
+    number = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or "0"
+    return f"cuda:{int(number) % gpus}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,8 +132,11 @@ def run(args: argparse.Namespace) -> int:
     from flux.batch.records import Records, merge
 
     manifest = Manifest(args.manifest)
+    if args.batch_size < 1:
+        raise UserError(f"batch_size: must be at least 1 (got {args.batch_size}).")
     kept = (*DEFAULTS, *SAMPLING, *MODEL, "filter", *PROVENANCE)
     given = {name: getattr(args, name) for name in kept}
+    given["batch_size"] = args.batch_size if args.batch_size > 1 else None  # changes the bits
     settings = {name: value for name, value in given.items() if value not in (None, [], False)}
     if args.merge and not (args.out / "batch.json").is_file():
         raise UserError(f"out: {args.out} has no batch.json. Pass the folder of a batch.")
@@ -125,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     if args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        args.device = device_of(os.environ, torch.cuda.device_count())
     # before the model: a filter or a key that is not there ends the run
     filters, provenance = load_filters(args), load_provenance(args)
     pipe = sample.load(args)
@@ -135,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     calls = {name: value for name, value in given.items() if name in (*DEFAULTS, *SAMPLING)}
     defaults = {name: value for name, value in calls.items() if value is not None}
     part = args.shard or shard_of(os.environ)
-    Worker(pipe, manifest, records, part, defaults, say).run()
+    Worker(pipe, manifest, records, part, defaults, say, args.batch_size).run()
     return report(args.out, records.summary())
 
 
@@ -152,12 +180,12 @@ def as_json(settings: dict) -> dict:
 
 def report(out: Path, summary) -> int:
     """Print what is done. 0: all images are there; 1: some are left; 2: wrong lines; 3: refused."""
-    done, wrong, refused, left = summary
-    counts = f"{done:,} images, {wrong:,} wrong lines, {len(left):,} images left"
+    done, wrong, refused, left, first_left = summary
+    counts = f"{done:,} images, {wrong:,} wrong lines, {left:,} images left"
     say(counts + (f", {refused:,} refused by a filter" if refused else ""))
     if left:
-        first = ", ".join(str(line + 1) for line in left[:10])
-        say(f"left: line {first}{' and more' if len(left) > 10 else ''}")
+        first = ", ".join(str(line + 1) for line in first_left)
+        say(f"left: line {first}{' and more' if left > len(first_left) else ''}")
         return 1
     return 2 if wrong else REFUSED if refused else 0
 

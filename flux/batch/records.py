@@ -24,6 +24,7 @@ from flux.plain_files import parse_json, read_plain_file, require_plain_file
 
 OPEN, DONE, WRONG, REFUSED = 0, 1, 2, 3  # states of a line
 MAX_RECORD = 100_000  # bytes
+SHOWN = 10  # lines that are left, to name
 
 
 class Records:
@@ -88,8 +89,13 @@ class Records:
 
     def summary(self) -> "Summary":
         """Return what the records say; only `merge` looks at the images."""
-        left = [line for line, state in enumerate(self.states) if state == OPEN]
-        return Summary(self.count(DONE), self.count(WRONG), self.count(REFUSED), left)
+        first: list[int] = []
+        line = self.states.find(OPEN)
+        while line >= 0 and len(first) < SHOWN:
+            first.append(line)
+            line = self.states.find(OPEN, line + 1)
+        done, wrong, refused, left = map(self.count, (DONE, WRONG, REFUSED, OPEN))
+        return Summary(done, wrong, refused, left, first)
 
 
 def keep_settings(path: Path, manifest: Manifest, settings: dict | None) -> None:
@@ -99,9 +105,9 @@ def keep_settings(path: Path, manifest: Manifest, settings: dict | None) -> None
     """
     kept: dict[str, Any] = {"manifest_sha256": manifest.sha256, "lines": len(manifest)}
     kept |= {} if settings is None else {"settings": settings}
-    if not path.exists():  # another worker may write the same file just now
-        with suppress(UserError), write_atomically(path, overwrite=False, wait=True) as unfinished:
-            unfinished.write_text(json.dumps(kept, indent=1) + "\n")
+    # another worker may write the same file just now, or have been killed while it did
+    with suppress(UserError), write_atomically(path, overwrite=False, wait=True) as unfinished:
+        unfinished.write_text(json.dumps(kept, indent=1) + "\n")
     content = read_plain_file(path, MAX_RECORD)
     try:
         earlier = parse_json(content)
@@ -134,7 +140,8 @@ class Summary(NamedTuple):
     done: int
     wrong: int
     refused: int
-    left: list[int]  # numbers of the lines without a record, or without their file
+    left: int  # lines without a record, or without their file
+    first_left: list[int]  # the first of them
 
 
 def merge(records: Records) -> Summary:
@@ -155,7 +162,7 @@ def merge(records: Records) -> Summary:
                 if places[2 * line] >= 0:
                     earlier.setdefault(line, []).append((places[2 * line], places[2 * line + 1]))
                 places[2 * line : 2 * line + 2] = array("q", [number, position])
-    done, wrong, refused, left = 0, 0, 0, []
+    done, wrong, refused, left, first_left = 0, 0, 0, 0, []
     files = [path.open("rb") for path in paths]
     try:
         with write_atomically(records.out / "images.jsonl") as unfinished:
@@ -170,13 +177,14 @@ def merge(records: Records) -> Summary:
                     elif record:
                         done += 1
                     else:
-                        left.append(line)
+                        left += 1
+                        first_left += [line] * (left <= SHOWN)
                         continue
                     merged.write(raw)
     finally:
         for file in files:
             file.close()
-    return Summary(done, wrong, refused, left)
+    return Summary(done, wrong, refused, left, first_left)
 
 
 def find_record(

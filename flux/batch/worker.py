@@ -2,35 +2,57 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from flux.atomic_files import write_atomically
 from flux.batch.claims import Claim, claim
 from flux.batch.manifest import Line, Manifest, Request, file_name
 from flux.batch.records import DONE, OPEN, WRONG, Records
 from flux.errors import RefusedError, UserError
+from flux.generation import Generation
 from flux.image_io.request import ImageInputs
 
-REPORT = 30.0  # seconds after which a report within a block is due
 POLL = 2.0  # seconds between two looks at the blocks that others hold
+REPORT = 30.0  # seconds between two reports within a block
+DECODE = 300.0  # seconds of latents at most that wait for the decoder, and a kill would lose
+OWN = ("negative_prompt", "width", "height", "steps", "guidance")  # what a line may set
+
+
+@dataclass
+class Group:
+    """Lines of a block that share a batch; by default a single line."""
+
+    lines: list[Line]
+    call: Generation | None = None  # once it is prepared
+    latents: list[tuple[list[int], Tensor]] = field(default_factory=list)  # of each batch
+    seconds: float = 0.0  # of all stages so far
+
+    @property
+    def requests(self) -> list[Request]:
+        return [line.request for line in self.lines if line.request is not None]
 
 
 class Worker:
     """Makes the images of a manifest with a pipeline, beside any number of other workers.
 
-    Each image is made alone: so its bytes do not depend on the other lines, or on the number of
-    workers. A file is written while the next image is made. What the pipeline's filters refuse is
+    By default each image is made alone: so its bytes do not depend on the other lines, or on the
+    number of workers. A file is written while the next image is made. If the networks take turns
+    on the device, each is loaded once for many lines. What the pipeline's filters refuse is
     recorded as refused.
 
     shard: (i, n): begin with every n-th block, and help with the others afterwards.
     defaults: arguments of the pipeline for what a line leaves out.
-    report: called with a line of text after each block, and every 30 seconds within one.
+    report: called with a line of text after each block, and from time to time.
+    batch_size: lines of a block that share a batch, at most. Then the bits of an image depend on
+        the other lines of its block as well.
     """
 
     def __init__(
@@ -41,14 +63,16 @@ class Worker:
         shard: tuple[int, int] = (0, 1),
         defaults: dict[str, Any] | None = None,
         report: Callable[[str], None] = lambda text: None,
+        batch_size: int = 1,
     ):
         self.pipe, self.manifest, self.records = pipe, manifest, records
-        self.shard, self.defaults = shard, defaults or {}
+        self.shard, self.defaults, self.batch_size = shard, defaults or {}, batch_size
         self.report = report
         self.claims = records.out / "claims"
         self.claims.mkdir(exist_ok=True)
         self.began, self.done_before = time.monotonic(), records.count(DONE)
         self.reported = self.began
+        self.pending: Future[dict] | None = None  # the record of the file that is being written
 
     def run(self) -> None:
         """Work until every line of the manifest is done, by whichever worker."""
@@ -57,7 +81,7 @@ class Worker:
             blocks = [block for block in self._order() if self.records.is_open(block)]
             if not blocks:
                 return
-            worked = [self._try(block) for block in blocks]
+            worked = [self.work_on(block) for block in blocks]
             if not any(worked):
                 time.sleep(POLL)  # others work on all that is left, or died a moment ago
 
@@ -66,8 +90,8 @@ class Worker:
         blocks = range(len(self.manifest.starts))
         return chain(blocks[first::step], (b for b in blocks if b % step != first))
 
-    def _try(self, block: int) -> bool:
-        """Work on a block unless another worker does. Return whether this one did."""
+    def work_on(self, block: int) -> bool:
+        """Make the images of a block, unless another worker does. Return whether this one did."""
         held: Claim | None = claim(self.claims, block)
         if held is None:
             return False
@@ -75,88 +99,219 @@ class Worker:
             self.records.update()
             if self.records.is_open(block):
                 self._work(block)
-                self.report(self._progress())
+                self._report_progress()
         finally:
             held.release()
         return True
 
+    # ---------------------------------------------------------------- one block
+
     def _work(self, block: int) -> None:
-        states = self.records.states
-        lines = [line for line in self.manifest.block(block) if states[line.number] == OPEN]
-        prompts = [line.request.prompt for line in lines if line.request]
-        allowed = [prompt for prompt in prompts if not self._is_refused(prompt)]
-        with suppress(UserError):  # a wrong prompt is named when its own turn comes
-            self.pipe.encode_ahead(allowed[: self.pipe.prompts_ahead])
-        with ThreadPoolExecutor(max_workers=1) as writer:
-            pending = None
-            for line in lines:
-                began = time.monotonic()
-                result = self._result(line)
-                for problem in set(result) - {"image"}:
-                    self.report(f"line {line.number + 1}: {result[problem]}")
-                if pending:
-                    self.records.append(pending.result())
-                    if time.monotonic() - self.reported > REPORT:
-                        self.report(self._progress())
-                pending = writer.submit(self._save, line, result, began)
-            if pending:
-                self.records.append(pending.result())
+        residency = self.pipe.residency
+        groups = [
+            group
+            for group in grouped(self.manifest.block(block), self.batch_size)
+            if any(map(self._is_open, group.lines))
+        ]
+        with ThreadPoolExecutor(max_workers=1) as self.writer:
+            try:
+                while groups:
+                    some = self._encode_ahead(groups)
+                    groups = groups[len(some) :]
+                    while some:
+                        count = 1 if residency.keep else len(some)
+                        self._make(some[:count])
+                        some = some[count:]
+            finally:
+                self._finish()
 
-    def _is_refused(self, prompt: str) -> bool:
+    def _is_open(self, line: Line) -> bool:
+        return self.records.states[line.number] == OPEN
+
+    def _encode_ahead(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """Encode the prompts of as many groups as the cache has room for; return these groups."""
+        texts: dict[str, None] = {}
+        for count, group in enumerate(groups):
+            longer = texts | dict.fromkeys(self._texts(group))
+            if count and len(longer) > self.pipe.prompts_ahead:
+                groups = groups[:count]
+                break
+            texts = longer
+        with self.pipe.residency.hold(*self.pipe.text.networks):
+            for text in texts:
+                with suppress(UserError):  # a wrong prompt is named when its own turn comes
+                    self.pipe.encode_ahead([text])
+        return groups
+
+    def _texts(self, group: Group) -> Iterator[str]:
+        """Yield the prompts and negative prompts of a group."""
+        use_cfg = self.pipe.spec.cfg or "true_cfg_scale" in self.defaults
+        for request in group.requests:
+            yield request.prompt
+            if use_cfg:
+                yield request.negative_prompt or self.defaults.get("negative_prompt") or ""
+
+    def _make(self, groups: Sequence[Group]) -> None:
+        """Make the images of groups; each network is loaded once, or once in DECODE seconds."""
+        residency = self.pipe.residency
+        with residency.hold(*residency.encoders):
+            ready = [prepared for group in groups if (prepared := self._prepare(group))]
+        ready.sort(key=size, reverse=True)  # the memory planned for the largest serves the others
+        while ready:
+            sampled, began = [], time.monotonic()
+            with residency.hold(residency.transformer):
+                while ready:
+                    group = ready.pop(0)
+                    if self._sample(group):
+                        sampled.append(group)
+                    if time.monotonic() > began + DECODE:
+                        break
+            with residency.hold(residency.autoencoder):
+                for group in sampled:
+                    self._decode(group)
+
+    def _prepare(self, group: Group) -> Group | None:
+        """Prepare the call of a group; without the lines that are wrong, which are recorded."""
+        began = time.monotonic()
         try:
-            self.pipe.filters and self.pipe.filters.check_texts([prompt])
+            group.call = self._call(group.lines)
+        except UserError as error:
+            if len(group.lines) == 1:
+                self._fail(group.lines[0], error)
+                return None
+            alone = [self._prepare(Group([line])) for line in group.lines]
+            sound = [line for single in alone if single for line in single.lines]
+            if len(sound) == len(group.lines):  # too large for this machine: a smaller batch
+                raise  # would make other images than those of other workers
+            return self._prepare(Group(sound)) if sound else None
+        group.seconds += time.monotonic() - began
+        return group
+
+    def _call(self, lines: Sequence[Line]) -> Generation:
+        requests = Group(list(lines)).requests
+        if not requests:
+            raise UserError(lines[0].error)
+        first = requests[0]
+        images: Any = first.images
+        of_line = {name: getattr(first, name) for name in OWN}
+        given = self.defaults | {name: x for name, x in of_line.items() if x is not None}
+        return self.pipe.prepare(
+            [request.prompt for request in requests],
+            seed=[request.seed for request in requests],
+            images=ImageInputs(images) if images else None,
+            **given,
+        )
+
+    def _sample(self, group: Group) -> bool:
+        """Sample the latents of a group; False, and a record, if its line is wrong."""
+        began, call = time.monotonic(), group.call
+        assert call is not None
+        try:
+            group.latents = [(batch, call.sample(batch).cpu()) for batch in call.batches]
+        except UserError as error:
+            if len(group.lines) > 1:
+                raise
+            self._fail(group.lines[0], error)
             return False
-        except UserError:
-            return True
+        group.seconds += time.monotonic() - began
+        return True
 
-    def _result(self, line: Line) -> dict[str, Any]:
-        """Return {"image"}, or why there is none: {"error"}, or {"refused"}, by a filter."""
-        if line.request is None:
-            return {"error": line.error}
-        try:
-            return {"image": self._image(line.request)}
-        except RefusedError as refusal:
-            return {"refused": str(refusal)}
-        except UserError as problem:
-            return {"error": str(problem)}
+    def _decode(self, group: Group) -> None:
+        """Decode the latents of a group, and write the images of its open lines."""
+        began, call = time.monotonic(), group.call
+        assert call is not None
+        images = [(n, i) for batch in group.latents for n, i in zip(batch[0], call.decode(*batch))]
+        group.latents = []
+        group.seconds += time.monotonic() - began
+        for number, image in images:
+            line = group.lines[number]
+            if not self._is_open(line):
+                continue
+            try:
+                (released,) = call.release([number], [image])
+            except RefusedError as refused:
+                self._fail(line, refused)
+                continue
+            if self.pending:
+                self._finish()
+                if time.monotonic() - self.reported > REPORT:
+                    self._report_progress()
+            seconds = group.seconds / len(images)
+            self.pending = self.writer.submit(self._save, line, released, seconds)
 
-    def _image(self, request: Request) -> Image.Image:
-        names = ("negative_prompt", "width", "height", "steps", "guidance")
-        said = {name: getattr(request, name) for name in names}
-        given = self.defaults | {name: x for name, x in said.items() if x is not None}
-        images: Any = request.images  # paths, which the pipeline reads
-        images = {"images": ImageInputs(images)} if images else {}
-        return self.pipe(request.prompt, seed=request.seed, **images, **given)[0]
+    def _fail(self, line: Line, reason: UserError) -> None:
+        """Report and record why a line has no image: an error, or a filter refused something."""
+        if self._is_open(line):
+            kind = "refused" if isinstance(reason, RefusedError) else "error"
+            self.report(f"line {line.number + 1}: {reason}")
+            self.records.append({"line": line.number, kind: str(reason)})
 
-    def _save(self, line: Line, result: dict[str, Any], began: float) -> dict[str, Any]:
-        """Write the image of a result, if there is one; return the record."""
-        if "image" not in result:
-            return {"line": line.number} | result
+    def _finish(self) -> None:
+        """Wait for the file that is being written, and record it."""
+        if self.pending is not None:
+            written, self.pending = self.pending, None
+            self.records.append(written.result())
+
+    def _save(self, line: Line, image: Image.Image, seconds: float) -> dict[str, Any]:
+        """Write an image; return its record."""
         assert line.request is not None
         name = file_name(line.number, line.request)
         path = self.records.out / name
         path.parent.mkdir(exist_ok=True)
         with write_atomically(path, wait=True) as unfinished:
-            result["image"].save(unfinished, format="PNG")
+            image.save(unfinished, format="PNG")
             digest = hashlib.sha256(unfinished.read_bytes()).hexdigest()
-        seconds = round(time.monotonic() - began, 3)
         return {
             "line": line.number,
             "file": name,
             "sha256": digest,
             "seed": line.request.seed,
-            "seconds": seconds,
+            "seconds": round(seconds, 3),
         }
 
-    def _progress(self) -> str:
-        """Return a line about all workers: what is done, the rate, the time that is left."""
-        self.reported = time.monotonic()
+    def _report_progress(self) -> None:
+        """Report on all workers: what is done, the rate since the start, the time that is left."""
         self.records.update()
+        self.reported = time.monotonic()
         done, left = self.records.count(DONE), self.records.count(OPEN)
-        rate = (done - self.done_before) / max(1e-9, time.monotonic() - self.began)
+        rate = (done - self.done_before) / max(1e-9, self.reported - self.began)
         text = f"{done:,} of {len(self.manifest):,} images, {rate:.3g} a second"
         if left and rate:
-            text += f", {left / rate / 60:.0f} minutes left"
+            text += f", {duration(left / rate)} left"
         if wrong := self.records.count(WRONG):
             text += f"; {wrong:,} wrong lines"
-        return text
+        self.report(text)
+
+
+def grouped(lines: Iterable[Line], batch_size: int) -> list[Group]:
+    """Group the lines of a block that ask for one size, steps and guidance, and for no image.
+
+    Whichever lines are done, the groups are the same: so an image keeps its bits.
+    """
+    groups: list[Group] = []
+    unfilled: dict[tuple, Group] = {}
+    for line in lines:
+        request = line.request
+        if request is None or request.images or batch_size == 1:
+            groups.append(Group([line]))
+            continue
+        key = tuple(getattr(request, name) for name in OWN)
+        if key not in unfilled or len(unfilled[key].lines) == batch_size:
+            unfilled[key] = Group([])
+            groups.append(unfilled[key])
+        unfilled[key].lines.append(line)
+    return groups
+
+
+def size(group: Group) -> int:
+    """Return the pixels of a prepared group."""
+    assert group.call is not None
+    record = group.call.records[0]
+    return record["width"] * record["height"] * len(group.lines)
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"

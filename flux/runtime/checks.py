@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from flux.arguments import optional, shown, to_integer, to_number, to_numbers
+from flux.arguments import optional, shown, to_integer, to_integers, to_number, to_numbers
 from flux.configs import ModelSpec
 from flux.errors import UserError
 from flux.image_io.input import MAX_PIXELS
@@ -176,6 +176,20 @@ def check_cfg(
             f"(got {format_values(scales)}). Use `{name}=3`, for example."
         )
     return max(scales) > 1
+
+
+def check_seeds(seed: int | Sequence[int], count: int) -> Sequence[int]:
+    """Return a seed for each of `count` images; a single seed is that of the first image."""
+    if not isinstance(seed, list | tuple):
+        first = to_integer("seed", seed)
+        check_count(count, first)
+        return range(first, first + count)
+    check_count(count, 0)
+    if len(seeds := to_integers("seed", seed)) != count:
+        raise UserError(f"seed: one for each image is needed (got {len(seeds)} for {count}).")
+    for value in seeds:
+        check_range("seed", value, 0, 2**63 - 1)
+    return seeds
 
 
 def check_count(count: int, seed: int) -> None:

@@ -5,7 +5,8 @@ decoded. Before the first, `plan` decides which weights stay on the device: all,
 that runs, or some of its blocks. After each stage, `done` releases what must go.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from operator import add
 
@@ -39,6 +40,7 @@ class Residency:
         self.keep = options.offload in (None, "none")  # networks stay loaded after their stage
         self.planned: Workload | None = None  # the largest workload of the current plan
         self.pinned = False
+        self.held: tuple[LazyModule, ...] = ()  # stay loaded after their stage
 
     @property
     def networks(self) -> tuple[LazyModule, ...]:
@@ -75,8 +77,7 @@ class Residency:
         )
         self.keep = decided.offload == "none"
         if not self.keep:  # an earlier plan, or a stage that ran alone, may have loaded them
-            for network in self.networks:
-                network.release()
+            self.done(*self.networks)
         self.transformer.stream(decided.resident["transformer"])
         for network in self.text:
             network.stream(decided.resident["text encoder"] if network.block_lists else None)
@@ -92,10 +93,24 @@ class Residency:
         """Keep all networks loaded from now on, for example while one of them is trained."""
         self.keep = self.pinned = True
 
+    @contextmanager
+    def hold(self, *networks: LazyModule) -> Iterator[None]:
+        """Load these networks once for all stages of a `with` block, which run no others."""
+        before, self.held = self.held, networks
+        try:
+            yield
+        finally:
+            self.held = before
+            self.done(*networks)
+
+    def keeps(self, network: LazyModule) -> bool:
+        """Return whether a network stays loaded after its stage."""
+        return self.keep or any(network is held for held in self.held)
+
     def done(self, *networks: LazyModule) -> None:
-        """Release the networks of a finished stage, unless the plan keeps them."""
-        if not self.keep:
-            for network in networks:
+        """Release the networks of a finished stage, unless they are kept."""
+        for network in networks:
+            if not self.keeps(network):
                 network.release()
 
     @property

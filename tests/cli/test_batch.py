@@ -49,7 +49,7 @@ def batch(tmp_path, monkeypatch, capsys):
     """Run scripts/batch.py here, on the CPU: arguments -> (exit code, what was said)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("RANK", "WORLD_SIZE", "FLUX_WEIGHTS"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "FLUX_WEIGHTS"):
         monkeypatch.delenv(name, raising=False)
     main = script("batch").main
 
@@ -134,6 +134,8 @@ def test_wrong_lines_are_named_and_the_rest_goes_on(batch, tmp_path):
         (small(1), ("--model", "flux.1-tiny", "--steps", 2), "begun with another model, steps"),
         (["{" + " " * 2_000_000], (), "line 1 has more than 1,000,000 bytes"),
         ([], (), "is empty"),
+        (small(1), ("--batch-size", 2), "was begun with another batch_size"),
+        (small(1), ("--batch-size", 0), "--batch-size: must be at least 1 (got 0)"),
         (small(1), ("--shard", "2/2"), "expected I/N with 0 <= I < N"),
         (small(1), ("--merge", "--output", "x.png"), "unrecognized arguments"),
     ],
@@ -344,12 +346,19 @@ def test_claims_show_signs_of_life(tmp_path, monkeypatch):
     held.release()
 
 
-def test_shards_come_from_torchrun_and_slurm():
-    shard_of = script("batch").shard_of
-    slurm = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_COUNT": "4"}
-    assert shard_of({}) == (0, 1)
-    assert shard_of({"RANK": "3", "WORLD_SIZE": "8"} | slurm) == (3, 8)
-    assert shard_of(slurm | {"SLURM_ARRAY_TASK_MIN": "10"}) == (2, 4)
+def test_shards_and_gpus_come_from_torchrun_and_slurm():
+    module = script("batch")
+    shard_of, device_of = module.shard_of, module.device_of
+    array = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_COUNT": "4"}
+    srun = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+    assert shard_of({}) == shard_of({"SLURM_NTASKS": "8"}) == (0, 1)
+    assert shard_of({"RANK": "3", "WORLD_SIZE": "8"} | array) == (3, 8)
+    assert shard_of(array | {"SLURM_ARRAY_TASK_MIN": "10"}) == (2, 4)
+    assert shard_of(array)[0] < 4  # whose first number is unknown
+    assert shard_of(srun) == (3, 8)
+    assert shard_of(srun | array | {"SLURM_ARRAY_TASK_MIN": "10"}) == (19, 32)
+    assert device_of({}, 4) == "cuda:0" and device_of({"LOCAL_RANK": "3"}, 4) == "cuda:3"
+    assert device_of(srun, 2) == "cuda:1" and device_of(srun, 1) == "cuda:0"
 
 
 def test_workers_begin_with_their_shard(tmp_path):
