@@ -202,8 +202,10 @@ def add_memory_and_speed(group) -> None:
         help="compile the blocks: takes a minute, then saves time on a GPU")
     add("--vae-tile", type=int, metavar="PIXELS", help="decode in tiles of this side")
     add("--parallel", metavar="AXIS=N,...",
-        help="with torchrun: how its processes share the work, by data, cfg and context, such as "
-        "context=4,cfg=2 (default: images, then branches, then tokens)")
+        help="with torchrun: how its processes share the work, by data, cfg, context and tensor, "
+        "such as context=4,cfg=2 (default: images, then branches, then tokens)")
+    add("--shard-weights", action="store_true",
+        help="with torchrun: each process keeps a part of the transformer (slower, the same image)")
 
 
 def add_files(group) -> None:
@@ -412,7 +414,7 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     # 2. Load the model.
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     pipe = (load_pipe or load)(args)
-    several_processes.distribute(pipe, sizes)
+    several_processes.distribute(pipe, sizes, args.shard_weights)
     say(summary(pipe, width, height, steps, guidance, strength))
     safety.loaded(pipe)
     if spec.embedded:

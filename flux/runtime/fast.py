@@ -27,6 +27,7 @@ from flux.transformer import (
     Flux,
     GatedSiLU,
     KVCache,
+    Modulation,
     ModulationOut,
     Numerics,
     RMSNorm,
@@ -114,11 +115,11 @@ def runs_plain(module: nn.Module, x: Tensor) -> bool:
     """Return whether `module` must run its plain forward on `x`.
 
     Autograd needs every intermediate tensor, a compiler chunks better, and a hook on an inner
-    module must see whole tensors.
+    module must see whole tensors. Modulations have run before.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return True
-    inner = list(module.modules())[1:]
+    inner = [m for m in module.modules() if m is not module and not isinstance(m, Modulation)]
     return any(m._forward_hooks or m._forward_pre_hooks for m in inner)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flux.errors import UserError
@@ -64,6 +64,7 @@ class LazyModule(Generic[M]):
         self.module: M | None = None
         self.transform: Callable[..., None] | None = None
         self.transformed: frozenset[str] = frozenset()  # paths of the modules it changes
+        self.divide: Callable[[nn.Module], None] | None = None
         self.resident: int | None = None  # bytes of blocks on the device; None: not streamed
         self.dropped: list[str] = []  # paths of the submodules that `drop_submodules` removed
         # what is done to the module after each load, with the handles of the present module's hooks
@@ -124,6 +125,26 @@ class LazyModule(Generic[M]):
         if transform or self.transform:
             self.transform, self.transformed = transform, frozenset(paths)
             self.release()
+
+    def set_divide(self, divide: Callable[[nn.Module], None]) -> None:
+        """Apply `divide` to the module after each load, before it comes to the device.
+
+        It leaves a part of the weights to other processes. If it has a method `sizes`, that returns
+        the sizes of the part; else it divides a module on the meta device, which is measured.
+        UserError, here, if the weights cannot be divided.
+        """
+        if self.quantize or any(isinstance(m, QuantizedLinear) for m in self.shapes.modules()):
+            raise UserError(
+                f"parallel: the quantized weights of {self.files[0].name} cannot be divided over "
+                "processes. Divide the tokens: context; or use a file in bfloat16."
+            )
+        if self.compile:
+            raise UserError(
+                "compile: is not supported with weights that are divided over processes. Leave "
+                "`compile` out, or divide the tokens: context."
+            )
+        self.divide = divide
+        self.release()
 
     def on_load(self, function: OnLoad) -> Callable[[], None]:
         """Call `function(module)` now if the module is loaded, and whenever it is loaded anew.
@@ -190,7 +211,8 @@ class LazyModule(Generic[M]):
     def weight_sizes(self) -> WeightSizes:
         """Bytes of the weights in the format in which they will be held."""
         shapes = self.shapes
-        if self.quantize or self.transformed:
+        measured = None if hasattr(self.divide, "sizes") else self.divide
+        if self.quantize or self.transformed or measured:
             shapes = copy.deepcopy(shapes)
         if self.quantize:
             quantize_(shapes, self.quantize)
@@ -199,8 +221,11 @@ class LazyModule(Generic[M]):
                 layer = shapes.get_submodule(path)
                 if isinstance(layer, QuantizedLinear):
                     shapes.set_submodule(path, dequantized(layer, self.dtype))
+        if measured:
+            measured(shapes)
         sizes = measure_weights(shapes, self.block_lists, self.dtype, self._replaced)
-        return replace(sizes, merging=self._merging_bytes)
+        sizes = replace(sizes, merging=self._merging_bytes)
+        return sizes if self.divide is measured else self.divide.sizes(sizes)  # type: ignore
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +237,7 @@ class LazyModule(Generic[M]):
         """Bytes of device memory in use; 0 if streamed, since no stage leaves its buffers there."""
         if self.module is None or self.resident is not None:
             return 0
-        held = sum(tensor.nbytes for tensor in all_tensors(self.module))
+        held = sum(local(tensor).nbytes for tensor in all_tensors(self.module))
         if self.device.type == "cpu":
             held -= mapped_bytes(self.shapes, self.dtype, self._replaced)
         return max(0, held)
@@ -220,7 +245,7 @@ class LazyModule(Generic[M]):
     @property
     def _replaced(self) -> frozenset[str] | None:
         """Paths of the modules whose weights are no longer those of the files; None: all."""
-        if self.quantize or (self.transform and not self.transformed):
+        if self.quantize or self.divide or (self.transform and not self.transformed):
             return None
         return self.transformed
 
@@ -232,7 +257,7 @@ class LazyModule(Generic[M]):
 
     def _prepare(self) -> Any:
         """Load, transform, quantize and compile; move to the device, or stream."""
-        target = self.device if self.resident is None else CPU
+        target = self.device if self.resident is None and self.divide is None else CPU
         if self.quantize:
             # weights stay mapped until they are quantized, and are rounded once; but a LoRA is
             # merged in the dtype of the computation
@@ -247,6 +272,8 @@ class LazyModule(Generic[M]):
             enable_fp8_matmul(module, self.device)
         if self.adapt:
             self.adapt(module)
+        if self.divide:
+            self.divide(module)
         if self.compile:
             compile_blocks(module, self.block_lists)
         if self.resident is not None:
@@ -259,7 +286,7 @@ class LazyModule(Generic[M]):
 
     def _restore_submodules(self, module: nn.Module) -> None:
         """Load the dropped submodules alone; or release all, if a part cannot be made alone."""
-        if self.transform or self.resident is not None:
+        if self.transform or self.divide or self.resident is not None:
             return self.release()
         mapped = self._load(CPU, None)
         for path in self.dropped:
@@ -274,6 +301,11 @@ class LazyModule(Generic[M]):
         options = dict(device=device, dtype=dtype, check_finite=check_finite, **self.load_options)
         load_module(module, self.files, **options)
         return module
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that is sharded over processes."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _remove(module: nn.Module, paths: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
     data     images: each group makes some of a batch
     cfg      the two branches of classifier-free guidance
     context  the tokens of each pass (context_parallel.py)
-    tensor   the weights of each layer
+    tensor   the weights of each block (tensor_parallel.py)
 
 All processes call the same functions with the same arguments, and all get the whole results. Texts
 and input images are encoded by the first process. Each process draws the noise of all tokens and
@@ -25,6 +25,9 @@ from torch.distributed import init_device_mesh
 from flux.errors import UserError
 from flux.runtime.context_parallel import METHODS, ContextParallel, Split
 from flux.runtime.processes import by_first, rank, world_size
+from flux.runtime.shard_weights import ShardedWeights
+from flux.runtime.tensor_parallel import TensorParallel
+from flux.runtime.tensor_parallel import check as check_tensor
 
 
 class Sizes(NamedTuple):
@@ -99,10 +102,6 @@ def choose(
         raise UserError(
             f"parallel: context={chosen.context} is more than the {tokens} tokens of the image. "
             "Make the image larger, or use fewer processes."
-        )
-    if chosen.tensor > 1:
-        raise UserError(
-            f"parallel: tensor={chosen.tensor} is not supported. Divide the tokens: context."
         )
     return chosen
 
@@ -185,16 +184,30 @@ class Parallel:
         return [images[number] for number in range(len(latents))]
 
 
-def distribute(pipe: Any, sizes: Sizes, method: str | None = None) -> Parallel | None:
+def distribute(
+    pipe: Any, sizes: Sizes, method: str | None = None, shard_weights: bool = False
+) -> Parallel | None:
     """Let a pipeline work on all processes, of which each has loaded its own; None if it is alone.
 
     method: of attention over the context, "allgather" or "ulysses"; None: the one that sends less.
+    shard_weights: each process keeps a part of the transformer, and gathers a block when it runs.
     """
     if method not in (None, *METHODS):
         raise UserError(f"method: unknown (got {method!r:.40}, expected {' or '.join(METHODS)}).")
     if prod(sizes) == world_size() == 1:
         return None
+    if shard_weights and sizes.tensor > 1:
+        raise UserError(
+            f"shard_weights: tensor={sizes.tensor} divides the weights already. Leave one out."
+        )
     parallel = Parallel(sizes, pipe.device.type)
+    if sizes.tensor > 1:
+        tensor = parallel.mesh.get_local_rank("tensor")
+        check_tensor(pipe.spec.transformer, sizes.tensor)
+        pipe.transformer.set_divide(TensorParallel(parallel.group("tensor"), tensor, sizes.tensor))
+    elif shard_weights:
+        mesh = init_device_mesh(pipe.device.type, (world_size(),))
+        pipe.transformer.set_divide(ShardedWeights(mesh))
     encode_one, dtype, condition = pipe.text.encode_one, pipe.text.dtype, pipe._condition
 
     def encode(prompt: str) -> Any:

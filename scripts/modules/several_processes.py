@@ -100,6 +100,12 @@ def by_first(function: Callable[[], T]) -> T:
 
 def choose(args: argparse.Namespace, use_cfg: bool, images: int, tokens: int) -> Any:
     """Return the sizes of the mesh of this run; None for a process that is alone."""
+    if count() == 1 and args.shard_weights:
+        from flux.errors import UserError
+
+        raise UserError(
+            "shard_weights: needs several processes. Start them with `torchrun --nproc-per-node 2`."
+        )
     if count() == 1 and args.parallel is None:
         return None
     from flux.runtime import parallel
@@ -109,7 +115,7 @@ def choose(args: argparse.Namespace, use_cfg: bool, images: int, tokens: int) ->
     return None if count() == 1 else sizes
 
 
-def distribute(pipe: Any, sizes: Any) -> None:
+def distribute(pipe: Any, sizes: Any, shard_weights: bool = False) -> None:
     """Let a loaded pipeline work on the mesh; say how."""
     if sizes is None:
         return
@@ -119,8 +125,9 @@ def distribute(pipe: Any, sizes: Any) -> None:
     for part in ("transformer", "autoencoder", "lora"):
         files += [(f"{part} {path.name}", path) for path in pipe.files.get(part, ())]
     require_equal_files(files)
-    parallel.distribute(pipe, sizes)
-    command_line.say(f"parallel: {sizes}, on {count()} processes")
+    parallel.distribute(pipe, sizes, shard_weights=shard_weights)
+    sharded = ", with sharded weights" if shard_weights else ""
+    command_line.say(f"parallel: {sizes}, on {count()} processes{sharded}")
 
 
 def leave() -> None:

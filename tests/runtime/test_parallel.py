@@ -63,7 +63,6 @@ def test_every_process_gets_work(given, processes, use_cfg, images, expected):
         ("data=2", 2, ("data=2 is more than the images of this run (1)",)),
         ("context=2,cfg=1,data=1", 4, ("leaves 2 times as many processes",)),
         ("context=128", 128, ("more than the 64 tokens",)),
-        ("tensor=2", 2, ("tensor=2 is not supported",)),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(given, processes, words):

@@ -1,0 +1,40 @@
+"""Shard the weights of a transformer over all processes, which gather a block when it runs (FSDP2).
+
+ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054. Every process computes with whole weights, so the
+results are equal to the bit. All weights travel once in each pass.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from flux.runtime.memory_plan import WeightSizes
+from flux.transformer import DoubleStreamBlock, Modulation, SingleStreamBlock
+from flux.transformer3 import Block as Block3
+
+UNITS = (DoubleStreamBlock, SingleStreamBlock, Block3, Modulation)  # gathered one after another
+METHODS = ("vec", "modulations", "stream", "denoise")  # which the pipeline calls: see `velocity.py`
+
+
+class ShardedWeights:
+    """Shards a loaded Flux or Flux3: `pipe.transformer.set_divide(self)`. mesh: of one axis."""
+
+    def __init__(self, mesh: DeviceMesh):
+        self.mesh = mesh
+
+    def __call__(self, network: nn.Module) -> None:
+        for module in reversed(list(network.modules())):  # children before their parents
+            if isinstance(module, UNITS):
+                fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+        fully_shard(network, mesh=self.mesh)
+        for name in METHODS:
+            if hasattr(network, name):
+                sharded: Any = network
+                register_fsdp_forward_method(sharded, name)
+
+    def sizes(self, whole: WeightSizes) -> WeightSizes:
+        """Return what one process holds: its shard, the root's weights, and two gathered blocks."""
+        gathered = whole.fixed + 2 * max(whole.blocks, default=0)
+        return WeightSizes(-(-whole.total // self.mesh.size()) + gathered, merging=whole.merging)
