@@ -52,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="kernels, bytes and FLOPs of every model, or of --model, and their time on a --gpu",
     )
+    what.add_argument(
+        "--parallel",
+        metavar="AXIS=N,...",
+        help="with torchrun: a step over its processes, by context and tensor, against one process",
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--gpu", default="H200", help="H200, H100, RTX 4090 or RTX 5090 (default: H200)"
@@ -95,6 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace, command: str) -> int:
+    if args.parallel is not None:
+        return measure_parallel(args, command)
     setting, rows = plan(args)
     if args.count:
         return count(args)
@@ -109,6 +116,35 @@ def measure(args: argparse.Namespace, command: str) -> int:
         if args.json and (report.rows or report.losses):
             path = report.save(args.json)
             show("", path)
+    return 0
+
+
+def measure_parallel(args: argparse.Namespace, command: str) -> int:
+    """Measure on the processes of torchrun, of which the first one prints."""
+    from modules import several_processes
+
+    from flux.runtime import processes
+
+    several_processes.start()
+    if args.against or args.model or args.floor or args.references or args.lossy or args.count:
+        raise UserError("--parallel: measures nothing else. Leave the other measurements out.")
+    args.device = processes.join(args.device)
+    try:
+        from benchmarks.several import parallel_rows, sizes_of
+
+        sizes = sizes_of(args.parallel)
+        setting, _ = plan(args)
+        report, rows = Report(command, device_name(setting.device)), parallel_rows(setting, sizes)
+        if processes.rank():
+            for _ in rows:
+                pass
+            return 0
+        report.print_heading()
+        report.print_rows(rows)
+        if args.json:
+            show("", report.save(args.json))
+    finally:
+        processes.leave()
     return 0
 
 

@@ -49,7 +49,7 @@ def test_example_runs_on_a_toy(name, tmp_path, monkeypatch, capsys):
 
 def test_examples_are_short_and_listed():
     names = {path.stem for path in FOLDER.glob("*.py")} - {"example"}
-    assert names == EXAMPLES.keys()
+    assert names == EXAMPLES.keys() | {"ray_data"}  # which test_ray_data.py runs
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     for name in names:
         assert len((FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
