@@ -482,16 +482,19 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
 
 
 def batches(jobs: Iterable[dict], size: int, pipe) -> Iterator[list[dict]]:
-    """Group images whose seeds count up: one for each group of processes, of prompts as long."""
+    """Group images that follow each other: one for each group of processes, of prompts as long.
+
+    In a batch, seeds count up: a refused prompt leaves a gap, and ends it.
+    """
 
     def kind(numbered: tuple[int, dict]) -> tuple[int, int]:
         number, metadata = numbered
         length = pipe.text.padded_length([metadata["prompt"]]) if size > 1 else 0
-        return length, metadata["seed"] - number  # which changes where a prompt was refused
+        return metadata["seed"] - number, length
 
     for _, some in itertools.groupby(enumerate(jobs), kind):
-        while batch := list(itertools.islice(some, size)):
-            yield [metadata for _, metadata in batch]
+        while batch := [metadata for _, metadata in itertools.islice(some, size)]:
+            yield batch
 
 
 def generate_files(

@@ -11,6 +11,7 @@ import re
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from modules import command_line
@@ -332,6 +333,20 @@ def test_real_model_without_weights_is_refused_and_not_replaced_by_the_toy(cli, 
 def test_processes_that_fit_no_division_are_refused(cli):
     cli(PROMPT, "--parallel", "context=2").fails_with("--parallel: context=2 needs 2", "(got 1)")
     cli(PROMPT, "--parallel", "tokens=2").fails_with("--parallel: ", "context=4,cfg=2", "tokens=2")
+
+
+def test_images_of_a_batch_have_seeds_that_count_up(sample_script):
+    """And prompts as long: FLUX 3 samples others apart."""
+    pipe = SimpleNamespace(text=SimpleNamespace(padded_length=lambda prompts: len(prompts[0])))
+    jobs = [{"seed": seed, "prompt": "cat"} for seed in (7, 8, 9, 12, 13)]  # a prompt was refused
+    jobs += [{"seed": seed, "prompt": "a cat"} for seed in (14, 15)]
+    for size, expected in (
+        (2, [[7, 8], [9], [12, 13], [14, 15]]),
+        (4, [[7, 8, 9], [12, 13], [14, 15]]),
+        (1, [[7], [8], [9], [12], [13], [14], [15]]),
+    ):
+        made = list(sample_script.batches(iter(jobs), size, pipe))
+        assert [[metadata["seed"] for metadata in batch] for batch in made] == expected
 
 
 def test_several_processes_do_not_share_standard_input(cli, monkeypatch):
