@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from support.judges import KINDS, probability, save_judge
 from support.load_script import script
 
 import flux
@@ -27,6 +28,7 @@ from flux.batch.claims import claim
 from flux.batch.manifest import BLOCK, Manifest, file_name
 from flux.batch.records import Records
 from flux.errors import UserError
+from flux.safety import judge
 from flux.safety.verdict import Verdict
 from flux.safety.verification import verify
 
@@ -206,6 +208,32 @@ def test_filters_refuse_prompts_inputs_and_results(batch, tmp_path, monkeypatch)
     assert "line 3: prompts: image 1 is refused by nsfw 0.900" in said
     assert batch("m.jsonl", "both", "--merge")[0] == 3
     assert ["refused" in record for record in records(tmp_path / "both")] == [False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_the_judge_equal_transformers(batch, tmp_path, kind):
+    """Of prompts and of results; see tests/safety/test_judge.py."""
+    (folder := tmp_path / "judge").mkdir()
+    save_judge(folder, kind)
+    lines = small(5)
+    texts = [judge.OF_TEXT + line["prompt"] + judge.AFTER_TEXT for line in lines]
+    scores = [probability(folder, text, None, "") for text in texts]
+    assert len(set(scores)) == 5
+    write(tmp_path / "m.jsonl", lines)
+    assert batch("m.jsonl", "plain")[0] == 0  # the results, before they are judged
+    batch("m.jsonl", "out", "--filter", "judge", "--filter-weights", "judge")
+    assert batch("m.jsonl", "out", "--merge")[0] in (0, 3)
+    for number, (score, record) in enumerate(zip(scores, records(tmp_path / "out"))):
+        asked = "prompts: number 1"
+        if score < 0.5:
+            with Image.open(tmp_path / f"plain/000000/{number:09}.png") as image:
+                shown = image.convert("RGB")
+            score = probability(folder, judge.OF_IMAGE, shown, judge.AFTER_IMAGE)
+            asked = "prompts: image 1"
+        said = f"{asked} is refused by judge {score:.3f} (refused from 0.5 on)."
+        assert ("refused" in record) == (score >= 0.5)
+        assert record.get("refused", said).startswith(said)
 
 
 def test_watermarks_are_the_same_after_a_restart_and_signatures_hold(batch, tmp_path):
