@@ -120,7 +120,9 @@ def add_request(group) -> None:
     add("--negative-prompt", metavar="TEXT",
         help="what to move away from (with classifier-free guidance)")
     add("--seed", type=int, help="of the first image; the next count up (default: random)")
-    add("--num-images", type=int, default=1, metavar="N", help="images per prompt (default: 1)")
+    add("--num-images", type=int, default=1, metavar="N",
+        help="images per prompt, one after another: in a batch, their bits would change "
+        "(default: 1)")
     add("--width", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     add("--height", type=int, help="in pixels, a multiple of 16 (default: the model's)")
     add("--from-image", type=Path, metavar="FILE",

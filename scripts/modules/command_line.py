@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NoReturn, TextIO
 
 import flux
@@ -28,6 +29,8 @@ from flux.errors import install_command
 from flux.runtime.terminal import printable
 
 quiet = False  # set by `set_quiet`
+# Where `say` goes, if not to standard error: to a page in a browser.
+HEARD: ContextVar[Callable[[str], object] | None] = ContextVar("HEARD", default=None)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -163,6 +166,10 @@ def say(*lines: object) -> None:
 
 
 def _tell(lines: tuple[object, ...]) -> None:
+    if (hear := HEARD.get()) is not None:
+        for line in lines:
+            hear(printable(line))
+        return
     try:
         _write(sys.stderr, lines)
     except OSError:  # nobody can be told
