@@ -238,6 +238,7 @@ def test_wrong_files_are_refused(repositories, tmp_path):
     message = refusal(load, "flux.1-dev", repositories, tokenizer=tmp_path)
     assert message.startswith(f"{tmp_path}: no tokenizer (")
     parts = dict.fromkeys(["transformer", "autoencoder", "clip", "t5"], [t5])
+    parts["clip_tokenizer"] = source / "tokenizer"
     message = refusal(locate, flux.MODELS["flux.1-dev"], tmp_path, parts)
     assert "spiece.model of" in message and "may also be passed as `tokenizer`" in message
 
