@@ -19,9 +19,6 @@ from fuzz.kill import Ended, Kill, run
 from fuzz.strict import read_safetensors
 from PIL import Image
 
-from flux.batch.manifest import Manifest
-from flux.batch.records import Records, merge
-
 pytestmark = pytest.mark.slow
 
 SMALL = "--width 64 --height 64 --steps 2 --seed 5".split()
@@ -192,29 +189,6 @@ def training_complete(folder: Path, whole: Path) -> str:
     return training_whole(folder, whole) or missing(folder, whole)
 
 
-# ---------------------------------------------------------------- batches
-
-
-def write_manifest(folder: Path) -> None:
-    lines = [{"prompt": f"a star {n}", "width": 64, "height": 64, "steps": 1} for n in range(3)]
-    (folder / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def batch_whole(folder: Path, whole: Path) -> str:
-    """Every image is whole. Records have names of their own."""
-    return ", ".join(
-        f"{path.name} differs"
-        for path in sorted((folder / "out").glob("0*/*.png"))
-        if not same(path, whole / path.relative_to(folder))
-    )
-
-
-def batch_complete(folder: Path, whole: Path) -> str:
-    """All images are there, with their records."""
-    merged = merge(Records(folder / "out", Manifest(folder / "m.jsonl"), {}))
-    return batch_whole(folder, whole) or (f"{merged.left} are left" if merged.left else "")
-
-
 # ---------------------------------------------------------------- scenarios
 
 PROMPT = "a red circle"
@@ -235,10 +209,6 @@ SCENARIOS = {
     "kits": Scenario(
         "parity|golden-kit|--output|out/kit",
         8, all_same, complete, codes=(0, 2),
-    ),
-    "batches": Scenario(
-        "batch|m.jsonl|out|--device|cpu",
-        8, batch_whole, batch_complete, write_manifest,
     ),
     "training": Scenario(
         f"train|images|out|--lora-rank|2|{TRAIN.replace(' ', '|')}",
