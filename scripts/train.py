@@ -59,6 +59,7 @@ with imports(__name__, lambda: parser(__doc__)):
     from flux.conditioning import Conditions
     from flux.errors import NonFiniteError, UserError, WriteError, install_command
     from flux.plain_files import require_plain_file
+    from flux.runtime import processes
     from flux.text_encoder import TextFeatures
     from flux.training import batches, dataset, distillation, distributed, loss
     from flux.training import log as training_log
@@ -102,7 +103,7 @@ def main() -> int:
             "--lora-rank."
         )
     finally:
-        distributed.cleanup()
+        processes.leave()
 
 
 def print_warning(message: Warning | str, *_, **__) -> None:

@@ -26,7 +26,7 @@ from flux.parity.bugs_in_blocks import (
     variants,
     weights_of,
 )
-from flux.parity.known_bugs import KNOWN_BUGS
+from flux.parity.known_bugs import KNOWN_BUGS, SWAPPED
 from flux.parity.modules import Modules
 from flux.parity.replay import module_runs
 from flux.parity.rerun import KnownBug, Rerun, patched
@@ -433,8 +433,6 @@ MODULATION = r"_modulations\."
 VEC = r"/vec(_0)?$|/final_layer\.image/in\.1$"
 TIME = r"/(ref_)?time_in|/vec(_0)?$"
 BLOCKS = r"_blocks\."
-SWAPPED = ("shift and scale swapped",
-           "a modulation's shift is used as its scale, and its scale as its shift")  # fmt: skip
 WRONG_WEIGHTS = "weights of another module"
 AXIS = "QK-norm over the wrong axis"
 AT_TIME = ("time of another mode", "{}; expected t for the image, 0 for text and references")

@@ -18,6 +18,13 @@ UNITS = (DoubleStreamBlock, SingleStreamBlock, Block3, Modulation)  # gathered o
 METHODS = ("vec", "modulations", "stream", "denoise")  # which the pipeline calls: see `velocity.py`
 
 
+def shard(network: nn.Module, mesh: DeviceMesh, units: tuple[type[nn.Module], ...]) -> None:
+    """Shard every weight over a mesh of one axis; modules of `units` are gathered one by one."""
+    for module in reversed(list(network.modules())):  # children before their parents
+        if module is network or isinstance(module, units):
+            fully_shard(module, mesh=mesh)
+
+
 class ShardedWeights:
     """Shards a loaded Flux or Flux3: `pipe.transformer.set_divide(self)`. mesh: of one axis."""
 
@@ -25,10 +32,7 @@ class ShardedWeights:
         self.mesh = mesh
 
     def __call__(self, network: nn.Module) -> None:
-        for module in reversed(list(network.modules())):  # children before their parents
-            if isinstance(module, UNITS):
-                fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
-        fully_shard(network, mesh=self.mesh)
+        shard(network, self.mesh, UNITS)
         for name in METHODS:
             if hasattr(network, name):
                 sharded: Any = network

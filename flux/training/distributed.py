@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flux.errors import UserError
+from flux.runtime import shard_weights
 from flux.runtime.devices import choose_device
-from flux.training.networks import Network, blocks
-from flux.transformer import Modulation
+from flux.runtime.processes import rank, world_size
+from flux.training.networks import Network
 from flux.transformer3 import Modulation as Modulation3
 
 
@@ -36,12 +36,6 @@ def init(device: str | None) -> str | None:
     backend = "nccl" if device and device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
     return device
-
-
-def cleanup() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -66,16 +60,6 @@ def main_process_first() -> Iterator[None]:
             dist.broadcast_object_list(error_text)
 
 
-def rank() -> int:
-    """Return the number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def all_mean(value: float) -> float:
     """Return the mean of `value` over all processes."""
     if world_size() == 1:
@@ -91,10 +75,7 @@ def shard(network: Network, device: torch.device) -> None:
     Modulations are sharded on their own, since they run before their blocks.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
-    alone = {network, *blocks(network)}
-    for module in reversed(list(network.modules())):  # children before their parents
-        if module in alone or isinstance(module, Modulation | Modulation3):
-            fully_shard(module, mesh=mesh)
+    shard_weights.shard(network, mesh, (*shard_weights.UNITS, Modulation3))
 
 
 def full_tensor(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from modules.prompt_upsampling3 import (
 from PIL import Image
 from support.chat_server import chat_reply
 from support.drawn_images import photo
-from support.flux3_model import BASE, DISTILLED, Flux3Model
+from support.flux3_model import DISTILLED, both_models
 from support.tokenizer_files import make_qwen
 from support.weight_files import refusal
 
@@ -311,10 +311,7 @@ def test_answers_that_are_none_are_refused(server, reply, fault):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        for name in (BASE, DISTILLED):
-            Flux3Model(name, home, patch)
+    with both_models(home):
         yield home
 
 

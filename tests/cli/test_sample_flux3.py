@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support.drawn_images import photo
-from support.flux3_model import BASE, DISTILLED, Flux3Model
+from support.flux3_model import BASE, DISTILLED, both_models
 
 from flux.image_io import output
 
@@ -15,10 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* was distilled for")
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        for name in (BASE, DISTILLED):
-            Flux3Model(name, folder, patch)
+    with both_models(folder):
         yield folder
 
 

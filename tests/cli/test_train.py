@@ -582,11 +582,12 @@ SHARED = (
 )
 PROGRAM = f"""
 import runpy, sys
+from flux.runtime import processes
 from flux.training import distributed, log, memory
 images, broken, runs, cache = sys.argv[1:]
 log.can_plot = lambda: False  # both save time
 memory.estimate_memory = lambda *_, **__: memory.TrainingMemory(0, 0, 0)
-cleanup, distributed.cleanup = distributed.cleanup, lambda: None  # one group for all runs
+leave, processes.leave = processes.leave, lambda: None  # one group for all runs
 codes = []
 for kind, flags in [*{KINDS!r}.items(), ("broken", ("--lora-rank", "2"))]:
     folder = broken if kind == "broken" else images
@@ -597,7 +598,7 @@ for kind, flags in [*{KINDS!r}.items(), ("broken", ("--lora-rank", "2"))]:
     except SystemExit as end:
         codes.append(end.code or 0)
     distributed.init = lambda device: device
-cleanup()
+leave()
 assert codes == [0] * {len(KINDS)} + [2], codes
 """
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.drawn_images import photo
-from support.flux3_model import BASE, DISTILLED, Flux3Model
+from support.flux3_model import BASE, DISTILLED, Flux3Model, both_models
 from support.train_run import Train, equal_files, train_script
 
 import flux
@@ -35,9 +35,7 @@ LONG = "a very long caption, which needs more text tokens than eighty of them, "
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Iterator[dict[str, Flux3Model]]:
     folder = tmp_path_factory.mktemp("weights")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        found = {name: Flux3Model(name, folder, patch) for name in (BASE, DISTILLED)}
+    with both_models(folder) as found, pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, BASE, replace(MODELS[BASE], steps=4))  # previews take less time
         yield found
 
@@ -192,11 +190,12 @@ PROGRAM = f"""
 import runpy, sys
 from flux.configs import MODELS
 from flux.parity.reference3 import tiny_models3
+from flux.runtime import processes
 from flux.training import distributed, log, memory
 MODELS.update(tiny_models3())
 log.can_plot = lambda: False  # both save time
 memory.estimate_memory = lambda *_, **__: memory.TrainingMemory(0, 0, 0)
-cleanup, distributed.cleanup = distributed.cleanup, lambda: None  # one group for all runs
+leave, processes.leave = processes.leave, lambda: None  # one group for all runs
 folders, runs, flags = sys.argv[1:3], sys.argv[3], sys.argv[4:]
 for folder, (kind, more) in zip(folders, {KINDS!r}.items()):
     sys.argv = ["train.py", folder, runs + kind, *flags, *more]
@@ -205,7 +204,7 @@ for folder, (kind, more) in zip(folders, {KINDS!r}.items()):
     except SystemExit as end:
         assert not end.code, (kind, end.code)
     distributed.init = lambda device: device
-cleanup()
+leave()
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.flux3_model import BASE, DISTILLED, Flux3Model
+from support.flux3_model import BASE, DISTILLED, both_models
 from support.lora_files import random
 from support.weight_files import refusal
 from torch import Tensor
@@ -187,10 +187,8 @@ def test_every_layout_gives_the_sum(layout, tmp_path):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FLUX_WEIGHTS", raising=False)
-        folder = tmp_path_factory.mktemp("weights")
-        yield {name: Flux3Model(name, folder, patch) for name in (BASE, DISTILLED)}
+    with both_models(tmp_path_factory.mktemp("weights")) as found:
+        yield found
 
 
 def test_pipeline_merges_and_unloads(models, tmp_path):

@@ -36,18 +36,6 @@ CASES = [
 METHODS = ("allgather", "ulysses")
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with Processes(2, tmp_path_factory.mktemp("two")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    with Processes(4, tmp_path_factory.mktemp("four")) as processes:
-        yield processes
-
-
 EVERY = [(case, method) for case in CASES for method in METHODS]
 SOME = [(case, METHODS[number % 2]) for number, case in enumerate(CASES)]
 

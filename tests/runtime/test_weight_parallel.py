@@ -33,18 +33,6 @@ CASES = [
 CFG = dict(negative_prompt="a green star", guidance=2.0)
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with Processes(2, tmp_path_factory.mktemp("two")) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    with Processes(4, tmp_path_factory.mktemp("four")) as processes:
-        yield processes
-
-
 def check_passes(processes: Processes, count: int) -> None:
     """Tensor: sums of `count` parts, seen were 3e-7; shards: the same weights, the same bits."""
     fit = [case for case in CASES if CONFIGS[case.config].num_heads % count == 0]

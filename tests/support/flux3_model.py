@@ -1,8 +1,11 @@
 """Tiny FLUX 3 models in their repository's files, with our pipeline and diffusers'."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from support.tokenizer_files import make_qwen
@@ -20,6 +23,14 @@ from flux.parity.reference3 import (
 )
 
 BASE, DISTILLED = "flux.3-image-klein-base", "flux.3-image-klein"
+
+
+@contextmanager
+def both_models(folder: Path) -> Iterator[dict[str, "Flux3Model"]]:
+    """Make a tiny base and a tiny distilled model in `folder`; they stay in the table meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLUX_WEIGHTS", raising=False)
+        yield {name: Flux3Model(name, folder, patch) for name in (BASE, DISTILLED)}
 
 
 class Flux3Model:
