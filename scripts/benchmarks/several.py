@@ -19,7 +19,7 @@ from torch.distributed import init_device_mesh
 
 from benchmarks.rows import Row
 from benchmarks.setting import Setting
-from benchmarks.steps import FAMILIES, as_loaded, case_name, inputs, our_step
+from benchmarks.steps import FAMILIES, as_loaded, build_network, case_name, inputs, our_step
 from benchmarks.timing import random_weights, timed
 from flux.errors import UserError
 from flux.parity.reference import relative_l2
@@ -28,7 +28,6 @@ from flux.runtime.parallel import Parallel, Sizes, parse
 from flux.runtime.processes import rank, world_size
 from flux.runtime.shard_weights import ShardedWeights
 from flux.runtime.tensor_parallel import TensorParallel, check
-from flux.transformer import Flux
 
 RUNS = 3  # in a row, each timed by itself, in every process as many
 
@@ -58,7 +57,7 @@ def parallel_rows(setting: Setting, sizes: Sizes) -> Iterator[Row]:
         check(config, sizes.tensor)
         for side in setting.sides:
             case = f"{case_name(name, config, side)}, {sizes}"
-            alone = random_weights(partial(Flux, config), setting.device, torch.bfloat16)
+            alone = random_weights(partial(build_network, config), setting.device, torch.bfloat16)
             as_loaded(alone, setting.device)
             tensors = inputs(config, side, setting.text, setting.device, torch.bfloat16)
             for method in METHODS if sizes.context > 1 else (None,):
@@ -84,7 +83,7 @@ def parallel_rows(setting: Setting, sizes: Sizes) -> Iterator[Row]:
 @torch.no_grad()
 def against_one(
     name: str,
-    alone: Flux,
+    alone: nn.Module,
     divide: Callable[[nn.Module], None],
     tensors: dict[str, Tensor],
     setting: Setting,

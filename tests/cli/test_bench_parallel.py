@@ -26,9 +26,9 @@ def test_steps_over_two_processes_are_measured(tmp_path):
         found = two(rows_of, "context=2")
         assert found[0] == found[1] and all(all(row[1:]) for row in found[0])
         ways = [name.rpartition(", ")[2] for name, *_ in found[0]]
-        assert ways == ["allgather", "ulysses", "sharded weights"] * 2
+        assert ways == ["allgather", "ulysses", "sharded weights"] * 3
         ((first, *rest), _) = two(rows_of, "tensor=2")
-        assert len(rest) == 1 and first[0].endswith("tensor=2") and all(first[1:])
+        assert len(rest) == 2 and first[0].endswith("tensor=2") and all(first[1:])
 
 
 @pytest.mark.parametrize(
