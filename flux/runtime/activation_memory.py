@@ -28,7 +28,7 @@ from flux.runtime import fast
 from flux.runtime.fast3 import fast_transformer3
 from flux.t5 import T5
 from flux.transformer import Flux, FluxConfig
-from flux.transformer3 import Flux3, Flux3Config
+from flux.transformer3 import Flux3, Flux3Config, Stream
 from flux.weights.load import skip_init
 
 ALLOCATOR = 1.1  # allocators round up, by less than a tenth
@@ -142,10 +142,12 @@ def _step_bytes3(
     scale = max(1, tokens // TOKENS)
     counts = (math.ceil(count / scale) for count in (text, image, references))
     step = ALLOCATOR * scale * _count_step3(c, *counts, work.itemsize, counted_for)
-    # latents, noise, references and text features in float32, which the pipeline keeps
-    inputs = 4 * (prompts * text * c.context_dim + (2 * image + references) * c.in_channels)
-    streams = prompts * (text + references) * c.hidden_size * work.itemsize
-    rope = 2 * 4 * tokens * sum(c.axes_dim) // 2 * 4  # of the modes, and joined
+    # latents, noise and references in float32, which the pipeline keeps; and what it converts
+    inputs = 4 * (2 * image + references) * c.in_channels
+    inputs += work.itemsize * (prompts * text * c.context_dim + references * c.in_channels)
+    # in a base model, those of each prompt
+    streams = 0 if c.flow_map else prompts * (text + references) * c.hidden_size * work.itemsize
+    rope = (prompts * text + image + references) * sum(c.axes_dim) // 2 * 4 * 4  # of the modes
     return work.batch * (step + inputs + streams) + rope
 
 
@@ -225,7 +227,10 @@ def _count_step3(
     itemsize: int,
     counted_for: str | None,
 ) -> int:
-    """Return the peak of a step of FLUX 3 with so many tokens."""
+    """Return the peak of a step of FLUX 3 with so many tokens, without what is kept between steps.
+
+    A base model's streams of text and references are kept.
+    """
     heads = config.num_heads
     narrow = replace(
         config,
@@ -245,20 +250,24 @@ def _count_step3(
     # the tables do not get narrower: not counted
     tables = [torch.zeros(1, half, 2, 2).expand(n, -1, -1, -1) for n in (text, image, references)]
 
-    def step() -> None:
+    tokens = {"txt": torch.zeros(1, text, narrow.context_dim, dtype=dtype)}
+    if references:
+        tokens["image_cond"] = torch.zeros(1, references, narrow.in_channels, dtype=dtype)
+
+    def streams(vec: Tensor) -> list[Stream]:
+        modes = zip(tokens, (tables[0], tables[2]))
+        return [network.stream(mode, tokens[mode], table, vec) for mode, table in modes]
+
+    def step(kept: list[Stream]) -> None:
         vec = network.vec(torch.zeros(1))
-        txt = torch.zeros(1, text, narrow.context_dim, dtype=dtype)
-        streams = [network.stream("txt", txt, tables[0], vec)]
-        if references:
-            images = torch.zeros(1, references, narrow.in_channels, dtype=dtype)
-            streams.append(network.stream("image_cond", images, tables[2], vec))
         x = torch.zeros(1, image, narrow.in_channels, dtype=dtype)
-        network.denoise(x, tables[1], vec, *streams)
+        network.denoise(x, tables[1], vec, *(kept or streams(vec)))
 
     # joined, and the rotations as complex numbers
     joined = (text + image + references) * half * (4 * 4 + (8 if counted_for else 0))
-    with fast.counted_for(counted_for or "cpu"), FusedKernels():
-        return heads * (peak_bytes(step) - joined) + joined
+    with fast.counted_for(counted_for or "cpu"), FusedKernels(), torch.no_grad():
+        kept = [] if config.flow_map else streams(network.vec(torch.zeros(1)))
+        return heads * (peak_bytes(partial(step, kept)) - joined) + joined
 
 
 @lru_cache(maxsize=64)
