@@ -120,18 +120,13 @@ class ModelSpec:
 
     @property
     def flux_config(self) -> FluxConfig:
-        """The transformer's configuration, where only that of FLUX.1 and FLUX.2 is supported."""
-        self.refuse_flux3()
-        assert isinstance(self.transformer, FluxConfig)
-        return self.transformer
-
-    def refuse_flux3(self) -> None:
-        """Raise UserError if this is FLUX 3, where only FLUX.1 and FLUX.2 are supported."""
-        if self.flux3:
+        """The transformer's configuration. UserError if this is FLUX 3, which has another."""
+        if isinstance(self.transformer, Flux3Config):
             raise UserError(
                 f"name: {self.name} is FLUX 3, which is not supported here. "
                 "Use a model of FLUX.1 or FLUX.2."
             )
+        return self.transformer
 
     @property
     def pooled_dim(self) -> int | None:

@@ -167,8 +167,12 @@ def _check_options(spec: ModelSpec, images: ImageInputs) -> None:
             raise UserError(f"{name}: needs an image. Pass one in `images`.")
         if name not in supported_options(spec):
             able = [model.name for model in MODELS.values() if name in supported_options(model)]
+            reason = ""
+            if name == "kv_cache" and spec.flux3:
+                reason = ", which was not trained with it: keys of references change with the time"
             raise UserError(
-                f"{name}: not supported by {spec.name} (only by {', '.join(able)}). Leave it out."
+                f"{name}: not supported by {spec.name}{reason} (only by {', '.join(able)}). "
+                "Leave it out."
             )
 
 

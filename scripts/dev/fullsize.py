@@ -9,7 +9,7 @@ The file has the name and the layout of the released one, in bfloat16 and with r
 are the same in tensors of one shape. An existing file is used as it is, and no file is deleted. A
 new process loads it as flux.load does, without memory of its own, and runs one step at 256x256 on
 the CPU. With --lora-rank it trains a LoRA as scripts/train.py --gradient-checkpointing does, on one
-random image of this size, and writes lora.safetensors. Training does not cover FLUX 3.
+random image of this size, and writes lora.safetensors.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -57,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
 with imports(__name__, parser):
     import torch
     from benchmarks.measure import proc
+    from modules.training_options import refuse_flow_map
     from torch import Tensor, nn
 
     from flux import sampling
@@ -72,15 +72,15 @@ with imports(__name__, parser):
         enable_gradient_checkpointing,
         estimate_memory,
     )
+    from flux.training.networks import Network, new_network
     from flux.training.trainer import Trainer, make_optimizer, trainable_parameters, warmup_cosine
-    from flux.transformer import Flux
-    from flux.transformer3 import Flux3, Flux3Config
+    from flux.transformer3 import Flux3Config
     from flux.weights.load import init_empty, load_module
     from flux.weights.locate import get_spec
 
 SIDE = 256 // 16  # tokens
 CPU = torch.device("cpu")
-FLAGS = {"name": "--model"}
+FLAGS = {"name": "--model", "model": "--model"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--lora-rank: must be from 1 to 1024 (got {args.lora_rank})")
     spec = get_spec(args.model)
     if args.lora_rank is not None:
-        spec.refuse_flux3()
+        refuse_flow_map(spec)
     path = args.folder / spec.transformer_file
     written = write(path, empty(spec))
     with get_context("spawn").Pool(1) as fresh:
@@ -109,9 +109,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if good else 1
 
 
-def empty(spec: ModelSpec) -> Any:
-    """Return the transformer on the meta device: a `Flux` or a `Flux3`."""
-    return init_empty(lambda: (Flux3 if spec.flux3 else Flux)(spec.transformer))
+def empty(spec: ModelSpec) -> Network:
+    """Return the transformer on the meta device."""
+    return init_empty(lambda: new_network(spec.transformer))
 
 
 def write(path: Path, module: nn.Module) -> str:
@@ -177,14 +177,14 @@ def measure(spec: ModelSpec, path: Path) -> tuple[list[tuple[str, str]], bool]:
 
 
 def inputs_of(spec: ModelSpec) -> dict[str, Tensor | None]:
-    """Return the inputs of the first step. FLUX 3 has the tokens of a short prompt."""
+    """Return the inputs of the first step."""
 
     def random(*shape):
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    config, length, t = spec.transformer, spec.text_length, torch.ones(1)
+    config, length, t = spec.transformer, text_tokens(spec), torch.ones(1)
     if isinstance(config, Flux3Config):
-        img_ids, axes, length = sampling.flux3_image_ids(SIDE, SIDE), 4, QwenVLTokenizer.multiple
+        img_ids, axes = sampling.flux3_image_ids(SIDE, SIDE), 4
         target = sampling.schedule(spec.schedule, spec.steps, SIDE**2)[1:2]
         own: dict[str, Tensor | None] = {"target": target if config.flow_map else None}
     else:
@@ -204,19 +204,32 @@ def inputs_of(spec: ModelSpec) -> dict[str, Tensor | None]:
     )
 
 
+def text_tokens(spec: ModelSpec) -> int:
+    """Return the length of a prompt, padding included; in FLUX 3 that of a short one."""
+    return QwenVLTokenizer.multiple if spec.flux3 else spec.text_length
+
+
 def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]], bool]:
     """Train a LoRA for two steps. Return rows, and whether all of the LoRA, and only it, changed.
 
     Memory is measured of the process, so this needs a process of its own.
     """
     torch.manual_seed(0)
-    build = partial(build_for_training, spec.transformer, torch.bfloat16, rank)
+    build = partial(build_for_training, spec.transformer, torch.bfloat16, rank, references=False)
     estimate = estimate_memory(
-        spec, build, SIDE**2, 1, CPU, torch.bfloat16, ema=False, gradient_checkpointing=True
+        spec,
+        build,
+        SIDE**2,
+        1,
+        CPU,
+        torch.bfloat16,
+        ema=False,
+        gradient_checkpointing=True,
+        text_tokens=text_tokens(spec),
     )
     network = empty(spec)
     load_module(network, [path])
-    add_lora(network, rank)
+    add_lora(network, rank, references=False)
     enable_gradient_checkpointing(network)
     optimizer = make_optimizer("adamw", trainable_parameters(network).values(), 1e-4)
     trainer = Trainer(network, path.with_name("not saved"), {}, [optimizer], warmup_cosine(2))
@@ -243,7 +256,7 @@ def train(spec: ModelSpec, path: Path, rank: int) -> tuple[list[tuple[str, str]]
     return rows + found, good
 
 
-def result(network: Flux, path: Path) -> tuple[list[tuple[str, str]], bool]:
+def result(network: Network, path: Path) -> tuple[list[tuple[str, str]], bool]:
     """Return rows on the changes of training, and on the LoRA's file; and whether all is right."""
     layers = [layer for layer in network.modules() if isinstance(layer, LoRALinear)]
     changed = sum(layer.lora_B.weight.any().item() for layer in layers)  # they start at 0
@@ -266,16 +279,16 @@ def gb(size: int) -> str:
     return f"{size / 1e9:.3g}"
 
 
-def loss_of(spec: ModelSpec, network: Flux, number: int) -> Tensor:
+def loss_of(spec: ModelSpec, network: Network, number: int) -> Tensor:
     """Return the loss of the n-th random image and caption, which training reads from its cache."""
-    config, draw = spec.transformer, training.seeded_generator(0, number)
+    draw = training.seeded_generator(0, number)
 
     def random(*shape):
         return torch.randn(shape, generator=draw)
 
-    vector = random(1, config.vector_dim) if config.vector_dim else None
-    features = TextFeatures(random(1, spec.text_length, config.context_dim), vector)
-    latents, noise = random(2, 1, config.out_channels, SIDE, SIDE)
+    vector = random(1, spec.pooled_dim) if spec.pooled_dim else None
+    features = TextFeatures(random(1, text_tokens(spec), spec.transformer.context_dim), vector)
+    latents, noise = random(2, 1, spec.autoencoder.latent_channels, SIDE, SIDE)
     t = training.shifted_times(random(1), training.schedule_mu(spec, SIDE**2))
     with training.autocast_matmul(CPU, torch.bfloat16):
         batch = training.Batch(latents, features)

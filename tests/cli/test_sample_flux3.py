@@ -58,7 +58,6 @@ def test_guidance_of_a_flow_map_is_refused_with_the_reason(cli, weights):
     cli(*shared, "--guidance", 3.5).fails_with("--guidance", reason, "base")
     cli(*shared, "--negative-prompt", "x").fails_with("--negative-prompt", reason, "base")
     cli(*shared, "--true-cfg-scale", 2).fails_with("--true-cfg-scale", reason, "base")
-    cli(*shared, "--kv-cache", "--image", "x.png").fails_with("x.png")
 
 
 @pytest.mark.slow
