@@ -207,7 +207,8 @@ def add_memory_and_speed(group) -> None:
         help="with torchrun: how its processes share the work, by data, cfg, context and tensor, "
         "such as context=4,cfg=2 (default: images, then branches, then tokens)")
     add("--shard-weights", action="store_true",
-        help="with torchrun: each process keeps a part of the transformer (slower, the same image)")
+        help="with torchrun: each process keeps a part of the transformer; slower, the same image "
+        "(default: if the whole does not fit)")
 
 
 def add_files(group) -> None:
@@ -416,7 +417,7 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     # 2. Load the model.
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     pipe = (load_pipe or load)(args)
-    several_processes.distribute(pipe, sizes, args.shard_weights)
+    several_processes.distribute(pipe, sizes, args.shard_weights, width, height)
     say(summary(pipe, width, height, steps, guidance, strength))
     safety.loaded(pipe)
     if spec.embedded:

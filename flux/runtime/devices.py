@@ -113,7 +113,8 @@ def free_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return min(_machine_memory(), _container_memory())
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
+    return min(_machine_memory(), _container_memory()) / processes
 
 
 def _machine_memory(meminfo: Path = Path("/proc/meminfo")) -> float:

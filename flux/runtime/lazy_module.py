@@ -133,7 +133,7 @@ class LazyModule(Generic[M]):
         the sizes of the part; else it divides a module on the meta device, which is measured.
         UserError, here, if the weights cannot be divided.
         """
-        if self.quantize or any(isinstance(m, QuantizedLinear) for m in self.shapes.modules()):
+        if self.is_quantized:
             raise UserError(
                 f"parallel: the quantized weights of {self.files[0].name} cannot be divided over "
                 "processes. Divide the tokens: context; or use a file in bfloat16."
@@ -145,6 +145,12 @@ class LazyModule(Generic[M]):
             )
         self.divide = divide
         self.release()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are held in fewer bits, as in the files or by `quantize`."""
+        layers = self.shapes.modules()
+        return bool(self.quantize) or any(isinstance(each, QuantizedLinear) for each in layers)
 
     def on_load(self, function: OnLoad) -> Callable[[], None]:
         """Call `function(module)` now if the module is loaded, and whenever it is loaded anew.

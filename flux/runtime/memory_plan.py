@@ -195,6 +195,18 @@ def minimum(
     return Required(device, host)
 
 
+def needs_shards(whole: WeightSizes, shard: WeightSizes, active: int, free: FreeMemory) -> str:
+    """Return why a stage needs weights sharded over processes, with numbers; "" if it does not.
+
+    Whole weights that do not fit would be streamed, all of them to every process. `shard`: what one
+    process would hold. `active`: the stage's activations.
+    """
+    needed, sharded = (required(sizes, active, free.device_type).device for sizes in (whole, shard))
+    if needed <= free.device or sharded > free.device:
+        return ""
+    return f"{gb(needed)} GB whole, {gb(sharded)} GB sharded, {gb(free.device)} GB are free"
+
+
 # ------------------------------------------------------------------ messages
 
 

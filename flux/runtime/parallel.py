@@ -22,10 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import init_device_mesh
 
+from flux.conditioning import text_to_image
 from flux.errors import UserError
+from flux.runtime import memory_plan
+from flux.runtime.activation_memory import activations
 from flux.runtime.context_parallel import METHODS, ContextParallel, Split
+from flux.runtime.memory_plan import GB
 from flux.runtime.processes import by_first, rank, world_size
-from flux.runtime.shard_weights import ShardedWeights
+from flux.runtime.shard_weights import ShardedWeights, shard_sizes
 from flux.runtime.tensor_parallel import TensorParallel
 from flux.runtime.tensor_parallel import check as check_tensor
 
@@ -226,6 +230,26 @@ def distribute(
     if sizes.context > 1:
         pipe.transformer.on_load(ContextParallel(parallel.group("context"), method))
     return parallel
+
+
+def needs_shards(pipe: Any, width: int | None = None, height: int | None = None) -> str:
+    """Return why `distribute` should shard the weights, with numbers; "" if it need not.
+
+    All processes agree: the one with the least memory counts. Shards leave each image as it is, so
+    they come before `tensor`; what cannot be divided is streamed, as by a single process.
+    """
+    transformer, options = pipe.transformer, pipe.residency.options
+    if options.offload or transformer.is_quantized or transformer.compile:
+        return ""
+    everywhere: list[Any] = [None] * world_size()
+    dist.all_gather_object(everywhere, pipe.residency.free_memory())
+    free = min(everywhere, key=lambda each: each.device)
+    if options.max_vram is not None:
+        free = free._replace(device=min(free.device, options.max_vram * GB))
+    work = pipe._workload(text_to_image(pipe.spec, width, height), None, 1)
+    active = activations(pipe.spec, work, free.device_type)["transformer"]
+    whole = transformer.weight_sizes
+    return memory_plan.needs_shards(whole, shard_sizes(whole, world_size()), active, free)
 
 
 def feature_rows(features: Any, rows: Sequence[int]) -> Any:

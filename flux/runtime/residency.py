@@ -14,11 +14,10 @@ import torch
 
 from flux.configs import ModelSpec
 from flux.runtime.activation_memory import Workload
-from flux.runtime.devices import available_memory
+from flux.runtime.devices import FreeMemory, available_memory
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan, WeightSizes, plan_memory
 from flux.runtime.options import RuntimeOptions
-from flux.weights.quantization import QuantizedLinear
 
 
 class Residency:
@@ -63,17 +62,14 @@ class Residency:
         }
         if work.encoded_pixels:
             sizes["image encoder"] = total_size(self.encoders)
-        free = available_memory(self.device)
-        stages = (*self.text, self.transformer, self.autoencoder)
-        loaded = sum(network.device_bytes for network in stages)  # `sizes` counts these again
         decided = plan_memory(
             self.spec,
             sizes,
             work,
-            free._replace(device=free.device + loaded),
+            self.free_memory(),
             self.options.offload,
             self.options.max_vram,
-            quantizable=self._quantizable,
+            quantizable=not (self.transformer.is_quantized or self.transformer.divide),
         )
         self.keep = decided.offload == "none"
         if not self.keep:  # an earlier plan, or a stage that ran alone, may have loaded them
@@ -83,6 +79,12 @@ class Residency:
             network.stream(decided.resident["text encoder"] if network.block_lists else None)
         self.planned = work
         return decided
+
+    def free_memory(self) -> FreeMemory:
+        """Return the memory for all stages: what is free, and what they hold already."""
+        free = available_memory(self.device)
+        stages = (*self.text, self.transformer, self.autoencoder)
+        return free._replace(device=free.device + sum(network.device_bytes for network in stages))
 
     def covers(self, work: Workload) -> bool:
         """Return whether the current plan has memory for `work`."""
@@ -112,12 +114,6 @@ class Residency:
         for network in networks:
             if not self.keeps(network):
                 network.release()
-
-    @property
-    def _quantizable(self) -> bool:
-        modules = self.transformer.shapes.modules()
-        quantized = any(isinstance(module, QuantizedLinear) for module in modules)
-        return not self.options.quantize and not quantized
 
 
 def total_size(networks: Sequence[LazyModule]) -> WeightSizes:

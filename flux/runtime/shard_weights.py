@@ -39,6 +39,10 @@ class ShardedWeights:
                 register_fsdp_forward_method(sharded, name)
 
     def sizes(self, whole: WeightSizes) -> WeightSizes:
-        """Return what one process holds: its shard, the root's weights, and two gathered blocks."""
-        gathered = whole.fixed + 2 * max(whole.blocks, default=0)
-        return WeightSizes(-(-whole.total // self.mesh.size()) + gathered, merging=whole.merging)
+        return shard_sizes(whole, self.mesh.size())
+
+
+def shard_sizes(whole: WeightSizes, processes: int) -> WeightSizes:
+    """Return what one process holds: its shard, the root's weights, and two gathered blocks."""
+    gathered = whole.fixed + 2 * max(whole.blocks, default=0)
+    return WeightSizes(-(-whole.total // processes) + gathered, merging=whole.merging)

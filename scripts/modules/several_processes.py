@@ -115,8 +115,8 @@ def choose(args: argparse.Namespace, use_cfg: bool, images: int, tokens: int) ->
     return None if count() == 1 else sizes
 
 
-def distribute(pipe: Any, sizes: Any, shard_weights: bool = False) -> None:
-    """Let a loaded pipeline work on the mesh; say how."""
+def distribute(pipe: Any, sizes: Any, shard: bool, width: int, height: int) -> None:
+    """Let a loaded pipeline work on the mesh; say how. Shard weights that would not fit whole."""
     if sizes is None:
         return
     from flux.runtime import parallel
@@ -125,9 +125,15 @@ def distribute(pipe: Any, sizes: Any, shard_weights: bool = False) -> None:
     for part in ("transformer", "autoencoder", "lora"):
         files += [(f"{part} {path.name}", path) for path in pipe.files.get(part, ())]
     require_equal_files(files)
-    parallel.distribute(pipe, sizes, shard_weights=shard_weights)
-    sharded = ", with sharded weights" if shard_weights else ""
-    command_line.say(f"parallel: {sizes}, on {count()} processes{sharded}")
+    numbers = ""
+    if not shard and sizes.tensor == 1:
+        numbers = parallel.needs_shards(pipe, width, height)
+    shard |= bool(numbers)
+    parallel.distribute(pipe, sizes, shard_weights=shard)
+    sharded = ", with sharded weights" if shard else ""
+    command_line.say(
+        f"parallel: {sizes}, on {count()} processes{sharded}{f' ({numbers})' if numbers else ''}"
+    )
 
 
 def leave() -> None:

@@ -72,9 +72,12 @@ def test_two_processes_write_the_files_of_one(tmp_path):
         [*SMALL, *NEGATIVE, "--model", "flux.1-tiny"],
         [*SMALL, "--image", tmp_path / "photo.png", "--lora", f"{lora}:0.7", "--offload", "block"],
     ]
-    meshes = ("data=2", "data=2", "cfg=2", "context=2")
-    divided = [[*r, "--parallel", mesh] for r, mesh in zip(runs, meshes)]
-    divided[0], divided[2] = runs[0], runs[2]  # the default
+    divided = [
+        runs[0],
+        [*runs[1], "--parallel", "data=2", "--max-vram", "0.012"],  # too little for one process
+        [*runs[2], "--shard-weights"],
+        [*runs[3], "--parallel", "context=2"],
+    ]
     one = run(tmp_path / "one", (), runs)
     two = run(tmp_path / "two", TORCHRUN, divided)
     assert one.code == two.code == 0, (one.err, two.err)
@@ -86,7 +89,13 @@ def test_two_processes_write_the_files_of_one(tmp_path):
     for name in names:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
     said = [line for line in two.err.splitlines() if line.startswith("parallel: ")]
-    assert said == [f"parallel: {mesh}, on 2 processes" for mesh in meshes]
+    numbers = "(0.013 GB whole, 0.012 GB sharded, 0.012 GB are free)"
+    assert said == [
+        "parallel: data=2, on 2 processes",
+        f"parallel: data=2, on 2 processes, with sharded weights {numbers}",
+        "parallel: cfg=2, on 2 processes, with sharded weights",
+        "parallel: context=2, on 2 processes",
+    ]
 
 
 FAILURES = {

@@ -32,11 +32,13 @@ from flux.runtime.memory_plan import (
     MemoryPlan,
     WeightSizes,
     measure_weights,
+    needs_shards,
     plan_memory,
     plan_mode,
     required,
 )
 from flux.runtime.options import OFFLOAD_MODES, RuntimeOptions
+from flux.runtime.shard_weights import shard_sizes
 from flux.runtime.streaming import NUM_BUFFERS
 from flux.sampling import flux3_image_ids
 from flux.t5 import T5
@@ -459,6 +461,25 @@ def test_mapped_weights_take_no_memory_on_a_cpu():
         plan(8, weights=cast, device_type="cpu")
 
 
+@pytest.mark.parametrize(
+    "spec, size, device_type, processes, expected",
+    [
+        (DEV2, 80, "cuda", 2, ""),  # fits whole
+        (DEV2, 48, "cuda", 2, "66.5 GB whole, 39.8 GB sharded, 48.0 GB are free"),
+        (DEV2, 24, "cuda", 2, ""),  # fits in no way, and is streamed
+        (DEV2, 24, "cuda", 8, "66.5 GB whole, 15.7 GB sharded, 24.0 GB are free"),
+        (KLEIN, 16, "cuda", 4, ""),
+        (KLEIN, 8, "cuda", 4, "9.1 GB whole, 4.7 GB sharded, 8.0 GB are free"),
+        (DEV2, 24, "cpu", 8, ""),  # mapped: all processes share the pages
+    ],
+)
+def test_weights_that_do_not_fit_whole_are_sharded(spec, size, device_type, processes, expected):
+    whole = (KLEIN_WEIGHTS if spec is KLEIN else DEV2_WEIGHTS)["transformer"]
+    active = activations(spec, SQUARE, device_type)["transformer"]
+    free = FreeMemory(device_type, size * GB, math.inf)
+    assert needs_shards(whole, shard_sizes(whole, processes), active, free) == expected
+
+
 def test_unified_memory_holds_the_pinned_buffers_too():
     """Apple's GPUs share the host's memory: two buffers twice over."""
     sizes = KLEIN_WEIGHTS["transformer"]
@@ -650,12 +671,17 @@ def test_cpu_and_apple_gpu_without_bfloat16_compute_in_float32(able, dtype, monk
         assert devices.choose_dtype(torch.device(device)) == dtype
 
 
-def test_free_memory_of_the_machine(tmp_path):
+def test_free_memory_of_the_machine(tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 24684084 kB\nMemFree: 22753992 kB\nMemAvailable: 23931216 kB\n")
     assert devices._machine_memory(meminfo) == 23931216 * 1024
     assert 0 < devices._machine_memory(tmp_path / "absent") < math.inf
     assert 0 < devices.free_memory(torch.device("cpu")) < math.inf
+    monkeypatch.setattr(devices, "_machine_memory", lambda: 9e9)
+    monkeypatch.setattr(devices, "_container_memory", lambda: 8e9)
+    assert devices.free_memory(torch.device("cpu")) == 8e9
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # whose memory the machine's processes share
+    assert devices.free_memory(torch.device("cpu")) == 2e9
 
 
 def test_free_memory_of_a_container(tmp_path):

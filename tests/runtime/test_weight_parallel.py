@@ -13,6 +13,7 @@ from support.weight_cases import (
     compare_images,
     messages_of_a_pass,
     messages_of_a_step,
+    reason_for_shards,
     refusal,
 )
 
@@ -93,6 +94,19 @@ def test_what_cannot_be_divided_is_refused(two):
             assert all(said in text for text in two(refusal, run, shard))
     run = Run("flux.2-tiny", "tensor=2")
     assert all("shard_weights: tensor=2 divides" in text for text in two(refusal, run, True))
+
+
+def test_processes_agree_on_shards(two):
+    """The process with the least memory decides. What the user chose stays as it is."""
+    toy = "0.013 GB whole, 0.012 GB sharded, 0.012 GB are free"
+    run = Run("flux.2-tiny", "context=2")
+    assert two(reason_for_shards, run, (1.0, 0.012)) == [toy, toy]
+    assert two(reason_for_shards, run, (1.0, 1.0)) == ["", ""]
+    assert two(reason_for_shards, run, (1.0, 0.011)) == ["", ""]  # shards do not fit either
+    limited = run._replace(load=dict(max_vram=0.012))
+    assert two(reason_for_shards, limited, (1.0, 1.0)) == [toy, toy]
+    for options in (dict(offload="block"), dict(quantize="int8"), dict(compile=True)):
+        assert two(reason_for_shards, run._replace(load=options), (1.0, 0.012)) == ["", ""]
 
 
 def test_heads_that_do_not_divide_are_refused():

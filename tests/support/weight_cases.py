@@ -1,20 +1,23 @@
 """Passes whose weights are divided over processes, and what is sent: see `parallel_cases`."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from pytest import MonkeyPatch
 from support.parallel_cases import Case, network, velocity
 from support.parallel_images import Run, images_of, levels, load
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux.runtime import parallel, tensor_parallel
+from flux.runtime import parallel, residency, tensor_parallel
 from flux.runtime.context_parallel import ContextParallel
+from flux.runtime.devices import FreeMemory
 from flux.runtime.lazy_module import local
 from flux.runtime.processes import world_size
 from flux.runtime.shard_weights import ShardedWeights
@@ -152,6 +155,14 @@ def refusal(run: Run, shard_weights: bool = False) -> str:
     except parallel.UserError as error:
         return str(error)
     return ""
+
+
+def reason_for_shards(run: Run, free: Sequence[float]) -> str:
+    """Return why weights are sharded if the processes have so many GB of free memory."""
+    with MonkeyPatch.context() as patch:
+        memory = FreeMemory("cpu", free[dist.get_rank()] * 1e9, math.inf)
+        patch.setattr(residency, "available_memory", lambda device: memory)
+        return parallel.needs_shards(load(run), 80, 64)
 
 
 # ------------------------------------------------------------------ messages
