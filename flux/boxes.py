@@ -140,11 +140,13 @@ def _check_origin(name: str, origin: Any, has_source: bool, images: int) -> None
 def split_caption(text: str) -> tuple[str, list[Any] | None]:
     """Return the caption, and the JSON list that ends the text; None without such a list.
 
-    A list of lists is no table, and would take long to find in a text of many brackets.
+    A list of lists is no table, and would take long to find in a text of many brackets. One half of
+    a surrogate pair, which JSON can spell, is no text.
     """
     for found in reversed(list(re.finditer(r"\[(?!\s*\[)", text))):
         try:
             rows = json.loads(text[found.start() :])
+            json.dumps(rows, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             continue
         return text[: found.start()].rstrip(), rows

@@ -21,7 +21,7 @@ import torch
 from modules.chat_completions import THOUGHT, complete, data_url, printable
 from PIL import Image
 
-from flux.boxes import box_rows, is_on_canvas, reconcile, sound_row, split_caption
+from flux.boxes import box_rows, reconcile, sound_row, split_caption
 from flux.errors import UserError
 from flux.plain_files import MAX_JSON, parse_json, read_plain_file
 from flux.vision_language import load_model
@@ -119,11 +119,12 @@ def question(
     if rows and all(sound_row(row, caption) for row in rows):
         return None
     for row in rows:
-        places = [row[key] for key in ("bbox", "src_bbox", "tgt_bbox") if row.get(key)]
-        if not places or not all(map(is_on_canvas, places)):
+        described = {**row, "desc": row.get("desc") or "undescribed"}
+        if sound_row(described, f"<{row['id']}>") is None:
             raise UserError(
-                f"prompt: its row {row['id']!r:.60} needs a box [y_min, x_min, y_max, x_max] on a "
-                "canvas of 0 to 1000."
+                f"prompt: its row {row['id']!r:.60} must have a name as `id`, text as `desc`, and "
+                "a `bbox` [y_min, x_min, y_max, x_max] on a canvas of 0 to 1000, or `from`, "
+                "`src_bbox` and `tgt_bbox`."
             )
     locked = rows or box_rows(boxes, len(images))
     text = caption if rows else prompt
@@ -187,6 +188,11 @@ def write_caption(asked: Question, ask: Ask) -> str:
         raise UserError(
             f"upsample: the table of boxes in the answer is damaged (got ...{caption[-80:]!r}). "
             "Try another model, or do not upsample."
+        )
+    if not caption:
+        raise UserError(
+            "upsample: the answer has no caption before its table. Try another model, or do not "
+            "upsample."
         )
     text = reconcile(answer, asked.locked)
     caption, _ = split_caption(text)

@@ -238,8 +238,11 @@ def test_finished_captions_pass_and_other_tables_are_locked():
     assert question("numbers [1, 2]").locked == [] and question("a cat []").locked == []
     taken = f"a cat {json.dumps(rows)}"
     assert "ends in rows of its own" in refusal(question, taken, (), BOXES)
-    for bad in ({"id": "a"}, {"id": "a", "bbox": [0, 0, 1, 1]}, {"id": "a", "bbox": "x"}):
-        assert "its row 'a' needs a box" in refusal(question, f"a cat {json.dumps([bad])}")
+    box = {"bbox": [1, 2, 3, 4]}
+    bad = [{"id": "a"}, {"id": "a", "bbox": [0, 0, 1, 1]}, {"id": "a", "bbox": "x"}]
+    bad += [{"id": ["a"], **box}, {"id": "a b", **box}, {"id": "a", "desc": ["x"], **box}]
+    for row in bad:
+        assert "must have a name as `id`" in refusal(question, f"a cat {json.dumps([row])}")
 
 
 # ------------------------------------------------------------------ answers
@@ -257,6 +260,7 @@ def test_answer_keeps_the_locked_boxes():
     assert "table of boxes in the answer is damaged" in refusal(
         write_caption, asked, lambda _: broken
     )
+    assert "has no caption before its table" in refusal(write_caption, asked, lambda _: "[]")
     long = refusal(write_caption, asked, lambda _: "a" * 70_000)
     assert "too long for a caption (got 70,000 characters" in long
 

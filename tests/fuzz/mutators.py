@@ -225,6 +225,16 @@ def mutate_json(random: Random, data: bytes) -> tuple[str, bytes]:
 JSON: list[Mutator] = [mutate_json] * 8 + BYTES
 
 
+def mutate_table(random: Random, data: bytes) -> tuple[str, bytes]:
+    """Change the JSON list that ends a text."""
+    start = data.index(b"[{")
+    text, table = mutate_json(random, data[start:])
+    return text, data[:start] + table
+
+
+TABLE: list[Mutator] = [mutate_table] * 8 + BYTES  # a caption with a table of boxes
+
+
 def mutate_json_line(random: Random, data: bytes) -> tuple[str, bytes]:
     """Change the JSON document of one line."""
     lines = data.split(b"\n")

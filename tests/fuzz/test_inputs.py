@@ -16,6 +16,7 @@ from random import Random
 
 import pytest
 import torch
+from fuzz import inputs3  # noqa: F401
 from fuzz.inputs import CASES, KINDS, Input
 from fuzz.mutators import mutate
 from fuzz.strict import Unsound
@@ -117,7 +118,7 @@ def test_undamaged_files_are_used(kind):
 
 
 DEEP = (b"[" * 200_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000)
-WITH_JSON = ("index_files", "tokenizer_files", "adapter_configs", "training_folders")
+WITH_JSON = ("index_files", "tokenizer_files", "adapter_configs", "training_folders", "box_files")
 
 
 @pytest.mark.parametrize("kind", WITH_JSON)
