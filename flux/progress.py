@@ -68,3 +68,12 @@ def polled(what: str, size: Callable[[], float], unit: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def duration(seconds: float) -> str:
+    """Return "40 s", "12 min", "3.5 h" or "2.3 days"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from modules import progress_lines
-from modules.progress_lines import ProgressLines, duration
+from modules.progress_lines import ProgressLines
 
 import flux
 from flux import progress
@@ -102,7 +102,8 @@ def test_unknown_total_and_sizes(lines):
         clock.now += 20
         listener("downloading ae.safetensors", size, 0, "GB")
     assert written == ["downloading ae.safetensors: 1.2 GB"]
-    assert [duration(x) for x in (40, 750, 9000)] == ["40 s", "12 min", "2.5 h"]
+    shown = [progress.duration(seconds) for seconds in (40, 750, 9000, 200_000)]
+    assert shown == ["40 s", "12 min", "2.5 h", "2.3 days"]
 
 
 def test_terminal_gets_lines_only_for_work_without_a_bar(lines, monkeypatch):

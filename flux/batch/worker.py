@@ -19,6 +19,7 @@ from flux.batch.records import DONE, OPEN, WRONG, Records
 from flux.errors import RefusedError, UserError
 from flux.generation import Generation
 from flux.image_io.request import ImageInputs
+from flux.progress import duration
 
 POLL = 2.0  # seconds between two looks at the blocks that others hold
 REPORT = 30.0  # seconds between two reports within a block
@@ -308,10 +309,3 @@ def size(group: Group) -> int:
     assert group.call is not None
     record = group.call.records[0]
     return record["width"] * record["height"] * len(group.lines)
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"

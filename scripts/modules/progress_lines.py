@@ -4,6 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from flux.progress import duration
+
 EVERY = 10.0  # seconds between lines, at least; shorter work is not told
 SHARE = 0.05  # and this share of the time so far, for work of hours
 ON_TERMINALS = ("GB", "prompts")  # units of work that has no bar
@@ -50,10 +52,3 @@ def amount(done: float, total: float, unit: str) -> str:
     """Return "12 of 50 steps", or "1.5 of 23.8 GB"."""
     shown = [f"{number:.1f}" if unit == "GB" else f"{number:,.0f}" for number in (done, total)]
     return f"{shown[0]} of {shown[1]} {unit}" if total else f"{shown[0]} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return "40 s", "12 min" or "3.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
