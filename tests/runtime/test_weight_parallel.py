@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from support import parallel_images
 from support.parallel_cases import CONFIGS, Case
-from support.parallel_images import Run
+from support.parallel_images import Run, toy_lora
 from support.processes import Processes
 from support.weight_cases import (
     MISTAKES,
     compare_all,
-    compare_images,
     messages_of_a_pass,
     messages_of_a_step,
     reason_for_shards,
@@ -31,6 +31,7 @@ CASES = [
     Case("klein", references=((3, 4), (2, 3)), cached=True, **FLOAT32),
     Case("flux.3", references=((3, 4),), **FLOAT32),
 ]
+TOY = "flux.2-tiny"
 CFG = dict(negative_prompt="a green star", guidance=2.0)
 
 
@@ -66,40 +67,54 @@ def test_mistakes_of_tensor_parallelism_are_large(two):
 # ------------------------------------------------------------------ images
 
 
-def test_images_of_divided_weights(two):
+def check_images(processes: Processes, *runs: Run) -> None:
     """Of shards they are equal to the byte; of sums in another order, to a level."""
-    assert two(compare_images, Run("flux.2-tiny", "context=2"), True) == [0, 0]
-    assert max(two(compare_images, Run("flux.1-tiny", "tensor=2"), False)) <= 1
+    for run, of_run in zip(runs, zip(*processes(parallel_images.compare_all, list(runs)))):
+        assert max(of_run) <= (not run.shard_weights), run
+
+
+def test_images_of_divided_weights(two):
+    shards = Run(TOY, "context=2", shard_weights=True)
+    check_images(two, shards, Run("flux.1-tiny", "tensor=2"))
 
 
 @pytest.mark.slow
-def test_more_images_of_divided_weights(two, four):
-    lowered = dict(offload="model")
-    assert two(compare_images, Run("flux.1-tiny", "data=2", dict(num_images=2)), True) == [0, 0]
-    assert two(compare_images, Run("flux.2-tiny", "context=2", {}, lowered), True) == [0, 0]
-    for options in (lowered, dict(offload="block")):
-        run = Run("flux.2-tiny", "tensor=2", {}, options)
-        assert max(two(compare_images, run, False)) <= 1
-    for sizes, shard in (("cfg=2,context=2", True), ("cfg=2,tensor=2", False)):
-        assert max(four(compare_images, Run("flux.2-tiny", sizes, CFG), shard)) <= (not shard)
-    run = Run("flux.2-tiny", "context=2,tensor=2")
-    assert max(four(compare_images, run, False)) <= 1
+def test_more_images_of_divided_weights(two, four, tmp_path):
+    """With LoRAs, other axes, and networks that leave the device or are streamed."""
+    model, block = dict(offload="model"), dict(offload="block")
+    lora1, lora2 = (
+        str(toy_lora(tmp_path / f"{name}.safetensors", name)) for name in ("flux.1-tiny", TOY)
+    )
+    batch, shards = dict(num_images=2), dict(shard_weights=True)
+    check_images(
+        two,
+        Run("flux.1-tiny", "data=2", batch, lora=lora1, **shards),
+        Run(TOY, "context=2", {}, block, lora=lora2, **shards),
+        Run("flux.1-tiny", "tensor=2", {}, model, lora=lora1),
+        Run(TOY, "tensor=2", {}, block, lora=lora2),
+    )
+    check_images(
+        four,
+        Run(TOY, "cfg=2,context=2", CFG, model, **shards),
+        Run(TOY, "cfg=2,tensor=2", CFG),
+        Run(TOY, "data=2,tensor=2", batch),
+        Run(TOY, "context=2,tensor=2"),
+    )
 
 
 def test_what_cannot_be_divided_is_refused(two):
     int8, compiled = dict(quantize="int8"), dict(compile=True)
     for options, said in ((int8, "the quantized weights of"), (compiled, "compile: is not")):
-        for sizes, shard in (("tensor=2", False), ("context=2", True)):
-            run = Run("flux.2-tiny", sizes, {}, options)
-            assert all(said in text for text in two(refusal, run, shard))
-    run = Run("flux.2-tiny", "tensor=2")
-    assert all("shard_weights: tensor=2 divides" in text for text in two(refusal, run, True))
+        for run in (Run(TOY, "tensor=2"), Run(TOY, "context=2", shard_weights=True)):
+            assert all(said in text for text in two(refusal, run._replace(load=options)))
+    run = Run(TOY, "tensor=2", shard_weights=True)
+    assert all("shard_weights: tensor=2 divides" in text for text in two(refusal, run))
 
 
 def test_processes_agree_on_shards(two):
     """The process with the least memory decides. What the user chose stays as it is."""
     toy = "0.013 GB whole, 0.012 GB sharded, 0.012 GB are free"
-    run = Run("flux.2-tiny", "context=2")
+    run = Run(TOY, "context=2")
     assert two(reason_for_shards, run, (1.0, 0.012)) == [toy, toy]
     assert two(reason_for_shards, run, (1.0, 1.0)) == ["", ""]
     assert two(reason_for_shards, run, (1.0, 0.011)) == ["", ""]  # shards do not fit either
@@ -151,12 +166,9 @@ def check_messages_of_a_pass(processes: Processes, how: str, p: int) -> None:
 
 def test_messages_of_a_step_are_those_of_the_arithmetic(two):
     """Two branches exchange a velocity (B, L, C); two groups of images exchange nothing."""
-    run = Run("flux.2-tiny", "cfg=2", dict(guidance=2.0))
-    assert (
-        two(messages_of_a_step, run)
-        == [(1, 16 * MODELS["flux.2-tiny"].transformer.out_channels * 4)] * 2
-    )
-    run = Run("flux.2-tiny", "data=2", dict(num_images=2, guidance=2.0))
+    run = Run(TOY, "cfg=2", dict(guidance=2.0))
+    assert two(messages_of_a_step, run) == [(1, 16 * MODELS[TOY].transformer.out_channels * 4)] * 2
+    run = Run(TOY, "data=2", dict(num_images=2, guidance=2.0))
     assert two(messages_of_a_step, run) == [(0, 0)] * 2
 
 

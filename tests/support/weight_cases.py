@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from pytest import MonkeyPatch
 from support.parallel_cases import Case, network, velocity
-from support.parallel_images import Run, images_of, levels, load
+from support.parallel_images import Run, load
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,26 +132,14 @@ MISTAKES: dict[str, Callable] = {
 }
 
 
-# ------------------------------------------------------------------ images
+# ------------------------------------------------------------------ pipelines
 
 
-def compare_images(run: Run, shard_weights: bool) -> int:
-    """Return by how many levels images over all processes differ from those of one, at most."""
-    alone = images_of(load(run), run)
-    assert all(len(set(image)) > 8 for image in alone)  # not flat
-    together = load(run)
-    sizes = parallel.Sizes(**parallel.parse(run.sizes))
-    parallel.distribute(together, sizes, run.method, shard_weights)
-    ours = images_of(together, run)
-    pairs = zip(map(levels, alone), map(levels, ours), strict=True)
-    return max(int(abs(a.astype(int) - b).max()) for a, b in pairs)
-
-
-def refusal(run: Run, shard_weights: bool = False) -> str:
+def refusal(run: Run) -> str:
     """Return why a pipeline cannot be divided."""
     try:
         sizes = parallel.Sizes(**parallel.parse(run.sizes))
-        parallel.distribute(load(run), sizes, None, shard_weights)
+        parallel.distribute(load(run), sizes, None, run.shard_weights)
     except parallel.UserError as error:
         return str(error)
     return ""
