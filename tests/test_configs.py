@@ -423,6 +423,7 @@ def test_other_transformer_changes_guidance(name, embeds, guidance, cfg):
         ("flux-2-klein-base-9b", "flux.2-klein-base-9b"),
         ("klein-4b", "flux.2-klein-4b"),
         ("flux2-klein-9b-kv-fp8", "flux.2-klein-9b-kv-fp8"),
+        ("https://huggingface.co/black-forest-labs/FLUX.1-dev/tree/main?x=1", "flux.1-dev"),
     ],
 )
 def test_names_of_other_tools_stand_for_the_same_models(name, row):
@@ -433,11 +434,18 @@ def test_names_of_other_tools_stand_for_the_same_models(name, row):
     "wrong, near",
     [
         ("flux.3-dev", "flux.2-dev"),
-        ("flux.2-klein-14b", "flux.2-klein-4b"),
+        ("flux.2-klein-14b", "flux.2-klein-"),
         ("flux.1-shnell", "flux.1-schnell"),
         ("klein", "flux.2-klein-4b"),  # the first with this word
         ("flux-dve", "flux.1-dev"),
-        ("flux-pro", None),
+        ("flux1", "flux.1-dev"),
+        # of repositories and files that other people made of a model
+        ("city96/FLUX.1-dev-gguf", "flux.1-dev?"),
+        ("unsloth/FLUX.2-klein-4B-GGUF", "flux.2-klein-4b?"),
+        ("mlx-community/FLUX.1-Krea-dev-4bit", "flux.1-krea-dev?"),
+        ("flux1-schnell-Q4_K_S.gguf", "flux.1-schnell?"),
+        ("flux-kontext-pro", "flux.1-kontext-dev"),
+        ("flux-pro", None),  # a service alone
         ("", None),
         ("zzz", None),
         ("../../etc/passwd", None),
@@ -450,8 +458,9 @@ def test_unknown_name_is_told_the_nearest(wrong, near):
     message = str(caught.value)
     assert message.startswith(f"name: there is no such model (got {wrong}). ")
     assert "flux.MODELS" in message and len(message) < 250
+    assert ("no weights are released" in message) == wrong.endswith("pro")
     if near:
-        assert near in message.partition("Did you mean ")[2].partition("?")[0]
+        assert message.partition("Did you mean ")[2].startswith(near), message
     else:  # of nothing that is near
         assert "Did you mean" not in message
 

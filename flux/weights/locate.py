@@ -25,6 +25,7 @@ from flux.weights.files import (
 from flux.weights.load import infer_config, init_empty, read_headers
 
 Config = FluxConfig | Flux3Config
+UNRELEASED = {"pro", "max", "ultra", "flex"}  # words of models that are a service alone
 
 # ---------------------------------------------------------------- which model
 
@@ -60,25 +61,35 @@ def find_name(name: str) -> str:
     """Return the name in `flux.MODELS` that a name stands for.
 
     Names of repositories, of BFL's command line and of mflux have the same words in another order:
-    "black-forest-labs/FLUX.1-Krea-dev", "flux-dev-krea", "krea-dev". UserError if none agrees.
+    "black-forest-labs/FLUX.1-Krea-dev", "flux-dev-krea", "krea-dev". So has the address of a
+    repository. UserError if none agrees.
     """
     if name.lower() in MODELS:
         return name.lower()
+    given, name = name, re.sub(r"^https?://[^/]+/([^/]+/[^/?#]+).*", r"\1", name)
     said, names = _words(name), {_words(known): known for known in reversed(MODELS)}
     for more in (set(), {"2"}, {"dev"}):
         if said and said | more in names:
             return names[said | more]
-    near = _nearest(said)
+    near = _nearest(said) if said or "flux" not in name.lower() else ["flux.1-dev", "flux.2-dev"]
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    if said & UNRELEASED:
+        hint = f"Of pro, max, ultra and flex models, no weights are released. {hint}"
     raise UserError(
-        f"name: there is no such model (got {name:.120}). {hint}"
+        f"name: there is no such model (got {given:.120}). {hint}"
         "All names are in flux.MODELS; `sample.py --list-models` prints them."
     )
 
 
 def _nearest(said: frozenset[str]) -> list[str]:
-    """Return up to three names with all of these words, or else with similar ones."""
+    """Return the name of which a file's name adds words, such as GGUF; or up to three others.
+
+    These have all of these words, or else similar ones.
+    """
     words = {known: _words(known) for known in MODELS}
+    versions = {"2", "3"}
+    if within := [x for x in MODELS if words[x] < said and not (said - words[x]) & versions]:
+        return [max(within, key=lambda known: len(words[known]))]
     if said and (whole := [known for known in MODELS if said < words[known]]):
         return whole[:3]
     spelled = {" ".join(sorted(words[known])): known for known in reversed(MODELS)}
