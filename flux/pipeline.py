@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import arguments, conditioning, progress, sampling, solvers, text_encoder
-from flux.argument_names import explain_other_names
+from flux.argument_names import explain_other_attribute, explain_other_names
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Conditions
 from flux.configs import ModelSpec
@@ -123,6 +123,11 @@ class Pipeline:
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"<flux.Pipeline of {self.spec.name}, on {self.device} in {dtype}>"
+
+    if not TYPE_CHECKING:  # a checker knows the attributes
+
+        def __getattr__(self, name: str):
+            raise AttributeError(explain_other_attribute(name))
 
     # ---------------------------------------------------------------- all stages
 

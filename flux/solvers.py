@@ -193,7 +193,7 @@ def find(solver: str | Solver, state: str = "float32") -> tuple[Solver | None, b
 
     A function stays. `state`: of `Numerics`; another than float32 is known of Euler alone.
     """
-    if not callable(solver) and solver not in SOLVERS:
+    if not (callable(solver) or isinstance(solver, str) and solver in SOLVERS):
         raise UserError(
             f"solver: there is none of this name (got {solver!r:.40}, expected "
             f"{', '.join(SOLVERS)}, or a function)."

@@ -19,7 +19,7 @@ from support.drawn_images import photo
 
 import flux
 from flux import arguments
-from flux.argument_names import OURS
+from flux.argument_names import ATTRIBUTES, OURS
 from flux.errors import UserError
 from flux.image_io.request import ImageInputs, convert_values
 from flux.pipeline import Pipeline
@@ -322,12 +322,32 @@ def test_names_of_diffusers_are_answered_by_ours():
         flux.load("flux.2-tiny", torch_dtype=torch.float32)
     with pytest.raises(UserError, match=r"^stepz: .*prompts, width, height, steps"):
         pipe("a cat", stepz=4)
+    for name, ours in (
+        ("to", "device"),
+        ("load_lora_weights", "load_lora"),
+        ("vae", "autoencoder"),
+    ):
+        with pytest.raises(AttributeError, match=rf"has no '{name}'\. .*`{ours}`"):
+            getattr(pipe, name)
+    assert not hasattr(pipe, "nothing")
+
+
+@pytest.mark.slow
+def test_every_argument_of_diffusers_is_answered():
+    """Of each pipeline of FLUX that diffusers has."""
+    import diffusers
+
+    names = [name for name in dir(diffusers) if re.fullmatch("Flux.*(?<!Modular)Pipeline", name)]
+    assert len(names) > 10
+    for name in names:
+        for argument in list(signature(getattr(diffusers, name).__call__).parameters)[1:]:
+            assert argument in signature(Pipeline.__call__).parameters or argument in OURS, name
 
 
 def test_answers_name_what_there_is():
     """Each name in backticks is an argument here, or a method of the pipeline."""
     arguments = {name for f in (flux.load, Pipeline.__call__) for name in signature(f).parameters}
-    for other, fix in OURS.items():
+    for other, fix in (OURS | ATTRIBUTES).items():
         assert other not in signature(Pipeline.__call__).parameters
         for name in re.findall(r"`(\w+)", fix):
             assert name in arguments or hasattr(Pipeline, name), (other, name)

@@ -37,7 +37,7 @@ def choose_device(device: str | None) -> torch.device:
             raise RuntimeError
         torch.empty(1, device=device)
         return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():
             available.append("mps")
