@@ -129,7 +129,7 @@ def device_of(environment: Mapping[str, str], gpus: int) -> str:
 
 def run(args: argparse.Namespace) -> int:
     from flux.batch.manifest import Manifest
-    from flux.batch.records import Records, merge
+    from flux.batch.records import Records, check_settings, merge
 
     manifest = Manifest(args.manifest)
     if args.batch_size < 1:
@@ -137,15 +137,16 @@ def run(args: argparse.Namespace) -> int:
     kept = (*DEFAULTS, *SAMPLING, *MODEL, "filter", *PROVENANCE)
     given = {name: getattr(args, name) for name in kept}
     given["batch_size"] = args.batch_size if args.batch_size > 1 else None  # changes the bits
-    settings = {name: value for name, value in given.items() if value not in (None, [], False)}
-    if args.merge and not (args.out / "batch.json").is_file():
-        raise UserError(f"out: {args.out} has no batch.json. Pass the folder of a batch.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    records = Records(args.out, manifest, as_json(settings), begun=args.merge)
+    settings = as_json({k: value for k, value in given.items() if value not in (None, [], False)})
+    is_begun = (args.out / "batch.json").is_file()
     if args.merge:
-        summary = merge(records)
+        if not is_begun:
+            raise UserError(f"out: {args.out} has no batch.json. Pass the folder of a batch.")
+        summary = merge(Records(args.out, manifest, settings, begun=True))
         show(args.out / "images.jsonl")
         return report(args.out, summary)
+    if is_begun:
+        check_settings(args.out / "batch.json", manifest, settings)
 
     import torch
 
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
     if args.device is None and torch.cuda.is_available():
         args.device = device_of(os.environ, torch.cuda.device_count())
-    # before the model: a filter or a key that is not there ends the run
+    # before the model: a filter or a key that is not there ends the run, and leaves no folder
     filters, provenance = load_filters(args), load_provenance(args)
     pipe = sample.load(args)
     pipe.filters, pipe.provenance = filters, provenance
@@ -163,6 +164,8 @@ def run(args: argparse.Namespace) -> int:
     calls = {name: value for name, value in given.items() if name in (*DEFAULTS, *SAMPLING)}
     defaults = {name: value for name, value in calls.items() if value is not None}
     part = args.shard or shard_of(os.environ)
+    args.out.mkdir(parents=True, exist_ok=True)
+    records = Records(args.out, manifest, settings)
     Worker(pipe, manifest, records, part, defaults, say, args.batch_size).run()
     return report(args.out, records.summary())
 

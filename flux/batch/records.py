@@ -108,6 +108,11 @@ def keep_settings(path: Path, manifest: Manifest, settings: dict | None) -> None
     # another worker may write the same file just now, or have been killed while it did
     with suppress(UserError), write_atomically(path, overwrite=False, wait=True) as unfinished:
         unfinished.write_text(json.dumps(kept, indent=1) + "\n")
+    check_settings(path, manifest, settings)
+
+
+def check_settings(path: Path, manifest: Manifest, settings: dict | None) -> None:
+    """Raise UserError if a folder's batch.json is of another manifest, or of other settings."""
     content = read_plain_file(path, MAX_RECORD)
     try:
         earlier = parse_json(content)

@@ -6,7 +6,6 @@ The right bytes are those of the pipeline, called with the values of a line.
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -139,7 +138,7 @@ def test_wrong_lines_are_named_and_the_rest_goes_on(batch, tmp_path):
         (small(1), ("--batch-size", 2), "was begun with another batch_size"),
         (small(1), ("--batch-size", 0), "--batch-size: must be at least 1 (got 0)"),
         (small(1), ("--shard", "2/2"), "expected I/N with 0 <= I < N"),
-        (small(1), ("--merge", "--output", "x.png"), "unrecognized arguments"),
+        (small(1), ("--merge", "--output", "x.png"), "--output: there is no such flag."),
     ],
 )
 def test_wrong_requests_end_with_one_sentence(batch, tmp_path, lines, arguments, said):
@@ -188,8 +187,7 @@ def test_filters_refuse_prompts_inputs_and_results(batch, tmp_path, monkeypatch)
     (tmp_path / "empty").mkdir()
     for kind in ("nsfw", "judge", "all"):
         code, said = batch("m.jsonl", "out", "--filter", kind, "--filter-weights", "empty")
-        assert code == 2 and not images(tmp_path / "out")
-        shutil.rmtree(tmp_path / "out")
+        assert code == 2 and not (tmp_path / "out").exists()  # so that other flags may follow
     scores = iter([0.1, 0.1, 0.1, 0.9])  # results of lines 1 and 4, and the input; that of line 6
     classifier = SimpleNamespace(
         judge=lambda image: Verdict("nsfw", 0.1 if image.size == (8, 8) else next(scores), 0.85)
