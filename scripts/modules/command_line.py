@@ -12,9 +12,10 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from difflib import get_close_matches
 from typing import NoReturn, TextIO
 
 import flux
@@ -107,13 +108,54 @@ class Once(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows wrong arguments escaped, and reports a full standard output."""
+    """An argument parser that tells what is wrong in one line, and reports a full standard output.
+
+    A flag may be typed with underscores. For an unknown flag, the likeliest known one is named.
+    """
+
+    others: Mapping[str, str] = {}  # flags of other programs -> what to use here
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._explain(unknown))
+        return found
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        given[:end] = map(self._with_dashes, given[:end])
+        return super().parse_known_args(given, namespace)
+
+    def _with_dashes(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        dashed = name.replace("_", "-")
+        return f"{dashed}{equals}{value}" if dashed in self._option_string_actions else argument
+
+    def _explain(self, unknown: Sequence[str]) -> str:
+        """Return what is wrong with arguments that this parser does not know."""
+        flags = [given.partition("=")[0] for given in unknown if given.startswith("-")]
+        if not flags:
+            return f"{unknown[0]!r:.80} is one argument too many"
+        name = flags[0].replace("_", "-")
+        bare = {flag.lstrip("-"): flag for flag in self._flags()}
+        near = get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.75)
+        longer = [flag for flag in bare.values() if len(name) > 3 and flag.startswith(name)]
+        fix = self.others.get(name, (longer + [bare[one] for one in near] + [""])[0])
+        return f"{flags[0]}: there is no such flag" + (f". Did you mean {fix}?" if fix else "")
+
+    def _flags(self) -> Iterator[str]:
+        """Yield the flags of this parser and of its commands, without hidden aliases."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._flags()
 
     def error(self, message: str) -> NoReturn:
-        if speaker.quiet:  # the first process says the same
-            speaker.claim_failure()
-            speaker.quiet = False
-        super().error(printable(message))
+        if not message.endswith("."):
+            message += f"{'' if message[-1] == '?' else '.'} `{self.prog} --help` lists the flags."
+        sys.exit(fail(message, 2))
 
     def format_help(self) -> str:
         return as_typed(super().format_help())

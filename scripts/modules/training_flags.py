@@ -5,13 +5,31 @@ from pathlib import Path
 
 from modules.command_line import Parser, add_hidden_alias, add_quiet
 
-OLD_FLAGS = {
+OLD_FLAGS = {  # older names, and those of diffusers' scripts -> ours
     "--batch": "--batch-size",
     "--accumulate": "--gradient-accumulation-steps",
     "--checkpointing": "--gradient-checkpointing",
     "--targets": "--target-modules",
     "--drop-captions": "--caption-dropout",
     "--guided": "--train-at-guidance",
+    "--learning-rate": "--lr",
+    "--max-train-steps": "--steps",
+    "--pretrained-model-name-or-path": "--model",
+    "--rank": "--lora-rank",
+    "--resolution": "--size",
+    "--train-batch-size": "--batch-size",
+    "--validation-prompt": "--prompt",
+}
+OTHERS = {  # flags of diffusers' and kohya's scripts -> what to use here
+    "--cache-latents": "--cache, which is always on",
+    "--dataset-name": "IMAGES, the first argument",
+    "--instance-data-dir": "IMAGES, the first argument",
+    "--lr-warmup-steps": "--warmup",
+    "--max-train-epochs": "--steps",
+    "--network-dim": "--lora-rank",
+    "--output-dir": "RUN, the second argument",
+    "--train-data-dir": "IMAGES, the first argument",
+    "--validation-steps": "--sample-every",
 }
 
 
@@ -22,6 +40,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    p.others = OTHERS
     add = p.add_argument
     add("images", type=Path, help="folder of images and captions")
     add("run", type=Path, help="folder for all results; a run in this folder is resumed")

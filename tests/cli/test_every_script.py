@@ -120,7 +120,7 @@ def test_full_disk_under_a_file_is_one_sentence(name, tmp_path):
 def test_wrong_flag_is_refused(script, tmp_path):
     done = run_without(("torch",), script, "--no-such-flag", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "", done.stdout
-    assert "Traceback" not in done.stderr and "error: " in done.stderr.splitlines()[-1]
+    assert re.fullmatch("error: .*\n", done.stderr), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +149,7 @@ def test_missing_torch_is_one_sentence(script, tmp_path):
     if name == "toy/draw.py":  # needs no torch
         return
     lines = done.stderr.splitlines()
-    if lines[0].startswith("usage: ") and name not in MINIMAL:
+    if "arguments are required" in lines[0] and name not in MINIMAL:
         pytest.skip("needs arguments: add them to MINIMAL")
     assert done.returncode in (1, 2) and len(lines) == 1, done.stderr
     assert re.match(r"error: the package 'torch' is missing\. Run `pip install -e \.`", lines[0])

@@ -95,9 +95,8 @@ def test_errors_and_exit_codes_are_those_of_the_script(tmp_path):
     ours = run("-m", "flux", "sample", "--steps", "x", "a cat", cwd=tmp_path)
     theirs = run(SCRIPTS / "sample.py", "--steps", "x", "a cat", cwd=tmp_path)
     assert ours[:2] == theirs[:2] == (2, "")
-    last = [err.splitlines()[-1].partition(": ") for _, _, err in (ours, theirs)]
-    assert [first for first, _, _ in last] == ["python -m flux sample", "sample.py"]
-    assert last[0][2] == last[1][2] != ""
+    assert "`sample.py --help`" in theirs[2]
+    assert ours[2] == theirs[2].replace("sample.py", "python -m flux sample")
 
 
 def test_message_names_the_typed_command(monkeypatch):

@@ -35,13 +35,34 @@ def flags(sample_script):
 def test_older_flag_names_set_the_same_arguments(sample_script):
     parse = sample_script.parser().parse_args
     values = {"--remake": "a.png", "--expand": "1,2,3,4", "--cfg-scale": "2", "--tile": "512"}
-    values |= {"--vram": "8", "--negative_prompt": "a cat"}
+    values |= {"--vram": "8", "--name": "dev", "--image-path": "a.png"}
+    values |= {"--num-images-per-prompt": "2"}
     values |= {old: "7" for old in sample_script.ALIASES if re.search("steps|scale", old)}
     for old, new in sample_script.ALIASES.items():
         value = [values[old]] if old in values else []
         assert parse([old, *value]) == parse([new, *value]) != parse([])
+        assert parse([old.replace("-", "_").replace("__", "--", 1), *value]) == parse([new, *value])
     for old, new in (("stages", "model"), ("stream", "block")):
         assert parse(["--offload", old]).offload == parse(["--offload", new]).offload == new
+    assert parse(["--negative_prompt=a_b", "--", "--num_images"]) == parse(
+        ["--negative-prompt=a_b", "--", "--num_images"]
+    )
+
+
+def test_unknown_flag_is_one_line_that_names_the_likeliest(sample_script, capsys):
+    """Of other programs, misspelled, cut off, and like nothing."""
+    known = sample_script.parser()._option_string_actions
+    assert not known.keys() & sample_script.OTHERS
+    for fix in sample_script.OTHERS.values():
+        assert [name for name in re.findall(r"--[a-z0-9-]+", fix) if name not in known] == []
+    given = sample_script.OTHERS | {"--list-modles": "--list-models", "--neg": "--negative-prompt"}
+    for flag, fix in (given | {"--img_cond_path": "--image", "--xyzzy": None}).items():
+        with pytest.raises(SystemExit) as stop:
+            sample_script.parser().parse_args(["a cat", flag, "1"])
+        (line,) = capsys.readouterr().err.splitlines()
+        meant = f" Did you mean {fix}?" if fix else ""
+        told = f"error: {flag}: there is no such flag.{meant} `"
+        assert stop.value.code == 2 and line.startswith(told), line
 
 
 def test_help_lists_new_flag_names_only(sample_script):
