@@ -6,6 +6,7 @@
     python scripts/bench.py --model flux.2-dev    a full-size model of random weights, no files
     python scripts/bench.py --references          the gain of computing reference images once
     python scripts/bench.py --lossy               the error of each lossy mode
+    python scripts/bench.py --torchrun            one process of torchrun against a plain run
     python scripts/bench.py --count               what a GPU would run, counted without one
 
 Both sides have the same random weights and inputs. They take turns after a warm-up, A B B A, so
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--lossy", action="store_true", help="the error of each lossy mode against float32"
+    )
+    what.add_argument(
+        "--torchrun", action="store_true", help="the overhead of torchrun with one process"
     )
     what.add_argument(
         "--count",
@@ -126,7 +130,8 @@ def measure_parallel(args: argparse.Namespace, command: str) -> int:
     from flux.runtime import processes
 
     several_processes.start()
-    if args.against or args.model or args.floor or args.references or args.lossy or args.count:
+    others = args.against, args.model, args.floor, args.references, args.lossy, args.count
+    if any((*others, args.torchrun)):
         raise UserError("--parallel: measures nothing else. Leave the other measurements out.")
     args.device = processes.join(args.device)
     try:
@@ -176,6 +181,8 @@ def plan(args: argparse.Namespace) -> tuple[Setting, list[Iterator[Row]]]:
         rows.append(over_floor(setting))
     if args.references:
         rows.append(references(setting))
+    if args.torchrun:
+        rows.append(under_torchrun(setting))
     if not rows and not args.lossy:
         rows.append(start(setting))
     return setting, rows
@@ -186,8 +193,8 @@ def check_count(args: argparse.Namespace) -> None:
 
     if args.gpu not in GPUS:
         raise UserError(f"--gpu: unknown (got {args.gpu!r}, expected one of {', '.join(GPUS)}).")
-    if args.floor or args.references or args.lossy:
-        raise UserError("--count: measures nothing. Leave --floor, --references and --lossy out.")
+    if args.floor or args.references or args.lossy or args.torchrun:
+        raise UserError("--count: measures nothing. Leave the measurements out.")
 
 
 def count(args: argparse.Namespace) -> int:
@@ -237,6 +244,12 @@ def references(setting: Setting) -> Iterator[Row]:
     from benchmarks.references import reference_rows
 
     yield from reference_rows(setting)
+
+
+def under_torchrun(setting: Setting) -> Iterator[Row]:
+    from benchmarks.start import torchrun_rows
+
+    yield from torchrun_rows(setting)
 
 
 def losses(setting: Setting) -> Iterator[NamedTuple]:

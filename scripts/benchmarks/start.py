@@ -28,6 +28,7 @@ IMPORTS = {
     "import flux": "import flux; flux.MODELS; flux.load",
     "import diffusers": "from diffusers import FluxPipeline",
 }
+IMAGES = 9  # of a run under torchrun
 LINUX = Path("/proc/self/status").exists()  # the kernel's report of a process's memory
 PEAK = """
 for line in open("/proc/self/status"):
@@ -65,6 +66,33 @@ def cold_rows(setting: Setting) -> Iterator[Row]:
         names = "import flux", "import diffusers"
         peaks = [1024 * statistics.median(map(int, printed[name])) for name in names]
         yield Row("cold start, memory", "B", *peaks, goal=0.65, runs=runs)
+
+
+def torchrun_rows(setting: Setting) -> Iterator[Row]:
+    """Compare one process of torchrun with a plain run: an image, and the whole command.
+
+    The time of an image is that between the first and the last file. torchrun starts in other time.
+    """
+    script, torchrun = Path(__file__).parents[1] / "sample.py", "-m torch.distributed.run"
+    with TemporaryDirectory() as folder:
+        sample = [str(script), "a red circle", "--output", f"{folder}/a.png"]
+        sample += ["--num-images", str(IMAGES), "--device", setting.device.type]
+        alone = [*torchrun.split(), "--standalone", "--nproc-per-node", "1", *sample]
+        whole, printed = in_turn({"torchrun": alone, "plain": sample}, setting.rounds)
+        image = [
+            statistics.median(map(seconds_of_an_image, printed[name]))
+            for name in ("torchrun", "plain")
+        ]
+    against, runs = "a plain run", 2 * setting.rounds
+    yield Row("an image, under torchrun", "s", *image, against, goal=1.02, runs=runs)
+    command = f"the command of {IMAGES} images, under torchrun"
+    yield Row(command, "s", whole["torchrun"], whole["plain"], against, runs=runs)
+
+
+def seconds_of_an_image(paths: str) -> float:
+    """Return the mean seconds between the files of a run, which printed their paths."""
+    times = [Path(path).stat().st_mtime for path in paths.splitlines()]
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def in_turn(

@@ -5,6 +5,7 @@ No test depends on a time. The networks are tiny.
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,28 @@ def test_start_takes_turns_and_compares_with_torch(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| import flux | 1.05 s | import torch 1 s | 1.05 | ≤ 1.10 |" in printed
     assert "| sample.py, prompt to image | 3 s | import torch 1 s | 3.00 |  |" in printed
+
+
+def test_torchrun_takes_turns_with_a_plain_run(monkeypatch, capsys, tmp_path):
+    """Three files of a run, at equal distances; torchrun's own start counts for the command."""
+    seen = []
+
+    def pretended(arguments: list[str]) -> tuple[float, str]:
+        seen.append("torchrun" if "torch.distributed.run" in arguments else "plain")
+        output, paths = Path(arguments[arguments.index("--output") + 1]), []
+        for number in range(3):
+            paths.append(output.with_name(f"{len(seen)}-{number}.png"))
+            paths[-1].touch()
+            between = 10.1 if seen[-1] == "torchrun" else 10.0
+            os.utime(paths[-1], (0, 1e6 + number * between))
+        return 40.0 if seen[-1] == "torchrun" else 32.0, "\n".join(map(str, paths))
+
+    monkeypatch.setattr(start, "run", pretended)
+    assert bench.main(["--torchrun", "--rounds", "1", "--device", "cpu"]) == 0
+    assert seen == ["torchrun", "plain", "torchrun", "plain", "plain", "torchrun"]
+    printed = capsys.readouterr().out
+    assert "| an image, under torchrun | 10.1 s | a plain run 10 s | 1.01 | ≤ 1.02 |" in printed
+    assert "of 9 images, under torchrun | 40 s | a plain run 32 s | 1.25 |  |" in printed
 
 
 def test_float8_row_has_an_error(tmp_path):

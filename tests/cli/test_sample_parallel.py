@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from support.classifiers import transformers_classifier
 from support.drawn_images import photo
 from support.parallel_images import toy_lora
-from support.sample_run import PROMPT, TOY, files_in, subprocess_environment
+from support.sample_run import (
+    PROMPT,
+    QUICK,
+    TOY,
+    files_in,
+    image_of,
+    pixels,
+    subprocess_environment,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +104,20 @@ def test_two_processes_write_the_files_of_one(tmp_path):
         "parallel: cfg=2, on 2 processes, with sharded weights",
         "parallel: context=2, on 2 processes",
     ]
+
+
+def test_one_process_of_torchrun_makes_no_group(cli, monkeypatch):
+    """No collective and no process group: every step is that of a plain run."""
+    plain = pixels(image_of(cli(PROMPT, *QUICK, "--seed", "7")))
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.distributed, "init_process_group", pytest.fail)
+    monkeypatch.setattr(torch.distributed, "rendezvous", pytest.fail)
+    ran = cli(PROMPT, *QUICK, "--seed", "7")
+    assert pixels(image_of(ran)) == plain and "parallel:" not in ran.err
+    assert not torch.distributed.is_initialized()
 
 
 FAILURES = {

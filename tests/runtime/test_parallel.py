@@ -9,6 +9,7 @@ from support.drawn_images import block_mask, photo
 from support.model_zoo import BASE, FILL, KONTEXT, KV, REDUX
 from support.parallel_images import Run, compare_all, toy_lora
 from support.processes import Processes
+from support.weight_cases import messages_of_a_run
 
 import flux
 from flux import ImageInputs
@@ -121,6 +122,12 @@ def test_one_process_runs_the_same_code():
     before = dict(vars(pipe)), dict(vars(pipe.text)), dict(pipe.transformer.loaders)
     assert distribute(pipe, Sizes()) is None
     assert before == (vars(pipe), vars(pipe.text), pipe.transformer.loaders)
+
+
+@pytest.mark.slow
+def test_a_group_of_one_sends_nothing(tmp_path):
+    with Processes(1, tmp_path) as one:
+        assert one(messages_of_a_run, Run("flux.2-tiny", "context=1", CFG)) == [(0, 0)]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from pytest import MonkeyPatch
 from support.parallel_cases import Case, network, velocity
-from support.parallel_images import Run, load
+from support.parallel_images import Run, images_of, load
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -191,6 +191,14 @@ def messages_of_a_pass(case: Case, how: str) -> tuple[int, float]:
     net = divided(case, how)
     with Messages() as messages:
         velocity(case, net)
+    return messages.count, messages.bytes
+
+
+def messages_of_a_run(run: Run) -> tuple[int, float]:
+    pipe = load(run)
+    parallel.distribute(pipe, parallel.Sizes(**parallel.parse(run.sizes)), run.method)
+    with Messages() as messages:
+        images_of(pipe, run)
     return messages.count, messages.bytes
 
 
