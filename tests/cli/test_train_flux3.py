@@ -242,7 +242,7 @@ def test_lora_overfits_an_image_and_moves_the_sample_to_it(train, models, images
     folder.mkdir()
     Image.new("RGB", (64, 64), (250, 10, 20)).save(folder / "red.png")
     (folder / "red.txt").write_text("a red square")
-    flags = flags_of(models, *FLOAT, "--lora-rank", 16, "--steps", 100, "--batch-size", 4)
+    flags = flags_of(models, *FLOAT, "--lora-rank", 16, "--steps", 50, "--batch-size", 2)
     code, out, err = train(folder, tmp_path, *flags, "--caption-dropout", 0, "--lr", 1e-2)
     assert code == 0, err
     losses = [float(row["loss"]) for row in rows_of(tmp_path)]
