@@ -42,10 +42,10 @@ def read_boxes(path: Path) -> list[dict[str, Any]]:
     """Read a JSON list of boxes: see `box_rows`. UserError if the file has no such list."""
     try:
         content = parse_json(read_plain_file(path, MAX_JSON, "a list of boxes"))
+    except UserError:  # which is a ValueError
+        raise
     except ValueError as error:
         raise UserError(f"boxes: {path} is not JSON ({error}).") from None
-    except OSError as error:
-        raise UserError(f"boxes: {path} cannot be read ({error.strerror}).") from None
     if not (isinstance(content, list) and all(isinstance(row, dict) for row in content)):
         raise UserError(
             f'boxes: {path} must hold a list, such as [{{"id": "cat", "bbox": [...]}}].'
@@ -95,8 +95,7 @@ def add_boxes(prompt: str, boxes: Sequence[Mapping[str, Any]], images: int = 0) 
     UserError if the prompt ends in rows already.
     """
     rows = box_rows(boxes, images)
-    if split_caption(prompt)[1]:
-        raise UserError("boxes: the prompt ends in rows of its own. Leave one of both out.")
+    refuse_rows(prompt)
     uncited = [f"<{row['id']}>" for row in rows if f"<{row['id']}>" not in prompt]
     if uncited:
         warnings.warn(
@@ -105,6 +104,12 @@ def add_boxes(prompt: str, boxes: Sequence[Mapping[str, Any]], images: int = 0) 
             stacklevel=2,
         )
     return f"{prompt.rstrip()} {json.dumps(rows, ensure_ascii=False)}"
+
+
+def refuse_rows(prompt: str) -> None:
+    """Raise UserError for a prompt that ends in rows, next to which boxes have no place."""
+    if rows_of(prompt):
+        raise UserError("boxes: the prompt ends in rows of its own. Leave one of both out.")
 
 
 def _to_canvas(name: str, box: Any) -> list[int]:
@@ -151,6 +156,12 @@ def split_caption(text: str) -> tuple[str, list[Any] | None]:
             continue
         return text[: found.start()].rstrip(), rows
     return text.strip(), None
+
+
+def rows_of(prompt: str) -> list[dict[str, Any]]:
+    """Return the rows that end a prompt; none if it ends in no list, or in a list of others."""
+    rows = split_caption(prompt)[1] or []
+    return rows if all(isinstance(row, dict) and "id" in row for row in rows) else []
 
 
 def reconcile(text: str, locked: Sequence[Mapping[str, Any]]) -> str:

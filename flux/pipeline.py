@@ -40,6 +40,7 @@ from flux.runtime.checks import (
     check_range,
     check_seeds,
     check_size,
+    check_solver,
     check_steps,
     check_times,
     check_true_cfg_scale,
@@ -214,7 +215,7 @@ class Pipeline:
         use_cfg = check_cfg(
             self.spec, guidance, negative_prompt, true_cfg_scale, check_steps(self.spec, steps)
         )
-        solvers.find(solver, self.numerics.state)
+        check_solver(self.spec, solver, self.numerics.state)
         self._judge(prompts, negative_prompt)
         conditions = self._conditions(images, len(prompts), width, height)  # one for each prompt
         if conditions[0] is not None and not isinstance(images, Conditions):
@@ -426,10 +427,10 @@ class Pipeline:
         h, w = conditions.height // 16, conditions.width // 16
         steps, sigmas, shift = check_times(spec, steps, sigmas, shift)
         steps = check_steps(spec, steps)
-        solve, on_schedule = solvers.find(solver, self.numerics.state)
+        solve, on_schedule = check_solver(spec, solver, self.numerics.state)
         scales, inputs = self._guidance(guidance, true_cfg_scale, steps)
         if spec.flux3:
-            self._check_flux3(features, negative, solve, residuals)
+            self._check_flux3(features, negative, residuals)
         if not self.residency.covers(self._workload(conditions, steps, len(seeds))):
             self.plan_memory(conditions.width, conditions.height, steps, len(seeds), conditions)
 
@@ -523,7 +524,7 @@ class Pipeline:
         h = conditions.height // 16
         scales, inputs = self._guidance(guidance, true_cfg_scale, 1)
         if self.spec.flux3:
-            self._check_flux3(features, negative, None, residuals)
+            self._check_flux3(features, negative, residuals)
         if not self.residency.covers(self._workload(conditions, 1, batch)):
             self.plan_memory(conditions.width, conditions.height, 1, batch, conditions)
         with self._autograd(gradients):
@@ -578,11 +579,7 @@ class Pipeline:
         return Velocity(**common, **only)
 
     def _check_flux3(
-        self,
-        features: TextFeatures,
-        negative: TextFeatures | None,
-        solve: Solver | None,
-        residuals: ResidualsFn | None,
+        self, features: TextFeatures, negative: TextFeatures | None, residuals: ResidualsFn | None
     ) -> None:
         """Raise UserError for what FLUX 3 does not support; note the length of the prompts."""
         name, prompts = self.spec.name, [f for f in (features, negative) if f is not None]
@@ -590,10 +587,6 @@ class Pipeline:
             raise UserError(f"residuals: {name} takes none. Use a model of FLUX.1 or FLUX.2.")
         if any(f.mask is not None for f in prompts):
             raise UserError(f"features: {name} takes no `mask`. Use a model of FLUX.1 or FLUX.2.")
-        if solve is not None and self.spec.distilled:
-            raise UserError(
-                f'solver: must be "euler" for {name}: {self.spec.distilled}. Use a base model.'
-            )
         self.text_tokens = max(self.text_tokens, *(f.tokens.shape[1] for f in prompts))
 
     def watch(

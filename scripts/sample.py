@@ -215,8 +215,8 @@ def add_images(group) -> None:
     add("--keep-input-size", action="store_true",
         help="Kontext: do not resize references to a preferred resolution")
     add("--reference-limit", type=int, metavar="SIDE",
-        help="FLUX.2: scale references down to at most SIDE x SIDE pixels (default: 2024 for one, "
-        "1024 for several)")
+        help="FLUX.2, FLUX 3: scale references down to at most SIDE x SIDE pixels (default: 2024 "
+        "for one, in FLUX 3 2048; 1024 for several)")
     add("--kv-cache", action=argparse.BooleanOptionalAction, default=None,
         help="FLUX.2: compute references once; exact for klein-9b-kv, else an approximation")
 
@@ -272,7 +272,8 @@ def add_files(group) -> None:
     add("--autoencoder", type=Path, metavar="FILE",
         help="use this autoencoder: the FLUX.2 small decoder, for example")
     add("--text-encoder", type=Path, metavar="FILE",
-        help="use this text encoder: CLIP for FLUX.1, Qwen3 or Mistral for FLUX.2")
+        help="use this text encoder: CLIP for FLUX.1, Qwen3 or Mistral for FLUX.2, Qwen3-VL for "
+        "FLUX 3")
     add("--text-encoder-2", type=Path, metavar="FILE", help="FLUX.1: use this T5")
     add("--tokenizer", type=Path, metavar="DIR",
         help="use the tokenizer's files in this folder; FLUX.1 has two tokenizers")
@@ -409,7 +410,6 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
 
     import torch
 
-    from flux import solvers
     from flux.image_io import request
     from flux.runtime import checks
     from flux.transformer import NUMERICS as PRESETS
@@ -440,7 +440,7 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     )
     steps = checks.check_steps(spec, args.steps)
     args.solver = args.solver or "euler"
-    solvers.find(args.solver, PRESETS[args.numerics].state)
+    checks.check_solver(spec, args.solver, PRESETS[args.numerics].state)
     strength = None
     if images and spec.image_mode != "fill" and request.has_init_image(spec, images):
         rounding = PRESETS[args.numerics].images
@@ -454,7 +454,7 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     guidance = checks.check_guidance(spec, args.guidance, steps)
     cfg = checks.check_cfg(spec, args.guidance, args.negative_prompt, args.true_cfg_scale, steps)
     check_upsampling(args, spec)
-    boxes = gather_boxes(args, spec, images)
+    boxes = gather_boxes(args, spec, images, prompts)
     shown, mask = (images.images, images.mask) if images else ((), None)
     progress = progress_of(args)
     safety = Safety(args, spec.licence, (width, height), earlier)
@@ -812,11 +812,11 @@ def gather_images(args: argparse.Namespace, spec):
     return images
 
 
-def gather_boxes(args: argparse.Namespace, spec, images) -> list[dict]:
+def gather_boxes(args: argparse.Namespace, spec, images, prompts: Iterable[str]) -> list[dict]:
     """Return the checked boxes of the flags and of the file."""
     if not (args.box or args.boxes):
         return []
-    from flux.boxes import box_rows, parse_box, read_boxes
+    from flux.boxes import box_rows, parse_box, read_boxes, refuse_rows
 
     if not spec.flux3:
         raise UserError(f"boxes: only FLUX 3 reads boxes (got {spec.name}). Leave them out.")
@@ -825,6 +825,8 @@ def gather_boxes(args: argparse.Namespace, spec, images) -> list[dict]:
     boxes = [parse_box(text) for text in args.box]
     boxes += read_boxes(args.boxes) if args.boxes else []
     box_rows(boxes, len(images.images) if images else 0)
+    for prompt in prompts:
+        refuse_rows(prompt)
     return boxes
 
 

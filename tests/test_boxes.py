@@ -61,6 +61,8 @@ def test_caption_ends_with_the_rows_on_the_same_line():
     with pytest.warns(UserWarning, match="does not say <obj_2>, <x>, as"):
         add_boxes("a <cat_1>", NEW)
     assert "the prompt ends in rows of its own" in refusal(add_boxes, text, NEW)
+    numbers = "a <cat_1>, <x>, <obj_2> and the numbers [1, 2]"
+    assert add_boxes(numbers, NEW).startswith(f'{numbers} [{{"id"')
 
 
 def test_box_of_the_command_line_has_x_first():

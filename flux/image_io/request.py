@@ -169,9 +169,9 @@ def _check_options(spec: ModelSpec, images: ImageInputs) -> None:
             able = [model.name for model in MODELS.values() if name in supported_options(model)]
             reason = ""
             if name == "kv_cache" and spec.flux3:
-                reason = ", which was not trained with it: keys of references change with the time"
+                reason = "No FLUX 3 was trained with it: keys of references change with the time. "
             raise UserError(
-                f"{name}: not supported by {spec.name}{reason} (only by {', '.join(able)}). "
+                f"{name}: not supported by {spec.name} (only by {', '.join(able)}). {reason}"
                 "Leave it out."
             )
 

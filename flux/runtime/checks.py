@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from flux import solvers
 from flux.arguments import optional, shown, to_integer, to_integers, to_number, to_numbers
 from flux.configs import ModelSpec
 from flux.errors import UserError
@@ -74,6 +75,18 @@ def check_times(
     if steps not in (None, len(times) - 1):
         raise UserError(f"sigmas: are for {len(times) - 1} steps (got {steps}). Leave `steps` out.")
     return len(times) - 1, times, shift
+
+
+def check_solver(
+    spec: ModelSpec, solver: str | solvers.Solver, state: str
+) -> tuple[solvers.Solver | None, bool]:
+    """Return what `solvers.find` does; UserError if the model takes steps of Euler alone."""
+    found = solvers.find(solver, state)
+    if found[0] is not None and spec.flux3 and spec.distilled:
+        raise UserError(
+            f'solver: must be "euler" for {spec.name}: {spec.distilled}. Use a base model.'
+        )
+    return found
 
 
 def check_guidance(spec: ModelSpec, guidance: Guidance | None, steps: int) -> list[float] | None:

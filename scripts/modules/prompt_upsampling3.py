@@ -21,7 +21,7 @@ import torch
 from modules.chat_completions import THOUGHT, complete, data_url, printable
 from PIL import Image
 
-from flux.boxes import box_rows, reconcile, sound_row, split_caption
+from flux.boxes import box_rows, reconcile, refuse_rows, rows_of, sound_row, split_caption
 from flux.errors import UserError
 from flux.plain_files import MAX_JSON, parse_json, read_plain_file
 from flux.vision_language import load_model
@@ -112,10 +112,9 @@ def question(
     boxes: the user's, of `flux.boxes`. A table of boxes at the end of the prompt stands for them
     too. UserError for boxes in both places, and for a row without a box on the canvas.
     """
-    caption, table = split_caption(prompt)
-    rows = table if table and all(isinstance(r, dict) and "id" in r for r in table) else []
-    if rows and boxes:
-        raise UserError("boxes: the prompt ends in rows of its own. Leave one of both out.")
+    if boxes:
+        refuse_rows(prompt)
+    caption, rows = split_caption(prompt)[0], rows_of(prompt)
     if rows and all(sound_row(row, caption) for row in rows):
         return None
     for row in rows:

@@ -58,6 +58,7 @@ def test_guidance_of_a_flow_map_is_refused_with_the_reason(cli, weights):
     cli(*shared, "--guidance", 3.5).fails_with("--guidance", reason, "base")
     cli(*shared, "--negative-prompt", "x").fails_with("--negative-prompt", reason, "base")
     cli(*shared, "--true-cfg-scale", 2).fails_with("--true-cfg-scale", reason, "base")
+    cli(*shared, "--solver", "heun").fails_with('--solver: must be "euler"', reason, "base")
 
 
 @pytest.mark.slow
@@ -85,4 +86,6 @@ def test_boxes_that_cannot_be_used_are_refused(cli, weights):
     cli(*shared, "--box", "cat:0,0,1").fails_with("--box: must be NAME:X0,Y0,X1,Y1")
     cli(*shared, "--box", "cat:0,0,2,1").fails_with("--boxes: the box of cat")
     cli(*shared, "--box", "cat:0,0,1,1", "--box", "cat:0,0,1,1").fails_with("two boxes", "cat")
-    cli(*shared, "--boxes", "none.json").fails_with("none.json")
+    cli(*shared, "--boxes", "none.json").fails_with("none.json: does not exist")
+    rows = 'a <cat> [{"id": "cat", "bbox": [1, 2, 3, 4]}]'
+    cli(rows, *shared[1:], "--box", "cat:0,0,1,1").fails_with("--boxes: the prompt ends in rows")

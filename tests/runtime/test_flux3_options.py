@@ -234,7 +234,7 @@ def test_what_flux3_lacks_is_refused_in_one_sentence(models, name):
     pipe = models[name].load()
     cached = flux.ImageInputs(IMAGES[:1], kv_cache=True)
     said = refusal(pipe, PROMPT, images=cached)
-    assert said.startswith(f"kv_cache: not supported by {name}, which was not trained with it: ")
+    assert said.startswith(f"kv_cache: not supported by {name} (only by flux.2-dev, ")
     for load, kind in ((load_controlnet, "a ControlNet"), (load_ip_adapter, "an IP-adapter")):
         said = refusal(load, "x.safetensors", pipe)
         assert said == f"path: x.safetensors is {kind} of FLUX.1, not of {name}."
