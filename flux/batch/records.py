@@ -1,8 +1,8 @@
 """What is done: one append-only file of records a worker, and the proof that all lines are done.
 
 OUT/batch.json            the manifest's SHA-256 and the settings, which a folder keeps
-OUT/records/WORKER.jsonl  {"line", "file", "sha256", "seed", "seconds"}, or {"line", "error"},
-                              or {"line", "refused"}, by a filter
+OUT/records/WORKER.jsonl  {"line", "file", "sha256", "seed", "seconds"}, with the "scores" of
+                              filters; or {"line", "error"}; or {"line", "refused"}, by a filter
 OUT/images.jsonl          all records in the order of the lines, written by `merge`
 """
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from flux.atomic_files import write_atomically
@@ -18,6 +17,7 @@ from flux.batch.manifest import Line, Manifest, Request, file_name
 from flux.batch.records import DONE, OPEN, WRONG, Records
 from flux.errors import RefusedError, UserError
 from flux.generation import Generation
+from flux.image_io.output import RecordedImage
 from flux.image_io.request import ImageInputs
 from flux.progress import duration
 
@@ -253,7 +253,7 @@ class Worker:
             written, self.pending = self.pending, None
             self.records.append(written.result())
 
-    def _save(self, line: Line, image: Image.Image, seconds: float) -> dict[str, Any]:
+    def _save(self, line: Line, image: RecordedImage, seconds: float) -> dict[str, Any]:
         """Write an image; return its record."""
         assert line.request is not None
         name = file_name(line.number, line.request)
@@ -262,13 +262,16 @@ class Worker:
         with write_atomically(path, wait=True) as unfinished:
             image.save(unfinished, format="PNG")
             digest = hashlib.sha256(unfinished.read_bytes()).hexdigest()
-        return {
+        record: dict[str, Any] = {
             "line": line.number,
             "file": name,
             "sha256": digest,
             "seed": line.request.seed,
             "seconds": round(seconds, 3),
         }
+        if image.verdicts:
+            record["scores"] = {each.filter: round(each.score, 3) for each in image.verdicts}
+        return record
 
     def _report_progress(self) -> None:
         """Report on all workers: what is done, the rate since the start, the time that is left."""

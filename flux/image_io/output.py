@@ -217,6 +217,7 @@ class RecordedImage(Image.Image):
 
     metadata: dict
     seal: Callable[[bytes], bytes] | None = None  # from a file's bytes to those to write: signs
+    verdicts: Sequence[Any] = ()  # of the filters that let the image pass
 
     def __eq__(self, other: object) -> bool:
         """Equal pixels: a plain image has no metadata."""

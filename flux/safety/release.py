@@ -28,7 +28,10 @@ def release(
         verdicts.append(filters.judge_image(image) if filters else [])
         if reason := refusal(verdicts[-1]):
             reasons.append(f"image {number} is {reason}")
-        finished.append(None if reason else _marked(image, used, provenance, files))
+            finished.append(None)
+            continue
+        finished.append(marked := _marked(image, used, provenance, files))
+        marked.verdicts = verdicts[-1]
     if reasons:
         raise RefusedError(
             f"prompts: {'; '.join(reasons)}. Change the prompt or the seed.", verdicts, finished

@@ -205,7 +205,10 @@ def test_filters_refuse_prompts_inputs_and_results(batch, tmp_path, monkeypatch)
     assert code == 3 and "2 images, 0 wrong lines, 0 images left, 1 refused by a filter" in said
     assert "line 3: prompts: image 1 is refused by nsfw 0.900" in said
     assert batch("m.jsonl", "both", "--merge")[0] == 3
-    assert ["refused" in record for record in records(tmp_path / "both")] == [False, False, True]
+    found = records(tmp_path / "both")
+    passed = {"nsfw": 0.1, "judge": 0.1}
+    assert [record.get("scores") for record in found] == [passed, passed, None]
+    assert ["refused" in record for record in found] == [False, False, True]
 
 
 @pytest.mark.slow
