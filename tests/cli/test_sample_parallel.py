@@ -6,6 +6,7 @@ What a run prints comes from the first process alone, an error from one process.
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from support.sample_run import (
 pytestmark = pytest.mark.slow
 
 PROGRAM = Path(__file__).resolve().parents[1] / "support/several_samples.py"
+SECONDS = 60  # to the end of all after one has failed, on a busy machine; 5 on a quiet one
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SMALL = (PROMPT, "--width", "80", "--height", "64", "--steps", "3", "--seed", "7")
 NEGATIVE = ("--negative-prompt", "a green star", "--true-cfg-scale", "2")
@@ -45,13 +47,11 @@ class Ended(NamedTuple):
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 
-def run(folder: Path, launcher: tuple, runs: list, of_process_1: dict | None = None) -> Ended:
-    """Run sample.py with each list of arguments in an empty folder."""
+def run(folder: Path, launcher: tuple, *runs: dict) -> Ended:
+    """Run sample.py several times in an empty folder: see `several_samples`."""
     folder.mkdir()
-    work = {"runs": [[str(x) for x in arguments] for arguments in runs]}
-    work["of_process_1"] = of_process_1 or {}
     request = folder.with_suffix(".json")
-    request.write_text(json.dumps(work))
+    request.write_text(json.dumps(runs, default=str))
     done = subprocess.run(
         [sys.executable, *launcher, PROGRAM, request],
         cwd=folder,
@@ -86,8 +86,8 @@ def test_two_processes_write_the_files_of_one(tmp_path):
         [*runs[2], "--shard-weights"],
         [*runs[3], "--parallel", "context=2"],
     ]
-    one = run(tmp_path / "one", (), runs)
-    two = run(tmp_path / "two", TORCHRUN, divided)
+    one = run(tmp_path / "one", (), *(dict(arguments=arguments) for arguments in runs))
+    two = run(tmp_path / "two", TORCHRUN, *(dict(arguments=arguments) for arguments in divided))
     assert one.code == two.code == 0, (one.err, two.err)
     assert one.codes == [[3, 0, 0, 0]] and two.codes == [[3, 0, 0, 0], [0, 0, 0, 0]]
     assert one.err.count("refused by nsfw") == two.err.count("refused by nsfw") == 2
@@ -120,35 +120,45 @@ def test_one_process_of_torchrun_makes_no_group(cli, monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-FAILURES = {
-    "sizes": ({}, "--parallel: context=3 needs 3 processes or a multiple (got 2)"),
-    "arguments": (
-        {"arguments": [*SMALL, "--guidance", "2"]},
-        "--parallel: process 1 has other arguments than process 0: guidance.",
-    ),
-    "files": ({}, "--parallel: process 1 has other files than process 0: transformer t."),
-    "raise": ({"fails": "raise"}, "process 1: --latents: not finite here"),
-    "kill": ({"fails": "kill"}, "another process has ended; torchrun says which, and how."),
-}
-
-
-@pytest.mark.parametrize("kind", FAILURES)
-def test_failure_of_one_ends_all_with_one_sentence(kind, tmp_path):
-    other, sentence = FAILURES[kind]
-    arguments = [*SMALL]
-    if kind == "sizes":
-        arguments += ["--parallel", "context=3"]
-    if kind == "files":  # of the same name, each in its folder
-        arguments += ["--model", "flux.2-tiny", "--transformer", "../0/t.safetensors"]
-        weights = load_file(TOY)
-        for number in ("0", "1/0"):
-            (tmp_path / number).mkdir(parents=True)
-            weights["img_in.weight"] = weights["img_in.weight"] + 0.1
-            save_file(weights, tmp_path / number / "t.safetensors")
-        other = {"folder": str(tmp_path / "1/run")}
-        (tmp_path / "1/run").mkdir()
-    done = run(tmp_path / "run", TORCHRUN, [arguments], other)
-    assert done.code == 1  # torchrun's own
-    assert len(done.errors) == 1 and sentence in done.errors[0], done.err
+def ended(done: Ended, *sentences: str) -> None:
+    """Assert that one process said each of these, that no file was written, and that all ended."""
+    assert len(done.errors) == len(sentences), done.err
+    assert all(said in error for said, error in zip(sentences, done.errors)), done.err
     assert "Traceback" not in done.err.partition("ChildFailedError")[0].partition("torch/")[0]
     assert done.out == "" and not [n for n in files_in(done.folder) if n.endswith(".png")]
+    assert time.time() - (done.folder / "failed").stat().st_mtime < SECONDS
+    assert done.code == 1  # torchrun's own
+
+
+def test_failures_end_all_with_one_sentence(tmp_path):
+    """What is wrong in all processes, what differs between them, and what one of them raises."""
+    weights = load_file(TOY)
+    for number in ("0", "1/0"):  # files of one name, each in the folder of a process
+        (tmp_path / number).mkdir(parents=True)
+        weights["img_in.weight"] = weights["img_in.weight"] + 0.1
+        save_file(weights, tmp_path / number / "t.safetensors")
+    (tmp_path / "1/run").mkdir()
+    own = ("--model", "flux.2-tiny", "--transformer", "../0/t.safetensors")
+    done = run(
+        tmp_path / "run",
+        TORCHRUN,
+        dict(arguments=[*SMALL, "--parallel", "context=3"]),
+        dict(arguments=SMALL, of_process_1=dict(arguments=[*SMALL, "--guidance", "2"])),
+        dict(arguments=[*SMALL, *own], of_process_1=dict(folder=tmp_path / "1/run")),
+        dict(arguments=[*SMALL, "--max-vram", "0.011"]),
+        dict(arguments=SMALL, of_process_1=dict(fails="raise")),
+    )
+    ended(
+        done,
+        "--parallel: context=3 needs 3 processes or a multiple (got 2)",
+        "--parallel: process 1 has other arguments than process 0: guidance.",
+        "--parallel: process 1 has other files than process 0: transformer t.",
+        "--max-vram: flux.2-tiny at 80x64 needs at least 0.1 GB (got 0.011).",
+        "process 1: --latents: not finite here",
+    )
+    assert [codes[:4] for codes in done.codes] == [[2, 2, 2, 2]] * 2
+
+
+def test_lost_process_ends_all_with_one_sentence(tmp_path):
+    done = run(tmp_path / "run", TORCHRUN, dict(arguments=SMALL, of_process_1=dict(fails="kill")))
+    ended(done, "another process has ended; torchrun says which, and how.")

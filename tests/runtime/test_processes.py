@@ -2,18 +2,11 @@
 
 import pytest
 import torch
-from support.process_cases import compare_values, first_computes, first_fails, refusals
-from support.processes import Processes
+from support.process_cases import compare_values, decoded, first_computes, first_fails, refusals
 
 from flux.errors import UserError
 from flux.runtime import processes
 from flux.runtime.processes import fingerprint
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    with Processes(2, tmp_path_factory.mktemp("two")) as started:
-        yield started
 
 
 def test_first_process_computes_for_all(two):
@@ -31,6 +24,10 @@ def test_failure_of_the_first_is_raised_in_all(two):
 def test_values_that_differ_are_named(two):
     said = "parallel: process 1 has other files than process 0: a, only 0, only 1. Give all"
     assert all(text.startswith(said) for text in two(compare_values))
+
+
+def test_images_are_decoded_in_turn(two):
+    assert two(decoded) == [([0, 2], [0, 1, 2]), ([1], [0, 1, 2])]
 
 
 def test_what_cannot_be_divided_is_refused(two):

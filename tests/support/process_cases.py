@@ -38,6 +38,18 @@ def compare_values() -> str:
     return ""
 
 
+def decoded() -> tuple[list[int], list[int]]:
+    """Return the numbers of the images that this process decodes, and of those that it gets."""
+    own: list[int] = []
+
+    def plain(latents: torch.Tensor) -> list[int]:
+        own.extend(latents.flatten().int().tolist())
+        return own[-1:]
+
+    made = parallel.Parallel(parallel.Sizes(data=world_size()), "cpu")
+    return own, made.decode(plain, torch.arange(3.0)[:, None, None, None])
+
+
 def refusals() -> list[str]:
     """Return why a divided pass, or a mesh, is refused."""
     import torch.distributed as dist

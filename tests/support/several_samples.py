@@ -1,7 +1,7 @@
 """A program for torchrun, or for one process: run scripts/sample.py several times.
 
-Its argument is a JSON file: {"runs": lists of arguments, "of_process_1": what that process does
-instead in the last run}. Each process writes its exit codes to codes.RANK.json.
+Its argument is a JSON file: a list of runs, each with its "arguments" and, as "of_process_1", what
+that process does instead. Each process writes its exit codes to codes.RANK.json.
 """
 
 import json
@@ -24,6 +24,7 @@ def fail_in_step_two(how: str) -> None:
     def failing(self, x, t):
         steps.append(t)
         if len(steps) == 2:
+            Path("failed").touch()
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise NonFiniteError("latents: not finite here")
@@ -32,19 +33,34 @@ def fail_in_step_two(how: str) -> None:
     velocity.Velocity.__call__ = failing
 
 
+def forget_failure() -> None:
+    """Let the next run fail, too: a real one would be the last of its processes."""
+    import torch.distributed as dist
+
+    from flux.runtime import processes
+
+    if processes.world_size() > 1:
+        dist.barrier()
+        if processes.rank() == 0:
+            processes._store.delete_key("failed")
+            processes._store.delete_key("said")
+        dist.barrier()
+
+
 def main() -> int:
     import sample
 
-    work, number = json.loads(Path(sys.argv[1]).read_text()), os.environ.get("RANK", "0")
-    written = Path(f"codes.{number}.json").absolute()
-    other, codes = work.get("of_process_1", {}) if number == "1" else {}, []
-    for count, arguments in enumerate(work["runs"], start=1):
-        if count == len(work["runs"]):
-            arguments = other.get("arguments", arguments)
-            os.chdir(other.get("folder", "."))
-            if "fails" in other:
-                fail_in_step_two(other["fails"])
-        sys.argv = ["sample.py", *arguments]
+    runs, number = json.loads(Path(sys.argv[1]).read_text()), os.environ.get("RANK", "0")
+    home, codes = Path.cwd(), []
+    written = home / f"codes.{number}.json"
+    for run in runs:
+        if codes and codes[-1] not in (0, 3):
+            forget_failure()
+        other = run.get("of_process_1", {}) if number == "1" else {}
+        os.chdir(other.get("folder", home))
+        if "fails" in other:
+            fail_in_step_two(other["fails"])
+        sys.argv = ["sample.py", *map(str, other.get("arguments", run["arguments"]))]
         codes.append(sample.main())
         written.write_text(json.dumps(codes))
     return codes[-1]
