@@ -118,9 +118,12 @@ class LoadedControlNet:
         """Return what `sample` takes as `residuals` for a control image of the output's size."""
         pipe, network, c = self.pipe, self.network, self.pipe.spec.flux_config
         hint = network.input_hint_block is not None
-        control = to_pixels(as_image(image)) if hint else pipe.to_latents(image)
-        if not hint:
-            control = rearrange(control, "b c h w -> b (h w) c")
+        picture = as_image(image)
+        if hint:
+            pipe.judge_image(picture)
+            control = to_pixels(picture)
+        else:
+            control = rearrange(pipe.to_latents(picture), "b c h w -> b (h w) c")
         control = control.to(pipe.device, pipe.dtype)
 
         def residuals(img: Tensor, *rest: Any) -> Residuals:

@@ -347,6 +347,11 @@ class Pipeline:
         self.residency.done(self.image_encoder, *self.redux_networks)
         return replace(conditions, crop=crop)
 
+    def judge_image(self, image: Image.Image) -> None:
+        """Raise RefusedError if the filters refuse an image."""
+        if self.filters is not None:
+            self.filters.check_images([image])
+
     def _judge_images(self, inputs: Sequence[ImageInputs]) -> None:
         """Raise RefusedError if the filters refuse an image or a mask."""
         for images in inputs if self.filters is not None else ():
@@ -629,8 +634,7 @@ class Pipeline:
         Its sides are scaled to multiples of 16 pixels.
         """
         picture = as_image(image)
-        if self.filters is not None:
-            self.filters.check_images([picture])
+        self.judge_image(picture)
         width, height = round_to_16(picture.size)
         check_size(height, width)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)

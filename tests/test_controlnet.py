@@ -1,6 +1,7 @@
 """flux.controlnet against diffusers' FluxControlNetModel, live, in both layouts of files."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 import flux
 from flux.configs import MODELS
 from flux.controlnet import ControlNet, load_controlnet, spread
-from flux.errors import UserError
+from flux.errors import RefusedError, UserError
 from flux.parity.reference import (
     diffusers_transformer,
     loaded,
@@ -18,6 +19,8 @@ from flux.parity.reference import (
     randomise,
     transformer_to_diffusers,
 )
+from flux.safety.filters import Filters
+from flux.safety.verdict import Verdict
 from flux.sampling import image_ids, text_ids
 from flux.transformer import Flux
 from flux.weights.inspection import inspect
@@ -127,6 +130,11 @@ def test_controlnet_equals_diffusers(pipe, layout, tmp_path):
         assert len(ours) == len(expected)
         for a, b in zip(ours, expected):
             assert a is b is None or torch.equal(a, b)
+    refuse = SimpleNamespace(judge=lambda image: Verdict("judge", 1.0, 0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe, "filters", Filters(nsfw=refuse))
+        with pytest.raises(RefusedError):
+            control.residuals(image)
 
     transformer = loaded(
         diffusers_transformer(C), transformer_to_diffusers(pipe.transformer().state_dict(), C)

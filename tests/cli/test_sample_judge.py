@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 GOOD, BAD = "a red circle on a blue background", "a forbidden blue star"
 RUN = ("--width", 64, "--height", 64, "--steps", 1, "--seed", 1, "--output", "a.png")
 JUDGED = ("--filter", "judge")
+FLUX3 = ("--model", "flux.3-image-klein")
 
 
 class Stub:
@@ -68,6 +69,11 @@ def no_model(monkeypatch):
         (GOOD, "--image", "blue.png", "--mask", "gray.png"),
         (GOOD, "--image", "gray.png", "--strength", 0.5),
         (BAD, "--upsample", "http://127.0.0.1:1", "--upsample-model", "m"),
+        ("a <cat>", *FLUX3, "--box", "cat:0,0,0.5,0.5:a forbidden cat"),
+        ("a cat", *FLUX3, "--box", "cat:0,0,0.5,0.5:a forbidden cat"),  # not cited
+        ("a <forbidden>", *FLUX3, "--box", "forbidden:0,0,0.5,0.5"),
+        ("a <cat>", *FLUX3, "--boxes", "boxes.json"),
+        ('a <a> [{"id": "a", "bbox": [0, 0, 9, 9], "desc": "forbidden"}]', *FLUX3),
     ],
     ids=lambda given: " ".join(map(str, given)),
 )
@@ -76,6 +82,8 @@ def test_refused_before_the_model_loads(cli, stub, given, monkeypatch):
     Image.new("RGB", (64, 64), "blue").save("blue.png")
     with open("prompts.txt", "w") as file:
         file.write(f"{BAD}\n")
+    with open("boxes.json", "w") as file:
+        json.dump([{"id": "cat", "bbox": [0, 0, 0.5, 0.5], "desc": "a forbidden cat"}], file)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{BAD}\n".encode())))
     if "made" in str(given):
         cli(BAD, *RUN, "--output", "made.png", "--save-latents")

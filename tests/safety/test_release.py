@@ -81,6 +81,21 @@ def test_refused_before_a_network_loads(pipe, monkeypatch, call):
     assert refusal.value.verdicts[0].refused and refusal.value.images == []
 
 
+def test_preview_is_judged_before_it_is_shown(pipe, monkeypatch):
+    """A refusal ends the call: what would be refused at the end is never seen on the way."""
+    shown, preview = [], flux.Preview(pipe)
+
+    def show(step, t, latents):
+        shown.extend(preview())
+        monkeypatch.setattr(
+            pipe.filters.judge, "judge", lambda image: Verdict("judge", step / 2, 0.5)
+        )
+
+    with pytest.raises(RefusedError, match=r"^preview: number 1 is refused by judge 0\.500"):
+        pipe(GOOD, width=64, height=64, steps=3, callback=show)
+    assert len(shown) == 1
+
+
 def test_masks_and_files_are_judged(pipe, tmp_path, monkeypatch):
     mask = Image.new("L", (64, 64), 255)
     pipe.filters.judge.refused.append(mask)
