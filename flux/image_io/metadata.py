@@ -190,7 +190,8 @@ def source_type(metadata: dict) -> str | None:
     """
     if "model" not in metadata:
         return None
-    options = metadata.get("image_options") or {}
+    options = metadata.get("image_options")
+    options = options if isinstance(options, dict) else {}  # of a foreign file, perhaps not
     partly = metadata.get("mask") or options.get("outpaint")
     term = "trainedAlgorithmicMedia"
     if partly and options.get("composite"):

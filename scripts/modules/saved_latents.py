@@ -81,15 +81,18 @@ def decode(args: argparse.Namespace, load) -> int:
         return REFUSED
     pipe = load(args)
     safety.loaded(pipe)
+    has_record = len(latents) == 1 and "model" in metadata and not metadata.get("mask")
     if metadata.get("mask"):
         say("note: what the mask protected is in the input image, and is not put back")
-        metadata = {}
+    if not has_record:
+        metadata = {"model": pipe.spec.name}  # of which there is at least IPTC's mark
+    metadata |= safety.metadata
+    safety.record = has_record and not args.no_metadata
     for image in pipe.decode(latents):
-        recorded = metadata | safety.metadata if len(latents) == 1 and not args.no_metadata else {}
-        if refusal := safety.refusal(image, recorded):
+        if refusal := safety.refusal(image, metadata):
             say(refusal)
             continue
         image = safety.mark(image, metadata)
-        seal = safety.seal(metadata | safety.metadata)
-        show(output.save(image, args.output, recorded, record=bool(recorded), seal=seal))
+        seal = safety.seal(metadata)
+        show(output.save(image, args.output, metadata, record=safety.record, seal=seal))
     return REFUSED if safety.refused else 0

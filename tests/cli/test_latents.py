@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from support.sample_run import PROMPT, QUICK, pixels
 
 from flux.image_io.output import read_metadata
+from flux.safety.verification import verify
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +44,29 @@ def test_a_run_goes_on_from_latents_and_is_made_again(cli, saved):
     saved[1].write_bytes(b"other")
     changed = cli("--from-image", "b.png")
     assert changed.code == 2 and "is not the file that b.png was made with" in changed.err
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"model": "flux.2-tiny", "image_options": "x", "mask": 3, "seed": []},
+        {"model": "flux.2-tiny", "image_options": ["x"], "images": 7},
+        {"prompt": {}},
+        [],
+        None,
+    ],
+)
+def test_every_decoded_image_has_the_mark_of_generated_media(cli, record):
+    """Without a record, with a foreign one, and where the record cannot hold: of two images."""
+    for count in (1, 2):
+        header = None if record is None else {"flux": json.dumps(record)}
+        save_file({"latents": torch.zeros(count, 64, 4, 4)}, "l.safetensors", header)
+        for flags in ((), ("--no-metadata",)):
+            run = cli("--latents", "l.safetensors", "--model", "flux.2-tiny", *flags)
+            assert run.code == 0 and len(run.images) == count, run.err
+            for path in run.images:
+                (found,) = [f for f in verify(path) if f.kind == "source type"]
+                assert found.holds and found.text.startswith("trainedAlgorithmicMedia")
 
 
 def test_wrong_latents_are_refused(cli, saved, tmp_path):
