@@ -100,6 +100,8 @@ class Safety:
         self.files: dict = {}  # of the pipeline
         self.provenance = load_provenance(args, earlier.get("watermark"))
         self.provenance.check_sizes([size])
+        if self.provenance.watermark == "bfl" and args.output.suffix.lower() != ".png":
+            say("note: JPEG and WebP often erase BFL's watermark; PNG, and the tile mark, do not")
         self.filters = load_filters(args)
         if self.review:
             output.check_output(self.review, name="review")

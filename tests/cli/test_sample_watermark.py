@@ -65,6 +65,8 @@ def test_mark_without_a_record(cli, verify):
 def test_marks_of_bfl_are_told_where_they_cannot_be_read(cli, verify):
     run = cli(*RUN, "--watermark", "bfl")
     path = image_of(run)
+    assert "JPEG and WebP often erase" not in run.err
+    assert "JPEG and WebP often erase" in cli(*RUN, "--watermark", "bfl", "--output", "a.jpg").err
     code, out = verify(path)
     readable = "BFL's watermark cannot be read back" not in run.err
     assert code == (0 if readable else 1) and "watermark: " in out
