@@ -18,6 +18,8 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
+_made: list[Path] = []  # by `make_folder`, each folder after its parent
+
 
 @contextmanager
 def write_atomically(path: Path, overwrite: bool = True, wait: bool = False) -> Iterator[Path]:
@@ -62,6 +64,20 @@ def check_absent(path: Path) -> None:
     is_empty_folder = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if os.path.lexists(path) and not is_empty_folder:
         raise UserError(f"{path}: exists already. Delete it, or choose another name.")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents; `remove_empty_folders` removes those that stay empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    _made.extend(reversed([path.absolute() for path in new]))
+
+
+def remove_empty_folders() -> None:
+    """Remove the folders that this process made and wrote nothing to."""
+    while _made:
+        with suppress(OSError):  # it has files
+            _made.pop().rmdir()
 
 
 @contextmanager
@@ -109,7 +125,11 @@ def exclusive_lock(path: Path, wait: bool = False) -> Iterator[bool]:
 def _open_locked(lock: Path, path: Path, wait: bool) -> tuple[int, bool]:
     """Return the open file, and whether it is locked."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            error.filename = str(path)  # whose name the user knows
+            raise
         try:
             is_locked = _lock(descriptor, path, wait)
             # who held the lock before has deleted the file, which another process may then create

@@ -393,11 +393,12 @@ def dtype_name(pipe) -> str:
 
 def check_json(path: Path | None) -> None:
     """Make the folder of --json. UserError if no file can be written there."""
+    from flux.atomic_files import make_folder
     from flux.errors import UserError
 
     try:
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with tempfile.NamedTemporaryFile(dir=path.parent):
                 pass
     except OSError as error:

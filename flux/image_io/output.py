@@ -16,7 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flux.atomic_files import remove_leftovers, unfinished_file, write_atomically
+from flux.atomic_files import make_folder, remove_leftovers, unfinished_file, write_atomically
 from flux.errors import NonFiniteError, UserError
 from flux.image_io.input import open_image
 from flux.image_io.metadata import parameters, source_type
@@ -74,7 +74,7 @@ def check_output(path: Path, texts: Iterable[str] = (), name: str = "output") ->
             f"{name}: {path} has {path.suffix or 'no suffix'} (expected {', '.join(FORMATS)})."
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         next_free_path(path)  # raises if the name is too long for the file system
         with unfinished_file(path, wait=True) as unfinished:
             unfinished.touch()
@@ -268,11 +268,15 @@ def write_exclusive(
 ) -> Path:
     """Call `write` with a file of a free name, and return the name. Atomic; never overwrites.
 
-    Of several processes that write to one `path`, one waits for the other.
+    Of several processes that write to one `path`, one waits for the other. OSError names `path`.
     """
     with unfinished_file(path, wait=True) as unfinished:
-        with unfinished.open("xb") as file:
-            write(file)
+        try:
+            with unfinished.open("xb") as file:
+                write(file)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         while True:
             target = next_free_path(path, suffixes)
             try:

@@ -82,13 +82,13 @@ class Selection:
     """The tensors to record."""
 
     only: tuple[str, ...] = ()  # patterns of `hooks.matches`; none: every tensor
-    steps: tuple[int, ...] = ()  # counted from 1; none: every step
-    keep: Kind = "full"
+    at_steps: tuple[int, ...] = ()  # counted from 1; none: every step
+    store: Kind = "full"
     limit: float = 10e9  # bytes
 
     def __contains__(self, name: str) -> bool:
         step = re.match(r"step\.(\d+)", name)
-        in_steps = not self.steps or step is None or int(step[1]) in self.steps
+        in_steps = not self.at_steps or step is None or int(step[1]) in self.at_steps
         return in_steps and matches(name, self.only)
 
 
@@ -118,7 +118,7 @@ def capture(
             limit = f"{readable(free)} are free on its disk"
         raise UserError(
             f"{path}: would hold up to {readable(expected.bytes)} in {expected.count:,} tensors, "
-            f'and {limit}. Select tensors with `only` or `steps`, or pass `keep="probe"`.'
+            f'and {limit}. Select tensors with `only` or `at_steps`, or pass `store="probe"`.'
         )
     report(
         f"recording {expected.count:,} of {len(expected.names):,} tensors, "
@@ -131,7 +131,7 @@ def capture(
             if name == "schedule":
                 recipe["schedule"] = tensor.tolist()
             if name in selection:
-                writer.add(name, tensor, selection.keep)
+                writer.add(name, tensor, selection.store)
 
         try:
             run(pipe, request, observer)
@@ -358,7 +358,7 @@ def plan(pipe: Pipeline, request: Request, selection: Selection = Selection()) -
         if name not in selection:
             return
         out.count += 1
-        kind = kind_of(tensor, selection.keep)
+        kind = kind_of(tensor, selection.store)
         # an output that is the next module's input is stored once
         if kind != "full" or id(tensor) not in seen:
             out.bytes += stored_as(tensor, kind)
@@ -368,9 +368,9 @@ def plan(pipe: Pipeline, request: Request, selection: Selection = Selection()) -
         run(without_weights(pipe), request, observer)
     check_patterns(selection.only, out.names)
     steps = sum(name.endswith("/velocity") for name in out.names)
-    for step in selection.steps:
+    for step in selection.at_steps:
         if not 1 <= step <= steps:
-            raise UserError(f"steps: there are {steps} steps, counted from 1 (got {step}).")
+            raise UserError(f"at_steps: there are {steps} steps, counted from 1 (got {step}).")
     return out
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux.atomic_files import exclusive_lock, remove_leftovers, write_atomically
+from flux.atomic_files import exclusive_lock, make_folder, remove_leftovers, write_atomically
 from flux.errors import UserError
 from flux.parity.capture_metadata import (
     BINS,
@@ -285,7 +285,7 @@ def check_new(path: Path) -> None:
             "Delete it, or choose another name."
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with exclusive_lock(path):  # no other process writes it, and the folder is writable
             pass
     except OSError as error:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from flux import sampling
-from flux.atomic_files import remove_leftovers, write_atomically
+from flux.atomic_files import make_folder, remove_leftovers, write_atomically
 from flux.configs import FLUX2Text, ModelSpec
 from flux.errors import NonFiniteError, UserError
 from flux.hooks import check_patterns, matches
@@ -75,7 +75,7 @@ def build(
     check_possible(pipe, request, folder)
     networks = networks_of(pipe) if include_weights else {}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with write_atomically(folder, overwrite=False) as unfinished:
             unfinished.mkdir()
             check_size(pipe, request, only, networks, folder, limit, report)

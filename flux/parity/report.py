@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+from flux.atomic_files import make_folder
 from flux.errors import UserError, WriteError
 from flux.image_io.output import write_exclusive
 from flux.parity import figures
@@ -96,7 +97,7 @@ def check_output(path: str | Path, folder: str | Path | None = None) -> None:
     for field, place in (("output", path.parent), ("png", Path(folder) if folder else None)):
         try:
             if place is not None:
-                place.mkdir(parents=True, exist_ok=True)
+                make_folder(place)
                 with tempfile.NamedTemporaryFile(dir=place):
                     pass
         except OSError as error:

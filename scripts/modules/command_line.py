@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(self._explain(unknown))
+            self.error(self._explain(unknown, found))
         return found
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
@@ -132,25 +132,24 @@ class Parser(argparse.ArgumentParser):
         dashed = name.replace("_", "-")
         return f"{dashed}{equals}{value}" if dashed in self._option_string_actions else argument
 
-    def _explain(self, unknown: Sequence[str]) -> str:
+    def _explain(self, unknown: Sequence[str], found: argparse.Namespace) -> str:
         """Return what is wrong with arguments that this parser does not know."""
         flags = [given.partition("=")[0] for given in unknown if given.startswith("-")]
         if not flags:
             return f"{unknown[0]!r:.80} is one argument too many"
         name = flags[0].replace("_", "-")
-        bare = {flag.lstrip("-"): flag for flag in self._flags()}
+        bare = {flag.lstrip("-"): flag for flag in self._flags(found)}
         near = get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.75)
         longer = [flag for flag in bare.values() if len(name) > 3 and flag.startswith(name)]
         fix = self.others.get(name, (longer + [bare[one] for one in near] + [""])[0])
         return f"{flags[0]}: there is no such flag" + (f". Did you mean {fix}?" if fix else "")
 
-    def _flags(self) -> Iterator[str]:
-        """Yield the flags of this parser and of its commands, without hidden aliases."""
+    def _flags(self, found: argparse.Namespace) -> Iterator[str]:
+        """Yield the flags of this parser and of the chosen command, without hidden aliases."""
         for action in self._actions:
             yield from action.option_strings
             if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser._flags()
+                yield from action.choices[getattr(found, action.dest)]._flags(found)
 
     def error(self, message: str) -> NoReturn:
         if not message.endswith("."):
@@ -295,6 +294,7 @@ def exit_code(
     """
     from modules.progress_lines import ProgressLines
 
+    from flux.atomic_files import remove_empty_folders
     from flux.errors import NonFiniteError, UserError
     from flux.progress import listen
 
@@ -326,3 +326,5 @@ def exit_code(
             "out of memory. Make the image smaller, or use a smaller model (weights.md lists what "
             "each model needs)."
         )
+    finally:
+        remove_empty_folders()

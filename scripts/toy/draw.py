@@ -38,7 +38,7 @@ with imports(__name__, parser):
     from PIL import Image
 
     from flux import toy
-    from flux.atomic_files import write_atomically
+    from flux.atomic_files import make_folder, write_atomically
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def draw(args: argparse.Namespace) -> int:
-    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(args.folder.parent)
     with write_atomically(args.folder, overwrite=False) as folder:
         folder.mkdir()
         if args.edits:

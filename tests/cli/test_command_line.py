@@ -226,3 +226,33 @@ def test_image_is_kept_if_standard_output_is_full(tmp_path):
     assert done.stderr.splitlines()[-1] == "error: standard output: No space left on device"
     assert output.read_metadata(tmp_path / "a.png")["prompt"] == "x"
     assert os.listdir(tmp_path) == ["a.png"]
+
+
+NEW = ("--output", "new/deep/a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("capture", "a red circle", "--width", 65, *NEW),
+        ("capture", "a red circle", "--model", "nonsense", *NEW),
+        ("capture", "a red circle", "--only", "nothing", *NEW),
+        ("capture", "a red circle", "--max-vram", 1e-6, *NEW),
+        ("golden-kit", "--seed", -1, "--output", "new/deep/kit"),
+        ("report", "a.safetensors", "b.safetensors", "--output", "new/a.html", "--png", "new/png"),
+        ("compare", "a.safetensors", "b.safetensors", "--json", "new/deep/a.json"),
+    ],
+    ids=lambda command: " ".join(map(str, command[:4])),
+)
+def test_refused_run_of_parity_leaves_no_folder(command, parity, tmp_path):
+    code, out, err = parity(*command)
+    assert code == 2 and out == "" and "error: " in err.splitlines()[-1], err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_run_of_sample_leaves_no_folder_of_its_own(cli):
+    (cli("x", "--width", 65).folder / "kept").mkdir()
+    for folder in ("new/deep", "kept/deep"):
+        run = cli("x", "--filter", "nsfw", "--output", f"{folder}/a.png")
+        run.fails_with("--filter-weights: ")
+    assert [path.name for path in run.folder.rglob("*")] == ["kept"]

@@ -127,4 +127,5 @@ def test_full_disk_while_a_refused_image_is_put_aside(cli, folder, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     filtered = ("--filter", "nsfw", "--filter-weights", folder, "--review", "aside")
-    cli(RED, *RUN, *filtered).fails_with("No space left on device", code=1)
+    full = "error: aside/a.png: No space left on device"
+    cli(RED, *RUN, *filtered).fails_with(full, code=1)

@@ -324,7 +324,7 @@ def test_tensors_before_a_nan_are_kept(load, tmp_path):
 
 def test_selection_limits_names_and_steps(load, tmp_path):
     pipe = load("flux.1-dev")
-    only = Selection(("double_blocks.1.*", "velocity"), steps=(2,))
+    only = Selection(("double_blocks.1.*", "velocity"), at_steps=(2,))
     names = capture(pipe, REQUESTS["flux.1-dev"], tmp_path / "a.safetensors", only).names
     assert names and all(n.startswith("step.002/") for n in names)
     assert {re.sub(r"^step\.002/(negative/)?", "", n).split("/")[0] for n in names} >= {
@@ -955,7 +955,7 @@ def test_unmatched_pattern_suggests_near_names(only, near, load, tmp_path):
 def test_wrong_requests_are_refused(load, tmp_path):
     pipe, path = load("flux.1-dev"), tmp_path / "a.safetensors"
     with pytest.raises(UserError, match=r"steps: there are 2 steps, counted from 1 \(got 3\)"):
-        capture(pipe, SMALL, path, Selection(steps=(1, 3)))
+        capture(pipe, SMALL, path, Selection(at_steps=(1, 3)))
     with pytest.raises(UserError, match="width: must be a multiple of 16"):
         capture(pipe, replace(SMALL, width=100), path)
     with pytest.raises(UserError, match="must be a .safetensors file"):

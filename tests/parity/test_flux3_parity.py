@@ -142,7 +142,7 @@ def test_bisect_finds_nothing_in_the_same_network(run):
 
 @pytest.mark.slow
 def test_part_of_a_run_is_captured(run, tmp_path):
-    only = Selection(("single_blocks.1", "*/vec"), steps=(2,), keep="probe")
+    only = Selection(("single_blocks.1", "*/vec"), at_steps=(2,), store="probe")
     part = capture(run.pipe, run.request, tmp_path / "part.safetensors", only)
     assert "step.002/single_blocks.1/out" in part.names and "step.002/vec" in part.names
     assert all("single_blocks.1" in name or name.endswith("/vec") for name in part.names)

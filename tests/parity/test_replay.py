@@ -415,7 +415,7 @@ def test_overflowing_tensor_gets_no_tolerance(captures, pipeline):
 
 def test_incomplete_captures_are_refused(captures, pipeline, tmp_path):
     pipe, request = pipeline(KLEIN), TINY
-    few = Selection(("step.001/*/out",), keep="probe")
+    few = Selection(("step.001/*/out",), store="probe")
     few = capture(pipe, request, tmp_path / "few.safetensors", few)
     with pytest.raises(UserError, match="has no module with all inputs .* double_blocks.3"):
         replay_modules(few, Modules(pipe))
