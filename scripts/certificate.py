@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from modules.command_line import Parser, exit_code, say
 
+MAX_NAME = 59  # bytes: X.509 has room for 64, and the root is called "NAME root"
 DAYS = 397  # of the signer's certificate; the root's has ten years
 
 
@@ -40,14 +41,18 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     import torch  # noqa: F401  (flux needs it)
 
-    from flux.atomic_files import check_absent, write_atomically
+    from flux.atomic_files import check_absent, make_folder, write_atomically
     from flux.errors import UserError
 
-    if not 1 <= len(args.name) <= 64 or not args.name.isprintable():
-        raise UserError(f"name: must have 1 to 64 printable characters (got {args.name!r:.80}).")
+    size = len(args.name.encode(errors="replace"))  # certificates limit bytes
+    if not 1 <= size <= MAX_NAME or not args.name.isprintable():
+        raise UserError(
+            f"name: must have 1 to {MAX_NAME} printable characters, fewer if they are not ASCII "
+            f"(got {args.name!r:.80}, of {size} bytes)."
+        )
     check_absent(args.folder)
-    args.folder.parent.mkdir(parents=True, exist_ok=True)
     files = make(args.name)
+    make_folder(args.folder.parent)
     with write_atomically(args.folder, overwrite=False) as folder:
         folder.mkdir()
         for name, data in files.items():
@@ -116,7 +121,7 @@ def make(name: str, days: int = DAYS) -> dict[str, bytes]:
         return signed.public_bytes(serialization.Encoding.PEM)
 
     root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    root_name = f"{name} root"[:64]
+    root_name = f"{name} root"
     root = certificate(root_name, root_key.public_key(), root_name, root_key, True)
     own = certificate(name, key.public_key(), root_name, root_key, False)
     secret = key.private_bytes(

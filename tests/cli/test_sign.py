@@ -282,6 +282,21 @@ def test_keys_that_cannot_sign_are_refused_before_any_work(folder, key, chain, w
         Signer(folder / key, folder / chain)
 
 
+@pytest.mark.parametrize("name", ["模" * 19, "é" * 29, 59 * "a", "<b>\"'&"])
+def test_name_may_have_any_characters_that_fit(name, tmp_path, monkeypatch, capsys):
+    run = ["certificate.py", str(tmp_path / "signing"), "--name"]
+    monkeypatch.setattr(sys, "argv", [*run, name + 30 * "é"])
+    assert certificate.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --name: must have 1 to 59 printable characters")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(sys, "argv", [*run, name])
+    assert certificate.main() == 0
+    signer = Signer(tmp_path / "signing/key.pem", tmp_path / "signing/chain.pem")
+    root = (tmp_path / "signing/root.pem").read_bytes()
+    assert signature(signed(signer, tmp_path / "a.png"), root).text == f"trusted, by {name}"
+
+
 def test_script_makes_a_key_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["certificate.py", str(tmp_path / "signing")])
     assert certificate.main() == 0 and "on no trust list" in capsys.readouterr().err
