@@ -21,6 +21,7 @@ CANVAS = 1000
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 ORIGIN = re.compile(r"ref_image_(\d{1,2})|target")
 BOXES = ("bbox", "src_bbox", "tgt_bbox")
+FIELDS = ("id", "from", *BOXES, "desc")
 SAME = 0.9  # overlap from which on two boxes are of one thing
 ORDER = "y_min, x_min, y_max, x_max, as shares of the height and width from 0 to 1"
 
@@ -61,10 +62,16 @@ def box_rows(boxes: Sequence[Mapping[str, Any]], images: int = 0) -> list[dict[s
         A source without a target is removed. Boxes are [y_min, x_min, y_max, x_max], from 0 to 1.
         Without an id, a box is called obj_1, obj_2 and so on.
     images: the number of references.
-    UserError for a box outside of the image or without area, and for a name that occurs twice.
+    UserError for a box outside of the image or without area, for a name that occurs twice, and for
+    a field that is none of these.
     """
     rows: list[dict[str, Any]] = []
     for number, box in enumerate(boxes, start=1):
+        if not isinstance(box, Mapping) or box.keys() - FIELDS:
+            raise UserError(
+                f"boxes: box {number} must have fields of {', '.join(FIELDS)} alone (got "
+                f"{shown(box)})."
+            )
         name = box.get("id") or f"obj_{number}"
         if not (isinstance(name, str) and NAME.fullmatch(name)):
             raise UserError(

@@ -118,6 +118,15 @@ def checked(
             "Leave `width` and `height` out."
         )
     check_size(conditions.height, conditions.width)
+    tokens, ids = conditions.references, conditions.reference_ids
+    shapes = [None if x is None else tuple(x.shape[-2:]) for x in (tokens, ids)]
+    channels, axes = spec.autoencoder.latent_channels, len(spec.transformer.axes_dim)
+    count = 0 if ids is None else len(ids)
+    if shapes not in ([None, None], [(count, channels), (count, axes)]):
+        raise UserError(
+            f"conditions: `references` must be (B, R, {channels}), and `reference_ids` (R, {axes}) "
+            f"(got {shown(tokens)} and {shown(ids)}). Pass what `condition` returns."
+        )
     return conditions
 
 

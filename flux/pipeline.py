@@ -526,6 +526,8 @@ class Pipeline:
         conditions = conditioning.checked(self.spec, conditions, width, height)
         batch = len(features.tokens) if batch is None else arguments.to_integer("batch", batch)
         check_features(self.spec, "features", features, batch)
+        if negative is not None:
+            check_features(self.spec, "negative", negative, batch)
         h = conditions.height // 16
         scales, inputs = self._guidance(guidance, true_cfg_scale, 1)
         if self.spec.flux3:
@@ -592,6 +594,10 @@ class Pipeline:
             raise UserError(f"residuals: {name} takes none. Use a model of FLUX.1 or FLUX.2.")
         if any(f.mask is not None for f in prompts):
             raise UserError(f"features: {name} takes no `mask`. Use a model of FLUX.1 or FLUX.2.")
+        if negative is not None and self.spec.distilled:
+            raise UserError(
+                f"negative: {name} takes none: {self.spec.distilled}. Use a base model."
+            )
         self.text_tokens = max(self.text_tokens, *(f.tokens.shape[1] for f in prompts))
 
     def watch(

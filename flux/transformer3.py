@@ -258,9 +258,9 @@ class Flux3(nn.Module):
         vec, vec_0 = self.vec(t, target), self.vec(torch.zeros_like(t), target)
         text = self.stream("txt", txt, self.rope(txt_ids), vec_0)
         others = []
-        if references is not None:
-            if reference_ids is None:
-                raise ValueError("reference_ids: missing. Pass the positions of `references`.")
+        if (references is None) != (reference_ids is None):
+            raise ValueError("reference_ids: are the positions of `references`. Pass both.")
+        if references is not None and reference_ids is not None:
             others = [self.stream("image_cond", references, self.rope(reference_ids), vec_0)]
         return self.denoise(img, self.rope(img_ids), vec, text, *others)
 

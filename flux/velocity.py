@@ -155,12 +155,6 @@ class Velocity:
         if ids is None:
             ids = sampling.text_ids(txt.shape[1], self.img_ids.shape[1])
         length = len(ids) + len(self.img_ids)
-        fitting = txt.shape[1], self.img_ids.shape[1]
-        if ids.shape != fitting:
-            raise UserError(
-                f"features: `ids` must be {fitting}, one position for each text token "
-                f"(got {tuple(ids.shape)})."
-            )
         if mask is not None and mask.shape[-2:] != (length, length):
             raise UserError(
                 f"features: `mask` must be {(length, length)}, of text and image tokens "

@@ -88,6 +88,8 @@ def test_box_of_the_command_line_has_x_first():
         ({"id": "1 cat", "bbox": [0, 0, 1, 1]}, "the name of box 2 must be letters"),
         ({"id": 7, "bbox": [0, 0, 1, 1]}, "the name of box 2 must be letters"),
         ({"bbox": [0, 0, 1, 1], "desc": 3}, "the description of obj_2 must be text"),
+        ({"bbox": [0, 0, 1, 1], "text": "gray"}, "box 2 must have fields of id, from"),
+        ("cat", "box 2 must have fields of id, from"),
         ({}, "obj_2 must have `bbox`, or"),
         ({"bbox": [0, 0, 1, 1], "tgt_bbox": [0, 0, 1, 1]}, "obj_2 must have `bbox`, or"),
         ({"tgt_bbox": [0, 0, 1, 1], "from": "ref_image_0"}, "`from` of obj_2 must be"),
@@ -112,7 +114,7 @@ def test_boxes_of_a_file(tmp_path):
         assert "must hold a list" in refusal(read_boxes, path)
     path.write_text("[")
     assert "is not JSON" in refusal(read_boxes, path)
-    refusal(read_boxes, tmp_path / "none.json")
+    assert "none.json: does not exist" in refusal(read_boxes, tmp_path / "none.json")
 
 
 # ------------------------------------------------------------------ captions that others wrote

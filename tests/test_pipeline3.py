@@ -242,10 +242,28 @@ def test_seams_of_sampling_work_or_say_why_not(models):
     for solver in ("heun", "dpmpp_2m"):
         with pytest.raises(flux.UserError, match='^solver: must be "euler" for flux.3-image-klein'):
             distilled.sample(features, [SEED], 64, 64, 2, solver=solver)
+    with pytest.raises(flux.UserError, match="^negative: flux.3-image-klein takes none"):
+        distilled.sample(features, [SEED], 64, 64, 2, negative=features)
     with pytest.raises(flux.UserError, match="^residuals: flux.3-image-klein-base takes none"):
         base.sample(features, [SEED], 64, 64, 2, residuals=lambda *_: None)
     with pytest.raises(flux.UserError, match="^features: .* takes no `mask`"):
         base.sample(features._replace(mask=torch.ones(96, 96).bool()), [SEED], 64, 64, 2)
+    empty = features._replace(tokens=features.tokens[:, :0])
+    flat = features._replace(ids=torch.zeros(80, 3))
+    for changed, said in ((empty, "have no tokens"), (flat, r"`ids` must be \(80, 4\)")):
+        with pytest.raises(flux.UserError, match=f"^features: {said}"):
+            base.sample(changed, [SEED], 64, 64, 2)
+    conditions = base.condition(inputs(REFERENCES["one reference"]))
+    tokens, ids = conditions.references, conditions.reference_ids
+    for changed in (
+        dict(reference_ids=None),
+        dict(references=None),
+        dict(reference_ids=ids[1:]),
+        dict(reference_ids=ids[:, 1:]),
+        dict(references=tokens[..., 1:]),
+    ):
+        with pytest.raises(flux.UserError, match="^conditions: `references` must be"):
+            base.sample(features, [SEED], steps=2, conditions=replace(conditions, **changed))
     x, network = torch.randn(1, 16, 4, 4), base.transformer()
     velocity = base.velocity(features, 64, 64, guidance=1.0)(x, 0.3)
     ids, text_ids = flux.sampling.flux3_image_ids(4, 4), flux.sampling.text_ids(80, 4)

@@ -199,10 +199,11 @@ def test_target_is_demanded_by_flow_maps_alone():
         batch["target"] = None if config.flow_map else torch.tensor([0.5, 0.5])
         with pytest.raises(ValueError, match="^target: is needed by flow maps"):
             model(config)(**batch)
-    batch = inputs(FLUX3_TINY)
-    del batch["reference_ids"]
-    with pytest.raises(ValueError, match="^reference_ids: missing"):
-        model(FLUX3_TINY)(**batch)
+    for name in ("references", "reference_ids"):
+        batch = inputs(FLUX3_TINY)
+        del batch[name]
+        with pytest.raises(ValueError, match="^reference_ids: are the positions"):
+            model(FLUX3_TINY)(**batch)
 
 
 def test_gradients_reach_every_parameter():

@@ -149,6 +149,14 @@ def check_features(spec: ModelSpec, name: str, features: object, seeds: int) -> 
         raise UserError(
             f"{name}: are another model's. Pass what `encode` of this pipeline returns."
         )
+    if not tokens.shape[1]:
+        raise UserError(f"{name}: have no tokens. Pass what `encode` returns.")
+    ids, fitting = getattr(features, "ids", None), (tokens.shape[1], len(c.axes_dim))
+    if ids is not None and ids.shape != fitting:
+        raise UserError(
+            f"{name}: `ids` must be {fitting}, one position for each text token "
+            f"(got {tuple(ids.shape)})."
+        )
     if not seeds or len(tokens) not in (1, seeds):
         raise UserError(
             f"{name}: one prompt, or one for each of `seeds`, is needed (got "
