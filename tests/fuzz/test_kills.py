@@ -196,11 +196,11 @@ TRAIN = "--device cpu --size 64 --batch-size 2 --steps 4 --save-every 2 --sample
 SCENARIOS = {
     "images": Scenario(
         f"sample|{PROMPT}|--num-images|3|--save-latents|--output|out/x.png",
-        14, images_whole, images_complete,
+        10, images_whole, images_complete,
     ),
     "captures": Scenario(
         f"parity|capture|{PROMPT}|--only|step.*|--output|out/a.safetensors",
-        9, all_same, complete, codes=(0, 2),
+        6, all_same, complete, codes=(0, 2),
     ),
     "measured tolerances": Scenario(
         "parity|calibrate|out/a.safetensors|--precision|bfloat16",
@@ -208,11 +208,11 @@ SCENARIOS = {
     ),
     "kits": Scenario(
         "parity|golden-kit|--output|out/kit",
-        8, all_same, complete, codes=(0, 2),
+        6, all_same, complete, codes=(0, 2),
     ),
     "training": Scenario(
         f"train|images|out|--lora-rank|2|{TRAIN.replace(' ', '|')}",
-        14, training_whole, training_complete, write_images,
+        10, training_whole, training_complete, write_images,
     ),
 }  # fmt: skip
 
