@@ -8,12 +8,13 @@ Image tokens are modulated by the time t, text and references by time 0. A *flow
 that was distilled to few steps, also reads its target: the time to which the step will jump.
 
 References:
-1) https://github.com/black-forest-labs/flux-3-image-klein, whose keys are the attribute names here
+1) FLUX 3: https://github.com/black-forest-labs/flux-3-image-klein; its code was not at hand
 2) diffusers 0.42.1, models/transformers/transformer_flux3.py, which computes the same
 3) flow maps: Boffi et al. 2024, https://arxiv.org/abs/2406.07507
 
-In comments: B batch, L image tokens, T text tokens, R reference tokens, N = T + L + R, D hidden
-size, H heads, d = D / H channels of a head.
+Attribute names are the keys of the released checkpoints. In comments: B batch, L image tokens, T
+text tokens, R reference tokens, N = T + L + R, N' the tokens of one mode, C channels of latents,
+D hidden size, H heads, d = D / H channels of a head.
 """
 
 import math
@@ -86,8 +87,8 @@ class MLPEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         dtype = self.out_layer.weight.dtype
-        # The product is rounded to the network's dtype, in BFL's code and in diffusers. In bfloat16
-        # this rounding outweighs all other arithmetic.
+        # The product is rounded to the network's dtype, in diffusers and in most ports of BFL's
+        # code. In bfloat16 this rounding outweighs all other arithmetic.
         wave = timestep_embedding(1000 * t.to(dtype))  # (B, 256)
         return self.out_layer(F.silu(self.in_layer(wave.to(dtype))))
 
@@ -189,7 +190,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)  # (B, 1, D) each
-        return self.linear(modulate(x, shift, scale, self.modulation_dtype or x.dtype))
+        y = modulate(x, shift, scale, self.modulation_dtype or x.dtype)  # (B, L, D)
+        return self.linear(y)  # (B, L, C)
 
 
 # ------------------------------------------------------------------ the model
@@ -214,7 +216,7 @@ BLOCK_LISTS = (  # in the order in which they run
 class Flux3(nn.Module):
     """modulation_dtype: what norms and modulation are computed in; None: the network's dtype.
 
-    BFL's code computes them in float32, diffusers in the network's dtype.
+    Ports of BFL's code compute them in float32, diffusers in the network's dtype.
     """
 
     def __init__(self, config: Flux3Config, modulation_dtype: torch.dtype | None = torch.float32):
@@ -254,8 +256,8 @@ class Flux3(nn.Module):
         reference_ids: Tensor | None = None,  # (R, 4): 0, row / 2, column / 2, -1 | -2 | ...
         target: Tensor | None = None,  # (B,) the next time; flow maps only
     ) -> Tensor:
-        """Return the velocity of the image tokens, (B, L, C)."""
-        vec, vec_0 = self.vec(t, target), self.vec(torch.zeros_like(t), target)
+        """Return the velocity of the image tokens, noise - image, (B, L, C)."""
+        vec, vec_0 = self.vec(t, target), self.vec(torch.zeros_like(t), target)  # (B, 1, D)
         text = self.stream("txt", txt, self.rope(txt_ids), vec_0)
         others = []
         if (references is None) != (reference_ids is None):

@@ -61,6 +61,7 @@ class Velocity3:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Return the velocity of x (B, L, C) at time t, of the same shape."""
         last = len(self.times) - 2
+        # the step to which t belongs, which may lie between its ends
         step = next((k for k, time in enumerate(self.times[1:]) if time < t), last)
         target = None
         if self.network.config.flow_map:
