@@ -98,6 +98,19 @@ def add_hidden_alias(parser: argparse._ActionsContainer, old: str, new: str) -> 
     parser._option_string_actions[old] = action
 
 
+def plain_words(message: str) -> str:
+    """Return an error of argparse as the library would say it, with the flag first."""
+    message = re.sub(r"^argument (?=-|[A-Z])(?:-\w/)?", "", message)
+    message = re.sub(r"invalid int value: (.*)", r"must be a whole number (got \1).", message)
+    message = re.sub(r"invalid float value: (.*)", r"must be a number (got \1).", message)
+    message = re.sub(
+        r"invalid choice: (.*) \(choose from (.*)\)",
+        lambda m: f"is unknown (got {m[1]}, expected one of {m[2].replace(chr(39), '')}).",
+        message,
+    )
+    return message.replace("expected one argument", "needs a value")
+
+
 class Once(argparse.Action):
     """A flag that is refused if it is given twice, where one would look for both."""
 
@@ -152,6 +165,7 @@ class Parser(argparse.ArgumentParser):
                 yield from action.choices[getattr(found, action.dest)]._flags(found)
 
     def error(self, message: str) -> NoReturn:
+        message = plain_words(message)
         if not message.endswith("."):
             message += f"{'' if message[-1] == '?' else '.'} `{self.prog} --help` lists the flags."
         sys.exit(fail(message, 2))

@@ -91,6 +91,7 @@ class Safety:
     def __init__(
         self, args: argparse.Namespace, licence: "Licence", size: tuple[int, int], earlier: dict
     ):
+        from flux.errors import UserError
         from flux.image_io import output
 
         self.licence, self.refused = licence, 0
@@ -104,6 +105,11 @@ class Safety:
             say("note: JPEG and WebP often erase BFL's watermark; PNG, and the tile mark, do not")
         self.filters = load_filters(args)
         if self.review:
+            if self.review.resolve() == args.output.resolve():
+                raise UserError(
+                    f"review: {args.review} is the folder of `output`, too. Choose another: there, "
+                    "refused images would lie among the others."
+                )
             output.check_output(self.review, name="review")
         self.refused_texts: set[str] = set()
 

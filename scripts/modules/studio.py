@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sample
-from modules.command_line import HEARD, exit_code, say, show_traceback
+from modules.command_line import HEARD, exit_code, plain_words, say, show_traceback
 from modules.safety_flags import REFUSED
 from PIL import Image
 
@@ -25,6 +25,7 @@ from flux.image_io import input as inputs
 from flux.image_io import output
 from flux.image_io.metadata import PARTS, short, with_current_names, wrong_values
 from flux.runtime import devices
+from flux.safety import marking
 from flux.weights.locate import get_spec
 
 TEXTS = ("prompt", "negative_prompt", "seed", "outpaint", "filter", "watermark")  # of the form
@@ -158,12 +159,14 @@ def form_of_record(path: Path, folder: Path) -> dict[str, Any]:
     options = record.get("image_options")
     values = record | (options if isinstance(options, dict) else {})
     form = {name: values.get(name) for name in (*TEXTS, *NUMBERS, *SWITCHES)}
+    form |= {name: None for name in TEXTS if not isinstance(form[name], str)} | {"filter": None}
+    form["watermark"] = form["watermark"] if form["watermark"] in marking.KINDS else None
     form |= {"seed": str(record["seed"]), "num_images": 1}
-    margins = form["outpaint"]
+    margins, given = values.get("outpaint"), record.get("images")
     form["outpaint"] = ",".join(map(str, margins)) if isinstance(margins, list) else ""
     for name in NUMBERS:  # a list has one value for each step, and no field here
         form[name] = str(form[name]) if isinstance(form[name], int | float) else ""
-    files = [_kept(file, folder) for file in record.get("images") or ()]
+    files = [_kept(file, folder) for file in (given if isinstance(given, list) else ())]
     form["images"] = [file for file in files if file is not None]
     form["mask"] = _kept(record.get("mask"), folder)
     return form
@@ -286,7 +289,9 @@ class Studio:
         self.lock = threading.Lock()  # one job at a time
 
     def _error(self, message: str) -> None:
-        raise UserError(message)
+        """Refuse a form: with the name of its field, if it has one for the flag."""
+        flag, _, problem = plain_words(message).partition(": ")
+        raise UserError(f"{flag.removeprefix('--').replace('-', '_')}: {problem}")
 
     def choices(self, name: str) -> list[str]:
         """Return the choices of a flag of sample.py."""

@@ -103,6 +103,10 @@ def test_filter_that_is_not_there_stops_the_run(cli, folder, no_model, tmp_path)
         cli(BLUE, *RUN, *filtered, empty).fails_with(str(empty / damaged))
     cli(BLUE, *RUN, "--filter-weights", folder).fails_with("--filter-weights: has no effect")
     cli(BLUE, *RUN, "--review", "aside").fails_with("--review: has no effect", "--filter")
+    mixed = ("--filter-weights", folder, "--review", tmp_path / "here/../here")
+    cli(BLUE, *RUN, "--filter", "nsfw", *mixed).fails_with(
+        "--review: ", "is the folder of --output"
+    )
     assert files_in(tmp_path / "here") == []
 
 

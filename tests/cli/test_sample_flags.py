@@ -310,7 +310,7 @@ def test_second_mask_is_refused(cli):
     """The last one would win in silence, and one might expect both."""
     run = cli(PROMPT, "--image", "a.png", "--mask", "a.png", "--mask", "b.png")
     assert run.code == 2 and run.out == "" and not run.files
-    assert "argument --mask: is given twice. Join both into one file." in run.err
+    assert "error: --mask: is given twice. Join both into one file." in run.err
 
 
 def test_list_of_models_takes_a_part_of_a_name_and_other_names(cli):

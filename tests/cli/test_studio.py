@@ -49,7 +49,7 @@ def test_flags_of_a_form_are_those_of_sample(studio, tmp_path):
 def test_wrong_number_is_one_sentence(studio):
     last = run(studio.make(SMALL | {"seed": "many"}))[-1]
     assert last.code == 2 and not last.finished
-    assert last.lines[-1] == "error: argument --seed: invalid int value: 'many'"
+    assert last.lines[-1] == "error: Seed: must be a whole number (got 'many')."
 
 
 def test_paint_is_a_mask_of_the_images_size():
@@ -229,6 +229,26 @@ def test_record_names_no_file_outside_of_the_inputs(tmp_path):
     form = form_of_record(path, tmp_path)
     assert form["images"] == [] and form["mask"] is None
     assert form["guidance"] == "" and form["width"] == "64"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        dict(images=7, mask="x", image_options="x"),
+        dict(image_options={"outpaint": ["a", {}], "strength": "b"}),
+        dict(watermark=["tile"], negative_prompt=5, filter="none"),
+        dict(watermark="mine", guidance={}, true_cfg_scale=[]),
+    ],
+    ids=repr,
+)
+def test_foreign_record_fills_fields_with_texts_alone(tmp_path, foreign):
+    record = dict(prompt="a", seed=1, width=64, height=64, steps=2) | foreign
+    form = form_of_record(
+        output.save(Image.new("RGB", (64, 64)), tmp_path / "a.png", record), tmp_path
+    )
+    assert form.pop("images") == [] and form["num_images"] == "1"
+    assert form["watermark"] is None and form["filter"] is None
+    assert [x for x in form.values() if not isinstance(x, str | None)] == []
 
 
 def test_gallery_has_the_newest_images_first_and_no_links(tmp_path):

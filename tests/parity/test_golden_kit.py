@@ -461,7 +461,7 @@ def test_command_golden_kit_with_random_weights(family, parity, tmp_path):
 
     for wrong, words in (
         (("--random", family, "--model", "flux.1-dev"), "Leave out --model"),
-        (("--random", "flux.4"), "invalid choice: 'flux.4'"),
+        (("--random", "flux.4"), "is unknown (got 'flux.4', expected"),
     ):
         code, _, err = parity("golden-kit", *wrong, "--output", "b")
         assert code == 2 and words in err.splitlines()[-1] and not (tmp_path / "b").exists()

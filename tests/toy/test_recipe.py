@@ -677,7 +677,7 @@ def test_flux2_autoencoder_makes_the_same_images_in_flux1_layout():
         ("--autoencoder nowhere", "there is no such file"),
         ("--student-minutes -1", "0 or more"),
         ("--text-minutes inf", "0 or more"),
-        ("--model flux.1-dev", "invalid choice"),
+        ("--model flux.1-dev", "is unknown (got 'flux.1-dev', expected"),
         ("--transformer-minutes -1", "0 or more"),
         ("--decoder-minutes nan", "0 or more"),
         ("--start-from nowhere", "ae.safetensors is missing"),
