@@ -322,7 +322,7 @@ def load_networks(args: argparse.Namespace, pipe: flux.Pipeline) -> tuple[Flux |
 def prepare_network(
     args: argparse.Namespace, network: Network, pipe: flux.Pipeline, references: bool
 ) -> Network:
-    """Add the LoRA or copy the weights; then shard, and enable gradient checkpointing.
+    """Add the LoRA or copy the weights; then shard, divide, and enable gradient checkpointing.
 
     `references`: whether samples have any.
     """
@@ -337,6 +337,8 @@ def prepare_network(
         round_times(network, pipe.dtype)
     if distributed.world_size() > 1:
         distributed.shard(network, pipe.device)
+    if args.context > 1:
+        distributed.share_tokens(network, args.context, pipe.device)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(network)
     return network
@@ -355,8 +357,9 @@ def loss_of_batch(
     times = loss.shifted_times(normal, loss.schedule_mu(pipe.spec, noise[0, 0].numel()))  # (B,)
     low, high = args.guidance_range
     scales = distillation.draw_guidance(low, high, args.batch_size, args.seed, number)  # (B,)
-    share = args.batch_size // distributed.world_size()
-    rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    share = args.batch_size * args.context // distributed.world_size()
+    group = distributed.rank() // args.context
+    rows = slice(group * share, (group + 1) * share)
     batch = batch.select(rows, pipe.device)
     t, noise, guidance = (x[rows].to(pipe.device) for x in (times, noise, scales))
     with loss.autocast_matmul(pipe.device, pipe.dtype):

@@ -5,6 +5,8 @@
 
 Ulysses: Jacobs et al. 2023, arXiv:2309.14509.
 
+Training: a gradient of the mean loss of the processes is the mean of their gradients, as in FSDP.
+
 Everything but attention works on each token alone, so the networks stay as they are. Text and image
 are divided separately, by `tensor_split`, into parts of any size. Before it attends, a process
 restores the order that one process has: all text, then all image tokens. So masks, KV caches and
@@ -12,7 +14,7 @@ the sums of attention are those of one process. Ids, times and noise are those o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,7 +31,45 @@ from flux.transformer3 import ModulationOut, Stream
 PLAIN_ATTENTION, PLAIN_ATTENTION3 = transformer.attention, transformer3.attention
 # torch 2.13 gave the function another name
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 attend = fast.attend  # (B, N, H, d) each, rotated already -> (B, N, D)
+
+
+class Gather(torch.autograd.Function):
+    """Concatenate x of all processes along the first axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+        all_gather(gathered, x, group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        own = torch.empty_like(gradient.chunk(dist.get_world_size(ctx.group))[0])
+        reduce_scatter(own, gradient.contiguous(), group=ctx.group)
+        return own, None
+
+
+class Exchange(torch.autograd.Function):
+    """Send parts of x (n,) of the sizes `sent`; return what comes, of the sizes `received`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sizes, ctx.group = (received, sent), group
+        out = x.new_empty(sum(received))
+        dist.all_to_all_single(out, x, received, sent, group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        received, sent = ctx.sizes
+        back = gradient.new_empty(sum(sent))
+        dist.all_to_all_single(back, gradient.contiguous(), sent, received, ctx.group)
+        return back, None, None, None
 
 
 def part_sizes(length: int, parts: int) -> list[int]:
@@ -62,9 +102,7 @@ class Split:
         longest = max(self.tokens)
         if len(x) < longest:  # a gather of equal sizes is one collective everywhere
             x = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-        gathered = x.new_empty(self.size * longest, *x.shape[1:])
-        all_gather(gathered, x, self.group)
-        parts = gathered.split(longest)
+        parts = Gather.apply(x, self.group).split(longest)
         return self.in_order([part[:n] for part, n in zip(parts, self.tokens)], 0).movedim(0, dim)
 
     def in_order(self, parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -94,8 +132,7 @@ class Split:
         """Send one tensor to each process; return what came from each, of these shapes."""
         flat = torch.cat([x.reshape(-1) for x in sent])
         counts = [torch.Size(shape).numel() for shape in shapes]
-        received = flat.new_empty(sum(counts))
-        dist.all_to_all_single(received, flat, counts, [x.numel() for x in sent], self.group)
+        received = Exchange.apply(flat, counts, [x.numel() for x in sent], self.group)
         return [x.view(shape) for x, shape in zip(received.split(counts), shapes)]
 
 
@@ -173,11 +210,11 @@ PLACES: tuple[tuple[Any, str, Callable], ...] = (
 
 
 @contextmanager
-def attending(split: Split, method: str) -> Iterator[None]:
-    """Let the networks attend over `split` inside the block."""
+def attending(split: Split, joint: Callable[..., Tensor]) -> Iterator[None]:
+    """Let the networks attend over `split` inside the block, by a function of METHODS."""
     global _split, _joint
     before = _split, _joint, [getattr(module, name) for module, name, _ in PLACES]
-    _split, _joint = split, METHODS[method]
+    _split, _joint = split, joint
     for module, name, function in PLACES:
         setattr(module, name, function)
     try:
@@ -188,6 +225,11 @@ def attending(split: Split, method: str) -> Iterator[None]:
             setattr(module, name, function)
 
 
+def attending_again() -> AbstractContextManager:
+    """Return a block in which the networks attend as now: gradient checkpointing repeats passes."""
+    return nullcontext() if _split is None else attending(_split, _joint)
+
+
 # ------------------------------------------------------------------ the networks
 
 
@@ -195,11 +237,13 @@ class ContextParallel:
     """Divides the tokens of each pass of a network over a group: `pipe.transformer.on_load(self)`.
 
     The network then takes and returns whole tensors, the same in every process. method: "allgather"
-    or "ulysses"; None: the one that sends less.
+    or "ulysses"; None: the one that sends less. gradients: record them, for training.
     """
 
-    def __init__(self, group: dist.ProcessGroup, method: str | None = None):
-        self.group, self.method = group, method
+    def __init__(
+        self, group: dist.ProcessGroup, method: str | None = None, gradients: bool = False
+    ):
+        self.group, self.method, self.gradients = group, method, gradients
 
     def __call__(self, network: nn.Module) -> None:
         """Change a loaded Flux or Flux3, also one with the forwards of `fast.py`."""
@@ -214,7 +258,25 @@ class ContextParallel:
         return Split(lengths, self.group)
 
     def attending(self, split: Split, heads: int):
-        return attending(split, self.method or choose_method(heads, split.size))
+        return attending(split, METHODS[self.method or choose_method(heads, split.size)])
+
+    def check(self, tokens: Tensor) -> None:
+        """Raise UserError if a pass cannot be divided."""
+        size = dist.get_world_size(self.group)
+        if tokens.shape[1] < size:
+            raise UserError(
+                f"parallel: {tokens.shape[1]} tokens cannot be divided over context={size}. Use "
+                "fewer processes, or a larger image."
+            )
+        if torch.is_grad_enabled() and not self.gradients:
+            raise UserError(
+                "gradients: are not recorded over several processes. Use a single process."
+            )
+        if (transformer.attention, transformer3.attention) != (PLAIN_ATTENTION, PLAIN_ATTENTION3):
+            raise UserError(
+                "parallel: `transformer.attention` was replaced, and context parallelism has its "
+                'own. Leave "context" out.'
+            )
 
     def denoise(
         self,
@@ -229,7 +291,7 @@ class ContextParallel:
         residuals: Residuals | None = None,
     ) -> Tensor:
         """Do what `Flux.denoise` does."""
-        check(self.group, img)
+        self.check(img)
         text, image = self.split(txt.shape[1]), self.split(img.shape[1])
         both = self.split(txt.shape[1], img.shape[1])
         if residuals is not None:
@@ -257,7 +319,7 @@ class Pass3:
         if self.image is not None:
             with self.context.attending(self.image, self.heads):
                 return self.plain_stream(mode, tokens, rope, vec)
-        check(self.context.group, tokens)
+        self.context.check(tokens)
         split = self.context.split(tokens.shape[1])
         with self.context.attending(split, self.heads):
             own = per_token(split.local, vec)
@@ -270,7 +332,7 @@ class Pass3:
         self, img: Tensor, rope: Tensor, vec: Tensor, text: Stream, *references: Stream
     ) -> Tensor:
         """Do what `Flux3.denoise` does."""
-        check(self.context.group, img)
+        self.context.check(img)
         image = self.context.split(img.shape[1])
         streams = [self._own(stream) for stream in (text, *references)]
         lengths = [stream.x.shape[1] for stream in references]
@@ -293,20 +355,3 @@ class Pass3:
 def per_token(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function to x (B, N, D); x (B, 1, D) is the same for all tokens, and stays."""
     return function(x) if x.shape[1] > 1 else x
-
-
-def check(group: dist.ProcessGroup, tokens: Tensor) -> None:
-    """Raise UserError if a pass cannot be divided."""
-    size = dist.get_world_size(group)
-    if tokens.shape[1] < size:
-        raise UserError(
-            f"parallel: {tokens.shape[1]} tokens cannot be divided over context={size}. Use fewer "
-            "processes, or a larger image."
-        )
-    if torch.is_grad_enabled():
-        raise UserError("gradients: are not recorded over several processes. Use a single process.")
-    if (transformer.attention, transformer3.attention) != (PLAIN_ATTENTION, PLAIN_ATTENTION3):
-        raise UserError(
-            "parallel: `transformer.attention` was replaced, and context parallelism has its own. "
-            'Leave "context" out.'
-        )

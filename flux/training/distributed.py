@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flux.errors import UserError
 from flux.runtime import shard_weights
+from flux.runtime.context_parallel import ContextParallel
 from flux.runtime.devices import choose_device
 from flux.runtime.processes import rank, world_size
 from flux.training.networks import Network
@@ -76,6 +77,13 @@ def shard(network: Network, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     shard_weights.shard(network, mesh, (*shard_weights.UNITS, Modulation3))
+
+
+def share_tokens(network: Network, processes: int, device: torch.device) -> None:
+    """Let neighbouring processes, as many as `processes`, each compute a part of the tokens."""
+    shape = world_size() // processes, processes
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
+    ContextParallel(mesh.get_group("context"), gradients=True)(network)
 
 
 def full_tensor(x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Fake tensors have shapes and no storage, so the largest model is counted in a se
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from flux.configs import ModelSpec
+from flux.runtime.context_parallel import attending_again
 from flux.text_encoder import TextFeatures
 from flux.training.lora import add_lora
 from flux.training.loss import (
@@ -35,8 +36,13 @@ def enable_gradient_checkpointing(network: Network) -> None:
     """Keep only the input of each block for the backward pass, which computes the block again."""
     device = next(network.parameters()).device
 
+    @contextmanager
+    def repeating(attending: AbstractContextManager) -> Iterator[None]:
+        with attention_backend(device), attending:
+            yield
+
     def contexts():  # of the first forward pass, and of the repeated one
-        return nullcontext(), attention_backend(device)
+        return nullcontext(), repeating(attending_again())
 
     for block in blocks(network):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)

@@ -91,6 +91,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--warmup", type=int, default=50, metavar="STEPS", help="default: 50")
     add("--batch-size", type=int, default=1, metavar="N", help="images in a batch (default: 1)")
     add(
+        "--context",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with torchrun: processes that share the tokens of each image (default: 1)",
+    )
+    add(
         "--gradient-accumulation-steps",
         type=int,
         default=1,

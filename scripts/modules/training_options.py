@@ -18,7 +18,7 @@ from flux.image_io.request import MAX_IMAGES
 from flux.runtime.devices import available_memory
 from flux.training import dataset, distributed
 from flux.training.log import report
-from flux.training.memory import build_for_training, estimate_memory
+from flux.training.memory import TrainingMemory, build_for_training, estimate_memory
 from flux.training.trainer import optimizer_class
 from flux.transformer import Flux
 from flux.weights.files import shard_files
@@ -200,9 +200,15 @@ def resolve(
             "or dev model instead."
         )
     processes = distributed.world_size()
-    if args.batch_size % processes:
+    if args.context < 1 or processes % args.context:
         raise UserError(
-            f"--batch-size: must be a multiple of the {processes} processes (got {args.batch_size})"
+            f"--context: must divide the number of processes, {processes} (got {args.context})"
+        )
+    groups = processes // args.context
+    if args.batch_size % groups:
+        raise UserError(
+            f"--batch-size: must be a multiple of the {groups} processes, or groups of --context "
+            f"(got {args.batch_size})"
         )
     if processes > 1:
         if args.optimizer != "adamw":
@@ -344,7 +350,7 @@ def check_memory(
         pipe.spec,
         build,
         tokens,
-        batch_size=args.batch_size // processes,
+        batch_size=args.batch_size * args.context // processes,
         device=pipe.device,
         dtype=pipe.dtype,
         ema=args.ema is not None,
@@ -358,7 +364,9 @@ def check_memory(
         weights = pipe.transformer.nbytes
     if args.distill:
         weights += pipe.transformer.nbytes  # the teacher's
-    memory = memory._replace(weights=weights // processes, states=memory.states // processes)
+    memory = TrainingMemory(
+        weights // processes, memory.states // processes, memory.activations // args.context
+    )
     free = available_memory(pipe.device).device
     report(
         f"memory: weights {gb(memory.weights)}, gradients and optimizer {gb(memory.states)}, "

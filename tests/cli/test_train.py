@@ -580,16 +580,20 @@ SHARED = (
     *("--size", "64", "--batch-size", "2", "--sample-every", "0"),
     *("--ema", "0.9", "--gradient-checkpointing", "--lr", "3e-3"),
 )
+SHARED_TOKENS = (*KINDS["all"], "--context", "2")  # which two processes share
 PROGRAM = f"""
 import runpy, sys
-from flux.runtime import processes
+from flux.runtime import context_parallel, processes
 from flux.training import distributed, log, memory
+calls, joint = [], context_parallel.METHODS["allgather"]
+context_parallel.METHODS["allgather"] = lambda *rest: calls.append(kind) or joint(*rest)
 images, broken, runs, cache = sys.argv[1:]
 log.can_plot = lambda: False  # both save time
 memory.estimate_memory = lambda *_, **__: memory.TrainingMemory(0, 0, 0)
 leave, processes.leave = processes.leave, lambda: None  # one group for all runs
 codes = []
-for kind, flags in [*{KINDS!r}.items(), ("broken", ("--lora-rank", "2"))]:
+kinds = [*{KINDS!r}.items(), ("context", {SHARED_TOKENS!r}), ("broken", ("--lora-rank", "2"))]
+for kind, flags in kinds:
     folder = broken if kind == "broken" else images
     sys.argv = ["train.py", folder, runs + kind, "--cache", cache, "--device", "cpu"]
     sys.argv += [*{SHARED!r}, *flags]
@@ -599,7 +603,8 @@ for kind, flags in [*{KINDS!r}.items(), ("broken", ("--lora-rank", "2"))]:
         codes.append(end.code or 0)
     distributed.init = lambda device: device
 leave()
-assert codes == [0] * {len(KINDS)} + [2], codes
+assert set(calls) == {{"context"}}, calls
+assert codes == [0] * {len(KINDS) + 1} + [2], codes
 """
 
 
@@ -633,14 +638,19 @@ def different(ours: torch.Tensor, expected: torch.Tensor, tolerance: float) -> n
 
 
 def test_two_processes_train_as_one(train, images, two_processes, tmp_path):
-    """All weights, a LoRA, also on bfloat16 weights, and a student; one process resumes the run."""
-    for kind, flags in KINDS.items():
+    """All weights, a LoRA, also on bfloat16 weights, a student, and shares of each image's tokens;
+    one process resumes the run.
+    """
+    for kind, flags in [*KINDS.items(), ("context", ())]:
         # bfloat16 products of batches of another size are rounded differently
         loss_tol, norm_tol, tolerance = 2e-5, 1e-4, 5e-4
         if kind == "bfloat16":
             loss_tol, norm_tol, tolerance = 0.01, 0.03, 0.2
         one, two = tmp_path / kind, two_processes[0] / f"two-{kind}"
-        assert train(images, one, *SHARED, *flags)[0] == 0
+        if kind == "context":
+            one = tmp_path / "all"
+        else:
+            assert train(images, one, *SHARED, *flags)[0] == 0
         for a, b in zip(rows_of(one), rows_of(two), strict=True):
             # a velocity of about 1 is rounded to 1e-7: a student's loss of 1e-4 to 1e-9
             assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=loss_tol, abs=1e-8)
@@ -1037,6 +1047,7 @@ WRONG_REQUESTS = [
         ("--gradient-accumulation-steps", 2**62),
         "--gradient-accumulation-steps: must be at most 65,536 (got 4611686018427387904)",
     ),
+    (("--context", 2), "--context: must divide the number of processes, 1 (got 2)"),
     (("--lora-rank", 2**62), "--lora-rank: must be at most 1"),
     (("--lora-rank", 2**63), "--lora-rank: must be at most 2^63 - 1 (got 9223372036854775808)"),
     (("--save-every", 2**63), "--save-every: must be at most 2^63 - 1"),

@@ -8,7 +8,7 @@ import pkgutil
 
 import pytest
 import torch
-from support.parallel_cases import Case, compare_all, compare_compiled
+from support.parallel_cases import Case, compare_all, compare_compiled, compare_gradients
 from support.parallel_mistakes import MISTAKES
 from support.processes import Processes
 
@@ -83,6 +83,16 @@ def test_two_processes_equal_one_in_all_cases(two):
     check_float64(two, EVERY)
     check_bits(two, EVERY)
     check_bits(two, SOME, torch.bfloat16)
+
+
+def test_two_processes_have_the_gradients_of_one(two):
+    """Of odd counts of tokens. FLUX 3 scales q and k, whose gradient is a sum, in float32."""
+    references = ((3, 4), (2, 3))
+    for case in (Case("flux.1"), Case("klein", references=references), CASES[11]):
+        for method in METHODS:
+            for of_norms, others in two(compare_gradients, case, method):
+                assert others <= 1e-12, (case, method)
+                assert of_norms <= (1e-6 if case.config == "flux.3" else 1e-12), (case, method)
 
 
 def test_planted_mistakes_are_seen(two):

@@ -3,6 +3,7 @@
 They run in processes of `support.processes`, which find functions by the name of their module.
 """
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
@@ -17,6 +18,8 @@ from flux.parity.reference import FLUX1_TINY, FLUX3_TINY, KLEIN_TINY, randomise
 from flux.runtime.context_parallel import ContextParallel
 from flux.runtime.fast import fast_transformer
 from flux.runtime.fast3 import fast_transformer3
+from flux.training.loss import attention_backend
+from flux.training.memory import enable_gradient_checkpointing
 from flux.transformer import BLOCK_LISTS, Flux, KVCache, Residuals
 from flux.transformer3 import Flux3
 
@@ -167,6 +170,34 @@ def compare(case: Case, method: str | None, mistake: str | None = None) -> Outco
     dist.all_gather(everywhere, together.contiguous())
     same = all(torch.equal(x, together) for x in everywhere)
     return Outcome(difference.item(), torch.equal(together, alone), same)
+
+
+def compare_gradients(case: Case, method: str) -> tuple[float, float]:
+    """Return relative errors of gradients, averaged over all processes: the worst of QK norms' and
+    that of others. Each block is computed again in the backward pass.
+    """
+    net = copy.deepcopy(network(case.config, case.dtype)).requires_grad_(True)
+    enable_gradient_checkpointing(net)
+    gradients: list[dict[str, Tensor]] = []
+    for divide in (False, True):
+        if divide:
+            ContextParallel(dist.group.WORLD, method, gradients=True)(net)
+        with attention_backend(torch.device("cpu")):
+            loss = velocity(case, net).square().mean()
+        loss.backward()
+        found = {name: x.grad for name, x in net.named_parameters() if x.grad is not None}
+        gradients.append(found)
+        net.zero_grad()
+    alone, ours = gradients
+    assert alone.keys() == ours.keys()
+    worst = {True: 0.0, False: 0.0}
+    for name, gradient in ours.items():
+        dist.all_reduce(gradient)
+        difference = gradient / dist.get_world_size() - alone[name]
+        of_norm = ".query_norm." in name or ".key_norm." in name
+        error = (difference.norm() / alone[name].norm()).item()
+        worst[of_norm] = max(worst[of_norm], error)
+    return worst[True], worst[False]
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def refusals() -> list[str]:
 
     from flux import transformer
 
-    group, said = dist.group.WORLD, []
+    context, said = context_parallel.ContextParallel(dist.group.WORLD), []
     tokens = torch.zeros(1, 8, 4)
 
     def refused(function, *arguments) -> None:
@@ -66,12 +66,12 @@ def refusals() -> list[str]:
             said.append(str(error))
 
     with torch.no_grad():
-        refused(context_parallel.check, group, tokens[:, :1])
+        refused(context.check, tokens[:, :1])
         attention = transformer.attention
         transformer.attention = lambda *_: None
-        refused(context_parallel.check, group, tokens)
+        refused(context.check, tokens)
         transformer.attention = attention
-        context_parallel.check(group, tokens)
-    refused(context_parallel.check, group, tokens)
+        context.check(tokens)
+    refused(context.check, tokens)
     refused(parallel.Parallel, parallel.Sizes(context=world_size() + 1), "cpu")
     return said
