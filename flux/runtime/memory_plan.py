@@ -84,13 +84,15 @@ def plan_memory(
     offload: Offload | None = None,
     max_vram: float | None = None,
     quantizable: bool = True,
+    dividable: bool = False,
 ) -> MemoryPlan:
     """Return the plan of the requested mode, by default of the fastest mode that fits.
 
     `weights`: of each stage, in order. The stages "text encoder", "transformer", "autoencoder" and
     "image encoder" have activations. `max_vram`: GB of the device to use at most; without it,
     offload="block" takes as little as possible. `quantizable`: whether quantizing could still make
-    the transformer smaller. UserError, which names the options that would help, if nothing fits.
+    the transformer smaller. `dividable`: whether more processes could. UserError, which names the
+    options that would help, if nothing fits.
     """
     check_max_vram(max_vram)
     if max_vram is not None:
@@ -101,7 +103,7 @@ def plan_memory(
         plan = plan_mode(weights, active, free, mode, minimal)
         if plan is not None:
             return plan
-    raise UserError(_refusal(spec, weights, work, free, offload, max_vram, quantizable))
+    raise UserError(_refusal(spec, weights, work, free, offload, max_vram, quantizable, dividable))
 
 
 def plan_mode(
@@ -238,6 +240,7 @@ def _refusal(
     offload: Offload | None,
     max_vram: float | None,
     quantizable: bool,
+    dividable: bool,
 ) -> str:
     """Return what is missing, and which options would help."""
 
@@ -272,6 +275,8 @@ def _refusal(
         quantized = _halved(weights["transformer"])
         if fits(work, {**weights, "transformer": quantized}):
             advice.append('`quantize="fp8"` or an -fp8 file')
+    if dividable and fits(work, {**weights, "transformer": WeightSizes(0)}):
+        advice.append("more processes")
     help = f"Use {' or '.join(advice)}." if advice else "No option helps. Use a smaller model."
     needs = f"needs at least {gb(least.device, math.ceil)} GB"
     if max_vram is not None and free.device == max_vram * GB:

@@ -18,6 +18,7 @@ from flux.runtime.devices import FreeMemory, available_memory
 from flux.runtime.lazy_module import LazyModule
 from flux.runtime.memory_plan import MemoryPlan, WeightSizes, plan_memory
 from flux.runtime.options import RuntimeOptions
+from flux.runtime.processes import world_size
 
 
 class Residency:
@@ -70,6 +71,7 @@ class Residency:
             self.options.offload,
             self.options.max_vram,
             quantizable=not (self.transformer.is_quantized or self.transformer.divide),
+            dividable=world_size() > 1 and not self.transformer.is_quantized,
         )
         self.keep = decided.offload == "none"
         if not self.keep:  # an earlier plan, or a stage that ran alone, may have loaded them

@@ -153,7 +153,7 @@ def test_failures_end_all_with_one_sentence(tmp_path):
         "--parallel: context=3 needs 3 processes or a multiple (got 2)",
         "--parallel: process 1 has other arguments than process 0: guidance.",
         "--parallel: process 1 has other files than process 0: transformer t.",
-        "--max-vram: flux.2-tiny at 80x64 needs at least 0.1 GB (got 0.011).",
+        "0.1 GB (got 0.011). Use --quantize fp8 or an -fp8 file or more processes.",
         "process 1: --latents: not finite here",
     )
     assert [codes[:4] for codes in done.codes] == [[2, 2, 2, 2]] * 2

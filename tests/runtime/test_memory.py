@@ -526,7 +526,11 @@ def test_refusal_advises_tiles_and_smaller_batches():
         plan(16, work=replace(SQUARE, batch=32))
     with pytest.raises(UserError) as caught:
         plan(16, "none", quantizable=False)
-    assert "fp8" not in str(caught.value)
+    assert "fp8" not in str(caught.value) and "processes" not in str(caught.value)
+    with pytest.raises(UserError, match=r"are free\. Use .* or more processes\.$"):
+        plan(8, "model", quantizable=False, dividable=True)
+    with pytest.raises(UserError, match=r"No option helps\."):  # decoding alone takes more
+        plan(1, "none", quantizable=False, dividable=True, work=Workload(512, 512))
 
 
 def test_host_memory_limits_streaming():
