@@ -14,8 +14,10 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -381,16 +383,99 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
 
     `progress_of(args)` returns what is told of steps and files, as a `Progress` is.
     """
-    # 1. Check the request before anything heavy is imported, and before any download.
-    from flux.image_io import output
     from flux.lora.peft_config import adapter_file
 
     several_processes.join(args)
+    by_first = several_processes.by_first
     args.lora = [(adapter_file(path), scale) for path, scale in args.lora]
     if args.latents and not (args.prompts or args.prompt or args.prompt_file or args.from_image):
         from modules.saved_latents import decode
 
         return decode(args, load) if several_processes.is_first() else 0
+
+    # 1. Check and judge the request, before any network loads.
+    request = check_request(args)
+    progress = progress_of(args)
+    safety = Safety(args, request.spec.licence, (request.width, request.height), request.earlier)
+    if by_first(lambda: safety.refuses_inputs(request.shown, request.mask, args.negative_prompt)):
+        return REFUSED
+    refused = by_first(
+        lambda: safety.refused_prompts(request.prompts, request.boxes, len(request.shown))
+    )
+    if len(refused) == len(request.prompts):
+        return REFUSED
+
+    # 2. Load the model.
+    import torch
+
+    torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
+    tokens = request.width * request.height // 256
+    sizes = several_processes.choose(args, request.cfg, request.count, tokens)
+    pipe = (load_pipe or load)(args)
+    several_processes.distribute(pipe, sizes, args.shard_weights, request.width, request.height)
+    say(summary(pipe, request))
+    safety.loaded(pipe)
+    tell_about_run(args, pipe, request)
+    progress.prepare(pipe)
+    plan_memory(args, pipe, request)
+
+    # 3. Encode the images, then some prompts at a time. No image depends on the others.
+    if request.start and by_first(lambda: safety.filters is not None):
+        decoded = pipe.decode(request.start.init)
+        if by_first(lambda: safety.refuses_inputs(decoded)):
+            return REFUSED
+    conditions = encode_images(args, pipe, request)
+    with BackgroundWriter() as writer, progress:
+        for records in records_of_images(args, pipe, request, conditions, safety, refused):
+            for batch in batches(records, sizes.data if sizes else 1, pipe):
+                generate_files(
+                    args, pipe, batch, request.steps, conditions, writer, safety, progress
+                )
+            writer.finish()
+    return REFUSED if safety.refused else 0
+
+
+@dataclass
+class Request:
+    """What a run makes, checked against the model."""
+
+    spec: Any  # a ModelSpec
+    prompts: Any  # Prompts
+    seed: int  # of the first image
+    count: int  # of images
+    width: int
+    height: int
+    steps: int
+    guidance: float | list[float] | None  # None: the model takes none
+    cfg: bool  # whether there is an unconditional branch
+    images: Any  # ImageInputs, or None
+    start: Any  # Conditions: latents in the place of an image, or None
+    strength: float | None  # of an image as the start
+    boxes: list[dict]
+    earlier: dict  # the record of an image to make again
+    files: dict  # what records say of the files of the flags
+
+    @property
+    def shown(self) -> Sequence:
+        """The input images."""
+        return self.images.images if self.images else ()
+
+    @property
+    def mask(self):
+        return self.images.mask if self.images else None
+
+    @property
+    def last_seed(self) -> int:
+        return self.seed + self.count - 1
+
+
+def check_request(args: argparse.Namespace) -> Request:
+    """Return the request of the flags, some of which get the values that they stand for.
+
+    UserError for what the model cannot make. Nothing is loaded or downloaded.
+    """
+    from flux.image_io import output
+
     earlier = {}
     if args.from_image:
         earlier = output.read_metadata(args.from_image)
@@ -404,12 +489,11 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     texts = () if args.no_metadata else (p + (args.negative_prompt or "") for p in prompts)
     by_first = several_processes.by_first
     by_first(lambda: output.check_output(args.output, texts))
-    first_seed = args.seed
-    if first_seed is None:
-        first_seed = by_first(lambda: int.from_bytes(os.urandom(4), "little"))
+    seed = args.seed
+    if seed is None:
+        seed = by_first(lambda: int.from_bytes(os.urandom(4), "little"))
 
-    import torch
-
+    # what follows imports torch
     from flux.image_io import request
     from flux.runtime import checks
     from flux.transformer import NUMERICS as PRESETS
@@ -420,9 +504,8 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
 
         check_files(args.lora)
     count = len(prompts) * args.num_images
-    checks.check_count(count, first_seed)
-    last_seed = first_seed + count - 1
-    spec = get_spec(args.model, args.transformer)
+    checks.check_count(count, seed)
+    spec, preset = get_spec(args.model, args.transformer), PRESETS[args.numerics]
     start = None
     if args.latents:
         from modules.saved_latents import conditions as from_latents
@@ -440,13 +523,12 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     )
     steps = checks.check_steps(spec, args.steps)
     args.solver = args.solver or "euler"
-    checks.check_solver(spec, args.solver, PRESETS[args.numerics].state)
+    checks.check_solver(spec, args.solver, preset.state)
     strength = None
-    if images and spec.image_mode != "fill" and request.has_init_image(spec, images):
-        rounding = PRESETS[args.numerics].images
-        strength = request.start_strength(images.strength, steps, rounding)
     if start:
-        strength = request.start_strength(start.strength, steps, PRESETS[args.numerics].images)
+        strength = request.start_strength(start.strength, steps, preset.images)
+    elif images and spec.image_mode != "fill" and request.has_init_image(spec, images):
+        strength = request.start_strength(images.strength, steps, preset.images)
     for name in ("guidance", "true_cfg_scale"):
         listed = getattr(args, name)
         if isinstance(listed, tuple) and len(listed) != steps:
@@ -454,85 +536,113 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     guidance = checks.check_guidance(spec, args.guidance, steps)
     cfg = checks.check_cfg(spec, args.guidance, args.negative_prompt, args.true_cfg_scale, steps)
     check_upsampling(args, spec)
-    boxes = gather_boxes(args, spec, images, prompts)
-    shown, mask = (images.images, images.mask) if images else ((), None)
-    progress = progress_of(args)
-    safety = Safety(args, spec.licence, (width, height), earlier)
-    if by_first(lambda: safety.refuses_inputs(shown, mask, args.negative_prompt)):
-        return REFUSED
-    refused = by_first(lambda: safety.refused_prompts(prompts, boxes, len(shown)))
-    if len(refused) == len(prompts):
-        return REFUSED
-    sizes = several_processes.choose(args, cfg, count, width * height // 256)
+    return Request(
+        spec,
+        prompts,
+        seed,
+        count,
+        width,
+        height,
+        steps,
+        guidance,
+        cfg,
+        images,
+        start,
+        strength,
+        boxes=gather_boxes(args, spec, images, prompts),
+        earlier=earlier,
+        files=files,
+    )
 
-    # 2. Load the model.
-    torch.set_flush_denormal(True)  # SiLU's tails are denormal: ten times slower on a CPU
-    pipe = (load_pipe or load)(args)
-    several_processes.distribute(pipe, sizes, args.shard_weights, width, height)
-    say(summary(pipe, width, height, steps, guidance, strength))
-    safety.loaded(pipe)
-    if spec.embedded:
-        note_unknown_words(prompts)
-    if differences := other_environment(earlier, pipe.device.type):
+
+def tell_about_run(args: argparse.Namespace, pipe, request: Request) -> None:
+    """Print what is notable about a request."""
+    if request.spec.embedded:
+        note_unknown_words(request.prompts)
+    if differences := other_environment(request.earlier, pipe.device.type):
         changes = "; ".join(differences)
         say(f"note: {args.from_image} was made with {changes}: some pixels may differ by a level")
-    progress.prepare(pipe)
-    plan = pipe.plan_memory(width, height, steps, encoded_pixels=width * height if images else 0)
-    if not spec.embedded or args.offload or args.max_vram or args.quantize:
-        say(f"memory: {plan.message}")
 
-    if len(prompts) > pipe.prompts_ahead:
+
+def plan_memory(args: argparse.Namespace, pipe, request: Request) -> None:
+    """Plan the memory of a run, and print the plan of a real model."""
+    pixels = request.width * request.height
+    plan = pipe.plan_memory(
+        request.width, request.height, request.steps, encoded_pixels=pixels if request.images else 0
+    )
+    if not request.spec.embedded or args.offload or args.max_vram or args.quantize:
+        say(f"memory: {plan.message}")
+    if len(request.prompts) > pipe.prompts_ahead:
         size = pipe.prompts_ahead * pipe.feature_bytes / 1e9
         say(f"memory: the features of {pipe.prompts_ahead} prompts at a time, {size:.2g} GB")
 
-    # 3. Encode the images, then some prompts at a time. No image depends on the others.
-    if start and by_first(lambda: safety.filters is not None):
-        decoded = pipe.decode(start.init)
-        if by_first(lambda: safety.refuses_inputs(decoded)):
-            return REFUSED
-    given = (args.width, args.height) if spec.flux3 else (width, height)
+
+def encode_images(args: argparse.Namespace, pipe, request: Request):
+    """Return the `Conditions` of the input images, or of latents as the start; None without any."""
+    from flux.image_io import output
+
+    size = request.width, request.height
     # FLUX 3 crops a size that it chose
-    conditions = start or (images and pipe.condition(images, *given))
-    if conditions:
-        pipe.plan_memory(steps=steps, conditions=conditions)  # now the number of tokens is known
+    given = (args.width, args.height) if request.spec.flux3 else size
+    conditions = request.start or (request.images and pipe.condition(request.images, *given))
+    if conditions:  # now the number of tokens is known
+        pipe.plan_memory(steps=request.steps, conditions=conditions)
     if args.save_control:
-        path = by_first(lambda: output.save(conditions.control_image, args.save_control, {}))
+        path = several_processes.by_first(
+            lambda: output.save(conditions.control_image, args.save_control, {})
+        )
         say(f"control: {path}")
-    negative = [args.negative_prompt or ""] if cfg else []
-    passes = count * run_steps(pipe, steps, conditions) * (1 + cfg)
-    advise_compilation(args, pipe, width * height, conditions, passes)
-    remaining = iter(enumerate(prompts))
-    with BackgroundWriter() as writer, progress:
-        while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
-            some = [(number, prompt) for number, prompt in some if number not in refused]
-            typed_prompts = [prompt for _, prompt in some]
-            expanded = by_first(
-                partial(upsample, args, pipe, typed_prompts, shown, boxes, first_seed)
+    passes = request.count * run_steps(pipe, request.steps, conditions) * (1 + request.cfg)
+    advise_compilation(args, pipe, size[0] * size[1], conditions, passes)
+    return conditions
+
+
+def records_of_images(
+    args: argparse.Namespace, pipe, request: Request, conditions, safety: Safety, refused: set[int]
+) -> Iterator[Iterable[dict]]:
+    """Yield the records of the images to make, for some prompts at a time, which are encoded then.
+
+    Prompts are expanded first, if the flags say so. `refused`: numbers of prompts to leave out.
+    """
+    from flux.image_io import output
+
+    by_first = several_processes.by_first
+    negative = [args.negative_prompt or ""] if request.cfg else []
+    remaining = iter(enumerate(request.prompts))
+    while some := list(itertools.islice(remaining, pipe.prompts_ahead)):
+        some = [(number, prompt) for number, prompt in some if number not in refused]
+        typed_prompts = [prompt for _, prompt in some]
+        write_out = partial(upsample, args, pipe, typed_prompts)
+        expanded = by_first(partial(write_out, request.shown, request.boxes, request.seed))
+        refused = refused | by_first(partial(safety.refused_answers, some, expanded))
+        recipes = []
+        for (number, typed), prompt in zip(some, expanded):
+            if number in refused:
+                continue
+            recipe = describe(
+                args,
+                pipe,
+                prompt,
+                request.width,
+                request.height,
+                request.steps,
+                request.guidance,
+                request.last_seed,
             )
-            refused |= by_first(partial(safety.refused_answers, some, expanded))
-            recipes = []
-            for (number, typed), prompt in zip(some, expanded):
-                if number in refused:
-                    continue
-                recipe = describe(args, pipe, prompt, width, height, steps, guidance, last_seed)
-                recipe |= files | safety.metadata
-                recipe["upsampled_from"] = typed if args.upsample and typed != prompt else None
-                if conditions and conditions.crop:
-                    recipe["cropped"] = True  # from the size that follows from the reference
-                if not args.no_metadata:
-                    output.check_metadata_fits(args.output, recipe)
-                recipes.append((number, recipe))
-            if recipes:
-                pipe.encode_ahead([recipe["prompt"] for _, recipe in recipes] + negative)
-            jobs = (
-                recipe | {"seed": first_seed + number * args.num_images + image}
-                for number, recipe in recipes
-                for image in range(args.num_images)
-            )
-            for batch in batches(jobs, sizes.data if sizes else 1, pipe):
-                generate_files(args, pipe, batch, steps, conditions, writer, safety, progress)
-            writer.finish()
-    return REFUSED if safety.refused else 0
+            recipe |= request.files | safety.metadata
+            recipe["upsampled_from"] = typed if args.upsample and typed != prompt else None
+            if conditions and conditions.crop:
+                recipe["cropped"] = True  # from the size that follows from the reference
+            if not args.no_metadata:
+                output.check_metadata_fits(args.output, recipe)
+            recipes.append((number, recipe))
+        if recipes:
+            pipe.encode_ahead([recipe["prompt"] for _, recipe in recipes] + negative)
+        yield (
+            recipe | {"seed": request.seed + number * args.num_images + image}
+            for number, recipe in recipes
+            for image in range(args.num_images)
+        )
 
 
 def batches(jobs: Iterable[dict], size: int, pipe) -> Iterator[list[dict]]:
@@ -833,16 +943,16 @@ def gather_boxes(args: argparse.Namespace, spec, images, prompts: Iterable[str])
 # ------------------------------------------------------------------------------ output
 
 
-def summary(pipe, width: int, height: int, steps: int, guidance, strength: float | None) -> str:
+def summary(pipe, request: Request) -> str:
     """Return one line: model, size, steps, strength, guidance, device, dtype."""
     from flux.runtime.checks import format_values
 
     name = f"{pipe.spec.name}, an embedded toy" if pipe.spec.embedded else pipe.spec.name
-    text = f"{name}: {width}x{height}, {steps} steps"
-    if strength is not None:
-        text += f" at strength {strength:g}"
-    if guidance is not None:
-        text += f", guidance {format_values(guidance)}"
+    text = f"{name}: {request.width}x{request.height}, {request.steps} steps"
+    if request.strength is not None:
+        text += f" at strength {request.strength:g}"
+    if request.guidance is not None:
+        text += f", guidance {format_values(request.guidance)}"
     return f"{text}, on {pipe.device} in {short(pipe.dtype)}"
 
 
