@@ -212,6 +212,7 @@ def distribute(
     elif shard_weights:
         mesh = init_device_mesh(pipe.device.type, (world_size(),))
         pipe.transformer.set_divide(ShardedWeights(mesh))
+        pipe.residency.plan = partial(plan_alike, pipe.residency, pipe.residency.plan)
     encode_one, dtype, condition = pipe.text.encode_one, pipe.text.dtype, pipe._condition
 
     def encode(prompt: str) -> Any:
@@ -250,6 +251,20 @@ def needs_shards(pipe: Any, width: int | None = None, height: int | None = None)
     active = activations(pipe.spec, work, free.device_type)["transformer"]
     whole = transformer.weight_sizes
     return memory_plan.needs_shards(whole, shard_sizes(whole, world_size()), active, free)
+
+
+def plan_alike(residency: Any, plain: Callable[..., Any], work: Any) -> Any:
+    """Do what `Residency.plan` does; networks stay loaded in all processes, or in none.
+
+    The first one also has the text encoder. Weights that one process loads anew, and another has
+    kept, would be gathered at different times.
+    """
+    decided, everywhere = plain(work), [True] * world_size()
+    dist.all_gather_object(everywhere, residency.keep)
+    if not all(everywhere):
+        residency.keep = False
+        residency.done(*residency.networks)
+    return decided
 
 
 def feature_rows(features: Any, rows: Sequence[int]) -> Any:

@@ -11,6 +11,7 @@ from support.processes import Processes
 from support.weight_cases import (
     MISTAKES,
     compare_all,
+    compare_unequal_memory,
     messages_of_a_pass,
     messages_of_a_step,
     reason_for_shards,
@@ -122,6 +123,14 @@ def test_processes_agree_on_shards(two):
     assert two(reason_for_shards, limited, (1.0, 1.0)) == [toy, toy]
     for options in (dict(offload="block"), dict(quantize="int8"), dict(compile=True)):
         assert two(reason_for_shards, run._replace(load=options), (1.0, 0.012)) == ["", ""]
+
+
+def test_processes_of_unequal_memory_gather_alike(two):
+    """Weights that one process alone releases between calls would be gathered at other times."""
+    shards = Run(TOY, "cfg=2", CFG, shard_weights=True)
+    assert two(compare_unequal_memory, shards) == [[True, True, False]] * 2
+    whole = shards._replace(sizes="context=2", shard_weights=False)
+    assert two(compare_unequal_memory, whole) == [[True, True, False], [True, True, True]]
 
 
 def test_heads_that_do_not_divide_are_refused():

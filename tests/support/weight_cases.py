@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from pytest import MonkeyPatch
 from support.parallel_cases import Case, network, velocity
-from support.parallel_images import Run, images_of, load
+from support.parallel_images import Run, images_of, images_of_one, load
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -151,6 +151,21 @@ def reason_for_shards(run: Run, free: Sequence[float]) -> str:
         memory = FreeMemory("cpu", free[dist.get_rank()] * 1e9, math.inf)
         patch.setattr(residency, "available_memory", lambda device: memory)
         return parallel.needs_shards(load(run), 80, 64)
+
+
+def compare_unequal_memory(run: Run) -> list[bool]:
+    """Return whether two calls make the image of one process if only the first has little memory.
+
+    Then, whether the networks stay loaded.
+    """
+    alone = images_of_one(run)
+    with MonkeyPatch.context() as patch:
+        memory = FreeMemory("cpu", 1e9 if dist.get_rank() else 0.0136e9, math.inf)
+        patch.setattr(residency, "available_memory", lambda device: memory)
+        pipe = load(run)
+        sizes = parallel.Sizes(**parallel.parse(run.sizes))
+        parallel.distribute(pipe, sizes, run.method, run.shard_weights)
+        return [*(images_of(pipe, run) == alone for _ in range(2)), pipe.residency.keep]
 
 
 # ------------------------------------------------------------------ messages
