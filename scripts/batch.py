@@ -138,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in kept}
     given["batch_size"] = args.batch_size if args.batch_size > 1 else None  # changes the bits
     settings = as_json({k: value for k, value in given.items() if value not in (None, [], False)})
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"out: {args.out} is a file. Choose a folder.")
     is_begun = (args.out / "batch.json").is_file()
     if args.merge:
         if not is_begun:
@@ -164,7 +166,10 @@ def run(args: argparse.Namespace) -> int:
     calls = {name: value for name, value in given.items() if name in (*DEFAULTS, *SAMPLING)}
     defaults = {name: value for name, value in calls.items() if value is not None}
     part = args.shard or shard_of(os.environ)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {args.out} cannot be made ({error.strerror}).") from None
     records = Records(args.out, manifest, settings)
     Worker(pipe, manifest, records, part, defaults, say, args.batch_size).run()
     return report(args.out, records.summary())

@@ -35,17 +35,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = parser().parse_args()
-    return exit_code(lambda: run(args), {}, args.images[0], "stopped")
+    return exit_code(lambda: run(args), {"trust": "--trust"}, args.images[0], "stopped")
 
 
 def run(args: argparse.Namespace) -> int:
     from flux.plain_files import read_plain_file, require_plain_file
+    from flux.safety.signing import check_roots
     from flux.safety.verification import as_json, verify
 
     for path in args.images:
         require_plain_file(path, "an image file")
     files = []
     roots = read_plain_file(args.trust, 2**20, "certificates in PEM") if args.trust else None
+    if roots is not None:
+        check_roots(roots, args.trust)
     for path in args.images:
         findings = verify(path, roots)
         files.append(as_json(path, findings))

@@ -232,6 +232,18 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_roots(roots: bytes, name: object) -> None:
+    """Raise UserError unless there are certificates in PEM: of the file `name`, not of an image."""
+    try:
+        from cryptography.x509 import load_pem_x509_certificates
+    except ImportError:  # then no signature can be checked either
+        return
+    try:
+        load_pem_x509_certificates(roots)
+    except ValueError:
+        raise UserError(f"trust: {name} has no certificates in PEM. Name a root.pem.") from None
+
+
 def read(data: bytes, mime: str, roots: bytes | None = None) -> tuple[str, Sequence[str], dict]:
     """Return the state of a manifest, what is wrong, and the manifest; "" if there is none.
 

@@ -147,6 +147,7 @@ def test_wrong_requests_end_with_one_sentence(batch, tmp_path, lines, arguments,
     code, error = batch(write(tmp_path / "other.jsonl", lines), "out", *arguments)
     assert code == 2 and said in error and "Traceback" not in error
     assert images(tmp_path / "out") == before
+    assert batch("m.jsonl", "m.jsonl") == (2, "error: OUT: m.jsonl is a file. Choose a folder.\n")
     assert batch("m.jsonl", "none", "--merge")[0] == 2 and not (tmp_path / "none").exists()
 
 

@@ -258,6 +258,21 @@ def test_name_in_a_foreign_certificate_cannot_steer_a_terminal(tmp_path, monkeyp
     assert len(out.splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    "wrong", [b"", b"text", b"key", b"\xff\0", b"-----BEGIN CERTIFICATE-----\n"]
+)
+def test_roots_that_are_none_are_blamed_and_not_the_image(
+    folder, signer, tmp_path, monkeypatch, capsys, wrong
+):
+    path, roots = signed(signer, tmp_path / "a.png"), tmp_path / "roots.pem"
+    roots.write_bytes((folder / "own/key.pem").read_bytes() if wrong == b"key" else wrong)
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(path), "--trust", str(roots)])
+    assert script("verify").main() == 2
+    out, err = capsys.readouterr()
+    told = f"error: --trust: {roots} has no certificates in PEM. Name a root.pem.\n"
+    assert (out, err) == ("", told)
+
+
 def test_missing_package_is_told(folder, tmp_path, signer, monkeypatch):
     path = signed(signer, tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "c2pa", None)
