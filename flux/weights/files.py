@@ -8,6 +8,7 @@ Nothing is ever unpickled.
 import errno
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from functools import partial
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from flux import progress
 from flux.errors import UserError
@@ -390,6 +393,7 @@ def find_file(
     started = time.time()
     begun = partial(_downloaded_gigabytes, repository, started)
     try:
+        _find_host()
         with progress.polled(f"downloading {filename} of {repository}", begun, "GB"):
             path = Path(huggingface_hub.hf_hub_download(repository, filename))
     # Any error, of the hub, httpx, hf_xet or the system, means that the file did not come.
@@ -511,6 +515,14 @@ def _in_cache(repository: str, filename: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None  # else None, or a mark "no such file"
 
 
+def _find_host() -> None:
+    """Raise an error at once if no network knows the hub: its client would try for 25 seconds."""
+    from huggingface_hub import constants
+
+    if not (constants.HF_HUB_OFFLINE or getproxies()):  # a proxy finds the host itself
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+
+
 def _download_problem(error: BaseException, page: str, licence: str, gated: bool) -> str:
     """Return why a download failed, and what to do."""
     from huggingface_hub import errors
@@ -528,10 +540,10 @@ def _download_problem(error: BaseException, page: str, licence: str, gated: bool
             return _download_problem(cause, page, licence, gated)
         case errors.LocalEntryNotFoundError() if isinstance(cause, errors.OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set and the Hugging Face cache lacks it; unset HF_HUB_OFFLINE"
-        case errors.LocalEntryNotFoundError():
+        case errors.LocalEntryNotFoundError() | socket.gaierror():
             return (
-                f"huggingface.co cannot be reached ({cause!s:.120}); check the network and run "
-                "again"
+                f"huggingface.co cannot be reached ({cause or error!s:.120}); check the network "
+                "and run again"
             )
         case errors.HfHubHTTPError() if status == 401 and is_gated:
             return (

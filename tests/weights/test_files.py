@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import time
@@ -377,6 +378,12 @@ def test_index_is_local_if_its_shards_are(tmp_path):
         assert find_files(REPOSITORY, "text_encoder/x-2.safetensors", weights) == [last]
 
 
+@pytest.fixture(autouse=True)
+def host_is_known(monkeypatch):
+    """Where the tests run, there may be no network."""
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [])
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """The real hf_hub_download, with a hub that gives a chosen answer."""
@@ -435,6 +442,23 @@ def test_refusals_of_the_hub_say_what_to_do(hub, respond, gated, sentence):
         assert f"https://huggingface.co/{REPOSITORY}" in message
     if "no valid" in sentence:
         assert "READ token" in message and "hf auth login" in message and "HF_TOKEN" in message
+
+
+def test_unknown_host_is_reported_at_once(monkeypatch):
+    """The hub's client is not asked: it would print ten lines in 25 seconds."""
+
+    def unknown(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *names: pytest.fail(f"downloads {names}")
+    )
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    message = refusal(find_file, REPOSITORY, FILE)
+    assert "huggingface.co cannot be reached ([Errno -2] Name or service not known);" in message
 
 
 def test_missing_network_and_offline_mode_are_reported(hub, monkeypatch):
