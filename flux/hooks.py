@@ -13,7 +13,7 @@ Tensors have the names and shapes that hooks on the modules of BFL's code give t
     norms   of q and k: (B, H, N, d)
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -55,14 +55,17 @@ class Tap(NamedTuple):
 
 @contextmanager
 def watching(
-    networks: Mapping[str, nn.Module], observer: Observer, only: Sequence[str] = ()
+    networks: Mapping[str, nn.Module],
+    observer: Observer,
+    only: Sequence[str] = (),
+    places: Container[str] | None = None,
 ) -> Iterator[None]:
     """Call `observer(name, tensor)` for each tensor that matches `only`, in the order of execution.
 
-    `networks`: where -> network; with "" for where, names begin with the module. All hooks are
-    removed when the block ends.
+    `networks`: where -> network; with "" for where, names begin with the module. `places`: names of
+    the modules that get hooks, by default all. All hooks are removed when the block ends.
     """
-    hooks = _Hooks(observer, only)
+    hooks = _Hooks(observer, only, places)
     with ExitStack() as stack:
         for where, network in networks.items():
             for handle in hooks.register(where, network):
@@ -101,14 +104,18 @@ def watching_network(
 class _Hooks:
     """Hooks that name the tensors they see after the modules that are running."""
 
-    def __init__(self, observer: Observer, only: Sequence[str] = ()):
-        self.observer, self.only = observer, only
+    def __init__(
+        self, observer: Observer, only: Sequence[str] = (), places: Container[str] | None = None
+    ):
+        self.observer, self.only, self.places = observer, only, places
         self.running: list[str] = []  # names of the modules that are running, the innermost last
 
     def register(self, where: str, network: nn.Module) -> list[RemovableHandle]:
         handles = []
         for path, module in network.named_modules():
             place = joined(where, path)
+            if self.places is not None and place not in self.places:
+                continue
             before, after = partial(self.before, place), partial(self.after, place)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))

@@ -55,6 +55,11 @@ def patched(owner: object, attribute: str, replacement: Callable) -> "Callable[[
     return lambda rerun: rerun.compute((owner, attribute, replacement))
 
 
+def module_of(name: str) -> str:
+    """Return the module in which a tensor of this name is seen."""
+    return name.rpartition("/")[0].removesuffix("/attention")
+
+
 class _Computed(Exception):
     """Ends a run as soon as its tensor is computed."""
 
@@ -95,9 +100,12 @@ class Rerun:
 
             return call
 
+        networks = {self.place: self.network} if self.place else {}
+        # hooks of all modules take longer than most runs
+        places = {module_of(name) for name in (self.computed_as, self.previous or "")}
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(watching({self.place: self.network} if self.place else {}, see))
+            stack.enter_context(watching(networks, see, places=places))
             for owner, attribute, replacement in patches:
                 stack.enter_context(replaced(owner, attribute, partial(switch, replacement)))
             try:
