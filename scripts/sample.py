@@ -35,7 +35,7 @@ from modules.command_line import (
     with_flags,
 )
 from modules.progress import Progress
-from modules.safety_flags import REFUSED, Safety, add_safety
+from modules.safety_flags import REFUSED, Safety, add_safety, load_filters
 from modules.upsampling_flags import check_upsampling, upsample
 
 from flux.errors import UserError
@@ -378,9 +378,12 @@ def main() -> int:
     return exit_code(lambda: command(args), flags, args.output, stopped)
 
 
-def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
-    """Make the images; return the exit code. `load_pipe`: `load`, or a function that keeps pipes.
+def run(
+    args: argparse.Namespace, load_pipe=None, progress_of=Progress, filters_of=load_filters
+) -> int:
+    """Make the images; return the exit code.
 
+    `load_pipe` and `filters_of`: `load` and `load_filters`, or functions that keep what they load.
     `progress_of(args)` returns what is told of steps and files, as a `Progress` is.
     """
     from flux.lora.peft_config import adapter_file
@@ -396,7 +399,8 @@ def run(args: argparse.Namespace, load_pipe=None, progress_of=Progress) -> int:
     # 1. Check and judge the request, before any network loads.
     request = check_request(args)
     progress = progress_of(args)
-    safety = Safety(args, request.spec.licence, (request.width, request.height), request.earlier)
+    size = request.width, request.height
+    safety = Safety(args, request.spec.licence, size, request.earlier, filters_of)
     if by_first(lambda: safety.refuses_inputs(request.shown, request.mask, args.negative_prompt)):
         return REFUSED
     refused = by_first(

@@ -3,6 +3,7 @@
 A filter that cannot be loaded, or that gives no number, lets nothing pass.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from flux import arguments
 from flux.errors import RefusedError, UserError
 from flux.plain_files import MAX_JSON, parse_json, read_plain_file
 from flux.safety.classifier import ImageClassifier, ViTConfig, preprocess
@@ -74,7 +76,7 @@ def load_filters(
     """
     if kind not in KINDS:
         raise UserError(f"filter: {kind!r:.40} is unknown (expected {', '.join(KINDS)}).")
-    folder = None if weights is None else Path(weights)
+    folder = arguments.optional(arguments.to_path, "weights", weights)
     nsfw = load_nsfw_filter(folder) if kind in ("nsfw", "all") else None
     judge = load_judge(folder, judge_device) if kind in ("judge", "all") else None
     return Filters(nsfw, judge)
@@ -111,7 +113,8 @@ def load_nsfw_filter(weights: Path | None = None) -> NSFWFilter:
     file = find_file(NSFW_REPOSITORY, "model.safetensors", weights)
     config, labels = _read_config(file.with_name("config.json"))
     network = init_empty(lambda: ImageClassifier(config, len(labels)))
-    load_module(network, [file], dtype=torch.float32, check_finite=True)
+    with warnings.catch_warnings(action="ignore"):  # which say that all is finite
+        load_module(network, [file], dtype=torch.float32, check_finite=True)
     return NSFWFilter(network, config, labels.index("nsfw"))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from flux import arguments
 from flux.errors import UserError
 from flux.image_io.metadata import describe_file, is_described
 from flux.safety import marking
@@ -40,7 +41,8 @@ class Provenance:
         self.watermark, self.sign_prompt = watermark, sign_prompt
         self.signer = None
         if sign is not None and certificate is not None:
-            self.signer = Signer(Path(sign), Path(certificate))
+            key = arguments.to_path("sign", sign)
+            self.signer = Signer(key, arguments.to_path("certificate", certificate))
 
     def check_sizes(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Raise UserError if an image of a (width, height) is too small for the watermark."""

@@ -2,6 +2,7 @@
 
 import argparse
 import warnings
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,11 +86,17 @@ def licence_note(licence: "Licence", filters) -> str | None:
 class Safety:
     """Filters and marks of one run of sample.py. UserError if one is asked for and not there.
 
-    `size`: width and height of the images; `earlier`: the metadata of an image to make again.
+    `size`: width and height of the images; `earlier`: the metadata of an image to make again;
+    `filters_of`: `load_filters`, or a function that keeps filters.
     """
 
     def __init__(
-        self, args: argparse.Namespace, licence: "Licence", size: tuple[int, int], earlier: dict
+        self,
+        args: argparse.Namespace,
+        licence: "Licence",
+        size: tuple[int, int],
+        earlier: dict,
+        filters_of: Callable = load_filters,
     ):
         from flux.errors import UserError
         from flux.image_io import output
@@ -103,7 +110,7 @@ class Safety:
         self.provenance.check_sizes([size])
         if self.provenance.watermark == "bfl" and args.output.suffix.lower() != ".png":
             say("note: JPEG and WebP often erase BFL's watermark; PNG, and the tile mark, do not")
-        self.filters = load_filters(args)
+        self.filters = filters_of(args)
         if self.review:
             if self.review.resolve() == args.output.resolve():
                 raise UserError(

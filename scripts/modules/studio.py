@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import sample
 from modules.command_line import HEARD, exit_code, plain_words, say, show_traceback
-from modules.safety_flags import REFUSED
+from modules.safety_flags import REFUSED, load_filters
 from PIL import Image
 
 from flux.errors import UserError
@@ -286,6 +286,7 @@ class Studio:
         self.parser.error = self._error  # from here on, a page is told
         self.labels = sample.flags_of(self.parser) | LABELS
         self.pipe, self.key, self.loras, self.preview = None, None, None, None
+        self.filters, self.filters_key = None, None
         self.lock = threading.Lock()  # one job at a time
 
     def _error(self, message: str) -> None:
@@ -329,7 +330,10 @@ class Studio:
         preview = None if args.filter else self.preview_of
         with self.lock:
             code = sample.run(
-                args, self.load, lambda args: PageProgress(job, args.num_images, preview)
+                args,
+                self.load,
+                lambda args: PageProgress(job, args.num_images, preview),
+                self.filters_of,
             )
         if code == REFUSED:
             say("error: a filter refused an image")
@@ -352,6 +356,14 @@ class Studio:
                 self.pipe.load_lora(path, scale, strict=not args.lora_ignore_unmatched)
             self.loras = wanted
         return self.pipe
+
+    def filters_of(self, args: argparse.Namespace):
+        """Return the filters of a job, those of the job before if they are the same."""
+        key = (args.filter, args.filter_weights, args.weights, args.judge_device)
+        if key != self.filters_key:
+            self.filters = self.filters_key = None  # frees the memory of a judge first
+            self.filters, self.filters_key = load_filters(args), key
+        return self.filters
 
     def preview_of(self, pipe):
         """Return the preview of a pipeline, fitted once."""

@@ -4,6 +4,7 @@ import os
 import shlex
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from support.sample_run import PROMPT, pixels
 
 from flux.errors import UserError
 from flux.image_io import output
+from flux.safety.filters import Filters
+from flux.safety.verdict import Verdict
 
 SMALL = {"prompt": PROMPT, "width": "64", "height": "64", "steps": "2", "seed": "1"}
 HOSTILE = "--help\n</script><img src=x onerror=alert(1)> \u202e"
@@ -113,6 +116,24 @@ def test_job_makes_what_sample_makes_with_previews_and_progress(studio, tmp_path
     again = run(studio.make_again(last.finished[1]))[-1]
     assert again.code == 0 and studio.pipe is pipe
     assert again.finished[0].read_bytes() == expected[1]
+
+
+@pytest.mark.slow
+def test_refused_image_is_never_shown_and_the_filter_is_loaded_once(tmp_path, monkeypatch, studio):
+    loads = []
+
+    def load(kind, *_):
+        loads.append(kind)
+        return Filters(SimpleNamespace(judge=lambda image: Verdict("nsfw", 0.9, 0.85)))
+
+    monkeypatch.setattr("flux.safety.filters.load_filters", load)
+    studio = Studio(["--filter", "nsfw"], tmp_path)
+    for _ in range(2):
+        updates = run(studio.make(SMALL))
+        assert [update.frame for update in updates] == [None] * len(updates)
+        assert updates[-1].code == 3 and updates[-1].finished == () and gallery(tmp_path) == []
+        assert updates[-1].lines[-1] == "error: a filter refused an image"
+    assert loads == ["nsfw"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from support.load_script import script
 import flux
 from flux.errors import RefusedError, UserError
 from flux.image_io.output import read_metadata
-from flux.safety.filters import Filters
+from flux.safety.filters import Filters, load_filters
 from flux.safety.provenance import Provenance
 from flux.safety.verdict import Verdict
 from flux.safety.verification import verify
@@ -179,6 +179,15 @@ def test_what_cannot_be_signed_is_not_saved(pipe, keys, tmp_path, monkeypatch):
         image.save(tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_values_of_a_wrong_type_are_told():
+    with pytest.raises(UserError, match="^weights: must be the path of a file"):
+        load_filters("nsfw", 5)
+    for wrong in (dict(sign=5, certificate="a"), dict(sign="a", certificate=[])):
+        name = "sign" if wrong["sign"] == 5 else "certificate"
+        with pytest.raises(UserError, match=f"^{name}: must be the path of a file"):
+            Provenance(**wrong)
 
 
 def test_wrong_marks_are_refused_before_any_work(pipe, keys, monkeypatch):
