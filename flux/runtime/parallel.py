@@ -212,7 +212,7 @@ def distribute(
     elif shard_weights:
         mesh = init_device_mesh(pipe.device.type, (world_size(),))
         pipe.transformer.set_divide(ShardedWeights(mesh))
-        pipe.residency.plan = partial(plan_alike, pipe.residency, pipe.residency.plan)
+        pipe._velocity = partial(load_alike, pipe.residency, pipe._velocity)
     encode_one, dtype, condition = pipe.text.encode_one, pipe.text.dtype, pipe._condition
 
     def encode(prompt: str) -> Any:
@@ -253,18 +253,20 @@ def needs_shards(pipe: Any, width: int | None = None, height: int | None = None)
     return memory_plan.needs_shards(whole, shard_sizes(whole, world_size()), active, free)
 
 
-def plan_alike(residency: Any, plain: Callable[..., Any], work: Any) -> Any:
-    """Do what `Residency.plan` does; networks stay loaded in all processes, or in none.
+def load_alike(residency: Any, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Do what `Pipeline._velocity` does, with a transformer that all processes load, or have kept.
 
-    The first one also has the text encoder. Weights that one process loads anew, and another has
-    kept, would be gathered at different times.
+    Shards that one process loads anew, and another has kept, would be gathered at different times.
+    The first process also has the text encoder, so that its plan may differ.
     """
-    decided, everywhere = plain(work), [True] * world_size()
-    dist.all_gather_object(everywhere, residency.keep)
-    if not all(everywhere):
-        residency.keep = False
-        residency.done(*residency.networks)
-    return decided
+    everywhere: list[Any] = [None] * world_size()
+    own = residency.keep, residency.transformer.module is not None
+    dist.all_gather_object(everywhere, own)
+    keeps, loaded = zip(*everywhere)
+    residency.keep = all(keeps)
+    if not all(loaded):
+        residency.transformer.release()
+    return plain(*args, **kwargs)
 
 
 def feature_rows(features: Any, rows: Sequence[int]) -> Any:
