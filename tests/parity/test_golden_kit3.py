@@ -4,6 +4,7 @@ diffusers gives the kits' tensors, with the kits' own weights and inputs.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.* was distil
 any_kit = pytest.mark.parametrize("family", FAMILIES)
 
 
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("kits")
+
+
 @pytest.fixture
-def kit(family, parity, tmp_path) -> Path:
-    size = ("--width", 80, "--height", 64, "--steps", 2)
-    code, out, err = parity("golden-kit", "--random", family, *size, "--output", "kit")
-    assert (code, out) == (0, "kit\n") and "cut off" not in err, err
-    assert f"{family}-random" not in MODELS
-    return tmp_path / "kit"
+def kit(family, kits, parity, tmp_path) -> Path:
+    """A copy of the family's kit, which is made once."""
+    made = kits / family
+    if not made.exists():
+        size = ("--width", 80, "--height", 64, "--steps", 2)
+        code, out, err = parity("golden-kit", "--random", family, *size, "--output", made)
+        assert (code, out) == (0, f"{made}\n") and "cut off" not in err, err
+        assert f"{family}-random" not in MODELS
+    return Path(shutil.copytree(made, tmp_path / "kit"))
 
 
 def run_example(kit: Path, monkeypatch, capsys, source: str = "") -> tuple[int, str]:
