@@ -268,8 +268,8 @@ def build_networks(
 def flux3_numerics(numerics: Numerics) -> Numerics:
     """Return the numerics of a FLUX 3 model.
 
-    Black Forest Labs' code keeps the latents in float32 and decodes in float32, unlike that of
-    FLUX.1 and FLUX.2.
+    Black Forest Labs' code keeps the latents in float32 and decodes in float32, by what its ports
+    do; that of FLUX.1 and FLUX.2 does not.
     """
     state = "float32" if numerics.state == "bfl" else numerics.state
     decode = "float32" if numerics.decode == "bfl" else numerics.decode

@@ -520,7 +520,8 @@ class Pipeline:
     ) -> Callable[[Tensor, float], Tensor]:
         """Return the function velocity(x, t) of latents x (B, C, height/16, width/16), float32.
 
-        t is any time from 1 (noise) to 0 (image). `batch`: B, if the features are of one prompt.
+        t is any time from 1 (noise) to 0 (image). A flow map gets 0 as its target: it steps to the
+        image at once. `batch`: B, if the features are of one prompt.
         The other arguments are those of `sample`. The function keeps the transformer in memory.
         """
         conditions = conditioning.checked(self.spec, conditions, width, height)
