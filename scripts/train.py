@@ -58,6 +58,7 @@ with imports(__name__, lambda: parser(__doc__)):
     from flux.atomic_files import exclusive_lock, write_atomically
     from flux.conditioning import Conditions
     from flux.errors import NonFiniteError, UserError, WriteError, install_command
+    from flux.image_io.output import metadata_options
     from flux.plain_files import require_plain_file
     from flux.runtime import processes
     from flux.text_encoder import TextFeatures
@@ -524,7 +525,8 @@ def draw_previews(
         left += image.width
     path.parent.mkdir(exist_ok=True)
     with write_atomically(path, wait=True) as unfinished:
-        sheet.save(unfinished)
+        # IPTC's mark of generated media
+        sheet.save(unfinished, "PNG", **metadata_options("PNG", {"model": pipe.spec.name}, False))
 
 
 def export(

@@ -31,6 +31,7 @@ from flux.configs import MODELS
 from flux.errors import NonFiniteError, WriteError
 from flux.parity.reference import max_error, networks, randomise, tiny_models, write_weights
 from flux.runtime.devices import FreeMemory
+from flux.safety.verification import verify
 from flux.text_encoder import TextFeatures
 from flux.training import batches, dataset, loss, memory
 from flux.training.checkpoint import load_tensors, save_tensors, strip_prefix
@@ -423,6 +424,8 @@ def test_sheet_that_is_missing_or_broken_is_drawn_again(train, images, tmp_path,
     path = tmp_path / "samples" / "000002.png"
     with Image.open(path) as image:
         expected = np.asarray(image)
+    (mark,) = verify(path)
+    assert mark.holds and mark.text == "trainedAlgorithmicMedia, unsigned"
     whole = path.read_bytes()
     if content is None:
         path.unlink()
