@@ -142,7 +142,8 @@ def _check_origin(name: str, origin: Any, has_source: bool, images: int) -> None
         )
     if has_source and int(found[1]) >= images:
         raise UserError(
-            f"boxes: {name} comes from {origin}, but there are {images} images, counted from 0."
+            f"boxes: {name} comes from {origin}, which would be image {int(found[1]) + 1} of "
+            f"{images}. `from` counts images from 0."
         )
 
 

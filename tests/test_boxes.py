@@ -96,7 +96,7 @@ def test_box_of_the_command_line_has_x_first():
         ({"src_bbox": [0, 0, 1, 1], "from": "target"}, "`from` of obj_2 must be"),
         (
             {"src_bbox": [0, 0, 1, 1], "from": "ref_image_1"},
-            "comes from ref_image_1, but there are 1",
+            "comes from ref_image_1, which would be image 2 of 1.",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 import torch
-from fuzz import inputs3  # noqa: F401
+from fuzz import inputs3  # noqa: F401  it registers kinds of its own
 from fuzz.inputs import CASES, KINDS, Input
 from fuzz.mutators import mutate
 from fuzz.strict import Unsound
