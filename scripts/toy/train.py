@@ -4,6 +4,7 @@
     python scripts/toy/train.py runs/more --start-from flux/toy/tiny/flux.2-tiny --export runs/new
     python scripts/toy/train.py runs/one --model flux.1-tiny --compile --export runs/flux.1-tiny \\
         --autoencoder flux/toy/tiny/flux.2-tiny/ae.safetensors
+    python scripts/toy/train.py runs/reader --reader-of flux/toy/tiny/flux.2-tiny --export runs/read
 
 Stages (`scripts/toy/recipe/`): the tokenizers, the autoencoder, the latents of all images, for
 flux.1-tiny its T5, the transformer with its text encoders, for flux.1-tiny a student with distilled
@@ -13,7 +14,8 @@ A stage whose result is in the run's folder does not run again, and a stopped tr
 its last checkpoint. Lengths are minutes, not steps: learning rates follow the clock, so a run ends
 on time on any machine. Losses (CSV) and contact sheets (PNG) appear in the folder. The second
 command trains a model further, with its autoencoder. The third trains the other model, with the
-same autoencoder in the layout of its family.
+same autoencoder in the layout of its family. The last trains text encoders that read what people
+type, for a trained model; they are larger (`recipe/reader.py`).
 """
 
 import argparse
@@ -54,12 +56,24 @@ def parser() -> argparse.ArgumentParser:
         default=15,
         help="of the autoencoder's decoder alone, at the end",
     )
+    p.add_argument(
+        "--reading-minutes",
+        type=float,
+        default=40,
+        help="of text encoders that read what people type, with --reader-of",
+    )
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument(
         "--compile", action="store_true", help="nearly twice as fast on a CPU; needs a C++ compiler"
     )
     p.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="initial weights, as --export writes them"
+    )
+    p.add_argument(
+        "--reader-of",
+        type=Path,
+        metavar="FOLDER",
+        help="train only text encoders that read what people type, for the model in this folder",
     )
     p.add_argument(
         "--autoencoder", type=Path, metavar="FILE", help="an initial autoencoder, of either family"
@@ -74,12 +88,14 @@ with imports(__name__, parser):
     from recipe.latents import encode_all
     from recipe.neighbours import train_neighbours
     from recipe.networks import Networks, new_networks
+    from recipe.reader import reading_spec, train_reader
     from recipe.samples import Sampler
     from recipe.student import train_student
     from recipe.text import TextEncoder, Tokenizer
     from recipe.tokenizer import train_tokenizers
     from recipe.trainer import COOLING
     from recipe.transformer import train_transformer
+    from torch import Tensor
 
     from flux.autoencoder import AutoEncoder
     from flux.configs import AE, MODELS, ModelSpec
@@ -98,7 +114,8 @@ def main() -> int:
     args = arguments()
     torch.set_flush_denormal(True)  # a CPU is ten times slower on the tails of SiLU
     stopped = "stopped; the same command resumes from the last checkpoint"
-    return exit_code(lambda: train(args, MODELS[args.model]), FLAGS, args.run, stopped)
+    run = train_text if args.reader_of else train
+    return exit_code(lambda: run(args, MODELS[args.model]), FLAGS, args.run, stopped)
 
 
 def train(args: argparse.Namespace, spec: ModelSpec) -> int:
@@ -130,24 +147,39 @@ def train(args: argparse.Namespace, spec: ModelSpec) -> int:
     return 0
 
 
+def train_text(args: argparse.Namespace, spec: ModelSpec) -> int:
+    """Train text encoders alone, and export the model of --reader-of with them."""
+    run, source, larger = args.run, args.reader_of, reading_spec(spec)
+    run.mkdir(parents=True, exist_ok=True)
+    networks = begin(spec, source).to(choose_device(args.device))
+    text = train_reader(run, larger, networks, Tokenizer(source, spec), args.reading_minutes)
+    if args.export:
+        for name in (AE, spec.transformer_file):
+            (args.export / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, args.export / name)
+        save_all(args.export, text_files(larger, text))
+        copy_tokenizers(run, args.export, larger)
+    return 0
+
+
 def arguments() -> argparse.Namespace:
     args = parser().parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.autoencoder_minutes is None:
         args.autoencoder_minutes = 0 if args.autoencoder or args.start_from else 40
-    for part in ("autoencoder", "text", "transformer", "student", "decoder"):
+    for part in ("autoencoder", "text", "transformer", "student", "decoder", "reading"):
         minutes = getattr(args, f"{part}_minutes")
         if not 0 <= minutes < math.inf:
             parser().error(f"--{part}-minutes: must be 0 or more (got {minutes})")
-    if args.start_from:
-        lacking = [
-            name for name in files_of(MODELS[args.model]) if not (args.start_from / name).is_file()
-        ]
-        if lacking:
+    for flag, folder in (("start-from", args.start_from), ("reader-of", args.reader_of)):
+        names = files_of(MODELS[args.model]) if folder else []
+        if lacking := [name for name in names if not (folder / name).is_file()]:
             parser().error(
-                f"--start-from: {lacking[0]} is missing in {args.start_from}. "
-                "Pass a folder that --export wrote."
+                f"--{flag}: {lacking[0]} is missing in {folder}. Pass a folder that --export wrote."
             )
+    if args.reader_of:
+        return args
+    if args.start_from:
         args.autoencoder = args.autoencoder or args.start_from / AE
     if args.autoencoder and not args.autoencoder.is_file():
         parser().error(f"--autoencoder: there is no such file (got {args.autoencoder})")
@@ -204,15 +236,24 @@ def export(
 ) -> None:
     """Write the files of an embedded model, in bfloat16 and the layout of its family."""
     files = {spec.transformer_file: transformer.state_dict(), AE: autoencoder.state_dict()}
-    for part, (name, *_) in spec.text.networks.items():
-        files[name] = {
-            PREFIX.get(part, "") + key: x for key, x in getattr(text, part).state_dict().items()
-        }
+    save_all(target, files | text_files(spec, text))
+    copy_tokenizers(run, target, spec)
+
+
+def text_files(spec: ModelSpec, text: TextEncoder) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file of the text encoder."""
+    return {
+        name: {PREFIX.get(part, "") + key: x for key, x in getattr(text, part).state_dict().items()}
+        for part, (name, *_) in spec.text.networks.items()
+    }
+
+
+def save_all(target: Path, files: dict[str, dict[str, Tensor]]) -> None:
+    """Write files of tensors in bfloat16."""
     for name, tensors in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         rounded = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
         save_tensors(target / name, rounded, {"format": "pt"})
-    copy_tokenizers(run, target, spec)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from flux.conditioning import reference_tokens
 from flux.configs import MODELS, ModelSpec
 from flux.parity.reference import randomise, relative_l2
 from flux.text_encoder import TextFeatures
+from flux.toy.scenes import LETTERS
 from flux.training.checkpoint import load_tensors, save_tensors
 from flux.training.distillation import make_student
 from flux.training.loss import Batch, predict_velocity
@@ -28,7 +29,7 @@ from flux.weights import locate as models
 from flux.weights.load import infer_config
 
 train = script("toy/train")  # whose folder is where the recipe is found from now on
-from recipe import autoencoder
+from recipe import autoencoder, reader
 from recipe.attention import attention
 from recipe.batches import BATCH, Batches, LatentFile
 from recipe.images import to_images, to_pixels
@@ -44,6 +45,8 @@ from recipe.networks import (
     new_networks,
     shown_loss,
 )
+from recipe.reader import Reader, Readings, pick_rows, reading_loss, reading_spec
+from recipe.reading import MOST, completed, places, reading
 from recipe.text import NEAR, Tokenizer
 from recipe.tokenizer import texts, train_tokenizers
 from recipe.trainer import TimedTrainer, optimizers
@@ -587,6 +590,94 @@ def test_t5_pieces_equal_those_of_sentencepiece(run):
         assert ours([text], 64).ids[0].tolist() == expected + [0] * (64 - len(expected))
 
 
+# ------------------------------------------------------------------ reading
+
+
+def test_completed_scene_keeps_what_is_said_and_names_the_rest():
+    """The place of one thing stays open where all else is said."""
+    rng, open_places = np.random.default_rng(0), 0
+    for layout in itertools.islice(images(256, 256), 300):
+        scene = toy.leave_open(toy.describe(layout), rng)
+        whole = completed(scene)
+        things = scene.objects * (1 if scene.count == 1 else 2)
+        assert whole.count == 1 and completed(whole) == whole
+        assert whole.background == (scene.background or whole.background) is not None
+        for said, thing in zip(things, whole.objects, strict=True):
+            for name, value in vars(thing).items():
+                assert value == getattr(said, name) or not getattr(said, name), name
+                assert value or name in ("pattern", "place"), name
+            assert thing.colour != whole.background
+        if len(things) == 2:
+            named = scene.relation in toy.RELATIONS
+            assert whole.relation == (scene.relation if named else "to the left of")
+        elif whole.objects[0].place is None:
+            open_places += 1
+            assert scene == whole
+    assert open_places > 0
+
+
+def test_kinds_of_words_have_their_places():
+    first = places(
+        "a large striped red circle to the left of a small blue star on a white background"
+    )
+    assert first == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17]
+    assert places("a red circle on a white background") == [0, 3, 4, 14, 15, 16, 17]
+    assert places('the word "AB" in red at the top') == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12]
+    assert places("make the ring red") == [0, 1, 2, 3] and places("") == []
+    for _, meant in itertools.islice(reading(edited=True), 300):
+        found = places(meant)
+        assert found == sorted(set(found)) and (not found or found[-1] < MOST), meant
+
+
+@every_model
+def test_reading_loss_is_zero_only_for_the_completed_captions(spec, run):
+    """The right features and tokens, those of other captions, and those in other rows."""
+    home = models.EMBEDDED / spec.name
+    networks, words = train.begin(spec, home), Tokenizer(home, spec)
+    new = Tokenizer(run[spec.name], replace(reading_spec(spec), text=spec.text))
+    readings = Readings(networks, words, new)
+    batch = readings(list(itertools.islice(readings.that_fit(reading(edited=False)), 4)))
+    table, letters = readings.table, readings([("", f'the word "{a}" in red') for a in LETTERS])
+    assert letters.numbers[:, readings.before + 3].unique().numel() == len(LETTERS) == 26
+
+    def loss(rows, tokens, numbers, pooled):
+        features = batch.padding.repeat(1, new.spec.text_length, 1)
+        halfway = torch.zeros(4, new.spec.text_length, table.shape[1])
+        for target, values in ((features, tokens), (halfway, table[numbers])):
+            target.scatter_(1, rows[..., None].expand_as(values), values)
+        fake = SimpleNamespace(text=lambda **_: TextFeatures(features, pooled), halfway=halfway)
+        fake.logits = partial(Reader.logits, fake)
+        assert torch.equal(pick_rows(features, rows), tokens)
+        with torch.no_grad():
+            return reading_loss(fake, networks.transformer, table, batch).item()
+
+    right = batch.rows, batch.tokens, batch.numbers, batch.pooled
+    assert loss(*right) < 0.02  # a few tokens have similar embeddings
+    others = [x if x is None else x.roll(1, 0) for x in right[1:]]
+    assert loss(batch.rows, *others) > 0.5
+    assert loss(batch.rows.flip(1), *right[1:]) > 0.5
+
+
+@every_model
+def test_reader_of_a_model_is_exported_with_its_transformer(spec, tmp_path, monkeypatch):
+    home, target = models.EMBEDDED / spec.name, tmp_path / "tiny" / spec.name
+    monkeypatch.setattr(reader, "TEXTS", 400)
+    monkeypatch.setattr(toy, "open_prompts", partial(tuple, toy.open_prompts()[:3]))
+    flags = f"--model {spec.name} --reader-of {home} --reading-minutes 0.001 --device cpu"
+    arguments = f"train.py {tmp_path}/run {flags} --export {target}"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    assert train.main() == 0
+    for name in ("ae.safetensors", spec.transformer_file):
+        assert (target / name).read_bytes() == (home / name).read_bytes()
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path / "tiny")
+    monkeypatch.setitem(MODELS, spec.name, reading_spec(spec))
+    pipe = flux.load(spec.name, device="cpu")
+    features = pipe.encode("a red circle").tokens
+    assert features.shape == (1, reading_spec(spec).text_length, spec.transformer.context_dim)
+    (image,) = pipe("a red circle", steps=1)
+    assert image.size == (256, 256)
+
+
 # ------------------------------------------------------------------ the script
 
 
@@ -681,6 +772,7 @@ def test_flux2_autoencoder_makes_the_same_images_in_flux1_layout():
         ("--transformer-minutes -1", "0 or more"),
         ("--decoder-minutes nan", "0 or more"),
         ("--start-from nowhere", "ae.safetensors is missing"),
+        ("--reader-of nowhere", "--reader-of: ae.safetensors is missing"),
         ("--device abacus", "abacus is not available"),
     ],
 )

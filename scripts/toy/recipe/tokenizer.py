@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import re
 import string
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from flux import toy
@@ -10,23 +13,32 @@ from flux.configs import FLUX1Text, FLUX2Text
 from flux.tokenizers import CLIP_WORDS, QWEN_WORDS, QwenTokenizer
 from flux.toy.scenes import WORDS
 
+OFTEN = 20  # times: so frequent a word becomes one piece of T5's
 SENTINELS = 100  # <extra_id_0> and so on, which T5's tokenizer adds to the pieces of its file
 
 
-def train_tokenizers(run: Path, text: FLUX1Text | FLUX2Text) -> None:
-    """Train the missing tokenizers, into the folders of the family's repositories."""
+def train_tokenizers(
+    run: Path, text: FLUX1Text | FLUX2Text, some: Iterable[str] | None = None
+) -> None:
+    """Train the missing tokenizers, into the folders of the family's repositories.
+
+    On `some` texts, or on captions and instructions of the grammar.
+    """
+    learned = texts() if some is None else list(some)
+    common = Counter(itertools.chain.from_iterable(re.findall("[a-z]+", one) for one in learned))
+    words = sorted(WORDS if some is None else (word for word, n in common.items() if n >= OFTEN))
     for part, names in text.tokenizers.items():
         path = run / names[0]
         if path.exists():
             continue
         path.parent.mkdir(exist_ok=True)
         if part == "t5_tokenizer":
-            train_sentencepiece(texts() + 100 * sorted(WORDS), text.t5.vocab_size - SENTINELS, path)
+            train_sentencepiece(learned + 100 * words, text.t5.vocab_size - SENTINELS, path)
         elif part == "clip_tokenizer":
-            train_clip(texts(), text.clip.vocab_size, path.parent)
+            train_clip(learned, text.clip.vocab_size, path.parent)
         else:
             train_byte_level_bpe(
-                ["user\nassistant\n\n"] * 4000 + texts(), text.model.vocab_size, path
+                ["user\nassistant\n\n"] * 4000 + learned, text.model.vocab_size, path
             )
 
 
