@@ -26,7 +26,8 @@ from flux.safety import marking
 MAX_PEM = 2**20  # bytes
 MAX_INPUT = 2**30  # bytes of an input image
 MAX_TITLE = 200  # characters
-MANIFEST = b"jumdc2pa"  # the head of a C2PA box (JUMBF, ISO/IEC 19566-5)
+# types of the boxes (JUMBF, ISO/IEC 19566-5) that each manifest has: one bit breaks one of them
+BOXES = [kind + bytes.fromhex("00110010800000aa00389b71") for kind in (b"c2pa", b"c2ma", b"c2cs")]
 TILE = "org.flux.tile.1"  # the algorithm of `flux.safety.watermark`, as soft binding
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 OFFLINE = {
@@ -120,7 +121,7 @@ def _own_manifest(ingredient: Ingredient) -> tuple[str, bytes] | None:
     if ingredient.path is None:
         return None
     data = read_plain_file(ingredient.path, MAX_INPUT, "an input image")
-    if MANIFEST not in data or hashlib.sha256(data).hexdigest() != ingredient.sha256:
+    if not has_manifest(data) or hashlib.sha256(data).hexdigest() != ingredient.sha256:
         return None
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -242,6 +243,11 @@ def check_roots(roots: bytes, name: object) -> None:
         load_pem_x509_certificates(roots)
     except ValueError:
         raise UserError(f"trust: {name} has no certificates in PEM. Name a root.pem.") from None
+
+
+def has_manifest(data: bytes) -> bool:
+    """Return whether a file has a manifest, or what is left of one."""
+    return any(box in data for box in BOXES)
 
 
 def read(data: bytes, mime: str, roots: bytes | None = None) -> tuple[str, Sequence[str], dict]:

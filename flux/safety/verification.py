@@ -166,7 +166,7 @@ def bound_mark(manifest: Any) -> str | None:
 def check_signature(data: bytes, form: str | None, roots: bytes | None) -> list[Finding]:
     """Check the C2PA manifest of a file. What cannot be checked does not hold."""
     kind = "signature"
-    if signing.MANIFEST not in data:
+    if not signing.has_manifest(data):
         return []
     if form not in signing.MIME:
         return [Finding(kind, False, f"is not checked in files of {form}")]
@@ -175,7 +175,7 @@ def check_signature(data: bytes, form: str | None, roots: bytes | None) -> list[
     except UserError as error:
         return [Finding(kind, False, f"cannot be checked: {error}")]
     if not state:
-        return []
+        return [Finding(kind, False, "is damaged: a manifest is there, but cannot be found")]
     issuer = (manifest.get("signature_info") or {}).get("common_name")
     told = f"{state.lower()}, by {issuer}"
     if state == "Invalid":

@@ -16,7 +16,7 @@ from flux.errors import UserError
 from flux.image_io import output
 from flux.safety.provenance import ingredients_of, recorded_ingredients
 from flux.safety.signing import Signer
-from flux.safety.verification import verify
+from flux.safety.verification import check_signature, verify
 
 every_format = pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 METADATA = dict(model="flux.2-tiny", prompt='a "cat"\x1b]]>', software="flux 0.1.0, torch 2.13")
@@ -99,6 +99,18 @@ def test_damage_is_invalid(signer, folder, tmp_path, suffix):
     with Image.open(io.BytesIO(data)) as image:
         image.convert("RGB").save(tmp_path / f"b{suffix}")
     assert not [f for f in verify(tmp_path / f"b{suffix}") if f.kind == "signature"]
+
+
+@every_format
+def test_manifest_does_not_vanish_with_a_bit_of_its_place(signer, tmp_path, suffix):
+    """A reader that finds no manifest would take the image for one that nobody signed."""
+    path = signed(signer, tmp_path / f"a{suffix}")
+    data, form = path.read_bytes(), output.FORMATS[suffix]
+    head = data.index(b"jumb")
+    for place in range(head - 30, head + 60):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        assert check_signature(bytes(changed), form, None), place
 
 
 def test_inputs_and_watermark_are_in_the_manifest(signer, tmp_path):
