@@ -56,6 +56,11 @@ class IPAdapter:
             queries: dict[int, Tensor] = {}
             handles = []
             blocks: list[Any] = list(network.double_blocks.children())
+            if any(block.img_attn.num_heads != heads for block in blocks):
+                raise UserError(
+                    "parallel: tensor divides the heads, and an IP-adapter needs all of them in "
+                    "each process. Divide the tokens: context."
+                )
             for number, block in enumerate(blocks):
 
                 def keep(module, args, out, number=number):  # q, k, v of the image

@@ -9,6 +9,7 @@ from flux.configs import MODELS
 from flux.errors import UserError
 from flux.ip_adapter import KEY, PROJECTION, load_ip_adapter
 from flux.parity.reference import diffusers_transformer, loaded, max_error, transformer_to_diffusers
+from flux.runtime.tensor_parallel import TensorParallel
 from flux.sampling import image_ids, text_ids
 from flux.weights.inspection import inspect
 
@@ -101,3 +102,11 @@ def test_inspection_tells_the_models_that_an_adapter_fits(weights, adapter_file,
     assert found["fits"] == "flux.1-tiny; scripts/examples/ip_adapter.py reads it"
     save_file({name: x for name, x in weights.items() if "proj_model" not in name}, tmp_path / "x")
     assert "is no IP-adapter in XLabs' layout" in dict(inspect(tmp_path / "x").lines)["refused"]
+
+
+def test_divided_heads_are_refused(adapter_file):
+    pipe = flux.load("flux.1-tiny", device="cpu")
+    pipe.transformer.set_divide(TensorParallel(None, 0, 2))
+    load_ip_adapter(adapter_file, pipe).apply(torch.zeros(1, EMBEDDING))
+    with pytest.raises(UserError, match="^parallel: tensor divides the heads, and an IP-adapter"):
+        pipe.transformer()
