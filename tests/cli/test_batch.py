@@ -316,28 +316,25 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_killed_workers_and_other_numbers_of_workers_make_the_same_bytes(tmp_path):
-    """Three starts are killed at once after some images; two workers then share what is left."""
+def test_killed_workers_and_other_numbers_of_workers_make_the_same_bytes(batch, tmp_path):
+    """Of one worker, then of three, one is killed after some images; two then share the rest."""
     count = BLOCK + 10
-    for name in ("once", "killed"):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / "m.jsonl", small(count))
-    once = start(tmp_path / "once")
-    assert once.wait() == 0
-    folder = tmp_path / "killed"
-    for shard in ("0/1", "1/2", "2/3"):
-        process, before = start(folder, "--shard", shard), len(images(folder / "out"))
-        while len(images(folder / "out")) < before + 3 and process.poll() is None:
+    write(tmp_path / "m.jsonl", small(count))
+    assert batch("m.jsonl", "once")[0] == 0
+    out = tmp_path / "out"
+    for shard in ("0/1", "2/3"):
+        process, before = start(tmp_path, "--shard", shard), len(images(out))
+        while len(images(out)) < before + 3 and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert 9 <= len(images(folder / "out")) < count
-    workers = [start(folder, "--shard", f"{number}/2") for number in range(2)]
+    assert 6 <= len(images(out)) < count
+    workers = [start(tmp_path, "--shard", f"{number}/2") for number in range(2)]
     assert [process.wait() for process in workers] == [0, 0]
-    merged = start(folder, "--merge")
-    assert merged.wait() == 0 and f"{count} images, 0 wrong lines, 0" in merged.stderr.read()
-    assert images(folder / "out") == images(tmp_path / "once/out")
-    assert len(records(folder / "out")) == count == len(images(folder / "out"))
+    code, said = batch("m.jsonl", "out", "--merge")
+    assert code == 0 and f"{count} images, 0 wrong lines, 0" in said
+    assert images(out) == images(tmp_path / "once")
+    assert len(records(out)) == count == len(images(out))
 
 
 # ------------------------------------------------------------------ claims and shards
