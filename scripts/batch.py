@@ -57,6 +57,7 @@ def main() -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
+        usage="%(prog)s MANIFEST OUT [FLAG ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

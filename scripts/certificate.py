@@ -4,8 +4,8 @@ python scripts/certificate.py signing --name "My studio"
 python scripts/sample.py "a cat" --sign signing/key.pem --certificate signing/chain.pem
 python scripts/verify.py outputs/flux.png --trust signing/root.pem
 
-They are on no trust list: only who gets root.pem from you, in a way that he trusts, can tell that
-an image is yours. Keep key.pem secret.
+They are on no trust list: only people who get root.pem from you, and trust the way by which they
+got it, can tell that an image is yours. Keep key.pem secret.
 """
 
 import argparse
@@ -29,7 +29,12 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("folder", type=Path, metavar="DIR", help="new folder for the three files")
-    p.add_argument("--name", default="flux user", metavar="TEXT", help="whose images they sign")
+    p.add_argument(
+        "--name",
+        default="flux user",
+        metavar="TEXT",
+        help="whose images they sign (default: flux user)",
+    )
     return p
 
 

@@ -147,6 +147,7 @@ DESCRIPTION, EPILOG = __doc__.split("\n", 1)[0], "examples:" + __doc__.split("\n
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
+        usage="%(prog)s [PROMPT ...] [FLAG ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -36,14 +36,20 @@ OTHERS = {  # flags of diffusers' and kohya's scripts -> what to use here
 def parser(description: str) -> argparse.ArgumentParser:
     """Return the parser of scripts/train.py."""
     p = Parser(
+        usage="%(prog)s IMAGES RUN [FLAG ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     p.others = OTHERS
     add = p.add_argument
-    add("images", type=Path, help="folder of images and captions")
-    add("run", type=Path, help="folder for all results; a run in this folder is resumed")
+    add("images", type=Path, metavar="IMAGES", help="folder of images and captions")
+    add(
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="folder for all results; a run in this folder is resumed",
+    )
     add("--model", metavar="NAME", help="default: flux.2-tiny, an embedded toy")
     add_quiet(p)
     add("--weights", type=Path, metavar="DIR", help="folder of the models' files, as for sample.py")

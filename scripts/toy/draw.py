@@ -21,9 +21,13 @@ from modules.command_line import Parser, add_hidden_alias, exit_code, imports
 def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path, help="a new or empty folder")
-    p.add_argument("--images", type=int, default=64, metavar="N", help="(default: 64)")
-    p.add_argument("--size", type=int, default=256, metavar="PIXELS", help="(default: 256)")
-    p.add_argument("--seed", type=int, default=5_000_000, help="(default: an unused one)")
+    p.add_argument("--images", type=int, default=64, metavar="N", help="how many (default: 64)")
+    p.add_argument(
+        "--size", type=int, default=256, metavar="PIXELS", help="side of an image (default: 256)"
+    )
+    p.add_argument(
+        "--seed", type=int, default=5_000_000, help="of the scenes (default: an unused one)"
+    )
     kind = p.add_mutually_exclusive_group()
     kind.add_argument("--framed", action="store_true", help="a frame around each: a style to learn")
     kind.add_argument(
