@@ -92,8 +92,8 @@ def test_unknown_command_is_refused(given, words, monkeypatch, capsys):
 
 def test_errors_and_exit_codes_are_those_of_the_script(tmp_path):
     """The error names the command where that of the script names the file."""
-    ours = run("-m", "flux", "sample", "--steps", "x", "a cat", cwd=tmp_path)
-    theirs = run(SCRIPTS / "sample.py", "--steps", "x", "a cat", cwd=tmp_path)
+    ours = run("-m", "flux", "sample", "--qqqq", "a cat", cwd=tmp_path)
+    theirs = run(SCRIPTS / "sample.py", "--qqqq", "a cat", cwd=tmp_path)
     assert ours[:2] == theirs[:2] == (2, "")
     assert "`sample.py --help`" in theirs[2]
     assert ours[2] == theirs[2].replace("sample.py", "python -m flux sample")
