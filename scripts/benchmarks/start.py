@@ -4,6 +4,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,7 +72,8 @@ def cold_rows(setting: Setting) -> Iterator[Row]:
 def torchrun_rows(setting: Setting) -> Iterator[Row]:
     """Compare one process of torchrun with a plain run: an image, and the whole command.
 
-    The time of an image is that between the first and the last file. torchrun starts in other time.
+    The time of an image is that between two files; the start, where torchrun takes longer, is not
+    in it.
     """
     script, torchrun = Path(__file__).parents[1] / "sample.py", "-m torch.distributed.run"
     with TemporaryDirectory() as folder:
@@ -90,9 +92,9 @@ def torchrun_rows(setting: Setting) -> Iterator[Row]:
 
 
 def seconds_of_an_image(paths: str) -> float:
-    """Return the mean seconds between the files of a run, which printed their paths."""
+    """Return the median seconds between the files of a run, which printed their paths."""
     times = [Path(path).stat().st_mtime for path in paths.splitlines()]
-    return (times[-1] - times[0]) / (len(times) - 1)
+    return statistics.median(after - before for before, after in pairwise(times))
 
 
 def in_turn(
