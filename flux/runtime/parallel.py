@@ -28,7 +28,7 @@ from flux.runtime import memory_plan
 from flux.runtime.activation_memory import activations
 from flux.runtime.context_parallel import METHODS, ContextParallel, Split
 from flux.runtime.memory_plan import GB
-from flux.runtime.processes import by_first, rank, world_size
+from flux.runtime.processes import by_first, of_all, rank, world_size
 from flux.runtime.shard_weights import ShardedWeights, shard_sizes
 from flux.runtime.tensor_parallel import TensorParallel
 from flux.runtime.tensor_parallel import check as check_tensor
@@ -182,9 +182,7 @@ class Parallel:
             return plain(latents)  # which says what is wrong
         numbers = range(rank(), len(latents), world_size())
         own = {number: plain(latents[number : number + 1])[0] for number in numbers}
-        everywhere: list[Any] = [None] * world_size()
-        dist.all_gather_object(everywhere, own)
-        images = {number: image for part in everywhere for number, image in part.items()}
+        images = {number: image for part in of_all(own) for number, image in part.items()}
         return [images[number] for number in range(len(latents))]
 
 
@@ -242,9 +240,7 @@ def needs_shards(pipe: Any, width: int | None = None, height: int | None = None)
     transformer, options = pipe.transformer, pipe.residency.options
     if options.offload or transformer.is_quantized or transformer.compile:
         return ""
-    everywhere: list[Any] = [None] * world_size()
-    dist.all_gather_object(everywhere, pipe.residency.free_memory())
-    free = min(everywhere, key=lambda each: each.device)
+    free = min(of_all(pipe.residency.free_memory()), key=lambda each: each.device)
     if options.max_vram is not None:
         free = free._replace(device=min(free.device, options.max_vram * GB))
     work = pipe._workload(text_to_image(pipe.spec, width, height), None, 1)
@@ -259,10 +255,7 @@ def load_alike(residency: Any, plain: Callable[..., Any], *args: Any, **kwargs: 
     Shards that one process loads anew, and another has kept, would be gathered at different times.
     The first process also has the text encoder, so that its plan may differ.
     """
-    everywhere: list[Any] = [None] * world_size()
-    own = residency.keep, residency.transformer.module is not None
-    dist.all_gather_object(everywhere, own)
-    keeps, loaded = zip(*everywhere)
+    keeps, loaded = zip(*of_all((residency.keep, residency.transformer.module is not None)))
     residency.keep = all(keeps)
     if not all(loaded):
         residency.transformer.release()

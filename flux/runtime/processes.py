@@ -102,15 +102,24 @@ def by_first(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def of_all(value: T) -> list[T]:
+    """Return the values of all processes, in their order. All processes must call this function.
+
+    The values must be of a kind that can be pickled.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def require_equal(what: str, values: Mapping[str, object]) -> None:
     """Raise UserError, in every process, if a value is not the same in all of them.
 
     what: "files", for example. The sentence names the process and the values that differ.
     """
-    everywhere: list[Any] = [None] * world_size()
-    if world_size() == 1:
-        return
-    dist.all_gather_object(everywhere, dict(values))
+    everywhere = of_all(dict(values))
     first = everywhere[0]
     for number, other in enumerate(everywhere):
         names = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]

@@ -18,7 +18,7 @@ from flux.errors import UserError
 from flux.runtime import shard_weights
 from flux.runtime.context_parallel import ContextParallel
 from flux.runtime.devices import choose_device
-from flux.runtime.processes import rank, world_size
+from flux.runtime.processes import of_all, rank, world_size
 from flux.training.networks import Network
 from flux.transformer3 import Modulation as Modulation3
 
@@ -63,11 +63,7 @@ def main_process_first() -> Iterator[None]:
 
 def all_mean(value: float) -> float:
     """Return the mean of `value` over all processes."""
-    if world_size() == 1:
-        return value
-    values: list[float] = [0.0] * world_size()
-    dist.all_gather_object(values, value)
-    return sum(values) / world_size()
+    return sum(of_all(value)) / world_size()
 
 
 def shard(network: Network, device: torch.device) -> None:

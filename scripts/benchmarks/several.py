@@ -25,7 +25,7 @@ from flux.errors import UserError
 from flux.parity.reference import relative_l2
 from flux.runtime.context_parallel import METHODS, ContextParallel
 from flux.runtime.parallel import Parallel, Sizes, parse
-from flux.runtime.processes import rank, world_size
+from flux.runtime.processes import of_all, rank, world_size
 from flux.runtime.shard_weights import ShardedWeights
 from flux.runtime.tensor_parallel import TensorParallel, check
 
@@ -113,7 +113,5 @@ def seconds(step: Callable[[], Tensor], rounds: int, first_alone: bool = False) 
     for _ in range(RUNS * rounds):
         dist.barrier()
         mine = timed(step) if not first_alone or rank() == 0 else 0.0
-        everywhere = [0.0] * world_size()
-        dist.all_gather_object(everywhere, mine)
-        found.append(max(everywhere))
+        found.append(max(of_all(mine)))
     return statistics.median(found)
