@@ -56,7 +56,7 @@ OURS = {  # diffusers' name -> what to do here
     "_auto_resize": "Pass `images=flux.ImageInputs(..., keep_input_size=True)`.",
     "attention_kwargs": "Load a LoRA by `load_lora`, with its scale.",
     "callback_on_step_end_tensor_inputs": "`callback` gets the latents.",
-    "caption_upsample_temperature": "Write the prompt out first: sample.py --upsample does.",
+    "caption_upsample_temperature": "Write the prompt out first.",
     "text_encoder_out_layers": "The model's own layers are read.",
     "num_steps": "Pass `steps`.",
     "seeds": "Pass a list as `seed`.",
